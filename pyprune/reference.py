@@ -1,0 +1,123 @@
+"""Plain PyTorch truth of every op in :mod:`pyprune.ops`.
+
+Each function is the formula and nothing else: readable first, slow where that is clearer. Every other
+back-end is tested against it. Signatures and in-place behaviour are those of ``ops``; arguments are
+validated there, not here.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+CHUNK_TOKENS = 8192
+
+
+def _rows(x: Tensor, mask: Tensor | None) -> Tensor:
+    return x if mask is None else x[mask]
+
+
+def gram_update(gram: Tensor, x: Tensor, *, sums: Tensor | None = None, count: Tensor | None = None,
+                mask: Tensor | None = None, precision: str = "float32") -> None:
+    x = _rows(x, mask)
+    for chunk in x.split(CHUNK_TOKENS):
+        chunk = chunk.to(torch.bfloat16) if precision == "bfloat16" else chunk
+        chunk = chunk.float()
+        gram.addmm_(chunk.T, chunk)
+        if sums is not None:
+            sums += chunk.sum(0)
+    if count is not None:
+        count += len(x)
+
+
+def cross_gram_update(cross: Tensor, y: Tensor, x: Tensor, *, mask: Tensor | None = None) -> None:
+    y, x = _rows(y, mask), _rows(x, mask)
+    for a, b in zip(y.split(CHUNK_TOKENS), x.split(CHUNK_TOKENS)):
+        cross.addmm_(a.float().T, b.float())
+
+
+def column_moments(x: Tensor, *, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    x = _rows(x, mask).float()
+    count = torch.tensor(len(x), dtype=torch.int64, device=x.device)
+    mean = x.sum(0) / max(len(x), 1)
+    return count, mean, (x - mean).square().sum(0)
+
+
+def _lowest(score: Tensor, k: int) -> Tensor:
+    """Boolean mask, True at the k lowest scores of each row; ties go to the lower index."""
+    order = score.sort(dim=1, stable=True).indices[:, :k]
+    return torch.zeros_like(score, dtype=torch.bool).scatter_(1, order, True)
+
+
+def _score(w: Tensor, scale: Tensor | None) -> Tensor:
+    score = w.float().abs()
+    return score if scale is None else score * scale.float()
+
+
+def select_mask(w: Tensor, k: int, *, scale: Tensor | None = None, scope: str = "row", apply: bool = False) -> Tensor:
+    score = _score(w, scale)
+    keep = ~_lowest(score if scope == "row" else score.reshape(1, -1), k).reshape(w.shape)
+    if apply:
+        w.masked_fill_(~keep, 0)
+    return keep
+
+
+def nm_mask(w: Tensor, n: int, m: int, *, scale: Tensor | None = None, apply: bool = False) -> Tensor:
+    score = _score(w, scale)
+    keep = ~_lowest(score.reshape(-1, m), m - n).reshape(w.shape)
+    if apply:
+        w.masked_fill_(~keep, 0)
+    return keep
+
+
+def compress_24(w: Tensor) -> tuple[Tensor, Tensor]:
+    from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
+
+    return sparse_semi_structured_from_dense_cutlass(w.contiguous())
+
+
+def expand_24(values: Tensor, meta: Tensor) -> Tensor:
+    from torch.sparse._semi_structured_conversions import sparse_semi_structured_to_dense_cutlass
+
+    return sparse_semi_structured_to_dense_cutlass(values, meta)
+
+
+def obs_sweep(w: Tensor, r: Tensor, *, mask: Tensor | None = None, k: int | None = None,
+              nm: tuple[int, int] | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    diagonal = r.diagonal()
+    if k is not None:
+        mask = select_mask(w, k, scale=1 / diagonal, scope="matrix")
+    keep = torch.ones_like(w, dtype=torch.bool) if mask is None else mask.clone()
+    error = torch.zeros_like(w)
+    for j in range(w.shape[1]):
+        if nm is not None and j % nm[1] == 0:
+            group = slice(j, j + nm[1])
+            keep[:, group] = nm_mask(w[:, group].contiguous(), *nm, scale=1 / diagonal[group])
+        column = w[:, j]
+        e = torch.where(keep[:, j], 0, column) / diagonal[j]
+        w[:, j:] -= e[:, None] * r[j, j:]
+        w[:, j].masked_fill_(~keep[:, j], 0)
+        error[:, j] = e
+    return keep, error, error.square().sum(1)
+
+
+def cholesky(a: Tensor, *, damping: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    if damping is not None:
+        a = a + damping.reshape(-1, 1, 1) * torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
+    factor, info = torch.linalg.cholesky_ex(a)
+    return torch.where((info == 0)[:, None, None], factor, torch.nan).tril(), info
+
+
+def cholesky_solve(a: Tensor, b: Tensor, *, damping: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    factor, info = cholesky(a, damping=damping)
+    return torch.cholesky_solve(b, factor), info
+
+
+def liar_update(weight: Tensor, keep: Tensor, drop: Tensor, q: Tensor, *, bias: Tensor | None = None,
+                mean: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    kept, dropped = weight[:, keep].float(), weight[:, drop].float()
+    updated = kept + dropped @ q.T
+    if mean is not None:
+        shift = dropped @ (mean[drop] - q.T @ mean[keep])
+        bias = shift if bias is None else bias.float() + shift
+    return updated, bias
