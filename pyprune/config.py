@@ -1,0 +1,360 @@
+"""Configuration: keyword-only dataclasses that validate themselves and round-trip to YAML.
+
+The command line, the Python API and ``run.yaml`` use the same field names. Everything that can be wrong without
+looking at a model or at data is refused here, with the value and the way out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+METHODS = ("magnitude", "wanda", "sparsegpt")
+STRUCTURED_PATTERNS = ("neurons", "heads", "structured")
+CRITERIA = ("random", "magnitude", "activation", "wifv", "taylor", "fisher", "obs", "obs_greedy")
+WEIGHT_RECONSTRUCTIONS = ("none", "layer", "block", "cross_block")
+STRUCTURED_RECONSTRUCTIONS = ("none", "bias", "mask_tuning", "liar")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+class ConfigError(ValueError):
+    """Bad input: one clear sentence with the value and the way out. The command line exits with code 2 on it."""
+
+
+def _choose(name: str, value, allowed) -> None:
+    if value not in allowed:
+        near = difflib.get_close_matches(str(value), [str(a) for a in allowed], n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}{hint}")
+
+
+def _positive(owner, *names: str, minimum: int = 1) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        if value is not None and (not isinstance(value, (int, float)) or isinstance(value, bool) or value < minimum):
+            raise ConfigError(f"{name} must be at least {minimum}, got {value!r}")
+
+
+def parse_nm(pattern: str) -> tuple[int, int] | None:
+    """``"2:4"`` → ``(2, 4)``; None for a pattern that is not N:M."""
+    match = re.fullmatch(r"(\d+):(\d+)", pattern)
+    return (int(match[1]), int(match[2])) if match else None
+
+
+@dataclass(kw_only=True)
+class Calibration:
+    """Token sequences that the statistics and the reconstruction are computed from."""
+
+    source: typing.Any = None
+    """Hub data set id, local ``.txt``/``.jsonl``/``.json``/``.csv``/``.parquet``/``.npy`` path, list of texts, or int
+    tensor of token ids ``[samples, tokens]``; None: the Python documentation on this machine (no network)."""
+    num_samples: int = 64
+    """Sequences asked for; fewer available is an error, never a silent shortfall."""
+    seq_len: int = 512
+    """Tokens a sequence (encoders: the most tokens a sentence keeps)."""
+    seed: int = 0
+    """Seed of the choice of sequences and of self-generation."""
+    split: str = "train"
+    """Split of a data set."""
+    subset: str | None = None
+    """Configuration name of a Hub data set."""
+    text_column: str | None = None
+    """Column that holds the text; None finds it."""
+    self_generated: int = 0
+    """Sequences sampled from the dense model itself and added to the corpus samples (paper R)."""
+    self_generated_path: str | None = None
+    """jsonl of ``pyprune generate`` to reuse or to write; None keeps them in memory."""
+    self_generated_for: str = "reconstruction"
+    """``reconstruction``: only BR/CR see them; ``all``: masks and layer-wise statistics too."""
+    language: str | None = None
+    """Keep only generated text that a detector says is this language (ISO code); None keeps all."""
+    held_out: int = 4
+    """Sequences set aside from the same source to measure generalisation; never used to fit anything."""
+
+    def __post_init__(self):
+        if self.source is not None and self.num_samples == 0 and not self.self_generated:
+            raise ConfigError("num_samples is 0 and self_generated is 0: there is nothing to calibrate on")
+        _positive(self, "num_samples", "self_generated", "held_out", minimum=0)
+        _positive(self, "seq_len", minimum=2)
+        _choose("self_generated_for", self.self_generated_for, ("reconstruction", "all"))
+
+
+@dataclass(kw_only=True)
+class Evaluation:
+    """What the dense and the pruned model are measured on at the end of a run."""
+
+    text: typing.Any = None
+    """One source or a list of sources, as ``Calibration.source``; None: the held-out part of the Python docs."""
+    window: int = 1024
+    """Tokens a window; windows do not overlap."""
+    max_windows: int | None = 24
+    """At most this many windows a text; None takes all."""
+    dtype: str = "auto"
+    """Type of the forward passes; ``auto`` is the model's own on a GPU, bfloat16 on a CPU that has it."""
+    batch_size: int = 1
+    split: str = "test"
+    subset: str | None = None
+    text_column: str | None = None
+    enabled: bool = True
+
+    def __post_init__(self):
+        _positive(self, "window", minimum=2)
+        _positive(self, "max_windows", "batch_size")
+        _choose("evaluation dtype", self.dtype, DTYPES)
+
+
+@dataclass(kw_only=True)
+class Reconstruction:
+    """Settings of BR, GP and CR (paper R, arXiv 2406.15524); the defaults are the authors', smaller in epochs."""
+
+    epochs: int = 5
+    lr: float = 2e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.0
+    batch_size: int = 8
+    """Sequences an optimiser step."""
+    micro_batch_size: int | None = None
+    """Sequences a forward-backward; smaller than ``batch_size`` accumulates gradients. None: batch_size."""
+    autocast: str = "auto"
+    """Type of the products while training: ``auto`` (bfloat16 on a GPU, ``compute_dtype`` elsewhere), ``float32``,
+    ``bfloat16``. Masters stay float32."""
+    early_stop: bool = False
+    """Stop a block when its held-out error has not fallen for an epoch."""
+    select: str = "last"
+    """``last`` keeps the last step; ``validation`` keeps, per block, the step whose held-out error is lowest."""
+    layerwise_target: str = "local"
+    """``local``: LR fits the layer's output on pruned inputs; ``dense``: on the dense stream's (cross Gram, GP)."""
+
+    def __post_init__(self):
+        self.betas = tuple(self.betas)
+        _positive(self, "epochs", minimum=0)
+        _positive(self, "batch_size", "micro_batch_size")
+        _choose("autocast", self.autocast, ("auto", "float32", "bfloat16"))
+        _choose("select", self.select, ("last", "validation"))
+        _choose("layerwise_target", self.layerwise_target, ("local", "dense"))
+        if not self.lr > 0:
+            raise ConfigError(f"lr must be above 0, got {self.lr!r}")
+
+
+@dataclass(kw_only=True)
+class Structured:
+    """Settings of structured pruning (LIAR, arXiv 2407.13331)."""
+
+    allocation: str = "uniform"
+    """``uniform``: same width in every block, a standard checkpoint; ``global``: FLAP's, per-block sizes."""
+    damping: float | None = None
+    """λ relative to the mean diagonal; None chooses it on held-out calibration tokens."""
+    interpolate: str = "both"
+    """LIAR's ablation: ``both``, ``weight`` or ``bias``."""
+    interpolate_weights: bool = False
+    """Write the dropped weights as a linear map of the kept ones (the paper's P)."""
+    head_scope: str = "groups"
+    """``groups``: whole key/value groups; ``queries``: query heads inside groups, equally many per group."""
+    nonstandard: str = "refuse"
+    """What a stock config cannot say: ``refuse``, ``save`` (for ``pyprune.load``) or ``pad`` (zeros, stock tools)."""
+
+    def __post_init__(self):
+        _choose("allocation", self.allocation, ("uniform", "global"))
+        _choose("interpolate", self.interpolate, ("both", "weight", "bias"))
+        _choose("head_scope", self.head_scope, ("groups", "queries"))
+        _choose("nonstandard", self.nonstandard, ("refuse", "save", "pad"))
+
+
+@dataclass(kw_only=True)
+class PruneConfig:
+    """One run of ``pyprune.prune``, whole."""
+
+    model: str | None = None
+    """Hub id, local folder, ``.gguf`` file, or the name of a packaged model (``smollm2-135m``)."""
+    output: str | None = None
+    """Folder to write; None keeps the result in memory."""
+    method: str = "sparsegpt"
+    """How weights are chosen: magnitude, wanda, sparsegpt (unstructured and N:M)."""
+    pattern: str = "unstructured"
+    """``unstructured``, ``N:M``, or structured: ``neurons``, ``heads``, ``structured`` (both)."""
+    sparsity: typing.Any = None
+    """Fraction of zeros (structured: of the groups dropped; a list gives the curve). None: 0.5, or 1 − N/M."""
+    criterion: str = "wifv"
+    """Structured: how neurons and heads are chosen."""
+    reconstruct: str | None = None
+    """Masks: none, layer, block, cross_block (None: what the method says). Structured: none, bias, mask_tuning, liar."""
+    global_propagation: bool = False
+    """Reconstruct against the dense model's own stream (paper R's GP)."""
+    inputs: str = "propagated"
+    """Statistics from the ``propagated`` pruned prefix (two passes a block) or the ``dense`` stream (one)."""
+    targets: list[str] = field(default_factory=list)
+    """Only weights whose name contains (or fnmatch-es) one of these; empty: every matrix of every block."""
+    ignore: list[str] = field(default_factory=list)
+    """Weights to leave dense, same matching. A pattern that matches nothing is an error."""
+    damping: float = 0.01
+    """λ of the OBS sweep relative to the mean diagonal of H."""
+    column_block: int = 128
+    """Columns a block of the sweep."""
+    batch_size: int | None = None
+    """Sequences a forward pass; None: about 8,192 tokens."""
+    dtype: str = "auto"
+    """Type the weights are loaded in; auto: the checkpoint's own."""
+    compute_dtype: str = "auto"
+    """Type of the forward passes; auto: the weights' own. bfloat16 is about four times as fast on CPUs that have it."""
+    device: str = "auto"
+    backend: str = "auto"
+    """Back-end of every op: auto, cuda, triton, cpu, reference."""
+    seed: int = 0
+    probe_samples: int = 2
+    """Calibration sequences (and as many held-out) whose block error against the dense stream is measured."""
+    memory_budget_gb: float | None = None
+    """Host memory for activations; above it they go to a memory-mapped file. None: half of what is free."""
+    stream: str = "auto"
+    """Read weights block by block from safetensors instead of loading the model: auto, always, never."""
+    calibration: Calibration = field(default_factory=Calibration)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    reconstruction: Reconstruction = field(default_factory=Reconstruction)
+    structured: Structured = field(default_factory=Structured)
+
+    def __post_init__(self):
+        for name, cls in _SECTIONS.items():
+            value = getattr(self, name)
+            if isinstance(value, dict):
+                setattr(self, name, from_dict(cls, value, name))
+            elif not isinstance(value, cls):
+                raise ConfigError(f"{name} must be a {cls.__name__} or a mapping, got {type(value).__name__}")
+        _choose("inputs", self.inputs, ("propagated", "dense"))
+        _choose("dtype", self.dtype, DTYPES)
+        _choose("compute_dtype", self.compute_dtype, DTYPES)
+        _choose("backend", self.backend, ("auto", "cuda", "triton", "cpu", "reference"))
+        _choose("stream", self.stream, ("auto", "always", "never"))
+        _positive(self, "batch_size", "column_block")
+        _positive(self, "probe_samples", "seed", minimum=0)
+        if not self.damping > 0:
+            raise ConfigError(f"damping must be above 0, got {self.damping!r}")
+        self._check_pattern()
+        if self.is_structured:
+            self.reconstruct = self.reconstruct or "liar"
+            _choose("criterion", self.criterion, CRITERIA)
+            _choose(f"reconstruct for pattern {self.pattern!r}", self.reconstruct, STRUCTURED_RECONSTRUCTIONS)
+        else:
+            _choose("method", self.method, METHODS)
+            self.reconstruct = self.reconstruct or ("layer" if self.method == "sparsegpt" else "none")
+            _choose(f"reconstruct for pattern {self.pattern!r}", self.reconstruct, WEIGHT_RECONSTRUCTIONS)
+        if self.global_propagation and self.inputs == "dense":
+            raise ConfigError("global_propagation needs inputs='propagated': it corrects the pruned stream")
+
+    def _check_pattern(self) -> None:
+        nm = self.nm
+        if nm is None and self.pattern not in ("unstructured", *STRUCTURED_PATTERNS):
+            raise ConfigError(f"pattern must be unstructured, N:M (2:4, 4:8), {', '.join(STRUCTURED_PATTERNS)}, "
+                              f"got {self.pattern!r}")
+        if nm is not None:
+            n, m = nm
+            if not 0 < n < m or m > 16:
+                raise ConfigError(f"pattern {self.pattern!r}: N non-zeros in every M weights needs 0 < N < M ≤ 16"
+                                  + (f"; did you mean '{m}:{n}'?" if 0 < m < n <= 16 else ""))
+            implied = 1 - n / m
+            if self.sparsity is None:
+                self.sparsity = implied
+            elif isinstance(self.sparsity, (list, tuple)) or abs(float(self.sparsity) - implied) > 1e-9:
+                raise ConfigError(f"sparsity {self.sparsity} contradicts pattern {self.pattern!r}, which is sparsity "
+                                  f"{implied:g}; leave sparsity out or choose another pattern")
+        if self.sparsity is None:
+            self.sparsity = 0.5
+        values = self.sparsity if isinstance(self.sparsity, (list, tuple)) else [self.sparsity]
+        if isinstance(self.sparsity, (list, tuple)) and not self.is_structured:
+            raise ConfigError("a list of sparsities is for structured patterns; run the others one by one")
+        if not values:
+            raise ConfigError("sparsity is an empty list")
+        for value in values:
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+                raise ConfigError(f"sparsity must be in [0, 1), the fraction of zeros, got {value!r}"
+                                  + (f"; did you mean {value / 100:g}?" if isinstance(value, (int, float))
+                                     and 1 < value < 100 else ""))
+        self.sparsity = [float(v) for v in values] if isinstance(self.sparsity, (list, tuple)) else float(self.sparsity)
+
+    @property
+    def nm(self) -> tuple[int, int] | None:
+        """(N, M) of an N:M pattern, else None."""
+        return parse_nm(self.pattern) if isinstance(self.pattern, str) else None
+
+    @property
+    def is_structured(self) -> bool:
+        return self.pattern in STRUCTURED_PATTERNS
+
+
+_SECTIONS = {"calibration": Calibration, "evaluation": Evaluation, "reconstruction": Reconstruction,
+             "structured": Structured}
+
+
+def from_dict(cls, values: dict, where: str = "config"):
+    """Dataclass from a mapping; an unknown field is a :class:`ConfigError` that names the nearest one."""
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where} must be a mapping of fields, got {type(values).__name__}")
+    names = [f.name for f in dataclasses.fields(cls)]
+    for key in values:
+        if key not in names:
+            near = difflib.get_close_matches(str(key), names, n=1)
+            raise ConfigError(f"unknown field {key!r} in {where}" + (f"; did you mean {near[0]!r}?" if near else
+                                                                     f"; fields are {', '.join(names)}"))
+    hints = typing.get_type_hints(cls)
+    for key, value in values.items():
+        _check_type(f"{where}.{key}", value, hints[key])
+    return cls(**values)
+
+
+def _check_type(name: str, value, hint) -> None:
+    """Refuse a YAML value of another type than the field's (a string where a number belongs, say)."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    plain = {int: (int,), float: (int, float), str: (str,), bool: (bool,)}
+    if any(o not in plain and o is not type(None) for o in options):
+        return
+    allowed = tuple(t for o in options if o in plain for t in plain[o])
+    if value is None and type(None) in options:
+        return
+    if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
+        kinds = " or ".join(o.__name__ for o in options if o in plain)
+        raise ConfigError(f"{name} must be {kinds}, got {value!r} ({type(value).__name__})")
+
+
+def _plain(value):
+    if dataclasses.is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, Path):
+        return str(value)
+    if value is None or isinstance(value, (str, int, float, bool)):
+        return value
+    raise ConfigError(f"a {type(value).__name__} cannot be written to YAML; give a path instead, so that the run can be "
+                      "repeated from its file")
+
+
+def to_dict(config) -> dict:
+    """Plain nested dict of a configuration, ready for YAML or JSON."""
+    return _plain(config)
+
+
+def to_yaml(config: PruneConfig) -> str:
+    """YAML text that :func:`from_yaml` turns back into an equal configuration."""
+    import yaml
+
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+def from_yaml(text_or_path: str | Path) -> PruneConfig:
+    """Configuration from YAML text or the path of a YAML file."""
+    import yaml
+
+    text = str(text_or_path)
+    if "\n" not in text:
+        path = Path(text)
+        if not path.is_file():
+            raise ConfigError(f"no such configuration file: {text}")
+        text = path.read_text()
+    try:
+        values = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"not valid YAML: {error}") from error
+    return from_dict(PruneConfig, values)
