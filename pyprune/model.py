@@ -1,0 +1,238 @@
+"""The only file that knows Hugging Face architectures: embeddings, blocks, prunable weights.
+
+Structure is discovered, not tabulated: the blocks are the module list that holds most of the parameters, the
+prunable weights of a block are the 2-D weights of its linear layers and the slices of its 3-D expert parameters, and
+whatever the model's own forward hands to a block (masks, position embeddings, per-layer attention kinds) is recorded
+by running that forward with every block replaced by a recorder.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pyprune.config import ConfigError
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """GPT-2's ``Conv1D``: a linear layer whose weight is stored ``[in, out]``."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or _is_conv1d(module)
+
+
+@dataclass(frozen=True)
+class WeightRef:
+    """One prunable matrix of a block, found again in any copy of that block by its path."""
+
+    path: str
+    """Parameter path inside the block, ``self_attn.q_proj.weight``."""
+    transposed: bool = False
+    """The parameter is stored ``[in, out]`` (Conv1D)."""
+    expert: int | None = None
+    """Slice of a 3-D parameter ``[experts, out, in]``."""
+
+    @property
+    def name(self) -> str:
+        return self.path if self.expert is None else f"{self.path}[{self.expert}]"
+
+    @property
+    def module_path(self) -> str:
+        return self.path.rpartition(".")[0]
+
+    def parameter(self, block: nn.Module) -> nn.Parameter:
+        return block.get_parameter(self.path)
+
+    def view(self, block: nn.Module) -> Tensor:
+        """The matrix ``[out, in]`` as a view of the block's parameter: writing to it writes the parameter."""
+        weight = self.parameter(block).data
+        weight = weight if self.expert is None else weight[self.expert]
+        return weight.T if self.transposed else weight
+
+
+def weights_of(block: nn.Module) -> list[WeightRef]:
+    """Every prunable matrix of a block, in module order: linear layers, and each expert of fused experts."""
+    refs = []
+    for name, module in block.named_modules():
+        prefix = f"{name}." if name else ""
+        if is_linear(module):
+            refs.append(WeightRef(prefix + "weight", transposed=_is_conv1d(module)))
+        else:
+            for key, parameter in module.named_parameters(recurse=False):
+                if _is_expert_matrix(module, key, parameter):
+                    refs += [WeightRef(prefix + key, expert=e) for e in range(parameter.shape[0])]
+    return refs
+
+
+def _is_expert_matrix(module: nn.Module, key: str, parameter: Tensor) -> bool:
+    """3-D ``[experts, out, in]`` weights that the module multiplies by ``F.linear`` one expert at a time."""
+    return parameter.ndim == 3 and hasattr(module, "num_experts") and not getattr(module, "is_transposed", False) \
+        and parameter.shape[0] == module.num_experts and "bias" not in key
+
+
+def uncovered(block: nn.Module, refs: Iterable[WeightRef]) -> list[str]:
+    """Names of the block's matrix parameters (2-D or more) that no reference covers: routers, convolutions, …"""
+    covered = {ref.path for ref in refs}
+    return [name for name, p in block.named_parameters() if p.ndim >= 2 and name not in covered]
+
+
+def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Path and module list of the transformer blocks: the list that holds most parameters.
+
+    Raises ConfigError if the model has no such list, or is an encoder–decoder.
+    """
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ConfigError(f"{type(model).__name__} is an encoder–decoder; pyprune prunes decoder-only and encoder-only "
+                          "models")
+    found = [(sum(p.numel() for p in module.parameters()), name, module) for name, module in model.named_modules()
+             if isinstance(module, nn.ModuleList) and len(module) and all(map(weights_of, module))]
+    if not found:
+        raise ConfigError(f"{type(model).__name__} has no list of transformer blocks with linear layers; give a Hugging "
+                          "Face decoder or encoder")
+    _, name, blocks = max(found, key=lambda item: item[0])
+    return name, blocks
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """True if a pattern is part of the name or fnmatch-es it."""
+    return any(p in name or fnmatch.fnmatch(name, p) for p in patterns)
+
+
+def select_weights(view: ModelView, targets: list[str], ignore: list[str]) -> list[list[WeightRef]]:
+    """Per block, the weights to prune. A pattern that matches nothing is a ConfigError that lists what exists."""
+    refs = [weights_of(block) for block in view.blocks]
+    names = [view.name(i, ref) for i, block in enumerate(refs) for ref in block]
+    for field, patterns in (("targets", targets), ("ignore", ignore)):
+        for pattern in patterns:
+            if not any(matches(name, [pattern]) for name in names):
+                outside = [n for n, p in view.model.named_parameters() if matches(n, [pattern])]
+                if outside and field == "ignore":
+                    continue  # the embedding, the head and norms are dense anyway: asking for that is no mistake
+                kinds = sorted({ref.path for block in refs for ref in block})
+                hint = f"it names {outside[0]}, which lies outside the blocks" if outside else "it matches nothing"
+                raise ConfigError(f"{field} pattern {pattern!r} selects no prunable weight: {hint}; prunable in each "
+                                  f"block: {', '.join(kinds)}")
+    return [[ref for ref in block if (not targets or matches(view.name(i, ref), targets))
+             and not matches(view.name(i, ref), ignore)] for i, block in enumerate(refs)]
+
+
+class _Stop(Exception):
+    """Ends a forward pass early; carries what was reached."""
+
+    def __init__(self, value=None):
+        self.value = value
+
+
+class _Recorder(nn.Module):
+    """Stands in for a block: keeps the arguments it was called with and passes the hidden states through."""
+
+    def __init__(self, block: nn.Module, calls: list, last: bool):
+        super().__init__()
+        object.__setattr__(self, "_block", block)  # not a submodule: the model must not see it twice
+        self.calls, self.last = calls, last
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self._block, name)  # models read attributes such as ``attention_type`` off their blocks
+
+    def forward(self, *args, **kwargs):
+        if args:
+            hidden, args = args[0], args[1:]
+        else:
+            hidden = kwargs.pop("hidden_states")
+        self.calls.append((hidden, args, kwargs))
+        if self.last:
+            raise _Stop(hidden)
+        return hidden
+
+
+@dataclass
+class Arguments:
+    """Everything but the hidden states that the model hands to one block."""
+
+    args: tuple
+    kwargs: dict
+
+    def to(self, device, dtype) -> Arguments:
+        """Floating tensors cast to ``dtype``, all tensors moved; tuples and dicts are walked."""
+        return Arguments(_cast(self.args, device, dtype), _cast(self.kwargs, device, dtype))
+
+
+def _cast(value, device, dtype):
+    if isinstance(value, Tensor):
+        return value.to(device, dtype if value.is_floating_point() else value.dtype)
+    if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
+        return type(value)(_cast(v, device, dtype) for v in value)
+    if isinstance(value, dict):
+        return {k: _cast(v, device, dtype) for k, v in value.items()}
+    return value
+
+
+def call_block(block: nn.Module, hidden: Tensor, arguments: Arguments) -> Tensor:
+    """Output hidden states of a block, whatever it wraps them in."""
+    out = block(hidden, *arguments.args, **arguments.kwargs)
+    return out[0] if isinstance(out, tuple) else out
+
+
+class ModelView:
+    """A Hugging Face model seen as embeddings, a list of blocks, and the rest."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.path, self.blocks = find_blocks(model)
+        self.is_encoder = not _is_causal(model)
+
+    def name(self, index: int, ref: WeightRef) -> str:
+        """Full name of a weight in the model, ``model.layers.3.self_attn.q_proj.weight``."""
+        return f"{self.path}.{index}.{ref.name}"
+
+    def coverage(self, selected: list[list[WeightRef]]) -> dict:
+        """Share of the blocks' matrix parameters that is pruned, and the names of what is not."""
+        total = pruned = 0
+        skipped = []
+        for i, (block, refs) in enumerate(zip(self.blocks, selected)):
+            total += sum(p.numel() for p in block.parameters() if p.ndim >= 2)
+            pruned += sum(ref.view(block).numel() for ref in refs)
+            chosen = set(refs)
+            skipped += [self.name(i, ref) for ref in weights_of(block) if ref not in chosen]
+            skipped += [f"{self.path}.{i}.{name}" for name in uncovered(block, weights_of(block))]
+        return {"fraction": pruned / max(total, 1), "pruned": pruned, "total": total, "skipped": skipped}
+
+    @torch.no_grad()
+    def record(self, input_ids: Tensor) -> tuple[Tensor, list[Arguments]]:
+        """First-block input ``[batch, tokens, hidden]`` and each block's arguments, for unpadded ids of one length.
+
+        Runs the model's own forward with recorders in place of the blocks, so masks, rotary embeddings and per-layer
+        attention kinds are the model's own; costs the embedding only.
+        """
+        calls: list = []
+        originals = list(self.blocks)
+        try:
+            for i, block in enumerate(originals):
+                self.blocks[i] = _Recorder(block, calls, last=i == len(originals) - 1)
+            self.model(input_ids, **({} if self.is_encoder else {"use_cache": False}))
+        except _Stop:
+            pass
+        finally:
+            for i, block in enumerate(originals):
+                self.blocks[i] = block
+        if len(calls) != len(originals):
+            raise ConfigError(f"{type(self.model).__name__} called {len(calls)} of its {len(originals)} blocks in one "
+                              "forward pass; its block order cannot be followed")
+        return calls[0][0], [Arguments(args, kwargs) for _, args, kwargs in calls]
+
+
+def _is_causal(model: nn.Module) -> bool:
+    """Whether the model generates text (decoder) or encodes it."""
+    name = type(model).__name__
+    return name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")) and not name.startswith(
+        ("Bert", "Roberta")) or any(a.endswith(("ForCausalLM", "LMHeadModel")) and not a.startswith(("Bert", "Roberta"))
+                                    for a in getattr(model.config, "architectures", None) or [])
