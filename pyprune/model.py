@@ -161,18 +161,22 @@ class Arguments:
     args: tuple
     kwargs: dict
 
-    def to(self, device, dtype) -> Arguments:
-        """Floating tensors cast to ``dtype``, all tensors moved; tuples and dicts are walked."""
-        return Arguments(_cast(self.args, device, dtype), _cast(self.kwargs, device, dtype))
+    def to(self, device, dtype, memo: dict) -> Arguments:
+        """Floating tensors cast to ``dtype``, all tensors moved, tuples and dicts walked; a tensor that several
+        blocks share stays shared through ``memo``."""
+        return Arguments(_cast(self.args, device, dtype, memo), _cast(self.kwargs, device, dtype, memo))
 
 
-def _cast(value, device, dtype):
+def _cast(value, device, dtype, memo):
     if isinstance(value, Tensor):
-        return value.to(device, dtype if value.is_floating_point() else value.dtype)
+        if id(value) not in memo:
+            cast = value.to(device, dtype if value.is_floating_point() else value.dtype)
+            memo[id(value)] = (cast, value)  # the original stays alive, so its id stays its own
+        return memo[id(value)][0]
     if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
-        return type(value)(_cast(v, device, dtype) for v in value)
+        return type(value)(_cast(v, device, dtype, memo) for v in value)
     if isinstance(value, dict):
-        return {k: _cast(v, device, dtype) for k, v in value.items()}
+        return {k: _cast(v, device, dtype, memo) for k, v in value.items()}
     return value
 
 

@@ -1,0 +1,365 @@
+"""The orchestrator: for each block observe → score → mask → solve → reconstruct → propagate, then evaluate and write."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import platform
+import random
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from pyprune import calibration, checkpoint, evaluate, ops
+from pyprune.config import Calibration, ConfigError, Evaluation, PruneConfig, from_dict, to_dict
+from pyprune.model import ModelView, WeightRef, select_weights
+from pyprune.progress import Progress
+from pyprune.solvers import inverse_factor, needs_factor, solve
+from pyprune.statistics import Inputs, Observer, Statistics, find_non_finite, observe, relative_error
+from pyprune.stream import Activations, Executor
+
+
+@dataclass
+class PruneResult:
+    """A pruned model, what was asked, and what it cost."""
+
+    model: nn.Module
+    tokenizer: object
+    config: PruneConfig
+    report: dict
+
+    def save(self, directory: str) -> None:
+        """Write a Hugging Face checkpoint with ``pruning.json``, ``report.json``, ``run.yaml`` and a model card."""
+        checkpoint.save(self.model, self.tokenizer, directory, self.report, self.config)
+
+
+class Clock:
+    """Exclusive wall time by phase: entering an inner phase pauses the outer one."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+        self._stack: list[str] = []
+        self._since = time.perf_counter()
+
+    def _charge(self) -> None:
+        now = time.perf_counter()
+        if self._stack:
+            self.seconds[self._stack[-1]] = self.seconds.get(self._stack[-1], 0.0) + now - self._since
+        self._since = now
+
+    @contextlib.contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        self._charge()
+        self._stack.append(phase)
+        try:
+            yield
+        finally:
+            self._charge()
+            self._stack.pop()
+
+
+@dataclass
+class Probe:
+    """A few sequences carried through both models to measure errors: ``student`` pruned, ``dense`` not."""
+
+    name: str
+    student: Activations
+    dense: Activations
+
+
+@dataclass
+class Run:
+    """Everything one run passes along."""
+
+    config: PruneConfig
+    view: ModelView
+    executor: Executor
+    selected: list[list[WeightRef]]
+    data: calibration.CalibrationData
+    clock: Clock = field(default_factory=Clock)
+    weights: list[dict] = field(default_factory=list)
+    blocks: list[dict] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def warn(self, message: str) -> None:
+        if message not in self.warnings:
+            self.warnings.append(message)
+
+
+def make_config(config: PruneConfig | dict | None, fields: dict) -> PruneConfig:
+    """Configuration from an object or mapping plus field overrides; ``calibration=`` and ``evaluation=`` also take
+    their source directly (a path, texts, token ids)."""
+    fields = dict(fields)
+    for name, cls, key in (("calibration", Calibration, "source"), ("evaluation", Evaluation, "text")):
+        value = fields.get(name)
+        if value is not None and not isinstance(value, (cls, dict)):
+            extra = {}
+            if name == "calibration" and isinstance(value, Tensor) and value.ndim == 2:
+                extra = {"num_samples": value.shape[0], "seq_len": value.shape[1]}
+            fields[name] = cls(**{key: value}, **extra)
+    if config is None:
+        return from_dict(PruneConfig, fields)
+    values = config if isinstance(config, dict) else {f.name: getattr(config, f.name)
+                                                      for f in dataclasses.fields(config)}
+    return from_dict(PruneConfig, {**values, **fields})
+
+
+def prune(model: str | nn.Module | None = None, config: PruneConfig | dict | None = None, *, tokenizer=None,
+          in_place: bool = False, progress: bool = True, **fields) -> PruneResult:
+    """Prune a model in one shot and say what it cost.
+
+    model: Hub id, local folder, ``.gguf`` file, packaged name, or a live ``nn.Module`` (give its ``tokenizer`` unless
+    calibration and evaluation are token ids). A live model is copied and stays untouched unless ``in_place``.
+    config and ``**fields``: the fields of :class:`PruneConfig`.
+    Returns a :class:`PruneResult`. Raises ConfigError for bad input before any work is done.
+    """
+    if config is None and isinstance(model, str):
+        fields.setdefault("model", model)
+    config = make_config(config, fields if not isinstance(model, str) else {**fields, "model": model})
+    if config.output:
+        checkpoint.check_output(config.output)
+    clock = Clock()
+    _seed(config.seed)
+    with clock("load"):
+        if isinstance(model, nn.Module):
+            live = model if in_place else copy.deepcopy(model)
+            live.eval()
+        else:
+            if config.model is None:
+                raise ConfigError("no model: give a Hub id, a local folder, a .gguf file or a live nn.Module")
+            live, tokenizer = checkpoint.load_model(config.model, config.dtype)
+    view = ModelView(live)
+    selected = select_weights(view, config.targets, config.ignore)
+    check_weights(view, selected, config)
+    with clock("calibration"):
+        data = calibration.load(config.calibration, tokenizer, encoder=view.is_encoder,
+                                vocab_size=live.get_input_embeddings().num_embeddings)
+    with clock("evaluation"):
+        texts = evaluate.windows_of(config.evaluation, tokenizer, view.is_encoder)
+        dense = evaluate.measure(live, texts, config.evaluation)
+    executor = Executor(view, device=pick_device(config.device), compute_dtype=pick_dtype(config.compute_dtype),
+                        batch_size=config.batch_size)
+    run = Run(config, view, executor, selected, data, clock)
+    with Progress(len(view.blocks), enabled=progress) as bar, ops.backend(config.backend):
+        if config.is_structured:
+            from pyprune.structured import prune_structured
+
+            live = prune_structured(run, bar)
+        else:
+            prune_blocks(run, bar)
+    with clock("evaluation"):
+        pruned = evaluate.measure(live, texts, config.evaluation)
+    result = PruneResult(live, tokenizer, config, build_report(run, live, dense, pruned))
+    if config.output:
+        with clock("write"):
+            result.save(config.output)
+    return result
+
+
+def _seed(seed: int) -> None:
+    random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def pick_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def pick_dtype(name: str) -> torch.dtype | None:
+    return None if name == "auto" else getattr(torch, name)
+
+
+def check_weights(view: ModelView, selected: list[list[WeightRef]], config: PruneConfig) -> None:
+    """Refuse a pattern that does not divide a width, and weights that are not finite, before any work."""
+    for i, (block, refs) in enumerate(zip(view.blocks, selected)):
+        for ref in refs:
+            weight = ref.view(block)
+            if config.nm and weight.shape[1] % config.nm[1]:
+                raise ConfigError(f"pattern {config.pattern} does not divide the {weight.shape[1]} inputs of "
+                                  f"{view.name(i, ref)}; choose another pattern or ignore that weight")
+            if not bool(torch.isfinite(weight).all()):
+                row, column = (~torch.isfinite(weight)).nonzero()[0].tolist()
+                raise ConfigError(f"{view.name(i, ref)} holds {weight[row, column].item()} at [{row}, {column}]; "
+                                  "the checkpoint is damaged or overflowed in its dtype")
+
+
+def make_probes(run: Run) -> list[Probe]:
+    """Calibration and held-out probes, as far as there are sequences for them."""
+    n = run.config.probe_samples
+    probes = []
+    for name, sequences in (("calibration", run.data.sequences[:n]), ("held_out", run.data.held_out[:n])):
+        if sequences:
+            student = run.executor.embed(sequences)
+            probes.append(Probe(name, student, student.like()))
+    return probes
+
+
+def needs_calibration(config: PruneConfig) -> bool:
+    return config.method != "magnitude" or config.reconstruct != "none"
+
+
+def prune_blocks(run: Run, bar: Progress) -> None:
+    """Unstructured and N:M pruning, block by block, in place on the run's model."""
+    config, executor, clock = run.config, run.executor, run.clock
+    with clock("forward"):
+        fit = executor.embed(run.data.sequences) if needs_calibration(config) else None
+        probes = make_probes(run)
+    last = len(run.view.blocks) - 1
+    for index, refs in enumerate(run.selected):
+        started = time.perf_counter()
+        with executor.compute(index) as module, torch.no_grad():
+            with clock("probe"):
+                for probe in probes:
+                    executor.run(index, module, probe.dense, probe.dense)
+                inputs = [observe(executor, index, module, refs, probe.student, lambda c, d: Inputs())
+                          for probe in probes] if refs else []
+            observer = None
+            if fit is not None and (refs or config.inputs == "dense"):
+                bar.update(block=index, phase="statistics")
+                with clock("forward"):
+                    observer = gather(run, index, module, refs, fit)
+            bar.update(block=index, phase="solve")
+            with clock("solve"):
+                prune_block(run, index, module, observer, inputs)
+            del observer, inputs
+            bar.update(block=index, phase="propagate")
+            with clock("forward"):
+                if fit is not None and config.inputs == "propagated" and index < last:
+                    executor.run(index, module, fit, fit)
+            with clock("probe"):
+                for probe in probes:
+                    executor.run(index, module, probe.student, probe.student)
+        errors = {probe.name: stream_error(probe) for probe in probes}
+        run.blocks.append({"block": index, "error": errors.get("calibration"), "error_held_out": errors.get("held_out"),
+                           "seconds": time.perf_counter() - started})
+        bar.update(block=index + 1, phase="done", error=errors.get("calibration"))
+
+
+def gather(run: Run, index: int, module: nn.Module, refs: list[WeightRef], fit: Activations) -> Observer:
+    """Statistics pass over one block; finite or a ConfigError that names weight, sequence and token."""
+    config = run.config
+    gram = needs_factor(config)
+    precision = "bfloat16" if run.executor.dtype == torch.bfloat16 else "float32"
+
+    def sink(columns: int, device: torch.device) -> Statistics:
+        return Statistics(columns, device, want_gram=gram, want_moments=config.method == "wanda" and not gram,
+                          precision=precision, clock=run.clock)
+
+    observer = observe(run.executor, index, module, refs, fit, sink, target=fit if config.inputs == "dense" else None)
+    if not all(s.finite() for s in observer.sinks.values()):
+        find_non_finite(run.executor, index, module, refs, fit, lambda ref: run.view.name(index, ref))
+    return observer
+
+
+def prune_block(run: Run, index: int, module: nn.Module, observer: Observer | None, inputs: list[Observer]) -> None:
+    """Solve every selected weight of a block; each input group is factored once. Writes block and compute copy."""
+    config, block = run.config, run.view.blocks[index]
+    groups: dict[str | None, list[WeightRef]] = {}
+    for ref in run.selected[index]:
+        groups.setdefault(observer.leader.get(ref.name) if observer else None, []).append(ref)
+    for leader, refs in groups.items():
+        statistics = observer.sinks[leader] if leader else None
+        group_config = config
+        if statistics is None and needs_calibration(config):
+            # an expert that no token reached has no statistics: magnitude is all there is, and it is said
+            group_config = dataclasses.replace(config, method="magnitude", reconstruct="none")
+            for ref in refs:
+                run.warn(f"{run.view.name(index, ref)} saw no calibration token: pruned by magnitude")
+        factor = None
+        if statistics is not None and needs_factor(group_config):
+            name = run.view.name(index, refs[0])
+            factor = inverse_factor(statistics.gram, statistics.count, config.damping, name)
+            if factor.damping != config.damping:
+                run.warn(f"{name}: damping raised to {factor.damping:g} for the factorisation to succeed")
+        for ref in refs:
+            weight = ref.view(block)
+            solved = solve(weight.to(run.executor.device), group_config, statistics, factor)
+            row = {"name": run.view.name(index, ref), "block": index, "shape": list(weight.shape),
+                   "damping": solved.damping}
+            for probe, key in zip(inputs, ("error", "error_held_out")):
+                if ref.name in probe.leader:
+                    row[key] = relative_error(probe.sinks[probe.leader[ref.name]].x,
+                                              weight.to(run.executor.device), solved.weight)
+            weight.copy_(solved.weight)
+            if module is not block:
+                ref.view(module).copy_(weight)
+            row["sparsity"] = 1 - torch.count_nonzero(weight).item() / weight.numel()
+            run.weights.append(row)
+
+
+def stream_error(probe: Probe) -> float:
+    """``‖f̄(x̄) − f(x)‖² / ‖f̄(x̄)‖²`` of a probe's block outputs, pruned stream against dense stream."""
+    lost = total = 0.0
+    for batch in probe.dense.batches():
+        dense = probe.dense.read(batch).float()
+        lost += (dense - probe.student.read(batch).float()).square().sum().item()
+        total += dense.square().sum().item()
+    return lost / total if total else 0.0
+
+
+def build_report(run: Run, model: nn.Module, dense: list[dict], pruned: list[dict]) -> dict:
+    """The run as one plain dict: what ``report.json`` holds."""
+    coverage = run.view.coverage(run.selected)
+    pruned_weights = sum(w["sparsity"] * w["shape"][0] * w["shape"][1] for w in run.weights)
+    targeted = sum(w["shape"][0] * w["shape"][1] for w in run.weights)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    if coverage["fraction"] < 1:
+        run.warn(f"{1 - coverage['fraction']:.1%} of the blocks' matrix weights were left dense: "
+                 + ", ".join(coverage["skipped"][:4]) + (" …" if len(coverage["skipped"]) > 4 else ""))
+    return {
+        "version": 1,
+        "config": _config_for_report(run.config),
+        "model": {"name": run.config.model or type(model).__name__, "architecture": type(model).__name__,
+                  "blocks": len(run.view.blocks), "parameters": sum(p.numel() for p in model.parameters()),
+                  "dtype": str(next(model.parameters()).dtype)[6:]},
+        "sparsity": pruned_weights / targeted if targeted else 0.0,
+        "coverage": coverage,
+        "evaluation": [{**d, "dense": d["perplexity"], "pruned": p["perplexity"]} for d, p in zip(dense, pruned)],
+        "weights": run.weights,
+        "blocks": run.blocks,
+        "seconds": run.clock.seconds,
+        "peak_memory_bytes": peak,
+        "peak_device_memory_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
+        "calibration": {"description": run.data.description, "fingerprint": run.data.fingerprint,
+                        "samples": len(run.data.sequences), "tokens": sum(map(len, run.data.sequences))},
+        "warnings": run.warnings,
+        "versions": versions(),
+        "machine": {"platform": platform.platform(), "threads": torch.get_num_threads(),
+                    "device": str(run.executor.device)},
+    }
+
+
+def _config_for_report(config: PruneConfig) -> dict:
+    """Configuration with in-memory sources named by kind, since a report must be plain data."""
+    plain = copy.copy(config)
+    plain.calibration, plain.evaluation = copy.copy(config.calibration), copy.copy(config.evaluation)
+    for section, key in ((plain.calibration, "source"), (plain.evaluation, "text")):
+        value = getattr(section, key)
+        if not (value is None or isinstance(value, str) or
+                isinstance(value, (list, tuple)) and key == "text" and all(isinstance(v, str) for v in value)):
+            setattr(section, key, f"<{type(value).__name__} in memory>")
+    return to_dict(plain)
+
+
+def versions() -> dict:
+    """Versions of what a result depends on."""
+    import importlib.metadata as metadata
+
+    found = {"python": platform.python_version()}
+    for package in ("pyprune", "torch", "transformers", "triton", "numpy"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found

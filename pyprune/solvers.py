@@ -1,0 +1,145 @@
+"""Masks and layer-wise reconstruction of one weight matrix: magnitude, Wanda, SparseGPT's OBS sweep, exact refit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyprune import ops
+from pyprune.config import ConfigError, PruneConfig
+from pyprune.statistics import Statistics
+
+DAMPING_TRIES = 4
+
+
+@dataclass
+class Factor:
+    """Upper Cholesky factor of the inverse Hessian of one input group."""
+
+    r: Tensor
+    """float32 ``[c, c]``, upper, ``RᵀR = H⁻¹``."""
+    dead: Tensor
+    """bool ``[c]``: columns whose input is always zero."""
+    damping: float
+    """λ that succeeded, relative to the mean diagonal."""
+
+
+@dataclass
+class Solved:
+    """A pruned matrix, its keep mask, and the damping used (None where no Hessian was needed)."""
+
+    weight: Tensor
+    mask: Tensor
+    damping: float | None = None
+
+
+def inverse_factor(gram: Tensor, count: Tensor | int, damping: float, name: str = "layer") -> Factor:
+    """``R`` with ``RᵀR = H⁻¹``, ``H = G/n + λ·mean(diag G/n)·I``, by one factorisation (METHODS section 3).
+
+    With J the index reversal and ``J H J = L Lᵀ``, ``R = J L⁻¹ J``. A failed factorisation raises λ tenfold, at most
+    to ``DAMPING_TRIES`` values, then ConfigError with the layer's name. Dead columns get ``H_jj = 1``.
+    """
+    h = gram / count
+    diagonal = h.diagonal()
+    dead = diagonal == 0
+    mean = diagonal.mean()
+    diagonal[dead] = 1
+    flipped = h.flip(0, 1)
+    for attempt in range(DAMPING_TRIES):
+        used = damping * 10**attempt
+        damped = flipped.clone()
+        damped.diagonal().add_(used * mean)
+        factor, info = torch.linalg.cholesky_ex(damped)
+        if int(info) == 0:
+            identity = torch.eye(len(h), device=h.device)
+            inverse = torch.linalg.solve_triangular(factor, identity, upper=False)
+            return Factor(inverse.flip(0, 1).contiguous(), dead, used)
+    raise ConfigError(f"the Hessian of {name} has no Cholesky factor with damping up to {used:g} of its mean diagonal; "
+                      "use more calibration tokens or a larger damping")
+
+
+def obs_prune(weight: Tensor, factor: Factor, *, sparsity: float | None = None, nm: tuple[int, int] | None = None,
+              mask: Tensor | None = None, column_block: int = 128) -> Tensor:
+    """SparseGPT's sweep over a whole matrix, in place; returns the keep mask (arXiv 2301.00774).
+
+    weight: float32 ``[out, in]``. Exactly one of ``sparsity`` (chosen per column block over all rows), ``nm``, ``mask``.
+    The part right of a column block is updated by one product.
+    """
+    rows, columns = weight.shape
+    keep = torch.empty(rows, columns, dtype=torch.bool, device=weight.device)
+    weight[:, factor.dead] = 0
+    if nm is not None:
+        column_block = max(nm[1], column_block // nm[1] * nm[1])
+    dropped = 0
+    for start in range(0, columns, column_block):
+        stop = min(start + column_block, columns)
+        block = weight[:, start:stop]
+        choice: dict = {"nm": nm} if nm else {}
+        if mask is not None:
+            choice = {"mask": mask[:, start:stop]}
+        elif sparsity is not None:
+            # the running total keeps the matrix's count exact whatever the blocks round to
+            k = min(round(sparsity * rows * stop) - dropped, block.numel())
+            dropped += k
+            choice = {"k": k}
+        kept, error, _ = ops.obs_sweep(block, factor.r[start:stop, start:stop].contiguous(), **choice)
+        keep[:, start:stop] = kept
+        if stop < columns:
+            weight[:, stop:].addmm_(error, factor.r[start:stop, stop:], alpha=-1)
+    return keep
+
+
+def score_mask(weight: Tensor, config: PruneConfig, statistics: Statistics | None) -> Tensor:
+    """Keep mask by magnitude (whole matrix) or Wanda (per output row), unstructured or N:M (METHODS section 2)."""
+    wanda = config.method == "wanda"
+    scale = statistics.norm if wanda else None
+    if config.nm:
+        return ops.nm_mask(weight, *config.nm, scale=scale)
+    size = weight.shape[1] if wanda else weight.numel()
+    return ops.select_mask(weight, round(config.sparsity * size), scale=scale, scope="row" if wanda else "matrix")
+
+
+def needs_factor(config: PruneConfig) -> bool:
+    return config.method == "sparsegpt" or config.reconstruct != "none"
+
+
+def solve(weight: Tensor, config: PruneConfig, statistics: Statistics | None, factor: Factor | None) -> Solved:
+    """Prune one matrix ``[out, in]`` as the configuration says; the input tensor is left alone."""
+    original = weight.float().contiguous()
+    if config.method == "sparsegpt":
+        updated = original.clone()
+        mask = obs_prune(updated, factor, sparsity=None if config.nm else config.sparsity, nm=config.nm,
+                         column_block=config.column_block)
+        if config.reconstruct == "none":
+            updated = original.masked_fill(~mask, 0)
+        return Solved(updated, mask, factor.damping)
+    mask = score_mask(original, config, statistics)
+    if config.reconstruct == "none":
+        return Solved(original.masked_fill(~mask, 0), mask)
+    updated = original.clone()
+    obs_prune(updated, factor, mask=mask, column_block=config.column_block)
+    return Solved(updated, mask, factor.damping)
+
+
+def exact_refit(weight: Tensor, mask: Tensor, gram: Tensor, count: int, damping: float) -> Tensor:
+    """Best weights on a fixed mask: per row ``w_S = H_SS⁻¹ (H w)_S`` with the H of :func:`inverse_factor`.
+
+    weight float32 ``[out, in]``, mask bool; returns float32 ``[out, in]`` with exact zeros off the mask. Rows become one
+    batch of systems in which dropped coordinates are replaced by the identity.
+    """
+    h = gram / count
+    h.diagonal().add_(damping * h.diagonal().mean())
+    target = (weight @ h).masked_fill(~mask, 0)
+    out = torch.empty_like(weight)
+    step = max(1, 2**26 // h.numel())
+    for rows in torch.arange(len(weight)).split(step):
+        keep = mask[rows]
+        system = h * (keep[:, :, None] & keep[:, None, :])
+        system.diagonal(dim1=1, dim2=2).add_((~keep).to(h.dtype))
+        solution, info = ops.cholesky_solve(system, target[rows, :, None])
+        if int(info.max()):
+            raise ConfigError(f"the refit of row {int(rows[info.argmax()])} is singular; use a larger damping")
+        out[rows] = solution[:, :, 0].masked_fill(~keep, 0)
+    return out

@@ -1,0 +1,222 @@
+"""Streaming statistics of the inputs of a block's linear layers.
+
+Layers that read the same tensor (q/k/v, gate/up) share one accumulator: the group is discovered from the identity of
+the input in the forward pass. Every accumulator carries its own token count and accumulates in float32 or better.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from pyprune import ops
+from pyprune.config import ConfigError
+from pyprune.model import WeightRef, _Stop
+from pyprune.stream import Activations, Executor
+
+
+@dataclass
+class Statistics:
+    """What is known of one group's input ``X [tokens, c]``: Gram matrix and/or column moments."""
+
+    columns: int
+    device: torch.device
+    want_gram: bool = True
+    want_moments: bool = False
+    precision: str = "float32"
+    clock: Callable = contextlib.nullcontext
+    """Charges the updates to a phase of their own."""
+    gram: Tensor | None = None
+    """float32 ``[c, c]``, ``XᵀX``."""
+    sums: Tensor | None = None
+    """float32 ``[c]``, ``Σx``."""
+    count: Tensor = field(init=False)
+    """int64 scalar: tokens seen."""
+    mean: Tensor | None = None
+    m2: Tensor | None = None
+    """Centred sum of squares, float64 ``[c]``, merged by Chan's formula."""
+
+    def __post_init__(self):
+        self.count = torch.zeros((), dtype=torch.int64, device=self.device)
+        if self.want_gram:
+            self.gram = torch.zeros(self.columns, self.columns, device=self.device)
+            self.sums = torch.zeros(self.columns, device=self.device)
+        if self.want_moments:
+            self.mean = torch.zeros(self.columns, dtype=torch.float64, device=self.device)
+            self.m2 = torch.zeros(self.columns, dtype=torch.float64, device=self.device)
+
+    def update(self, x: Tensor) -> None:
+        """Add tokens ``x [tokens, c]``."""
+        with self.clock("statistics"):
+            self._update(x)
+
+    def _update(self, x: Tensor) -> None:
+        if self.want_moments:
+            count, mean, m2 = ops.column_moments(x)
+            total = (self.count + count).clamp(min=1).double()
+            delta = mean.double() - self.mean
+            self.m2 += m2.double() + delta.square() * (self.count * count / total)
+            self.mean += delta * (count / total)
+        if self.want_gram:
+            ops.gram_update(self.gram, x, sums=self.sums, count=self.count, precision=self.precision)
+        else:
+            self.count += x.shape[0]
+
+    @property
+    def norm(self) -> Tensor:
+        """``‖X_·j‖₂`` per column, float32 ``[c]`` (Wanda's scale)."""
+        if self.want_moments:
+            return (self.m2 + self.count * self.mean.square()).sqrt().float()
+        return self.gram.diagonal().clamp(min=0).sqrt()
+
+    @property
+    def tokens(self) -> int:
+        return int(self.count)
+
+    def finite(self) -> bool:
+        values = self.m2 if self.gram is None else self.gram.diagonal()
+        return bool(torch.isfinite(values).all())
+
+
+class Inputs:
+    """Keeps a group's inputs themselves: for measuring errors on a few probe sequences."""
+
+    def __init__(self):
+        self.chunks: list[Tensor] = []
+
+    def update(self, x: Tensor) -> None:
+        self.chunks.append(x)
+
+    @property
+    def x(self) -> Tensor:
+        return torch.cat(self.chunks)
+
+
+class Observer:
+    """Feeds the inputs of a block's weights to one sink a group while the block runs."""
+
+    def __init__(self, module: nn.Module, refs: list[WeightRef], sink: Callable[[int, torch.device], object]):
+        self.sinks: dict[str, object] = {}
+        self.leader: dict[str, str] = {}
+        self.last: str | None = None
+        self._order: list[str] = []
+        self._recent: list[tuple[str, Tensor]] = []
+        self._make = sink
+        self._handles = []
+        modules = dict(module.named_modules())
+        self._experts: dict[int, tuple[Tensor, dict[int, str]]] = {}
+        for ref in refs:
+            if ref.expert is None:
+                hook = _hook(self, ref.name)
+                self._handles.append(modules[ref.module_path].register_forward_pre_hook(hook, with_kwargs=True))
+            else:
+                parameter = ref.parameter(module)
+                self._experts.setdefault(parameter.data_ptr(), (parameter, {}))[1][ref.expert] = ref.name
+
+    def see(self, name: str, x: Tensor) -> None:
+        if name not in self.leader:
+            same = [leader for leader, seen in self._recent if seen is x]
+            self.leader[name] = same[0] if same else name
+            if not same:
+                self.sinks[name] = self._make(x.shape[-1], x.device)
+        if self.leader[name] == name:
+            self._recent.append((name, x))
+            self.sinks[name].update(x.reshape(-1, x.shape[-1]))
+        self._order.append(name)
+        if name == self.last:
+            raise _Stop
+
+    def run(self, forward: Callable[[], Tensor], stop_early: bool) -> Tensor | None:
+        """One forward pass under observation; with ``stop_early`` it ends before the last observed product (from the
+        second pass on, when the order is known) and returns None."""
+        self._recent, self._order = [], []
+        if not stop_early:
+            self.last = None
+        try:
+            with _ExpertMode(self) if self._experts else torch.no_grad():
+                out = forward()
+        except _Stop:
+            return None
+        if stop_early and not self._experts and self._order:
+            self.last = self._order[-1]
+        return out
+
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+def _hook(observer: Observer, name: str):
+    def hook(module, args, kwargs):
+        observer.see(name, args[0] if args else kwargs["input"])
+    return hook
+
+
+class _ExpertMode(TorchFunctionMode):
+    """Sees ``F.linear(x, experts[e])``: the weight is a slice of a 3-D parameter, so its address tells the expert."""
+
+    def __init__(self, observer: Observer):
+        super().__init__()
+        self.observer = observer
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is nn.functional.linear:
+            x, weight = args[0], args[1] if len(args) > 1 else kwargs["weight"]
+            for start, (parameter, names) in self.observer._experts.items():
+                stride = parameter.stride(0) * parameter.element_size()
+                expert, rest = divmod(weight.data_ptr() - start, stride)
+                if rest == 0 and expert in names and weight.shape == parameter.shape[1:]:
+                    self.observer.see(names[expert], x)
+        return func(*args, **(kwargs or {}))
+
+
+def observe(executor: Executor, index: int, module: nn.Module, refs: list[WeightRef], activations: Activations,
+            sink: Callable[[int, torch.device], object], target: Activations | None = None) -> Observer:
+    """Run a block over ``activations`` and return the observer with one filled sink a group.
+
+    The pass ends before the block's last projection unless ``target`` wants the outputs.
+    """
+    observer = Observer(module, refs, sink)
+    try:
+        for batch in activations.batches(executor.batch_size):
+            hidden = activations.read(batch)
+            out = observer.run(lambda: executor.forward(index, module, hidden), stop_early=target is None)
+            if target is not None:
+                target.write(batch, out)
+    finally:
+        observer.close()
+    return observer
+
+
+def find_non_finite(executor: Executor, index: int, module: nn.Module, refs: list[WeightRef], activations: Activations,
+                    where: Callable[[WeightRef], str]) -> None:
+    """Raise ConfigError naming the first weight whose input holds NaN or infinity, with sequence and token."""
+    by_name = {ref.name: ref for ref in refs}
+    for batch in activations.batches(1):
+        observer = Observer(module, refs, lambda columns, device: Inputs())
+        try:
+            observer.run(lambda: executor.forward(index, module, activations.read(batch)), stop_early=False)
+        finally:
+            observer.close()
+        for name, sink in observer.sinks.items():
+            bad = (~torch.isfinite(sink.x)).nonzero()
+            if len(bad):
+                token, column = bad[0].tolist()
+                sequence = activations.rows[batch.length][batch.start]
+                raise ConfigError(f"input of {where(by_name[name])} is {sink.x[token, column].item()} at calibration "
+                                  f"sequence {sequence}, token {token}, column {column}; the statistics would be "
+                                  "meaningless: check the checkpoint, or load it in a wider dtype")
+
+
+def relative_error(x: Tensor, weight: Tensor, pruned: Tensor) -> float:
+    """``‖X Wᵀ − X W'ᵀ‖² / ‖X Wᵀ‖²`` (METHODS section 6) for inputs ``[tokens, c]`` and weights ``[out, c]``."""
+    x = x.float()
+    total = (x @ weight.float().T).square().sum().item()
+    lost = (x @ (weight.float() - pruned.float()).T).square().sum().item()
+    return lost / total if total > 0 else (0.0 if lost == 0 else math.inf)
