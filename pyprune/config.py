@@ -64,7 +64,7 @@ class Calibration:
     subset: str | None = None
     """Configuration name of a Hub data set."""
     text_column: str | None = None
-    """Column that holds the text; None finds it."""
+    """Column that holds the text (several: comma-separated); None finds it."""
     self_generated: int = 0
     """Sequences sampled from the dense model itself and added to the corpus samples (paper R)."""
     self_generated_path: str | None = None
@@ -77,7 +77,7 @@ class Calibration:
     """Sequences set aside from the same source to measure generalisation; never used to fit anything."""
 
     def __post_init__(self):
-        if self.source is not None and self.num_samples == 0 and not self.self_generated:
+        if self.num_samples == 0 and not self.self_generated:
             raise ConfigError("num_samples is 0 and self_generated is 0: there is nothing to calibrate on")
         _positive(self, "num_samples", "self_generated", "held_out", minimum=0)
         _positive(self, "seq_len", minimum=2)
@@ -97,6 +97,8 @@ class Evaluation:
     dtype: str = "auto"
     """Type of the forward passes; ``auto`` is the model's own on a GPU, bfloat16 on a CPU that has it."""
     batch_size: int = 1
+    bos: bool = True
+    """Start every window with the tokenizer's BOS if it starts texts with one; False is the papers' convention."""
     split: str = "test"
     subset: str | None = None
     text_column: str | None = None
