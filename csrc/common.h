@@ -7,8 +7,14 @@
 
 #ifdef __CUDACC__
 #define PYPRUNE_HD static __host__ __device__ __forceinline__
+#define PYPRUNE_UNROLL _Pragma("unroll")
 #else
 #define PYPRUNE_HD static inline
+#ifdef PYPRUNE_SIM
+#define PYPRUNE_UNROLL
+#else
+#define PYPRUNE_UNROLL _Pragma("GCC unroll 16")
+#endif
 #endif
 
 namespace pyprune {
@@ -65,10 +71,10 @@ PYPRUNE_HD uint32_t score_key(float w, float scale) { return float_bits(w * scal
 template <int M>
 PYPRUNE_HD uint32_t keep_largest(const uint32_t (&key)[M], int m, int n) {
     uint32_t kept = 0;
-#pragma GCC unroll 16
+    PYPRUNE_UNROLL
     for (int i = 0; i < M; ++i) {
         int rank = 0;
-#pragma GCC unroll 16
+        PYPRUNE_UNROLL
         for (int j = 0; j < M; ++j) rank += int(j < m) & int(j < i ? key[j] <= key[i] : key[j] < key[i]);
         kept |= uint32_t(i < m && rank >= m - n) << i;
     }

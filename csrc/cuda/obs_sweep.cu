@@ -1,0 +1,246 @@
+// OBS sweep of one column block (SparseGPT, arXiv 2301.00774, algorithm 1), one launch.
+//
+//     e_j = (w_j − keep_j·w_j) / r_jj,   w_k −= e_j·r_jk for k > j,   for columns j from left to right
+//
+// FLOPs: rows·b²; bytes: 13 a weight and the factor once per thread block. Rows are independent, columns are a chain of
+// b dependent steps, so the time of few rows is latency: shuffle + multiply + add a column.
+//
+// obs_sweep_kernel: a row is 4 lanes with 32 columns each in registers, all 128 steps unrolled so that every register
+// index is a constant. Lane q holds columns 16c + 4q … 16c + 4q + 3 of chunk c = 0 … 7: global loads are 16 bytes, a
+// 2:4 group lies within a lane, the factor is read from shared memory in its natural order, and finished chunks cost
+// nothing. A weight that is dropped leaves its register to its error: one of the two is always zero.
+// The factor is packed by chunks (row j starts at column 16·(j / 16)): 36 KB, several blocks a multiprocessor everywhere.
+//
+// obs_sweep_any_kernel: any N:M; a warp a row, 4 columns a lane, a loop of b steps.
+#include "cuda/device.cuh"
+#include "cuda/ops.h"
+
+namespace pyprune::cuda {
+
+// ---- traits --------------------------------------------------------------------------------------------------------
+
+constexpr int COLUMNS = SWEEP_COLUMNS, CHUNK = 16, CHUNKS = COLUMNS / CHUNK;
+constexpr int LANES = 4, HELD = COLUMNS / LANES;  // lanes a row, columns a lane
+constexpr int THREADS = 128, ROWS = THREADS / LANES, ROWS_ANY = THREADS / WARP;
+
+// First float of factor row j in shared memory.
+__host__ __device__ constexpr int packed_row(int j) {
+    const int c = j / CHUNK;
+    return CHUNK * (COLUMNS * c - CHUNK * c * (c - 1) / 2) + j % CHUNK * (COLUMNS - CHUNK * c);
+}
+constexpr int FACTOR = packed_row(COLUMNS);
+constexpr size_t SHARED = (FACTOR + COLUMNS) * sizeof(float);
+constexpr size_t SHARED_ANY = SHARED + ROWS_ANY * COLUMNS * sizeof(uint32_t);
+static_assert(FACTOR == 9216 && SHARED_ANY <= 48 << 10, "the default shared memory of every architecture");
+
+struct Sweep {
+    float* w;
+    const float* r;
+    const uint8_t* mask;
+    uint8_t* keep;
+    float *error, *loss;
+    int64_t w_stride, r_stride;
+    int rows, columns, n, m;
+    bool whole_w, whole_out;  // 16-byte accesses to w; to error, and 4-byte ones to the masks
+};
+
+// ---- kernels -------------------------------------------------------------------------------------------------------
+
+// The strict upper triangle, zero elsewhere (a zero leaves finished columns alone), and the diagonal's reciprocals.
+__device__ __forceinline__ void load_factor(float* factor, float* inverse, const Sweep& a) {
+    const int lane = threadIdx.x % WARP;
+    for (int j = threadIdx.x / WARP; j < COLUMNS; j += THREADS / WARP) {
+        const int first = j / CHUNK * CHUNK;
+        for (int k = first + lane; k < COLUMNS; k += WARP)
+            factor[packed_row(j) + k - first] = k > j && k < a.columns ? a.r[j * a.r_stride + k] : 0.f;
+    }
+    const int j = threadIdx.x;
+    inverse[j] = j < a.columns ? 1.f / a.r[j * a.r_stride + j] : 1.f;
+}
+
+// Keep bits of the M columns from j on, chosen by |w|/r_jj by the lanes that hold them. M is 4 or 8.
+template <int M>
+__device__ __forceinline__ uint32_t choose(uint32_t keep, const float (&x)[HELD], const float* inverse, int j, int n,
+                                           int lane) {
+    const int c = j / CHUNK, first = c * LANES;
+    uint32_t key[M];
+    uint32_t mine[4];
+    PYPRUNE_UNROLL
+    for (int t = 0; t < 4; ++t) mine[t] = score_key(x[first + t], inverse[c * CHUNK + lane * 4 + t]);
+    const int place = M == 4 ? 0 : lane % 2 * 4;  // of my columns in the group
+    PYPRUNE_UNROLL
+    for (int t = 0; t < 4; ++t) {
+        if (M == 4) {
+            key[t] = mine[t];
+        } else {
+            const uint32_t other = __shfl_xor_sync(FULL, mine[t], 1, LANES);
+            key[t % M] = place ? other : mine[t];
+            key[(t + 4) % M] = place ? mine[t] : other;
+        }
+    }
+    const uint32_t chosen = keep_largest<M>(key, M, n) >> place & 15u;
+    return lane / (M / 4) == j % CHUNK / M ? (keep & ~(15u << first)) | chosen << first : keep;
+}
+
+// M = 0: the mask is given. M = 4, 8: the n of every M largest are kept, chosen when the sweep reaches the group.
+template <int M>
+__global__ void __launch_bounds__(THREADS) obs_sweep_kernel(const Sweep a) {
+    PYPRUNE_SHARED(float, factor);
+    float* inverse = factor + FACTOR;
+    const int lane = threadIdx.x % LANES;
+    const int64_t row = int64_t(blockIdx.x) * ROWS + threadIdx.x / LANES;
+    const int width = row < a.rows ? a.columns : 0;  // a row past the end holds zeros and stores nothing
+
+    float x[HELD];
+    uint32_t keep = FULL;  // bit i: the column in x[i] is kept
+    PYPRUNE_UNROLL
+    for (int c = 0; c < CHUNKS; ++c) {
+        const int column = c * CHUNK + lane * 4;
+        float v[4];
+        load(v, a.w + row * a.w_stride + column, width - column, a.whole_w);
+        PYPRUNE_UNROLL
+        for (int t = 0; t < 4; ++t) x[c * 4 + t] = v[t];
+        if (M == 0) {
+            uint8_t bits[4];
+            load(bits, a.mask + row * a.columns + column, width - column, a.whole_out);
+            PYPRUNE_UNROLL
+            for (int t = 0; t < 4; ++t)
+                if (bits[t] == 0 && column + t < width) keep &= ~(1u << (c * 4 + t));
+        }
+    }
+    load_factor(factor, inverse, a);
+    __syncthreads();
+
+    PYPRUNE_UNROLL
+    for (int c = 0; c < CHUNKS; ++c) {
+        if (c * CHUNK >= a.columns) break;
+        PYPRUNE_UNROLL
+        for (int u = 0; u < CHUNK; ++u) {
+            const int j = c * CHUNK + u, i = c * 4 + u % 4, owner = u / 4;
+            if constexpr (M > 0)
+                if (j % M == 0) keep = choose<M>(keep, x, inverse, j, a.n, lane);
+            const bool dropped = (keep >> i & 1) == 0;
+            float e = dropped ? x[i] * inverse[j] : 0.f;
+            if (lane == owner && dropped) x[i] = e;
+            e = __shfl_sync(FULL, e, owner, LANES);
+            const float4* r = reinterpret_cast<const float4*>(factor + packed_row(j)) + lane;
+            PYPRUNE_UNROLL
+            for (int d = c; d < CHUNKS; ++d) {
+                const float4 v = r[(d - c) * LANES];
+                x[d * 4 + 0] -= e * v.x;
+                x[d * 4 + 1] -= e * v.y;
+                x[d * 4 + 2] -= e * v.z;
+                x[d * 4 + 3] -= e * v.w;
+            }
+        }
+    }
+
+    float loss = 0.f;
+    PYPRUNE_UNROLL
+    for (int c = 0; c < CHUNKS; ++c) {
+        const int column = c * CHUNK + lane * 4;
+        float w[4], error[4];
+        uint8_t bits[4];
+        PYPRUNE_UNROLL
+        for (int t = 0; t < 4; ++t) {
+            bits[t] = keep >> (c * 4 + t) & 1;
+            w[t] = bits[t] ? x[c * 4 + t] : 0.f;
+            error[t] = bits[t] ? 0.f : x[c * 4 + t];
+            loss += error[t] * error[t];
+        }
+        store(a.w + row * a.w_stride + column, w, width - column, a.whole_w);
+        store(a.error + row * a.columns + column, error, width - column, a.whole_out);
+        store(a.keep + row * a.columns + column, bits, width - column, a.whole_out);
+    }
+    loss += __shfl_xor_sync(FULL, loss, 1, LANES);
+    loss += __shfl_xor_sync(FULL, loss, 2, LANES);
+    if (lane == 0 && row < a.rows) a.loss[row] = loss;
+}
+
+__global__ void __launch_bounds__(THREADS) obs_sweep_any_kernel(const Sweep a) {
+    PYPRUNE_SHARED(float, factor);
+    float* inverse = factor + FACTOR;
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    uint32_t* keys = reinterpret_cast<uint32_t*>(inverse + COLUMNS) + warp * COLUMNS;
+    const int64_t row = int64_t(blockIdx.x) * ROWS_ANY + warp;
+    const int width = row < a.rows ? a.columns : 0;
+    constexpr int PARTS = COLUMNS / WARP;  // lane l holds columns l, l + 32, …
+
+    float x[PARTS];
+    uint32_t keep = FULL;
+    PYPRUNE_UNROLL
+    for (int p = 0; p < PARTS; ++p) {
+        const int column = p * WARP + lane;
+        x[p] = column < width ? a.w[row * a.w_stride + column] : 0.f;
+    }
+    load_factor(factor, inverse, a);
+    __syncthreads();
+
+    PYPRUNE_UNROLL
+    for (int i = 0; i < PARTS; ++i)
+        for (int owner = 0; owner < WARP && i * WARP + owner < a.columns; ++owner) {
+            const int j = i * WARP + owner;
+            if (j % a.m == 0) {
+                PYPRUNE_UNROLL
+                for (int p = 0; p < PARTS; ++p)
+                    keys[p * WARP + lane] = score_key(x[p], inverse[p * WARP + lane]);
+                __syncwarp();
+                PYPRUNE_UNROLL
+                for (int p = 0; p < PARTS; ++p) {
+                    const int k = p * WARP + lane;
+                    if (k < j || k >= j + a.m) continue;
+                    int rank = 0;
+                    for (int o = j; o < j + a.m; ++o) rank += o < k ? keys[o] <= keys[k] : keys[o] < keys[k];
+                    if (rank < a.m - a.n) keep &= ~(1u << p);
+                }
+                __syncwarp();
+            }
+            const bool dropped = (keep >> i & 1) == 0;
+            float e = dropped ? x[i] * inverse[j] : 0.f;
+            if (lane == owner && dropped) x[i] = e;
+            e = __shfl_sync(FULL, e, owner, WARP);
+            const float* r = factor + packed_row(j) - j / CHUNK * CHUNK;
+            PYPRUNE_UNROLL
+            for (int p = i; p < PARTS; ++p)
+                if (p * WARP + lane > j) x[p] -= e * r[p * WARP + lane];
+        }
+
+    float loss = 0.f;
+    PYPRUNE_UNROLL
+    for (int p = 0; p < PARTS; ++p) {
+        const int column = p * WARP + lane;
+        const bool kept = keep >> p & 1;
+        const float error = kept ? 0.f : x[p];
+        loss += error * error;
+        if (column >= width) continue;
+        a.w[row * a.w_stride + column] = kept ? x[p] : 0.f;
+        a.error[row * a.columns + column] = error;
+        a.keep[row * a.columns + column] = kept;
+    }
+    PYPRUNE_UNROLL
+    for (int d = 1; d < WARP; d *= 2) loss += __shfl_xor_sync(FULL, loss, d, WARP);
+    if (lane == 0 && row < a.rows) a.loss[row] = loss;
+}
+
+// ---- dispatch ------------------------------------------------------------------------------------------------------
+
+void obs_sweep(float* w, int64_t rows, int64_t columns, int64_t w_stride, const float* r, int64_t r_stride,
+               const uint8_t* mask, int64_t n, int64_t m, uint8_t* keep, float* error, float* loss, void* stream) {
+    if (rows == 0 || columns == 0) return;
+    const Launcher launch{"obs_sweep", {{"rows", rows}, {"columns", columns}, {"N", n}, {"M", m}},
+                          static_cast<cudaStream_t>(stream)};
+    if (columns > COLUMNS || rows > 0x7fffffff)
+        launch.refuse("a launch takes at most 128 columns and 2^31 - 1 rows");
+    if (mask == nullptr && (m < 1 || columns % m != 0))
+        launch.refuse("without a mask, M must divide the columns");
+    const bool whole_out = columns % 4 == 0 && aligned(error, 0, 16) && aligned(keep, 0, 4) && aligned(mask, 0, 4);
+    const Sweep a{w, r, mask, keep, error, loss, w_stride, r_stride, int(rows), int(columns), int(n), int(m),
+                  aligned(w, w_stride * int64_t(sizeof(float)), 16), whole_out};
+    const int64_t blocks = (rows + ROWS - 1) / ROWS;
+    if (mask != nullptr) return launch(obs_sweep_kernel<0>, blocks, THREADS, SHARED, a);
+    if (m == 4) return launch(obs_sweep_kernel<4>, blocks, THREADS, SHARED, a);
+    if (m == 8) return launch(obs_sweep_kernel<8>, blocks, THREADS, SHARED, a);
+    launch(obs_sweep_any_kernel, (rows + ROWS_ANY - 1) / ROWS_ANY, THREADS, SHARED_ANY, a);
+}
+
+}  // namespace pyprune::cuda

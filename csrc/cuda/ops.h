@@ -1,0 +1,47 @@
+// Host functions of the CUDA ops: device pointers, sizes, strides in elements, and a stream. They enqueue and return;
+// nothing here synchronises. A refused argument is std::invalid_argument, a failed launch std::runtime_error.
+// The contracts are those of pyprune/ops.py; pyprune/native.py allocates and is the only caller.
+#pragma once
+
+#include <cstdint>
+
+namespace pyprune::cuda {
+
+// Makes the device current for the calling thread; every call below launches there.
+void use_device(int device);
+
+constexpr int SWEEP_COLUMNS = 128;  // columns of one sweep launch; wider column blocks are swept in such pieces
+
+// Mask [rows, columns] given (may be `keep` itself), or null: then the n largest of every m are kept.
+void obs_sweep(float* w, int64_t rows, int64_t columns, int64_t w_stride, const float* r, int64_t r_stride,
+               const uint8_t* mask, int64_t n, int64_t m, uint8_t* keep, float* error, float* loss, void* stream);
+
+// A NaN score leaves its row (scope row, N:M group) or matrix as it was, all kept, and sets *fault to the op's code.
+// The fault word lives in pinned host memory, so that reading it later needs no synchronisation.
+constexpr int FAULT_SELECT_MASK = 1, FAULT_NM_MASK = 2;
+
+// Drops exactly the k lowest |w|·scale of every row, ties from the left.
+void select_rows(void* w, int dtype, int64_t rows, int64_t columns, int64_t w_stride, const float* scale, int64_t k,
+                 bool apply, uint8_t* keep, int* fault, void* stream);
+
+// The same over the whole matrix in row-major order. `workspace` holds SELECT_WORKSPACE 32-bit words.
+constexpr int64_t SELECT_WORKSPACE = 2048 + 8 + 1024;
+void select_matrix(void* w, int dtype, int64_t rows, int64_t columns, int64_t w_stride, const float* scale, int64_t k,
+                   bool apply, uint8_t* keep, int* fault, void* workspace, void* stream);
+
+// Keeps the n largest |w|·scale of every m ≤ 16 consecutive columns.
+void nm_mask(void* w, int dtype, int64_t rows, int64_t columns, int64_t w_stride, const float* scale, int64_t n,
+             int64_t m, bool apply, uint8_t* keep, int* fault, void* stream);
+
+// 2:4 matrix of 16-bit elements [rows, columns] to values [rows, columns / 2] and reordered metadata, and back.
+void compress_24(const void* w, int64_t rows, int64_t columns, int64_t w_stride, void* values, void* meta, void* stream);
+void expand_24(const void* values, const void* meta, int64_t rows, int64_t columns, void* w, void* stream);
+
+// Lower factors [batch, n, n] of a + damping·I (damping may be null); info as LAPACK's.
+void cholesky(const float* a, const float* damping, int64_t batch, int64_t n, float* factor, int* info, void* stream);
+
+// X of L Lᵀ X = B for contiguous B, X [batch, n, k]; NaN where info ≠ 0.
+void cholesky_solve(const float* factor, const int* info, const float* b, int64_t batch, int64_t n, int64_t k, float* x,
+                    void* stream);
+
+}  // namespace pyprune::cuda

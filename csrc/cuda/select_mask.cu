@@ -1,0 +1,329 @@
+// Exact selection of the k lowest scores |w|·scale, per row or over a matrix, without a sort: radix selection from the
+// top, 11 + 10 + 10 bits of the 31-bit key. Counts are integers, so the result does not depend on the order of atomics.
+//
+// Bytes: a row is read from DRAM once and three times from cache, the mask and (apply) the dropped weights written.
+// Ties: after three digits the threshold key is known, with the number of equal keys and how many of them go. Only
+// when not all of them go are they numbered, in row-major order, by prefix sums.
+//
+// Rows: one thread block a row, one launch. Matrix: one launch a digit (the last block to finish reads the counts), one
+// that counts equal keys per block, one that writes; all blocks cover contiguous pieces in row-major order.
+#include "cuda/device.cuh"
+#include "cuda/ops.h"
+
+namespace pyprune::cuda {
+
+// ---- traits --------------------------------------------------------------------------------------------------------
+
+constexpr int THREADS = 256, BINS = 2048, PASSES = 3, MAX_BLOCKS = 1024;
+
+__host__ __device__ constexpr int digit_shift(int pass) { return pass == 0 ? 20 : pass == 1 ? 10 : 0; }
+__host__ __device__ constexpr int digit_bins(int pass) { return pass == 0 ? BINS : 1024; }
+
+// The state of a search: keys above `prefix`'s digits are still candidates, of which the `need` lowest go.
+struct Search {
+    uint32_t prefix, need, equal, nan;
+};
+
+struct MatrixState {  // the workspace, zeroed before the first pass
+    uint32_t histogram[BINS];
+    Search search;
+    uint32_t tickets, unused[3];
+    uint32_t ties[MAX_BLOCKS];
+};
+static_assert(sizeof(MatrixState) == SELECT_WORKSPACE * sizeof(uint32_t), "the workspace native.py allocates");
+
+struct Scratch {  // shared memory
+    uint32_t histogram[BINS];
+    uint32_t sums[THREADS / WARP];
+    uint32_t last;
+    Search search;
+};
+
+template <class T>
+struct Select {
+    static constexpr int VECTOR = 16 / sizeof(T);  // elements of one 16-byte access
+    T* w;
+    const float* scale;
+    uint8_t* keep;
+    int* fault;
+    int64_t stride;
+    uint32_t rows, columns, vectors, k;  // vectors: accesses a row
+    bool apply, whole;
+};
+
+// ---- pieces --------------------------------------------------------------------------------------------------------
+
+// Keys of the vector starting at `column` of a row; returns how many are inside.
+template <class T>
+__device__ __forceinline__ int load_keys(uint32_t (&key)[Select<T>::VECTOR], const Select<T>& a, int64_t row,
+                                         uint32_t column) {
+    constexpr int V = Select<T>::VECTOR;
+    const int count = int(a.columns - column);
+    T w[V];
+    float scale[V];
+    load(w, a.w + row * a.stride + column, count, a.whole);
+    if (a.scale != nullptr) {
+        PYPRUNE_UNROLL
+        for (int i = 0; i < V; i += 4) {
+            float quad[4];
+            load(quad, a.scale + column + i, count - i, a.whole);
+            PYPRUNE_UNROLL
+            for (int t = 0; t < 4; ++t) scale[i + t] = quad[t];
+        }
+    }
+    PYPRUNE_UNROLL
+    for (int i = 0; i < V; ++i) key[i] = score_key(to_float(w[i]), a.scale != nullptr ? scale[i] : 1.f);
+    return count < V ? count : V;
+}
+
+__device__ __forceinline__ void clear(Scratch* s) {
+    for (int i = threadIdx.x; i < BINS; i += THREADS) s->histogram[i] = 0;
+}
+
+// Counts the digit of one key if its higher digits agree with the search.
+__device__ __forceinline__ void count_key(Scratch* s, int pass, uint32_t prefix, uint32_t key) {
+    if (pass > 0 && key >> digit_shift(pass - 1) != prefix) return;
+    atomicAdd(&s->histogram[key >> digit_shift(pass) & (digit_bins(pass) - 1)], 1u);
+    if (key > INFINITE_KEY) atomicOr(&s->search.nan, 1u);
+}
+
+// From counts (in shared memory, complete) to the next digit; s->search moves on. All threads call it.
+__device__ __forceinline__ void next_digit(Scratch* s, int pass) {
+    const int bins = digit_bins(pass), mine = bins / THREADS, first = threadIdx.x * mine;
+    uint32_t sum = 0, total;
+    for (int i = 0; i < mine; ++i) sum += s->histogram[first + i];
+    const uint32_t need = s->search.need;
+    uint32_t below = block_prefix(sum, s->sums, &total);  // its barriers separate the read of need from the write
+    const bool here = need == 0 ? threadIdx.x == 0 : below < need && need <= below + sum;
+    if (here) {
+        int bin = first;
+        for (; bin < first + mine - 1 && below + s->histogram[bin] < need; ++bin) below += s->histogram[bin];
+        s->search.prefix = pass == 0 ? bin : s->search.prefix << 10 | bin;
+        s->search.need = need - below;
+        s->search.equal = s->histogram[bin];
+    }
+    __syncthreads();
+}
+
+// Writes one vector: `ties_before` equal keys precede it in row-major order.
+template <class T>
+__device__ __forceinline__ void write_vector(const Select<T>& a, const Search& found, int64_t row, uint32_t column,
+                                             const uint32_t (&key)[Select<T>::VECTOR], uint32_t ties_before) {
+    constexpr int V = Select<T>::VECTOR;
+    const int count = int(a.columns - column);
+    const bool all_ties = found.need == found.equal;
+    uint8_t kept[V];
+    T w[V];
+    if (a.apply) load(w, a.w + row * a.stride + column, count, a.whole);
+    PYPRUNE_UNROLL
+    for (int i = 0; i < V; ++i) {
+        const bool tie = key[i] == found.prefix;
+        const bool goes = key[i] < found.prefix || (tie && (all_ties || ties_before < found.need));
+        ties_before += tie;
+        kept[i] = !goes || found.nan;
+        if (a.apply && !kept[i]) w[i] = T{};
+    }
+    store(a.keep + row * a.columns + column, kept, count, a.whole);
+    if (a.apply && !found.nan) store(a.w + row * a.stride + column, w, count, a.whole);
+}
+
+template <int V>
+__device__ __forceinline__ uint32_t count_ties(const uint32_t (&key)[V], int count, uint32_t threshold) {
+    uint32_t ties = 0;
+    PYPRUNE_UNROLL
+    for (int i = 0; i < V; ++i) ties += i < count && key[i] == threshold;
+    return ties;
+}
+
+// ---- kernels: rows -------------------------------------------------------------------------------------------------
+
+template <class T>
+__global__ void __launch_bounds__(THREADS) select_rows_kernel(const Select<T> a) {
+    constexpr int V = Select<T>::VECTOR;
+    PYPRUNE_SHARED(Scratch, s);
+    const int64_t row = blockIdx.x;
+    if (threadIdx.x == 0) s->search = Search{0, a.k, 0, 0};
+    uint32_t key[V];
+    for (int pass = 0; pass < PASSES; ++pass) {
+        clear(s);
+        __syncthreads();
+        const uint32_t prefix = s->search.prefix;
+        for (uint32_t v = threadIdx.x; v < a.vectors; v += THREADS) {
+            const int count = load_keys(key, a, row, v * V);
+            PYPRUNE_UNROLL
+            for (int i = 0; i < V; ++i)
+                if (i < count) count_key(s, pass, prefix, key[i]);
+        }
+        __syncthreads();
+        next_digit(s, pass);
+    }
+    const Search found = s->search;
+    if (found.nan && threadIdx.x == 0) *a.fault = FAULT_SELECT_MASK;
+    const bool numbered = found.need != found.equal;
+    uint32_t seen = 0;
+    for (uint32_t tile = 0; tile < a.vectors; tile += THREADS) {
+        const uint32_t v = tile + threadIdx.x;
+        int count = 0;
+        if (v < a.vectors) count = load_keys(key, a, row, v * V);
+        uint32_t before = 0, total = 0;
+        if (numbered) before = seen + block_prefix(count_ties(key, count, found.prefix), s->sums, &total);
+        seen += total;
+        if (count > 0) write_vector(a, found, row, v * V, key, before);
+    }
+}
+
+// ---- kernels: matrix -----------------------------------------------------------------------------------------------
+
+// The piece of the matrix, in vectors, that a block covers.
+__device__ __forceinline__ void piece(uint64_t all, uint64_t* begin, uint64_t* end) {
+    const uint64_t each = (all + gridDim.x - 1) / gridDim.x;
+    *begin = each * blockIdx.x < all ? each * blockIdx.x : all;
+    *end = *begin + each < all ? *begin + each : all;
+}
+
+template <class T>
+__global__ void __launch_bounds__(THREADS) select_digit_kernel(const Select<T> a, MatrixState* state, int pass) {
+    constexpr int V = Select<T>::VECTOR;
+    PYPRUNE_SHARED(Scratch, s);
+    clear(s);
+    if (threadIdx.x == 0) {
+        s->search = state->search;
+        if (pass == 0) s->search.need = a.k;
+        s->search.nan = 0;
+    }
+    __syncthreads();
+    const uint32_t prefix = s->search.prefix;
+    uint64_t begin, end;
+    piece(uint64_t(a.rows) * a.vectors, &begin, &end);
+    uint32_t key[V];
+    for (uint64_t v = begin + threadIdx.x; v < end; v += THREADS) {
+        const int count = load_keys(key, a, int64_t(v / a.vectors), uint32_t(v % a.vectors) * V);
+        PYPRUNE_UNROLL
+        for (int i = 0; i < V; ++i)
+            if (i < count) count_key(s, pass, prefix, key[i]);
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < BINS; i += THREADS)
+        if (s->histogram[i]) atomicAdd(&state->histogram[i], s->histogram[i]);
+    if (threadIdx.x == 0 && s->search.nan) atomicOr(&state->search.nan, 1u);
+
+    // The block that draws the last ticket sees everybody's counts: each drew its own after a fence behind them.
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) s->last = atomicAdd(&state->tickets, 1u) == gridDim.x - 1;
+    __syncthreads();
+    if (!s->last) return;
+    __threadfence();
+    volatile uint32_t* counts = state->histogram;
+    for (int i = threadIdx.x; i < BINS; i += THREADS) {
+        s->histogram[i] = counts[i];
+        counts[i] = 0;
+    }
+    __syncthreads();
+    next_digit(s, pass);
+    if (threadIdx.x == 0) {
+        state->search.prefix = s->search.prefix;
+        state->search.need = s->search.need;
+        state->search.equal = s->search.equal;
+        state->tickets = 0;
+    }
+}
+
+template <class T>
+__global__ void __launch_bounds__(THREADS) select_ties_kernel(const Select<T> a, MatrixState* state) {
+    constexpr int V = Select<T>::VECTOR;
+    PYPRUNE_SHARED(Scratch, s);
+    const Search found = state->search;
+    if (found.need == found.equal) return;
+    uint64_t begin, end;
+    piece(uint64_t(a.rows) * a.vectors, &begin, &end);
+    uint32_t key[V], ties = 0, total;
+    for (uint64_t v = begin + threadIdx.x; v < end; v += THREADS) {
+        const int count = load_keys(key, a, int64_t(v / a.vectors), uint32_t(v % a.vectors) * V);
+        ties += count_ties(key, count, found.prefix);
+    }
+    block_prefix(ties, s->sums, &total);
+    if (threadIdx.x == 0) state->ties[blockIdx.x] = total;
+}
+
+template <class T>
+__global__ void __launch_bounds__(THREADS) select_write_kernel(const Select<T> a, const MatrixState* state) {
+    constexpr int V = Select<T>::VECTOR;
+    PYPRUNE_SHARED(Scratch, s);
+    const Search found = state->search;
+    if (found.nan && blockIdx.x == 0 && threadIdx.x == 0) *a.fault = FAULT_SELECT_MASK;
+    const bool numbered = found.need != found.equal;
+    uint32_t seen = 0, total = 0;
+    if (numbered) {
+        uint32_t earlier = 0;
+        for (uint32_t b = threadIdx.x; b < blockIdx.x; b += THREADS) earlier += state->ties[b];
+        block_prefix(earlier, s->sums, &seen);
+    }
+    uint64_t begin, end;
+    piece(uint64_t(a.rows) * a.vectors, &begin, &end);
+    uint32_t key[V];
+    for (uint64_t tile = begin; tile < end; tile += THREADS) {
+        const uint64_t v = tile + threadIdx.x;
+        const int64_t row = int64_t(v / a.vectors);
+        const uint32_t column = uint32_t(v % a.vectors) * V;
+        int count = 0;
+        if (v < end) count = load_keys(key, a, row, column);
+        uint32_t before = 0;
+        if (numbered) before = seen + block_prefix(count_ties(key, count, found.prefix), s->sums, &total);
+        seen += total;
+        if (count > 0) write_vector(a, found, row, column, key, before);
+    }
+}
+
+// ---- launches ------------------------------------------------------------------------------------------------------
+
+template <class T>
+Select<T> arguments(const Launcher& launch, void* w, int64_t rows, int64_t columns, int64_t w_stride,
+                    const float* scale, int64_t k, bool apply, uint8_t* keep, int* fault) {
+    constexpr int V = Select<T>::VECTOR;
+    if (rows > 0x7fffffff || columns > 0x7fffffff || rows * columns > 0xffffffff)
+        launch.refuse("more than 2^32 - 1 weights, or 2^31 - 1 rows or columns");
+    const bool whole = columns % V == 0 && aligned(w, w_stride * int64_t(sizeof(T)), 16) && aligned(scale, 0, 16) &&
+                       aligned(keep, 0, V);
+    return {static_cast<T*>(w), scale, keep, fault, w_stride, uint32_t(rows), uint32_t(columns),
+            uint32_t((columns + V - 1) / V), uint32_t(k), apply, whole};
+}
+
+template <class T>
+void launch_matrix(const Launcher& launch, const Select<T>& a, MatrixState* state) {
+    const int64_t vectors = int64_t(a.rows) * a.vectors, each = 4 * THREADS;  // about four vectors a thread
+    const int64_t blocks = std::min<int64_t>((vectors + each - 1) / each, MAX_BLOCKS);
+    launch.check(cudaMemsetAsync(state, 0, sizeof *state, launch.stream));
+    for (int pass = 0; pass < PASSES; ++pass)
+        launch(select_digit_kernel<T>, blocks, THREADS, sizeof(Scratch), a, state, pass);
+    launch(select_ties_kernel<T>, blocks, THREADS, sizeof(Scratch), a, state);
+    launch(select_write_kernel<T>, blocks, THREADS, sizeof(Scratch), a, state);
+}
+
+// ---- dispatch ------------------------------------------------------------------------------------------------------
+
+void select_rows(void* w, int dtype, int64_t rows, int64_t columns, int64_t w_stride, const float* scale, int64_t k,
+                 bool apply, uint8_t* keep, int* fault, void* stream) {
+    if (rows == 0 || columns == 0) return;
+    const Launcher launch{"select_mask", {{"rows", rows}, {"columns", columns}, {"k a row", k}},
+                          static_cast<cudaStream_t>(stream)};
+    with_dtype(launch, dtype, [&](auto type) {
+        using T = decltype(type);
+        launch(select_rows_kernel<T>, rows, THREADS, sizeof(Scratch),
+               arguments<T>(launch, w, rows, columns, w_stride, scale, k, apply, keep, fault));
+    });
+}
+
+void select_matrix(void* w, int dtype, int64_t rows, int64_t columns, int64_t w_stride, const float* scale, int64_t k,
+                   bool apply, uint8_t* keep, int* fault, void* workspace, void* stream) {
+    if (rows == 0 || columns == 0) return;
+    const Launcher launch{"select_mask", {{"rows", rows}, {"columns", columns}, {"k", k}},
+                          static_cast<cudaStream_t>(stream)};
+    with_dtype(launch, dtype, [&](auto type) {
+        using T = decltype(type);
+        launch_matrix(launch, arguments<T>(launch, w, rows, columns, w_stride, scale, k, apply, keep, fault),
+                      static_cast<MatrixState*>(workspace));
+    });
+}
+
+}  // namespace pyprune::cuda
