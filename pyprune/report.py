@@ -1,0 +1,174 @@
+"""A run's report as people read it: the table after a run, the model card, several runs side by side."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TextIO
+
+from pyprune.config import ConfigError
+
+
+def _number(value: float | None, digits: int = 4) -> str:
+    return "–" if value is None else f"{value:.{digits}g}"
+
+
+def perplexity_text(value: float | None) -> str:
+    """Two decimals while they mean something."""
+    return "not finite" if value is None or value != value else f"{value:.2f}" if value < 1000 else f"{value:,.0f}"
+
+
+def headline(report: dict) -> str:
+    """What was done, in one line: ``sparsegpt 2:4, sparsity 0.5, reconstruct layer``."""
+    config = report["config"]
+    sparsity = config["sparsity"]
+    shown = ", ".join(f"{s:g}" for s in sparsity) if isinstance(sparsity, list) else f"{sparsity:g}"
+    structured = config["pattern"] in ("neurons", "heads", "structured")
+    return f"{config['criterion'] if structured else config['method']} {config['pattern']}, sparsity {shown}, " \
+           f"reconstruct {config['reconstruct']}"
+
+
+def print_summary(report: dict, directory: str | Path | None = None, stream: TextIO | None = None) -> None:
+    """The table at the end of a run: perplexity before and after, sparsity, seconds by phase, where everything lies."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(file=stream or sys.stdout, highlight=False)
+    table = Table(title=f"{report['model']['name']}: {headline(report)}", show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for label, text in summary_rows(report):
+        table.add_row(label, text)
+    if directory is not None:
+        table.add_row("model", str(directory))
+        table.add_row("report", str(Path(directory) / "report.json"))
+    console.print(table)
+
+
+def summary_rows(report: dict) -> list[tuple[str, str]]:
+    """Label and text of each line of the summary."""
+    rows = []
+    for row in report.get("evaluation") or []:
+        rows.append(("perplexity", f"{perplexity_text(row['dense'])} dense → {perplexity_text(row['pruned'])} pruned  "
+                     f"({row['windows']} windows of {row['window']} tokens, {row['text']})"))
+    coverage = report["coverage"]
+    rows.append(("sparsity", f"{report['sparsity']:.4f} of the pruned weights; they are {coverage['fraction']:.1%} of "
+                 "the blocks' matrix weights"))
+    if report.get("blocks"):
+        last = report["blocks"][-1]
+        held = "" if last.get("error_held_out") is None else f", {_number(last['error_held_out'])} on held-out text"
+        rows.append(("block error", f"{_number(last.get('error'))} after the last block{held} (relative to dense)"))
+    seconds = report["seconds"]
+    phases = ", ".join(f"{phase} {value:.1f}" for phase, value in sorted(seconds.items(), key=lambda p: -p[1])
+                       if value >= 0.05)
+    rows.append(("seconds", f"{sum(seconds.values()):.1f}: {phases}"))
+    rows.append(("peak memory", f"{report['peak_memory_bytes'] / 2**30:.2f} GiB"))
+    rows.append(("calibration", report["calibration"]["description"]))
+    rows += [("warning", text) for text in report.get("warnings") or []]
+    return rows
+
+
+# ---- model card ----------------------------------------------------------------------------------------------------
+
+def model_card(report: dict, name: str) -> str:
+    """README.md of a pruned checkpoint: what it is, what it costs, how to load it."""
+    config, model = report["config"], report["model"]
+    encoder = not report.get("evaluation") and not model["architecture"].endswith(("ForCausalLM", "LMHeadModel"))
+    auto = "AutoModel" if encoder else "AutoModelForCausalLM"
+    lines = ["---", "library_name: transformers", "tags: [pyprune, pruning, sparsity]", "---", "",
+             f"# {name}", "",
+             f"{model['name']} ({model['architecture']}, {model['parameters']:,} parameters, {model['dtype']}) pruned "
+             f"in one shot with pyprune: {headline(report)}. {report['sparsity']:.2%} of the pruned weights are "
+             f"exactly zero; they are {report['coverage']['fraction']:.1%} of the matrix weights of its blocks. Embeddings "
+             "and the head are as they were.", ""]
+    if report.get("evaluation"):
+        lines += ["| text | windows | dense perplexity | pruned perplexity |", "|---|---|---|---|"]
+        lines += [f"| {row['text']} | {row['windows']} × {row['window']} tokens, {row.get('dtype', '')} | "
+                  f"{perplexity_text(row['dense'])} | {perplexity_text(row['pruned'])} |"
+                  for row in report["evaluation"]]
+        lines += ["", "Windows do not overlap; each is seen by itself. The same code measures both columns.", ""]
+    lines += ["## Use", "", "```python", f"from transformers import {auto}, AutoTokenizer", "",
+              f'model = {auto}.from_pretrained("{name}", dtype="auto")',
+              f'tokenizer = AutoTokenizer.from_pretrained("{name}")', "```", "",
+              "The file stores zeros like any other number: it is not smaller, and by itself not faster, than the "
+              "dense one." if config["pattern"] not in ("neurons", "heads", "structured") else
+              "The matrices themselves are smaller, so every runtime gains.", "",
+              "## How it was made", "",
+              f"- calibration: {report['calibration']['description']} (token ids sha256 "
+              f"`{report['calibration']['fingerprint'][:16]}…`)"]
+    lines += [f"- warning: {text}" for text in report.get("warnings") or []]
+    lines += ["- settings: `run.yaml` repeats the run (`pyprune prune --config run.yaml -o DIR`)",
+              "- error of every weight and block, seconds by phase: `report.json`; per weight: `pruning.json`", ""]
+    return "\n".join(lines)
+
+
+# ---- several runs --------------------------------------------------------------------------------------------------
+
+def read(directory: str | Path) -> dict:
+    """``report.json`` of a run's folder. Raises :class:`ConfigError` if there is none."""
+    path = Path(directory).expanduser() / "report.json"
+    if not path.is_file():
+        raise ConfigError(f"{directory} has no report.json; compare takes folders that pyprune wrote")
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path} is not valid JSON: {error}") from error
+
+
+def compare(directories: list[str | Path]) -> list[dict]:
+    """One row a folder: settings, perplexity dense and pruned per text, block error, seconds, memory, parameters."""
+    if not directories:
+        raise ConfigError("compare needs at least one folder")
+    rows = []
+    for directory in directories:
+        report = read(directory)
+        config, blocks = report["config"], report.get("blocks") or [{}]
+        rows.append({
+            "directory": str(directory), "model": report["model"]["name"],
+            **{name: config.get(name) for name in ("method", "criterion", "pattern", "reconstruct")},
+            "sparsity": report["sparsity"], "coverage": report["coverage"]["fraction"],
+            "evaluation": [{name: e.get(name) for name in ("text", "windows", "window", "dense", "pruned")}
+                           for e in report.get("evaluation") or []],
+            "block_error": blocks[-1].get("error"), "block_error_held_out": blocks[-1].get("error_held_out"),
+            "seconds": sum(report["seconds"].values()), "peak_memory_bytes": report["peak_memory_bytes"],
+            "parameters": report["model"]["parameters"],
+            "calibration": report["calibration"]["fingerprint"][:12],
+        })
+    return rows
+
+
+def print_comparison(rows: list[dict], stream: TextIO | None = None) -> None:
+    """:func:`compare`'s rows as a table, and what makes them not comparable, if anything does."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(file=stream or sys.stdout, highlight=False)
+    table = Table()
+    for heading in ("folder", "pruned by", "pattern", "sparsity", "perplexity", "dense", "block error", "held out",
+                    "seconds"):
+        table.add_column(heading, overflow="fold", justify="left" if heading in ("folder", "pruned by", "pattern")
+                         else "right")
+    for row in rows:
+        structured = row["pattern"] in ("neurons", "heads", "structured")
+        table.add_row(row["directory"], f"{row['criterion' if structured else 'method']} + {row['reconstruct']}",
+                      row["pattern"], f"{row['sparsity']:.3f}",
+                      "\n".join(perplexity_text(e["pruned"]) for e in row["evaluation"]),
+                      "\n".join(perplexity_text(e["dense"]) for e in row["evaluation"]),
+                      _number(row["block_error"], 3), _number(row["block_error_held_out"], 3), f"{row['seconds']:.1f}")
+    console.print(table)
+    for text in differences(rows):
+        console.print(f"note: {text}")
+
+
+def differences(rows: list[dict]) -> list[str]:
+    """Reasons why the numbers of two rows should not be compared, in sentences."""
+    found = []
+    conditions = {tuple((e["text"], e["windows"], e["window"]) for e in row["evaluation"]) for row in rows}
+    if len(conditions) > 1:
+        found.append("the runs were evaluated on different text or windows: their perplexities do not compare")
+    if len({row["model"] for row in rows}) > 1:
+        found.append("the runs start from different models")
+    if len({row["calibration"] for row in rows}) > 1:
+        found.append("the runs were calibrated on different tokens")
+    return found
