@@ -3,7 +3,7 @@
 Environment variables:
 
 ``PYPRUNE_NATIVE=0``      pure Python, no compiler needed: the ops run in PyTorch.
-``PYPRUNE_CUDA_ARCHS``    ``off``, ``native`` (the GPUs of this machine) or a list such as ``90a`` or ``80;90a;100;120``;
+``PYPRUNE_CUDA_ARCHS``    ``off``, ``native`` (this machine's GPUs) or a list such as ``90a`` or ``80;90a;100;120``;
                           ``9.0a``, spaces, commas and ``+PTX`` are understood. Unset: ``TORCH_CUDA_ARCH_LIST``, then
                           ``CUDAARCHS``, then ``native`` if both nvcc and a GPU are here, else ``off``. (A toolkit alone
                           does not start a CUDA build: nobody could run its result here.)

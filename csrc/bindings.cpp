@@ -8,12 +8,78 @@
 #endif
 
 namespace py = pybind11;
+using pyprune::kernels;
+using pyprune::Tokens;
+using Address = std::uintptr_t;  // tensor.data_ptr(); 0 for an absent optional argument
+
+template <typename T>
+static T* at(Address address) {
+    return reinterpret_cast<T*>(address);
+}
+
+static void bind_cpu(py::module_& m) {
+    const auto nogil = py::call_guard<py::gil_scoped_release>();
+    m.def("cpu_levels", &pyprune::usable_levels, "instruction sets this processor can run, best first");
+    m.def("use_cpu_level", &pyprune::use_level, py::arg("level") = "", "force one, for tests; \"\" for the best");
+    m.def("cpu_level", [] { return std::string(kernels().name); });
+
+    m.def("gram_update_cpu", [](Address gram, Address x, int64_t tokens, int64_t columns, int64_t stride, int type,
+                                Address sums, Address count, Address mask, bool round, int threads) {
+        const Tokens view{at<void>(x), tokens, columns, stride, type, at<uint8_t>(mask)};
+        kernels().gram(at<float>(gram), view, at<float>(sums), at<int64_t>(count), round, threads);
+    }, nogil);
+    m.def("cross_gram_update_cpu", [](Address cross, Address y, int64_t y_columns, int64_t y_stride, Address x,
+                                      int64_t x_columns, int64_t x_stride, int64_t tokens, int type, Address mask,
+                                      int threads) {
+        const Tokens ys{at<void>(y), tokens, y_columns, y_stride, type, at<uint8_t>(mask)};
+        const Tokens xs{at<void>(x), tokens, x_columns, x_stride, type, at<uint8_t>(mask)};
+        kernels().cross_gram(at<float>(cross), ys, xs, threads);
+    }, nogil);
+    m.def("linear_cpu", [](Address x, int64_t x_stride, Address w, int64_t w_stride, Address bias, Address out,
+                           int64_t out_stride, int64_t rows, int64_t outputs, int64_t inputs, bool accumulate,
+                           int threads) {
+        kernels().linear(at<float>(x), x_stride, at<float>(w), w_stride, at<float>(bias), at<float>(out), out_stride,
+                         rows, outputs, inputs, accumulate, threads);
+    }, nogil);
+    m.def("column_moments_cpu", [](Address x, int64_t tokens, int64_t columns, int64_t stride, int type, Address mask,
+                                   Address mean, Address m2, int threads) {
+        const Tokens view{at<void>(x), tokens, columns, stride, type, at<uint8_t>(mask)};
+        return kernels().column_moments(view, at<float>(mean), at<float>(m2), threads);
+    }, nogil);
+    m.def("select_mask_cpu", [](Address w, int64_t stride, int64_t rows, int64_t columns, int type, Address scale,
+                                int64_t k, bool by_row, bool apply, Address mask, int threads) {
+        return kernels().select_mask(at<void>(w), stride, rows, columns, type, at<float>(scale), k, by_row, apply,
+                                     at<uint8_t>(mask), threads);
+    }, nogil);
+    m.def("nm_mask_cpu", [](Address w, int64_t stride, int64_t rows, int64_t columns, int type, Address scale, int n,
+                            int group, bool apply, Address mask, int threads) {
+        return kernels().nm_mask(at<void>(w), stride, rows, columns, type, at<float>(scale), n, group, apply,
+                                 at<uint8_t>(mask), threads);
+    }, nogil);
+    m.def("obs_sweep_cpu", [](Address w, int64_t w_stride, Address r, int64_t r_stride, int64_t rows, int64_t columns,
+                              Address mask, int64_t n, int64_t group, Address errors, Address losses, int threads) {
+        return kernels().obs_sweep(at<float>(w), w_stride, at<float>(r), r_stride, rows, columns, at<uint8_t>(mask), n,
+                                   group, at<float>(errors), at<float>(losses), threads);
+    }, nogil);
+    m.def("cholesky_cpu", [](Address a, Address damping, Address factor, Address b, Address x, Address info,
+                             int64_t batch, int64_t n, int64_t k, int threads) {
+        kernels().cholesky(at<float>(a), at<float>(damping), at<float>(factor), at<float>(b), at<float>(x),
+                           at<int32_t>(info), batch, n, k, threads);
+    }, nogil);
+    m.def("compress_24_cpu", [](Address w, int64_t stride, int64_t rows, int64_t columns, Address values,
+                                Address metadata, int threads) {
+        return kernels().compress_24(at<uint16_t>(w), stride, rows, columns, at<uint16_t>(values),
+                                     at<int16_t>(metadata), threads);
+    }, nogil);
+    m.def("expand_24_cpu", [](Address values, Address metadata, int64_t rows, int64_t columns, Address w, int threads) {
+        return kernels().expand_24(at<uint16_t>(values), at<int16_t>(metadata), rows, columns, at<uint16_t>(w),
+                                   threads);
+    }, nogil);
+}
 
 PYBIND11_MODULE(_C, m) {
     m.doc() = "Native kernels of pyprune; called through pyprune.ops.";
-    m.def("cpu_levels", &pyprune::usable_levels, "instruction sets this processor can run, best first");
-    m.def("use_cpu_level", &pyprune::use_level, py::arg("level") = "", "force one, for tests; \"\" for the best");
-    m.def("cpu_level", [] { return std::string(pyprune::kernels().name); });
+    bind_cpu(m);
     m.attr("cuda_architectures") = PYPRUNE_ARCHITECTURES;
 #ifdef PYPRUNE_WITH_CUDA
     m.attr("with_cuda") = true;

@@ -22,13 +22,13 @@ from torch import Tensor
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 OPS = ("gram_update", "cross_gram_update", "column_moments", "select_mask", "nm_mask", "compress_24", "expand_24",
-       "obs_sweep", "cholesky", "cholesky_solve", "liar_update")
+       "obs_sweep", "cholesky", "cholesky_solve", "liar_update", "linear")
 
 # Order of preference by device type. A kernel enters the CUDA list only after its tests have passed on a GPU
 # (benchmarks/GPU_QUEUE.md); until then it runs when named.
 AUTO: dict[str, dict[str, tuple[str, ...]]] = {
-    "cpu": {op: ("cpu", "reference") for op in OPS},
-    "cuda": {op: ("reference",) for op in OPS},
+    "cpu": dict.fromkeys(OPS, ("cpu", "reference")),
+    "cuda": dict.fromkeys(OPS, ("reference",)),
 }
 
 _forced: contextvars.ContextVar[str] = contextvars.ContextVar("pyprune_backend", default="auto")
@@ -136,6 +136,16 @@ def _accumulator(name: str, x: Tensor, shape: tuple, device: torch.device) -> No
         raise ValueError(f"{name} must be contiguous, got strides {x.stride()}")
 
 
+def _written(name: str, x: Tensor) -> None:
+    """An in-place argument whose elements share memory would be written twice."""
+    span = 0
+    for stride, size in sorted((stride, size) for stride, size in zip(x.stride(), x.shape) if size > 1):
+        if stride <= span:
+            raise ValueError(f"{name} is changed in place, but its elements overlap: shape {tuple(x.shape)}, "
+                             f"strides {x.stride()}")
+        span += stride * (size - 1)
+
+
 def _group(n: int, m: int, columns: int) -> None:
     if not 0 < n < m:
         raise ValueError(f"N:M needs 0 < N < M, got {n}:{m}")
@@ -158,6 +168,8 @@ def gram_update(gram: Tensor, x: Tensor, *, sums: Tensor | None = None, count: T
     tokens, c = x.shape
     _accumulator("gram", gram, (c, c), x.device)
     _like("sums", sums, (c,), torch.float32, x.device)
+    if sums is not None:
+        _written("sums", sums)
     _like("count", count, (), torch.int64, x.device)
     _like("mask", mask, (tokens,), torch.bool, x.device)
     if precision not in ("float32", "bfloat16"):
@@ -198,6 +210,8 @@ def select_mask(w: Tensor, k: int, *, scale: Tensor | None = None, scope: str = 
     """
     _matrix("w", w)
     _like("scale", scale, (w.shape[1],), torch.float32, w.device)
+    if apply:
+        _written("w", w)
     if scope not in ("row", "matrix"):
         raise ValueError(f"scope must be row or matrix, got {scope!r}")
     size = w.shape[1] if scope == "row" else w.numel()
@@ -217,23 +231,25 @@ def nm_mask(w: Tensor, n: int, m: int, *, scale: Tensor | None = None, apply: bo
     if m > 16:
         raise ValueError(f"M up to 16 is supported, got {n}:{m}")
     _like("scale", scale, (w.shape[1],), torch.float32, w.device)
+    if apply:
+        _written("w", w)
     return _implementation("nm_mask", w.device)(w, n, m, scale=scale, apply=apply)
 
 
 def compress_24(w: Tensor) -> tuple[Tensor, Tensor]:
-    """2:4 matrix ``[r, c]`` (bfloat16 or float16, r % 32 == 0, c % 16 == 0) → values ``[r, c/2]`` and metadata int16
+    """2:4 matrix ``[r, c]`` (bfloat16 or float16, r % 32 == 0, c % 32 == 0) → values ``[r, c/2]`` and metadata int16
     in the CUTLASS-reordered layout of ``torch.sparse.SparseSemiStructuredTensor``, so that it multiplies as it is."""
     _matrix("w", w, (torch.bfloat16, torch.float16))
-    if w.shape[0] % 32 or w.shape[1] % 16:
-        raise ValueError(f"2:4 compression needs rows % 32 == 0 and columns % 16 == 0, got {tuple(w.shape)}")
+    if w.shape[0] % 32 or w.shape[1] % 32:
+        raise ValueError(f"2:4 compression needs rows % 32 == 0 and columns % 32 == 0, got {tuple(w.shape)}")
     return _implementation("compress_24", w.device)(w)
 
 
 def expand_24(values: Tensor, meta: Tensor) -> Tensor:
     """Inverse of :func:`compress_24`: dense ``[r, c]``."""
     _matrix("values", values, (torch.bfloat16, torch.float16))
-    if values.shape[0] % 32 or values.shape[1] % 8:
-        raise ValueError(f"values of a 2:4 matrix need rows % 32 == 0 and columns % 8 == 0, got {tuple(values.shape)}")
+    if values.shape[0] % 32 or values.shape[1] % 16:
+        raise ValueError(f"values of a 2:4 matrix need rows % 32 == 0 and columns % 16 == 0, got {tuple(values.shape)}")
     _like("meta", meta, (values.shape[0], values.shape[1] // 8), torch.int16, values.device)
     return _implementation("expand_24", values.device)(values, meta)
 
@@ -244,7 +260,8 @@ def obs_sweep(w: Tensor, r: Tensor, *, mask: Tensor | None = None, k: int | None
               nm: tuple[int, int] | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """OBS sweep of one column block (SparseGPT, arXiv 2301.00774, algorithm 1), in place on ``w``.
 
-    w: float32 ``[rows, b]``, unit column stride, b ≤ 1024; r: float32 ``[b, b]``, the block of the upper Cholesky factor of H⁻¹.
+    w: float32 ``[rows, b]``, unit column stride, b ≤ 1024, finite; r: float32 ``[b, b]``, the block of the upper
+    Cholesky factor of H⁻¹, finite with a positive diagonal (else ``ValueError``, w unchanged).
     Exactly one of: mask bool ``[rows, b]``; k, the count to drop by ``|w|/r_jj`` over the whole block; nm = (N, M),
     chosen per group as the sweep reaches it. For columns j left to right ``e = (w_j − keep·w_j) / r_jj``,
     ``w[:, j:] −= e · r[j, j:]``; dropped weights end as exact zeros.
@@ -252,6 +269,7 @@ def obs_sweep(w: Tensor, r: Tensor, *, mask: Tensor | None = None, k: int | None
     ``W_right −= e @ R[block, right]``) and the loss ``Σ_j e²`` float32 ``[rows]``.
     """
     _matrix("w", w, (torch.float32,))
+    _written("w", w)
     _like("r", r, (w.shape[1], w.shape[1]), torch.float32, w.device)
     _like("mask", mask, tuple(w.shape), torch.bool, w.device)
     if w.shape[1] > 1024:
@@ -285,7 +303,8 @@ def cholesky(a: Tensor, *, damping: Tensor | None = None) -> tuple[Tensor, Tenso
 
 def cholesky_solve(a: Tensor, b: Tensor, *, damping: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Solve ``(a + damping·I) x = b`` for a batch of SPD systems. a: float32 ``[batch, n, n]``; b: float32
-    ``[batch, n, k]``; returns x ``[batch, n, k]`` and info ``[batch]`` (see :func:`cholesky`; x is NaN where info ≠ 0)."""
+    ``[batch, n, k]``; returns x ``[batch, n, k]`` and info ``[batch]`` (see :func:`cholesky`; x is NaN where it is
+    not 0)."""
     _systems(a, damping)
     if not isinstance(b, Tensor) or b.ndim != 3 or b.shape[:2] != a.shape[:2]:
         raise ValueError(f"b must be [batch, n, k] matching a {tuple(a.shape)}, got {tuple(getattr(b, 'shape', ()))}")
@@ -297,8 +316,8 @@ def liar_update(weight: Tensor, keep: Tensor, drop: Tensor, q: Tensor, *, bias: 
                 mean: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """LIAR's interpolation (arXiv 2407.13331): ``W' = W_K + W_D Qᵀ``, ``b' = b + W_D (μ_D − Qᵀ μ_K)``.
 
-    weight: ``[r, c]``; keep int64 ``[K]``; drop int64 ``[D]``; q float32 ``[K, D]``; mean float32 ``[c]`` or None for the
-    bias-free form (b' is then b); bias float32 ``[r]`` or None. Returns W' float32 ``[r, K]`` and b'.
+    weight: ``[r, c]``; keep int64 ``[K]``; drop int64 ``[D]``; q float32 ``[K, D]``; mean float32 ``[c]`` or None for
+    the bias-free form (b' is then b); bias float32 ``[r]`` or None. Returns W' float32 ``[r, K]`` and b'.
     """
     _matrix("weight", weight)
     _like("keep", keep, (keep.numel(),), torch.int64, weight.device)
@@ -307,3 +326,21 @@ def liar_update(weight: Tensor, keep: Tensor, drop: Tensor, q: Tensor, *, bias: 
     _like("mean", mean, (weight.shape[1],), torch.float32, weight.device)
     _like("bias", bias, (weight.shape[0],), torch.float32, weight.device)
     return _implementation("liar_update", weight.device)(weight, keep, drop, q, bias=bias, mean=mean)
+
+
+def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x wᵀ + bias`` as ``torch.nn.functional.linear``; x: ``[…, k]``, w: ``[n, k]``, bias ``[n]``, one dtype.
+
+    Here because the float32 product of the torch CPU wheel reaches about half of what the processor can do. Where a
+    gradient is wanted the reference runs, unless a back-end is named.
+    """
+    _matrix("w", w)
+    if (not isinstance(x, Tensor) or x.ndim < 1 or x.shape[-1] != w.shape[1] or x.dtype != w.dtype
+            or x.device != w.device):
+        raise ValueError(f"x must be {str(w.dtype)[6:]} [..., {w.shape[1]}] on {w.device}, got "
+                         f"{str(getattr(x, 'dtype', type(x).__name__))[6:]} {tuple(getattr(x, 'shape', ()))}")
+    _like("bias", bias, (w.shape[0],), w.dtype, w.device)
+    wants_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w, bias))
+    if wants_gradient and _forced.get() == "auto":
+        return TABLE["reference"].load("linear")(x, w, bias)
+    return _implementation("linear", x.device)(x, w, bias)

@@ -54,8 +54,14 @@ def _score(w: Tensor, scale: Tensor | None) -> Tensor:
     return score if scale is None else score * scale.float()
 
 
+def _ordered(score: Tensor) -> Tensor:
+    if score.isnan().any():
+        raise ValueError("w has NaN scores, so there is no order to select by; w is unchanged")
+    return score
+
+
 def select_mask(w: Tensor, k: int, *, scale: Tensor | None = None, scope: str = "row", apply: bool = False) -> Tensor:
-    score = _score(w, scale)
+    score = _ordered(_score(w, scale))
     keep = ~_lowest(score if scope == "row" else score.reshape(1, -1), k).reshape(w.shape)
     if apply:
         w.masked_fill_(~keep, 0)
@@ -63,7 +69,7 @@ def select_mask(w: Tensor, k: int, *, scale: Tensor | None = None, scope: str = 
 
 
 def nm_mask(w: Tensor, n: int, m: int, *, scale: Tensor | None = None, apply: bool = False) -> Tensor:
-    score = _score(w, scale)
+    score = _ordered(_score(w, scale))
     keep = ~_lowest(score.reshape(-1, m), m - n).reshape(w.shape)
     if apply:
         w.masked_fill_(~keep, 0)
@@ -73,6 +79,8 @@ def nm_mask(w: Tensor, n: int, m: int, *, scale: Tensor | None = None, apply: bo
 def compress_24(w: Tensor) -> tuple[Tensor, Tensor]:
     from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
 
+    if (w.reshape(-1, 4) != 0).sum(1).gt(2).any():
+        raise ValueError("not a 2:4 matrix: some group of 4 columns has more than 2 non-zeros")
     return sparse_semi_structured_from_dense_cutlass(w.contiguous())
 
 
@@ -85,6 +93,9 @@ def expand_24(values: Tensor, meta: Tensor) -> Tensor:
 def obs_sweep(w: Tensor, r: Tensor, *, mask: Tensor | None = None, k: int | None = None,
               nm: tuple[int, int] | None = None) -> tuple[Tensor, Tensor, Tensor]:
     diagonal = r.diagonal()
+    if not (w.isfinite().all() and r.isfinite().all() and (diagonal > 0).all()):
+        raise ValueError("the sweep needs finite w and r and a positive diagonal of r (non-finite weights or "
+                         "activations, or a failed factorisation, come before it); w is unchanged")
     if k is not None:
         mask = select_mask(w, k, scale=1 / diagonal, scope="matrix")
     keep = torch.ones_like(w, dtype=torch.bool) if mask is None else mask.clone()
@@ -121,3 +132,7 @@ def liar_update(weight: Tensor, keep: Tensor, drop: Tensor, q: Tensor, *, bias: 
         shift = dropped @ (mean[drop] - q.T @ mean[keep])
         bias = shift if bias is None else bias.float() + shift
     return updated, bias
+
+
+def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+    return torch.nn.functional.linear(x, w, bias)

@@ -1,5 +1,13 @@
-// Compiled once per instruction set (CMakeLists.txt): everything it includes lives in a namespace of that name.
-#include "cpu/kernels.h"
+// Compiled once per instruction set (CMakeLists.txt); the headers' functions have internal linkage, so that each table
+// below holds code for its own instruction set.
+#include "cpu/cholesky.h"
+#include "cpu/gram.h"
+#include "cpu/linear.h"
+#include "cpu/moments.h"
+#include "cpu/nm.h"
+#include "cpu/select.h"
+#include "cpu/sparse24.h"
+#include "cpu/sweep.h"
 
 #define PYPRUNE_JOIN_(a, b) a##b
 #define PYPRUNE_JOIN(a, b) PYPRUNE_JOIN_(a, b)
@@ -9,6 +17,7 @@
 namespace pyprune {
 extern const Kernels PYPRUNE_JOIN(kernels_, PYPRUNE_ISA);
 const Kernels PYPRUNE_JOIN(kernels_, PYPRUNE_ISA) = {
-    PYPRUNE_STRING(PYPRUNE_ISA),
+    PYPRUNE_STRING(PYPRUNE_ISA), &gram, &cross_gram, &linear, &column_moments, &select_mask, &nm_mask, &obs_sweep,
+    &cholesky, &compress_24, &expand_24,
 };
 }  // namespace pyprune

@@ -1,4 +1,5 @@
 // The table of CPU kernels: one instance per instruction set, chosen once by dispatch.cpp.
+// Arguments were validated by pyprune/ops.py; strides are in elements; the column stride is 1 everywhere.
 #pragma once
 
 #include <cstdint>
@@ -7,8 +8,41 @@
 
 namespace pyprune {
 
+struct Tokens {  // x [tokens, columns]; a token counts where mask is null or non-zero
+    const void* data;
+    int64_t tokens, columns, stride;
+    int type;  // DType of common.h
+    const uint8_t* mask;
+};
+
 struct Kernels {
     const char* name;
+    // gram [c, c] += xᵀx, both triangles; sums [c] and count may be null.
+    void (*gram)(float* gram, const Tokens& x, float* sums, int64_t* count, bool round_to_bf16, int threads);
+    // cross [cy, cx] += yᵀx
+    void (*cross_gram)(float* cross, const Tokens& y, const Tokens& x, int threads);
+    // out [m, n] (+)= x [m, k] wᵀ [k, n] + bias [n]
+    void (*linear)(const float* x, int64_t x_stride, const float* w, int64_t w_stride, const float* bias, float* out,
+                   int64_t out_stride, int64_t m, int64_t n, int64_t k, bool accumulate, int threads);
+    // means and centred sums of squares [c]; returns the count
+    int64_t (*column_moments)(const Tokens& x, float* mean, float* m2, int threads);
+    // Masks are contiguous. False, nothing written to w: a score was NaN.
+    bool (*select_mask)(void* w, int64_t stride, int64_t rows, int64_t columns, int type, const float* scale, int64_t k,
+                        bool by_row, bool apply, uint8_t* mask, int threads);
+    bool (*nm_mask)(void* w, int64_t stride, int64_t rows, int64_t columns, int type, const float* scale, int n, int m,
+                    bool apply, uint8_t* mask, int threads);
+    // mask in, or out if m > 0. False, w untouched: w or r not finite, or a diagonal entry not positive.
+    bool (*obs_sweep)(float* w, int64_t w_stride, const float* r, int64_t r_stride, int64_t rows, int64_t b,
+                      uint8_t* mask, int64_t n, int64_t m, float* errors, float* losses, int threads);
+    // factor [batch, n, n] if not null, x [batch, n, k] = (a + damping·I)⁻¹ b if b is not null
+    void (*cholesky)(const float* a, const float* damping, float* factor, const float* b, float* x, int32_t* info,
+                     int64_t batch, int64_t n, int64_t k, int threads);
+    // False: a quadruple has more than two non-zeros
+    bool (*compress_24)(const uint16_t* w, int64_t stride, int64_t rows, int64_t columns, uint16_t* values,
+                        int16_t* metadata, int threads);
+    // False: metadata names one place twice
+    bool (*expand_24)(const uint16_t* values, const int16_t* metadata, int64_t rows, int64_t columns, uint16_t* w,
+                      int threads);
 };
 
 const Kernels& kernels();                  // the table in use
