@@ -1,0 +1,238 @@
+"""Masks, OBS sweep and exact refit against independent truth: float64, brute force, bounds, exact counts."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from pyprune.config import ConfigError, PruneConfig
+from pyprune.solvers import exact_refit, inverse_factor, obs_prune, solve
+from pyprune.statistics import Statistics
+
+DAMPING = 0.01
+
+
+def inputs(tokens=400, columns=48, seed=0):
+    """Inputs ``[tokens, columns]`` that mostly live in a third of the dimensions, so that columns predict others."""
+    generator = torch.Generator().manual_seed(seed)
+    latent = torch.randn(tokens, max(2, columns // 3), generator=generator)
+    mix = torch.randn(latent.shape[1], columns, generator=generator)
+    return latent @ mix + 0.5 * torch.randn(tokens, columns, generator=generator)
+
+
+def statistics(x, moments=False):
+    s = Statistics(x.shape[1], x.device, want_gram=not moments, want_moments=moments)
+    s.update(x)
+    return s
+
+
+def hessian(x, damping=DAMPING):
+    h = x.double().T @ x.double() / len(x)
+    return h + damping * h.diagonal().mean() * torch.eye(len(h), dtype=torch.double)
+
+
+def objective(delta, h):
+    delta = delta.double()
+    return torch.einsum("ri,ij,rj->", delta, h, delta).item()
+
+
+def sparsegpt_float64(weight, h, sparsity=None, nm=None, column_block=128):
+    """The published algorithm, column by column in float64, inverse then Cholesky."""
+    w = weight.double().clone()
+    u = torch.linalg.cholesky(torch.linalg.inv(h), upper=True)
+    keep = torch.ones_like(w, dtype=torch.bool)
+    dropped = 0
+    for start in range(0, w.shape[1], column_block):
+        stop = min(start + column_block, w.shape[1])
+        if sparsity is not None:
+            score = (w[:, start:stop] / u.diagonal()[start:stop]).square().flatten()
+            k = round(sparsity * w.shape[0] * stop) - dropped
+            dropped += k
+            mask = torch.ones_like(score, dtype=torch.bool)
+            mask[score.argsort(stable=True)[:k]] = False
+            keep[:, start:stop] = mask.reshape(-1, stop - start)
+        for j in range(start, stop):
+            if nm and j % nm[1] == 0:
+                score = (w[:, j:j + nm[1]] / u.diagonal()[j:j + nm[1]]).square()
+                drop = score.argsort(dim=1, stable=True)[:, :nm[1] - nm[0]]
+                keep[:, j:j + nm[1]] = torch.ones_like(score, dtype=torch.bool).scatter(1, drop, False)
+            e = torch.where(keep[:, j], 0, w[:, j]) / u[j, j]
+            w[:, j:] -= e[:, None] * u[j, j:]
+            w[:, j].masked_fill_(~keep[:, j], 0)
+    return w, keep
+
+
+def test_inverse_factor_is_the_upper_factor_of_the_inverse():
+    x = inputs()
+    factor = inverse_factor(statistics(x).gram, len(x), DAMPING)
+    truth = torch.linalg.cholesky(torch.linalg.inv(hessian(x)), upper=True)
+    assert (factor.r.double() - truth).norm() / truth.norm() < 1e-4
+    assert torch.equal(factor.r, factor.r.triu())
+
+
+@pytest.mark.parametrize("choice", [{"sparsity": 0.5}, {"sparsity": 0.7}, {"nm": (2, 4)}, {"nm": (4, 8)}])
+@pytest.mark.parametrize("column_block", [16, 128])
+def test_sweep_equals_the_published_algorithm_in_float64(choice, column_block):
+    x, weight = inputs(), torch.randn(24, 48, generator=torch.Generator().manual_seed(1))
+    factor = inverse_factor(statistics(x).gram, len(x), DAMPING)
+    ours = weight.clone()
+    keep = obs_prune(ours, factor, column_block=column_block, **choice)
+    truth, truth_keep = sparsegpt_float64(weight, hessian(x), column_block=column_block, **choice)
+    assert (keep == truth_keep).float().mean() >= 0.99
+    assert torch.equal(ours == 0, ~keep)
+    h = hessian(x)
+    assert objective(ours - weight, h) == pytest.approx(objective(truth - weight, h), rel=1e-3)
+    if torch.equal(keep, truth_keep):
+        torch.testing.assert_close(ours.double(), truth, rtol=1e-3, atol=1e-4)
+
+
+def test_sweep_lies_between_the_exact_refit_and_no_update():
+    x, weight = inputs(), torch.randn(24, 48, generator=torch.Generator().manual_seed(2))
+    s, h = statistics(x), hessian(x)
+    swept = weight.clone()
+    keep = obs_prune(swept, inverse_factor(s.gram, s.count, DAMPING), sparsity=0.6)
+    refit = exact_refit(weight, keep, s.gram, len(x), DAMPING)
+    best, ours, none = (objective(w - weight, h) for w in (refit, swept, weight * keep))
+    assert best <= ours * (1 + 1e-6) and ours < 0.8 * none
+
+
+def test_exact_refit_is_the_least_squares_solution_of_every_row():
+    x, weight = inputs(columns=12), torch.randn(5, 12, generator=torch.Generator().manual_seed(3))
+    keep = torch.rand(5, 12, generator=torch.Generator().manual_seed(4)) > 0.4
+    h = hessian(x)
+    refit = exact_refit(weight, keep, statistics(x).gram, len(x), DAMPING)
+    for row in range(5):
+        support = keep[row].nonzero()[:, 0]
+        truth = torch.linalg.solve(h[support][:, support], (h @ weight[row].double())[support])
+        torch.testing.assert_close(refit[row, support].double(), truth, rtol=1e-4, atol=1e-5)
+        assert (refit[row, ~keep[row]] == 0).all()
+
+
+def test_one_column_is_chosen_as_brute_force_chooses():
+    """Dropping one weight of a row: the OBS saliency with the exact inverse picks the best single removal."""
+    x = inputs(columns=6)
+    h = hessian(x)
+    inverse = torch.linalg.inv(h)
+    weight = torch.randn(1, 6, generator=torch.Generator().manual_seed(5))
+    losses = []
+    for j in range(6):
+        keep = torch.ones(1, 6, dtype=torch.bool)
+        keep[0, j] = False
+        losses.append(objective(exact_refit(weight, keep, statistics(x).gram, len(x), DAMPING) - weight, h))
+        assert losses[-1] == pytest.approx((weight[0, j].double().square() / inverse[j, j]).item(), rel=1e-3)
+    assert min(range(6), key=losses.__getitem__) == int((weight[0].double().square() / inverse.diagonal()).argmin())
+
+
+def test_two_four_with_orthogonal_inputs_keeps_the_two_largest():
+    """With H = I the sweep is magnitude pruning and updates nothing: the known answer, by enumeration."""
+    weight = torch.randn(8, 16, generator=torch.Generator().manual_seed(6))
+    gram = torch.eye(16) * 100
+    swept = weight.clone()
+    obs_prune(swept, inverse_factor(gram, 100, DAMPING), nm=(2, 4))
+    for row, start in itertools.product(range(8), range(0, 16, 4)):
+        group = weight[row, start:start + 4]
+        best = max(itertools.combinations(range(4), 2), key=lambda pair: sum(group[i]**2 for i in pair))
+        truth = torch.zeros(4)
+        truth[list(best)] = group[list(best)]
+        torch.testing.assert_close(swept[row, start:start + 4], truth, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
+@pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.5, 0.85])
+def test_counts_are_exact(method, sparsity):
+    x, weight = inputs(), torch.randn(20, 48, generator=torch.Generator().manual_seed(7))
+    s = statistics(x, moments=method == "wanda")
+    config = PruneConfig(method=method, sparsity=sparsity, column_block=32)
+    factor = inverse_factor(s.gram, s.count, DAMPING) if method == "sparsegpt" else None
+    solved = solve(weight, config, s, factor)
+    dropped = (~solved.mask).sum().item()
+    assert dropped == (20 * round(sparsity * 48) if method == "wanda" else round(sparsity * 20 * 48))
+    assert torch.equal(solved.weight == 0, ~solved.mask)
+
+
+def test_wanda_keeps_the_largest_products_of_each_row():
+    x, weight = inputs(columns=8), torch.randn(3, 8, generator=torch.Generator().manual_seed(8))
+    solved = solve(weight, PruneConfig(method="wanda", sparsity=0.5), statistics(x, moments=True), None)
+    score = weight.double().abs() * x.double().square().sum(0).sqrt()
+    for row in range(3):
+        assert set(solved.mask[row].nonzero()[:, 0].tolist()) == set(score[row].topk(4).indices.tolist())
+    torch.testing.assert_close(solved.weight[solved.mask], weight[solved.mask], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda"])
+def test_layerwise_reconstruction_keeps_the_mask_and_lowers_the_error(method):
+    x, weight = inputs(), torch.randn(16, 48, generator=torch.Generator().manual_seed(9))
+    s = statistics(x)
+    factor = inverse_factor(s.gram, s.count, DAMPING)
+    plain = solve(weight, PruneConfig(method=method, reconstruct="none"), s, None)
+    updated = solve(weight, PruneConfig(method=method, reconstruct="layer"), s, factor)
+    assert torch.equal(plain.mask, updated.mask)
+    assert (updated.weight[~updated.mask] == 0).all()
+    h = hessian(x)
+    assert objective(updated.weight - weight, h) < 0.8 * objective(plain.weight - weight, h)
+
+
+def test_dead_columns_are_zeroed_and_change_nothing_else():
+    x = inputs(columns=16)
+    x[:, [3, 11]] = 0
+    weight = torch.randn(8, 16, generator=torch.Generator().manual_seed(10))
+    s = statistics(x)
+    factor = inverse_factor(s.gram, s.count, DAMPING)
+    assert factor.dead.nonzero()[:, 0].tolist() == [3, 11]
+    swept = weight.clone()
+    obs_prune(swept, factor, sparsity=0.5)
+    assert (swept[:, [3, 11]] == 0).all() and torch.isfinite(swept).all()
+
+
+def test_a_failed_factorisation_raises_damping_and_says_so():
+    """Rank one with a tiny damping: float32 potrf fails, ten times more succeeds."""
+    ones = torch.ones(64, 64) * 1e4
+    ones[0, 1] = ones[1, 0] = 1e4 * (1 + 2e-3)
+    factor = inverse_factor(ones, 1, 1e-4)
+    assert factor.damping > 1e-4 and torch.isfinite(factor.r).all()
+
+
+def test_an_indefinite_hessian_is_an_error_with_the_name_never_the_identity():
+    bad = torch.eye(8)
+    bad[0, 1] = bad[1, 0] = 1e6
+    with pytest.raises(ConfigError, match="model.layers.7.mlp.down_proj"):
+        inverse_factor(bad, 1, DAMPING, "model.layers.7.mlp.down_proj")
+
+
+def test_gram_does_not_depend_on_how_tokens_are_batched():
+    x = inputs(tokens=1000, columns=40) * 3
+    truth = x.double().T @ x.double()
+    for split in (1000, 333, 64, 1):
+        s = Statistics(40, x.device)
+        for chunk in x.split(split):
+            s.update(chunk)
+        assert s.tokens == 1000
+        assert (s.gram.double() - truth).norm() / truth.norm() < 1e-6
+        assert torch.equal(s.gram, s.gram.T)
+        torch.testing.assert_close(s.sums.double(), x.double().sum(0), rtol=1e-4, atol=1e-2)
+
+
+def test_moments_merge_without_cancellation():
+    """Mean 1e4 times the deviation: the naive sum of squares has no digit left, Chan's merge has."""
+    x = torch.randn(4096, 5, generator=torch.Generator().manual_seed(11)) * 0.01 + 100
+    s = Statistics(5, x.device, want_gram=False, want_moments=True)
+    for chunk in x.split(100):
+        s.update(chunk)
+    truth = x.double()
+    torch.testing.assert_close(s.m2, (truth - truth.mean(0)).square().sum(0), rtol=1e-3, atol=0)
+    torch.testing.assert_close(s.norm.double(), truth.square().sum(0).sqrt(), rtol=1e-6, atol=0)
+
+
+def test_damping_is_relative_to_the_mean_diagonal():
+    """Scaling the inputs by 1000 changes no mask and no weight."""
+    x, weight = inputs(), torch.randn(16, 48, generator=torch.Generator().manual_seed(12))
+    results = []
+    for scale in (1.0, 1024.0):
+        swept = weight.clone()
+        keep = obs_prune(swept, inverse_factor(statistics(x * scale).gram, len(x), DAMPING), sparsity=0.5)
+        results.append((keep, swept))
+    assert (results[0][0] == results[1][0]).float().mean() > 0.99
+    assert math.isclose(results[0][1].norm(), results[1][1].norm(), rel_tol=1e-3)
