@@ -18,10 +18,12 @@ T* at(Pointer p) {
 }
 
 void obs_sweep(int device, Pointer w, int64_t rows, int64_t columns, int64_t w_stride, Pointer r, int64_t r_stride,
-               Pointer mask, int64_t n, int64_t m, Pointer keep, Pointer error, Pointer loss, Pointer stream) {
+               Pointer mask, int64_t n, int64_t m, Pointer keep, Pointer error, Pointer loss, Pointer fault,
+               Pointer stream) {
     cuda::use_device(device);
     cuda::obs_sweep(at<float>(w), rows, columns, w_stride, at<float>(r), r_stride, at<uint8_t>(mask), n, m,
-                    at<uint8_t>(keep), at<float>(error), at<float>(loss), at<void>(stream));
+                    at<uint8_t>(keep), at<float>(error), at<float>(loss), at<int>(fault),
+                    at<void>(stream));
 }
 
 // scope "matrix" when a workspace is given, else "row"
@@ -44,14 +46,16 @@ void nm_mask(int device, Pointer w, int dtype, int64_t rows, int64_t columns, in
 }
 
 void compress_24(int device, Pointer w, int64_t rows, int64_t columns, int64_t w_stride, Pointer values, Pointer meta,
-                 Pointer stream) {
+                 Pointer fault, Pointer stream) {
     cuda::use_device(device);
-    cuda::compress_24(at<void>(w), rows, columns, w_stride, at<void>(values), at<void>(meta), at<void>(stream));
+    cuda::compress_24(at<void>(w), rows, columns, w_stride, at<void>(values), at<void>(meta), at<int>(fault),
+                      at<void>(stream));
 }
 
-void expand_24(int device, Pointer values, Pointer meta, int64_t rows, int64_t columns, Pointer w, Pointer stream) {
+void expand_24(int device, Pointer values, Pointer meta, int64_t rows, int64_t columns, Pointer w, Pointer fault,
+               Pointer stream) {
     cuda::use_device(device);
-    cuda::expand_24(at<void>(values), at<void>(meta), rows, columns, at<void>(w), at<void>(stream));
+    cuda::expand_24(at<void>(values), at<void>(meta), rows, columns, at<void>(w), at<int>(fault), at<void>(stream));
 }
 
 void cholesky(int device, Pointer a, Pointer damping, int64_t batch, int64_t n, Pointer factor, Pointer info,

@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(THREADS) nm_mask_kernel(const NM<T> a) {
             if (!kept[g + i]) held[g + i] = T{};
         }
     }
-    if (bad) *a.fault = FAULT_NM_MASK;
+    if (bad) *a.fault = 1;
 
     uint8_t* keep = a.keep + row * a.columns + column;
     PYPRUNE_UNROLL

@@ -12,6 +12,8 @@
 // The factor is packed by chunks (row j starts at column 16·(j / 16)): 36 KB, several blocks a multiprocessor everywhere.
 //
 // obs_sweep_any_kernel: any N:M; a warp a row, 4 columns a lane, a loop of b steps.
+#include <cstddef>
+
 #include "cuda/device.cuh"
 #include "cuda/ops.h"
 
@@ -29,8 +31,15 @@ __host__ __device__ constexpr int packed_row(int j) {
     return CHUNK * (COLUMNS * c - CHUNK * c * (c - 1) / 2) + j % CHUNK * (COLUMNS - CHUNK * c);
 }
 constexpr int FACTOR = packed_row(COLUMNS);
-constexpr size_t SHARED = (FACTOR + COLUMNS) * sizeof(float);
-constexpr size_t SHARED_ANY = SHARED + ROWS_ANY * COLUMNS * sizeof(uint32_t);
+
+// The factor in shared memory: the strict upper triangle, zero elsewhere (a zero leaves finished columns alone), the
+// diagonal's reciprocals, and whether r is unusable. Keys: a row of each warp, for obs_sweep_any_kernel only.
+struct Factor {
+    float packed[FACTOR], inverse[COLUMNS];
+    uint32_t bad;
+    uint32_t keys[ROWS_ANY][COLUMNS];
+};
+constexpr size_t SHARED_ANY = sizeof(Factor), SHARED = offsetof(Factor, keys);
 static_assert(FACTOR == 9216 && SHARED_ANY <= 48 << 10, "the default shared memory of every architecture");
 
 struct Sweep {
@@ -39,6 +48,7 @@ struct Sweep {
     const uint8_t* mask;
     uint8_t* keep;
     float *error, *loss;
+    int* fault;
     int64_t w_stride, r_stride;
     int rows, columns, n, m;
     bool whole_w, whole_out;  // 16-byte accesses to w; to error, and 4-byte ones to the masks
@@ -46,16 +56,25 @@ struct Sweep {
 
 // ---- kernels -------------------------------------------------------------------------------------------------------
 
-// The strict upper triangle, zero elsewhere (a zero leaves finished columns alone), and the diagonal's reciprocals.
-__device__ __forceinline__ void load_factor(float* factor, float* inverse, const Sweep& a) {
+// All threads call it; it ends with a barrier. The sum of 0·x is NaN if any x is not finite.
+__device__ __forceinline__ void load_factor(Factor* f, const Sweep& a) {
     const int lane = threadIdx.x % WARP;
+    if (threadIdx.x == 0) f->bad = 0;
+    float probe = 0.f;
     for (int j = threadIdx.x / WARP; j < COLUMNS; j += THREADS / WARP) {
         const int first = j / CHUNK * CHUNK;
-        for (int k = first + lane; k < COLUMNS; k += WARP)
-            factor[packed_row(j) + k - first] = k > j && k < a.columns ? a.r[j * a.r_stride + k] : 0.f;
+        for (int k = first + lane; k < COLUMNS; k += WARP) {
+            const float r = k > j && k < a.columns ? a.r[j * a.r_stride + k] : 0.f;
+            f->packed[packed_row(j) + k - first] = r;
+            probe += 0.f * r;
+        }
     }
     const int j = threadIdx.x;
-    inverse[j] = j < a.columns ? 1.f / a.r[j * a.r_stride + j] : 1.f;
+    const float diagonal = j < a.columns ? a.r[j * a.r_stride + j] : 1.f;
+    f->inverse[j] = 1.f / diagonal;
+    __syncthreads();
+    if (!(probe + 0.f * diagonal == 0.f && diagonal > 0.f)) atomicOr(&f->bad, 1u);
+    __syncthreads();
 }
 
 // Keep bits of the M columns from j on, chosen by |w|/r_jj by the lanes that hold them. M is 4 or 8.
@@ -85,13 +104,12 @@ __device__ __forceinline__ uint32_t choose(uint32_t keep, const float (&x)[HELD]
 // M = 0: the mask is given. M = 4, 8: the n of every M largest are kept, chosen when the sweep reaches the group.
 template <int M>
 __global__ void __launch_bounds__(THREADS) obs_sweep_kernel(const Sweep a) {
-    PYPRUNE_SHARED(float, factor);
-    float* inverse = factor + FACTOR;
+    PYPRUNE_SHARED(Factor, f);
     const int lane = threadIdx.x % LANES;
     const int64_t row = int64_t(blockIdx.x) * ROWS + threadIdx.x / LANES;
     const int width = row < a.rows ? a.columns : 0;  // a row past the end holds zeros and stores nothing
 
-    float x[HELD];
+    float x[HELD], probe = 0.f;
     uint32_t keep = FULL;  // bit i: the column in x[i] is kept
     PYPRUNE_UNROLL
     for (int c = 0; c < CHUNKS; ++c) {
@@ -99,7 +117,10 @@ __global__ void __launch_bounds__(THREADS) obs_sweep_kernel(const Sweep a) {
         float v[4];
         load(v, a.w + row * a.w_stride + column, width - column, a.whole_w);
         PYPRUNE_UNROLL
-        for (int t = 0; t < 4; ++t) x[c * 4 + t] = v[t];
+        for (int t = 0; t < 4; ++t) {
+            x[c * 4 + t] = v[t];
+            probe += 0.f * v[t];
+        }
         if (M == 0) {
             uint8_t bits[4];
             load(bits, a.mask + row * a.columns + column, width - column, a.whole_out);
@@ -108,22 +129,32 @@ __global__ void __launch_bounds__(THREADS) obs_sweep_kernel(const Sweep a) {
                 if (bits[t] == 0 && column + t < width) keep &= ~(1u << (c * 4 + t));
         }
     }
-    load_factor(factor, inverse, a);
-    __syncthreads();
+    load_factor(f, a);
+    probe += __shfl_xor_sync(FULL, probe, 1, LANES);
+    probe += __shfl_xor_sync(FULL, probe, 2, LANES);
+    const int steps = f->bad ? 0 : a.columns;
+    const bool usable = steps > 0 && probe == 0.f;
+    if (!usable) {
+        if (width > 0) *a.fault = 1;
+        keep = FULL;
+    }
 
     PYPRUNE_UNROLL
     for (int c = 0; c < CHUNKS; ++c) {
-        if (c * CHUNK >= a.columns) break;
+        if (c * CHUNK >= steps) break;
         PYPRUNE_UNROLL
         for (int u = 0; u < CHUNK; ++u) {
             const int j = c * CHUNK + u, i = c * 4 + u % 4, owner = u / 4;
             if constexpr (M > 0)
-                if (j % M == 0) keep = choose<M>(keep, x, inverse, j, a.n, lane);
+                if (j % M == 0) {
+                    const uint32_t chosen = choose<M>(keep, x, f->inverse, j, a.n, lane);
+                    keep = usable ? chosen : keep;
+                }
             const bool dropped = (keep >> i & 1) == 0;
-            float e = dropped ? x[i] * inverse[j] : 0.f;
+            float e = dropped ? x[i] * f->inverse[j] : 0.f;
             if (lane == owner && dropped) x[i] = e;
             e = __shfl_sync(FULL, e, owner, LANES);
-            const float4* r = reinterpret_cast<const float4*>(factor + packed_row(j)) + lane;
+            const float4* r = reinterpret_cast<const float4*>(f->packed + packed_row(j)) + lane;
             PYPRUNE_UNROLL
             for (int d = c; d < CHUNKS; ++d) {
                 const float4 v = r[(d - c) * LANES];
@@ -154,36 +185,39 @@ __global__ void __launch_bounds__(THREADS) obs_sweep_kernel(const Sweep a) {
     }
     loss += __shfl_xor_sync(FULL, loss, 1, LANES);
     loss += __shfl_xor_sync(FULL, loss, 2, LANES);
-    if (lane == 0 && row < a.rows) a.loss[row] = loss;
+    if (lane == 0 && row < a.rows) a.loss[row] = usable ? loss : __builtin_nanf("");
 }
 
 __global__ void __launch_bounds__(THREADS) obs_sweep_any_kernel(const Sweep a) {
-    PYPRUNE_SHARED(float, factor);
-    float* inverse = factor + FACTOR;
+    PYPRUNE_SHARED(Factor, f);
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    uint32_t* keys = reinterpret_cast<uint32_t*>(inverse + COLUMNS) + warp * COLUMNS;
+    uint32_t* keys = f->keys[warp];
     const int64_t row = int64_t(blockIdx.x) * ROWS_ANY + warp;
     const int width = row < a.rows ? a.columns : 0;
     constexpr int PARTS = COLUMNS / WARP;  // lane l holds columns l, l + 32, …
 
-    float x[PARTS];
+    float x[PARTS], probe = 0.f;
     uint32_t keep = FULL;
     PYPRUNE_UNROLL
     for (int p = 0; p < PARTS; ++p) {
         const int column = p * WARP + lane;
         x[p] = column < width ? a.w[row * a.w_stride + column] : 0.f;
+        probe += 0.f * x[p];
     }
-    load_factor(factor, inverse, a);
-    __syncthreads();
+    load_factor(f, a);
+    PYPRUNE_UNROLL
+    for (int d = 1; d < WARP; d *= 2) probe += __shfl_xor_sync(FULL, probe, d, WARP);
+    const int steps = f->bad || probe != 0.f ? 0 : a.columns;  // uniform in the warp, which is one row
+    if (steps == 0 && width > 0) *a.fault = 1;
 
     PYPRUNE_UNROLL
     for (int i = 0; i < PARTS; ++i)
-        for (int owner = 0; owner < WARP && i * WARP + owner < a.columns; ++owner) {
+        for (int owner = 0; owner < WARP && i * WARP + owner < steps; ++owner) {
             const int j = i * WARP + owner;
             if (j % a.m == 0) {
                 PYPRUNE_UNROLL
                 for (int p = 0; p < PARTS; ++p)
-                    keys[p * WARP + lane] = score_key(x[p], inverse[p * WARP + lane]);
+                    keys[p * WARP + lane] = score_key(x[p], f->inverse[p * WARP + lane]);
                 __syncwarp();
                 PYPRUNE_UNROLL
                 for (int p = 0; p < PARTS; ++p) {
@@ -196,10 +230,10 @@ __global__ void __launch_bounds__(THREADS) obs_sweep_any_kernel(const Sweep a) {
                 __syncwarp();
             }
             const bool dropped = (keep >> i & 1) == 0;
-            float e = dropped ? x[i] * inverse[j] : 0.f;
+            float e = dropped ? x[i] * f->inverse[j] : 0.f;
             if (lane == owner && dropped) x[i] = e;
             e = __shfl_sync(FULL, e, owner, WARP);
-            const float* r = factor + packed_row(j) - j / CHUNK * CHUNK;
+            const float* r = f->packed + packed_row(j) - j / CHUNK * CHUNK;
             PYPRUNE_UNROLL
             for (int p = i; p < PARTS; ++p)
                 if (p * WARP + lane > j) x[p] -= e * r[p * WARP + lane];
@@ -219,13 +253,14 @@ __global__ void __launch_bounds__(THREADS) obs_sweep_any_kernel(const Sweep a) {
     }
     PYPRUNE_UNROLL
     for (int d = 1; d < WARP; d *= 2) loss += __shfl_xor_sync(FULL, loss, d, WARP);
-    if (lane == 0 && row < a.rows) a.loss[row] = loss;
+    if (lane == 0 && row < a.rows) a.loss[row] = steps > 0 ? loss : __builtin_nanf("");
 }
 
 // ---- dispatch ------------------------------------------------------------------------------------------------------
 
 void obs_sweep(float* w, int64_t rows, int64_t columns, int64_t w_stride, const float* r, int64_t r_stride,
-               const uint8_t* mask, int64_t n, int64_t m, uint8_t* keep, float* error, float* loss, void* stream) {
+               const uint8_t* mask, int64_t n, int64_t m, uint8_t* keep, float* error, float* loss, int* fault,
+               void* stream) {
     if (rows == 0 || columns == 0) return;
     const Launcher launch{"obs_sweep", {{"rows", rows}, {"columns", columns}, {"N", n}, {"M", m}},
                           static_cast<cudaStream_t>(stream)};
@@ -234,7 +269,7 @@ void obs_sweep(float* w, int64_t rows, int64_t columns, int64_t w_stride, const 
     if (mask == nullptr && (m < 1 || columns % m != 0))
         launch.refuse("without a mask, M must divide the columns");
     const bool whole_out = columns % 4 == 0 && aligned(error, 0, 16) && aligned(keep, 0, 4) && aligned(mask, 0, 4);
-    const Sweep a{w, r, mask, keep, error, loss, w_stride, r_stride, int(rows), int(columns), int(n), int(m),
+    const Sweep a{w, r, mask, keep, error, loss, fault, w_stride, r_stride, int(rows), int(columns), int(n), int(m),
                   aligned(w, w_stride * int64_t(sizeof(float)), 16), whole_out};
     const int64_t blocks = (rows + ROWS - 1) / ROWS;
     if (mask != nullptr) return launch(obs_sweep_kernel<0>, blocks, THREADS, SHARED, a);

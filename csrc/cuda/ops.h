@@ -1,5 +1,9 @@
 // Host functions of the CUDA ops: device pointers, sizes, strides in elements, and a stream. They enqueue and return;
 // nothing here synchronises. A refused argument is std::invalid_argument, a failed launch std::runtime_error.
+//
+// What only the data can show to be wrong (a fault) is found by the kernel, which sets *fault to 1 and leaves the
+// affected part as it was. The word lies in pinned host memory: reading it later needs no synchronisation.
+//
 // The contracts are those of pyprune/ops.py; pyprune/native.py allocates and is the only caller.
 #pragma once
 
@@ -12,30 +16,31 @@ void use_device(int device);
 
 constexpr int SWEEP_COLUMNS = 128;  // columns of one sweep launch; wider column blocks are swept in such pieces
 
-// Mask [rows, columns] given (may be `keep` itself), or null: then the n largest of every m are kept.
+// Mask [rows, columns] given (may be `keep` itself), or null: then the n largest of every m are kept. Faults: a row of
+// w that is not finite, and an r that is not finite or has a diagonal that is not positive; the row, or all of w, then
+// stays as it was, all kept, with errors 0 and a NaN loss.
 void obs_sweep(float* w, int64_t rows, int64_t columns, int64_t w_stride, const float* r, int64_t r_stride,
-               const uint8_t* mask, int64_t n, int64_t m, uint8_t* keep, float* error, float* loss, void* stream);
+               const uint8_t* mask, int64_t n, int64_t m, uint8_t* keep, float* error, float* loss, int* fault,
+               void* stream);
 
-// A NaN score leaves its row (scope row, N:M group) or matrix as it was, all kept, and sets *fault to the op's code.
-// The fault word lives in pinned host memory, so that reading it later needs no synchronisation.
-constexpr int FAULT_SELECT_MASK = 1, FAULT_NM_MASK = 2;
-
-// Drops exactly the k lowest |w|·scale of every row, ties from the left.
+// Drops exactly the k lowest |w|·scale of every row, ties from the left. Fault: NaN scores; that row stays, all kept.
 void select_rows(void* w, int dtype, int64_t rows, int64_t columns, int64_t w_stride, const float* scale, int64_t k,
                  bool apply, uint8_t* keep, int* fault, void* stream);
 
-// The same over the whole matrix in row-major order. `workspace` holds SELECT_WORKSPACE 32-bit words.
+// The same over the whole matrix in row-major order; with NaN scores all of it stays. `workspace` holds SELECT_WORKSPACE 32-bit words.
 constexpr int64_t SELECT_WORKSPACE = 2048 + 8 + 1024;
 void select_matrix(void* w, int dtype, int64_t rows, int64_t columns, int64_t w_stride, const float* scale, int64_t k,
                    bool apply, uint8_t* keep, int* fault, void* workspace, void* stream);
 
-// Keeps the n largest |w|·scale of every m ≤ 16 consecutive columns.
+// Keeps the n largest |w|·scale of every m ≤ 16 consecutive columns. Fault: NaN scores; that group stays, all kept.
 void nm_mask(void* w, int dtype, int64_t rows, int64_t columns, int64_t w_stride, const float* scale, int64_t n,
              int64_t m, bool apply, uint8_t* keep, int* fault, void* stream);
 
-// 2:4 matrix of 16-bit elements [rows, columns] to values [rows, columns / 2] and reordered metadata, and back.
-void compress_24(const void* w, int64_t rows, int64_t columns, int64_t w_stride, void* values, void* meta, void* stream);
-void expand_24(const void* values, const void* meta, int64_t rows, int64_t columns, void* w, void* stream);
+// 2:4 matrix of 16-bit elements [rows, columns] to values [rows, columns / 2] and reordered metadata, and back. Faults:
+// a group with more than two non-zeros (the surplus is lost), metadata that names one place twice.
+void compress_24(const void* w, int64_t rows, int64_t columns, int64_t w_stride, void* values, void* meta, int* fault,
+                 void* stream);
+void expand_24(const void* values, const void* meta, int64_t rows, int64_t columns, void* w, int* fault, void* stream);
 
 // Lower factors [batch, n, n] of a + damping·I (damping may be null); info as LAPACK's.
 void cholesky(const float* a, const float* damping, int64_t batch, int64_t n, float* factor, int* info, void* stream);

@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(THREADS) select_rows_kernel(const Select<T> a)
         next_digit(s, pass);
     }
     const Search found = s->search;
-    if (found.nan && threadIdx.x == 0) *a.fault = FAULT_SELECT_MASK;
+    if (found.nan && threadIdx.x == 0) *a.fault = 1;
     const bool numbered = found.need != found.equal;
     uint32_t seen = 0;
     for (uint32_t tile = 0; tile < a.vectors; tile += THREADS) {
@@ -251,7 +251,7 @@ __global__ void __launch_bounds__(THREADS) select_write_kernel(const Select<T> a
     constexpr int V = Select<T>::VECTOR;
     PYPRUNE_SHARED(Scratch, s);
     const Search found = state->search;
-    if (found.nan && blockIdx.x == 0 && threadIdx.x == 0) *a.fault = FAULT_SELECT_MASK;
+    if (found.nan && blockIdx.x == 0 && threadIdx.x == 0) *a.fault = 1;
     const bool numbered = found.need != found.equal;
     uint32_t seen = 0, total = 0;
     if (numbered) {

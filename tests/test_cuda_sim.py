@@ -1,0 +1,380 @@
+"""The CUDA kernels themselves, run on the CPU under fiber emulation (tests/cusim.h), against float64 and the reference.
+
+Every driver runs in the three thread orders of the emulation and once under AddressSanitizer. The last tests plant a
+missing barrier and accesses out of bounds in copies of the kernels and see them caught: what the others prove.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from pyprune import reference
+
+ROOT = Path(__file__).resolve().parent.parent
+DRIVERS = {"obs_sweep": (), "select_mask": (), "nm_mask": (), "compress_24": (),
+           "cholesky": ("cholesky.cu", "cholesky_solve.cu")}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+RUNS = ["order 0", "order 1", "order 2", "asan"]
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to compile the simulated kernels")
+
+
+# ---- building and running ------------------------------------------------------------------------------------------
+
+def build(driver: str, target: Path, *, sanitize: bool = False, csrc: Path = ROOT / "csrc") -> Path:
+    sources = [ROOT / "tests/cuda_sim" / f"{driver}.cpp", *(csrc / "cuda" / name for name in DRIVERS[driver])]
+    command = ["g++", "-std=c++17", "-O1", "-Wall", "-DPYPRUNE_SIM", f"-I{csrc}", f"-I{ROOT / 'tests'}", "-x", "c++",
+               *(["-fsanitize=address", "-g1"] if sanitize else []), *map(str, sources), "-o", str(target)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return target
+
+
+@pytest.fixture(scope="session")
+def binaries(tmp_path_factory):
+    """(driver, sanitized) → executable; all compiled at once, two at a time."""
+    folder = tmp_path_factory.mktemp("cuda_sim")
+    wanted = [(driver, sanitize) for driver in DRIVERS for sanitize in (False, True)]
+    with ThreadPoolExecutor(2) as pool:
+        built = [pool.submit(build, driver, folder / f"{driver}{'_asan' if sanitize else ''}", sanitize=sanitize)
+                 for driver, sanitize in wanted]
+        return {key: future.result() for key, future in zip(wanted, built)}
+
+
+def write_case(folder: Path, case: dict) -> None:
+    """Integers into ``sizes``, tensors into raw files, None into nothing. Tensors are written as they lie in memory:
+    a view's file starts at its first element and ends after its last."""
+    folder.mkdir(parents=True)
+    (folder / "sizes").write_text("".join(f"{k} {int(v)}\n" for k, v in case.items() if isinstance(v, int)))
+    for name, value in case.items():
+        if isinstance(value, torch.Tensor):
+            (folder / name).write_bytes(memory(value).view(torch.uint8).numpy().tobytes())
+
+
+def memory(x: torch.Tensor) -> torch.Tensor:
+    span = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride()))
+    return x.as_strided((span,), (1,))
+
+
+def execute(binary: Path, folder: Path, cases: list[dict], order: int = 0) -> list[Path]:
+    folders = [folder / str(i) for i in range(len(cases))]
+    for path, case in zip(folders, cases):
+        write_case(path, case)
+    done = subprocess.run([str(binary), *map(str, folders)], capture_output=True, text=True,
+                          env={**os.environ, "CUSIM_ORDER": str(order)})
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    return folders
+
+
+@pytest.fixture
+def simulate(binaries, tmp_path, request):
+    """Runs a driver on cases as the parameter ``run`` says; returns a reader of each case's arrays."""
+    def go(driver: str, cases: list[dict], run: str):
+        sanitize = run == "asan"
+        folders = execute(binaries[driver, sanitize], tmp_path, cases, 0 if sanitize else int(run[-1]))
+        return [lambda name, like, path=path: read(path / name, like) for path in folders]
+
+    return go
+
+
+def read(path: Path, like: torch.Tensor) -> torch.Tensor:
+    """The array as a tensor of ``like``'s type, shape and strides."""
+    flat = torch.frombuffer(bytearray(path.read_bytes()), dtype=like.dtype)
+    return flat.as_strided(like.shape, like.stride())
+
+
+def strided(rows: int, columns: int, stride: int, seed: int, dtype=torch.float32) -> torch.Tensor:
+    """A random matrix inside a wider one; the columns between are 7, to be found untouched."""
+    whole = torch.full((rows, stride), 7.0, dtype=dtype)
+    whole[:, :columns] = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    return whole[:, :columns]
+
+
+def between(x: torch.Tensor) -> torch.Tensor:
+    """What lies between the rows of a strided view."""
+    whole = torch.cat([memory(x), torch.full((x.stride(0) - x.shape[1],), 7.0, dtype=x.dtype)])
+    return whole.reshape(x.shape[0], x.stride(0))[:, x.shape[1]:]
+
+
+def factor_of_inverse(n: int, seed: int) -> torch.Tensor:
+    """Upper Cholesky factor of H⁻¹ for a well-conditioned Gram matrix, float32."""
+    x = torch.randn(4 * n + 8, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    h = x.T @ x / len(x) + 0.01 * torch.eye(n, dtype=torch.float64)
+    return torch.linalg.cholesky(torch.linalg.inv(h)).mT.contiguous().float() if n else torch.zeros(0, 0)
+
+
+# ---- obs_sweep -----------------------------------------------------------------------------------------------------
+
+# rows, columns, stride of w, N:M or None for a given mask
+SWEEPS = [
+    (33, 128, 128, None), (5, 50, 61, None), (1, 1, 3, None), (40, 96, 100, None),
+    (33, 128, 132, (2, 4)), (3, 20, 21, (1, 4)), (9, 128, 128, (4, 8)), (7, 72, 75, (5, 8)),
+    (6, 128, 128, (1, 2)), (5, 45, 47, (3, 5)), (3, 112, 112, (7, 16)), (2, 128, 128, (30, 128)), (4, 100, 100, (1, 50)),
+]
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_obs_sweep(simulate, run):
+    cases, expected = [], []
+    for seed, (rows, columns, stride, nm) in enumerate(SWEEPS):
+        w, r = strided(rows, columns, stride, seed), factor_of_inverse(columns, seed)
+        wide = torch.full((columns, columns + 3), torch.nan)  # r is a view into the whole factor
+        wide[:, :columns] = r
+        mask = None if nm else torch.rand(rows, columns, generator=torch.Generator().manual_seed(seed)) < 0.4
+        n, m = nm or (0, 0)
+        cases.append({"rows": rows, "columns": columns, "w_stride": stride, "r_stride": columns + 3, "n": n, "m": m,
+                      "fault": torch.zeros(1, dtype=torch.int32), "w": w, "r": wide[:, :columns], "mask": mask})
+        exact = w.double()
+        expected.append((exact, *reference.obs_sweep(exact, r.double(), mask=mask, nm=nm)))
+    for case, result, (w, keep, error, loss) in zip(cases, simulate("obs_sweep", cases, run), expected):
+        got, got_keep = result("w", case["w"]), result("keep", keep)
+        assert torch.equal(got_keep, keep)
+        assert (got[~keep] == 0).all()
+        assert torch.equal(between(got), between(case["w"]))
+        torch.testing.assert_close(got.double(), w, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(result("error", error.float()).double(), error, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(result("loss", loss.float()).double(), loss, rtol=1e-5, atol=1e-6)
+        assert result("fault", case["fault"]).item() == 0
+
+
+@pytest.mark.parametrize("nm", [(0, 0), (2, 4), (4, 8), (3, 6)])
+def test_obs_sweep_reports_what_is_not_finite_and_leaves_it(simulate, nm):
+    w, r, mask = strided(40, 48, 48, 0), factor_of_inverse(48, 0), torch.zeros(40, 48, dtype=torch.bool)
+    cases = []
+    for row, column, value in [(17, 3, torch.inf), (39, 47, torch.nan), (None, 0, -1.0), (None, 47, torch.nan)]:
+        broken_w, broken_r = w.clone(), r.clone()
+        if row is None:
+            broken_r[column, column] = value
+        else:
+            broken_w[row, column] = value
+        cases.append({"rows": 40, "columns": 48, "w_stride": 48, "r_stride": 48, "n": nm[0], "m": nm[1], "w": broken_w,
+                      "r": broken_r, "mask": None if nm[1] else mask, "fault": torch.zeros(1, dtype=torch.int32)})
+    for case, result, bad in zip(cases, simulate("obs_sweep", cases, "order 1"), [[17], [39], range(40), range(40)]):
+        got, loss = result("w", w), result("loss", w[:, 0].contiguous())
+        assert result("fault", case["fault"]).item() == 1
+        changed = [i for i in range(40) if not torch.equal(got[i].nan_to_num(9), case["w"][i].nan_to_num(9))]
+        assert changed == [i for i in range(40) if i not in bad]
+        assert loss.isnan().nonzero().flatten().tolist() == list(bad)
+        assert (result("error", w)[list(bad)] == 0).all() and result("keep", mask)[list(bad)].all()
+
+
+# ---- select_mask ---------------------------------------------------------------------------------------------------
+
+# rows, columns, stride, dtype, k as a fraction, scope, scaled, apply, tied
+SELECTIONS = [
+    (3, 1000, 1000, torch.float32, 0.5, "row", True, True, False),
+    (2, 1000, 1001, torch.bfloat16, 0.7, "row", True, True, False),
+    (2, 2304, 2304, torch.float16, 0.3, "row", False, True, False),
+    (4, 63, 64, torch.float32, 0.5, "row", True, False, True),
+    (2, 512, 512, torch.bfloat16, 0.5, "row", False, True, True),
+    (3, 5, 5, torch.float32, 0.0, "row", False, True, True),
+    (3, 5, 5, torch.float32, 1.0, "row", True, True, True),
+    (1, 1, 1, torch.float16, 1.0, "row", False, False, False),
+    (50, 128, 150, torch.float32, 0.5, "matrix", True, True, False),
+    (97, 63, 63, torch.bfloat16, 0.6, "matrix", True, True, False),
+    (90, 96, 96, torch.float16, 0.5, "matrix", False, False, True),
+    (90, 64, 70, torch.float32, 0.4, "matrix", True, True, True),
+    (7, 3, 3, torch.float32, 0.0, "matrix", True, True, True),
+    (7, 3, 4, torch.float32, 1.0, "matrix", False, True, False),
+    (1, 5000, 5000, torch.float32, 0.5, "matrix", True, False, True),
+]
+
+
+def selection(seed: int, rows, columns, stride, dtype, fraction, scope, scaled, apply, tied) -> dict:
+    w = strided(rows, columns, stride, seed, dtype)
+    scale = torch.rand(columns, generator=torch.Generator().manual_seed(seed)) + 0.1 if scaled else None
+    if tied:  # few distinct scores, zeros of both signs among them
+        w.copy_((w.float() * 2).round() / 2)
+        scale = None if scale is None else (scale * 2).round()
+    size = columns if scope == "row" else rows * columns
+    return {"rows": rows, "columns": columns, "w_stride": stride, "dtype": DTYPES[dtype], "k": int(fraction * size),
+            "matrix": int(scope == "matrix"), "apply": int(apply), "w": w, "scale": scale,
+            "fault": torch.zeros(1, dtype=torch.int32)}
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_select_mask(simulate, run):
+    cases = [selection(seed, *row) for seed, row in enumerate(SELECTIONS)]
+    for case, result in zip(cases, simulate("select_mask", cases, run)):
+        w = case["w"].clone()
+        keep = reference.select_mask(w, case["k"], scale=case["scale"], scope="matrix" if case["matrix"] else "row",
+                                     apply=bool(case["apply"]))
+        got = result("w", case["w"])
+        assert torch.equal(result("keep", keep), keep)
+        assert torch.equal(got, w)
+        assert torch.equal(between(got), between(case["w"]))
+        assert not torch.signbit(got[~keep]).any() or not case["apply"]
+        assert result("fault", case["fault"]).item() == 0
+
+
+@pytest.mark.parametrize("scope", ["row", "matrix"])
+def test_select_mask_reports_nan_and_leaves_the_weight(simulate, scope):
+    case = selection(0, 40, 120, 120, torch.float32, 0.5, scope, True, True, False)
+    case["w"][31, 77] = torch.nan
+    [result] = simulate("select_mask", [case], "order 1")
+    assert result("fault", case["fault"]).item() == 1
+    keep = result("keep", torch.zeros(40, 120, dtype=torch.bool))
+    untouched = slice(None) if scope == "matrix" else 31
+    assert keep[untouched].all()
+    assert torch.equal(result("w", case["w"])[untouched].nan_to_num(9), case["w"][untouched].nan_to_num(9))
+
+
+# ---- nm_mask -------------------------------------------------------------------------------------------------------
+
+# rows, columns, stride, dtype, (N, M), scaled, apply, tied
+GROUPS = [
+    (5, 64, 64, torch.bfloat16, (2, 4), True, True, False), (3, 68, 70, torch.float32, (2, 4), False, True, False),
+    (4, 12, 12, torch.float16, (1, 4), True, False, True), (6, 64, 64, torch.float32, (4, 8), True, True, False),
+    (3, 40, 41, torch.bfloat16, (5, 8), False, True, True), (2, 10, 10, torch.float16, (1, 2), True, True, False),
+    (7, 32, 32, torch.float32, (9, 16), True, True, True), (3, 48, 48, torch.bfloat16, (4, 16), True, True, False),
+    (9, 35, 37, torch.float32, (2, 5), True, True, False), (2, 30, 30, torch.float16, (7, 15), False, True, True),
+    (300, 8, 8, torch.bfloat16, (2, 4), True, True, False),
+]
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_nm_mask(simulate, run):
+    cases = []
+    for seed, (rows, columns, stride, dtype, (n, m), scaled, apply, tied) in enumerate(GROUPS):
+        case = selection(seed, rows, columns, stride, dtype, 0, "row", scaled, apply, tied)
+        cases.append({**case, "n": n, "m": m})
+    cases.append({**cases[0], "w": cases[0]["w"].clone()})
+    cases[-1]["w"][2, 9] = torch.nan
+    *results, broken = simulate("nm_mask", cases, run)
+    for case, result in zip(cases, results):
+        w = case["w"].clone()
+        keep = reference.nm_mask(w, case["n"], case["m"], scale=case["scale"], apply=bool(case["apply"]))
+        got = result("w", case["w"])
+        assert torch.equal(result("keep", keep), keep)
+        assert torch.equal(got, w)
+        assert torch.equal(between(got), between(case["w"]))
+        assert result("fault", case["fault"]).item() == 0
+    assert broken("fault", cases[-1]["fault"]).item() == 1
+    assert broken("keep", cases[-1]["w"].bool())[2, 8:12].all()
+
+
+# ---- compress_24, expand_24 ----------------------------------------------------------------------------------------
+
+def sparse_24(rows: int, columns: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
+    """2:4 with some groups emptier, and zeros of both signs."""
+    w = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    reference.nm_mask(w, 2, 4, apply=True)
+    w[w.abs() < 0.5] *= -0.0
+    return w
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_compress_24_is_the_layout_of_torch(simulate, run):
+    tensors = [sparse_24(32, 32, torch.bfloat16, 0), sparse_24(64, 96, torch.float16, 1),
+               sparse_24(96, 320, torch.bfloat16, 2), sparse_24(32, 32, torch.float16, 3)]
+    tensors[-1][7, 4:7] = 1  # three of four: a fault
+    cases = [{"rows": w.shape[0], "columns": w.shape[1], "w_stride": w.stride(0), "w": w,
+              "fault": torch.zeros(2, dtype=torch.int32)} for w in tensors]
+    *results, dense = simulate("compress_24", cases, run)
+    assert dense("fault", cases[-1]["fault"]).tolist() == [1, 0]
+    for w, case, result in zip(tensors, cases, results):
+        values, meta = reference.compress_24(w)
+        assert torch.equal(result("values", values).view(torch.int16), values.view(torch.int16))
+        assert torch.equal(result("meta", meta), meta)
+        assert torch.equal(result("dense", w), w)
+        assert result("fault", case["fault"]).tolist() == [0, 0]
+
+
+# ---- cholesky, cholesky_solve --------------------------------------------------------------------------------------
+
+# batch, n, right-hand sides, damped
+SYSTEMS = [(3, 1, 1, False), (2, 7, 9, True), (2, 64, 3, False), (2, 65, 40, True), (1, 128, 33, False),
+           (2, 129, 2, True), (1, 200, 35, False), (1, 257, 1, True)]
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_cholesky_and_solve(simulate, run):
+    cases = []
+    for seed, (batch, n, k, damped) in enumerate(SYSTEMS):
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(batch, 2 * n + 3, n, generator=generator)
+        a = (x.mT @ x / (2 * n + 3)).tril() + 9 * torch.ones(n, n).triu(1)  # only the lower triangle may be read
+        b = torch.randn(batch, n, k, generator=generator)
+        damping = torch.rand(batch, generator=generator) + 0.01 if damped else None
+        cases.append({"batch": batch, "n": n, "k": k, "a": a, "b": b, "damping": damping})
+    for case, result in zip(cases, simulate("cholesky", cases, run)):
+        a = case["a"].double().tril()
+        a = a + a.tril(-1).mT
+        if case["damping"] is not None:
+            a += case["damping"].double()[:, None, None] * torch.eye(case["n"], dtype=torch.float64)
+        exact, info = torch.linalg.cholesky_ex(a)
+        factor = result("factor", case["a"])
+        assert torch.equal(result("info", info), info)
+        assert torch.equal(factor.triu(1), torch.zeros_like(factor))
+        torch.testing.assert_close(factor.double(), exact, rtol=1e-4, atol=2e-5)
+        assert (factor.double() @ factor.mT.double() - a).norm() < 1e-6 * a.norm()
+        x = result("x", case["b"]).double()
+        torch.testing.assert_close(x, torch.linalg.solve(a, case["b"].double()), rtol=1e-3, atol=1e-3)
+        assert (a @ x - case["b"]).norm() < 1e-5 * (a.norm() * x.norm())
+
+
+@pytest.mark.parametrize("n", [40, 200])
+def test_cholesky_names_the_minor_that_is_not_positive(simulate, n):
+    a = torch.eye(n).repeat(3, 1, 1)
+    a[0, n - 3, n - 3] = 0
+    a[2, 5, 5] = torch.nan
+    b = torch.ones(3, n, 1)
+    [result] = simulate("cholesky", [{"batch": 3, "n": n, "k": 1, "a": a, "b": b}], "order 2")
+    assert result("info", torch.zeros(3, dtype=torch.int32)).tolist() == [n - 2, 0, 6]
+    factor, x = result("factor", a), result("x", b)
+    lower = torch.ones(n, n).tril().bool()
+    assert factor[0][lower].isnan().all() and factor[2][lower].isnan().all() and (factor[:, ~lower] == 0).all()
+    assert torch.equal(factor[1], torch.eye(n))
+    assert x[0].isnan().all() and x[2].isnan().all() and torch.equal(x[1], b[1])
+
+
+# ---- what the simulation catches -----------------------------------------------------------------------------------
+
+def planted(tmp_path: Path, name: str, old: str, new: str) -> Path:
+    """A copy of csrc with one change in one kernel file."""
+    csrc = tmp_path / "csrc"
+    shutil.copytree(ROOT / "csrc", csrc, ignore=shutil.ignore_patterns("cpu"))
+    text = (csrc / "cuda" / name).read_text()
+    assert text.count(old) == 1, f"{name} no longer has the line this test breaks"
+    (csrc / "cuda" / name).write_text(text.replace(old, new))
+    return csrc
+
+
+def test_a_missing_barrier_is_caught(tmp_path):
+    """Without the barrier after the load, the last warp, when it runs first, factors what others have not loaded."""
+    csrc = planted(tmp_path, "cholesky.cu", "    __syncthreads();\n    const int failed = factor_packed(l, n);",
+                   "    const int failed = factor_packed(l, n);")
+    binary = build("cholesky", tmp_path / "broken", csrc=csrc)
+    a = torch.eye(40)[None] * 4
+    caught = []
+    for order in range(3):
+        try:
+            [folder] = execute(binary, tmp_path / f"order{order}", [{"batch": 1, "n": 40, "k": 0, "a": a}], order)
+            caught.append(not torch.equal(read(folder / "factor", a), torch.eye(40)[None] * 2))
+        except RuntimeError as error:
+            assert "cusim" in str(error)
+            caught.append(True)
+    assert caught[2], f"orders in which the missing barrier showed: {caught}"
+
+
+@pytest.mark.parametrize("file, old, new, driver", [
+    ("compress_24.cu", "load(dense, from + h * HALF,", "load(dense, from + h * HALF + 1,", "compress_24"),
+    ("cholesky.cu", "const size_t shared = packed(size, 0) * sizeof(float);",
+     "const size_t shared = packed(size, 0) * sizeof(float) - 4;", "cholesky"),
+], ids=["global memory", "shared memory"])
+def test_an_access_out_of_bounds_is_caught(tmp_path, file, old, new, driver):
+    binary = build(driver, tmp_path / "broken", sanitize=True, csrc=planted(tmp_path, file, old, new))
+    case = {"rows": 32, "columns": 32, "w_stride": 32, "w": torch.zeros(32, 32, dtype=torch.bfloat16),
+            "fault": torch.zeros(2, dtype=torch.int32),
+            "batch": 1, "n": 33, "k": 0, "a": torch.eye(33)[None]}
+    with pytest.raises(RuntimeError, match="heap-buffer-overflow") as error:
+        execute(binary, tmp_path / "case", [case])
+    assert file in str(error.value)  # with the line
