@@ -170,11 +170,16 @@ def _quiet(transformers) -> Iterator[None]:
     """Without transformers' own bars and chatter; what matters is raised."""
     logging = transformers.utils.logging
     bar, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    from transformers import modeling_gguf_pytorch_utils as gguf
+
     logging.disable_progress_bar()
     logging.set_verbosity_error()
+    tqdm = getattr(gguf, "tqdm", None)
+    gguf.tqdm = lambda tensors, **_: tensors  # the one bar that does not obey the switch
     try:
         yield
     finally:
+        gguf.tqdm = tqdm
         logging.set_verbosity(level)
         if bar:
             logging.enable_progress_bar()
@@ -253,7 +258,7 @@ def pruning_record(report: dict) -> dict:
 
 
 def run_yaml(report: dict, config: PruneConfig) -> str:
-    """``run.yaml``: repeats the run. data given in memory is described there, and refused."""
+    """``run.yaml``: repeats the run. Data given in memory is described there, and refused."""
     import yaml
 
     from pyprune.config import to_yaml
@@ -262,7 +267,8 @@ def run_yaml(report: dict, config: PruneConfig) -> str:
         return to_yaml(config)
     except ConfigError:
         note = ("# The run took its calibration or evaluation data from memory; put a path to the same data in\n"
-                f"# place of the <…> below to repeat it.\n# Calibration token ids: sha256 {report['calibration']['fingerprint']}\n")
+                "# place of the <…> below to repeat it. Calibration token ids: sha256\n"
+                f"# {report['calibration']['fingerprint']}\n")
         return note + yaml.safe_dump(report["config"], sort_keys=False)
 
 

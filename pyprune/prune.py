@@ -1,4 +1,4 @@
-"""The orchestrator: for each block observe → score → mask → solve → reconstruct → propagate, then evaluate and write."""
+"""The orchestrator: per block observe → score → mask → solve → reconstruct → propagate, then evaluate and write."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from pyprune import calibration, checkpoint, evaluate, ops
+from pyprune import calibration, checkpoint, ops
 from pyprune.config import Calibration, ConfigError, Evaluation, PruneConfig, from_dict, to_dict
+from pyprune.evaluate import measure, windows_of
 from pyprune.model import ModelView, WeightRef, select_weights
 from pyprune.progress import Progress
 from pyprune.solvers import inverse_factor, needs_factor, solve
@@ -141,8 +142,8 @@ def prune(model: str | nn.Module | None = None, config: PruneConfig | dict | Non
         data = calibration.load(config.calibration, tokenizer, encoder=view.is_encoder,
                                 vocab_size=live.get_input_embeddings().num_embeddings)
     with clock("evaluation"):
-        texts = evaluate.windows_of(config.evaluation, tokenizer, view.is_encoder)
-        dense = evaluate.measure(live, texts, config.evaluation)
+        texts = windows_of(config.evaluation, tokenizer, view.is_encoder)
+        dense = measure(live, texts, config.evaluation)
     executor = Executor(view, device=pick_device(config.device), compute_dtype=pick_dtype(config.compute_dtype),
                         batch_size=config.batch_size)
     run = Run(config, view, executor, selected, data, clock)
@@ -154,7 +155,7 @@ def prune(model: str | nn.Module | None = None, config: PruneConfig | dict | Non
         else:
             prune_blocks(run, bar)
     with clock("evaluation"):
-        pruned = evaluate.measure(live, texts, config.evaluation)
+        pruned = measure(live, texts, config.evaluation)
     result = PruneResult(live, tokenizer, config, build_report(run, live, dense, pruned))
     if config.output:
         with clock("write"):

@@ -80,8 +80,8 @@ def model_card(report: dict, name: str) -> str:
              f"# {name}", "",
              f"{model['name']} ({model['architecture']}, {model['parameters']:,} parameters, {model['dtype']}) pruned "
              f"in one shot with pyprune: {headline(report)}. {report['sparsity']:.2%} of the pruned weights are "
-             f"exactly zero; they are {report['coverage']['fraction']:.1%} of the matrix weights of its blocks. Embeddings "
-             "and the head are as they were.", ""]
+             f"exactly zero; they are {report['coverage']['fraction']:.1%} of the matrix weights of its blocks. "
+             "Embeddings and the head are as they were.", ""]
     if report.get("evaluation"):
         lines += ["| text | windows | dense perplexity | pruned perplexity |", "|---|---|---|---|"]
         lines += [f"| {row['text']} | {row['windows']} × {row['window']} tokens, {row.get('dtype', '')} | "
