@@ -184,7 +184,8 @@ class PruneConfig:
     criterion: str = "wifv"
     """Structured: how neurons and heads are chosen."""
     reconstruct: str | None = None
-    """Masks: none, layer, block, cross_block (None: what the method says). Structured: none, bias, mask_tuning, liar."""
+    """Masks: none, layer, block, cross_block (None: what the method says).
+    Structured: none, bias, mask_tuning, liar."""
     global_propagation: bool = False
     """Reconstruct against the dense model's own stream (paper R's GP)."""
     inputs: str = "propagated"
@@ -329,8 +330,8 @@ def _plain(value):
         return str(value)
     if value is None or isinstance(value, (str, int, float, bool)):
         return value
-    raise ConfigError(f"a {type(value).__name__} cannot be written to YAML; give a path instead, so that the run can be "
-                      "repeated from its file")
+    raise ConfigError(f"a {type(value).__name__} cannot be written to YAML; give a path instead, so that the run can "
+                      "be repeated from its file")
 
 
 def to_dict(config) -> dict:

@@ -93,8 +93,8 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     found = [(sum(p.numel() for p in module.parameters()), name, module) for name, module in model.named_modules()
              if isinstance(module, nn.ModuleList) and len(module) and all(map(weights_of, module))]
     if not found:
-        raise ConfigError(f"{type(model).__name__} has no list of transformer blocks with linear layers; give a Hugging "
-                          "Face decoder or encoder")
+        raise ConfigError(f"{type(model).__name__} has no list of transformer blocks with linear layers; give a "
+                          "Hugging Face decoder or encoder")
     _, name, blocks = max(found, key=lambda item: item[0])
     return name, blocks
 

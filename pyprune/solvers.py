@@ -64,7 +64,8 @@ def obs_prune(weight: Tensor, factor: Factor, *, sparsity: float | None = None, 
               mask: Tensor | None = None, column_block: int = 128) -> Tensor:
     """SparseGPT's sweep over a whole matrix, in place; returns the keep mask (arXiv 2301.00774).
 
-    weight: float32 ``[out, in]``. Exactly one of ``sparsity`` (chosen per column block over all rows), ``nm``, ``mask``.
+    weight: float32 ``[out, in]``. Exactly one of ``sparsity`` (chosen per column block over all rows), ``nm`` and
+    ``mask``.
     The part right of a column block is updated by one product.
     """
     rows, columns = weight.shape
@@ -126,8 +127,8 @@ def solve(weight: Tensor, config: PruneConfig, statistics: Statistics | None, fa
 def exact_refit(weight: Tensor, mask: Tensor, gram: Tensor, count: int, damping: float) -> Tensor:
     """Best weights on a fixed mask: per row ``w_S = H_SS⁻¹ (H w)_S`` with the H of :func:`inverse_factor`.
 
-    weight float32 ``[out, in]``, mask bool; returns float32 ``[out, in]`` with exact zeros off the mask. Rows become one
-    batch of systems in which dropped coordinates are replaced by the identity.
+    weight float32 ``[out, in]``, mask bool; returns float32 ``[out, in]`` with exact zeros off the mask. Rows become
+    one batch of systems in which dropped coordinates are replaced by the identity.
     """
     h = gram / count
     h.diagonal().add_(damping * h.diagonal().mean())

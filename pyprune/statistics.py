@@ -7,6 +7,7 @@ the input in the forward pass. Every accumulator carries its own token count and
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -185,8 +186,8 @@ def observe(executor: Executor, index: int, module: nn.Module, refs: list[Weight
     observer = Observer(module, refs, sink)
     try:
         for batch in activations.batches(executor.batch_size):
-            hidden = activations.read(batch)
-            out = observer.run(lambda: executor.forward(index, module, hidden), stop_early=target is None)
+            forward = functools.partial(executor.forward, index, module, activations.read(batch))
+            out = observer.run(forward, stop_early=target is None)
             if target is not None:
                 target.write(batch, out)
     finally:
@@ -201,7 +202,7 @@ def find_non_finite(executor: Executor, index: int, module: nn.Module, refs: lis
     for batch in activations.batches(1):
         observer = Observer(module, refs, lambda columns, device: Inputs())
         try:
-            observer.run(lambda: executor.forward(index, module, activations.read(batch)), stop_early=False)
+            observer.run(functools.partial(executor.forward, index, module, activations.read(batch)), stop_early=False)
         finally:
             observer.close()
         for name, sink in observer.sinks.items():

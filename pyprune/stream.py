@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from pyprune import ops
 from pyprune.model import Arguments, ModelView, call_block
 
 TARGET_TOKENS = 8192
@@ -126,8 +128,9 @@ class Executor:
         block = self.view.blocks[index]
         fits = all(p.device == self.device and (p.dtype == self.dtype or not p.is_floating_point())
                    for p in block.parameters())
-        with expert_loop(self.view.model.config):
-            yield block if fits else copy.deepcopy(block).to(self.device, self.dtype)
+        module = block if fits else copy.deepcopy(block).to(self.device, self.dtype)
+        with expert_loop(self.view.model.config), fast_linears(module):
+            yield module
 
     @torch.no_grad()
     def forward(self, index: int, module: nn.Module, hidden: Tensor) -> Tensor:
@@ -144,6 +147,24 @@ class Executor:
                 target.write(batch, out)
             if each is not None:
                 each(batch, out)
+
+
+@contextlib.contextmanager
+def fast_linears(module: nn.Module) -> Iterator[None]:
+    """Run the float32 linear layers of a CPU module through ``ops.linear`` for the duration."""
+    layers = [m for m in module.modules() if type(m) is nn.Linear and m.weight.dtype == torch.float32
+              and m.weight.device.type == "cpu"]
+    for layer in layers:
+        layer.forward = functools.partial(_linear, layer)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    return ops.linear(x, layer.weight, layer.bias)
 
 
 @contextlib.contextmanager

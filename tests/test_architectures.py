@@ -28,7 +28,8 @@ def test_block_by_block_forward_is_the_models_own(architecture):
     view = ModelView(model)
     seen = {}
     for i, block in enumerate(view.blocks):
-        block.register_forward_hook(lambda m, a, out, i=i: seen.__setitem__(i, out[0] if isinstance(out, tuple) else out))
+        block.register_forward_hook(
+            lambda m, a, out, i=i: seen.__setitem__(i, out[0] if isinstance(out, tuple) else out))
     ids = tiny.ids(3, 20)
     with expert_loop(model.config):
         logits(model, ids)
