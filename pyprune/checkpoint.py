@@ -193,12 +193,12 @@ def _sentence(error: BaseException) -> str:
 
 # ---- save ----------------------------------------------------------------------------------------------------------
 
-def check_output(directory: str | Path) -> None:
-    """Raise :class:`ConfigError` unless ``directory`` can be written: absent or empty, under a folder or nothing."""
+def check_output(directory: str | Path, allow: str | None = None) -> None:
+    """Raise :class:`ConfigError` unless ``directory`` can be written: absent, or empty but for an entry ``allow``."""
     path = Path(directory).expanduser()
     if path.exists() and not path.is_dir():
         raise ConfigError(f"output {str(directory)!r} is a file; name a folder")
-    if path.is_dir() and any(path.iterdir()):
+    if path.is_dir() and any(entry.name != allow for entry in path.iterdir()):
         raise ConfigError(f"output folder {str(directory)!r} is not empty; choose another or empty it")
     parent = next(p for p in path.absolute().parents if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
@@ -237,16 +237,21 @@ def save(model: nn.Module, tokenizer, directory: str | Path, report: dict, confi
 
     The folder appears whole or not at all. Raises :class:`ConfigError` if it is not absent or empty.
     """
-    from pyprune.report import model_card
-
     with staged(directory) as folder:
         model.save_pretrained(folder)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-        write_json(folder / "report.json", report)
-        write_json(folder / "pruning.json", pruning_record(report))
-        (folder / "run.yaml").write_text(run_yaml(report, config))
-        (folder / "README.md").write_text(model_card(report, Path(directory).name))
+        save_extras(tokenizer, folder, report, config, Path(directory).name)
+
+
+def save_extras(tokenizer, folder: Path, report: dict, config: PruneConfig, name: str) -> None:
+    """Everything of a checkpoint but the model itself; ``name`` is what the model card calls it."""
+    from pyprune.report import model_card
+
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    write_json(folder / "report.json", report)
+    write_json(folder / "pruning.json", pruning_record(report))
+    (folder / "run.yaml").write_text(run_yaml(report, config))
+    (folder / "README.md").write_text(model_card(report, name))
 
 
 def pruning_record(report: dict) -> dict:
