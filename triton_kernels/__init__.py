@@ -10,9 +10,14 @@ if __name__ == "triton_kernels":
     # vLLM and SGLang import a top-level `triton_kernels` that is the Triton project's own: ours must not shadow it.
     raise ImportError("import pyprune.triton_kernels: the top-level name triton_kernels belongs to another project")
 
+from pyprune.triton_kernels.cholesky import cholesky, cholesky_solve
 from pyprune.triton_kernels.compress import compress_24, expand_24, nm_compress_24
 from pyprune.triton_kernels.gram import cross_gram_update, gram_update
+from pyprune.triton_kernels.liar import liar_update
 from pyprune.triton_kernels.moments import column_moments
 from pyprune.triton_kernels.nm import nm_mask
+from pyprune.triton_kernels.select import select_mask
+from pyprune.triton_kernels.sweep import obs_sweep
 
-__all__ = ["column_moments", "compress_24", "cross_gram_update", "expand_24", "gram_update", "nm_compress_24", "nm_mask"]
+__all__ = ["cholesky", "cholesky_solve", "column_moments", "compress_24", "cross_gram_update", "expand_24",
+           "gram_update", "liar_update", "nm_compress_24", "nm_mask", "obs_sweep", "select_mask"]

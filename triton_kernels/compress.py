@@ -129,8 +129,8 @@ def compress_24(w: Tensor) -> tuple[Tensor, Tensor]:
 def nm_compress_24(w: Tensor, *, scale: Tensor | None = None, apply: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """``nm_mask(w, 2, 4)`` and ``compress_24`` of the result in one read of w.
 
-    w: bfloat16 or float16 ``[r, c]``, r % 32 == 0 and c % 32 == 0, any strides; scale: float32 ``[c]`` or None; ``apply``
-    zeroes w too. Returns the keep mask ``[r, c]``, values ``[r, c/2]`` and metadata int16 ``[r, c/16]``.
+    w: bfloat16 or float16 ``[r, c]``, r and c multiples of 32, any strides; scale: float32 ``[c]`` or None;
+    ``apply`` zeroes w too. Returns the keep mask ``[r, c]``, values ``[r, c/2]`` and metadata int16 ``[r, c/16]``.
     Raises ``ValueError`` for other shapes.
     """
     if w.ndim != 2 or w.shape[0] % 32:

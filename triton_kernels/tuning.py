@@ -99,7 +99,7 @@ def pick(op: str, shape: Hashable, configs: Sequence[Config], device: torch.devi
          trial: Callable[[Config], None] | None = None, timer=milliseconds) -> Config:
     """The configuration to launch ``op`` with; ``trial(config)`` must run it on scratch outputs."""
     if device.type != "cuda":
-        return configs[0]
+        return configs[-1]  # the interpreter: lists end with the configuration of the fewest programs or steps
     chip = _properties(device.index or 0)
     choices = usable(configs, chip.shared_memory_per_block_optin)
     if not enabled() or trial is None or len(choices) == 1:
