@@ -8,6 +8,7 @@
 
 Names are imported when they are first used: ``import pyprune`` itself loads neither torch nor transformers.
 """
+# ruff: noqa: F401  (the imports at the end are for type checkers)
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ def load(calibration: Calibration, tokenizer=None, *, encoder: bool = False,
     pieces = _pieces(_documents(calibration, encoder), tokenizer, calibration, wanted, encoder)
     texts.check_vocabulary(pieces, vocab_size)
     _check_count(len(pieces), calibration, encoder)
-    order = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(calibration.seed)).tolist()
+    order = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(calibration.seed or 0)).tolist()
     chosen = [pieces[i] for i in order[:wanted]]
     return _assemble(chosen, calibration, texts.describe(calibration.source))
 

@@ -238,8 +238,18 @@ def save(model: nn.Module, tokenizer, directory: str | Path, report: dict, confi
     The folder appears whole or not at all. Raises :class:`ConfigError` if it is not absent or empty.
     """
     with staged(directory) as folder:
-        model.save_pretrained(folder)
-        save_extras(tokenizer, folder, report, config, Path(directory).name)
+        fill(model, tokenizer, folder, report, config, Path(directory).name)
+
+
+def fill(model: nn.Module, tokenizer, folder: Path, report: dict, config: PruneConfig, name: str) -> None:
+    """Write all files of a pruned checkpoint into ``folder``; ``name`` is what the model card calls it."""
+    model.save_pretrained(folder)
+    save_extras(tokenizer, folder, report, config, name)
+
+
+def read_report(directory: str | Path) -> dict:
+    """``report.json`` of a finished run."""
+    return json.loads((Path(directory).expanduser() / "report.json").read_text())
 
 
 def save_extras(tokenizer, folder: Path, report: dict, config: PruneConfig, name: str) -> None:

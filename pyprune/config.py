@@ -57,8 +57,8 @@ class Calibration:
     """Sequences asked for; fewer available is an error, never a silent shortfall."""
     seq_len: int = 512
     """Tokens a sequence (encoders: the most tokens a sentence keeps)."""
-    seed: int = 0
-    """Seed of the choice of sequences and of self-generation."""
+    seed: int | None = None
+    """Seed of the choice of sequences and of self-generation; None: the run's seed."""
     split: str = "train"
     """Split of a data set."""
     subset: str | None = None
@@ -226,6 +226,8 @@ class PruneConfig:
                 setattr(self, name, from_dict(cls, value, name))
             elif not isinstance(value, cls):
                 raise ConfigError(f"{name} must be a {cls.__name__} or a mapping, got {type(value).__name__}")
+        if self.calibration.seed is None:
+            self.calibration = dataclasses.replace(self.calibration, seed=self.seed)
         _choose("inputs", self.inputs, ("propagated", "dense"))
         _choose("dtype", self.dtype, DTYPES)
         _choose("compute_dtype", self.compute_dtype, DTYPES)
@@ -344,6 +346,16 @@ def to_yaml(config: PruneConfig) -> str:
     import yaml
 
     return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+def override(base: PruneConfig | str | Path | None, values: dict) -> PruneConfig:
+    """A configuration, or the YAML file of one, with the fields of a nested mapping put in their places."""
+    if base is None:
+        return from_dict(PruneConfig, values)
+    merged = to_dict(base if isinstance(base, PruneConfig) else from_yaml(base))
+    for key, value in values.items():
+        merged[key] = {**merged[key], **value} if key in _SECTIONS and isinstance(value, dict) else value
+    return from_dict(PruneConfig, merged)
 
 
 def from_yaml(text_or_path: str | Path) -> PruneConfig:

@@ -141,6 +141,16 @@ def forward_dtype(model: nn.Module, dtype: torch.dtype | str = "auto") -> torch.
     return parameter.dtype
 
 
+def pick_device(name: str) -> torch.device:
+    """``auto`` is the GPU if there is one. Raises :class:`ConfigError` for a device that cannot be used."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+
+
 def cpu_has_bfloat16() -> bool:
     """True if this CPU multiplies bfloat16 in hardware (AVX-512 BF16 or AMX), several times as fast as float32."""
     return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
@@ -159,12 +169,14 @@ def _forward_in(model: nn.Module, dtype: torch.dtype):
     yield lambda **inputs: torch.func.functional_call(model, cast, (), inputs)
 
 
-def evaluate(model: Any, evaluation: Any = None, *, tokenizer=None, progress=None, **fields) -> dict:
+def evaluate(model: Any, evaluation: Any = None, *, tokenizer=None, device: str | None = None, progress=None,
+             **fields) -> dict:
     """Perplexity of a model on one or several texts.
 
     model: a live causal model with its ``tokenizer``, or what :func:`pyprune.load` takes.
     evaluation: an :class:`Evaluation`, or its ``text``: a path, a Hub data set, a list of texts, token ids, or a list
     of such sources. fields: further fields of :class:`Evaluation`.
+    device: where to run; ``auto`` takes a GPU if there is one. None leaves a live model where it is.
     Returns ``{"perplexity", "text", "windows", "window", "dtype", "seconds"}`` of the first text, and the same of every
     text under ``"texts"`` when there are several. Raises :class:`ConfigError` on bad input and non-finite logits.
     """
@@ -173,7 +185,10 @@ def evaluate(model: Any, evaluation: Any = None, *, tokenizer=None, progress=Non
         from pyprune.checkpoint import load
 
         model, tokenizer = load(model)
+        device = device or "auto"
     check_causal(model)
+    if device is not None:
+        model.to(pick_device(device))
     rows = measure(model, [(texts.describe(source), windows(evaluation, tokenizer, source=source,
                                                             vocab_size=vocabulary(model)))
                            for source in texts.sources(evaluation.text)], evaluation, progress)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import TextIO
@@ -67,6 +68,43 @@ def summary_rows(report: dict) -> list[tuple[str, str]]:
     rows.append(("calibration", report["calibration"]["description"]))
     rows += [("warning", text) for text in report.get("warnings") or []]
     return rows
+
+
+def print_evaluation(found: dict, stream: TextIO | None = None) -> None:
+    """One line a text."""
+    for row in found.get("texts", [found]):
+        print(f"perplexity {perplexity_text(row['perplexity'])}  ({row['windows']} windows of {row['window']} tokens, "
+              f"{row['dtype']}, {row['seconds']:.1f} s, {row['text']})", file=stream or sys.stdout)
+
+
+def print_inspection(found: dict, stream: TextIO | None = None) -> None:
+    """What :func:`pyprune.inspect` found, the matrices of a kind in one line."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(file=stream or sys.stdout, highlight=False)
+    console.print(f"{found['path']}: {found['parameters']:,} parameters, {found['bytes'] / 2**20:.1f} MiB of "
+                  f"{found['format']}")
+    coverage = found["coverage"]
+    console.print(f"sparsity {found['sparsity']:.4f} of the blocks' matrices, {found['sparsity_of_model']:.4f} of all "
+                  f"parameters; {coverage['pruned']} of {coverage['matrices']} matrices are pruned, "
+                  f"{coverage['fraction']:.1%} of their weights, to {found['sparsity_of_pruned']:.4f}")
+    for name, row in found["patterns"].items():
+        console.print(f"{name}: {row['violations']:,} violations in {row['groups']:,} groups of the pruned matrices")
+    if found["non_finite"]:
+        console.print(f"{found['non_finite']:,} values are NaN or infinite")
+    kinds: dict[str, list[dict]] = {}
+    for row in found["weights"]:
+        kinds.setdefault(re.sub(r"(^|\.)\d+\.", r"\1*.", row["name"]), []).append(row)
+    table = Table("matrices", "number", "shape", "sparsity", *found["patterns"])
+    for kind, rows in kinds.items():
+        spread = [row["sparsity"] for row in rows]
+        broken = [[row["violations"][name] for row in rows] for name in found["patterns"]]
+        table.add_row(kind, str(len(rows)), "×".join(map(str, rows[0]["shape"])),
+                      f"{min(spread):.3f}" if max(spread) - min(spread) < 5e-4 else
+                      f"{min(spread):.3f} … {max(spread):.3f}",
+                      *("–" if None in counts else f"{sum(counts):,}" for counts in broken))
+    console.print(table)
 
 
 # ---- model card ----------------------------------------------------------------------------------------------------

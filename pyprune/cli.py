@@ -1,0 +1,117 @@
+"""The command line: reads options, calls the library, prints. Exit code 2 and one sentence for bad input."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import pyprune
+from pyprune import report
+from pyprune.config import ConfigError, override
+from pyprune.options import configuration_fields, with_fields
+
+app = typer.Typer(name="pyprune", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+                  help="One-shot pruning of transformers: what it does, what it costs, on CPU and GPU.")
+Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on standard output.")]
+RUN_FIELDS = [path for path in configuration_fields() if path != "model"]
+EVALUATION_FIELDS = [path for path in configuration_fields() if path.startswith("evaluation.")
+                     and path != "evaluation.enabled"]
+
+
+def _print_json(value) -> None:
+    from pyprune.checkpoint import plain
+
+    print(json.dumps(plain(value), indent=1, allow_nan=False))
+
+
+@app.command()
+@with_fields(RUN_FIELDS)
+def prune(
+    model: Annotated[str | None, typer.Argument(help="Hub id, local folder, .gguf file or packaged name.")] = None,
+    config: Annotated[Path | None, typer.Option("--config", help="run.yaml to repeat; options override it.")] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Estimate memory, time, disk; list every weight; stop.")] = False,
+    as_json: Json = False,
+    fields: dict = None,
+):
+    """Prune MODEL, evaluate it, and write a Hugging Face model and a report."""
+    settings = override(config, {**fields, **({"model": model} if model else {})})
+    if plan:
+        found = pyprune.plan(settings)
+        return _print_json(found) if as_json else report.print_plan(found)
+    if settings.output is None:
+        raise ConfigError("no output folder: name one with -o, or ask for the --plan only")
+    result = pyprune.prune(config=settings)
+    if as_json:
+        return _print_json(result.report)
+    return report.print_summary(result.report, settings.output)
+
+
+@app.command(name="eval")
+@with_fields(EVALUATION_FIELDS)
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Folder, Hub id, .gguf file or packaged name.")],
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto takes a GPU if there is one.")] = "auto",
+    as_json: Json = False,
+    fields: dict = None,
+):
+    """Perplexity of a model on a text: windows do not overlap, each is seen by itself."""
+    found = pyprune.evaluate(model, device=device, **fields.get("evaluation", {}))
+    return _print_json(found) if as_json else report.print_evaluation(found)
+
+
+@app.command()
+def inspect(directory: Annotated[Path, typer.Argument(help="Folder of a safetensors or .bin checkpoint.")],
+            as_json: Json = False):
+    """True sparsity, N:M violations and coverage of a checkpoint, read from its files."""
+    found = pyprune.inspect(directory)
+    return _print_json(found) if as_json else report.print_inspection(found)
+
+
+@app.command()
+def compare(directories: Annotated[list[Path], typer.Argument(help="Folders that pyprune wrote.")],
+            as_json: Json = False):
+    """Runs side by side: settings, perplexity, reconstruction error, time."""
+    rows = pyprune.compare(directories)
+    return _print_json({"runs": rows, "notes": report.differences(rows)}) if as_json else report.print_comparison(rows)
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="Folder, Hub id, .gguf file or packaged name.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="jsonl to write, or to extend.")],
+    num_samples: Annotated[int, typer.Option("--num-samples", "-n", help="Sequences.")] = 64,
+    seq_len: Annotated[int, typer.Option(help="Tokens a sequence.")] = 512,
+    seed: Annotated[int, typer.Option(help="Seed of every draw.")] = 0,
+    batch_size: Annotated[int, typer.Option(help="Sequences sampled together.")] = 32,
+    language: Annotated[str | None, typer.Option(help="Keep text in this language (ISO code).")] = None,
+    dtype: Annotated[str, typer.Option(help="Type the weights are loaded in.")] = "auto",
+):
+    """Sample calibration sequences from MODEL itself (paper R), for --self-generated-path."""
+    live, tokenizer = pyprune.load(model, dtype)
+    rows = pyprune.generate(live, tokenizer, num_samples, seq_len=seq_len, seed=seed, batch_size=batch_size,
+                            language=language, path=output, progress=lambda done, total: print(f"generated {done}/{total}", file=sys.stderr))
+    print(f"{len(rows)} sequences of {seq_len} tokens in {output}")
+
+
+@app.command()
+def env(as_json: Json = False):
+    """Versions, devices, native module, and which back-end each op would use."""
+    from pyprune.environment import environment, print_environment
+
+    found = environment()
+    return _print_json(found) if as_json else print_environment(found)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of ``pyprune`` and ``python -m pyprune``."""
+    try:
+        app(args=arguments)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:
+        sys.exit(1)

@@ -1,0 +1,73 @@
+"""What pyprune runs on here: versions, processor, GPUs, and which back-ends are usable; ``pyprune env``."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from typing import TextIO
+
+PACKAGES = ("torch", "transformers", "triton", "datasets", "numpy", "safetensors", "lm-eval")
+
+
+def environment() -> dict:
+    """Versions, CPU, GPUs and native module of this machine, and the state of every op's back-ends."""
+    import torch
+
+    import pyprune
+    from pyprune import native, ops
+
+    module = native._C
+    gpus = [{"name": p.name, "capability": f"{p.major}.{p.minor}", "memory_bytes": p.total_memory}
+            for p in map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))]
+    devices = ["cpu", "cuda"] if gpus else ["cpu"]
+    return {
+        "pyprune": pyprune.__version__, "python": platform.python_version(), "platform": platform.platform(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "cpu": {"cores": os.cpu_count(), "threads": torch.get_num_threads(),
+                "level": module.cpu_level() if module else None},
+        "gpus": gpus,
+        "native": {"built": module is not None, "cuda": bool(module and module.with_cuda),
+                   "cuda_architectures": getattr(module, "cuda_architectures", None) or None},
+        "backends": {device: ops.status(device) for device in devices},
+        "chosen": {device: {op: next(n for n in ops.AUTO[device][op] if status[op][n] == "usable") for op in ops.OPS}
+                   for device in devices for status in [ops.status(device)]},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def print_environment(found: dict, stream: TextIO | None = None) -> None:
+    """``environment()`` as text: a table of ops and back-ends for each device, and why one cannot be used."""
+    import sys
+
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(file=stream or sys.stdout, highlight=False)
+    packages = ", ".join(f"{name} {version or 'not installed'}" for name, version in found["packages"].items())
+    console.print(f"pyprune {found['pyprune']}, Python {found['python']}, {found['platform']}\n{packages}")
+    console.print(f"CPU: {found['cpu']['cores']} cores, {found['cpu']['threads']} threads, kernels for "
+                  f"{found['cpu']['level'] or 'plain PyTorch only'}")
+    for gpu in found["gpus"]:
+        console.print(f"GPU: {gpu['name']}, compute capability {gpu['capability']}, "
+                      f"{gpu['memory_bytes'] / 2**30:.0f} GiB")
+    native = found["native"]
+    console.print("native module: " + ("not built" if not native["built"] else "CPU kernels" + (
+        f" and CUDA kernels for {native['cuda_architectures']}" if native["cuda"] else "; no CUDA kernels")))
+    for device, status in found["backends"].items():
+        names, reasons = list(next(iter(status.values()))), set()
+        table = Table("op", *names, "auto takes", title=f"tensors on {device}", title_justify="left")
+        for op, states in status.items():
+            table.add_row(op, *("yes" if states[name] == "usable" else "–" for name in names),
+                          found["chosen"][device][op])
+            reasons |= {f"{name}: {states[name]}" for name in names
+                        if states[name] != "usable" and "has no" not in states[name]}
+        console.print(table)
+        for reason in sorted(reasons):
+            console.print(f"  {reason}")
