@@ -95,7 +95,7 @@ def load_model(name: str | Path, dtype: str | torch.dtype = "auto") -> Loaded:
     options = {"gguf_file": source.gguf_file} if source.gguf_file else {}
     wanted = "float32" if source.gguf_file and dtype == "auto" else dtype
     wanted = getattr(torch, wanted) if isinstance(wanted, str) and wanted != "auto" else wanted
-    with _quiet(transformers):
+    with _quiet():
         try:
             config = transformers.AutoConfig.from_pretrained(source.path, **options)
             if getattr(config, "quantization_config", None) is not None and not source.gguf_file:
@@ -166,12 +166,12 @@ def _forget_gguf(model: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def _quiet(transformers) -> Iterator[None]:
+def _quiet() -> Iterator[None]:
     """Without transformers' own bars and chatter; what matters is raised."""
-    logging = transformers.utils.logging
-    bar, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     from transformers import modeling_gguf_pytorch_utils as gguf
+    from transformers.utils import logging
 
+    bar, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     tqdm = getattr(gguf, "tqdm", None)
@@ -217,6 +217,8 @@ def staged(directory: str | Path) -> Iterator[Path]:
     try:
         yield temporary
         for file in temporary.rglob("*"):
+            if file.is_file():
+                file.chmod(temporary.stat().st_mode & 0o666)  # safetensors makes its files private
             _sync(file)
         os.replace(temporary, final)  # replaces an empty folder, refuses any other
         _sync(final.parent)
@@ -243,7 +245,8 @@ def save(model: nn.Module, tokenizer, directory: str | Path, report: dict, confi
 
 def fill(model: nn.Module, tokenizer, folder: Path, report: dict, config: PruneConfig, name: str) -> None:
     """Write all files of a pruned checkpoint into ``folder``; ``name`` is what the model card calls it."""
-    model.save_pretrained(folder)
+    with _quiet():
+        model.save_pretrained(folder)
     save_extras(tokenizer, folder, report, config, name)
 
 

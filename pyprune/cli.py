@@ -93,7 +93,8 @@ def generate(
     """Sample calibration sequences from MODEL itself (paper R), for --self-generated-path."""
     live, tokenizer = pyprune.load(model, dtype)
     rows = pyprune.generate(live, tokenizer, num_samples, seq_len=seq_len, seed=seed, batch_size=batch_size,
-                            language=language, path=output, progress=lambda done, total: print(f"generated {done}/{total}", file=sys.stderr))
+                            language=language, path=output,
+                            progress=lambda done, total: print(f"generated {done}/{total}", file=sys.stderr))
     print(f"{len(rows)} sequences of {seq_len} tokens in {output}")
 
 

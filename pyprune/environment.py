@@ -44,12 +44,11 @@ def _version(package: str) -> str | None:
 
 def print_environment(found: dict, stream: TextIO | None = None) -> None:
     """``environment()`` as text: a table of ops and back-ends for each device, and why one cannot be used."""
-    import sys
-
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(file=stream or sys.stdout, highlight=False)
+    from pyprune.report import open_console
+
+    console = open_console(stream)
     packages = ", ".join(f"{name} {version or 'not installed'}" for name, version in found["packages"].items())
     console.print(f"pyprune {found['pyprune']}, Python {found['python']}, {found['platform']}\n{packages}")
     console.print(f"CPU: {found['cpu']['cores']} cores, {found['cpu']['threads']} threads, kernels for "

@@ -11,6 +11,14 @@ from typing import TextIO
 from pyprune.config import ConfigError
 
 
+def open_console(stream: TextIO | None = None):
+    """A rich console; wide where it is no terminal, so that logs and pipes hold whole lines."""
+    from rich.console import Console
+
+    stream = stream or sys.stdout
+    return Console(file=stream, highlight=False, width=None if stream.isatty() else 140)
+
+
 def _number(value: float | None, digits: int = 4) -> str:
     return "–" if value is None else f"{value:.{digits}g}"
 
@@ -32,10 +40,9 @@ def headline(report: dict) -> str:
 
 def print_summary(report: dict, directory: str | Path | None = None, stream: TextIO | None = None) -> None:
     """The table at the end of a run: perplexity before and after, sparsity, seconds by phase, where everything lies."""
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(file=stream or sys.stdout, highlight=False)
+    console = open_console(stream)
     table = Table(title=f"{report['model']['name']}: {headline(report)}", show_header=False, title_justify="left")
     table.add_column(style="bold")
     table.add_column(overflow="fold")
@@ -79,10 +86,9 @@ def print_evaluation(found: dict, stream: TextIO | None = None) -> None:
 
 def print_inspection(found: dict, stream: TextIO | None = None) -> None:
     """What :func:`pyprune.inspect` found, the matrices of a kind in one line."""
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(file=stream or sys.stdout, highlight=False)
+    console = open_console(stream)
     console.print(f"{found['path']}: {found['parameters']:,} parameters, {found['bytes'] / 2**20:.1f} MiB of "
                   f"{found['format']}")
     coverage = found["coverage"]
@@ -178,10 +184,9 @@ def compare(directories: list[str | Path]) -> list[dict]:
 
 def print_comparison(rows: list[dict], stream: TextIO | None = None) -> None:
     """:func:`compare`'s rows as a table, and what makes them not comparable, if anything does."""
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(file=stream or sys.stdout, highlight=False)
+    console = open_console(stream)
     table = Table()
     for heading in ("folder", "pruned by", "pattern", "sparsity", "perplexity", "dense", "block error", "held out",
                     "seconds"):
