@@ -18,6 +18,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -147,6 +148,15 @@ class Journal:
         path = self.folder / file
         return path.is_file() and checksum(path) == digest
 
+    def once(self, name: str, make: Callable[[], Any]) -> Any:
+        """A plain value that an interrupted run need not work out again."""
+        if self.folder is None:
+            return make()
+        path = self.folder / f"{name}.json"
+        if not path.is_file():
+            write_bytes(path, json.dumps(checkpoint.plain(make())).encode())
+        return json.loads(path.read_text())
+
     # ---- steps -------------------------------------------------------------------------------------------------
 
     def shard(self, index: int) -> Path:
@@ -214,10 +224,10 @@ class Journal:
                               f"{RESUME}")
 
     def explain(self, error: OutputError) -> OutputError:
-        """The same error with what is kept and how to go on."""
-        if not self.entries:
-            return error
-        return OutputError(f"{error}. {len(self.entries)} of {self.total} blocks are safe; make room and {RESUME}")
+        """Add to an error what is kept and how to go on."""
+        if self.entries and RESUME not in str(error):
+            error.args = (f"{error}. {len(self.entries)} of {self.total} blocks are safe; mend that and {RESUME}",)
+        return error
 
     # ---- the end -----------------------------------------------------------------------------------------------
 

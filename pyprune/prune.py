@@ -5,22 +5,23 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import platform
 import random
-import resource
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from pyprune import calibration, checkpoint, ops
-from pyprune.config import Calibration, ConfigError, Evaluation, PruneConfig, from_dict, to_dict
+from pyprune.config import Calibration, ConfigError, Evaluation, PruneConfig, from_dict
 from pyprune.evaluate import measure, windows_of
+from pyprune.journal import Journal
 from pyprune.model import ModelView, WeightRef, select_weights
 from pyprune.progress import Progress
+from pyprune.record import build_report, data_identity, model_identity, settings_of, weights_digest
+from pyprune.shards import OutputError
 from pyprune.solvers import inverse_factor, needs_factor, solve
 from pyprune.statistics import Inputs, Observer, Statistics, find_non_finite, observe, relative_error
 from pyprune.stream import Activations, Executor
@@ -38,6 +39,10 @@ class PruneResult:
     def save(self, directory: str) -> None:
         """Write a Hugging Face checkpoint with ``pruning.json``, ``report.json``, ``run.yaml`` and a model card."""
         checkpoint.save(self.model, self.tokenizer, directory, self.report, self.config)
+
+    def fill(self, folder: Path) -> None:
+        """Write the same files into a folder that exists."""
+        checkpoint.fill(self.model, self.tokenizer, folder, self.report, self.config, Path(self.config.output).name)
 
 
 class Clock:
@@ -84,6 +89,7 @@ class Run:
     selected: list[list[WeightRef]]
     data: calibration.CalibrationData
     clock: Clock = field(default_factory=Clock)
+    journal: Journal = field(default_factory=lambda: Journal(None))
     weights: list[dict] = field(default_factory=list)
     blocks: list[dict] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -112,20 +118,37 @@ def make_config(config: PruneConfig | dict | None, fields: dict) -> PruneConfig:
 
 
 def prune(model: str | nn.Module | None = None, config: PruneConfig | dict | None = None, *, tokenizer=None,
-          in_place: bool = False, progress: bool = True, **fields) -> PruneResult:
+          in_place: bool = False, progress: bool = True, resume: bool = False, **fields) -> PruneResult:
     """Prune a model in one shot and say what it cost.
 
     model: Hub id, local folder, ``.gguf`` file, packaged name, or a live ``nn.Module`` (give its ``tokenizer`` unless
     calibration and evaluation are token ids). A live model is copied and stays untouched unless ``in_place``.
+    resume: continue the interrupted run in the output folder after its last finished block, to the same result bit for
+    bit; a folder with nothing in it starts from the beginning.
     config and ``**fields``: the fields of :class:`PruneConfig`.
-    Returns a :class:`PruneResult`. Raises ConfigError for bad input before any work is done.
+    Returns a :class:`PruneResult`. Raises ConfigError for bad input before any work is done, OutputError if the output
+    cannot be written, and :class:`pyprune.journal.Interrupted` when a signal stopped it between two blocks.
     """
     if config is None and isinstance(model, str):
         fields.setdefault("model", model)
     config = make_config(config, fields if not isinstance(model, str) else {**fields, "model": model})
-    if config.output:
-        checkpoint.check_output(config.output)
+    journal = Journal(config.output, resume)
+    try:
+        return _prune(model, config, tokenizer, in_place, progress, journal)
+    except OutputError as error:
+        journal.explain(error)
+        raise
+    finally:
+        journal.close()
+
+
+def _prune(model, config: PruneConfig, tokenizer, in_place: bool, progress: bool, journal: Journal) -> PruneResult:
     clock = Clock()
+    journal.check_settings(settings_of(config))
+    if journal.complete:
+        journal.publish()
+        live, tokenizer = checkpoint.load(config.output)
+        return PruneResult(live, tokenizer, config, checkpoint.read_report(config.output))
     _seed(config.seed)
     with clock("load"):
         if isinstance(model, nn.Module):
@@ -143,23 +166,30 @@ def prune(model: str | nn.Module | None = None, config: PruneConfig | dict | Non
                                 vocab_size=live.get_input_embeddings().num_embeddings)
     with clock("evaluation"):
         texts = windows_of(config.evaluation, tokenizer, view.is_encoder)
-        dense = measure(live, texts, config.evaluation)
+    if config.output:
+        with clock("load"):
+            journal.begin({"settings": settings_of(config), "data": data_identity(data, texts),
+                           "model": model_identity(live, weights_digest(live.state_dict().items()))},
+                          len(view.blocks))
+    with clock("evaluation"):
+        dense = journal.once("dense", lambda: measure(live, texts, config.evaluation))
     executor = Executor(view, device=pick_device(config.device), compute_dtype=pick_dtype(config.compute_dtype),
                         batch_size=config.batch_size)
-    run = Run(config, view, executor, selected, data, clock)
+    run = Run(config, view, executor, selected, data, clock, journal)
     with Progress(len(view.blocks), enabled=progress) as bar, ops.backend(config.backend):
         if config.is_structured:
             from pyprune.structured import prune_structured
 
             live = prune_structured(run, bar)
         else:
-            prune_blocks(run, bar)
+            with journal.interruptible():
+                prune_blocks(run, bar)
     with clock("evaluation"):
         pruned = measure(live, texts, config.evaluation)
     result = PruneResult(live, tokenizer, config, build_report(run, live, dense, pruned))
     if config.output:
         with clock("write"):
-            result.save(config.output)
+            journal.finish(result.fill)
     return result
 
 
@@ -213,40 +243,91 @@ def needs_calibration(config: PruneConfig) -> bool:
 
 
 def prune_blocks(run: Run, bar: Progress) -> None:
-    """Unstructured and N:M pruning, block by block, in place on the run's model."""
-    config, executor, clock = run.config, run.executor, run.clock
+    """Unstructured and N:M pruning, block by block, in place on the run's model; finished blocks are journaled, and
+    those of an interrupted run only run again, to bring the activations to where it stopped."""
+    config, executor, clock, journal = run.config, run.executor, run.clock, run.journal
     with clock("forward"):
         fit = executor.embed(run.data.sequences) if needs_calibration(config) else None
         probes = make_probes(run)
     last = len(run.view.blocks) - 1
-    for index, refs in enumerate(run.selected):
+    done = len(journal.entries)
+    run.warnings += journal.notes
+    for index in range(last + 1):
         started = time.perf_counter()
+        _seed(config.seed + index)
         with executor.compute(index) as module, torch.no_grad():
             with clock("probe"):
                 for probe in probes:
                     executor.run(index, module, probe.dense, probe.dense)
-                inputs = [observe(executor, index, module, refs, probe.student, lambda c, d: Inputs())
-                          for probe in probes] if refs else []
-            observer = None
-            if fit is not None and (refs or config.inputs == "dense"):
-                bar.update(block=index, phase="statistics")
-                with clock("forward"):
-                    observer = gather(run, index, module, refs, fit)
-            bar.update(block=index, phase="solve")
-            with clock("solve"):
-                prune_block(run, index, module, observer, inputs)
-            del observer, inputs
-            bar.update(block=index, phase="propagate")
+            if index < done:
+                restore_block(run, index, module)
+                bar.update(phase="resume")
+            else:
+                solve_block(run, bar, index, module, fit, probes)
+            bar.update(phase="propagate")
             with clock("forward"):
                 if fit is not None and config.inputs == "propagated" and index < last:
                     executor.run(index, module, fit, fit)
             with clock("probe"):
                 for probe in probes:
                     executor.run(index, module, probe.student, probe.student)
-        errors = {probe.name: stream_error(probe) for probe in probes}
-        run.blocks.append({"block": index, "error": errors.get("calibration"), "error_held_out": errors.get("held_out"),
-                           "seconds": time.perf_counter() - started})
-        bar.update(block=index + 1, phase="done", error=errors.get("calibration"))
+        if index >= done:
+            errors = {probe.name: stream_error(probe) for probe in probes}
+            run.blocks.append({"block": index, "error": errors.get("calibration"),
+                               "error_held_out": errors.get("held_out"), "seconds": time.perf_counter() - started})
+            commit_block(run, index)
+        bar.update(block=index + 1, phase="done", error=run.blocks[index]["error"])
+        if index < last:
+            journal.safe_point()
+
+
+def solve_block(run: Run, bar: Progress, index: int, module: nn.Module, fit: Activations | None,
+                probes: list[Probe]) -> None:
+    """Statistics, masks and new weights of one block, and their way to the disk begun."""
+    refs, config = run.selected[index], run.config
+    inputs = []
+    if refs:
+        with run.clock("probe"):
+            inputs = [observe(run.executor, index, module, refs, probe.student, lambda c, d: Inputs())
+                      for probe in probes]
+    observer = None
+    if fit is not None and (refs or config.inputs == "dense"):
+        bar.update(phase="statistics")
+        with run.clock("forward"):
+            observer = gather(run, index, module, refs, fit)
+    bar.update(phase="solve")
+    with run.clock("solve"):
+        prune_block(run, index, module, observer, inputs)
+    run.journal.write(index, tensors_of(run.view, index))
+
+
+def tensors_of(view: ModelView, index: int) -> dict[str, Tensor]:
+    """Everything a checkpoint stores of a block, by the names it has in the model."""
+    return {f"{view.path}.{index}.{name}": tensor for name, tensor in view.blocks[index].state_dict().items()}
+
+
+def commit_block(run: Run, index: int) -> None:
+    """Make a finished block the point to resume from."""
+    with run.clock("write"):
+        run.journal.commit(index, {"weights": [row for row in run.weights if row["block"] == index],
+                                   "row": run.blocks[index], "warnings": run.warnings, "seconds": run.clock.seconds})
+
+
+def restore_block(run: Run, index: int, module: nn.Module) -> None:
+    """Bring back what an interrupted run made of a block: weights, report rows, warnings, seconds."""
+    block, entry = run.view.blocks[index], run.journal.entries[index]
+    prefix = f"{run.view.path}.{index}."
+    with run.clock("resume"):
+        block.load_state_dict({name.removeprefix(prefix): t for name, t in run.journal.read(index).items()})
+        if module is not block:
+            module.load_state_dict(block.state_dict())
+    run.weights += entry["weights"]
+    run.blocks.append(entry["row"])
+    for text in entry["warnings"]:
+        run.warn(text)
+    if index == len(run.journal.entries) - 1:
+        for phase, seconds in entry["seconds"].items():
+            run.clock.seconds[phase] = run.clock.seconds.get(phase, 0.0) + seconds
 
 
 def gather(run: Run, index: int, module: nn.Module, refs: list[WeightRef], fit: Activations) -> Observer:
@@ -309,58 +390,3 @@ def stream_error(probe: Probe) -> float:
         lost += (dense - probe.student.read(batch).float()).square().sum().item()
         total += dense.square().sum().item()
     return lost / total if total else 0.0
-
-
-def build_report(run: Run, model: nn.Module, dense: list[dict], pruned: list[dict]) -> dict:
-    """The run as one plain dict: what ``report.json`` holds."""
-    coverage = run.view.coverage(run.selected)
-    pruned_weights = sum(w["sparsity"] * w["shape"][0] * w["shape"][1] for w in run.weights)
-    targeted = sum(w["shape"][0] * w["shape"][1] for w in run.weights)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    if coverage["fraction"] < 1:
-        run.warn(f"{1 - coverage['fraction']:.1%} of the blocks' matrix weights were left dense: "
-                 + ", ".join(coverage["skipped"][:4]) + (" …" if len(coverage["skipped"]) > 4 else ""))
-    return {
-        "version": 1,
-        "config": _config_for_report(run.config),
-        "model": {"name": run.config.model or type(model).__name__, "architecture": type(model).__name__,
-                  "blocks": len(run.view.blocks), "parameters": sum(p.numel() for p in model.parameters()),
-                  "dtype": str(next(model.parameters()).dtype)[6:]},
-        "sparsity": pruned_weights / targeted if targeted else 0.0,
-        "coverage": coverage,
-        "evaluation": [{**d, "dense": d["perplexity"], "pruned": p["perplexity"]} for d, p in zip(dense, pruned)],
-        "weights": run.weights,
-        "blocks": run.blocks,
-        "seconds": run.clock.seconds,
-        "peak_memory_bytes": peak,
-        "peak_device_memory_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
-        "calibration": {"description": run.data.description, "fingerprint": run.data.fingerprint,
-                        "samples": len(run.data.sequences), "tokens": sum(map(len, run.data.sequences))},
-        "warnings": run.warnings,
-        "versions": versions(),
-        "machine": {"platform": platform.platform(), "threads": torch.get_num_threads(),
-                    "device": str(run.executor.device)},
-    }
-
-
-def _config_for_report(config: PruneConfig) -> dict:
-    """Configuration with in-memory sources named by kind, since a report must be plain data."""
-    plain = copy.copy(config)
-    plain.calibration, plain.evaluation = copy.copy(config.calibration), copy.copy(config.evaluation)
-    for section, key in ((plain.calibration, "source"), (plain.evaluation, "text")):
-        value = getattr(section, key)
-        if not (value is None or isinstance(value, str) or
-                isinstance(value, (list, tuple)) and key == "text" and all(isinstance(v, str) for v in value)):
-            setattr(section, key, f"<{type(value).__name__} in memory>")
-    return to_dict(plain)
-
-
-def versions() -> dict:
-    """Versions of what a result depends on."""
-    import importlib.metadata as metadata
-
-    found = {"python": platform.python_version()}
-    for package in ("pyprune", "torch", "transformers", "triton", "numpy"):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[package] = metadata.version(package)
-    return found
