@@ -34,6 +34,7 @@ def prune(
     model: Annotated[str | None, typer.Argument(help="Hub id, local folder, .gguf file or packaged name.")] = None,
     config: Annotated[Path | None, typer.Option("--config", help="run.yaml to repeat; options override it.")] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Estimate memory, time, disk; list every weight; stop.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run in the same folder.")] = False,
     as_json: Json = False,
     fields: dict = None,
 ):
@@ -44,7 +45,11 @@ def prune(
         return _print_json(found) if as_json else report.print_plan(found)
     if settings.output is None:
         raise ConfigError("no output folder: name one with -o, or ask for the --plan only")
-    result = pyprune.prune(config=settings)
+    try:
+        result = pyprune.prune(config=settings, resume=resume)
+    except KeyboardInterrupt as stop:  # it says what is safe on disk and how to go on
+        print(f"\n{stop or 'interrupted'}", file=sys.stderr)
+        raise typer.Exit(130) from None
     if as_json:
         return _print_json(result.report)
     return report.print_summary(result.report, settings.output)

@@ -1,4 +1,4 @@
-"""Triton's interpreter for the whole test process on machines without a GPU.
+"""What all tests share: no network, a tiny model with its tokenizer, and Triton's interpreter.
 
 ``TRITON_INTERPRET`` has to be set before Triton itself is imported, so it is set here, around the import, and taken
 away again: other tests and the processes they start do not see it. The ``interpreter`` fixture sets it for the tests
@@ -8,6 +8,8 @@ that run kernels. On a GPU machine nothing is interpreted and ``test_triton_gpu.
 from __future__ import annotations
 
 import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the Hub's client: no test may need the network
 
 import numpy as np
 import pytest
@@ -61,3 +63,22 @@ def interpreter(monkeypatch):
 
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(ops, "_chosen", {})
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """One token a character; ids 0 to 3 are padding, BOS, EOS and unknown. Adds no special tokens by itself."""
+    import tiny
+
+    return tiny.tokenizer()
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory, tokenizer):
+    """Folder of a tiny LLaMA with that tokenizer. Not to be written to."""
+    import tiny
+
+    path = tmp_path_factory.mktemp("models") / "llama"
+    tiny.model("llama", vocab_size=tiny.CHARACTERS).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import string
+
 import torch
 import transformers as hf
 
 VOCABULARY = 96
+CHARACTERS = 104
+"""Size of the vocabulary of :func:`tokenizer`."""
 _COMMON = dict(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
                max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2)
 _GROUPED = dict(_COMMON, num_key_value_heads=2)
@@ -55,3 +59,22 @@ def model(architecture: str, seed: int = 0, **changes) -> torch.nn.Module:
 def ids(rows: int, length: int, seed: int = 0) -> torch.Tensor:
     """Token ids ``[rows, length]`` without special tokens."""
     return torch.randint(3, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def tokenizer(bos: bool = False, encoder: bool = False):
+    """A tokenizer built in code: one token a character, and a token for a character it does not know.
+
+    bos: starts every text with BOS, as LLaMA's does. encoder: puts a text between BOS and EOS, as BERT's does.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+    special = ["<pad>", "<s>", "</s>", "<unk>"]
+    vocabulary = {token: i for i, token in enumerate([*special, *string.printable])}
+    built = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    built.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    built.decoder = decoders.Fuse()
+    if bos or encoder:
+        built.post_processor = processors.TemplateProcessing(single="<s> $A </s>" if encoder else "<s> $A",
+                                                             special_tokens=[("<s>", 1), ("</s>", 2)])
+    return hf.PreTrainedTokenizerFast(tokenizer_object=built, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
+                                      unk_token="<unk>", model_max_length=128)
