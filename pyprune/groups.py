@@ -110,8 +110,8 @@ def find_groups(view: ModelView, pattern: str, head_scope: str = "groups") -> li
         wanted = [g for g in known[key] if pattern in ("structured", g.kind)]
         for kind in ("heads", "neurons"):
             if pattern in ("structured", kind) and not any(g.kind == kind for g in wanted):
-                raise ConfigError(f"no prunable {kind} found in block {index} ({type(block).__name__}): no projection's "
-                                  f"input splits into {kind} that depend on separate rows of its producers")
+                raise ConfigError(f"no prunable {kind} found in block {index} ({type(block).__name__}): no projection "
+                                  f"has an input that splits into {kind} with rows of their own in its producers")
         out.append(wanted)
     return out
 
@@ -257,7 +257,7 @@ def _heads(ref: WeightRef, probe: _Probe, output: Tensor, head_dim: int, head_sc
             reads[p][head] = rows.cpu()
     if not _private(producers, ref, probe, output) or not all(bool(r.any(0).all()) for r in reads.values()):
         return []
-    together = sum((r.float() @ r.float().T for r in reads.values())) > 0
+    together = sum(r.float() @ r.float().T for r in reads.values()) > 0
     owner = together.long().argmax(1)  # the first head that shares a row names the group
     names = owner.unique()
     if not bool((together == (owner[:, None] == owner[None])).all()) or heads % len(names):
@@ -267,8 +267,8 @@ def _heads(ref: WeightRef, probe: _Probe, output: Tensor, head_dim: int, head_sc
     if head_scope == "groups":
         for p, r in reads.items():
             slots.append(_slot(p, _equal_rows([r[m].any(0) for m in members])))
-        return [Coupled("heads", ref, columns[members].flatten(1), tuple(slots), torch.zeros(len(names), dtype=torch.long),
-                        heads, len(names))]
+        pools = torch.zeros(len(names), dtype=torch.long)
+        return [Coupled("heads", ref, columns[members].flatten(1), tuple(slots), pools, heads, len(names))]
     for p, r in reads.items():
         own = r & (r.sum(0) == 1)
         if members.shape[1] > 1 and bool(own.any()):

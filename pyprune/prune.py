@@ -20,7 +20,7 @@ from pyprune.evaluate import measure, windows_of
 from pyprune.journal import Journal
 from pyprune.model import ModelView, WeightRef, select_weights
 from pyprune.progress import Progress
-from pyprune.record import build_report, data_identity, model_identity, settings_of, weights_digest
+from pyprune.record import build_report, compared, data_identity, model_identity, settings_of, weights_digest
 from pyprune.shards import OutputError
 from pyprune.solvers import inverse_factor, needs_factor, solve
 from pyprune.statistics import Inputs, Observer, Statistics, find_non_finite, observe, relative_error
@@ -35,14 +35,35 @@ class PruneResult:
     tokenizer: object
     config: PruneConfig
     report: dict
+    models: dict[float, nn.Module] = field(default_factory=dict)
+    """Structured pruning: by sparsity; ``model`` is the last one asked for."""
 
     def save(self, directory: str) -> None:
-        """Write a Hugging Face checkpoint with ``pruning.json``, ``report.json``, ``run.yaml`` and a model card."""
-        checkpoint.save(self.model, self.tokenizer, directory, self.report, self.config)
+        """Write a Hugging Face checkpoint with ``pruning.json``, ``report.json``, ``run.yaml`` and a model card; of
+        several sparsities, each in a folder of its own, ``sparsity-0.3``."""
+        if len(self.models) < 2:
+            checkpoint.save(self.model, self.tokenizer, directory, self.report, self.config)
+        for single in self.singles():
+            checkpoint.save(single.model, single.tokenizer, f"{directory}/sparsity-{single.config.sparsity:g}",
+                            single.report, single.config)
 
     def fill(self, folder: Path) -> None:
         """Write the same files into a folder that exists."""
-        checkpoint.fill(self.model, self.tokenizer, folder, self.report, self.config, Path(self.config.output).name)
+        if len(self.models) < 2:
+            checkpoint.fill(self.model, self.tokenizer, folder, self.report, self.config, Path(self.config.output).name)
+        for single in self.singles():
+            name = f"sparsity-{single.config.sparsity:g}"
+            (folder / name).mkdir()
+            checkpoint.fill(single.model, single.tokenizer, folder / name, single.report, single.config, name)
+
+    def singles(self) -> list[PruneResult]:
+        """One result a sparsity, where several were asked for."""
+        if len(self.models) < 2:
+            return []
+        from pyprune.structured import report_of
+
+        return [PruneResult(model, self.tokenizer, dataclasses.replace(self.config, sparsity=sparsity),
+                            report_of(self.report, sparsity)) for sparsity, model in self.models.items()]
 
 
 class Clock:
@@ -93,6 +114,8 @@ class Run:
     weights: list[dict] = field(default_factory=list)
     blocks: list[dict] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    structured: dict | None = None
+    """What structured pruning adds to the report."""
 
     def warn(self, message: str) -> None:
         if message not in self.warnings:
@@ -176,17 +199,21 @@ def _prune(model, config: PruneConfig, tokenizer, in_place: bool, progress: bool
     executor = Executor(view, device=pick_device(config.device), compute_dtype=pick_dtype(config.compute_dtype),
                         batch_size=config.batch_size)
     run = Run(config, view, executor, selected, data, clock, journal)
+    models: dict[float, nn.Module] = {}
     with Progress(len(view.blocks), enabled=progress) as bar, ops.backend(config.backend):
         if config.is_structured:
             from pyprune.structured import prune_structured
 
-            live = prune_structured(run, bar)
+            models = prune_structured(run, bar)
+            live = list(models.values())[-1]
         else:
             with journal.interruptible():
                 prune_blocks(run, bar)
     with clock("evaluation"):
         pruned = measure(live, texts, config.evaluation)
-    result = PruneResult(live, tokenizer, config, build_report(run, live, dense, pruned))
+        for entry, member in zip((run.structured or {}).get("curve", []), models.values()):
+            entry["evaluation"] = compared(dense, measure(member, texts, config.evaluation))
+    result = PruneResult(live, tokenizer, config, build_report(run, live, dense, pruned), models)
     if config.output:
         with clock("write"):
             journal.finish(result.fill)

@@ -53,6 +53,11 @@ def weights_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
     return digest.hexdigest()
 
 
+def compared(dense: list[dict], pruned: list[dict]) -> list[dict]:
+    """One row a text: perplexity of the dense and of the pruned model."""
+    return [{**d, "dense": d["perplexity"], "pruned": p["perplexity"]} for d, p in zip(dense, pruned)]
+
+
 def build_report(run, model: nn.Module, dense: list[dict], pruned: list[dict]) -> dict:
     """The run as one plain dict: what ``report.json`` holds."""
     coverage = run.view.coverage(run.selected)
@@ -70,9 +75,10 @@ def build_report(run, model: nn.Module, dense: list[dict], pruned: list[dict]) -
                   "dtype": str(next(model.parameters()).dtype)[6:]},
         "sparsity": pruned_weights / targeted if targeted else 0.0,
         "coverage": coverage,
-        "evaluation": [{**d, "dense": d["perplexity"], "pruned": p["perplexity"]} for d, p in zip(dense, pruned)],
+        "evaluation": compared(dense, pruned),
         "weights": run.weights,
         "blocks": run.blocks,
+        **({"structured": run.structured} if run.structured else {}),
         "seconds": run.clock.seconds,
         "peak_memory_bytes": peak,
         "peak_device_memory_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,

@@ -198,8 +198,8 @@ def verify(block: nn.Module, groups: list[Coupled], hidden: Tensor, arguments: A
         raise ConfigError(f"{name} cannot be made smaller: its forward fails at other sizes ({error})") from error
     error = float((got - want).norm() / want.norm().clamp(min=1e-30))
     if not error < 1e-4:
-        raise ConfigError(f"{name}: the sliced block differs from the masked one by {error:.2g}; something in it couples "
-                          "heads or neurons in a way pyprune does not know")
+        raise ConfigError(f"{name}: the sliced block differs from the masked one by {error:.2g}; something in it "
+                          "couples heads or neurons in a way pyprune does not know")
 
 
 # ---- configs -------------------------------------------------------------------------------------------------------
@@ -210,8 +210,7 @@ def empty_like(model: nn.Module, edits: dict) -> nn.Module:
     for key, value in edits.items():
         setattr(config, key, value)
     try:
-        if hasattr(config, "validate"):
-            config.validate()
+        config = type(config).from_dict(config.to_dict())  # as a reload would read it, checks included
         with torch.device("meta"):
             return type(model)(config)
     except Exception as error:  # each architecture has its own way to refuse sizes, all of them end here
