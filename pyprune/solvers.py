@@ -53,11 +53,32 @@ def inverse_factor(gram: Tensor, count: Tensor | int, damping: float, name: str 
         damped.diagonal().add_(used * mean)
         factor, info = torch.linalg.cholesky_ex(damped)
         if int(info) == 0:
-            identity = torch.eye(len(h), device=h.device)
-            inverse = torch.linalg.solve_triangular(factor, identity, upper=False)
-            return Factor(inverse.flip(0, 1).contiguous(), dead, used)
+            return Factor(invert_lower(factor).flip(0, 1).contiguous(), dead, used)
     raise ConfigError(f"the Hessian of {name} has no Cholesky factor with damping up to {used:g} of its mean diagonal; "
                       "use more calibration tokens or a larger damping")
+
+
+def invert_lower(factor: Tensor, leaf: int = 128) -> Tensor:
+    """Inverse of a lower triangular matrix ``[n, n]`` by halves, so that nearly all of it is matrix products.
+
+    A triangular solve against the identity does three times the work, most of it on zeros.
+    """
+    out = torch.zeros_like(factor)
+
+    def invert(start: int, stop: int) -> None:
+        if stop - start <= leaf:
+            identity = torch.eye(stop - start, dtype=factor.dtype, device=factor.device)
+            out[start:stop, start:stop] = torch.linalg.solve_triangular(factor[start:stop, start:stop], identity,
+                                                                        upper=False)
+            return
+        middle = (start + stop) // 2
+        invert(start, middle)
+        invert(middle, stop)
+        below = factor[middle:stop, start:middle] @ out[start:middle, start:middle]
+        torch.mm(out[middle:stop, middle:stop], below, out=out[middle:stop, start:middle]).neg_()
+
+    invert(0, len(factor))
+    return out
 
 
 def obs_prune(weight: Tensor, factor: Factor, *, sparsity: float | None = None, nm: tuple[int, int] | None = None,
