@@ -81,8 +81,8 @@ def load(calibration: Calibration, tokenizer=None, *, encoder: bool = False,
     need_tokenizer(tokenizer, "calibration text")
     wanted = calibration.num_samples + calibration.held_out
     pieces = _pieces(_documents(calibration, encoder), tokenizer, calibration, wanted, encoder)
-    texts.check_vocabulary(pieces, vocab_size)
     _check_count(len(pieces), calibration, encoder)
+    texts.check_vocabulary(pieces, vocab_size)
     order = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(calibration.seed or 0)).tolist()
     chosen = [pieces[i] for i in order[:wanted]]
     return _assemble(chosen, calibration, texts.describe(calibration.source))
