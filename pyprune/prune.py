@@ -287,6 +287,9 @@ def prune_blocks(run: Run, bar: Progress) -> None:
                 for probe in probes:
                     executor.run(index, module, probe.dense, probe.dense)
             if index < done:
+                if fit is not None and config.inputs == "dense" and index < last:
+                    with clock("forward"):
+                        executor.run(index, module, fit, fit)
                 restore_block(run, index, module)
                 bar.update(phase="resume")
             else:
