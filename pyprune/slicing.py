@@ -318,19 +318,16 @@ def layout(model: nn.Module, path: str, attributes: list[dict[str, dict]], block
     }
 
 
-def build_from_sizes(config, sizes: dict) -> nn.Module:
-    """The model that ``sizes`` (a :func:`layout`) describes, on the CPU with uninitialised weights.
+def sized_class(cls: type, sizes: dict) -> type:
+    """A subclass of a Hugging Face model class whose instances have the shapes of ``sizes`` (a :func:`layout`)."""
+    def init(self, config, *args, **kwargs):
+        cls.__init__(self, config, *args, **kwargs)
+        _resize(self, sizes)
 
-    config: the Hugging Face config saved beside it. Raises ConfigError for an unknown architecture.
-    """
-    import transformers
-    from transformers.initialization import no_init_weights
+    return type(cls.__name__, (cls,), {"__init__": init, "__module__": cls.__module__})
 
-    cls = getattr(transformers, sizes["architecture"], None)
-    if cls is None:
-        raise ConfigError(f"this transformers has no {sizes['architecture']}, which the checkpoint was saved as")
-    with no_init_weights():
-        model = cls(config)
+
+def _resize(model: nn.Module, sizes: dict) -> None:
     for name, shape in sizes["shapes"].items():
         owner, _, key = name.rpartition(".")
         module = model.get_submodule(owner)
@@ -342,8 +339,29 @@ def build_from_sizes(config, sizes: dict) -> nn.Module:
             _set_parameter(module, key, value)
     for path, values in sizes["attributes"].items():
         apply_attributes(model.get_submodule(path), values)
-    dtype = getattr(config, "dtype", None)
-    return model.to(dtype if isinstance(dtype, torch.dtype) else torch.float32).eval()
+
+
+def build_from_sizes(config, sizes: dict) -> nn.Module:
+    """The model that ``sizes`` (a :func:`layout`) describes, on the CPU with uninitialised weights.
+
+    config: the Hugging Face config saved beside it. Raises ConfigError for an unknown architecture.
+    """
+    from transformers.initialization import no_init_weights
+
+    with no_init_weights():
+        model = sized_class(class_of(sizes), sizes)(config)
+    model.__class__ = class_of(sizes)
+    return model.eval()
+
+
+def class_of(sizes: dict) -> type:
+    """The transformers class that a :func:`layout` was made from."""
+    import transformers
+
+    cls = getattr(transformers, sizes["architecture"], None)
+    if cls is None:
+        raise ConfigError(f"this transformers has no {sizes['architecture']}, which the checkpoint was saved as")
+    return cls
 
 
 def dense_groups(groups: list[Coupled]) -> dict[str, Coupled]:
