@@ -97,12 +97,17 @@ class Evaluation:
     dtype: str = "auto"
     """Type of the forward passes; ``auto`` is the model's own on a GPU, bfloat16 on a CPU that has it."""
     batch_size: int = 1
+    """Windows a forward pass."""
     bos: bool = True
     """Start every window with the tokenizer's BOS if it starts texts with one; False is the papers' convention."""
     split: str = "test"
+    """Split of a data set."""
     subset: str | None = None
+    """Configuration name of a Hub data set."""
     text_column: str | None = None
+    """Column that holds the text (several: comma-separated); None finds it."""
     enabled: bool = True
+    """Measure perplexity before and after."""
 
     def __post_init__(self):
         _positive(self, "window", minimum=2)
@@ -115,9 +120,13 @@ class Reconstruction:
     """Settings of BR, GP and CR (paper R, arXiv 2406.15524); the defaults are the authors', smaller in epochs."""
 
     epochs: int = 5
+    """Passes over the calibration sequences, a block."""
     lr: float = 2e-4
+    """AdamW's learning rate, falling linearly to zero."""
     betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's betas."""
     weight_decay: float = 0.0
+    """AdamW's weight decay."""
     batch_size: int = 8
     """Sequences an optimiser step."""
     micro_batch_size: int | None = None
@@ -205,9 +214,11 @@ class PruneConfig:
     compute_dtype: str = "auto"
     """Type of the forward passes; auto: the weights' own. bfloat16 is about four times as fast on CPUs that have it."""
     device: str = "auto"
+    """Where blocks are computed: auto (a GPU if there is one), cpu, cuda, cuda:1."""
     backend: str = "auto"
     """Back-end of every op: auto, cuda, triton, cpu, reference."""
     seed: int = 0
+    """Seed of every random choice; the same seed gives the same result, bit for bit, on the same machine."""
     probe_samples: int = 2
     """Calibration sequences (and as many held-out) whose block error against the dense stream is measured."""
     memory_budget_gb: float | None = None
@@ -248,6 +259,20 @@ class PruneConfig:
             _choose(f"reconstruct for pattern {self.pattern!r}", self.reconstruct, WEIGHT_RECONSTRUCTIONS)
         if self.global_propagation and self.inputs == "dense":
             raise ConfigError("global_propagation needs inputs='propagated': it corrects the pruned stream")
+        self._check_reconstruction()
+
+    def _check_reconstruction(self) -> None:
+        trains = self.reconstruct in ("block", "cross_block")
+        if trains and self.inputs == "dense":
+            raise ConfigError(f"reconstruct={self.reconstruct!r} needs inputs='propagated': it trains on the pruned "
+                              "stream")
+        if self.reconstruction.layerwise_target == "dense" and not self.global_propagation:
+            raise ConfigError("layerwise_target='dense' needs global_propagation: it is the dense stream's outputs")
+        if self.calibration.self_generated and self.calibration.self_generated_for == "reconstruction" \
+                and not trains:
+            raise ConfigError(f"nothing would use the {self.calibration.self_generated} self-generated sequences: "
+                              f"reconstruct is {self.reconstruct!r}; set self_generated_for='all', or reconstruct="
+                              "'block' or 'cross_block'")
 
     def _check_pattern(self) -> None:
         nm = self.nm

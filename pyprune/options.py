@@ -22,8 +22,7 @@ from pyprune.config import Calibration, ConfigError, Evaluation, PruneConfig, Re
 
 SECTIONS = {"calibration": Calibration, "evaluation": Evaluation, "reconstruction": Reconstruction,
             "structured": Structured}
-RENAMED = {"calibration.source": "calibration", "evaluation.text": "text", "evaluation.enabled": "evaluation",
-           "output": "output"}
+RENAMED = {"calibration.source": "calibration", "evaluation.text": "text", "evaluation.enabled": "evaluation"}
 SHORT = {"output": "-o"}
 TEXTUAL = {"sparsity": str, "calibration.source": str, "evaluation.text": list[str]}
 """Fields of any type in Python; on the command line they are text."""
@@ -47,7 +46,7 @@ def configuration_fields() -> dict[str, tuple[type, dataclasses.Field]]:
 
 
 def option_name(path: str, counts: Counter) -> str:
-    """Python name of the option of a field: unique, with its section's name only where needed."""
+    """Python name of the option of a field: unique in its command, with its section's name only where needed."""
     section, _, name = path.rpartition(".")
     if path in RENAMED:
         return RENAMED[path]
@@ -70,7 +69,7 @@ def with_fields(paths: list[str]):
     The command receives ``fields``, a nested dict of what was given; its other parameters stay as they are.
     """
     every = configuration_fields()
-    counts = Counter(path.rpartition(".")[2] for path in every)
+    counts = Counter(path.rpartition(".")[2] for path in paths)
     names = {option_name(path, counts): path for path in paths}
 
     def decorate(function):

@@ -129,8 +129,8 @@ def read(source: Any, *, split: str, subset: str | None, text_column: str | None
         raise ConfigError(f"a source is a path, a Hub data set, a list of texts or token ids, got "
                           f"{type(source).__name__}")
     if str(source).startswith("<"):
-        raise ConfigError(f"the source {source} was in memory when this configuration was written; put a path to the same "
-                          "data in its place")
+        raise ConfigError(f"the source {source} was in memory when this configuration was written; put a path to the "
+                          "same data in its place")
     path = Path(source)
     if path.is_file() and path.suffix in (".txt", ".md", ".rst", ""):
         return iter(_text_rows(path))

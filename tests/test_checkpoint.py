@@ -156,7 +156,8 @@ def test_the_card_has_the_table_and_loads_as_it_says(saved, monkeypatch):
 def test_yaml_beside_the_model_repeats_it_or_says_why_not(saved, tmp_path, folder):
     _, path = saved
     text = (path / "run.yaml").read_text()
-    assert "from memory" in text and json.loads((path / "report.json").read_text())["calibration"]["fingerprint"] in text
+    fingerprint = json.loads((path / "report.json").read_text())["calibration"]["fingerprint"]
+    assert "from memory" in text and fingerprint in text
     with pytest.raises(ConfigError, match="was in memory when this configuration was written"):
         pyprune.prune(config=from_yaml(path / "run.yaml"), output=str(tmp_path / "again"), progress=False)
     assert not (tmp_path / "again").exists()
