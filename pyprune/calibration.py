@@ -32,6 +32,8 @@ class CalibrationData:
     """To fit on."""
     held_out: list[Tensor] = field(default_factory=list)
     """From the same source where it has enough, disjoint from ``sequences``: to measure generalisation only."""
+    generated: list[Tensor] = field(default_factory=list)
+    """Sampled from the model itself, for the reconstruction alone (``self_generated_for="reconstruction"``)."""
     fingerprint: str
     """SHA-256 of the token ids of ``sequences``, lengths and order included."""
     description: str

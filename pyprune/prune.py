@@ -21,10 +21,14 @@ from pyprune.journal import Journal
 from pyprune.model import ModelView, WeightRef, select_weights
 from pyprune.progress import Progress
 from pyprune.record import build_report, compared, data_identity, model_identity, settings_of, weights_digest
+from pyprune.refine import Refiner, wanted
 from pyprune.shards import OutputError
 from pyprune.solvers import inverse_factor, needs_factor, solve
 from pyprune.statistics import Inputs, Observer, Statistics, find_non_finite, observe, relative_error
 from pyprune.stream import Activations, Executor
+
+MASK = ".pyprune_mask"
+"""Ends the name of a keep mask in the draft of a block."""
 
 
 @dataclass
@@ -187,6 +191,8 @@ def _prune(model, config: PruneConfig, tokenizer, in_place: bool, progress: bool
     with clock("calibration"):
         data = calibration.load(config.calibration, tokenizer, encoder=view.is_encoder,
                                 vocab_size=live.get_input_embeddings().num_embeddings)
+        if config.calibration.self_generated:
+            add_generated(data, config.calibration, live, tokenizer)
     with clock("evaluation"):
         texts = windows_of(config.evaluation, tokenizer, view.is_encoder)
     if config.output:
@@ -254,11 +260,30 @@ def check_weights(view: ModelView, selected: list[list[WeightRef]], config: Prun
                                   "the checkpoint is damaged or overflowed in its dtype")
 
 
+def add_generated(data: calibration.CalibrationData, settings: Calibration, model: nn.Module, tokenizer) -> None:
+    """Sequences sampled from the dense model join the corpus samples, or wait for the reconstruction."""
+    from pyprune.generate import generate
+
+    calibration.need_tokenizer(tokenizer, "self-generated calibration")
+    sequences = generate(model, tokenizer, settings.self_generated, seq_len=settings.seq_len, seed=settings.seed,
+                         language=settings.language, path=settings.self_generated_path)
+    data.description += f"; {len(sequences)} self-generated sequences of {settings.seq_len} tokens"
+    if settings.self_generated_for == "all":
+        data.sequences = data.sequences + sequences
+        data.fingerprint = calibration.fingerprint(data.sequences)
+    else:
+        data.generated = sequences
+        data.description += " for the reconstruction"
+
+
 def make_probes(run: Run) -> list[Probe]:
-    """Calibration and held-out probes, as far as there are sequences for them."""
+    """Calibration and held-out probes, as far as there are sequences for them; what a choice is made by is measured on
+    every held-out sequence."""
     n = run.config.probe_samples
+    chooses = run.config.reconstruction.select == "validation" or run.config.reconstruction.early_stop
+    held_out = run.data.held_out[:None if chooses else n]
     probes = []
-    for name, sequences in (("calibration", run.data.sequences[:n]), ("held_out", run.data.held_out[:n])):
+    for name, sequences in (("calibration", run.data.sequences[:n]), ("held_out", held_out)):
         if sequences:
             student = run.executor.embed(sequences)
             probes.append(Probe(name, student, student.like()))
@@ -276,6 +301,7 @@ def prune_blocks(run: Run, bar: Progress) -> None:
     with clock("forward"):
         fit = executor.embed(run.data.sequences) if needs_calibration(config) else None
         probes = make_probes(run)
+        refiner = Refiner(run, fit, probes) if wanted(config) else None
     last = len(run.view.blocks) - 1
     done = len(journal.entries)
     run.warnings += journal.notes
@@ -290,29 +316,36 @@ def prune_blocks(run: Run, bar: Progress) -> None:
                 if fit is not None and config.inputs == "dense" and index < last:
                     with clock("forward"):
                         executor.run(index, module, fit, fit)
-                restore_block(run, index, module)
+                if refiner:
+                    refiner.dense(index, module, training=False)
+                restore_block(run, index, module, refiner)
                 bar.update(phase="resume")
             else:
-                solve_block(run, bar, index, module, fit, probes)
+                solve_block(run, bar, index, module, fit, probes, refiner)
             bar.update(phase="propagate")
             with clock("forward"):
-                if fit is not None and config.inputs == "propagated" and index < last:
+                if refiner:
+                    refiner.advance(index, module)
+                elif fit is not None and config.inputs == "propagated" and index < last:
                     executor.run(index, module, fit, fit)
             with clock("probe"):
-                for probe in probes:
+                for probe in [] if refiner else probes:
                     executor.run(index, module, probe.student, probe.student)
         if index >= done:
             errors = {probe.name: stream_error(probe) for probe in probes}
             run.blocks.append({"block": index, "error": errors.get("calibration"),
-                               "error_held_out": errors.get("held_out"), "seconds": time.perf_counter() - started})
+                               "error_held_out": errors.get("held_out"), "seconds": time.perf_counter() - started,
+                               **(refiner.row(index) if refiner else {})})
             commit_block(run, index)
         bar.update(block=index + 1, phase="done", error=run.blocks[index]["error"])
         if index < last:
             journal.safe_point()
+    if refiner:
+        refiner.finish()
 
 
 def solve_block(run: Run, bar: Progress, index: int, module: nn.Module, fit: Activations | None,
-                probes: list[Probe]) -> None:
+                probes: list[Probe], refiner: Refiner | None = None) -> None:
     """Statistics, masks and new weights of one block, and their way to the disk begun."""
     refs, config = run.selected[index], run.config
     inputs = []
@@ -325,10 +358,36 @@ def solve_block(run: Run, bar: Progress, index: int, module: nn.Module, fit: Act
         bar.update(phase="statistics")
         with run.clock("forward"):
             observer = gather(run, index, module, refs, fit)
+    if refiner:
+        bar.update(phase="dense targets")
+        with run.clock("forward"):
+            if observer is not None:
+                refiner.cross_grams(index, module, refs, observer)
+            refiner.dense(index, module)
+        original = {ref: ref.view(run.view.blocks[index]).clone() for ref in refs}
     bar.update(phase="solve")
     with run.clock("solve"):
-        prune_block(run, index, module, observer, inputs)
-    run.journal.write(index, tensors_of(run.view, index))
+        masks = prune_block(run, index, module, observer, inputs)
+    if refiner:
+        bar.update(phase="reconstruct")
+        with run.clock("reconstruct"):
+            refiner.refine(index, module, original, masks)
+    write_block(run, index, refiner)
+
+
+def write_block(run: Run, index: int, refiner: Refiner | None) -> None:
+    """Begin to write what this step finished. Under CR that is the block before; the block at hand, which the next
+    window trains again, goes with its masks as a draft."""
+    last = len(run.view.blocks) - 1
+    if refiner is None or not refiner.cross:
+        return run.journal.write(index, tensors_of(run.view, index))
+    if index > 0:
+        run.journal.write(index - 1, tensors_of(run.view, index - 1))
+    if index == last:
+        return run.journal.write(index, tensors_of(run.view, index))
+    prefix = f"{run.view.path}.{index}."
+    masks = {f"{prefix}{path}{MASK}": mask for path, mask in refiner.masks[index].items()}
+    return run.journal.write(index, {**tensors_of(run.view, index), **masks}, draft=True)
 
 
 def tensors_of(view: ModelView, index: int) -> dict[str, Tensor]:
@@ -343,14 +402,20 @@ def commit_block(run: Run, index: int) -> None:
                                    "row": run.blocks[index], "warnings": run.warnings, "seconds": run.clock.seconds})
 
 
-def restore_block(run: Run, index: int, module: nn.Module) -> None:
+def restore_block(run: Run, index: int, module: nn.Module, refiner: Refiner | None = None) -> None:
     """Bring back what an interrupted run made of a block: weights, report rows, warnings, seconds."""
-    block, entry = run.view.blocks[index], run.journal.entries[index]
+    block, entry, done = run.view.blocks[index], run.journal.entries[index], len(run.journal.entries)
     prefix = f"{run.view.path}.{index}."
+    draft = refiner is not None and refiner.cross and index == done - 1 < len(run.view.blocks) - 1
     with run.clock("resume"):
-        block.load_state_dict({name.removeprefix(prefix): t for name, t in run.journal.read(index).items()})
+        tensors = {name.removeprefix(prefix): t for name, t in run.journal.read(index, draft=draft).items()}
+        masks = {name.removesuffix(MASK): tensors.pop(name) for name in list(tensors) if name.endswith(MASK)}
+        block.load_state_dict(tensors)
         if module is not block:
             module.load_state_dict(block.state_dict())
+        if refiner:
+            refiner.masks[index] = masks
+            refiner.settle(index)
     run.weights += entry["weights"]
     run.blocks.append(entry["row"])
     for text in entry["warnings"]:
@@ -376,9 +441,12 @@ def gather(run: Run, index: int, module: nn.Module, refs: list[WeightRef], fit: 
     return observer
 
 
-def prune_block(run: Run, index: int, module: nn.Module, observer: Observer | None, inputs: list[Observer]) -> None:
-    """Solve every selected weight of a block; each input group is factored once. Writes block and compute copy."""
+def prune_block(run: Run, index: int, module: nn.Module, observer: Observer | None,
+                inputs: list[Observer]) -> dict[WeightRef, Tensor]:
+    """Solve every selected weight of a block; each input group is factored once. Writes block and compute copy, and
+    returns the keep masks."""
     config, block = run.config, run.view.blocks[index]
+    masks: dict[WeightRef, Tensor] = {}
     groups: dict[str | None, list[WeightRef]] = {}
     for ref in run.selected[index]:
         groups.setdefault(observer.leader.get(ref.name) if observer else None, []).append(ref)
@@ -410,6 +478,8 @@ def prune_block(run: Run, index: int, module: nn.Module, observer: Observer | No
                 ref.view(module).copy_(weight)
             row["sparsity"] = 1 - torch.count_nonzero(weight).item() / weight.numel()
             run.weights.append(row)
+            masks[ref] = solved.mask
+    return masks
 
 
 def stream_error(probe: Probe) -> float:

@@ -33,6 +33,7 @@ def settings_of(config: PruneConfig) -> dict:
 def data_identity(data: CalibrationData, texts: list[tuple[str, list[Tensor]]]) -> dict:
     """Fingerprints of the very token ids of calibration, held-out and evaluation sequences."""
     return {"calibration": data.fingerprint, "held_out": fingerprint(data.held_out),
+            **({"generated": fingerprint(data.generated)} if data.generated else {}),
             "evaluation": [fingerprint(windows) for _, windows in texts]}
 
 

@@ -127,11 +127,23 @@ def needs_factor(config: PruneConfig) -> bool:
     return config.method == "sparsegpt" or config.reconstruct != "none"
 
 
+def dense_target_start(weight: Tensor, statistics: Statistics, factor: Factor) -> Tensor:
+    """Best dense weights for ``X̄ Wᵀ ≈ X W'ᵀ``: ``W' = W + W (C − G) (G + λ)⁻¹``, ``C = X̄ᵀX`` (paper R's GP).
+
+    The sweep that starts from W' fits the dense stream's outputs. The ridge pulls towards W, so equal streams give W.
+    """
+    difference = (statistics.cross - statistics.gram) / statistics.count
+    return weight + (weight @ difference) @ factor.r.T @ factor.r
+
+
 def solve(weight: Tensor, config: PruneConfig, statistics: Statistics | None, factor: Factor | None) -> Solved:
     """Prune one matrix ``[out, in]`` as the configuration says; the input tensor is left alone."""
     original = weight.float().contiguous()
+    start = original
+    if statistics is not None and statistics.cross is not None:
+        start = dense_target_start(original, statistics, factor)
     if config.method == "sparsegpt":
-        updated = original.clone()
+        updated = start.clone()
         mask = obs_prune(updated, factor, sparsity=None if config.nm else config.sparsity, nm=config.nm,
                          column_block=config.column_block)
         if config.reconstruct == "none":
@@ -140,7 +152,7 @@ def solve(weight: Tensor, config: PruneConfig, statistics: Statistics | None, fa
     mask = score_mask(original, config, statistics)
     if config.reconstruct == "none":
         return Solved(original.masked_fill(~mask, 0), mask)
-    updated = original.clone()
+    updated = start.clone()
     obs_prune(updated, factor, mask=mask, column_block=config.column_block)
     return Solved(updated, mask, factor.damping)
 

@@ -45,6 +45,8 @@ class Statistics:
     mean: Tensor | None = None
     m2: Tensor | None = None
     """Centred sum of squares, float64 ``[c]``, merged by Chan's formula."""
+    cross: Tensor | None = None
+    """float32 ``[c, c]``, ``X̄ᵀX`` with the dense stream's inputs X̄, where the layer-wise target is dense (GP)."""
 
     def __post_init__(self):
         self.count = torch.zeros((), dtype=torch.int64, device=self.device)
