@@ -41,6 +41,11 @@ static void bind_cpu(py::module_& m) {
         kernels().linear(at<float>(x), x_stride, at<float>(w), w_stride, at<float>(bias), at<float>(out), out_stride,
                          rows, outputs, inputs, accumulate, threads);
     }, nogil);
+    m.def("trailing_update_cpu", [](Address w, int64_t w_stride, Address e, int64_t e_stride, Address r,
+                                    int64_t r_stride, int64_t rows, int64_t columns, int64_t depth, int threads) {
+        kernels().trailing_update(at<float>(w), w_stride, at<float>(e), e_stride, at<float>(r), r_stride, rows, columns,
+                                  depth, threads);
+    }, nogil);
     m.def("column_moments_cpu", [](Address x, int64_t tokens, int64_t columns, int64_t stride, int type, Address mask,
                                    Address mean, Address m2, int threads) {
         const Tokens view{at<void>(x), tokens, columns, stride, type, at<uint8_t>(mask)};

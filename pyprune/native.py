@@ -134,6 +134,12 @@ def obs_sweep_cpu(w: Tensor, r: Tensor, *, mask: Tensor | None = None, k: int | 
     return keep, error, loss
 
 
+def trailing_update_cpu(w: Tensor, e: Tensor, r: Tensor) -> None:
+    e, r = _unit(e), _unit(r)
+    _C.trailing_update_cpu(w.data_ptr(), w.stride(0), e.data_ptr(), e.stride(0), r.data_ptr(), r.stride(0), *w.shape,
+                           e.shape[1], torch.get_num_threads())
+
+
 def cholesky_cpu(a: Tensor, *, damping: Tensor | None = None) -> tuple[Tensor, Tensor]:
     batch, n = a.shape[:2]
     if n > CHOLESKY_MAX_N:
@@ -182,3 +188,125 @@ def linear_cpu(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 # ---- CUDA ----------------------------------------------------------------------------------------------------------
+# Kernels run on torch's current stream and nothing waits for them. What only the data can show to be wrong is found on
+# the device and written to pinned host memory; as with CUDA's own errors, the next call on that device raises it, or
+# check_cuda. What the faulty call left alone: the whole weight (select_mask with scope "matrix", a bad r in obs_sweep),
+# that row (select_mask, obs_sweep), that group (nm_mask).
+
+FAULTS = {"select_mask": NAN_SCORE.format("w"), "nm_mask": NAN_SCORE.format("w"), "compress_24": TOO_DENSE,
+          "expand_24": BAD_META, "obs_sweep": NOT_FINITE}
+_faults: dict[torch.device, Tensor] = {}
+
+
+def check_cuda(device: torch.device | str = "cuda") -> None:
+    """Wait for ``device`` and raise ``ValueError`` for bad data that CUDA ops have met since the last look."""
+    device = torch.device(device)
+    device = torch.device("cuda", torch.cuda.current_device()) if device.index is None else device
+    torch.cuda.synchronize(device)
+    _raise_faults(device)
+
+
+def _raise_faults(device: torch.device) -> None:
+    words = _faults.get(device)
+    if words is None or not any(words.tolist()):
+        return
+    met = [op for op, found in zip(FAULTS, words.tolist()) if found]
+    words.zero_()
+    raise ValueError(f"found on {device} after the call returned: " + "; ".join(f"{op}: {FAULTS[op]}" for op in met))
+
+
+def _fault(op: str, device: torch.device) -> int:
+    """Where the kernels of ``op`` report; raises what earlier calls have reported."""
+    if device not in _faults:
+        _faults[device] = torch.zeros(len(FAULTS), dtype=torch.int32, pin_memory=device.type == "cuda")
+    _raise_faults(device)
+    return _faults[device].data_ptr() + 4 * list(FAULTS).index(op)
+
+
+def _launch(op: str, device: torch.device, *arguments) -> None:
+    with torch.cuda.device(device):
+        getattr(_C, f"{op}_cuda")(device.index, *arguments, torch.cuda.current_stream(device).cuda_stream)
+
+
+def select_mask_cuda(w: Tensor, k: int, *, scale: Tensor | None = None, scope: str = "row",
+                     apply: bool = False) -> Tensor:
+    work, scale = _unit(w), _dense(scale)
+    keep = torch.empty(w.shape, dtype=torch.bool, device=w.device)
+    workspace = torch.empty(_C.cuda_select_workspace if scope == "matrix" else 0, dtype=torch.int32, device=w.device)
+    _launch("select_mask", w.device, work.data_ptr(), TYPES[w.dtype], *w.shape, work.stride(0), _address(scale), k,
+            apply, keep.data_ptr(), _fault("select_mask", w.device), workspace.data_ptr())
+    if apply and work is not w:
+        w.copy_(work)
+    return keep
+
+
+def nm_mask_cuda(w: Tensor, n: int, m: int, *, scale: Tensor | None = None, apply: bool = False) -> Tensor:
+    work, scale = _unit(w), _dense(scale)
+    keep = torch.empty(w.shape, dtype=torch.bool, device=w.device)
+    _launch("nm_mask", w.device, work.data_ptr(), TYPES[w.dtype], *w.shape, work.stride(0), _address(scale), n, m,
+            apply, keep.data_ptr(), _fault("nm_mask", w.device))
+    if apply and work is not w:
+        w.copy_(work)
+    return keep
+
+
+def compress_24_cuda(w: Tensor) -> tuple[Tensor, Tensor]:
+    w = _unit(w)
+    rows, columns = w.shape
+    values = torch.empty((rows, columns // 2), dtype=w.dtype, device=w.device)
+    meta = torch.empty((rows, columns // 16), dtype=torch.int16, device=w.device)
+    _launch("compress_24", w.device, w.data_ptr(), rows, columns, w.stride(0), values.data_ptr(), meta.data_ptr(),
+            _fault("compress_24", w.device))
+    return values, meta
+
+
+def expand_24_cuda(values: Tensor, meta: Tensor) -> Tensor:
+    values, meta = values.contiguous(), meta.contiguous()
+    w = torch.empty((values.shape[0], values.shape[1] * 2), dtype=values.dtype, device=values.device)
+    _launch("expand_24", w.device, values.data_ptr(), meta.data_ptr(), *w.shape, w.data_ptr(),
+            _fault("expand_24", w.device))
+    return w
+
+
+def obs_sweep_cuda(w: Tensor, r: Tensor, *, mask: Tensor | None = None, k: int | None = None,
+                   nm: tuple[int, int] | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """A launch takes 128 columns: wider blocks are swept in pieces, the update between them one product each."""
+    fault = _fault("obs_sweep", w.device)
+    rows, columns = w.shape
+    n, m = nm or (0, 1)
+    if m > _C.cuda_sweep_columns:
+        raise ValueError(f"the cuda back-end chooses among at most {_C.cuda_sweep_columns} weights while it sweeps, "
+                         f"got {n}:{m}; choose the mask first or use another back-end")
+    if k is not None:
+        mask = select_mask_cuda(w, k, scale=1 / r.diagonal(), scope="matrix")
+    piece = _C.cuda_sweep_columns // m * m
+    if columns > piece:  # a bad r must not reach w by the products either: its zero diagonal stops every piece
+        r = torch.where(r.isfinite().all() & (r.diagonal() > 0).all(), r, 0)
+    r, mask = _unit(r), _dense(mask)
+    keep = torch.empty(w.shape, dtype=torch.bool, device=w.device)
+    error = torch.empty(w.shape, device=w.device)
+    loss = torch.zeros((-(-columns // piece), rows), device=w.device)
+    for i, start in enumerate(range(0, columns, piece)):
+        part = slice(start, min(start + piece, columns))
+        chosen = 0 if mask is None else mask[:, part].data_ptr()
+        _launch("obs_sweep", w.device, w[:, part].data_ptr(), rows, part.stop - start, w.stride(0),
+                r[part, part].data_ptr(), r.stride(0), chosen, n, m, keep[:, part].data_ptr(),
+                error[:, part].data_ptr(), columns, loss[i].data_ptr(), fault)
+        if part.stop < columns:
+            w[:, part.stop:].addmm_(error[:, part], r[part, part.stop:], alpha=-1)
+    return keep, error, loss[0] if len(loss) == 1 else loss.sum(0)
+
+
+def cholesky_cuda(a: Tensor, *, damping: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    a, damping = a.contiguous(), _dense(damping)
+    factor, info = torch.empty_like(a), torch.empty(len(a), dtype=torch.int32, device=a.device)
+    _launch("cholesky", a.device, a.data_ptr(), _address(damping), *a.shape[:2], factor.data_ptr(), info.data_ptr())
+    return factor, info
+
+
+def cholesky_solve_cuda(a: Tensor, b: Tensor, *, damping: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    factor, info = cholesky_cuda(a, damping=damping)
+    b = b.contiguous()
+    x = torch.empty_like(b)
+    _launch("cholesky_solve", a.device, factor.data_ptr(), info.data_ptr(), b.data_ptr(), *b.shape, x.data_ptr())
+    return x, info

@@ -22,7 +22,7 @@ from torch import Tensor
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 OPS = ("gram_update", "cross_gram_update", "column_moments", "select_mask", "nm_mask", "compress_24", "expand_24",
-       "obs_sweep", "cholesky", "cholesky_solve", "liar_update", "linear")
+       "obs_sweep", "trailing_update", "cholesky", "cholesky_solve", "liar_update", "linear")
 
 # Order of preference by device type. A kernel enters the CUDA list only after its tests have passed on a GPU
 # (benchmarks/GPU_QUEUE.md); until then it runs when named.
@@ -283,6 +283,21 @@ def obs_sweep(w: Tensor, r: Tensor, *, mask: Tensor | None = None, k: int | None
     if nm is not None:
         _group(*nm, w.shape[1])
     return _implementation("obs_sweep", w.device)(w, r, mask=mask, k=k, nm=nm)
+
+
+def trailing_update(w: Tensor, e: Tensor, r: Tensor) -> None:
+    """``w −= e @ r`` in place: what the columns right of a swept column block owe to its errors.
+
+    w: float32 ``[rows, n]``, unit column stride (a view of the matrix); e: ``[rows, b]``; r: ``[b, n]``, both float32.
+    """
+    _matrix("w", w, (torch.float32,))
+    _matrix("e", e, (torch.float32,))
+    _written("w", w)
+    _like("e", e, (w.shape[0], e.shape[1]), torch.float32, w.device)
+    _like("r", r, (e.shape[1], w.shape[1]), torch.float32, w.device)
+    if w.shape[1] > 1 and w.stride(1) != 1:
+        raise ValueError(f"w needs unit column stride, got strides {w.stride()}")
+    _implementation("trailing_update", w.device)(w, e, r)
 
 
 def _systems(a: Tensor, damping: Tensor | None) -> None:

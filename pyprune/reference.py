@@ -112,6 +112,10 @@ def obs_sweep(w: Tensor, r: Tensor, *, mask: Tensor | None = None, k: int | None
     return keep, error, error.square().sum(1)
 
 
+def trailing_update(w: Tensor, e: Tensor, r: Tensor) -> None:
+    w.addmm_(e, r, alpha=-1)
+
+
 def cholesky(a: Tensor, *, damping: Tensor | None = None) -> tuple[Tensor, Tensor]:
     if damping is not None:
         a = a + damping.reshape(-1, 1, 1) * torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)

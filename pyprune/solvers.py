@@ -109,7 +109,7 @@ def obs_prune(weight: Tensor, factor: Factor, *, sparsity: float | None = None, 
         kept, error, _ = ops.obs_sweep(block, factor.r[start:stop, start:stop].contiguous(), **choice)
         keep[:, start:stop] = kept
         if stop < columns:
-            weight[:, stop:].addmm_(error, factor.r[start:stop, stop:], alpha=-1)
+            ops.trailing_update(weight[:, stop:], error, factor.r[start:stop, stop:])
     return keep
 
 

@@ -11,7 +11,7 @@ namespace pyprune {
 namespace {
 
 constexpr int CB = VL == 16 ? 4 : 2;  // the factor's register block, CB×CB vectors
-constexpr int KB = VL == 16 ? 8 : 4;  // right-hand sides solved together
+constexpr int KB = VL;                // right-hand sides solved together
 
 inline vf* row_of(vf* lower, int64_t i) { return lower + i * (i + 1) / 2; }
 
@@ -43,8 +43,7 @@ inline void scatter_lanes(float* target, int64_t step, int64_t systems, int64_t 
         vf block[VL];
         for (int64_t i = 0; i < VL; ++i) block[i] = j + i < count ? get(j + i) : vf{};
         transpose(block);
-        for (int s = 0; s < systems; ++s)
-            for (int64_t i = 0; i < least(VL, count - j); ++i) target[s * step + j + i] = block[s][i];
+        for (int s = 0; s < systems; ++s) put_floats(target + s * step + j, block[s], count - j);
     }
 }
 
@@ -164,8 +163,10 @@ void cholesky(const float* a, const float* damping, float* factor, const float* 
                 });
         if (b) {
             int64_t c = 0;
-            for (; c + KB <= k; c += KB) solve_columns<KB>(lower, n, work, b + first * n * k, x + first * n * k, k, c, systems, failed);
-            for (; c < k; ++c) solve_columns<1>(lower, n, work, b + first * n * k, x + first * n * k, k, c, systems, failed);
+            const float* bs = b + first * n * k;
+            float* xs = x + first * n * k;
+            for (; c + KB <= k; c += KB) solve_columns<KB>(lower, n, work, bs, xs, k, c, systems, failed);
+            for (; c < k; ++c) solve_columns<1>(lower, n, work, bs, xs, k, c, systems, failed);
         }
     }
 }

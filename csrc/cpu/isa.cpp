@@ -2,9 +2,9 @@
 // below holds code for its own instruction set.
 #include "cpu/cholesky.h"
 #include "cpu/gram.h"
-#include "cpu/linear.h"
 #include "cpu/moments.h"
 #include "cpu/nm.h"
+#include "cpu/product.h"
 #include "cpu/select.h"
 #include "cpu/sparse24.h"
 #include "cpu/sweep.h"
@@ -17,7 +17,7 @@
 namespace pyprune {
 extern const Kernels PYPRUNE_JOIN(kernels_, PYPRUNE_ISA);
 const Kernels PYPRUNE_JOIN(kernels_, PYPRUNE_ISA) = {
-    PYPRUNE_STRING(PYPRUNE_ISA), &gram, &cross_gram, &linear, &column_moments, &select_mask, &nm_mask, &obs_sweep,
-    &cholesky, &compress_24, &expand_24,
+    PYPRUNE_STRING(PYPRUNE_ISA), &gram, &cross_gram, &linear, &trailing_update, &column_moments, &select_mask,
+    &nm_mask, &obs_sweep, &cholesky, &compress_24, &expand_24,
 };
 }  // namespace pyprune

@@ -24,6 +24,9 @@ struct Kernels {
     // out [m, n] (+)= x [m, k] wᵀ [k, n] + bias [n]
     void (*linear)(const float* x, int64_t x_stride, const float* w, int64_t w_stride, const float* bias, float* out,
                    int64_t out_stride, int64_t m, int64_t n, int64_t k, bool accumulate, int threads);
+    // w [m, n] −= e [m, k] r [k, n]
+    void (*trailing_update)(float* w, int64_t w_stride, const float* e, int64_t e_stride, const float* r,
+                            int64_t r_stride, int64_t m, int64_t n, int64_t k, int threads);
     // means and centred sums of squares [c]; returns the count
     int64_t (*column_moments)(const Tokens& x, float* mean, float* m2, int threads);
     // Masks are contiguous. False, nothing written to w: a score was NaN.

@@ -128,6 +128,10 @@ inline vf load_some(const T* p, int64_t count) {  // lanes from count on are 0
     for (int64_t i = 0; i < least(count, VL); ++i) tail[i] = p[i];
     return load(tail);
 }
+inline void put_floats(float* p, vf x, int64_t count) {  // the first count lanes
+    if (count >= VL) return store(p, x);
+    for (int64_t i = 0; i < count; ++i) p[i] = x[i];
+}
 inline vf abs(vf x) { return (vf)((vi)x & 0x7fffffff); }
 inline bool any(vi lanes) {
     int32_t seen = 0;

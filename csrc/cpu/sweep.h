@@ -42,11 +42,6 @@ inline void store_transposed(const float* tile, int64_t rows, int64_t columns, P
         }
 }
 
-inline void put_floats(float* p, vf x, int64_t count) {
-    if (count >= VL) return store(p, x);
-    for (int64_t i = 0; i < count; ++i) p[i] = x[i];
-}
-
 // A byte of 0 or 1 becomes a lane of 0 or −1.
 struct KeepByte {
     uint8_t byte;
