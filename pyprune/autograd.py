@@ -1,4 +1,4 @@
-"""Differentiable products and attention for training blocks on a CPU.
+"""Products and attention of blocks on a CPU, for training and for passes without gradients.
 
 Linear layers: ``y = x Wᵀ``, ``dX = dY W`` and ``dW += dYᵀ X`` through ``ops``, whose float32 products run at about
 twice the speed of the torch wheel's; ``dW`` accumulates in a float32 buffer of the caller's, so a bfloat16 block keeps
@@ -7,7 +7,7 @@ float32 gradient sums and no copy is made. 6·n·r·c FLOPs, as ever.
 Attention in bfloat16: softmax(Q Kᵀ/√d) V by batched products over causal row chunks, the probabilities kept for the
 backward pass; torch's fused kernel recomputes them and runs its products well below the processor's rate.
 
-Both replace torch's functions by a function mode, for the duration of a training pass, whatever the architecture.
+Both replace torch's functions by a function mode, for the duration of a pass, whatever the architecture.
 """
 
 from __future__ import annotations
@@ -54,30 +54,41 @@ def _chunks(tokens: int, causal: bool) -> list[tuple[int, int, int]]:
     return [(s, min(s + CHUNK, tokens), min(s + CHUNK, tokens)) for s in range(0, tokens, CHUNK)]
 
 
+def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, kept: list[Tensor] | None = None) -> Tensor:
+    """Softmax attention of ``q [b, h, t, d]`` on ``k, v [b, h/g, t, d]``, the g query heads of a key head stacked as
+    rows of one product; the probabilities of each chunk are appended to ``kept``."""
+    b, h, t, d = q.shape
+    heads = k.shape[1]
+    group = h // heads
+    q5, k3, v3 = q.reshape(b * heads, group, t, d), k.reshape(-1, t, d), v.reshape(-1, t, v.shape[-1])
+    out = q.new_empty(b * heads, group, t, v.shape[-1])
+    for start, stop, keys in _chunks(t, causal):
+        rows = q5[:, :, start:stop].reshape(b * heads, -1, d)
+        scores = torch.bmm(rows, k3[:, :keys].transpose(1, 2)).view(b * heads, group, stop - start, keys)
+        if causal:
+            above = torch.ones(stop - start, stop - start, dtype=torch.bool).triu(1)
+            scores[..., start:].masked_fill_(above, -torch.inf)
+        p = scores.mul_(scale).softmax(-1).view(b * heads, -1, keys)
+        out[:, :, start:stop] = torch.bmm(p, v3[:, :keys]).view(b * heads, group, stop - start, -1)
+        if kept is not None:
+            kept.append(p)
+    return out.view(b, h, t, -1)
+
+
 class _Attention(torch.autograd.Function):
-    """Softmax attention of ``q [b, h, t, d]`` on ``k, v [b, h/g, t, d]``: the g query heads of a key head are stacked
-    as rows of one product."""
+    """:func:`attention` with its backward pass."""
 
     @staticmethod
     def forward(ctx, q, k, v, causal, scale):
-        b, h, t, d = q.shape
-        heads = k.shape[1]
-        group = h // heads
-        q5, k3, v3 = q.reshape(b * heads, group, t, d), k.reshape(-1, t, d), v.reshape(-1, t, v.shape[-1])
-        out = q.new_empty(b * heads, group, t, v.shape[-1])
-        kept = []
-        for start, stop, keys in _chunks(t, causal):
-            rows = q5[:, :, start:stop].reshape(b * heads, -1, d)
-            scores = torch.bmm(rows, k3[:, :keys].transpose(1, 2)).view(b * heads, group, stop - start, keys)
-            if causal:
-                above = torch.ones(stop - start, stop - start, dtype=torch.bool).triu(1)
-                scores[..., start:].masked_fill_(above, -torch.inf)
-            p = scores.mul_(scale).softmax(-1).view(b * heads, -1, keys)
-            out[:, :, start:stop] = torch.bmm(p, v3[:, :keys]).view(b * heads, group, stop - start, -1)
-            kept.append(p)
+        kept: list[Tensor] = []
+        result = attention(q, k, v, causal, scale, kept)
+        b, _, t, d = q.shape
+        n = b * k.shape[1]
+        q5, k3, v3 = q.reshape(n, -1, t, d), k.reshape(-1, t, d), v.reshape(-1, t, v.shape[-1])
+        out = result.view(n, -1, t, v.shape[-1])
         ctx.save_for_backward(q5, k3, v3, out, *kept)
         ctx.causal, ctx.scale, ctx.shapes = causal, scale, (q.shape, k.shape, v.shape)
-        return out.view(b, h, t, -1)
+        return result
 
     @staticmethod
     def backward(ctx, grad):
@@ -114,6 +125,19 @@ class TrainingMode(TorchFunctionMode):
         if func is functional.scaled_dot_product_attention and len(args) == 3 and _plain_attention(*args, **kwargs):
             scale = kwargs.get("scale") or args[0].shape[-1] ** -0.5
             return _Attention.apply(*args, bool(kwargs.get("is_causal")), scale)
+        return func(*args, **kwargs)
+
+
+class ForwardMode(TorchFunctionMode):
+    """The same for passes without gradients: float32 linear layers through ``ops.linear``, bfloat16 attention."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is functional.linear and not kwargs and args[0].dtype == torch.float32 == args[1].dtype:
+            return ops.linear(*args)
+        if func is functional.scaled_dot_product_attention and len(args) == 3 and _plain_attention(*args, **kwargs):
+            scale = kwargs.get("scale") or args[0].shape[-1] ** -0.5
+            return attention(*args, bool(kwargs.get("is_causal")), scale)
         return func(*args, **kwargs)
 
 

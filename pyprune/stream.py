@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from pyprune import ops
+from pyprune.autograd import ForwardMode
 from pyprune.model import Arguments, ModelView, call_block
 
-TARGET_TOKENS = 8192
+TARGET_TOKENS = 2048 if not torch.cuda.is_available() else 16384
+"""Tokens a batch: on a CPU what stays in cache, on a GPU what fills it."""
 
 
 @dataclass(frozen=True)
@@ -129,14 +129,16 @@ class Executor:
         fits = all(p.device == self.device and (p.dtype == self.dtype or not p.is_floating_point())
                    for p in block.parameters())
         module = block if fits else copy.deepcopy(block).to(self.device, self.dtype)
-        with expert_loop(self.view.model.config), fast_linears(module):
+        with expert_loop(self.view.model.config):
             yield module
 
     @torch.no_grad()
     def forward(self, index: int, module: nn.Module, hidden: Tensor) -> Tensor:
         """Output of ``module``, standing in for block ``index``, on ``[batch, tokens, hidden]``."""
         hidden = hidden.to(self.device, self.dtype, non_blocking=True)
-        return call_block(module, hidden, self.arguments(index, hidden.shape[1], hidden.shape[0]))
+        arguments = self.arguments(index, hidden.shape[1], hidden.shape[0])
+        with ForwardMode() if self.device.type == "cpu" else contextlib.nullcontext():
+            return call_block(module, hidden, arguments)
 
     def run(self, index: int, module: nn.Module, source: Activations, target: Activations | None = None,
             each: Callable[[Batch, Tensor], None] | None = None) -> None:
@@ -147,24 +149,6 @@ class Executor:
                 target.write(batch, out)
             if each is not None:
                 each(batch, out)
-
-
-@contextlib.contextmanager
-def fast_linears(module: nn.Module) -> Iterator[None]:
-    """Run the float32 linear layers of a CPU module through ``ops.linear`` for the duration."""
-    layers = [m for m in module.modules() if type(m) is nn.Linear and m.weight.dtype == torch.float32
-              and m.weight.device.type == "cpu"]
-    for layer in layers:
-        layer.forward = functools.partial(_linear, layer)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer.forward
-
-
-def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    return ops.linear(x, layer.weight, layer.bias)
 
 
 @contextlib.contextmanager
