@@ -8,8 +8,10 @@
 #ifdef __CUDACC__
 #define PYPRUNE_HD static __host__ __device__ __forceinline__
 #define PYPRUNE_UNROLL _Pragma("unroll")
+#define PYPRUNE_ROLL _Pragma("unroll 1")
 #else
 #define PYPRUNE_HD static inline
+#define PYPRUNE_ROLL
 #ifdef PYPRUNE_SIM
 #define PYPRUNE_UNROLL
 #else

@@ -1,114 +1,61 @@
 """The CUDA kernels themselves, run on the CPU under fiber emulation (tests/cusim.h), against float64 and the reference.
 
-Every driver runs in the three thread orders of the emulation and once under AddressSanitizer. The last tests plant a
+Every op runs in the three thread orders of the emulation and once under AddressSanitizer. The last tests plant a
 missing barrier and accesses out of bounds in copies of the kernels and see them caught: what the others prove.
 """
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from simulated import (
+    ROOT,
+    SANITIZE,
+    between,
+    compile_object,
+    execute,
+    factor_of_inverse,
+    link_driver,
+    objects,
+    read,
+    strided,
+)
 
 from pyprune import reference
 
-ROOT = Path(__file__).resolve().parent.parent
-DRIVERS = {"obs_sweep": (), "select_mask": (), "nm_mask": (), "compress_24": (),
-           "cholesky": ("cholesky.cu", "cholesky_solve.cu")}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 RUNS = ["order 0", "order 1", "order 2", "asan"]
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to compile the simulated kernels")
 
 
-# ---- building and running ------------------------------------------------------------------------------------------
-
-def build(driver: str, target: Path, *, sanitize: bool = False, csrc: Path = ROOT / "csrc") -> Path:
-    sources = [ROOT / "tests/cuda_sim" / f"{driver}.cpp", *(csrc / "cuda" / name for name in DRIVERS[driver])]
-    command = ["g++", "-std=c++17", "-O1", "-Wall", "-DPYPRUNE_SIM", f"-I{csrc}", f"-I{ROOT / 'tests'}", "-x", "c++",
-               *(["-fsanitize=address", "-g1"] if sanitize else []), *map(str, sources), "-o", str(target)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return target
-
-
-@pytest.fixture(scope="session")
-def binaries(tmp_path_factory):
-    """(driver, sanitized) → executable; all compiled at once, two at a time."""
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """Sanitized or not → the compiled kernels and the driver's main."""
     folder = tmp_path_factory.mktemp("cuda_sim")
-    wanted = [(driver, sanitize) for driver in DRIVERS for sanitize in (False, True)]
-    with ThreadPoolExecutor(2) as pool:
-        built = [pool.submit(build, driver, folder / f"{driver}{'_asan' if sanitize else ''}", sanitize=sanitize)
-                 for driver, sanitize in wanted]
-        return {key: future.result() for key, future in zip(wanted, built)}
+    return {sanitize: objects(folder, sanitize) for sanitize in (False, True)}
 
 
-def write_case(folder: Path, case: dict) -> None:
-    """Integers into ``sizes``, tensors into raw files, None into nothing. Tensors are written as they lie in memory:
-    a view's file starts at its first element and ends after its last."""
-    folder.mkdir(parents=True)
-    (folder / "sizes").write_text("".join(f"{k} {int(v)}\n" for k, v in case.items() if isinstance(v, int)))
-    for name, value in case.items():
-        if isinstance(value, torch.Tensor):
-            (folder / name).write_bytes(memory(value).view(torch.uint8).numpy().tobytes())
-
-
-def memory(x: torch.Tensor) -> torch.Tensor:
-    span = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride()))
-    return x.as_strided((span,), (1,))
-
-
-def execute(binary: Path, folder: Path, cases: list[dict], order: int = 0) -> list[Path]:
-    folders = [folder / str(i) for i in range(len(cases))]
-    for path, case in zip(folders, cases):
-        write_case(path, case)
-    done = subprocess.run([str(binary), *map(str, folders)], capture_output=True, text=True,
-                          env={**os.environ, "CUSIM_ORDER": str(order)})
-    if done.returncode:
-        raise RuntimeError(done.stderr)
-    return folders
+@pytest.fixture(scope="module")
+def drivers(parts, tmp_path_factory):
+    """Sanitized or not → the driver."""
+    folder = tmp_path_factory.mktemp("cuda_sim")
+    return {sanitize: link_driver(folder / str(int(sanitize)), linked, sanitize=sanitize)
+            for sanitize, linked in parts.items()}
 
 
 @pytest.fixture
-def simulate(binaries, tmp_path, request):
-    """Runs a driver on cases as the parameter ``run`` says; returns a reader of each case's arrays."""
-    def go(driver: str, cases: list[dict], run: str):
+def simulate(drivers, tmp_path):
+    """Runs an op on cases; returns for each case a reader of its arrays: name, tensor of that shape → tensor."""
+    def go(op: str, cases: list[dict], run: str):
         sanitize = run == "asan"
-        folders = execute(binaries[driver, sanitize], tmp_path, cases, 0 if sanitize else int(run[-1]))
+        folders = execute(drivers[sanitize], op, tmp_path, cases, 0 if sanitize else int(run[-1]))
         return [lambda name, like, path=path: read(path / name, like) for path in folders]
 
     return go
-
-
-def read(path: Path, like: torch.Tensor) -> torch.Tensor:
-    """The array as a tensor of ``like``'s type, shape and strides."""
-    flat = torch.frombuffer(bytearray(path.read_bytes()), dtype=like.dtype)
-    return flat.as_strided(like.shape, like.stride())
-
-
-def strided(rows: int, columns: int, stride: int, seed: int, dtype=torch.float32) -> torch.Tensor:
-    """A random matrix inside a wider one; the columns between are 7, to be found untouched."""
-    whole = torch.full((rows, stride), 7.0, dtype=dtype)
-    whole[:, :columns] = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)).to(dtype)
-    return whole[:, :columns]
-
-
-def between(x: torch.Tensor) -> torch.Tensor:
-    """What lies between the rows of a strided view."""
-    whole = torch.cat([memory(x), torch.full((x.stride(0) - x.shape[1],), 7.0, dtype=x.dtype)])
-    return whole.reshape(x.shape[0], x.stride(0))[:, x.shape[1]:]
-
-
-def factor_of_inverse(n: int, seed: int) -> torch.Tensor:
-    """Upper Cholesky factor of H⁻¹ for a well-conditioned Gram matrix, float32."""
-    x = torch.randn(4 * n + 8, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    h = x.T @ x / len(x) + 0.01 * torch.eye(n, dtype=torch.float64)
-    return torch.linalg.cholesky(torch.linalg.inv(h)).mT.contiguous().float() if n else torch.zeros(0, 0)
 
 
 # ---- obs_sweep -----------------------------------------------------------------------------------------------------
@@ -117,7 +64,8 @@ def factor_of_inverse(n: int, seed: int) -> torch.Tensor:
 SWEEPS = [
     (33, 128, 128, None), (5, 50, 61, None), (1, 1, 3, None), (40, 96, 100, None),
     (33, 128, 132, (2, 4)), (3, 20, 21, (1, 4)), (9, 128, 128, (4, 8)), (7, 72, 75, (5, 8)),
-    (6, 128, 128, (1, 2)), (5, 45, 47, (3, 5)), (3, 112, 112, (7, 16)), (2, 128, 128, (30, 128)), (4, 100, 100, (1, 50)),
+    (6, 128, 128, (1, 2)), (5, 45, 47, (3, 5)), (3, 112, 112, (7, 16)), (2, 128, 128, (30, 128)),
+    (4, 100, 100, (1, 50)),
 ]
 
 
@@ -131,7 +79,8 @@ def test_obs_sweep(simulate, run):
         mask = None if nm else torch.rand(rows, columns, generator=torch.Generator().manual_seed(seed)) < 0.4
         n, m = nm or (0, 0)
         cases.append({"rows": rows, "columns": columns, "w_stride": stride, "r_stride": columns + 3, "n": n, "m": m,
-                      "fault": torch.zeros(1, dtype=torch.int32), "w": w, "r": wide[:, :columns], "mask": mask})
+                      "out_stride": columns, "w": w, "r": wide[:, :columns], "mask": mask,
+                      "fault": torch.zeros(1, dtype=torch.int32)})
         exact = w.double()
         expected.append((exact, *reference.obs_sweep(exact, r.double(), mask=mask, nm=nm)))
     for case, result, (w, keep, error, loss) in zip(cases, simulate("obs_sweep", cases, run), expected):
@@ -155,9 +104,11 @@ def test_obs_sweep_reports_what_is_not_finite_and_leaves_it(simulate, nm):
             broken_r[column, column] = value
         else:
             broken_w[row, column] = value
-        cases.append({"rows": 40, "columns": 48, "w_stride": 48, "r_stride": 48, "n": nm[0], "m": nm[1], "w": broken_w,
-                      "r": broken_r, "mask": None if nm[1] else mask, "fault": torch.zeros(1, dtype=torch.int32)})
-    for case, result, bad in zip(cases, simulate("obs_sweep", cases, "order 1"), [[17], [39], range(40), range(40)]):
+        cases.append({"rows": 40, "columns": 48, "w_stride": 48, "r_stride": 48, "out_stride": 48, "n": nm[0],
+                      "m": nm[1], "w": broken_w, "r": broken_r, "mask": None if nm[1] else mask,
+                      "fault": torch.zeros(1, dtype=torch.int32)})
+    rows = [17], [39], range(40), range(40)
+    for case, result, bad in zip(cases, simulate("obs_sweep", cases, "order 1"), rows):
         got, loss = result("w", w), result("loss", w[:, 0].contiguous())
         assert result("fault", case["fault"]).item() == 1
         changed = [i for i in range(40) if not torch.equal(got[i].nan_to_num(9), case["w"][i].nan_to_num(9))]
@@ -338,43 +289,48 @@ def test_cholesky_names_the_minor_that_is_not_positive(simulate, n):
 
 # ---- what the simulation catches -----------------------------------------------------------------------------------
 
-def planted(tmp_path: Path, name: str, old: str, new: str) -> Path:
-    """A copy of csrc with one change in one kernel file."""
+def planted(tmp_path: Path, parts: dict[str, Path], kernel: str, old: str, new: str, sanitize: bool) -> Path:
+    """A driver in which one kernel file has one change."""
     csrc = tmp_path / "csrc"
     shutil.copytree(ROOT / "csrc", csrc, ignore=shutil.ignore_patterns("cpu"))
-    text = (csrc / "cuda" / name).read_text()
-    assert text.count(old) == 1, f"{name} no longer has the line this test breaks"
-    (csrc / "cuda" / name).write_text(text.replace(old, new))
-    return csrc
+    source = csrc / "cuda" / f"{kernel}.cu"
+    text = source.read_text()
+    assert text.count(old) == 1, f"{kernel}.cu no longer has the line that this test breaks"
+    source.write_text(text.replace(old, new))
+    broken = compile_object(source, tmp_path / "broken.o", SANITIZE if sanitize else [], csrc)
+    return link_driver(tmp_path / "broken", {**parts, kernel: broken}, sanitize=sanitize)
 
 
-def test_a_missing_barrier_is_caught(tmp_path):
+LOADED = "__syncthreads();\n    const int failed = factor_packed(l, n);"
+
+
+def test_a_missing_barrier_is_caught(parts, tmp_path):
     """Without the barrier after the load, the last warp, when it runs first, factors what others have not loaded."""
-    csrc = planted(tmp_path, "cholesky.cu", "    __syncthreads();\n    const int failed = factor_packed(l, n);",
-                   "    const int failed = factor_packed(l, n);")
-    binary = build("cholesky", tmp_path / "broken", csrc=csrc)
+    driver = planted(tmp_path, parts[False], "cholesky", LOADED, LOADED.replace("__syncthreads();", ""), False)
     a = torch.eye(40)[None] * 4
-    caught = []
-    for order in range(3):
-        try:
-            [folder] = execute(binary, tmp_path / f"order{order}", [{"batch": 1, "n": 40, "k": 0, "a": a}], order)
-            caught.append(not torch.equal(read(folder / "factor", a), torch.eye(40)[None] * 2))
-        except RuntimeError as error:
-            assert "cusim" in str(error)
-            caught.append(True)
-    assert caught[2], f"orders in which the missing barrier showed: {caught}"
+    case = {"batch": 1, "n": 40, "k": 0, "a": a}
+    for order in range(2):  # a warp that runs first, or threads in turn: the barrier is not missed
+        [folder] = execute(driver, "cholesky", tmp_path / f"order{order}", [case], order)
+        assert torch.equal(read(folder / "factor", a), torch.eye(40)[None] * 2)
+    with pytest.raises(RuntimeError, match="deadlock"):  # it read NaN, found no positive pivot, and left the others
+        execute(driver, "cholesky", tmp_path / "order2", [case], 2)
 
 
-@pytest.mark.parametrize("file, old, new, driver", [
-    ("compress_24.cu", "load(dense, from + h * HALF,", "load(dense, from + h * HALF + 1,", "compress_24"),
-    ("cholesky.cu", "const size_t shared = packed(size, 0) * sizeof(float);",
-     "const size_t shared = packed(size, 0) * sizeof(float) - 4;", "cholesky"),
+@pytest.mark.parametrize("kernel, old, new", [
+    ("compress_24", "meta[metadata_offset(row, word, rows)] =", "meta[metadata_offset(row, word, rows) + 1] ="),
+    ("cholesky", "const size_t shared = packed(size, 0) * sizeof(float);",
+     "const size_t shared = packed(size, 0) * sizeof(float) - 4;"),
 ], ids=["global memory", "shared memory"])
-def test_an_access_out_of_bounds_is_caught(tmp_path, file, old, new, driver):
-    binary = build(driver, tmp_path / "broken", sanitize=True, csrc=planted(tmp_path, file, old, new))
+def test_an_access_out_of_bounds_is_caught(parts, tmp_path, kernel, old, new):
+    driver = planted(tmp_path, parts[True], kernel, old, new, True)
     case = {"rows": 32, "columns": 32, "w_stride": 32, "w": torch.zeros(32, 32, dtype=torch.bfloat16),
-            "fault": torch.zeros(2, dtype=torch.int32),
-            "batch": 1, "n": 33, "k": 0, "a": torch.eye(33)[None]}
+            "fault": torch.zeros(2, dtype=torch.int32), "batch": 1, "n": 33, "k": 0, "a": torch.eye(33)[None]}
     with pytest.raises(RuntimeError, match="heap-buffer-overflow") as error:
-        execute(binary, tmp_path / "case", [case])
-    assert file in str(error.value)  # with the line
+        execute(driver, kernel, tmp_path / "case", [case])
+    assert f"{kernel}.cu" in str(error.value)  # with the line
+
+
+def test_threads_at_different_barriers_are_caught(parts, tmp_path):
+    driver = planted(tmp_path, parts[False], "cholesky", LOADED, "if (threadIdx.x < 32) " + LOADED, False)
+    with pytest.raises(RuntimeError, match="divergent __syncthreads: lines"):
+        execute(driver, "cholesky", tmp_path / "case", [{"batch": 1, "n": 40, "k": 0, "a": torch.eye(40)[None]}])

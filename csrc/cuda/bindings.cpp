@@ -18,11 +18,11 @@ T* at(Pointer p) {
 }
 
 void obs_sweep(int device, Pointer w, int64_t rows, int64_t columns, int64_t w_stride, Pointer r, int64_t r_stride,
-               Pointer mask, int64_t n, int64_t m, Pointer keep, Pointer error, Pointer loss, Pointer fault,
-               Pointer stream) {
+               Pointer mask, int64_t n, int64_t m, Pointer keep, Pointer error, int64_t out_stride, Pointer loss,
+               Pointer fault, Pointer stream) {
     cuda::use_device(device);
     cuda::obs_sweep(at<float>(w), rows, columns, w_stride, at<float>(r), r_stride, at<uint8_t>(mask), n, m,
-                    at<uint8_t>(keep), at<float>(error), at<float>(loss), at<int>(fault),
+                    at<uint8_t>(keep), at<float>(error), out_stride, at<float>(loss), at<int>(fault),
                     at<void>(stream));
 }
 

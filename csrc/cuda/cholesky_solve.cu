@@ -81,7 +81,7 @@ __device__ __forceinline__ void sweep_rows(const float* factor, float* x, int n,
 }
 
 template <int K>
-__global__ void __launch_bounds__(THREADS) cholesky_solve_kernel(const float* factor, const int* info, const float* b,
+__global__ void __launch_bounds__(THREADS, 4) cholesky_solve_kernel(const float* factor, const int* info, const float* b,
                                                                  int n, int64_t k, int64_t blocks, float* x) {
     PYPRUNE_SHARED(float, l);
     float* y = l + TILE * (TILE + 1);

@@ -5,8 +5,8 @@
 // FLOPs: rows·b²; bytes: 13 a weight and the factor once per thread block. Rows are independent, columns are a chain of
 // b dependent steps, so the time of few rows is latency: shuffle + multiply + add a column.
 //
-// obs_sweep_kernel: a row is 4 lanes with 32 columns each in registers, all 128 steps unrolled so that every register
-// index is a constant. Lane q holds columns 16c + 4q … 16c + 4q + 3 of chunk c = 0 … 7: global loads are 16 bytes, a
+// obs_sweep_kernel: a row is 4 lanes with 32 columns each in registers, unrolled as far as makes every register index a
+// constant. Lane q holds columns 16c + 4q … 16c + 4q + 3 of chunk c = 0 … 7: global loads are 16 bytes, a
 // 2:4 group lies within a lane, the factor is read from shared memory in its natural order, and finished chunks cost
 // nothing. A weight that is dropped leaves its register to its error: one of the two is always zero.
 // The factor is packed by chunks (row j starts at column 16·(j / 16)): 36 KB, several blocks a multiprocessor everywhere.
@@ -49,7 +49,7 @@ struct Sweep {
     uint8_t* keep;
     float *error, *loss;
     int* fault;
-    int64_t w_stride, r_stride;
+    int64_t w_stride, r_stride, out_stride;  // out: mask, keep and error
     int rows, columns, n, m;
     bool whole_w, whole_out;  // 16-byte accesses to w; to error, and 4-byte ones to the masks
 };
@@ -77,33 +77,31 @@ __device__ __forceinline__ void load_factor(Factor* f, const Sweep& a) {
     __syncthreads();
 }
 
-// Keep bits of the M columns from j on, chosen by |w|/r_jj by the lanes that hold them. M is 4 or 8.
+// Keep bits of the M columns that start in chunk c with lane `owner`, chosen by |w|/r_jj by the lanes that hold them.
+// M is 4 or 8: one lane or two.
 template <int M>
-__device__ __forceinline__ uint32_t choose(uint32_t keep, const float (&x)[HELD], const float* inverse, int j, int n,
-                                           int lane) {
-    const int c = j / CHUNK, first = c * LANES;
-    uint32_t key[M];
-    uint32_t mine[4];
-    PYPRUNE_UNROLL
-    for (int t = 0; t < 4; ++t) mine[t] = score_key(x[first + t], inverse[c * CHUNK + lane * 4 + t]);
+__device__ __forceinline__ uint32_t choose(uint32_t keep, const float (&x)[HELD], const float* inverse, int c, int owner,
+                                           int n, int lane) {
     const int place = M == 4 ? 0 : lane % 2 * 4;  // of my columns in the group
+    uint32_t key[M];
     PYPRUNE_UNROLL
     for (int t = 0; t < 4; ++t) {
+        const uint32_t mine = score_key(x[c * 4 + t], inverse[c * CHUNK + lane * 4 + t]);
         if (M == 4) {
-            key[t] = mine[t];
+            key[t] = mine;
         } else {
-            const uint32_t other = __shfl_xor_sync(FULL, mine[t], 1, LANES);
-            key[t % M] = place ? other : mine[t];
-            key[(t + 4) % M] = place ? mine[t] : other;
+            const uint32_t other = __shfl_xor_sync(FULL, mine, 1, LANES);
+            key[t % M] = place ? other : mine;
+            key[(t + 4) % M] = place ? mine : other;
         }
     }
     const uint32_t chosen = keep_largest<M>(key, M, n) >> place & 15u;
-    return lane / (M / 4) == j % CHUNK / M ? (keep & ~(15u << first)) | chosen << first : keep;
+    return lane / (M / 4) == owner / (M / 4) ? (keep & ~(15u << c * 4)) | chosen << c * 4 : keep;
 }
 
 // M = 0: the mask is given. M = 4, 8: the n of every M largest are kept, chosen when the sweep reaches the group.
 template <int M>
-__global__ void __launch_bounds__(THREADS) obs_sweep_kernel(const Sweep a) {
+__global__ void __launch_bounds__(THREADS, 4) obs_sweep_kernel(const Sweep a) {
     PYPRUNE_SHARED(Factor, f);
     const int lane = threadIdx.x % LANES;
     const int64_t row = int64_t(blockIdx.x) * ROWS + threadIdx.x / LANES;
@@ -123,7 +121,7 @@ __global__ void __launch_bounds__(THREADS) obs_sweep_kernel(const Sweep a) {
         }
         if (M == 0) {
             uint8_t bits[4];
-            load(bits, a.mask + row * a.columns + column, width - column, a.whole_out);
+            load(bits, a.mask + row * a.out_stride + column, width - column, a.whole_out);
             PYPRUNE_UNROLL
             for (int t = 0; t < 4; ++t)
                 if (bits[t] == 0 && column + t < width) keep &= ~(1u << (c * 4 + t));
@@ -142,26 +140,33 @@ __global__ void __launch_bounds__(THREADS) obs_sweep_kernel(const Sweep a) {
     PYPRUNE_UNROLL
     for (int c = 0; c < CHUNKS; ++c) {
         if (c * CHUNK >= steps) break;
-        PYPRUNE_UNROLL
-        for (int u = 0; u < CHUNK; ++u) {
-            const int j = c * CHUNK + u, i = c * 4 + u % 4, owner = u / 4;
-            if constexpr (M > 0)
-                if (j % M == 0) {
-                    const uint32_t chosen = choose<M>(keep, x, f->inverse, j, a.n, lane);
+        // Rolled over the lanes that own the columns: a quarter of the code, for the sake of the instruction cache.
+        PYPRUNE_ROLL
+        for (int owner = 0; owner < LANES; ++owner) {
+            const int first = c * CHUNK + owner * 4;
+            const float* row_of_r = f->packed + packed_row(c * CHUNK) + owner * 4 * (COLUMNS - c * CHUNK) + lane * 4;
+            if constexpr (M > 0) {
+                if (owner % (M / 4) == 0) {
+                    const uint32_t chosen = choose<M>(keep, x, f->inverse, c, owner, a.n, lane);
                     keep = usable ? chosen : keep;
                 }
-            const bool dropped = (keep >> i & 1) == 0;
-            float e = dropped ? x[i] * f->inverse[j] : 0.f;
-            if (lane == owner && dropped) x[i] = e;
-            e = __shfl_sync(FULL, e, owner, LANES);
-            const float4* r = reinterpret_cast<const float4*>(f->packed + packed_row(j)) + lane;
+            }
             PYPRUNE_UNROLL
-            for (int d = c; d < CHUNKS; ++d) {
-                const float4 v = r[(d - c) * LANES];
-                x[d * 4 + 0] -= e * v.x;
-                x[d * 4 + 1] -= e * v.y;
-                x[d * 4 + 2] -= e * v.z;
-                x[d * 4 + 3] -= e * v.w;
+            for (int t = 0; t < 4; ++t) {
+                const int i = c * 4 + t;
+                const bool dropped = (keep >> i & 1) == 0;
+                float e = dropped ? x[i] * f->inverse[first + t] : 0.f;
+                if (lane == owner && dropped) x[i] = e;
+                e = __shfl_sync(FULL, e, owner, LANES);
+                PYPRUNE_UNROLL
+                for (int d = c; d < CHUNKS; ++d) {
+                    const float4 v =
+                        *reinterpret_cast<const float4*>(row_of_r + t * (COLUMNS - c * CHUNK) + (d - c) * CHUNK);
+                    x[d * 4 + 0] -= e * v.x;
+                    x[d * 4 + 1] -= e * v.y;
+                    x[d * 4 + 2] -= e * v.z;
+                    x[d * 4 + 3] -= e * v.w;
+                }
             }
         }
     }
@@ -180,8 +185,8 @@ __global__ void __launch_bounds__(THREADS) obs_sweep_kernel(const Sweep a) {
             loss += error[t] * error[t];
         }
         store(a.w + row * a.w_stride + column, w, width - column, a.whole_w);
-        store(a.error + row * a.columns + column, error, width - column, a.whole_out);
-        store(a.keep + row * a.columns + column, bits, width - column, a.whole_out);
+        store(a.error + row * a.out_stride + column, error, width - column, a.whole_out);
+        store(a.keep + row * a.out_stride + column, bits, width - column, a.whole_out);
     }
     loss += __shfl_xor_sync(FULL, loss, 1, LANES);
     loss += __shfl_xor_sync(FULL, loss, 2, LANES);
@@ -248,8 +253,8 @@ __global__ void __launch_bounds__(THREADS) obs_sweep_any_kernel(const Sweep a) {
         loss += error * error;
         if (column >= width) continue;
         a.w[row * a.w_stride + column] = kept ? x[p] : 0.f;
-        a.error[row * a.columns + column] = error;
-        a.keep[row * a.columns + column] = kept;
+        a.error[row * a.out_stride + column] = error;
+        a.keep[row * a.out_stride + column] = kept;
     }
     PYPRUNE_UNROLL
     for (int d = 1; d < WARP; d *= 2) loss += __shfl_xor_sync(FULL, loss, d, WARP);
@@ -259,8 +264,8 @@ __global__ void __launch_bounds__(THREADS) obs_sweep_any_kernel(const Sweep a) {
 // ---- dispatch ------------------------------------------------------------------------------------------------------
 
 void obs_sweep(float* w, int64_t rows, int64_t columns, int64_t w_stride, const float* r, int64_t r_stride,
-               const uint8_t* mask, int64_t n, int64_t m, uint8_t* keep, float* error, float* loss, int* fault,
-               void* stream) {
+               const uint8_t* mask, int64_t n, int64_t m, uint8_t* keep, float* error, int64_t out_stride,
+               float* loss, int* fault, void* stream) {
     if (rows == 0 || columns == 0) return;
     const Launcher launch{"obs_sweep", {{"rows", rows}, {"columns", columns}, {"N", n}, {"M", m}},
                           static_cast<cudaStream_t>(stream)};
@@ -268,9 +273,10 @@ void obs_sweep(float* w, int64_t rows, int64_t columns, int64_t w_stride, const 
         launch.refuse("a launch takes at most 128 columns and 2^31 - 1 rows");
     if (mask == nullptr && (m < 1 || columns % m != 0))
         launch.refuse("without a mask, M must divide the columns");
-    const bool whole_out = columns % 4 == 0 && aligned(error, 0, 16) && aligned(keep, 0, 4) && aligned(mask, 0, 4);
-    const Sweep a{w, r, mask, keep, error, loss, fault, w_stride, r_stride, int(rows), int(columns), int(n), int(m),
-                  aligned(w, w_stride * int64_t(sizeof(float)), 16), whole_out};
+    const Sweep a{w, r, mask, keep, error, loss, fault, w_stride, r_stride, out_stride, int(rows), int(columns), int(n),
+                  int(m), aligned(w, w_stride * int64_t(sizeof(float)), 16),
+                  aligned(error, out_stride * int64_t(sizeof(float)), 16) && aligned(keep, out_stride, 4) &&
+                      aligned(mask, out_stride, 4)};
     const int64_t blocks = (rows + ROWS - 1) / ROWS;
     if (mask != nullptr) return launch(obs_sweep_kernel<0>, blocks, THREADS, SHARED, a);
     if (m == 4) return launch(obs_sweep_kernel<4>, blocks, THREADS, SHARED, a);

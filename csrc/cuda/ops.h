@@ -16,12 +16,13 @@ void use_device(int device);
 
 constexpr int SWEEP_COLUMNS = 128;  // columns of one sweep launch; wider column blocks are swept in such pieces
 
-// Mask [rows, columns] given (may be `keep` itself), or null: then the n largest of every m are kept. Faults: a row of
+// Mask [rows, columns] given (may be `keep` itself), or null: then the n largest of every m are kept; out_stride is the
+// row stride of mask, keep and error. At most SWEEP_COLUMNS columns, M dividing them. Faults: a row of
 // w that is not finite, and an r that is not finite or has a diagonal that is not positive; the row, or all of w, then
 // stays as it was, all kept, with errors 0 and a NaN loss.
 void obs_sweep(float* w, int64_t rows, int64_t columns, int64_t w_stride, const float* r, int64_t r_stride,
-               const uint8_t* mask, int64_t n, int64_t m, uint8_t* keep, float* error, float* loss, int* fault,
-               void* stream);
+               const uint8_t* mask, int64_t n, int64_t m, uint8_t* keep, float* error, int64_t out_stride,
+               float* loss, int* fault, void* stream);
 
 // Drops exactly the k lowest |w|·scale of every row, ties from the left. Fault: NaN scores; that row stays, all kept.
 void select_rows(void* w, int dtype, int64_t rows, int64_t columns, int64_t w_stride, const float* scale, int64_t k,

@@ -63,17 +63,3 @@ private:
     std::map<std::string, int64_t> sizes_;
     std::map<std::string, Array> arrays_;
 };
-
-void run(Case& c);  // the driver
-
-int main(int count, char** folders) {
-    for (int i = 1; i < count; ++i) try {
-            Case c(folders[i]);
-            run(c);
-            c.save();
-        } catch (const std::exception& error) {
-            fprintf(stderr, "%s\n", error.what());
-            return 1;
-        }
-    return 0;
-}

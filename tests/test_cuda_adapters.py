@@ -1,0 +1,139 @@
+"""``<op>_cuda`` of pyprune/native.py and the bindings under them, over the simulated kernels and CPU tensors.
+
+What is checked here is what lies between ops and the kernels: argument order, strides and copies, wide column blocks
+in pieces, and how faults of the data surface. The kernels' own tests are in test_cuda_sim.py.
+"""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from simulated import factor_of_inverse, load_module, objects, strided
+
+from pyprune import native, reference
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to compile the simulated kernels")
+
+
+@pytest.fixture(scope="module")
+def module(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cuda_adapters")
+    return load_module(folder, objects(folder))
+
+
+@pytest.fixture(autouse=True)
+def simulated(module, monkeypatch):
+    """The adapters launch on the simulation: device 0, no stream."""
+    def launch(op, device, *arguments):
+        getattr(module, f"{op}_cuda")(0, *arguments, 0)
+
+    monkeypatch.setattr(native, "_C", module)
+    monkeypatch.setattr(native, "_launch", launch)
+    monkeypatch.setattr(native, "_faults", {})
+
+
+def rand(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("scope", ["row", "matrix"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_select_mask_of_any_layout(scope, dtype):
+    scale = (rand(60, 2).abs() + 0.1)[:, 0]  # not contiguous
+    for w in (rand(70, 60).to(dtype), rand(60, 70).to(dtype).T, strided(70, 60, 67, 1, dtype),
+              rand(140, 120).to(dtype)[::2, ::2]):
+        expected, k = w.clone(), 17 if scope == "row" else 1900
+        keep = reference.select_mask(expected, k, scale=scale, scope=scope, apply=True)
+        assert torch.equal(native.select_mask_cuda(w, k, scale=scale, scope=scope), keep)
+        assert torch.equal(native.select_mask_cuda(w, k, scale=scale, scope=scope, apply=True), keep)
+        assert torch.equal(w, expected)
+
+
+def test_nm_mask_of_any_layout():
+    scale = rand(24, seed=5).abs()
+    for w in (rand(9, 24), rand(24, 9).T, strided(9, 24, 29, 1), rand(9, 24).to(torch.float16)):
+        expected = w.clone()
+        keep = reference.nm_mask(expected, 2, 4, scale=scale, apply=True)
+        assert torch.equal(native.nm_mask_cuda(w, 2, 4, scale=scale, apply=True), keep)
+        assert torch.equal(w, expected)
+
+
+def test_compress_and_expand():
+    for w in (rand(32, 64).to(torch.bfloat16), rand(64, 32).to(torch.float16).T):
+        reference.nm_mask(w, 2, 4, apply=True)
+        values, meta = native.compress_24_cuda(w)
+        expected = reference.compress_24(w)
+        assert torch.equal(values, expected[0]) and torch.equal(meta, expected[1])
+        assert torch.equal(native.expand_24_cuda(values, meta), w)
+
+
+@pytest.mark.parametrize("columns, choice", [
+    (100, {"k": 700}), (100, {"nm": (2, 4)}), (300, {"k": 2000}), (300, {"mask": True}), (256, {"nm": (4, 8)}),
+    (258, {"nm": (2, 6)}),
+], ids=str)
+def test_obs_sweep_in_pieces(columns, choice):
+    w, r = strided(19, columns, columns + 5, 0), factor_of_inverse(columns, 1)
+    if "mask" in choice:
+        choice = {"mask": rand(columns, 19).T > 0}
+    exact = w.double()
+    expected = reference.obs_sweep(exact, r.double(), **choice)
+    keep, error, loss = native.obs_sweep_cuda(w, r.T.contiguous().T, **choice)
+    assert torch.equal(keep, expected[0])
+    torch.testing.assert_close(w.double(), exact, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(error.double(), expected[1], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(loss.double(), expected[2], rtol=1e-5, atol=1e-6)
+
+
+def test_obs_sweep_refuses_groups_wider_than_a_launch():
+    with pytest.raises(ValueError, match="at most 128 weights while it sweeps, got 3:200"):
+        native.obs_sweep_cuda(rand(2, 200), factor_of_inverse(200, 0), nm=(3, 200))
+
+
+def test_cholesky_and_solve_of_transposed_systems():
+    x, damping = rand(3, 50, 20), torch.tensor([0.1, 0.2, 0.3])
+    a, b = (x.mT @ x).mT, rand(3, 4, 20).mT
+    factor, info = native.cholesky_cuda(a, damping=damping)
+    expected = reference.cholesky(a.double(), damping=damping.double())[0]
+    torch.testing.assert_close(factor.double(), expected, rtol=1e-4, atol=1e-4)
+    solved, info = native.cholesky_solve_cuda(a, b, damping=damping)
+    torch.testing.assert_close(solved.double(), torch.cholesky_solve(b.double(), expected), rtol=1e-3, atol=1e-4)
+    assert info.tolist() == [0, 0, 0]
+
+
+def test_empty_tensors_pass():
+    assert native.select_mask_cuda(torch.empty(0, 8), 3).shape == (0, 8)
+    assert native.nm_mask_cuda(torch.empty(5, 0), 2, 4).shape == (5, 0)
+    keep, error, loss = native.obs_sweep_cuda(torch.empty(0, 8), torch.eye(8), nm=(2, 4))
+    assert keep.shape == (0, 8) and loss.shape == (0,)
+    assert native.obs_sweep_cuda(torch.empty(3, 0), torch.empty(0, 0), k=0)[2].tolist() == [0, 0, 0]
+    assert native.cholesky_solve_cuda(torch.empty(0, 4, 4), torch.empty(0, 4, 2))[0].shape == (0, 4, 2)
+
+
+def test_a_fault_surfaces_at_the_next_call_and_once():
+    w = rand(4, 16)
+    w[1, 3] = torch.nan
+    kept = native.select_mask_cuda(w, 8, apply=True)
+    assert kept[1].all() and (kept.sum(1) == torch.tensor([8, 16, 8, 8])).all()
+    with pytest.raises(ValueError, match="select_mask: w has NaN scores"):
+        native.nm_mask_cuda(rand(4, 16), 2, 4)
+    native.nm_mask_cuda(rand(4, 16), 2, 4)
+
+
+@pytest.mark.parametrize("column", [5, 250])
+def test_a_bad_factor_leaves_the_whole_block(column):
+    w, r = rand(6, 300), factor_of_inverse(300, 0)
+    r[column, column:] = torch.nan
+    before = w.clone()
+    keep, error, loss = native.obs_sweep_cuda(w, r, mask=torch.zeros(6, 300, dtype=torch.bool))
+    assert torch.equal(w, before) and keep.all() and (error == 0).all() and loss.isnan().all()
+    with pytest.raises(ValueError, match="obs_sweep: the sweep needs finite w and r"):
+        native.select_mask_cuda(w, 3)
+
+
+def test_errors_name_the_op_and_its_sizes(module):
+    with pytest.raises(ValueError, match=r"compress_24 on the cuda back-end \(rows = 32, columns = 48\): rows"):
+        native.compress_24_cuda(torch.zeros(32, 48, dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match=r"obs_sweep on the cuda back-end \(rows = 2, columns = 129, N = 2, M = 4\)"):
+        module.obs_sweep_cuda(0, 0, 2, 129, 129, 0, 129, 0, 2, 4, 0, 0, 129, 0, 0, 0)
