@@ -301,7 +301,7 @@ class PruneConfig:
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
                 raise ConfigError(f"sparsity must be in [0, 1), the fraction of zeros, got {value!r}"
                                   + (f"; did you mean {value / 100:g}?" if isinstance(value, (int, float))
-                                     and 1 < value < 100 else ""))
+                                     and 5 <= value < 100 else ""))
         self.sparsity = [float(v) for v in values] if isinstance(self.sparsity, (list, tuple)) else float(self.sparsity)
 
     @property
