@@ -396,5 +396,5 @@ def from_yaml(text_or_path: str | Path) -> PruneConfig:
     try:
         values = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
-        raise ConfigError(f"not valid YAML: {error}") from error
+        raise ConfigError(f"not valid YAML: {' '.join(str(error).split())}") from error
     return from_dict(PruneConfig, values)

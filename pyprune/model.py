@@ -111,7 +111,7 @@ def select_weights(view: ModelView, targets: list[str], ignore: list[str]) -> li
     for field, patterns in (("targets", targets), ("ignore", ignore)):
         for pattern in patterns:
             if not any(matches(name, [pattern]) for name in names):
-                outside = [n for n, p in view.model.named_parameters() if matches(n, [pattern])]
+                outside = [n for n, _ in view.model.named_parameters(remove_duplicate=False) if matches(n, [pattern])]
                 if outside and field == "ignore":
                     continue  # the embedding, the head and norms are dense anyway: asking for that is no mistake
                 kinds = sorted({ref.path for block in refs for ref in block})
