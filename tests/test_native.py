@@ -1,0 +1,280 @@
+"""The CPU kernels against float64 and exact truth, on every instruction set this processor has."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pyprune import native, ops, reference
+
+LEVELS = native._C.cpu_levels() if native._C else []
+pytestmark = pytest.mark.skipif(native._C is None, reason=str(native.unusable("cpu")))
+
+SHAPES = [(1, 1), (7, 63), (64, 96), (33, 1000)]
+# Relative Frobenius error of a sum of products against float64 of the same inputs.
+STATISTICS_TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-6, torch.float16: 2e-6}
+
+
+@pytest.fixture(params=LEVELS, autouse=True)
+def level(request):
+    native._C.use_cpu_level(request.param)
+    with ops.backend("cpu"):
+        yield request.param
+    native._C.use_cpu_level("")
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def relative(value, truth):
+    return float((value.double() - truth).norm() / truth.norm().clamp_min(1e-30))
+
+
+def factor(b, tokens=None):
+    """A Hessian (float64) and its upper inverse factor (float32), from correlated inputs."""
+    x = torch.randn(tokens or 3 * b + 5, b, dtype=torch.float64) @ (torch.eye(b) + 0.3 * torch.randn(b, b)).double()
+    h = x.T @ x / len(x)
+    h += 0.01 * h.diagonal().mean() * torch.eye(b)
+    return h, torch.linalg.cholesky(torch.linalg.inv(h), upper=True).float()
+
+
+# ---- statistics ----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("dtype", ops.FLOATS)
+@pytest.mark.parametrize("tokens, columns", [(0, 5), (1, 1), (513, 96), (700, 150)])
+def test_gram(tokens, columns, dtype):
+    x = (torch.randn(tokens, columns) + 2).to(dtype)
+    keep = torch.rand(tokens) > 0.3
+    for mask in (None, keep):
+        rows = (x if mask is None else x[mask]).double()
+        start = torch.randn(columns, columns)
+        gram, sums, count = start + start.T, torch.ones(columns), torch.tensor(3)
+        truth = gram.double() + rows.T @ rows
+        ops.gram_update(gram, x, sums=sums, count=count, mask=mask)
+        assert relative(gram, truth) < STATISTICS_TOLERANCE[dtype]
+        assert torch.equal(gram, gram.T)
+        assert count == 3 + len(rows)
+        torch.testing.assert_close(sums.double(), 1 + rows.sum(0), rtol=1e-5, atol=1e-4)
+
+
+def test_gram_is_positive_semi_definite_and_batches_do_not_matter():
+    x = torch.randn(2000, 90)
+    whole, parts = torch.zeros(90, 90), torch.zeros(90, 90)
+    ops.gram_update(whole, x)
+    for part in x.split([1, 700, 299, 1000]):
+        ops.gram_update(parts, part)
+    assert torch.linalg.eigvalsh(whole.double()).min() > 0
+    assert relative(parts, whole.double()) < 1e-6
+
+
+def test_gram_in_bfloat16_is_the_gram_of_rounded_inputs():
+    x = torch.randn(1000, 70)
+    gram = torch.zeros(70, 70)
+    ops.gram_update(gram, x, precision="bfloat16")
+    rounded = x.bfloat16().double()
+    assert relative(gram, rounded.T @ rounded) < 2e-6
+
+
+@pytest.mark.parametrize("dtype", ops.FLOATS)
+def test_cross_gram(dtype):
+    y, x = torch.randn(600, 37).to(dtype), torch.randn(600, 101).to(dtype)
+    mask = torch.rand(600) > 0.5
+    cross = torch.ones(37, 101)
+    ops.cross_gram_update(cross, y, x, mask=mask)
+    assert relative(cross, 1 + y[mask].double().T @ x[mask].double()) < STATISTICS_TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", ops.FLOATS)
+@pytest.mark.parametrize("tokens, columns", [(1, 1), (1000, 63), (300, 130)])
+def test_column_moments_survive_a_large_mean(tokens, columns, dtype):
+    x = (torch.randn(tokens, columns) + 500).to(dtype)
+    count, mean, m2 = ops.column_moments(x)
+    truth = x.double()
+    assert count == tokens
+    torch.testing.assert_close(mean.double(), truth.mean(0), rtol=1e-6, atol=0)
+    torch.testing.assert_close(m2.double(), (truth - truth.mean(0)).square().sum(0), rtol=1e-5, atol=1e-9)
+
+
+# ---- masks ---------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("dtype", ops.FLOATS)
+@pytest.mark.parametrize("scope", ["row", "matrix"])
+@pytest.mark.parametrize("rows, columns", SHAPES)
+def test_select_mask_is_exact(rows, columns, scope, dtype):
+    w, scale = torch.randn(rows, columns).to(dtype), torch.rand(columns)
+    size = columns if scope == "row" else rows * columns
+    for k in sorted({0, 1, size // 3, size // 2, size - 1, size}):
+        for s in (None, scale):
+            pruned = w.clone()
+            keep = ops.select_mask(pruned, k, scale=s, scope=scope, apply=True)
+            assert torch.equal(keep, reference.select_mask(w, k, scale=s, scope=scope))
+            assert torch.equal(pruned, w.masked_fill(~keep, 0))
+
+
+@pytest.mark.parametrize("scope", ["row", "matrix"])
+def test_ties_zeros_and_infinities(scope):
+    w = torch.tensor([[0.0, -0.0, 1.0, -1.0, torch.inf, 1.0, 0.0], [2.0, -2.0, 2.0, -0.0, -torch.inf, 1e-45, 3.0]])
+    for k in range(w.shape[1] + 1):
+        keep = ops.select_mask(w, k, scope=scope)
+        assert torch.equal(keep, reference.select_mask(w, k, scope=scope))
+    equal = torch.ones(50, 33)
+    keep = ops.select_mask(equal, 500, scope="matrix").flatten()
+    assert not keep[:500].any()
+    assert keep[500:].all()
+
+
+@pytest.mark.parametrize("dtype", ops.FLOATS)
+@pytest.mark.parametrize("n, m", [(1, 2), (2, 4), (4, 8), (8, 16), (1, 3), (5, 12)])
+def test_nm_mask_is_exact(n, m, dtype):
+    for rows, columns in ((1, m), (9, 16 * m), (5, 7 * m)):
+        w, scale = torch.randn(rows, columns).to(dtype), torch.rand(columns)
+        for s in (None, scale):
+            pruned = w.clone()
+            keep = ops.nm_mask(pruned, n, m, scale=s, apply=True)
+            assert torch.equal(keep, reference.nm_mask(w, n, m, scale=s))
+            assert (keep.view(rows, -1, m).sum(-1) == n).all()
+            assert torch.equal(pruned, w.masked_fill(~keep, 0))
+            assert not torch.signbit(pruned[~keep]).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_24_round_trip(dtype):
+    w = torch.randn(64, 160).to(dtype)
+    ops.nm_mask(w, 2, 4, apply=True)
+    w[0, :8] = 0
+    w[1, :3] = 0
+    values, meta = ops.compress_24(w)
+    truth_values, truth_meta = reference.compress_24(w)
+    assert torch.equal(values, truth_values)
+    assert torch.equal(meta, truth_meta)
+    assert torch.equal(ops.expand_24(values, meta), w)
+
+
+# ---- solvers -------------------------------------------------------------------------------------------------------
+
+def sweep_in_float64(w, r, keep, nm):
+    """Algorithm 1 of SparseGPT, one column and one row group at a time."""
+    w, r, keep = w.double().clone(), r.double(), keep.clone()
+    for j in range(w.shape[1]):
+        if nm and j % nm[1] == 0:
+            score = w[:, j:j + nm[1]].abs() / r.diagonal()[j:j + nm[1]]
+            keep[:, j:j + nm[1]] = score.argsort(1).argsort(1) >= nm[1] - nm[0]
+        error = w[:, j] * ~keep[:, j] / r[j, j]
+        w[:, j:] -= error[:, None] * r[j, j:]
+    return w * keep, keep
+
+
+@pytest.mark.parametrize("rows, b", [(1, 1), (5, 8), (33, 64), (63, 128), (17, 1000)])
+@pytest.mark.parametrize("choice", ["mask", "k", "2:4", "1:2", "3:5"])
+def test_obs_sweep(rows, b, choice):
+    nm = tuple(map(int, choice.split(":"))) if ":" in choice else None
+    if nm and b % nm[1]:
+        b = (b // nm[1] + 1) * nm[1]
+    h, r = factor(b)
+    w = torch.randn(rows, b)
+    mask = torch.rand(rows, b) > 0.5
+    if choice == "k":
+        mask = reference.select_mask(w, rows * b // 2, scale=1 / r.diagonal(), scope="matrix")
+    arguments = {"nm": nm} if nm else {"k": rows * b // 2} if choice == "k" else {"mask": mask}
+    swept = w.clone()
+    keep, error, loss = ops.obs_sweep(swept, r, **arguments)
+    truth, truth_keep = sweep_in_float64(w, r, mask, nm)
+
+    def objective(solution):
+        change = solution.double() - w.double()
+        return float(((change @ h) * change).sum())
+
+    assert (swept[~keep] == 0).all()
+    assert (keep == truth_keep).double().mean() >= 0.99
+    assert objective(swept) == pytest.approx(objective(truth), rel=1e-3, abs=1e-9)
+    assert float(loss.double().sum()) == pytest.approx(objective(swept), rel=2e-3, abs=1e-9)
+    torch.testing.assert_close(loss, error.square().sum(1), rtol=1e-4, atol=1e-7)
+    if torch.equal(keep, truth_keep):
+        assert relative(swept, truth) < 1e-4 or not truth.any()
+
+
+def test_trailing_update_leaves_its_neighbours():
+    matrix, e, r = torch.randn(50, 130), torch.randn(50, 33), torch.randn(33, 100)
+    truth = matrix.double()
+    truth[:, 30:] -= e.double() @ r.double()
+    before = matrix[:, :30].clone()
+    ops.trailing_update(matrix[:, 30:], e, r)
+    assert torch.equal(matrix[:, :30], before)
+    assert relative(matrix, truth) < 1e-6
+
+
+@pytest.mark.parametrize("batch, n, k", [(1, 1, 1), (5, 7, 3), (40, 64, 64), (17, 33, 20), (2, 128, 1), (2, 150, 2)])
+def test_cholesky_and_solve(batch, n, k):
+    x = torch.randn(batch, n, 2 * n + 3)
+    a, b, damping = x @ x.mT / n, torch.randn(batch, n, k), torch.rand(batch) + 0.1
+    damped = a.double() + damping.double()[:, None, None] * torch.eye(n)
+    lower, info = ops.cholesky(a, damping=damping)
+    solution, _ = ops.cholesky_solve(a, b, damping=damping)
+    assert not info.any()
+    assert torch.equal(lower, lower.tril())
+    assert relative(lower.double() @ lower.double().mT, damped) < 1e-5
+    assert relative(damped @ solution.double(), b.double()) < 1e-4
+    torch.testing.assert_close(solution.double(), torch.linalg.solve(damped, b.double()), rtol=5e-3, atol=1e-4)
+
+
+def test_cholesky_reports_the_failing_minor_and_only_that_system():
+    a = torch.eye(20).repeat(9, 1, 1)
+    a[3, 6, 6] = -1
+    a[5, 0, 0] = torch.nan
+    lower, info = ops.cholesky(a)
+    assert info.tolist() == [0, 0, 0, 7, 0, 1, 0, 0, 0]
+    x, _ = ops.cholesky_solve(a, torch.ones(9, 20, 2))
+    failed = info != 0
+    assert lower[failed].tril().isnan().sum() == 2 * 210
+    assert x[failed].isnan().all()
+    assert (x[~failed] == 1).all()
+
+
+@pytest.mark.parametrize("rows, inputs, outputs", [(1, 5, 3), (64, 1, 1), (100, 333, 77), (130, 700, 48), (2, 0, 5)])
+def test_linear(rows, inputs, outputs, monkeypatch):
+    monkeypatch.setattr(native, "LINEAR_MIN_ROWS", 0)
+    x, w, bias = torch.randn(rows, inputs), torch.randn(outputs, inputs), torch.randn(outputs)
+    for b in (bias, None):
+        truth = x.double() @ w.double().T + (0 if b is None else b.double())
+        value = ops.linear(x, w, b)
+        assert value.shape == (rows, outputs)
+        assert relative(value, truth) < 1e-6
+
+
+def test_liar_update_is_the_formula():
+    w, mean, bias = torch.randn(50, 90), torch.randn(90), torch.randn(50)
+    order = torch.randperm(90)
+    keep, drop, q = order[:60].sort().values, order[60:].sort().values, torch.randn(60, 30)
+    updated, shifted = ops.liar_update(w, keep, drop, q, bias=bias, mean=mean)
+    wd = w.double()
+    assert relative(updated, wd[:, keep] + wd[:, drop] @ q.double().T) < 1e-6
+    truth = bias.double() + wd[:, drop] @ (mean.double()[drop] - q.double().T @ mean.double()[keep])
+    assert relative(shifted, truth) < 1e-5
+
+
+# ---- machine -------------------------------------------------------------------------------------------------------
+
+def test_repeated_runs_and_thread_counts_give_the_same_bits():
+    x, w = torch.randn(3000, 150), torch.randn(100, 96)
+    _, r = factor(96)
+
+    def everything():
+        gram, swept = torch.zeros(150, 150), w.clone()
+        ops.gram_update(gram, x)
+        return gram, *ops.column_moments(x), *ops.obs_sweep(swept, r, k=4000), swept, ops.linear(x, x[:96])
+
+    threads = torch.get_num_threads()
+    try:
+        first = everything()
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            assert all(torch.equal(a, b) for a, b in zip(first, everything()))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_an_unknown_level_is_named():
+    with pytest.raises(ValueError, match="sse9 is not one of this processor's"):
+        native._C.use_cpu_level("sse9")
