@@ -1,0 +1,94 @@
+"""The CUDA kernels compile for every architecture we ship, and ptxas's report stays within what was designed.
+
+Needs nvcc but no GPU. Limits: no spills and no stack anywhere, registers that let several blocks run on a
+multiprocessor, and no more shared memory than every architecture gives without asking.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ARCHITECTURES = ("80", "86", "89", "90a", "100", "120")
+KERNELS = ("obs_sweep", "select_mask", "nm_mask", "compress_24", "cholesky", "cholesky_solve", "device")
+EXPECTED = {"obs_sweep": 4, "select_mask": 12, "nm_mask": 15, "compress_24": 2, "cholesky": 6, "cholesky_solve": 2,
+            "device": 0}
+DEFAULT_SHARED = 48 << 10  # what a block may use on any architecture; launches ask for no more (csrc/cuda/*.cu)
+
+
+def find_nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    return shutil.which(f"{home}/bin/nvcc") or shutil.which("nvcc")
+
+
+pytestmark = [pytest.mark.skipif(find_nvcc() is None, reason="needs nvcc (the CUDA toolkit) to compile the kernels"),
+              pytest.mark.slow]
+
+
+def compile_kernels(name: str, folder: Path) -> str:
+    """One file for all architectures; ptxas's report."""
+    targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHITECTURES]
+    command = [find_nvcc(), "-std=c++17", "-O3", f"-I{ROOT / 'csrc'}", "--threads=2", "-Xptxas=-v", *targets, "-c",
+               str(ROOT / "csrc/cuda" / f"{name}.cu"), "-o", str(folder / f"{name}.o")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "warning" not in done.stderr, done.stderr
+    return done.stderr
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory):
+    """File → list of (architecture, kernel, registers, stack, spilled bytes, static shared bytes)."""
+    folder = tmp_path_factory.mktemp("cuda_compile")
+    with ThreadPoolExecutor(2) as pool:
+        texts = dict(zip(KERNELS, pool.map(lambda name: compile_kernels(name, folder), KERNELS)))
+    return {name: parse(text) for name, text in texts.items()}
+
+
+def parse(report: str) -> list[tuple]:
+    entry = re.compile(
+        r"Compiling entry function '(\w+)' for 'sm_(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
+        r"(\d+) bytes spill loads.*?Used (\d+) registers([^\n]*)", re.S)
+    found = []
+    for name, arch, stack, stores, loads, registers, rest in entry.findall(report):
+        shared = re.search(r"(\d+) bytes smem", rest)
+        spilled, static = int(stores) + int(loads), int(shared[1]) if shared else 0
+        found.append((arch, name, int(registers), int(stack), spilled, static))
+    return found
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_every_architecture_compiles_without_spills(reports, name):
+    report = reports[name]
+    assert {arch: sum(row[0] == arch for row in report) for arch in ARCHITECTURES} == dict.fromkeys(
+        ARCHITECTURES, EXPECTED[name])
+    for arch, kernel, registers, stack, spilled, shared in report:
+        assert spilled == 0 and stack == 0, f"{kernel} on sm_{arch}: {spilled} bytes spilled, stack {stack}"
+        assert shared == 0, f"{kernel} on sm_{arch}: shared memory is dynamic here, ptxas found {shared} bytes"
+        assert registers <= 128, f"{kernel} on sm_{arch} uses {registers} registers"
+
+
+def test_the_sweep_leaves_room_for_four_blocks_a_multiprocessor(reports):
+    """128 threads a block and 36 KB: at most 65,536 / (4 · 128) = 128 registers."""
+    assert all(registers <= 128 for _, _, registers, *_ in reports["obs_sweep"])
+
+
+@pytest.mark.parametrize("name, size", [
+    ("obs_sweep", "SHARED_ANY"), ("select_mask", "sizeof(Scratch)"),
+    ("cholesky", "2 * TILE * (TILE + 1) * sizeof(float)"), ("cholesky", "packed(SMALL, 0) * sizeof(float)"),
+    ("cholesky_solve", "(TILE * (TILE + 1) + TILE * 33) * sizeof(float)"),
+])
+def test_launches_fit_the_shared_memory_of_every_architecture(tmp_path, name, size):
+    """The sizes that the launches ask for, evaluated by the compiler from the sources themselves."""
+    program = tmp_path / "size.cpp"
+    program.write_text(f'#include "cuda/{name}.cu"\nnamespace pyprune::cuda {{\n'
+                       f'static_assert({size} <= {DEFAULT_SHARED}, "shared memory");\n}}\n')
+    subprocess.run(["g++", "-std=c++17", "-DPYPRUNE_SIM", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests'}",
+                    "-fsyntax-only", str(program)], check=True)
