@@ -79,6 +79,8 @@ def nm_mask(w: Tensor, n: int, m: int, *, scale: Tensor | None = None, apply: bo
 def compress_24(w: Tensor) -> tuple[Tensor, Tensor]:
     from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
 
+    if w.numel() == 0:
+        return w.new_empty(w.shape[0], w.shape[1] // 2), w.new_empty(w.shape[0], w.shape[1] // 16, dtype=torch.int16)
     if (w.reshape(-1, 4) != 0).sum(1).gt(2).any():
         raise ValueError("not a 2:4 matrix: some group of 4 columns has more than 2 non-zeros")
     return sparse_semi_structured_from_dense_cutlass(w.contiguous())
@@ -87,6 +89,8 @@ def compress_24(w: Tensor) -> tuple[Tensor, Tensor]:
 def expand_24(values: Tensor, meta: Tensor) -> Tensor:
     from torch.sparse._semi_structured_conversions import sparse_semi_structured_to_dense_cutlass
 
+    if values.numel() == 0:
+        return values.new_empty(values.shape[0], values.shape[1] * 2)
     return sparse_semi_structured_to_dense_cutlass(values, meta)
 
 
