@@ -12,7 +12,6 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0+cpu
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 DEMO ?= --method sparsegpt --sparsity 0.5
-OUTPUT ?= runs/demo
 PYTEST ?=
 
 BIN := $(VENV)/bin
@@ -22,8 +21,8 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f 2>/d
 .PHONY: demo test lint install clean
 
 demo: $(VENV)/.demo
-	@rm -rf $(OUTPUT)
-	$(BIN)/pyprune prune smollm2-135m -o $(OUTPUT) $(DEMO)
+	@rm -rf runs/demo
+	$(BIN)/pyprune prune smollm2-135m -o runs/demo $(DEMO)
 
 test: $(VENV)/.dev lint
 	$(BIN)/python -m pytest -q --durations=5 $(PYTEST)
