@@ -1,4 +1,8 @@
-"""What every benchmark shares: the machine and versions a figure belongs to, and the JSON it is written to."""
+"""What every benchmark shares: where the data is, how time is taken, what goes into a result file.
+
+Run as modules from the repository root: ``python -m benchmarks.main_job``. ``PYPRUNE_DATA`` names the folder with the
+data sets; results go to ``$OUT`` if set, else to ``benchmarks/results/``.
+"""
 
 from __future__ import annotations
 
@@ -6,45 +10,85 @@ import json
 import os
 import platform
 import subprocess
+import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-ROOT = Path(__file__).resolve().parent.parent
+RESULTS = Path(__file__).parent / "results"
 
 
-def _commit() -> str:
-    done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
-    return done.stdout.strip() if done.returncode == 0 else "unknown"
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+def data(*parts: str) -> Path:
+    """A file of the benchmark data. Exits with a sentence if it is not there."""
+    root = os.environ.get("PYPRUNE_DATA")
+    if not root:
+        sys.exit("set PYPRUNE_DATA to the folder with the benchmark data (wikitext-2, calibration, evaluation, …)")
+    path = Path(root).joinpath(*parts)
+    if not path.exists():
+        sys.exit(f"{path} does not exist; PYPRUNE_DATA must hold {'/'.join(parts)}")
+    return path
 
 
 def environment() -> dict:
-    """Processor, threads, GPU, versions and commit, as a flat dictionary."""
-    import triton
+    """Machine, versions and commit of a measurement."""
+    import torch
+    import transformers
 
+    def git(*arguments: str) -> str:
+        found = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True)
+        return found.stdout.strip()
+
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        cpu = next((line.split(":", 1)[1].strip() for line in info.read_text().splitlines()
+                    if line.startswith("model name")), cpu)
+    return {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
+            "load": round(os.getloadavg()[0], 2), "commit": git("rev-parse", "--short", "HEAD"),
+            "dirty": bool(git("status", "--porcelain", "--untracked-files=no", "--", "../pyprune", "../csrc")),
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+
+
+def result_path(name: str, out: str | Path | None = None, suffix: str = ".json") -> Path:
+    folder = Path(out or os.environ.get("OUT") or RESULTS)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"{name}{suffix}"
+
+
+def write(name: str, rows: list[dict], out: str | Path | None = None, **more) -> Path:
+    """Write rows with the environment they were measured in to ``NAME.json``; returns the path."""
+    path = result_path(name, out)
+    found = {"benchmark": name, "environment": environment(), **more, "rows": rows}
+    path.write_text(json.dumps(found, indent=1) + "\n")
+    return path
+
+
+def read(name: str, out: str | Path | None = None) -> list[dict]:
+    """Rows of an earlier, perhaps partial, run."""
+    path = result_path(name, out)
+    return json.loads(path.read_text())["rows"] if path.is_file() else []
+
+
+@dataclass
+class Spent:
+    """Wall and CPU seconds (user + system, all threads) of a ``with`` block."""
+
+    wall: float = 0.0
+    cpu: float = 0.0
+
+    def __enter__(self) -> Spent:
+        self._wall, self._cpu = time.perf_counter(), time.process_time()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.wall, self.cpu = time.perf_counter() - self._wall, time.process_time() - self._cpu
+
+
+def load_model(name: str):
+    """Float32 model and tokenizer, as every row of a benchmark starts from."""
     import pyprune
 
-    gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
-    return {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "commit": _commit(), "cpu": _processor(),
-            "threads": torch.get_num_threads(), "gpu": gpu.name if gpu else None,
-            "gpu_multiprocessors": gpu.multi_processor_count if gpu else None, "python": platform.python_version(),
-            "torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda,
-            "pyprune": pyprune.__version__}
-
-
-def write(name: str, rows: list[dict], out: str | Path | None = None) -> Path:
-    """Write ``rows`` with the environment to ``<name>.json`` in ``out``, ``$OUT`` or benchmarks/results; the path."""
-    folder = Path(out or os.environ.get("OUT") or ROOT / "benchmarks/results")
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}.json"
-    path.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1) + "\n")
-    return path
+    model, tokenizer = pyprune.load(name, "float32")
+    return model.eval(), tokenizer
