@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import torch  # before _C, so that both share torch's OpenMP runtime
 from torch import Tensor
@@ -24,7 +25,23 @@ def unusable(name: str) -> str | None:
         return _missing
     if name == "cuda" and not _C.with_cuda:
         return "this build has no CUDA kernels (PYPRUNE_CUDA_ARCHS was off or unset when it was built)"
+    if name == "cuda" and torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        if not _has_image(_C.cuda_architectures, major, minor):
+            return (f"this build has kernels for {_C.cuda_architectures}, not for this GPU's compute capability "
+                    f"{major}.{minor}: rebuild with PYPRUNE_CUDA_ARCHS=native")
     return None
+
+
+def _has_image(architectures: str, major: int, minor: int) -> bool:
+    """Whether CMake's list ("80-real;90a-real;120-virtual") covers a GPU: real code runs on its major version from its
+    minor one on, ``a`` code on exactly its own, ``f`` code within its family, virtual code on anything newer."""
+    for name, kind, form in re.findall(r"(\d+)([af]?)-?(real|virtual)?", architectures):
+        have, gpu = (int(name[:-1]), int(name[-1])), (major, minor)
+        same_major = have[0] == gpu[0] and have <= gpu
+        if have == gpu or (kind != "a" and same_major) or (not kind and form != "real" and have <= gpu):
+            return True
+    return False
 
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}

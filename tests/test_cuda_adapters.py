@@ -137,3 +137,13 @@ def test_errors_name_the_op_and_its_sizes(module):
         native.compress_24_cuda(torch.zeros(32, 48, dtype=torch.bfloat16))
     with pytest.raises(ValueError, match=r"obs_sweep on the cuda back-end \(rows = 2, columns = 129, N = 2, M = 4\)"):
         module.obs_sweep_cuda(0, 0, 2, 129, 129, 0, 129, 0, 2, 4, 0, 0, 129, 0, 0, 0)
+
+
+@pytest.mark.parametrize("architectures, runs, does_not", [
+    ("80-real", ["8.0", "8.6", "8.9"], ["9.0", "7.5"]), ("86-real", ["8.6", "8.9"], ["8.0"]),
+    ("90a-real", ["9.0"], ["10.0", "8.9"]), ("120f-real", ["12.0", "12.1"], ["10.0"]),
+    ("80-real;120-real;120-virtual", ["8.9", "12.0", "13.0"], ["9.0", "10.0"]), ("", [], ["9.0"]),
+])
+def test_which_gpus_a_build_covers(architectures, runs, does_not):
+    for capability in runs + does_not:
+        assert native._has_image(architectures, *map(int, capability.split("."))) == (capability in runs)
