@@ -103,11 +103,11 @@ def load_model(name: str | Path, dtype: str | torch.dtype = "auto") -> Loaded:
             if getattr(config, "quantization_config", None) is not None and not source.gguf_file:
                 raise ConfigError(f"{name} is quantised ({_quantisation(config)}); prune the checkpoint in float32, "
                                   "bfloat16 or float16, then quantise the result")
-            cls, sizes = _class(config, bool(source.gguf_file)), _sizes(source)
+            cls, sizes = model_class(config, bool(source.gguf_file)), structured_sizes(source)
             model, info = (sized_class(cls, sizes) if sizes else cls).from_pretrained(
                 source.path, dtype=wanted, output_loading_info=True, **options)
             model.__class__ = type(model).__mro__[1] if sizes else type(model)
-            tokenizer = _tokenizer(source, options)
+            tokenizer = load_tokenizer(source, options)
         except ConfigError:
             raise
         except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
@@ -126,7 +126,7 @@ def load(directory: str | Path, dtype: str | torch.dtype = "auto") -> Loaded:
     return load_model(directory, dtype)
 
 
-def _sizes(source: Source) -> dict | None:
+def structured_sizes(source: Source) -> dict | None:
     """Per-block sizes of a structurally pruned checkpoint that its config cannot say; None for any other."""
     record = Path(source.path) / "pruning.json"
     if not source.local or not record.is_file():
@@ -134,7 +134,7 @@ def _sizes(source: Source) -> dict | None:
     return (json.loads(record.read_text()).get("structured") or {}).get("layout")
 
 
-def _class(config, gguf: bool):
+def model_class(config, gguf: bool = False):
     """The class a checkpoint names; the base model where it names none or one that is not in transformers."""
     import transformers
 
@@ -151,12 +151,13 @@ def _quantisation(config) -> str:
     return str(found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", "?"))
 
 
-def _tokenizer(source: Source, options: dict):
+def load_tokenizer(source: Source, options: dict | None = None):
+    """A checkpoint's tokenizer, None if it has none."""
     import transformers
 
     if source.local and not options and not any((Path(source.path) / name).is_file() for name in TOKENIZER_FILES):
         return None
-    return transformers.AutoTokenizer.from_pretrained(source.path, **options)
+    return transformers.AutoTokenizer.from_pretrained(source.path, **(options or {}))
 
 
 def _refuse_gaps(name: str, info: dict) -> None:

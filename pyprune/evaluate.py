@@ -80,10 +80,15 @@ def perplexity(model: nn.Module, windows: list[Tensor], *, dtype: torch.dtype | 
         for batch in _batches(windows, batch_size):
             ids = torch.stack(batch).to(device)
             logits = forward(input_ids=ids, use_cache=False).logits
-            losses += _window_losses(logits, ids).tolist()
+            losses += window_losses(logits, ids).tolist()
             if progress is not None:
                 progress(len(losses), len(windows))
     model.train(training)
+    return perplexity_of(losses)
+
+
+def perplexity_of(losses: list[float]) -> float:
+    """exp of the mean over windows; NaN where a loss is not finite."""
     mean = math.fsum(losses) / len(losses) if all(map(math.isfinite, losses)) else math.nan
     return math.exp(mean) if mean < 700 else mean
 
@@ -99,7 +104,7 @@ def _batches(windows: list[Tensor], batch_size: int) -> Iterable[list[Tensor]]:
     yield batch
 
 
-def _window_losses(logits: Tensor, ids: Tensor) -> Tensor:
+def window_losses(logits: Tensor, ids: Tensor) -> Tensor:
     """Mean −log p of each window's next tokens, in float64: logits ``[windows, tokens, vocabulary]``."""
     total = torch.zeros(len(ids), dtype=torch.float64, device=logits.device)
     last = ids.shape[1] - 1

@@ -8,6 +8,7 @@ by running that forward with every block replaced by a recorder.
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -132,8 +133,10 @@ class _Stop(Exception):
 class _Recorder(nn.Module):
     """Stands in for a block: keeps the arguments it was called with and passes the hidden states through."""
 
-    def __init__(self, block: nn.Module, calls: list, last: bool):
+    def __init__(self, block: nn.Module, calls: list, last: bool = False, given=None):
+        """last: end the forward pass here. given: returned in place of the hidden states."""
         super().__init__()
+        self.given = given
         object.__setattr__(self, "_block", block)  # not a submodule: the model must not see it twice
         self.calls, self.last = calls, last
 
@@ -151,7 +154,7 @@ class _Recorder(nn.Module):
         self.calls.append((hidden, args, kwargs))
         if self.last:
             raise _Stop(hidden)
-        return hidden
+        return hidden if self.given is None else self.given
 
 
 @dataclass
@@ -218,20 +221,31 @@ class ModelView:
         attention kinds are the model's own; costs the embedding only.
         """
         calls: list = []
+        last = len(self.blocks) - 1
+        with contextlib.suppress(_Stop):
+            self._forward(input_ids, [_Recorder(block, calls, last=i == last) for i, block in enumerate(self.blocks)])
+        if len(calls) != len(self.blocks):
+            raise ConfigError(f"{type(self.model).__name__} called {len(calls)} of its {len(self.blocks)} blocks in "
+                              "one forward pass; its block order cannot be followed")
+        return calls[0][0], [Arguments(args, kwargs) for _, args, kwargs in calls]
+
+    @torch.no_grad()
+    def complete(self, input_ids: Tensor, outputs):
+        """The model's output when its last block returns ``outputs``: final norm and head, no block runs."""
+        last = len(self.blocks) - 1
+        return self._forward(input_ids, [_Recorder(block, [], given=outputs if i == last else None)
+                                         for i, block in enumerate(self.blocks)])
+
+    def _forward(self, input_ids: Tensor, stand_ins: list[nn.Module]):
+        """The model's own forward with others in place of its blocks."""
         originals = list(self.blocks)
         try:
-            for i, block in enumerate(originals):
-                self.blocks[i] = _Recorder(block, calls, last=i == len(originals) - 1)
-            self.model(input_ids, **({} if self.is_encoder else {"use_cache": False}))
-        except _Stop:
-            pass
+            for i, module in enumerate(stand_ins):
+                self.blocks[i] = module
+            return self.model(input_ids, **({} if self.is_encoder else {"use_cache": False}))
         finally:
             for i, block in enumerate(originals):
                 self.blocks[i] = block
-        if len(calls) != len(originals):
-            raise ConfigError(f"{type(self.model).__name__} called {len(calls)} of its {len(originals)} blocks in one "
-                              "forward pass; its block order cannot be followed")
-        return calls[0][0], [Arguments(args, kwargs) for _, args, kwargs in calls]
 
 
 def _is_causal(model: nn.Module) -> bool:

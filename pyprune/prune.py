@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
+import functools
 import random
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from pyprune import calibration, checkpoint, ops
+from pyprune.blockwise import measure_streamed
 from pyprune.config import Calibration, ConfigError, Evaluation, PruneConfig, from_dict
 from pyprune.evaluate import measure, windows_of
 from pyprune.journal import Journal
@@ -22,108 +20,16 @@ from pyprune.model import ModelView, WeightRef, select_weights
 from pyprune.progress import Progress
 from pyprune.record import build_report, compared, data_identity, model_identity, settings_of, weights_digest
 from pyprune.refine import Refiner, wanted
+from pyprune.run import Clock, Probe, PruneResult, Run, StreamedResult
 from pyprune.shards import OutputError
 from pyprune.solvers import inverse_factor, needs_factor, solve
 from pyprune.statistics import Inputs, Observer, Statistics, find_non_finite, observe, relative_error
+from pyprune.store import Store
 from pyprune.stream import Activations, Executor
+from pyprune.weights import Resident, open_model
 
 MASK = ".pyprune_mask"
 """Ends the name of a keep mask in the draft of a block."""
-
-
-@dataclass
-class PruneResult:
-    """A pruned model, what was asked, and what it cost."""
-
-    model: nn.Module
-    tokenizer: object
-    config: PruneConfig
-    report: dict
-    models: dict[float, nn.Module] = field(default_factory=dict)
-    """Structured pruning: by sparsity; ``model`` is the last one asked for."""
-
-    def save(self, directory: str) -> None:
-        """Write a Hugging Face checkpoint with ``pruning.json``, ``report.json``, ``run.yaml`` and a model card; of
-        several sparsities, each in a folder of its own, ``sparsity-0.3``."""
-        if len(self.models) < 2:
-            checkpoint.save(self.model, self.tokenizer, directory, self.report, self.config)
-        for single in self.singles():
-            checkpoint.save(single.model, single.tokenizer, f"{directory}/sparsity-{single.config.sparsity:g}",
-                            single.report, single.config)
-
-    def fill(self, folder: Path) -> None:
-        """Write the same files into a folder that exists."""
-        if len(self.models) < 2:
-            checkpoint.fill(self.model, self.tokenizer, folder, self.report, self.config, Path(self.config.output).name)
-        for single in self.singles():
-            name = f"sparsity-{single.config.sparsity:g}"
-            (folder / name).mkdir()
-            checkpoint.fill(single.model, single.tokenizer, folder / name, single.report, single.config, name)
-
-    def singles(self) -> list[PruneResult]:
-        """One result a sparsity, where several were asked for."""
-        if len(self.models) < 2:
-            return []
-        from pyprune.structured import report_of
-
-        return [PruneResult(model, self.tokenizer, dataclasses.replace(self.config, sparsity=sparsity),
-                            report_of(self.report, sparsity)) for sparsity, model in self.models.items()]
-
-
-class Clock:
-    """Exclusive wall time by phase: entering an inner phase pauses the outer one."""
-
-    def __init__(self):
-        self.seconds: dict[str, float] = {}
-        self._stack: list[str] = []
-        self._since = time.perf_counter()
-
-    def _charge(self) -> None:
-        now = time.perf_counter()
-        if self._stack:
-            self.seconds[self._stack[-1]] = self.seconds.get(self._stack[-1], 0.0) + now - self._since
-        self._since = now
-
-    @contextlib.contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        self._charge()
-        self._stack.append(phase)
-        try:
-            yield
-        finally:
-            self._charge()
-            self._stack.pop()
-
-
-@dataclass
-class Probe:
-    """A few sequences carried through both models to measure errors: ``student`` pruned, ``dense`` not."""
-
-    name: str
-    student: Activations
-    dense: Activations
-
-
-@dataclass
-class Run:
-    """Everything one run passes along."""
-
-    config: PruneConfig
-    view: ModelView
-    executor: Executor
-    selected: list[list[WeightRef]]
-    data: calibration.CalibrationData
-    clock: Clock = field(default_factory=Clock)
-    journal: Journal = field(default_factory=lambda: Journal(None))
-    weights: list[dict] = field(default_factory=list)
-    blocks: list[dict] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-    structured: dict | None = None
-    """What structured pruning adds to the report."""
-
-    def warn(self, message: str) -> None:
-        if message not in self.warnings:
-            self.warnings.append(message)
 
 
 def make_config(config: PruneConfig | dict | None, fields: dict) -> PruneConfig:
@@ -177,6 +83,7 @@ def _prune(model, config: PruneConfig, tokenizer, in_place: bool, progress: bool
         live, tokenizer = checkpoint.load(config.output)
         return PruneResult(live, tokenizer, config, checkpoint.read_report(config.output))
     _seed(config.seed)
+    weights = Resident()
     with clock("load"):
         if isinstance(model, nn.Module):
             live = model if in_place else copy.deepcopy(model)
@@ -184,8 +91,9 @@ def _prune(model, config: PruneConfig, tokenizer, in_place: bool, progress: bool
         else:
             if config.model is None:
                 raise ConfigError("no model: give a Hub id, a local folder, a .gguf file or a live nn.Module")
-            live, tokenizer = checkpoint.load_model(config.model, config.dtype)
-    view = ModelView(live)
+            opened = open_model(config, journal.header.get("streamed"), pick_device(config.device).type == "cuda")
+            live, tokenizer, weights = opened.model, opened.tokenizer, opened.weights
+    view = weights.view if weights.streamed else ModelView(live)
     selected = select_weights(view, config.targets, config.ignore)
     check_weights(view, selected, config)
     with clock("calibration"):
@@ -198,13 +106,21 @@ def _prune(model, config: PruneConfig, tokenizer, in_place: bool, progress: bool
     if config.output:
         with clock("load"):
             journal.begin({"settings": settings_of(config), "data": data_identity(data, texts),
-                           "model": model_identity(live, weights_digest(live.state_dict().items()))},
-                          len(view.blocks))
+                           "model": model_identity(live, weights.files.fingerprint() if weights.streamed else
+                                                   weights_digest(live.state_dict().items()))},
+                          len(view.blocks), streamed=weights.streamed)
+    store = make_store(config, journal)
+    if weights.streamed:
+        measured = functools.partial(measure_streamed, view, weights, texts, config.evaluation, store,
+                                     pick_device(config.device))
+    else:
+        measured = functools.partial(measure, live, texts, config.evaluation)
     with clock("evaluation"):
-        dense = journal.once("dense", lambda: measure(live, texts, config.evaluation))
+        dense = journal.once("dense", measured)
     executor = Executor(view, device=pick_device(config.device), compute_dtype=pick_dtype(config.compute_dtype),
-                        batch_size=config.batch_size)
+                        batch_size=config.batch_size, weights=weights, store=store)
     run = Run(config, view, executor, selected, data, clock, journal)
+    executor.warn = run.warn
     models: dict[float, nn.Module] = {}
     with Progress(len(view.blocks), enabled=progress) as bar, ops.backend(config.backend):
         if config.is_structured:
@@ -216,14 +132,25 @@ def _prune(model, config: PruneConfig, tokenizer, in_place: bool, progress: bool
             with journal.interruptible():
                 prune_blocks(run, bar)
     with clock("evaluation"):
-        pruned = measure(live, texts, config.evaluation)
+        pruned = measured() if live is view.model else measure(live, texts, config.evaluation)
         for entry, member in zip((run.structured or {}).get("curve", []), models.values()):
             entry["evaluation"] = compared(dense, measure(member, texts, config.evaluation))
-    result = PruneResult(live, tokenizer, config, build_report(run, live, dense, pruned), models)
+    report = build_report(run, live, dense, pruned)
+    if weights.streamed:
+        result = StreamedResult(None, tokenizer, config, report)
+        result.weights = weights
+    else:
+        result = PruneResult(live, tokenizer, config, report, models)
     if config.output:
         with clock("write"):
             journal.finish(result.fill)
     return result
+
+
+def make_store(config: PruneConfig, journal: Journal) -> Store:
+    """Activations in host memory within the budget, above it in files beside the output."""
+    budget = None if config.memory_budget_gb is None else int(config.memory_budget_gb * 1e9)
+    return Store(budget, journal.folder, pin=pick_device(config.device).type == "cuda")
 
 
 def _seed(seed: int) -> None:
@@ -254,10 +181,18 @@ def check_weights(view: ModelView, selected: list[list[WeightRef]], config: Prun
             if config.nm and weight.shape[1] % config.nm[1]:
                 raise ConfigError(f"pattern {config.pattern} does not divide the {weight.shape[1]} inputs of "
                                   f"{view.name(i, ref)}; choose another pattern or ignore that weight")
-            if not bool(torch.isfinite(weight).all()):
-                row, column = (~torch.isfinite(weight)).nonzero()[0].tolist()
-                raise ConfigError(f"{view.name(i, ref)} holds {weight[row, column].item()} at [{row}, {column}]; "
-                                  "the checkpoint is damaged or overflowed in its dtype")
+        if not any(p.is_meta for p in block.parameters()):
+            check_finite(view, i, refs)
+
+
+def check_finite(view: ModelView, index: int, refs: list[WeightRef]) -> None:
+    """Refuse a weight that holds NaN or infinity, with its place."""
+    for ref in refs:
+        weight = ref.view(view.blocks[index])
+        if not bool(torch.isfinite(weight).all()):
+            row, column = (~torch.isfinite(weight)).nonzero()[0].tolist()
+            raise ConfigError(f"{view.name(index, ref)} holds {weight[row, column].item()} at [{row}, {column}]; "
+                              "the checkpoint is damaged or overflowed in its dtype")
 
 
 def add_generated(data: calibration.CalibrationData, settings: Calibration, model: nn.Module, tokenizer) -> None:
@@ -309,6 +244,8 @@ def prune_blocks(run: Run, bar: Progress) -> None:
         started = time.perf_counter()
         _seed(config.seed + index)
         with executor.compute(index) as module, torch.no_grad():
+            if executor.weights.streamed and index >= done:
+                check_finite(run.view, index, run.selected[index])
             with clock("probe"):
                 for probe in probes:
                     executor.run(index, module, probe.dense, probe.dense)
@@ -337,6 +274,8 @@ def prune_blocks(run: Run, bar: Progress) -> None:
                                "error_held_out": errors.get("held_out"), "seconds": time.perf_counter() - started,
                                **(refiner.row(index) if refiner else {})})
             commit_block(run, index)
+        for settled in settled_by(run, index, refiner):
+            executor.release(settled, journal.shard(settled) if journal.folder else None)
         bar.update(block=index + 1, phase="done", error=run.blocks[index]["error"])
         if index < last:
             journal.safe_point()
@@ -378,16 +317,21 @@ def solve_block(run: Run, bar: Progress, index: int, module: nn.Module, fit: Act
 def write_block(run: Run, index: int, refiner: Refiner | None) -> None:
     """Begin to write what this step finished. Under CR that is the block before; the block at hand, which the next
     window trains again, goes with its masks as a draft."""
-    last = len(run.view.blocks) - 1
-    if refiner is None or not refiner.cross:
-        return run.journal.write(index, tensors_of(run.view, index))
-    if index > 0:
-        run.journal.write(index - 1, tensors_of(run.view, index - 1))
-    if index == last:
-        return run.journal.write(index, tensors_of(run.view, index))
+    settled = settled_by(run, index, refiner)
+    for i in settled:
+        run.journal.write(i, tensors_of(run.view, i))
+    if index in settled:
+        return None
     prefix = f"{run.view.path}.{index}."
     masks = {f"{prefix}{path}{MASK}": mask for path, mask in refiner.masks[index].items()}
     return run.journal.write(index, {**tensors_of(run.view, index), **masks}, draft=True)
+
+
+def settled_by(run: Run, index: int, refiner: Refiner | None) -> list[int]:
+    """Blocks that are final once the step of block ``index`` is done; CR trains a block again in the next step."""
+    if refiner is None or not refiner.cross:
+        return [index]
+    return [i for i in (index - 1, index) if i >= 0 and (i < index or index == len(run.view.blocks) - 1)]
 
 
 def tensors_of(view: ModelView, index: int) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from pyprune import ops
 from pyprune.config import ConfigError
 from pyprune.model import WeightRef, _Stop
-from pyprune.stream import Activations, Executor
+from pyprune.stream import NO_ROOM, Activations, Batch, Executor
 
 ERROR_TOKENS = 512
 """Inputs a weight's error is measured on; more changes its third digit and costs as much as the solve."""
@@ -97,7 +97,7 @@ class Inputs:
         self.chunks: list[Tensor] = []
 
     def update(self, x: Tensor) -> None:
-        self.chunks.append(x)
+        self.chunks.append(x.clone() if x.is_cuda else x)  # on a GPU it may lie in a buffer of the ring
 
     @property
     def x(self) -> Tensor:
@@ -113,6 +113,9 @@ class Observer:
         self.last: str | None = None
         self._order: list[str] = []
         self._recent: list[tuple[str, Tensor]] = []
+        self.skip: frozenset[str] = frozenset()
+        """Names whose sinks have this batch already (it ran out of memory behind them and comes again in halves)."""
+        self.updating: str | None = None
         self._make = sink
         self._handles = []
         modules = dict(module.named_modules())
@@ -133,7 +136,10 @@ class Observer:
                 self.sinks[name] = self._make(x.shape[-1], x.device)
         if self.leader[name] == name:
             self._recent.append((name, x))
-            self.sinks[name].update(x.reshape(-1, x.shape[-1]))
+            if name not in self.skip:
+                self.updating = name
+                self.sinks[name].update(x.reshape(-1, x.shape[-1]))
+                self.updating = None
         self._order.append(name)
         if name == self.last:
             raise _Stop
@@ -190,14 +196,30 @@ def observe(executor: Executor, index: int, module: nn.Module, refs: list[Weight
     """
     observer = Observer(module, refs, sink)
     try:
-        for batch in activations.batches(executor.batch_size):
-            forward = functools.partial(executor.forward, index, module, activations.read(batch))
-            out = observer.run(forward, stop_early=target is None)
-            if target is not None:
-                target.write(batch, out)
+        for batch, hidden in executor.stream(activations):
+            parts = [(batch, hidden, frozenset())]
+            while parts:
+                part, x, observer.skip = parts.pop(0)
+                forward = functools.partial(executor.forward, index, module, x)
+                out = executor.attempt(functools.partial(observer.run, forward, stop_early=target is None))
+                if out is NO_ROOM:
+                    parts[:0] = _again(executor, index, observer, part, x)
+                elif target is not None:
+                    executor.write(target, part, out)
+        executor.drain()
     finally:
         observer.close()
     return observer
+
+
+def _again(executor: Executor, index: int, observer: Observer, batch: Batch, hidden: Tensor) -> list[tuple]:
+    """Halves of a batch that ran out of memory, with the names whose sinks have seen it."""
+    if observer.updating is not None:
+        raise ConfigError(f"the statistics of {observer.updating} in block {index} do not fit on {executor.device} "
+                          f"beside a batch of {batch.size} × {batch.length} tokens; set a smaller batch_size, or "
+                          "device='cpu'")
+    seen = observer.skip | set(observer._order)
+    return [(part, x, seen) for part, x in executor.halve(batch, hidden, index)]
 
 
 def find_non_finite(executor: Executor, index: int, module: nn.Module, refs: list[WeightRef], activations: Activations,

@@ -1,4 +1,4 @@
-"""Block-by-block executor: where activations live and how they pass through one block at a time.
+"""Block-by-block executor: how activations pass through one block at a time (:mod:`pyprune.store` keeps them).
 
 Sequences of equal length are stored together, ``[sequences, tokens, hidden]``, so a batch is a view of the store,
 nothing is ever padded, and a block's arguments depend on the batch's shape alone.
@@ -10,12 +10,16 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from pyprune.autograd import ForwardMode
+from pyprune.config import ConfigError
 from pyprune.model import Arguments, ModelView, call_block
+from pyprune.store import Store, transfers
+from pyprune.weights import Resident
 
 TARGET_TOKENS = 2048 if not torch.cuda.is_available() else 16384
 """Tokens a batch: on a CPU what stays in cache, on a GPU what fills it."""
@@ -41,7 +45,8 @@ class Activations:
     order.
     """
 
-    def __init__(self, sequences: Sequence[Tensor], hidden: int, dtype: torch.dtype):
+    def __init__(self, sequences: Sequence[Tensor], hidden: int, dtype: torch.dtype, store: Store | None = None):
+        self.store = store or Store()
         self.ids: dict[int, Tensor] = {}
         self.rows: dict[int, list[int]] = {}
         for row, ids in enumerate(sequences):
@@ -50,7 +55,7 @@ class Activations:
         for length, rows in self.rows.items():
             self.ids[length] = torch.stack([sequences[row].long() for row in rows])
         self.hidden, self.dtype = hidden, dtype
-        self.data = {length: torch.empty(len(rows), length, hidden, dtype=dtype) for length, rows in self.rows.items()}
+        self.data = {length: self.store.empty((len(rows), length, hidden), dtype) for length, rows in self.rows.items()}
 
     def batches(self, size: int | None = None) -> list[Batch]:
         """Consecutive batches of ``size`` sequences (None: about ``TARGET_TOKENS`` tokens)."""
@@ -69,7 +74,8 @@ class Activations:
     def like(self) -> Activations:
         """A second stream over the same sequences, its values a copy of this one's."""
         other = copy.copy(self)
-        other.data = {length: data.clone() for length, data in self.data.items()}
+        other.data = {length: self.store.empty(tuple(data.shape), data.dtype).copy_(data)
+                      for length, data in self.data.items()}
         return other
 
     @property
@@ -85,10 +91,18 @@ class Executor:
     """Runs single blocks of a model over stored activations, in ``compute_dtype`` on ``device``."""
 
     def __init__(self, view: ModelView, *, device: torch.device | str = "cpu", compute_dtype: torch.dtype | None = None,
-                 batch_size: int | None = None):
+                 batch_size: int | None = None, weights: Resident | None = None, store: Store | None = None):
+        """weights: how the blocks come and go (None: they are in memory). store: where activations live."""
         self.view, self.device, self.batch_size = view, torch.device(device), batch_size
         own = next(p.dtype for p in view.blocks[0].parameters() if p.is_floating_point())
         self.dtype = compute_dtype or own
+        self.weights = weights or Resident()
+        self.store = store or Store(pin=self.device.type == "cuda")
+        self.transfers = transfers(self.device, self.dtype)
+        self.warn: Callable[[str], None] = lambda message: None
+        """Told when a batch did not fit the device and was halved."""
+        self.mode: Callable = ForwardMode if self.device.type == "cpu" else contextlib.nullcontext
+        """What forward passes run under."""
         self._arguments: dict[tuple[int, int], list[Arguments]] = {}
 
     def embed(self, sequences: Sequence[Tensor]) -> Activations | None:
@@ -101,7 +115,7 @@ class Executor:
             ids = shell.ids[batch.length][batch.start:batch.stop]
             hidden, arguments = self._record(ids)
             if activations is None:
-                activations = Activations(sequences, hidden.shape[-1], self.dtype)
+                activations = Activations(sequences, hidden.shape[-1], self.dtype, self.store)
             activations.write(batch, hidden)
             self._arguments.setdefault((batch.length, batch.size), arguments)
         return activations
@@ -125,10 +139,11 @@ class Executor:
     @contextlib.contextmanager
     def compute(self, index: int) -> Iterator[nn.Module]:
         """Block ``index`` ready to run: itself where type and device already fit, else a copy for the duration."""
+        self.weights.acquire(index)
         block = self.view.blocks[index]
         fits = all(p.device == self.device and (p.dtype == self.dtype or not p.is_floating_point())
                    for p in block.parameters())
-        module = block if fits else copy.deepcopy(block).to(self.device, self.dtype)
+        module = block if fits else moved(block, self.device, self.dtype)
         with expert_loop(self.view.model.config):
             yield module
 
@@ -137,18 +152,83 @@ class Executor:
         """Output of ``module``, standing in for block ``index``, on ``[batch, tokens, hidden]``."""
         hidden = hidden.to(self.device, self.dtype, non_blocking=True)
         arguments = self.arguments(index, hidden.shape[1], hidden.shape[0])
-        with ForwardMode() if self.device.type == "cpu" else contextlib.nullcontext():
+        with self.mode():
             return call_block(module, hidden, arguments)
+
+    def stream(self, source: Activations) -> Iterator[tuple[Batch, Tensor]]:
+        """Every batch of a stream on the device, the next ones on their way while one is used."""
+        return self.transfers.read((batch, source.read(batch)) for batch in source.batches(self.batch_size))
+
+    def write(self, target: Activations, batch: Batch, hidden: Tensor) -> None:
+        """Send a batch's result to a stream; it is there after :meth:`drain`."""
+        self.transfers.write(target.read(batch), hidden)
+
+    def drain(self) -> None:
+        self.transfers.drain()
 
     def run(self, index: int, module: nn.Module, source: Activations, target: Activations | None = None,
             each: Callable[[Batch, Tensor], None] | None = None) -> None:
         """Pass ``source`` through a block; outputs go to ``target`` (may be ``source``) and to ``each``."""
-        for batch in source.batches(self.batch_size):
-            out = self.forward(index, module, source.read(batch))
-            if target is not None:
-                target.write(batch, out)
-            if each is not None:
-                each(batch, out)
+        for batch, hidden in self.stream(source):
+            parts = [(batch, hidden)]
+            while parts:
+                part, x = parts.pop(0)
+                out = self.attempt(lambda x=x: self.forward(index, module, x))
+                if out is NO_ROOM:
+                    parts[:0] = self.halve(part, x, index)
+                    continue
+                if target is not None:
+                    self.write(target, part, out)
+                if each is not None:
+                    each(part, out)
+        self.drain()
+
+    def attempt(self, forward: Callable[[], Tensor | None]) -> Tensor | None:
+        """``forward()``, or ``NO_ROOM`` if the device's memory did not suffice."""
+        with contextlib.suppress(torch.OutOfMemoryError):
+            return forward()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return NO_ROOM
+
+    def halve(self, batch: Batch, hidden: Tensor, index: int) -> list[tuple[Batch, Tensor]]:
+        """The two halves of a batch that did not fit, and smaller batches from here on.
+
+        Raises ConfigError for a single sequence, saying what would fit.
+        """
+        if batch.size == 1:
+            raise ConfigError(f"one sequence of {batch.length} tokens does not fit on {self.device} beside block "
+                              f"{index} ({block_bytes(self.view.blocks[index]) / 1e9:.2f} GB); use a shorter seq_len "
+                              f"(about {batch.length // 2}), a 16-bit compute_dtype, or device='cpu'")
+        middle = batch.size // 2
+        if self.batch_size is None or self.batch_size > middle:
+            self.batch_size = middle
+            self.warn(f"block {index} ran out of memory on {self.device} with {batch.size} sequences of {batch.length} "
+                      f"tokens: batches of {middle} from there on; set batch_size={middle} to begin with that")
+        first = Batch(batch.length, batch.start, batch.start + middle)
+        second = Batch(batch.length, first.stop, batch.stop)
+        return [(first, hidden[:middle]), (second, hidden[middle:])]
+
+    def release(self, index: int, saved: Path | None = None) -> None:
+        """Let go of a block's weights where they are streamed; ``saved`` is the shard that holds what it became."""
+        self.weights.release(index, saved)
+
+
+NO_ROOM = object()
+"""Result of a forward pass that ran out of device memory."""
+
+
+def moved(block: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """A copy of a block on a device, in a type; its parameters are copied once, straight to where they belong."""
+    memo = {}
+    for tensor in (*block.parameters(), *block.buffers()):
+        copied = tensor.detach().to(device, dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
+        memo[id(tensor)] = nn.Parameter(copied, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copied
+    return copy.deepcopy(block, memo)
+
+
+def block_bytes(block: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in block.parameters())
 
 
 @contextlib.contextmanager

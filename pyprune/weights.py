@@ -1,0 +1,262 @@
+"""Weights that come and go: a model opened without its blocks, each read from safetensors when it is its turn.
+
+The next block is read in a thread while the present one computes; a finished one is released once its shard is on the
+disk, and comes back from there. Embeddings, final norm, head and rotary tables stay. Peak memory is about two blocks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyprune import checkpoint
+from pyprune.config import ConfigError, PruneConfig
+from pyprune.model import ModelView
+from pyprune.shards import Files, Shard, write_shard
+from pyprune.store import available_memory
+
+SHARE = 0.5
+"""``stream="auto"`` streams a model that needs more than this share of the free memory."""
+
+
+class Resident:
+    """All weights in memory: nothing comes, nothing goes."""
+
+    streamed = False
+
+    def acquire(self, index: int) -> None:
+        """Make the parameters of a block real."""
+
+    def release(self, index: int, saved: Path | None = None) -> None:
+        """Let go of a block; ``saved`` holds it as it is now, otherwise it was not changed."""
+
+
+class Streamed(Resident):
+    """Blocks read on demand and one ahead."""
+
+    streamed = True
+
+    def __init__(self, view: ModelView, files: Files, dtype: torch.dtype, pin: bool = False):
+        self.view, self.files, self.dtype, self.pin = view, files, dtype, pin
+        self.saved: dict[int, Shard] = {}
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="pyprune-weights")
+        self._ahead: dict[int, Future] = {}
+        self._present: set[int] = set()
+
+    def acquire(self, index: int) -> None:
+        if index not in self._present:
+            tensors = self._ahead.pop(index).result() if index in self._ahead else self._read(index)
+            fill(self.view.blocks[index], tensors)
+            self._present.add(index)
+        after = index + 1
+        if after < len(self.view.blocks) and after not in self._present and after not in self._ahead:
+            for stale in list(self._ahead):
+                self._ahead.pop(stale).cancel()
+            self._ahead[after] = self._reader.submit(self._read, after)
+
+    def _read(self, index: int) -> dict[str, Tensor]:
+        prefix = f"{self.view.path}.{index}."
+        source = self.saved.get(index, self.files)
+        names = self.view.blocks[index].state_dict()
+        tensors = {name: source.read(prefix + name, self.pin) for name in names}
+        return {name: t.to(self.dtype) if t.is_floating_point() else t for name, t in tensors.items()}
+
+    def release(self, index: int, saved: Path | None = None) -> None:
+        if saved is not None:
+            self.saved[index] = Shard(saved)
+        if index in self._present:
+            self._present.remove(index)
+            for module, name, parameter in _parameters(self.view.blocks[index]):
+                module._parameters[name] = nn.Parameter(parameter.data.to("meta"), requires_grad=False)
+
+    def save(self, folder: Path) -> None:
+        """Write config and weights of the finished model: one shard a block, linked where the journal wrote it."""
+        model, view = self.view.model, self.view
+        model.config.architectures = [type(model).__name__]
+        model.config.save_pretrained(folder)
+        if getattr(model, "generation_config", None) is not None and model.can_generate():
+            model.generation_config.save_pretrained(folder)
+        count = len(view.blocks) + 1
+        names = [f"model-{k + 1:05}-of-{count:05}.safetensors" for k in range(count)]
+        inside = f"{view.path}."
+        state = {name: tensor for name, tensor in model.state_dict().items()
+                 if name in self.files and not name.startswith(inside)}
+        write_shard(folder / names[0], state)
+        for index, shard in self.saved.items():
+            target = folder / names[index + 1]
+            try:
+                os.link(shard.path, target)
+            except OSError:  # a file system without links
+                shutil.copyfile(shard.path, target)
+        where = dict.fromkeys(state, names[0])
+        where |= {name: names[index + 1] for index, shard in sorted(self.saved.items()) for name in shard.entries}
+        total = sum((folder / name).stat().st_size for name in names)
+        checkpoint.write_json(folder / "model.safetensors.index.json",
+                              {"metadata": {"total_size": total}, "weight_map": where})
+
+
+def fill(module: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Give a module whose parameters are on the meta device these values, its buffers copies of them."""
+    for name, tensor in tensors.items():
+        path, _, leaf = name.rpartition(".")
+        owner = module.get_submodule(path)
+        if leaf in owner._parameters:
+            owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+        else:
+            owner._buffers[leaf].copy_(tensor)
+
+
+def _parameters(module: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
+    return [(m, name, p) for m in module.modules() for name, p in m._parameters.items() if p is not None]
+
+
+@contextlib.contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Modules built inside have parameters without memory but real buffers: rotary tables are computed, not stored."""
+    plain = nn.Module.register_parameter
+
+    def register(self, name, parameter):
+        plain(self, name, parameter)
+        if parameter is not None:
+            self._parameters[name] = nn.Parameter(parameter.data.to("meta"), requires_grad=False)
+
+    nn.Module.register_parameter = register
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = plain
+
+
+def skeleton(config: Any, dtype: torch.dtype | None = None) -> nn.Module:
+    """The model of a Hugging Face config with parameters on the meta device, ties in place, in eval mode."""
+    cls = checkpoint.model_class(config)
+    build = cls._from_config if hasattr(cls, "_from_config") else cls.from_config
+    with parameters_on_meta():
+        model = build(config, **({"dtype": dtype} if dtype else {}))
+    model.tie_weights()
+    return model.eval()
+
+
+@dataclass
+class Opened:
+    """A model and how its weights are held."""
+
+    model: nn.Module
+    tokenizer: Any
+    weights: Resident
+
+
+def why_whole(name: str, model: nn.Module, view: ModelView, files: Files) -> str | None:
+    """Why a checkpoint cannot be streamed, or None; a tensor of the wrong shape is a ConfigError."""
+    owners: dict[int, list[str]] = {}
+    shapes = {}
+    for key, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(key)
+        shapes[key] = tuple(parameter.shape)
+    for keys in owners.values():
+        found = [key for key in keys if key in files]
+        if not found:
+            return f"its files have no {keys[0]}: their names are not the model's"
+        if len(keys) > 1 and any(key.startswith(view.path + ".") for key in keys):
+            return f"{keys[0]} and {keys[1]} share their weight"
+        for key in found:
+            if files.info(key)[1] != shapes[key]:
+                raise ConfigError(f"{key} in {name} has shape {list(files.info(key)[1])}, its architecture needs "
+                                  f"{list(shapes[key])}")
+    return None
+
+
+def open_model(config: PruneConfig, streamed: bool | None = None, pin: bool = False) -> Opened:
+    """Open ``config.model`` for streaming or load it whole, as ``config.stream`` says.
+
+    streamed: what an interrupted run did, which its continuation repeats. ``auto`` streams what needs more than half of
+    the free memory, if it can be streamed and there is an output folder. Raises ConfigError where ``always`` cannot.
+    """
+    wanted = config.stream == "always" if streamed is None else streamed
+    if config.stream == "never" or (streamed is False):
+        return whole(config)
+    reason = _obstacle(config)
+    source = checkpoint.resolve(config.model)
+    if reason is None:
+        if source.gguf_file or not source.local or not any(Path(source.path).glob("*.safetensors")):
+            reason = "only a local folder of safetensors files can be read block by block"
+        else:
+            opened = _open(config, Path(source.path), wanted, pin)
+            if isinstance(opened, Opened):
+                return opened
+            reason = opened
+    if wanted:
+        raise ConfigError(f"{config.model} cannot be streamed: {reason}; set stream='never' (or auto) to load it whole")
+    return whole(config)
+
+
+def whole(config: PruneConfig) -> Opened:
+    """The model loaded into memory."""
+    model, tokenizer = checkpoint.load_model(config.model, config.dtype)
+    return Opened(model, tokenizer, Resident())
+
+
+def _obstacle(config: PruneConfig) -> str | None:
+    if config.output is None:
+        return "finished blocks are written as the run goes on, so it needs an output folder"
+    if config.is_structured:
+        return "structured pruning looks at all blocks at once"
+    if config.calibration.self_generated and not (config.calibration.self_generated_path and
+                                                  Path(config.calibration.self_generated_path).is_file()):
+        return "self-generated calibration samples from the whole model; write it to a file with pyprune generate first"
+    return None
+
+
+def _open(config: PruneConfig, folder: Path, wanted: bool, pin: bool) -> Opened | str:
+    """The streamed model, or why not."""
+    import transformers
+
+    if checkpoint.structured_sizes(checkpoint.resolve(config.model)):
+        return "its blocks have sizes of their own"
+    hf_config = transformers.AutoConfig.from_pretrained(folder)
+    if getattr(hf_config, "quantization_config", None) is not None:
+        return "it is quantised"
+    files = Files(folder)
+    if not wanted and files.bytes < SHARE * available_memory():
+        return "it fits into memory"
+    dtype = checkpoint_dtype(hf_config, files) if config.dtype == "auto" else getattr(torch, config.dtype)
+    model = skeleton(hf_config, dtype)
+    view = ModelView(model)
+    if (reason := why_whole(config.model, model, view, files)) is not None:
+        return reason
+    inside = f"{view.path}."
+    owners: dict[int, list[str]] = {}
+    for key, parameter in model.named_parameters(remove_duplicate=False):
+        if not key.startswith(inside):
+            owners.setdefault(id(parameter), []).append(key)
+    for keys in owners.values():
+        tensor = files.read(next(key for key in keys if key in files)).to(dtype)
+        shared = nn.Parameter(tensor, requires_grad=False)
+        for key in keys:
+            path, _, leaf = key.rpartition(".")
+            model.get_submodule(path)._parameters[leaf] = shared
+    stored = {name for name in model.state_dict() if name in files and not name.startswith(inside)}
+    for name, buffer in model.named_buffers():
+        if name in stored:
+            buffer.copy_(files.read(name))
+    tokenizer = checkpoint.load_tokenizer(checkpoint.resolve(config.model))
+    return Opened(model, tokenizer, Streamed(view, files, dtype, pin))
+
+
+def checkpoint_dtype(config: Any, files: Files) -> torch.dtype:
+    """What ``dtype="auto"`` means: the config's, else that of the first floating tensor."""
+    named = getattr(config, "dtype", None)
+    if isinstance(named, torch.dtype):
+        return named
+    return next(dtype for name in files.where for dtype, _ in [files.info(name)] if dtype.is_floating_point)
+
+
