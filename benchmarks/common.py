@@ -12,10 +12,12 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 def data(*parts: str) -> Path:
@@ -34,6 +36,8 @@ def environment() -> dict:
     import torch
     import transformers
 
+    from pyprune import native
+
     def git(*arguments: str) -> str:
         found = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True)
         return found.stdout.strip()
@@ -43,7 +47,8 @@ def environment() -> dict:
     if info.is_file():
         cpu = next((line.split(":", 1)[1].strip() for line in info.read_text().splitlines()
                     if line.startswith("model name")), cpu)
-    return {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+    return {"cpu": cpu, "cores": os.cpu_count(),
+            "instruction_set": native._C.cpu_level() if native._C else None, "threads": torch.get_num_threads(),
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
             "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
             "load": round(os.getloadavg()[0], 2), "commit": git("rev-parse", "--short", "HEAD"),
@@ -84,6 +89,24 @@ class Spent:
 
     def __exit__(self, *error) -> None:
         self.wall, self.cpu = time.perf_counter() - self._wall, time.process_time() - self._cpu
+
+
+def fastest(calls: dict[str, Callable[[], object]], repeats: int = 7, seconds: float = 20) -> dict[str, float]:
+    """Least seconds of each call; the calls take turns, so that a busy machine slows all of them alike.
+
+    Each runs once before it counts, then ``repeats`` times or until ``seconds`` are spent, once at least.
+    """
+    best = dict.fromkeys(calls, float("inf"))
+    begun = time.perf_counter()
+    for i in range(repeats + 1):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            if i:
+                best[name] = min(best[name], time.perf_counter() - start)
+        if i and time.perf_counter() - begun > seconds:
+            break
+    return best
 
 
 def load_model(name: str):
