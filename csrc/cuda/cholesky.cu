@@ -1,8 +1,8 @@
 // Batched Cholesky A + damping·I = L Lᵀ (lower), FLOPs n³/3 a matrix.
 //
 // n ≤ 128: one thread block a matrix, the triangle packed in shared memory (33 KB; consecutive rows of a column fall in
-// distinct banks, since triangular numbers are a permutation modulo 32), one launch. This is the case libraries are slow
-// at: many small systems.
+// distinct banks, since triangular numbers are a permutation modulo 32), one launch. This is the case that libraries
+// are slow at: many small systems.
 //
 // Larger n: blocked and right-looking in column panels of 64, in place in the output. A panel is three launches over
 // the whole batch: the diagonal tile, the rows below it (32 a thread block), the trailing lower tiles (64×64, 4×4 a

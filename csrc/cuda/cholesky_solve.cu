@@ -81,8 +81,9 @@ __device__ __forceinline__ void sweep_rows(const float* factor, float* x, int n,
 }
 
 template <int K>
-__global__ void __launch_bounds__(THREADS, 4) cholesky_solve_kernel(const float* factor, const int* info, const float* b,
-                                                                 int n, int64_t k, int64_t blocks, float* x) {
+__global__ void __launch_bounds__(THREADS, 4) cholesky_solve_kernel(const float* factor, const int* info,
+                                                                    const float* b, int n, int64_t k, int64_t blocks,
+                                                                    float* x) {
     PYPRUNE_SHARED(float, l);
     float* y = l + TILE * (TILE + 1);
     const int64_t matrix = blockIdx.x / blocks, first = blockIdx.x % blocks * K, offset = matrix * n * k + first;

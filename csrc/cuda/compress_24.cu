@@ -1,7 +1,7 @@
 // 2:4 compression to values and metadata in torch.sparse's CUTLASS-reordered layout, and its inverse.
 //
-// A thread owns one 16-bit metadata word: 16 dense columns (32 bytes), 8 values (16 bytes). Bytes a weight: 2 + 1 + 1/8;
-// the bound is DRAM. Values are moved, never computed with, so bfloat16 and float16 are the same kernel.
+// A thread owns one 16-bit metadata word: 16 dense columns (32 bytes), 8 values (16 bytes). Bytes a weight: 2 + 1 +
+// 1/8; the bound is DRAM. Values are moved, never computed with, so bfloat16 and float16 are the same kernel.
 #include "cuda/device.cuh"
 #include "cuda/ops.h"
 

@@ -41,7 +41,8 @@ struct Launcher {
     std::string where() const {
         std::string text = std::string(op) + " on the cuda back-end (";
         for (const Size& s : sizes)
-            if (s.name) text += (text.back() == '(' ? "" : ", ") + std::string(s.name) + " = " + std::to_string(s.value);
+            if (s.name)
+                text += (text.back() == '(' ? "" : ", ") + std::string(s.name) + " = " + std::to_string(s.value);
         return text + "): ";
     }
 

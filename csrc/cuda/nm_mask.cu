@@ -112,7 +112,8 @@ void nm_mask(void* w, int dtype, int64_t rows, int64_t columns, int64_t w_stride
         launch.refuse("M must be at most 16 and divide the columns");
     with_dtype(launch, dtype, [&](auto type) {
         using T = decltype(type);
-        const NM<T> a{static_cast<T*>(w), scale, keep, fault, w_stride, 0, int(columns), 0, int(n), int(m), apply, false};
+        const NM<T> a{static_cast<T*>(w), scale, keep, fault, w_stride, 0, int(columns), 0, int(n), int(m), apply,
+                      false};
         switch (m) {
             case 2: return launch_nm<T, 2>(launch, a, rows);
             case 4: return launch_nm<T, 4>(launch, a, rows);

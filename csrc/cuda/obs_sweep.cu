@@ -9,7 +9,7 @@
 // constant. Lane q holds columns 16c + 4q … 16c + 4q + 3 of chunk c = 0 … 7: global loads are 16 bytes, a
 // 2:4 group lies within a lane, the factor is read from shared memory in its natural order, and finished chunks cost
 // nothing. A weight that is dropped leaves its register to its error: one of the two is always zero.
-// The factor is packed by chunks (row j starts at column 16·(j / 16)): 36 KB, several blocks a multiprocessor everywhere.
+// The factor is packed by chunks (row j starts at column 16·(j / 16)): 36 KB, two blocks a multiprocessor at least.
 //
 // obs_sweep_any_kernel: any N:M; a warp a row, 4 columns a lane, a loop of b steps.
 #include <cstddef>
@@ -80,8 +80,8 @@ __device__ __forceinline__ void load_factor(Factor* f, const Sweep& a) {
 // Keep bits of the M columns that start in chunk c with lane `owner`, chosen by |w|/r_jj by the lanes that hold them.
 // M is 4 or 8: one lane or two.
 template <int M>
-__device__ __forceinline__ uint32_t choose(uint32_t keep, const float (&x)[HELD], const float* inverse, int c, int owner,
-                                           int n, int lane) {
+__device__ __forceinline__ uint32_t choose(uint32_t keep, const float (&x)[HELD], const float* inverse, int c,
+                                           int owner, int n, int lane) {
     const int place = M == 4 ? 0 : lane % 2 * 4;  // of my columns in the group
     uint32_t key[M];
     PYPRUNE_UNROLL

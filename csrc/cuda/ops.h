@@ -28,7 +28,8 @@ void obs_sweep(float* w, int64_t rows, int64_t columns, int64_t w_stride, const 
 void select_rows(void* w, int dtype, int64_t rows, int64_t columns, int64_t w_stride, const float* scale, int64_t k,
                  bool apply, uint8_t* keep, int* fault, void* stream);
 
-// The same over the whole matrix in row-major order; with NaN scores all of it stays. `workspace` holds SELECT_WORKSPACE 32-bit words.
+// The same over the whole matrix in row-major order; with NaN scores all of it stays. `workspace`
+// holds SELECT_WORKSPACE 32-bit words.
 constexpr int64_t SELECT_WORKSPACE = 2048 + 8 + 1024;
 void select_matrix(void* w, int dtype, int64_t rows, int64_t columns, int64_t w_stride, const float* scale, int64_t k,
                    bool apply, uint8_t* keep, int* fault, void* workspace, void* stream);

@@ -46,7 +46,9 @@ static void run_cholesky(Case& c) {
     float* factor = c.output<float>("factor", batch * n * n);
     int* info = c.output<int>("info", batch);
     cholesky(c.input<float>("a"), c.input<float>("damping"), batch, n, factor, info, nullptr);
-    if (k > 0) cholesky_solve(factor, info, c.input<float>("b"), batch, n, k, c.output<float>("x", batch * n * k), nullptr);
+    if (k == 0) return;
+    float* x = c.output<float>("x", batch * n * k);
+    cholesky_solve(factor, info, c.input<float>("b"), batch, n, k, x, nullptr);
 }
 
 int main(int count, char** arguments) {
