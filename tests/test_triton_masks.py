@@ -83,6 +83,19 @@ def test_fused_choice_and_compression(apply):
     assert all(torch.equal(a, b) for a, b in zip((values, meta), reference.compress_24(pruned)))
 
 
+def test_nan_scores_too_dense_groups_and_bad_metadata_are_refused():
+    w = weights(32, 32, dtype=torch.bfloat16)
+    with ops.backend("triton"), pytest.raises(ValueError, match="more than 2"):
+        ops.compress_24(w)
+    w[3, 5] = float("nan")
+    before = w.clone()
+    with ops.backend("triton"), pytest.raises(ValueError, match="NaN"):
+        ops.nm_mask(w, 2, 4, apply=True)
+    assert torch.equal(w[3, 4:8].nan_to_num(7.0), before[3, 4:8].nan_to_num(7.0))
+    with ops.backend("triton"), pytest.raises(ValueError, match="metadata"):
+        ops.expand_24(torch.ones(32, 16, dtype=torch.bfloat16), torch.zeros(32, 2, dtype=torch.int16))
+
+
 def test_compress_24_refuses_what_the_layout_cannot_hold():
     with ops.backend("triton"), pytest.raises(ValueError, match="columns % 32"):
         ops.compress_24(torch.zeros(32, 48, dtype=torch.float16))

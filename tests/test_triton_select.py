@@ -60,14 +60,16 @@ def test_wide_rows_with_extreme_values_and_strides(monkeypatch):
     assert torch.equal(wide, before)
 
 
-@pytest.mark.parametrize("scope", ["row", "matrix"])
-def test_nan_is_refused_and_nothing_is_written(scope):
+@pytest.mark.parametrize("scope, limit", [("row", select.ROW_LIMIT), ("row", 0), ("matrix", 0)])
+def test_nan_is_refused_and_what_has_it_is_left_alone(monkeypatch, scope, limit):
+    monkeypatch.setattr(select, "ROW_LIMIT", limit)
     w = weights(4, 20)
     w[2, 3] = float("nan")
     before = w.clone()
     with ops.backend("triton"), pytest.raises(ValueError, match="NaN"):
         ops.select_mask(w, 5, scope=scope, apply=True)
-    assert torch.equal(w.nan_to_num(7.0), before.nan_to_num(7.0))
+    alone = slice(2, 3) if scope == "row" else slice(None)
+    assert torch.equal(w[alone].nan_to_num(7.0), before[alone].nan_to_num(7.0))
 
 
 def factor(b, seed=0):
@@ -122,3 +124,24 @@ def test_sweep_beats_dropping_without_compensation():
     # the accumulated loss is the objective of the update, exactly in exact arithmetic
     assert torch.allclose(loss.double(), objective, rtol=1e-3)
     assert objective.sum() < torch.einsum("ri,ij,rj->r", naive, h, naive).sum()
+
+
+@pytest.mark.parametrize("b", [12, 140])
+@pytest.mark.parametrize("bad", ["zero pivot", "nan pivot", "infinite entry"])
+def test_sweep_refuses_a_bad_factor_and_leaves_w(b, bad):
+    w, r = weights(5, b, seed=5), factor(b)
+    value = {"zero": 0.0, "nan": float("nan"), "infinite": float("inf")}[bad.split()[0]]
+    r[(3, 3) if "pivot" in bad else (3, 7)] = value
+    before = w.clone()
+    with ops.backend("triton"), pytest.raises(ValueError, match="finite"):
+        ops.obs_sweep(w, r, mask=weights(5, b, seed=6) > 0)
+    assert torch.equal(w, before)
+
+
+def test_sweep_refuses_weights_that_are_not_finite():
+    w = weights(5, 12, seed=5)
+    w[1, 4] = float("inf")
+    before = w.clone()
+    with ops.backend("triton"), pytest.raises(ValueError, match="finite"):
+        ops.obs_sweep(w, factor(12), nm=(2, 4))
+    assert torch.equal(w[1], before[1])

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pyprune.triton_kernels import faults
 from pyprune.triton_kernels.nm import _keep
 from pyprune.triton_kernels.tuning import config
 
@@ -33,7 +34,7 @@ def _meta_offset(o_r, o_c, rows):
 
 
 @triton.jit
-def compress_kernel(w, scale, keep, values, meta, rows, c, stride_wr, stride_wc, CHOOSE: tl.constexpr,
+def compress_kernel(w, scale, keep, values, meta, fault, rows, c, stride_wr, stride_wc, CHOOSE: tl.constexpr,
                     HAS_SCALE: tl.constexpr, APPLY: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):
     o_r = tl.program_id(0) * BR + tl.arange(0, BR)
     o_c = tl.program_id(1) * BC + tl.arange(0, BC)
@@ -48,7 +49,10 @@ def compress_kernel(w, scale, keep, values, meta, rows, c, stride_wr, stride_wc,
         b_score = tl.abs(b_f)
         if HAS_SCALE:
             b_score = b_score * tl.load(scale + o_c, mask=m_c, other=0.0)[None, :]
-        b_keep = tl.reshape(_keep(tl.reshape(b_score, [BR * BC // 4, 4]), 2, 4, 4), [BR, BC])
+        b_keep, nan = _keep(tl.reshape(b_score, [BR * BC // 4, 4]), 2, 4, 4)
+        b_keep = tl.reshape(b_keep, [BR, BC])
+        if nan != 0:
+            tl.store(fault, 1)
         tl.store(keep + o_r.to(tl.int64)[:, None] * c + o_c[None, :], b_keep.to(tl.uint8), mask=m_w)
         b_f = tl.where(b_keep, b_f, 0.0)
         if APPLY:
@@ -61,6 +65,10 @@ def compress_kernel(w, scale, keep, values, meta, rows, c, stride_wr, stride_wc,
     m0 = (b_w0 != 0).to(tl.int32)
     m1 = (b_w1 != 0).to(tl.int32)
     m3 = (b_w3 != 0).to(tl.int32)
+    if CHOOSE == 0:
+        b_count = m0 + m1 + (b_w2 != 0).to(tl.int32) + m3
+        if tl.max(tl.max(b_count, axis=1), axis=0) > 2:
+            tl.store(fault, 1)
     only1 = (1 - m0) & m1
     neither = (1 - m0) & (1 - m1)
     i_a = only1 | (neither << 1)
@@ -82,7 +90,7 @@ def compress_kernel(w, scale, keep, values, meta, rows, c, stride_wr, stride_wc,
 
 
 @triton.jit
-def expand_kernel(values, meta, dense, rows, c, stride_vr, stride_vc, BR: tl.constexpr, BC: tl.constexpr):
+def expand_kernel(values, meta, dense, fault, rows, c, stride_vr, stride_vc, BR: tl.constexpr, BC: tl.constexpr):
     o_r = tl.program_id(0) * BR + tl.arange(0, BR)
     o_v = tl.program_id(1) * (BC // 2) + tl.arange(0, BC // 2)
     # [BR, BC / 2]
@@ -97,6 +105,9 @@ def expand_kernel(values, meta, dense, rows, c, stride_vr, stride_vc, BR: tl.con
     b_bits = tl.reshape(b_meta[:, :, None] >> o_q[None, None, :], [BR, BC // 4])
     i_a = b_bits & 3
     i_b = (b_bits >> 2) & 3
+    m_bits = (o_r < rows)[:, None] & (tl.program_id(1) * (BC // 4) + tl.arange(0, BC // 4) < c // 4)[None, :]
+    if tl.max(tl.max(((i_a >= i_b) & m_bits).to(tl.int32), axis=1), axis=0) != 0:
+        tl.store(fault, 1)
     b_w0 = tl.where(i_a == 0, b_va, tl.where(i_b == 0, b_vb, 0.0))
     b_w1 = tl.where(i_a == 1, b_va, tl.where(i_b == 1, b_vb, 0.0))
     b_w2 = tl.where(i_a == 2, b_va, tl.where(i_b == 2, b_vb, 0.0))
@@ -116,9 +127,11 @@ def _compress(w: Tensor, scale: Tensor | None, keep: Tensor | None, apply: bool)
     meta = torch.empty(rows, c // 16, dtype=torch.int16, device=w.device)
     if w.numel():
         grid = (triton.cdiv(rows, COMPRESS["BR"]), triton.cdiv(c, COMPRESS["BC"]))
+        fault = faults.word("compress_24" if keep is None else "nm_mask", w.device)
         compress_kernel[grid](w, w if scale is None else scale.contiguous(), meta if keep is None else keep, values,
-                              meta, rows, c, *w.stride(), CHOOSE=keep is not None, HAS_SCALE=scale is not None,
+                              meta, fault, rows, c, *w.stride(), CHOOSE=keep is not None, HAS_SCALE=scale is not None,
                               APPLY=apply, **COMPRESS.launch())
+        faults.after(w.device)
     return values, meta
 
 
@@ -147,5 +160,7 @@ def expand_24(values: Tensor, meta: Tensor) -> Tensor:
     dense = torch.empty(rows, c, dtype=values.dtype, device=values.device)
     if dense.numel():
         grid = (triton.cdiv(rows, EXPAND["BR"]), triton.cdiv(c, EXPAND["BC"]))
-        expand_kernel[grid](values, meta.contiguous(), dense, rows, c, *values.stride(), **EXPAND.launch())
+        expand_kernel[grid](values, meta.contiguous(), dense, faults.word("expand_24", values.device), rows, c,
+                            *values.stride(), **EXPAND.launch())
+        faults.after(values.device)
     return dense

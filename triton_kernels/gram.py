@@ -25,7 +25,8 @@ TOKENS_PER_ACCUMULATOR = {torch.bfloat16: 16384, torch.float16: 16384, torch.flo
 L2_GROUP = 8  # tile rows walked together, so that a wave of programs reads few column panels of x
 
 WIDE = (config(8, 3, BT=64, BC=128), config(8, 4, big=True, BT=64, BC=128))
-NARROW = (config(4, 3, BT=64, BC=64), config(4, 4, BT=32, BC=64))
+NARROW = (config(4, 4, BT=32, BC=64), config(4, 3, BT=64, BC=64))
+NARROW_CROSS = NARROW[:1]  # the other one spills two registers on sm_100
 FLOAT32 = (config(8, 3, BT=32, BC=128), config(4, 2, BT=32, BC=64))
 REDUCE = config(8)
 
@@ -54,7 +55,8 @@ def _lower_tile(i_tile, GROUP: tl.constexpr):
 
 @triton.jit
 def _multiply_add(b_acc, b_at, b_b, PARTS: tl.constexpr):
-    """b_acc + b_at b_b for tiles [BC, BT] and [BT, BC]; PARTS = 2 splits float32 tiles into bfloat16 h + m."""
+    """b_acc + b_at b_b for tiles [BC, BT] and [BT, BC]; PARTS = 2 or 3 splits float32 tiles into
+    bfloat16 h + m (+ l): three products, error about 1e-6, or six, error of float32 itself."""
     if PARTS == 1:
         b_acc = tl.dot(b_at, b_b, b_acc)
     else:
@@ -62,6 +64,12 @@ def _multiply_add(b_acc, b_at, b_b, PARTS: tl.constexpr):
         b_bh = b_b.to(tl.bfloat16)
         b_am = (b_at - b_ah.to(tl.float32)).to(tl.bfloat16)
         b_bm = (b_b - b_bh.to(tl.float32)).to(tl.bfloat16)
+        if PARTS == 3:
+            b_al = (b_at - b_ah.to(tl.float32) - b_am.to(tl.float32)).to(tl.bfloat16)
+            b_bl = (b_b - b_bh.to(tl.float32) - b_bm.to(tl.float32)).to(tl.bfloat16)
+            b_acc = tl.dot(b_ah, b_bl, b_acc)
+            b_acc = tl.dot(b_al, b_bh, b_acc)
+            b_acc = tl.dot(b_am, b_bm, b_acc)
         b_acc = tl.dot(b_ah, b_bm, b_acc)
         b_acc = tl.dot(b_am, b_bh, b_acc)
         b_acc = tl.dot(b_ah, b_bh, b_acc)
@@ -318,6 +326,7 @@ def cross_gram_update(cross: Tensor, y: Tensor, x: Tensor, *, mask: Tensor | Non
         return
     mask = None if mask is None else mask.contiguous().view(torch.uint8)
     shape = (triton.next_power_of_2(len(x)), *cross.shape, str(x.dtype), mask is not None)
-    cfg = pick("cross_gram_update", shape, configs(max(cross.shape), x.dtype), x.device,
+    choices = configs(max(cross.shape), x.dtype)
+    cfg = pick("cross_gram_update", shape, NARROW_CROSS if choices is NARROW else choices, x.device,
                lambda c: _launch_cross(c, torch.empty_like(cross), y, x, mask))
     _launch_cross(cfg, cross, y, x, mask)

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pyprune.triton_kernels import faults
 from pyprune.triton_kernels.tuning import config, pick
 
 CONFIGS = (config(4, TILE=2048), config(8, TILE=4096))
@@ -25,18 +26,21 @@ def _key(b_score):
 
 @triton.jit
 def _keep(b_score, N: tl.constexpr, M: tl.constexpr, MP: tl.constexpr):
-    """Keep mask of groups ``[groups, MP]`` whose first M members exist."""
+    """Keep mask of groups ``[groups, MP]`` whose first M members exist; everything where a score is NaN, and whether
+    there is any."""
     o_m = tl.arange(0, MP)
-    b_key = tl.where((o_m < M)[None, :], _key(b_score), 0x7FFFFFFF)
+    b_key = _key(b_score)
+    b_nan = tl.max(((b_key > 0x7F800000) & (o_m < M)[None, :]).to(tl.int32), axis=1)
+    b_key = tl.where((o_m < M)[None, :], b_key, 0x7FFFFFFF)
     b_mine = b_key[:, :, None]
     b_other = b_key[:, None, :]
     below = (b_other < b_mine) | ((b_other == b_mine) & (o_m[None, None, :] < o_m[None, :, None]))
     # [groups, MP]
-    return tl.sum(below.to(tl.int32), axis=2) >= M - N
+    return (tl.sum(below.to(tl.int32), axis=2) >= M - N) | (b_nan != 0)[:, None], tl.max(b_nan, axis=0)
 
 
 @triton.jit
-def nm_kernel(w, scale, keep, rows, c, stride_wr, stride_wc, HAS_SCALE: tl.constexpr, APPLY: tl.constexpr,
+def nm_kernel(w, scale, keep, fault, rows, c, stride_wr, stride_wc, HAS_SCALE: tl.constexpr, APPLY: tl.constexpr,
               N: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):
     # BC padded columns hold BC / MP groups; for a power of two MP = M and padding vanishes
     o_r = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
@@ -53,20 +57,23 @@ def nm_kernel(w, scale, keep, rows, c, stride_wr, stride_wc, HAS_SCALE: tl.const
     b_score = tl.abs(b_w.to(tl.float32))
     if HAS_SCALE:
         b_score = b_score * tl.load(scale + o_c, mask=m_c, other=0.0)[None, :]
-    b_keep = tl.reshape(_keep(tl.reshape(b_score, [BR * BC // MP, MP]), N, M, MP), [BR, BC])
+    b_keep, nan = _keep(tl.reshape(b_score, [BR * BC // MP, MP]), N, M, MP)
+    b_keep = tl.reshape(b_keep, [BR, BC])
+    if nan != 0:
+        tl.store(fault, 1)
     tl.store(keep + o_r[:, None] * c + o_c[None, :], b_keep.to(tl.uint8), mask=m_w)
     if APPLY:
         tl.store(p_w, tl.where(b_keep, b_w.to(tl.float32), 0.0).to(b_w.dtype), mask=m_w)
 
 
-def _launch(cfg, w, n, m, scale, apply, keep):
+def _launch(cfg, w, n, m, scale, apply, keep, fault):
     padded = triton.next_power_of_2(m)
     columns = w.shape[1] // m * padded
     bc = min(triton.next_power_of_2(columns), 1024)
     br = cfg["TILE"] // bc
     nm_kernel[(triton.cdiv(w.shape[0], br), triton.cdiv(columns, bc))](
-        w, w if scale is None else scale, keep, *w.shape, *w.stride(), HAS_SCALE=scale is not None, APPLY=apply, N=n,
-        M=m, MP=padded, BR=br, BC=bc, num_warps=cfg.warps, num_stages=cfg.stages, enable_fp_fusion=True)
+        w, w if scale is None else scale, keep, fault, *w.shape, *w.stride(), HAS_SCALE=scale is not None, APPLY=apply,
+        N=n, M=m, MP=padded, BR=br, BC=bc, num_warps=cfg.warps, num_stages=cfg.stages, enable_fp_fusion=True)
 
 
 def nm_mask(w: Tensor, n: int, m: int, *, scale: Tensor | None = None, apply: bool = False) -> Tensor:
@@ -74,7 +81,9 @@ def nm_mask(w: Tensor, n: int, m: int, *, scale: Tensor | None = None, apply: bo
     if w.numel() == 0:
         return keep
     scale = None if scale is None else scale.contiguous()
+    target, fault = keep.view(torch.uint8), faults.word("nm_mask", w.device)
     cfg = pick("nm_mask", (*w.shape, n, m, str(w.dtype), apply), CONFIGS, w.device,
-               lambda cfg: _launch(cfg, w.clone() if apply else w, n, m, scale, apply, keep))
-    _launch(cfg, w, n, m, scale, apply, keep.view(torch.uint8))
+               lambda cfg: _launch(cfg, w.clone() if apply else w, n, m, scale, apply, target, fault))
+    _launch(cfg, w, n, m, scale, apply, target, fault)
+    faults.after(w.device)
     return keep

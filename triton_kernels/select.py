@@ -5,8 +5,8 @@ k-th key is found two bits at a time by counting (16 rounds), ties go by a prefi
 take a radix select in global memory: three histograms (11, 10, 10 bits) narrow the k-th key down, ties are counted per
 block, and the mask is written; five reads of w, integer counts only, so the result does not depend on scheduling.
 
-A NaN score raises ``ValueError`` before any weight is written; with ``apply`` the zeros are stored after that check,
-where the mask is False, without reading w again.
+``apply`` stores zeros where the mask is False, in the pass that makes the mask. NaN scores are reported (``faults``)
+and their row, or the whole matrix, is left alone.
 """
 
 from __future__ import annotations
@@ -16,14 +16,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pyprune.triton_kernels import faults
 from pyprune.triton_kernels.nm import _key
-from pyprune.triton_kernels.tuning import config
 
 ROW_LIMIT = 16384
 PASSES = ((20, 11), (10, 10), (0, 10))  # lowest bit and number of bits of each histogram, from the top
 TILE = 4096
 INFINITY_KEY = tl.constexpr(0x7F800000)
-APPLY = config(4, BR=4, BC=1024)
 
 
 @triton.jit
@@ -38,37 +37,41 @@ def _keys(w, scale, o_r, o_c, rows, c, stride_wr, stride_wc, HAS_SCALE: tl.const
 
 
 @triton.jit
-def row_kernel(w, scale, keep, nans, k, rows, c, stride_wr, stride_wc, HAS_SCALE: tl.constexpr, BC: tl.constexpr):
+def row_kernel(w, scale, keep, fault, k, rows, c, stride_wr, stride_wc, HAS_SCALE: tl.constexpr, APPLY: tl.constexpr,
+               BC: tl.constexpr):
     i_r = tl.program_id(0).to(tl.int64)
     o_c = tl.arange(0, BC)
     b_key, m_w = _keys(w, scale, i_r + tl.arange(0, 1), o_c, rows, c, stride_wr, stride_wc, HAS_SCALE)
     # [BC]; what is beyond the row sorts above everything
     b_key = tl.reshape(tl.where(m_w, b_key, 0x7FFFFFFF), [BC])
     m_c = o_c < c
-    tl.store(nans + i_r, tl.max(((b_key > INFINITY_KEY) & m_c).to(tl.int32), axis=0).to(tl.uint8))
+    nan = tl.max(((b_key > INFINITY_KEY) & m_c).to(tl.int32), axis=0)
+    if nan != 0:
+        tl.store(fault, 1)
     # the key of rank k is the largest value with at most k keys below it: its top bit, then two bits a round
     value = (tl.sum((b_key < (1 << 30)).to(tl.int32), axis=0) <= k).to(tl.int32) << 30
     for i_digit in range(15):
         unit = 1 << (28 - 2 * i_digit)
-        # three counts of at most ROW_LIMIT in one reduction
-        b_below = (b_key < value + unit).to(tl.int64)
-        b_below += (b_key < value + 2 * unit).to(tl.int64) << 20
-        b_below += (b_key < value + 3 * unit).to(tl.int64) << 40
+        # counts of at most ROW_LIMIT = 2^14: two of them fit one reduction
+        b_below = (b_key < value + unit).to(tl.int32) + ((b_key < value + 2 * unit).to(tl.int32) << 15)
         below = tl.sum(b_below, axis=0)
-        digit = ((below & 0xFFFFF) <= k).to(tl.int32)
-        digit += (((below >> 20) & 0xFFFFF) <= k).to(tl.int32)
-        digit += ((below >> 40) <= k).to(tl.int32)
+        digit = ((below & 0x7FFF) <= k).to(tl.int32) + ((below >> 15) <= k).to(tl.int32)
+        digit += (tl.sum((b_key < value + 3 * unit).to(tl.int32), axis=0) <= k).to(tl.int32)
         value += unit * digit
+    value = tl.where(nan != 0, 0, value)  # nothing is below zero, and no tie is spare
     b_below = b_key < value
     b_tie = (b_key == value) & m_c
-    spare = k - tl.sum(b_below.to(tl.int32), axis=0)
+    spare = tl.where(nan != 0, 0, k - tl.sum(b_below.to(tl.int32), axis=0))
     b_order = tl.cumsum(b_tie.to(tl.int32), axis=0)
     b_drop = b_below | (b_tie & (b_order <= spare))
     tl.store(keep + i_r * c + o_c, (b_drop == 0).to(tl.uint8), mask=m_c)
+    if APPLY:
+        tl.store(w + i_r * stride_wr + o_c.to(tl.int64) * stride_wc, tl.zeros([BC], dtype=w.dtype.element_ty),
+                 mask=b_drop & m_c)
 
 
 @triton.jit
-def histogram_kernel(w, scale, state, histogram, nans, rows, c, stride_wr, stride_wc, PER_ROW: tl.constexpr,
+def histogram_kernel(w, scale, state, histogram, nans, fault, rows, c, stride_wr, stride_wc, PER_ROW: tl.constexpr,
                      HAS_SCALE: tl.constexpr, SHIFT: tl.constexpr, BITS: tl.constexpr, BR: tl.constexpr,
                      BC: tl.constexpr):
     i_r = tl.program_id(0).to(tl.int64)
@@ -82,7 +85,8 @@ def histogram_kernel(w, scale, state, histogram, nans, rows, c, stride_wr, strid
     else:
         nan = tl.max(tl.max(((b_key > INFINITY_KEY) & m_w).to(tl.int32), axis=1), axis=0)
         if nan != 0:
-            tl.store(nans + i_segment, nan.to(tl.uint8))
+            tl.store(nans + i_segment, 1)
+            tl.store(fault, 1)
     b_digit = tl.reshape((b_key >> SHIFT) & ((1 << BITS) - 1), [BR * BC])
     b_count = tl.histogram(b_digit, 1 << BITS, mask=tl.reshape(m_in, [BR * BC]))
     tl.atomic_add(histogram + i_segment * (1 << BITS) + tl.arange(0, 1 << BITS), b_count, mask=b_count > 0)
@@ -115,33 +119,30 @@ def tie_kernel(w, scale, state, ties, rows, c, stride_wr, stride_wc, PER_ROW: tl
 
 
 @triton.jit
-def mask_kernel(w, scale, state, before, keep, rows, c, stride_wr, stride_wc, PER_ROW: tl.constexpr,
-                HAS_SCALE: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):
+def mask_kernel(w, scale, state, before, nans, keep, rows, c, stride_wr, stride_wc, PER_ROW: tl.constexpr,
+                HAS_SCALE: tl.constexpr, APPLY: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):
     i_r = tl.program_id(0).to(tl.int64)
     o_r = i_r * BR + tl.arange(0, BR)
     o_c = tl.program_id(1) * BC + tl.arange(0, BC)
     b_key, m_w = _keys(w, scale, o_r, o_c, rows, c, stride_wr, stride_wc, HAS_SCALE)
     value = tl.load(state + i_r * PER_ROW * 2)
     spare = tl.load(state + i_r * PER_ROW * 2 + 1) - tl.load(before + i_r * tl.num_programs(1) + tl.program_id(1))
+    nan = tl.load(nans + i_r * PER_ROW)
+    value = tl.where(nan != 0, 0, value)  # nothing is below zero, and no tie is spare
+    spare = tl.where(nan != 0, 0, spare)
     b_tie = (b_key == value) & m_w
     # row-major order: a tile has one row, or all columns of its rows
     b_order = tl.reshape(tl.cumsum(tl.reshape(b_tie.to(tl.int32), [BR * BC]), axis=0), [BR, BC])
     b_drop = (b_key < value) | (b_tie & (b_order <= spare))
     tl.store(keep + o_r[:, None] * c + o_c[None, :], (b_drop == 0).to(tl.uint8), mask=m_w)
+    if APPLY:
+        tl.store(w + o_r[:, None] * stride_wr + o_c.to(tl.int64)[None, :] * stride_wc,
+                 tl.zeros([BR, BC], dtype=w.dtype.element_ty), mask=b_drop & m_w)
 
 
-@triton.jit
-def apply_kernel(w, keep, rows, c, stride_wr, stride_wc, BR: tl.constexpr, BC: tl.constexpr):
-    o_r = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
-    o_c = tl.program_id(1) * BC + tl.arange(0, BC)
-    m_w = (o_r < rows)[:, None] & (o_c < c)[None, :]
-    b_keep = tl.load(keep + o_r[:, None] * c + o_c[None, :], mask=m_w, other=1)
-    tl.store(w + o_r[:, None] * stride_wr + o_c.to(tl.int64)[None, :] * stride_wc,
-             tl.zeros([BR, BC], dtype=w.dtype.element_ty), mask=b_keep == 0)
-
-
-def _select_in_memory(w: Tensor, k: int, scale: Tensor | None, keep: Tensor, per_row: bool) -> Tensor:
-    """Radix select of each row (``per_row``) or of the matrix; returns the NaN flags."""
+def _select_in_memory(w: Tensor, k: int, scale: Tensor | None, keep: Tensor, per_row: bool, apply: bool,
+                      fault: Tensor) -> None:
+    """Radix select of each row (``per_row``) or of the matrix."""
     rows, c = w.shape
     bc = min(triton.next_power_of_2(c), TILE)
     # one row a tile where ranks are per row or rows are wider than a tile: the order inside a tile must be row-major
@@ -151,17 +152,17 @@ def _select_in_memory(w: Tensor, k: int, scale: Tensor | None, keep: Tensor, per
     given = w if scale is None else scale
     state = torch.tensor([0, k], dtype=torch.int32, device=w.device).repeat(segments, 1)
     histogram = torch.zeros(segments, 2048, dtype=torch.int32, device=w.device)
-    nans = torch.zeros(segments, dtype=torch.uint8, device=w.device)
+    nans = torch.zeros(segments, dtype=torch.int32, device=w.device)
     ties = torch.empty(grid, dtype=torch.int32, device=w.device)
     shape = dict(PER_ROW=int(per_row), HAS_SCALE=scale is not None, BR=br, BC=bc, num_warps=8)
     for shift, bits in PASSES:
-        histogram_kernel[grid](w, given, state, histogram, nans, rows, c, *w.stride(), SHIFT=shift, BITS=bits, **shape)
+        histogram_kernel[grid](w, given, state, histogram, nans, fault, rows, c, *w.stride(), SHIFT=shift, BITS=bits,
+                               **shape)
         digit_kernel[(segments,)](state, histogram, SHIFT=shift, BITS=bits, num_warps=4)
     tie_kernel[grid](w, given, state, ties, rows, c, *w.stride(), **shape)
     flat = ties if per_row else ties.reshape(1, -1)
     before = (flat.cumsum(1, dtype=torch.int32) - flat).reshape(grid)
-    mask_kernel[grid](w, given, state, before, keep, rows, c, *w.stride(), **shape)
-    return nans
+    mask_kernel[grid](w, given, state, before, nans, keep, rows, c, *w.stride(), APPLY=apply, **shape)
 
 
 def select_mask(w: Tensor, k: int, *, scale: Tensor | None = None, scope: str = "row", apply: bool = False) -> Tensor:
@@ -172,22 +173,17 @@ def select_mask(w: Tensor, k: int, *, scale: Tensor | None = None, scope: str = 
         raise ValueError(f"select_mask counts in int32: at most 2^31 - 1 weights, got {w.numel()}")
     rows, c = w.shape
     scale = None if scale is None else scale.contiguous()
-    target = keep.view(torch.uint8)
+    target, fault = keep.view(torch.uint8), faults.word("select_mask", w.device)
     if scope == "row" and c <= ROW_LIMIT:
-        nans = torch.empty(rows, dtype=torch.uint8, device=w.device)
         block = triton.next_power_of_2(c)
-        row_kernel[(rows,)](w, w if scale is None else scale, target, nans, k, rows, c, *w.stride(),
-                            HAS_SCALE=scale is not None, BC=block, num_warps=row_warps(block))
+        row_kernel[(rows,)](w, w if scale is None else scale, target, fault, k, rows, c, *w.stride(),
+                            HAS_SCALE=scale is not None, APPLY=apply, BC=block, num_warps=row_warps(block))
     else:
-        nans = _select_in_memory(w, k, scale, target, scope == "row")
-    if nans.any():
-        raise ValueError(f"scores of a {tuple(w.shape)} matrix contain NaN; nothing was written")
-    if apply:
-        apply_kernel[(triton.cdiv(rows, APPLY["BR"]), triton.cdiv(c, APPLY["BC"]))](w, target, rows, c, *w.stride(),
-                                                                                 **APPLY.launch())
+        _select_in_memory(w, k, scale, target, scope == "row", apply, fault)
+    faults.after(w.device)
     return keep
 
 
 def row_warps(block: int) -> int:
-    """At most 32 keys a thread, at least one warp, at most 16."""
-    return max(1, min(16, block // 1024))
+    """At most 32 keys a thread, from one warp to 16."""
+    return max(1, min(16, block // 512))

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pyprune.triton_kernels import faults
 from pyprune.triton_kernels.nm import _key
 from pyprune.triton_kernels.select import select_mask
 from pyprune.triton_kernels.tuning import config, pick
@@ -35,7 +36,7 @@ def _choose(b_w, b_scale, b_keep, o_b, j, n_drop, GROUP: tl.constexpr):
 
 
 @triton.jit
-def sweep_kernel(w, r, mask, keep, error, loss, rows, b, stride_w, stride_r, stride_m, stride_k, n_drop,
+def sweep_kernel(w, r, mask, keep, error, loss, fault, rows, b, stride_w, stride_r, stride_m, stride_k, n_drop,
                  GROUP: tl.constexpr, BR: tl.constexpr, BB: tl.constexpr):
     # GROUP = 0: the mask is given; else it is chosen per group of GROUP columns
     o_r = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
@@ -46,8 +47,10 @@ def sweep_kernel(w, r, mask, keep, error, loss, rows, b, stride_w, stride_r, str
     # [BR, BB]
     p_w = w + o_r[:, None] * stride_w + o_b[None, :]
     b_w = tl.load(p_w, mask=m_w, other=0.0)
-    if GROUP > 0:
-        b_scale = tl.div_rn(1.0, tl.load(r + o_b * (stride_r + 1), mask=m_b, other=1.0))
+    b_first = b_w
+    b_diagonal = tl.load(r + o_b * (stride_r + 1), mask=m_b, other=1.0)
+    sound = tl.min(((b_diagonal > 0) & (b_diagonal < float("inf"))).to(tl.int32), axis=0)
+    b_scale = tl.div_rn(1.0, b_diagonal)
     if GROUP == 0:
         b_keep = tl.load(mask + o_r[:, None] * stride_m + o_b[None, :], mask=m_w, other=1).to(tl.int32)
     else:
@@ -71,20 +74,27 @@ def sweep_kernel(w, r, mask, keep, error, loss, rows, b, stride_w, stride_r, str
         b_ej = tl.div_rn(b_pruned, diagonal)
         b_w = tl.where((o_b > j)[None, :], b_w - b_ej[:, None] * b_row[None, :], b_w)
         b_e = tl.where(m_j, b_ej[:, None], b_e)
-    tl.store(p_w, tl.where(b_keep == 0, 0.0, b_w), mask=m_w)
+    # whatever is not finite in w or in the factor has reached the row by now; such a row keeps its weights
+    b_finite = tl.min((tl.abs(b_w) < float("inf")).to(tl.int32), axis=1)
+    b_sound = ((b_finite & sound) != 0)[:, None]
+    if tl.min(b_finite, axis=0) + sound < 2:
+        tl.store(fault, 1)
+    b_e = tl.where(b_sound, b_e, 0.0)
+    b_w = tl.where(b_sound, tl.where(b_keep == 0, 0.0, b_w), b_first)
+    tl.store(p_w, b_w, mask=m_w)
     tl.store(keep + o_r[:, None] * stride_k + o_b[None, :], (b_keep != 0).to(tl.uint8), mask=m_w)
     tl.store(error + o_r[:, None] * stride_k + o_b[None, :], b_e, mask=m_w)
     p_loss = loss + o_r
     tl.store(p_loss, tl.load(p_loss, mask=m_r, other=0.0) + tl.sum(b_e * b_e, axis=1), mask=m_r)
 
 
-def _launch(cfg, w, r, mask, nm, keep, error, loss):
+def _launch(cfg, w, r, mask, nm, keep, error, loss, fault):
     rows, b = w.shape
     given = keep if mask is None else mask
     n, m = nm or (0, 0)
     sweep_kernel[(triton.cdiv(rows, cfg["BR"]),)](
-        w, r, given, keep, error, loss, rows, b, w.stride(0), r.stride(0), given.stride(0), keep.stride(0), m - n,
-        GROUP=m, BB=max(16, triton.next_power_of_2(b)), **cfg.launch())
+        w, r, given, keep, error, loss, fault, rows, b, w.stride(0), r.stride(0), given.stride(0), keep.stride(0),
+        m - n, GROUP=m, BB=max(16, triton.next_power_of_2(b)), **cfg.launch())
 
 
 def obs_sweep(w: Tensor, r: Tensor, *, mask: Tensor | None = None, k: int | None = None,
@@ -102,16 +112,20 @@ def obs_sweep(w: Tensor, r: Tensor, *, mask: Tensor | None = None, k: int | None
         return keep, error, loss
     mask = None if mask is None else mask.contiguous().view(torch.uint8)
     out = keep.view(torch.uint8)
+    fault = faults.word("obs_sweep", w.device)
     # a group must not straddle two sub-blocks
     step = BLOCK if nm is None else BLOCK // nm[1] * nm[1]
     head = slice(0, min(step, b))
+    if b > step:  # a bad factor must not reach w by the products either: its zero diagonal stops every sub-block
+        r = torch.where(r.isfinite().all() & (r.diagonal() > 0).all(), r, 0)
     cfg = pick("obs_sweep", (rows, b, nm), CONFIGS, w.device,
                lambda c: _launch(c, w[:, head].clone(), r[head, head], None if mask is None else mask[:, head], nm,
-                                 torch.empty_like(out[:, head]), torch.empty_like(error[:, head]), loss.clone()))
+                                 torch.empty_like(out[:, head]), torch.empty_like(error[:, head]), loss.clone(), fault))
     for start in range(0, b, step):
         own, right = slice(start, min(start + step, b)), slice(min(start + step, b), b)
         given = None if mask is None else mask[:, own]
-        _launch(cfg, w[:, own], r[own, own], given, nm, out[:, own], error[:, own], loss)
+        _launch(cfg, w[:, own], r[own, own], given, nm, out[:, own], error[:, own], loss, fault)
         if right.start < b:
             w[:, right].addmm_(error[:, own], r[own, right], alpha=-1)
+    faults.after(w.device)
     return keep, error, loss
