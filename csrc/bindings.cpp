@@ -23,6 +23,9 @@ static void bind_cpu(py::module_& m) {
     m.def("use_cpu_level", &pyprune::use_level, py::arg("level") = "", "force one, for tests; \"\" for the best");
     m.def("cpu_level", [] { return std::string(kernels().name); });
 
+    m.def("cpu_tile_flops", [](bool pairs, int64_t repeats, int threads) {
+        return kernels().tile_flops(pairs, repeats, threads);
+    }, nogil);
     m.def("gram_update_cpu", [](Address gram, Address x, int64_t tokens, int64_t columns, int64_t stride, int type,
                                 Address sums, Address count, Address mask, bool round, int threads) {
         const Tokens view{at<void>(x), tokens, columns, stride, type, at<uint8_t>(mask)};

@@ -1,7 +1,7 @@
 // Batched Cholesky factor and solve of small systems: a lane is a system, so every operation is full width whatever n.
 //
-// FLOPs: batch·n³/3 for the factor, 2·batch·n²·k for the solve; bytes: batch·(n² + 2nk)·4, once in and out. VL systems are
-// transposed into a packed lower triangle of vectors, n(n+1)/2 · 4·VL bytes, which should stay in the second-level
+// FLOPs: batch·n³/3 for the factor, 2·batch·n²·k for the solve; bytes: batch·(n² + 2nk)·4, once in and out. VL systems
+// are transposed into a packed lower triangle of vectors, n(n+1)/2 · 4·VL bytes, which should stay in the second-level
 // cache: pyprune/native.py sends larger n to LAPACK.
 #pragma once
 

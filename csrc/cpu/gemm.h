@@ -62,7 +62,10 @@ inline void store_tile(const vf acc[MR][3], float* out, int64_t stride, int64_t 
     for (int r = 0; r < MR; ++r)
         for (int v = 0; v < 3; ++v) store(&edge[r][v * VL], bias ? acc[r][v] + load(bias + v * VL) : acc[r][v]);
     for (int64_t r = 0; r < least(rows, MR); ++r)
-        for (int64_t c = 0; c < least(columns, NR); ++c) out[r * stride + c] = edge[r][c] + (ADD ? out[r * stride + c] : 0);
+        for (int64_t c = 0; c < least(columns, NR); ++c) {
+            float* p = out + r * stride + c;
+            *p = ADD ? *p + edge[r][c] : edge[r][c];
+        }
 }
 
 // panel [count][NR] of columns first … first+NR of the tokens listed in rows (null: start, start+1, …).
@@ -92,10 +95,11 @@ inline void pack_pairs(const Tokens& x, const int64_t* rows, int64_t start, int6
                        uint32_t* panel) {
     const int64_t width = least(NR, x.columns - first);
     for (int64_t t = 0; t < count; t += 2, panel += NR) {
-        const T* low = static_cast<const T*>(x.data) + (rows ? rows[start + t] : start + t) * x.stride + first;
         const bool pair = t + 1 < count;
-        const T* high = pair ? static_cast<const T*>(x.data) + (rows ? rows[start + t + 1] : start + t + 1) * x.stride + first
-                             : low;
+        const auto at = [&](int64_t i) {
+            return static_cast<const T*>(x.data) + (rows ? rows[i] : i) * x.stride + first;
+        };
+        const T *low = at(start + t), *high = at(start + t + (pair ? 1 : 0));
         const uint32_t use = pair ? ~0u : 0u;
         if (width == NR) {
             for (int c = 0; c < NR; ++c) panel[c] = as_bf16(low[c]) | ((uint32_t(as_bf16(high[c])) << 16) & use);

@@ -4,6 +4,7 @@
 #include "cpu/gram.h"
 #include "cpu/moments.h"
 #include "cpu/nm.h"
+#include "cpu/peak.h"
 #include "cpu/product.h"
 #include "cpu/select.h"
 #include "cpu/sparse24.h"
@@ -18,6 +19,6 @@ namespace pyprune {
 extern const Kernels PYPRUNE_JOIN(kernels_, PYPRUNE_ISA);
 const Kernels PYPRUNE_JOIN(kernels_, PYPRUNE_ISA) = {
     PYPRUNE_STRING(PYPRUNE_ISA), &gram, &cross_gram, &linear, &trailing_update, &column_moments, &select_mask,
-    &nm_mask, &obs_sweep, &cholesky, &compress_24, &expand_24,
+    &nm_mask, &obs_sweep, &cholesky, &compress_24, &expand_24, &tile_flops,
 };
 }  // namespace pyprune

@@ -46,6 +46,7 @@ struct Kernels {
     // False: metadata names one place twice
     bool (*expand_24)(const uint16_t* values, const int16_t* metadata, int64_t rows, int64_t columns, uint16_t* w,
                       int threads);
+    double (*tile_flops)(bool pairs, int64_t repeats, int threads);  // for benchmarks: peak.h
 };
 
 const Kernels& kernels();                  // the table in use
