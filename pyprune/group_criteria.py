@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pyprune.config import ConfigError
 from pyprune.groups import Coupled
-from pyprune.moments import Moments
+from pyprune.moments import Split
 
 POOL = 128
 BLOCK = 32
@@ -27,7 +27,7 @@ class Scored:
     group: Coupled
     weight: Tensor
     """float32 ``[out, c]``."""
-    moments: Moments | None = None
+    moments: Split | None = None
     centred: bool = True
     """Whether a bias takes up the mean, so that only the variance is at stake (OBS)."""
     gradients: Tensor | None = None
@@ -39,14 +39,6 @@ class Scored:
         """Sum of a column score ``[c]`` over each unit."""
         return columns.double()[self.group.columns.to(columns.device)].sum(1)
 
-    @property
-    def second(self) -> Tensor:
-        """Uncentred mean products, float64 ``[c, c]``."""
-        return self.moments.about().second
-
-    @property
-    def covariance(self) -> Tensor:
-        return self.moments.about(self.moments.mean, self.moments.mean_e).second
 
 
 def random(layer: Scored) -> Tensor:
@@ -69,12 +61,13 @@ def magnitude(layer: Scored) -> Tensor:
 def activation(layer: Scored) -> Tensor:
     """Column norm times input norm, ``‖W_·j‖ ‖X_j‖`` (Wanda, arXiv 2306.11695, for columns); root sum of squares over a
     head."""
-    return layer.per_unit(layer.second.diagonal() * layer.weight.double().square().sum(0)).clamp(min=0).sqrt()
+    squares = layer.moments.variance + layer.moments.mean.square()
+    return layer.per_unit(squares * layer.weight.double().square().sum(0)).sqrt()
 
 
 def wifv(layer: Scored) -> Tensor:
     """FLAP's weighted input feature variance ``Σ_jj ‖W_·j‖²`` (arXiv 2312.11983)."""
-    return layer.per_unit(layer.covariance.diagonal().clamp(min=0) * layer.weight.double().square().sum(0))
+    return layer.per_unit(layer.moments.variance * layer.weight.double().square().sum(0))
 
 
 def taylor(layer: Scored) -> Tensor:
@@ -89,7 +82,7 @@ def fisher(layer: Scored) -> Tensor:
 
 def _inverse(layer: Scored) -> Tensor:
     """Damped inverse of the second moments, float64 ``[c, c]``."""
-    h = layer.covariance if layer.centred else layer.second
+    h = layer.moments.second(layer.centred)
     mean = float(h.diagonal().mean()) or 1.0
     h = h + OBS_DAMPING * mean * torch.eye(len(h), dtype=h.dtype, device=h.device)
     return torch.cholesky_inverse(torch.linalg.cholesky(h))

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pyprune import ops
 from pyprune.groups import Coupled
-from pyprune.moments import About, Moments, Split
+from pyprune.moments import About, Split
 
 GRID = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Candidate λ, relative to the mean diagonal of Σ_KK."""
@@ -43,7 +43,7 @@ class Problem:
 
     @property
     def tokens(self) -> int:
-        return self.moments.fit.count + self.moments.held.count
+        return self.moments.count
 
 
 @dataclass(eq=False)
@@ -114,29 +114,24 @@ class _Pieces:
         self.drop = group.columns_of(gone.nonzero()[:, 0]).to(weight.device)
         self.problem, self.centred = problem, centred
         self.kept_weight, self.dropped_weight = weight[:, self.keep], weight[:, self.drop]
-        fit, held = problem.moments.fit, problem.moments.held
-        self.total = fit if held.count == 0 else problem.moments.all
-        if fit.count == 0:
-            fit = self.total
-        point, point_e = (fit.mean, fit.mean_e) if centred else (None, None)
-        self.fit = self._cut(fit.about(point, point_e))
-        self.held = self._cut(held.about(point, point_e)) if held.count else self.fit
-        self.power = _power(weight, (held if held.count else fit).about(None, None))
+        self.view = view = problem.moments.view(centred)
+        self.fit = self._cut(view.fit)
+        self.held = self.fit if view.held is view.fit else self._cut(view.held)
+        at, moved = (weight.double() @ v for v in (view.point, view.offset))
+        power = float((weight @ view.held.second * weight).sum()) + float((at * (at + 2 * moved)).sum())
+        self.power = max(power, 1e-30)
 
     def _cut(self, about: About) -> dict[str, Tensor | float]:
-        """``kk [K,K]``, ``kt = E[x_K tᵀ] [K,out]`` and ``tt = E‖t‖²`` of the missing part t."""
-        k, d, w, second = self.keep, self.drop, self.dropped_weight, about.second.float()
-        kt = second[k][:, d] @ w.T
-        tt = self._lost(about)
+        """``kk [K,K]``, ``kd [K,D]``, ``kt = E[x_K tᵀ] [K,out]`` and ``tt = E‖t‖²`` of the missing part t."""
+        k, d, w = self.keep, self.drop, self.dropped_weight
+        rows = about.second[k]
+        kd = rows[:, d]
+        kt = kd @ w.T
+        tt = float((w @ about.second[d][:, d] * w).sum()) + about.square
         if about.cross is not None:
-            kt = kt + about.cross[k].float()
-        return {"kk": second[k][:, k].contiguous(), "kt": kt, "tt": tt}
-
-    def _lost(self, about: About) -> float:
-        """``E‖t‖²``."""
-        d, w = self.drop, self.dropped_weight
-        lost = float((w @ about.second[d][:, d].float() * w).sum()) + about.square
-        return lost if about.cross is None else lost + 2 * float((about.cross[d].T.float() * w).sum())
+            kt = kt + about.cross[k]
+            tt += 2 * float((about.cross[d].T * w).sum())
+        return {"kk": rows[:, k], "kd": kd, "kt": kt, "tt": tt, "ke": None if about.cross is None else about.cross[k]}
 
     def held_error(self, update: Tensor | None) -> float:
         """Relative held-out error of ``W_K + update``; update float32 ``[out, K]``."""
@@ -147,20 +142,28 @@ class _Pieces:
 
     def unrepaired(self) -> float:
         """Relative held-out error of plain slicing (no bias either)."""
-        held, fit = self.problem.moments.held, self.problem.moments.fit
-        return max(self._lost((held if held.count else fit).about(None, None)), 0.0) / self.power
+        view, w = self.view, self.dropped_weight.double()
+        at, moved = w @ view.point[self.drop], w @ view.offset[self.drop]
+        if view.point_e is not None:
+            at, moved = at + view.point_e, moved + view.offset_e
+        return max(self.held["tt"] + float((at * (at + 2 * moved)).sum()), 0.0) / self.power
+
+    def total(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """``Σ_KK``, ``Σ_KD`` and the moments of K with e, of all tokens about their own mean (or the origin)."""
+        share, shift = self.view.share, self.view.shift.float()
+        k, d = shift[self.keep], shift[self.drop]
+        mixed = {name: share * self.fit[name] + (1 - share) * self.held[name]
+                 for name in ("kk", "kd", "ke") if self.fit[name] is not None}
+        kk, kd = mixed["kk"].addr(k, k, alpha=-1), mixed["kd"].addr(k, d, alpha=-1)
+        return kk, kd, mixed["ke"].addr(k, self.view.shift_e.float(), alpha=-1) if "ke" in mixed else None
 
     def bias(self, weight: Tensor) -> Tensor | None:
         """``b' = b + W_D μ_D + mean e − (W' − W_K) μ_K``: exact mean of the output over all tokens."""
         if self.problem.bias is None or not self.centred:
             return None if self.problem.bias is None else self.problem.bias.clone()
-        mean, mean_e = self.total.mean, self.total.mean_e
+        mean, mean_e = self.problem.moments.mean, self.problem.moments.mean_e
         shift = self.dropped_weight.double() @ mean[self.drop] - (weight - self.kept_weight).double() @ mean[self.keep]
         return (self.problem.bias.double() + shift + (0 if mean_e is None else mean_e)).float()
-
-
-def _power(weight: Tensor, about: About) -> float:
-    return max(float((weight @ about.second.float() * weight).sum()), 1e-30)
 
 
 def solve(a: Tensor, b: Tensor, dampings: Tensor) -> tuple[Tensor, Tensor]:
@@ -215,14 +218,9 @@ def _liar(pieces: _Pieces, damping: float | None, interpolate_weights: bool, gua
         bias = pieces.bias(pieces.kept_weight) if rest[1] == "bias" else problem.bias
         return Repair(pieces.kept_weight.clone(), bias, rest[1], None, errors=errors,
                       warnings=[f"LIAR was not used: {reason}"])
-    total = pieces.total.about(*((pieces.total.mean, pieces.total.mean_e) if pieces.centred else (None, None)))
-    second = total.second
-    right = second[k][:, d]
-    if total.cross is not None:
-        right = torch.cat([right, total.cross[k]], dim=1)
-    system = second[k][:, k].float().contiguous()
-    solution, info = solve(system, right.float().contiguous(),
-                           torch.tensor([chosen * _scale(system)], device=system.device))
+    system, right, cross = pieces.total()
+    right = right if cross is None else torch.cat([right, cross], dim=1)
+    solution, info = solve(system, right, torch.tensor([chosen * _scale(system)], device=system.device))
     if int(info[0]):  # the fitted part alone could be factored, all tokens could not: rounding at a tiny λ
         return _liar(pieces, 10 * max(chosen, 1e-7), interpolate_weights, guard)
     q, correction = solution[0][:, :len(d)].contiguous(), solution[0][:, len(d):]
@@ -249,20 +247,20 @@ def _mask_tuning(problem: Problem, kept: Tensor, pieces: _Pieces, damping: float
     gone = torch.ones(group.units, dtype=torch.bool, device=w.device)
     gone[kept.to(w.device)] = False
 
-    def cut(moments: Moments) -> tuple[Tensor, Tensor]:
-        about = moments.about(None, None)
-        product = about.second * (w.T @ w).double()
-        a = torch.zeros(group.units, group.units, dtype=torch.float64, device=w.device)
-        a = a.index_add(0, unit, torch.zeros(len(product), group.units, dtype=torch.float64, device=w.device)
-                        .index_add(1, unit, product))
+    overlap = w.T @ w
+
+    def cut(about: About) -> tuple[Tensor, Tensor]:
+        a = about.second * overlap
+        if group.width > 1:
+            a = torch.zeros(group.units, len(a), device=a.device).index_add(0, unit, a)
+            a = torch.zeros(group.units, group.units, device=a.device).index_add(1, unit, a)
         f = a[:, gone].sum(1)
         if about.cross is not None:
-            f = f.index_add(0, unit, (about.cross * w.T.double()).sum(1))
-        return a[~gone][:, ~gone].float().contiguous(), f[~gone].float()
+            f = f.index_add(0, unit, (about.cross * w.T).sum(1))
+        return a[~gone][:, ~gone], f[~gone]
 
-    fit = problem.moments.fit if problem.moments.fit.count else pieces.total
-    a, f = cut(fit)
-    held_a, held_f = cut(problem.moments.held) if held_out(problem) else (a, f)
+    a, f = cut(pieces.view.fit)
+    held_a, held_f = cut(pieces.view.held) if held_out(problem) else (a, f)
 
     def error(delta: Tensor) -> float:
         delta = delta[:, 0]
@@ -273,7 +271,8 @@ def _mask_tuning(problem: Problem, kept: Tensor, pieces: _Pieces, damping: float
     if chosen != chosen or (guard and errors["none"] < best and held_out(problem)):
         return Repair(pieces.kept_weight.clone(), problem.bias, "none", errors=errors,
                       warnings=["mask tuning was not used: its held-out error is above plain slicing's"])
-    a, f = cut(pieces.total)
+    share = pieces.view.share
+    a, f = share * a + (1 - share) * held_a, share * f + (1 - share) * held_f
     delta, _ = solve(a, f[:, None], torch.tensor([chosen * _scale(a)], device=a.device))
     scales = torch.ones(group.units, device=w.device)
     scales[~gone] += torch.nan_to_num(delta[0, :, 0])

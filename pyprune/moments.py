@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyprune import ops
 
-FLUSH_TOKENS = 16384
+FLUSH_TOKENS = 8192
 HELD_OUT_EVERY = 5
 
 
@@ -43,86 +43,61 @@ class Moments:
         self.gram, self.sums = torch.zeros(c, c, **double), torch.zeros(c, **double)
         if r:
             self.cross, self.sums_e = torch.zeros(c, r, **double), torch.zeros(r, **double)
-        self._pending: list[Tensor] | None = None
-        self._since = 0
+        self._x: list[Tensor] = []
+        self._e: list[Tensor] = []
+        self._waiting = 0
 
     def update(self, x: Tensor, e: Tensor | None = None) -> None:
-        """Add tokens ``x [tokens, c]`` and their errors ``e [tokens, r]``."""
+        """Add tokens ``x [tokens, c]`` and their errors ``e [tokens, r]`` (None is zero)."""
         if not len(x):
             return
         x = x.float()
         if self.shift is None:
             self.shift = x.mean(0)
-        x = x - self.shift
-        if self._pending is None:
-            self._pending = [torch.zeros(self.columns, self.columns, device=self.device),
-                             torch.zeros(self.columns, device=self.device)]
-            if self.outputs:
-                self._pending.append(torch.zeros(self.columns, self.outputs, device=self.device))
-        ops.gram_update(self._pending[0], x, sums=self._pending[1], precision=self.precision)
+        self._x.append(x - self.shift)
         if self.outputs:
             e = torch.zeros(len(x), self.outputs, device=x.device) if e is None else e.float()
             if self.shift_e is None:
                 self.shift_e = e.mean(0)
-            e = e - self.shift_e
-            if self.precision == "bfloat16":
-                x, e = x.bfloat16(), e.bfloat16()
-            ops.cross_gram_update(self._pending[2], x, e)
-            self.sums_e += e.double().sum(0)
-            self.squares_e += float(e.float().square().sum(dtype=torch.float64))
+            self._e.append(e - self.shift_e)
         self.count += len(x)
-        self._since += len(x)
-        if self._since >= FLUSH_TOKENS:
+        self._waiting += len(x)
+        if self._waiting >= FLUSH_TOKENS:
             self.flush()
 
     def flush(self) -> None:
-        """Add the float32 sums to the float64 masters."""
-        if self._pending is not None:
-            for master, part in zip((self.gram, self.sums, self.cross), self._pending):
-                master += part
-            self._pending, self._since = None, 0
-
-    def plus(self, other: Moments) -> Moments:
-        """Moments of both samples; they must share their shifts."""
-        for part in (self, other):
-            part.flush()
-        out = Moments(self.columns, self.outputs, self.device, self.precision, self.shift, self.shift_e)
-        out.count = self.count + other.count
-        out.gram, out.sums = self.gram + other.gram, self.sums + other.sums
+        """Products of the waiting tokens, summed in float32, into the float64 masters."""
+        if not self._x:
+            return
+        x = torch.cat(self._x)
+        gram, sums = (torch.zeros(shape, device=x.device) for shape in ((self.columns, self.columns), self.columns))
+        ops.gram_update(gram, x, sums=sums, precision=self.precision)
+        self.gram += gram
+        self.sums += sums
         if self.outputs:
-            out.cross, out.sums_e = self.cross + other.cross, self.sums_e + other.sums_e
-            out.squares_e = self.squares_e + other.squares_e
-        return out
+            e = torch.cat(self._e)
+            cross = torch.zeros(self.columns, self.outputs, device=x.device)
+            narrow = torch.bfloat16 if self.precision == "bfloat16" else torch.float32
+            ops.cross_gram_update(cross, x.to(narrow), e.to(narrow))
+            self.cross += cross
+            self.sums_e += e.sum(0)
+            self.squares_e += float(e.square().sum(dtype=torch.float64))
+        self._x, self._e, self._waiting = [], [], 0
 
-    @property
-    def mean(self) -> Tensor:
-        """float64 ``[c]``."""
-        self.flush()
-        return self.sums / max(self.count, 1) + (0 if self.shift is None else self.shift)
-
-    @property
-    def mean_e(self) -> Tensor | None:
-        """float64 ``[r]``; None without an error term."""
-        if not self.outputs:
-            return None
-        return self.sums_e / max(self.count, 1) + (0 if self.shift_e is None else self.shift_e)
-
-    def about(self, point: Tensor | None = None, point_e: Tensor | None = None) -> About:
-        """Mean products of ``x − point`` and ``e − point_e``; None is the origin."""
+    def mean_about_shift(self) -> tuple[Tensor, Tensor | None]:
         self.flush()
         n = max(self.count, 1)
-        u = self.sums / n
-        shift = torch.zeros_like(u) if self.shift is None else self.shift.double()
-        d = (0 if point is None else point) - shift
-        second = self.gram / n
-        second -= torch.outer(u, d) + torch.outer(d, u) - torch.outer(d, d)
+        return self.sums / n, self.sums_e / n if self.outputs else None
+
+    def about(self, d: Tensor, f: Tensor | None) -> About:
+        """Mean products about ``shift + d`` (and ``shift_e + f``): float64 subtraction, float32 result."""
+        u, v = self.mean_about_shift()
+        n = max(self.count, 1)
+        second = (self.gram / n).addr_(u, d, alpha=-1).addr_(d, d - u)
         if not self.outputs:
-            return About(second)
-        v = self.sums_e / n
-        shift_e = torch.zeros_like(v) if self.shift_e is None else self.shift_e.double()
-        f = (0 if point_e is None else point_e) - shift_e
-        cross = self.cross / n - torch.outer(u, f) - torch.outer(d, v) + torch.outer(d, f)
-        return About(second, cross, float(self.squares_e / n - 2 * (v @ f) + f @ f))
+            return About(second.float())
+        cross = (self.cross / n).addr_(u, f, alpha=-1).addr_(d, f - v)
+        return About(second.float(), cross.float(), float(self.squares_e / n - 2 * (v @ f) + f @ f))
 
     def finite(self) -> bool:
         self.flush()
@@ -131,11 +106,31 @@ class Moments:
 
 @dataclass(eq=False)
 class About:
-    """Mean products about a point: ``E[xxᵀ]``, ``E[xeᵀ]`` (None without errors), ``E‖e‖²``; float64."""
+    """Mean products about a point: ``E[xxᵀ]``, ``E[xeᵀ]`` (None without errors), ``E‖e‖²``; float32."""
 
     second: Tensor
     cross: Tensor | None = None
     square: float = 0.0
+
+
+@dataclass(eq=False)
+class View:
+    """A split's moments about one point p: the fitted part's mean, or the origin."""
+
+    point: Tensor
+    """float64 ``[c]``."""
+    point_e: Tensor | None
+    fit: About
+    held: About
+    """The fitted part's again if nothing is held out."""
+    offset: Tensor
+    """float64 ``[c]``: mean of the held-out part minus p."""
+    offset_e: Tensor | None
+    shift: Tensor
+    """float64 ``[c]``: mean of all tokens minus p if centred, else zero."""
+    shift_e: Tensor | None
+    share: float
+    """Fitted tokens over all tokens."""
 
 
 @dataclass(eq=False)
@@ -144,13 +139,15 @@ class Split:
 
     fit: Moments
     held: Moments
+    _views: dict[bool, View] = field(default_factory=dict)
 
     @staticmethod
-    def make(columns: int, outputs: int, device, precision: str) -> Split:
+    def make(columns: int, outputs: int = 0, device: torch.device | str = "cpu", precision: str = "float32") -> Split:
         return Split(Moments(columns, outputs, device, precision), Moments(columns, outputs, device, precision))
 
     def update(self, x: Tensor, held: Tensor, e: Tensor | None = None) -> None:
         """Add tokens; ``held`` bool ``[tokens]`` marks those set aside."""
+        self._views.clear()
         if self.fit.shift is None and len(x):
             self.fit.shift = self.held.shift = x.float().mean(0)
             if self.fit.outputs:
@@ -161,8 +158,65 @@ class Split:
         self.held.update(x[held], None if e is None else e[held])
 
     @property
-    def all(self) -> Moments:
-        return self.fit.plus(self.held)
+    def count(self) -> int:
+        return self.fit.count + self.held.count
+
+    def _combined(self) -> tuple[Tensor, Tensor | None]:
+        """Mean of all tokens about the shift."""
+        for part in (self.fit, self.held):
+            part.flush()
+        n = max(self.count, 1)
+        e = (self.fit.sums_e + self.held.sums_e) / n if self.fit.outputs else None
+        return (self.fit.sums + self.held.sums) / n, e
+
+    @property
+    def mean(self) -> Tensor:
+        """float64 ``[c]``, of all tokens."""
+        return self._combined()[0] + (0 if self.fit.shift is None else self.fit.shift)
+
+    @property
+    def mean_e(self) -> Tensor | None:
+        """float64 ``[r]``; None without an error term."""
+        return None if not self.fit.outputs else self._combined()[1] + self.fit.shift_e
+
+    @property
+    def variance(self) -> Tensor:
+        """float64 ``[c]``."""
+        u, _ = self._combined()
+        return ((self.fit.gram.diagonal() + self.held.gram.diagonal()) / max(self.count, 1) - u.square()).clamp(min=0)
+
+    def second(self, centred: bool) -> Tensor:
+        """Covariance, or uncentred mean products, of all tokens; float64 ``[c, c]``."""
+        u, _ = self._combined()
+        out = ((self.fit.gram + self.held.gram) / max(self.count, 1)).addr_(u, u, alpha=-1)
+        return out if centred else out.addr_(self.mean, self.mean)
+
+    def view(self, centred: bool) -> View:
+        """Both parts about the fitted part's mean (``centred``) or the origin; kept until tokens are added."""
+        if centred not in self._views:
+            self._views[centred] = self._view(centred)
+        return self._views[centred]
+
+    def _view(self, centred: bool) -> View:
+        fit, held = (self.fit, self.held) if self.fit.count else (self.held, self.fit)
+        held = held if held.count else fit
+        shift = fit.shift.double()
+        shift_e = fit.shift_e.double() if fit.outputs else None
+        d, f = fit.mean_about_shift() if centred else (-shift, None if shift_e is None else -shift_e)
+        u, v = held.mean_about_shift()
+        total, total_e = self._combined()
+        zero = torch.zeros_like(d)
+        with_e = fit.outputs > 0
+        first = fit.about(d, f)
+        second = first if held is fit else held.about(d, f)
+        point_e = offset_e = moved_e = None
+        if with_e:
+            point_e, offset_e, moved_e = f + shift_e, v - f, total_e - f if centred else torch.zeros_like(f)
+        return View(d + shift, point_e, first, second, u - d, offset_e, total - d if centred else zero, moved_e,
+                    fit.count / self.count)
+
+    def finite(self) -> bool:
+        return self.fit.finite() and self.held.finite()
 
 
 def held_out_tokens(sequences: int, length: int, start: int, total: int) -> Tensor:

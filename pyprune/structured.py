@@ -304,7 +304,7 @@ def _observe(run: Run, index: int, module: nn.Module, groups: list[Coupled], str
     finally:
         taps.close()
     for split, group in zip(splits, groups):
-        if not (split.fit.finite() and split.held.finite()):
+        if not split.finite():
             raise ConfigError(f"the inputs of {run.view.path}.{index}.{group.name} are not finite on the calibration "
                               "data; check the checkpoint, or load it in a wider dtype")
     return splits
@@ -336,11 +336,10 @@ def _dense_pass(run: Run, index: int, module: nn.Module, groups: list[Coupled], 
 def _score(run: Run, plan: Plan, index: int, i: int, split: Split | None) -> Tensor:
     group, block = plan.groups[index][i], run.view.blocks[index]
     criterion = run.config.criterion
-    moments = split.all if split is not None and criterion in NEEDS_MOMENTS else None
-    if criterion in NEEDS_MOMENTS and moments.count == 0:
+    if criterion in NEEDS_MOMENTS and split.count == 0:
         criterion = "magnitude"
         run.warn(f"{run.view.path}.{index}.{group.name} saw no calibration token: chosen by magnitude")
-    layer = Scored(group, group.consumer.view(block).to(run.executor.device).float(), moments,
+    layer = Scored(group, group.consumer.view(block).to(run.executor.device).float(), split,
                    centred=_slot(run, plan, index, group), block=block, seed=hash((run.config.seed, index, i)) % 2**31,
                    gradients=None if plan.gradients is None else plan.gradients[index][i])
     with run.clock("score"):
@@ -376,7 +375,7 @@ def _repair(run: Run, plan: Plan, target: Target, index: int, i: int, split: Spl
         "name": name, "block": index, "shape": list(weight.shape), "kind": group.kind, "units": group.units,
         "kept": count, "method": done.method, "damping": done.damping, "error_held_out": done.error, "error": None,
         "errors": done.errors, "norm_ratio": done.norm_ratio, "warnings": done.warnings,
-        "tokens": 0 if split is None else split.fit.count + split.held.count,
+        "tokens": 0 if split is None else split.count,
         "sparsity": 1 - count / group.units})
     # a bias that was a slot only stays absent where nothing was put in it
     return Pick(group, kept, done.weight, done.bias, None if target.padded is None else target.padded[index][i])
