@@ -64,21 +64,22 @@ def invert_lower(factor: Tensor, leaf: int = 128) -> Tensor:
     A triangular solve against the identity does three times the work, most of it on zeros.
     """
     out = torch.zeros_like(factor)
-
-    def invert(start: int, stop: int) -> None:
-        if stop - start <= leaf:
-            identity = torch.eye(stop - start, dtype=factor.dtype, device=factor.device)
-            out[start:stop, start:stop] = torch.linalg.solve_triangular(factor[start:stop, start:stop], identity,
-                                                                        upper=False)
-            return
-        middle = (start + stop) // 2
-        invert(start, middle)
-        invert(middle, stop)
-        below = factor[middle:stop, start:middle] @ out[start:middle, start:middle]
-        torch.mm(out[middle:stop, middle:stop], below, out=out[middle:stop, start:middle]).neg_()
-
-    invert(0, len(factor))
+    _invert_lower(factor, out, 0, len(factor), leaf)
     return out
+
+
+def _invert_lower(factor: Tensor, out: Tensor, start: int, stop: int, leaf: int) -> None:
+    # a function of its own: a closure that calls itself is a reference cycle and would keep every factor alive
+    if stop - start <= leaf:
+        identity = torch.eye(stop - start, dtype=factor.dtype, device=factor.device)
+        out[start:stop, start:stop] = torch.linalg.solve_triangular(factor[start:stop, start:stop], identity,
+                                                                    upper=False)
+        return
+    middle = (start + stop) // 2
+    _invert_lower(factor, out, start, middle, leaf)
+    _invert_lower(factor, out, middle, stop, leaf)
+    below = factor[middle:stop, start:middle] @ out[start:middle, start:middle]
+    torch.mm(out[middle:stop, middle:stop], below, out=out[middle:stop, start:middle]).neg_()
 
 
 def obs_prune(weight: Tensor, factor: Factor, *, sparsity: float | None = None, nm: tuple[int, int] | None = None,
