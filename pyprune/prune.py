@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import random
 import time
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +26,8 @@ from pyprune.shards import OutputError
 from pyprune.solvers import inverse_factor, needs_factor, solve
 from pyprune.statistics import Inputs, Observer, Statistics, find_non_finite, observe, relative_error
 from pyprune.store import Store
-from pyprune.stream import Activations, Executor
-from pyprune.weights import Resident, open_model
+from pyprune.stream import Activations, Executor, Resident
+from pyprune.weights import open_model
 
 MASK = ".pyprune_mask"
 """Ends the name of a keep mask in the draft of a block."""
@@ -50,7 +51,7 @@ def make_config(config: PruneConfig | dict | None, fields: dict) -> PruneConfig:
     return from_dict(PruneConfig, {**values, **fields})
 
 
-def prune(model: str | nn.Module | None = None, config: PruneConfig | dict | None = None, *, tokenizer=None,
+def prune(model: str | Path | nn.Module | None = None, config: PruneConfig | dict | None = None, *, tokenizer=None,
           in_place: bool = False, progress: bool = True, resume: bool = False, **fields) -> PruneResult:
     """Prune a model in one shot and say what it cost.
 
@@ -62,6 +63,7 @@ def prune(model: str | nn.Module | None = None, config: PruneConfig | dict | Non
     Returns a :class:`PruneResult`. Raises ConfigError for bad input before any work is done, OutputError if the output
     cannot be written, and :class:`pyprune.journal.Interrupted` when a signal stopped it between two blocks.
     """
+    model = str(model) if isinstance(model, Path) else model
     if config is None and isinstance(model, str):
         fields.setdefault("model", model)
     config = make_config(config, fields if not isinstance(model, str) else {**fields, "model": model})

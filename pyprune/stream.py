@@ -19,7 +19,6 @@ from pyprune.autograd import ForwardMode
 from pyprune.config import ConfigError
 from pyprune.model import Arguments, ModelView, call_block
 from pyprune.store import Store, transfers
-from pyprune.weights import Resident
 
 TARGET_TOKENS = 2048 if not torch.cuda.is_available() else 16384
 """Tokens a batch: on a CPU what stays in cache, on a GPU what fills it."""
@@ -85,6 +84,18 @@ class Activations:
     @property
     def tokens(self) -> int:
         return sum(length * len(rows) for length, rows in self.rows.items())
+
+
+class Resident:
+    """All weights in memory: nothing comes, nothing goes."""
+
+    streamed = False
+
+    def acquire(self, index: int) -> None:
+        """Make the parameters of a block real."""
+
+    def release(self, index: int, saved: Path | None = None) -> None:
+        """Let go of a block; ``saved`` holds it as it is now, otherwise it was not changed."""
 
 
 class Executor:

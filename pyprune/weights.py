@@ -17,27 +17,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from pyprune import checkpoint
 from pyprune.config import ConfigError, PruneConfig
 from pyprune.model import ModelView
 from pyprune.shards import Files, Shard, write_shard
 from pyprune.store import available_memory
+from pyprune.stream import Resident
 
 SHARE = 0.5
 """``stream="auto"`` streams a model that needs more than this share of the free memory."""
-
-
-class Resident:
-    """All weights in memory: nothing comes, nothing goes."""
-
-    streamed = False
-
-    def acquire(self, index: int) -> None:
-        """Make the parameters of a block real."""
-
-    def release(self, index: int, saved: Path | None = None) -> None:
-        """Let go of a block; ``saved`` holds it as it is now, otherwise it was not changed."""
 
 
 class Streamed(Resident):
@@ -131,9 +121,20 @@ def parameters_on_meta() -> Iterator[None]:
 
     nn.Module.register_parameter = register
     try:
-        yield
+        with _EmptyOnMeta():
+            yield
     finally:
         nn.Module.register_parameter = plain
+
+
+class _EmptyOnMeta(TorchFunctionMode):
+    """``torch.empty``, from which modules make their matrices, takes no memory either, not even for a moment."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if func is torch.empty:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
 
 
 def skeleton(config: Any, dtype: torch.dtype | None = None) -> nn.Module:
