@@ -109,6 +109,15 @@ def status(device: torch.device | str = "cpu") -> dict[str, dict[str, str]]:
     return {op: {name: TABLE[name].why_not(op, device) or "usable" for name in BACKENDS} for op in OPS}
 
 
+def raise_faults(device: torch.device | str) -> None:
+    """Raise what CUDA kernels have found wrong with their data since the last look; waits for ``device``.
+
+    Kernels do not wait to report, so the orchestrator calls this once a block. Nothing to do on other devices.
+    """
+    if torch.device(device).type == "cuda" and TABLE["cuda"].why_not("obs_sweep", device) is None:
+        importlib.import_module("pyprune.native").check_cuda(device)
+
+
 # ---- validation ----------------------------------------------------------------------------------------------------
 
 def _matrix(name: str, x: Tensor, dtypes=FLOATS) -> None:

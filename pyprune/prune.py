@@ -425,6 +425,7 @@ def prune_block(run: Run, index: int, module: nn.Module, observer: Observer | No
             row["sparsity"] = 1 - torch.count_nonzero(weight).item() / weight.numel()
             run.weights.append(row)
             masks[ref] = solved.mask
+    ops.raise_faults(run.executor.device)
     return masks
 
 
