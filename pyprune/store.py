@@ -172,7 +172,7 @@ class Ring:
         target = host if self._pinned(host) else self._pin(host.numel(), host.dtype).view(host.shape)
         with self.api.stream(self.out):
             self._copy(target, value)
-        value.record_stream(self.out)
+        self._keep(value)
         if target is not host:
             done = self.api.Event()
             done.record(self.out)
@@ -200,6 +200,9 @@ class Ring:
 
     def _pin(self, count: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(count, dtype=dtype, pin_memory=True)
+
+    def _keep(self, value: Tensor) -> None:
+        value.record_stream(self.out)  # its memory is not given away before the copy is done
 
     def _copy(self, target: Tensor, source: Tensor) -> None:
         target.copy_(source, non_blocking=True)

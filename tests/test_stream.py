@@ -1,0 +1,285 @@
+"""Activations: two back-ends, the device ring under adversarial schedules, the fewest passes, memory that runs out."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import errno
+import gc
+import os
+import random
+
+import pytest
+import tiny
+import torch
+
+from pyprune.config import ConfigError, Evaluation, Reconstruction
+from pyprune.model import ModelView
+from pyprune.prune import prune
+from pyprune.shards import OutputError
+from pyprune.store import DEPTH, Ring, Store, available_memory
+from pyprune.stream import Activations, Executor
+
+
+def run(model=None, **fields):
+    fields = {"evaluation": Evaluation(enabled=False), "calibration": tiny.ids(12, 24), **fields}
+    return prune(model or tiny.model("llama"), progress=False, **fields)
+
+
+def equal(one, other) -> bool:
+    return all(torch.equal(p, q) for p, q in zip(one.model.state_dict().values(), other.model.state_dict().values()))
+
+
+# ---- the store -----------------------------------------------------------------------------------------------------
+
+def test_beyond_the_budget_activations_are_mapped_from_files_that_are_gone(tmp_path):
+    store = Store(budget=1000, folder=tmp_path)
+    small, large = store.empty((10, 10), torch.float32), store.empty((30, 30), torch.bfloat16)
+    large.copy_(torch.arange(900).view(30, 30))
+    assert (store.in_memory, store.in_files) == (400, 1800)
+    assert not list(tmp_path.iterdir())
+    assert torch.equal(large.float(), torch.arange(900).view(30, 30).float().bfloat16().float())
+    with open("/proc/self/maps") as maps:
+        assert str(tmp_path) in maps.read()
+    del small, large
+    gc.collect()
+    assert (store.in_memory, store.in_files, store.peak_in_files) == (0, 0, 1800)
+
+
+def test_a_full_disk_is_an_error_before_anything_is_computed(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OutputError, match="no room to write .*activations-.*are free there"):
+        run(memory_budget_gb=1e-9)
+
+
+@pytest.mark.parametrize("fields", [dict(), dict(reconstruct="block", global_propagation=True,
+                                                 reconstruction=Reconstruction(epochs=1))])
+def test_both_back_ends_give_the_same_bits(fields):
+    assert equal(run(**fields), run(memory_budget_gb=1e-9, **fields))
+
+
+def test_available_memory_is_what_is_left():
+    assert 2**20 < available_memory() < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_sequences_of_different_length_are_never_padded():
+    sequences = [torch.arange(3, 3 + n) for n in (7, 4, 7, 9, 4)]
+    activations = Activations(sequences, 2, torch.float32)
+    assert {length: tuple(data.shape) for length, data in activations.data.items()} == {
+        4: (2, 4, 2), 7: (2, 7, 2), 9: (1, 9, 2)}
+    assert activations.rows == {4: [1, 4], 7: [0, 2], 9: [3]} and activations.tokens == 31
+    covered = [row for b in activations.batches(1) for row in activations.rows[b.length][b.start:b.stop]]
+    assert sorted(covered) == [0, 1, 2, 3, 4]
+
+
+# ---- the ring, on a device whose streams run as late and as unordered as their events allow ------------------------
+
+class Device:
+    """Streams and events with ``torch.cuda``'s meaning: work is queued, and done in any order that events permit."""
+
+    def __init__(self, seed: int):
+        self.random, self.streams, self.done = random.Random(seed), [], set()
+        self.compute = self.current = self.Stream()
+
+    def Stream(self, device=None):
+        return _Stream(self)
+
+    def Event(self):
+        return _Event(self)
+
+    def current_stream(self, device=None):
+        return self.current
+
+    @contextlib.contextmanager
+    def stream(self, stream):
+        before, self.current = self.current, stream
+        yield
+        self.current = before
+
+    def put(self, stream, work, needs=None):
+        stream.queue.append((work, needs))
+        for _ in range(self.random.choice((0, 0, 1, 5))):
+            self.step()
+
+    def step(self) -> bool:
+        ready = [s for s in self.streams if s.queue and (s.queue[0][1] is None or s.queue[0][1] in self.done)]
+        if ready:
+            self.random.choice(ready).queue.popleft()[0]()
+        return bool(ready)
+
+
+class _Stream:
+    def __init__(self, device):
+        self.device, self.queue = device, collections.deque()
+        device.streams.append(self)
+
+    def wait_event(self, event):
+        if event.token is not None:
+            self.device.put(self, lambda: None, event.token)
+
+    def wait_stream(self, other):
+        event = self.device.Event()
+        event.record(other)
+        self.wait_event(event)
+
+    def synchronize(self):
+        event = self.device.Event()
+        event.record(self)
+        event.synchronize()
+
+
+class _Event:
+    def __init__(self, device):
+        self.device, self.token = device, None
+
+    def record(self, stream):
+        token = self.token = object()
+        self.device.put(stream, lambda: self.device.done.add(token))
+
+    def synchronize(self):
+        while self.token is not None and self.token not in self.device.done:
+            assert self.device.step(), "deadlock"
+
+
+class SimulatedRing(Ring):
+    def __init__(self, device, pinned):
+        super().__init__(torch.device("cpu"), torch.float32, api=device)
+        self.simulated, self.pinned = device, pinned
+
+    def _pinned(self, host):
+        return self.pinned
+
+    def _pin(self, count, dtype):
+        return torch.full((count,), float("nan"), dtype=dtype)
+
+    def _keep(self, value):
+        pass
+
+    def _copy(self, target, source):
+        self.simulated.put(self.simulated.current, lambda: target.copy_(source))
+
+
+def passes(ring: SimulatedRing, device: Device, batches: int = 7, rounds: int = 3) -> bool:
+    """In-place passes ``x ← 2x + 1`` over a store; whether it ends as it must."""
+    store = torch.arange(batches * 4.0).view(batches, 4)
+    wanted = store.clone()
+    for _ in range(rounds):
+        for key, x in ring.read((k, store[k]) for k in range(batches)):
+            out = torch.full_like(x, float("nan"))
+            device.put(device.compute, lambda x=x, out=out: out.copy_(2 * x + 1))
+            ring.write(store[key], out)
+        wanted = 2 * wanted + 1
+    ring.drain()
+    return torch.equal(store, wanted)
+
+
+@pytest.mark.parametrize("pinned", [True, False])
+def test_the_ring_is_right_under_every_schedule(pinned):
+    for seed in range(150):
+        device = Device(seed)
+        ring = SimulatedRing(device, pinned)
+        assert passes(ring, device), seed
+        assert len(ring.slots) == DEPTH and sum(s.device is not None for s in ring.slots) == DEPTH
+
+
+@pytest.mark.parametrize("missing", ["filled", "used", "ready", "between passes"])
+def test_a_missing_event_would_be_caught(missing, monkeypatch):
+    """The simulated device finds each ordering mistake that the ring could make."""
+    wrong = 0
+    for seed in range(150):
+        device = Device(seed)
+        ring = SimulatedRing(device, True)
+        if missing in ("filled", "used"):
+            for slot in ring.slots:
+                getattr(slot, missing).record = lambda stream: None
+        elif missing == "ready":
+            ring.out.wait_event = lambda event: None
+        else:
+            ring.into.wait_stream = lambda other: None
+        wrong += not passes(ring, device, batches=2 if missing == "between passes" else 7, rounds=5)
+    assert wrong > 0
+
+
+# ---- passes --------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("fields, whole, stopped", [
+    (dict(method="magnitude"), [0, 0, 0], [0, 0, 0]),
+    (dict(method="wanda"), [5, 5, 1], [3, 3, 3]),  # the first batch finds the order, the rest stop; last: not passed on
+    (dict(method="sparsegpt"), [5, 5, 1], [3, 3, 3]),
+    (dict(method="wanda", inputs="dense"), [4, 4, 4], [0, 0, 0]),  # one pass in all
+])
+def test_blocks_run_no_more_than_the_method_needs(monkeypatch, fields, whole, stopped):
+    """12 sequences in 4 batches; calls of a block that reach its end, and that stop before its last product."""
+    started, ended = collections.Counter(), collections.Counter()
+    forward = Executor.forward
+    def counting(self, index, module, hidden):
+        started[index] += 1
+        out = forward(self, index, module, hidden)
+        ended[index] += 1
+        return out
+    monkeypatch.setattr(Executor, "forward", counting)
+    run(batch_size=3, probe_samples=0, **fields)
+    assert [ended[i] for i in range(3)] == whole
+    assert [started[i] - ended[i] for i in range(3)] == stopped
+
+
+# ---- memory that runs out ------------------------------------------------------------------------------------------
+
+def limited(most: int, where: str):
+    """A model that runs out of memory at a layer with more than ``most`` sequences."""
+    model = tiny.model("llama")
+    def refuse(module, args):
+        if args[0].shape[0] > most:
+            raise torch.OutOfMemoryError("simulated")
+    model.get_submodule(where).register_forward_pre_hook(refuse)
+    return model
+
+
+@pytest.mark.parametrize("where", ["model.layers.1.self_attn.q_proj", "model.layers.1.mlp.down_proj"])
+@pytest.mark.parametrize("inputs", ["propagated", "dense"])
+def test_a_batch_that_does_not_fit_is_halved_and_counted_once(where, inputs, monkeypatch):
+    import sys
+
+    counts = []
+    gather = sys.modules["pyprune.prune"].gather
+    def counting(run, index, *args):
+        observer = gather(run, index, *args)
+        counts.append({name: s.tokens for name, s in observer.sinks.items()})
+        return observer
+    monkeypatch.setattr(sys.modules["pyprune.prune"], "gather", counting)
+    result = run(limited(3, where), batch_size=12, inputs=inputs)
+    assert [set(c.values()) for c in counts] == [{12 * 24}] * 3
+    assert "ran out of memory" in " ".join(result.report["warnings"]) and "batch_size=3" in " ".join(
+        result.report["warnings"])
+    monkeypatch.undo()
+    plain = run(batch_size=12, inputs=inputs)
+    agree = [((p == 0) == (q == 0)).float().mean().item() for p, q in zip(result.model.parameters(),
+                                                                       plain.model.parameters())]
+    assert min(agree) > 0.99
+
+
+def test_one_sequence_that_does_not_fit_says_what_would():
+    with pytest.raises(ConfigError, match="one sequence of 24 tokens does not fit on cpu beside block 1.*about 12"):
+        run(limited(0, "model.layers.1.mlp.down_proj"))
+
+
+def test_statistics_that_do_not_fit_are_not_counted_twice(monkeypatch):
+    from pyprune.statistics import Statistics
+
+    def refuse(self, x):
+        raise torch.OutOfMemoryError("simulated")
+    monkeypatch.setattr(Statistics, "_update", refuse)
+    with pytest.raises(ConfigError, match="the statistics of self_attn.q_proj.weight in block 0 do not fit"):
+        run()
+
+
+def test_a_moved_block_is_a_copy_in_the_compute_type():
+    view = ModelView(tiny.model("llama"))
+    executor = Executor(view, compute_dtype=torch.bfloat16)
+    with executor.compute(1) as module:
+        assert {p.dtype for p in module.parameters()} == {torch.bfloat16}
+        for p, q in zip(module.parameters(), view.blocks[1].parameters()):
+            assert torch.equal(p, q.bfloat16()) and p.data_ptr() != q.data_ptr()
+        assert module.self_attn.config is not None and type(module) is type(view.blocks[1])
