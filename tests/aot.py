@@ -1,7 +1,7 @@
 """Ahead-of-time compilation of every Triton kernel and configuration, without a GPU: registers, stack, shared memory.
 
 ``python tests/aot.py`` compiles the full cross product for sm_80, 90, 100 and 120; ``--short`` every configuration for
-sm_90 and the first of each list for the others. ``--shard i/n`` takes every n-th. One JSON object a line. Runs without
+sm_90 and each kernel's default for the others. ``--shard i/n`` takes every n-th. One JSON object a line. Runs without
 ``TRITON_INTERPRET``.
 """
 
@@ -73,9 +73,12 @@ def cases() -> list[Case]:
          "counts:fp32 means:fp32 squares:fp32 count:i64 mean:fp32 m2:fp32", [config(4, BC=moments.BC_MERGE)])
 
     for n, m, padded in ((2, 4, 4), (7, 16, 16), (1, 3, 4)):
-        tiles = [config(c.warps, BR=c["TILE"] // 1024, BC=1024) for c in nm.CONFIGS]
-        case(f"nm {n}:{m}", nm.nm_kernel, "w:bf16 scale:fp32 keep:u8 fault:i32", tiles, HAS_SCALE=True, APPLY=True, N=n, M=m,
-             MP=padded, stride_wc=1)
+        tiles = []
+        for each in nm.CONFIGS:
+            bc, br = nm.tile(each["TILE"], 4096, padded)
+            tiles.append(config(each.warps, BR=br, BC=bc))
+        case(f"nm {n}:{m}", nm.nm_kernel, "w:bf16 scale:fp32 keep:u8 fault:i32", tiles, HAS_SCALE=True, APPLY=True,
+             N=n, M=m, MP=padded, stride_wc=1)
     case("nm compress", compress.compress_kernel, "w:bf16 scale:fp32 keep:u8 values:bf16 meta:i16 fault:i32",
          [compress.COMPRESS], CHOOSE=True, HAS_SCALE=True, APPLY=True, stride_wc=1)
     case("compress", compress.compress_kernel, "w:fp16 scale:fp16 keep:i16 values:fp16 meta:i16 fault:i32",
@@ -88,8 +91,8 @@ def cases() -> list[Case]:
     tile = [config(8, BR=1, BC=select.TILE)]
     scores = dict(HAS_SCALE=True, stride_wc=1, PER_ROW=0)
     for shift, bits in select.PASSES[:2]:
-        case(f"histogram {bits}", select.histogram_kernel, "w:bf16 scale:fp32 state:i32 histogram:i32 nans:i32 fault:i32",
-             tile,
+        case(f"histogram {bits}", select.histogram_kernel,
+             "w:bf16 scale:fp32 state:i32 histogram:i32 nans:i32 fault:i32", tile,
              SHIFT=shift, BITS=bits, **scores)
         case(f"digit {bits}", select.digit_kernel, "state:i32 histogram:i32", [config(4)], SHIFT=shift, BITS=bits)
     case("ties", select.tie_kernel, "w:bf16 scale:fp32 state:i32 ties:i32", tile, **scores)
@@ -151,10 +154,14 @@ def compile_one(case: Case, cfg, arch: int, opcodes: bool = False) -> dict:
 def jobs(short: bool) -> list[tuple[Case, object, int]]:
     from pyprune.triton_kernels.tuning import usable
 
-    listed = []
+    listed, seen = [], set()
     for case, arch in itertools.product(cases(), ARCHS):
         allowed = usable(case.configs, SHARED_LIMIT[arch])
-        listed += [(case, cfg, arch) for cfg in (allowed if arch == 90 or not short else allowed[:1])]
+        if short and arch != 90:
+            # the first configuration of the first case of a kernel stands for the kernel
+            allowed = allowed[:1] if (case.kernel.fn, arch) not in seen else []
+        seen.add((case.kernel.fn, arch))
+        listed += [(case, cfg, arch) for cfg in allowed]
     return listed
 
 

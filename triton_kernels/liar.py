@@ -15,7 +15,7 @@ from torch import Tensor
 from pyprune.triton_kernels.gram import _multiply_add
 from pyprune.triton_kernels.tuning import config, pick
 
-CONFIGS = (config(8, 2, BR=64, BK=64, BD=32), config(4, 2, BR=32, BK=64, BD=32))
+CONFIGS = (config(8, 1, BR=64, BK=64, BD=32), config(4, 2, BR=32, BK=64, BD=32))
 SHIFT = config(4, BK=64, BD=64)
 
 

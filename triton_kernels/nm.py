@@ -15,7 +15,7 @@ from torch import Tensor
 from pyprune.triton_kernels import faults
 from pyprune.triton_kernels.tuning import config, pick
 
-CONFIGS = (config(4, TILE=2048), config(8, TILE=4096))
+CONFIGS = (config(4, TILE=1024), config(4, TILE=2048), config(8, TILE=4096))
 
 
 @triton.jit
@@ -66,11 +66,17 @@ def nm_kernel(w, scale, keep, fault, rows, c, stride_wr, stride_wc, HAS_SCALE: t
         tl.store(p_w, tl.where(b_keep, b_w.to(tl.float32), 0.0).to(b_w.dtype), mask=m_w)
 
 
+def tile(size: int, columns: int, padded: int) -> tuple[int, int]:
+    """Columns and rows of a tile; each element of a group of ``padded`` holds that many comparisons in registers."""
+    size = size * 4 // max(4, padded)
+    bc = min(triton.next_power_of_2(columns), 1024, size)
+    return bc, size // bc
+
+
 def _launch(cfg, w, n, m, scale, apply, keep, fault):
     padded = triton.next_power_of_2(m)
     columns = w.shape[1] // m * padded
-    bc = min(triton.next_power_of_2(columns), 1024)
-    br = cfg["TILE"] // bc
+    bc, br = tile(cfg["TILE"], columns, padded)
     nm_kernel[(triton.cdiv(w.shape[0], br), triton.cdiv(columns, bc))](
         w, w if scale is None else scale, keep, fault, *w.shape, *w.stride(), HAS_SCALE=scale is not None, APPLY=apply,
         N=n, M=m, MP=padded, BR=br, BC=bc, num_warps=cfg.warps, num_stages=cfg.stages, enable_fp_fusion=True)

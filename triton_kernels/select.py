@@ -1,7 +1,7 @@
 """Keep masks that drop exactly the k lowest scores ``|w|·scale``, per row or per matrix, without a sort.
 
 Scores are non-negative floats, so their bits order them. A row of at most ``ROW_LIMIT`` columns stays in registers: its
-k-th key is found two bits at a time by counting (16 rounds), ties go by a prefix sum. Longer rows and whole matrices
+k-th key is found bit by bit by counting (31 rounds), and so is the column up to which ties go. Longer rows and matrices
 take a radix select in global memory: three histograms (11, 10, 10 bits) narrow the k-th key down, ties are counted per
 block, and the mask is written; five reads of w, integer counts only, so the result does not depend on scheduling.
 
@@ -21,7 +21,7 @@ from pyprune.triton_kernels.nm import _key
 
 ROW_LIMIT = 16384
 PASSES = ((20, 11), (10, 10), (0, 10))  # lowest bit and number of bits of each histogram, from the top
-TILE = 4096
+TILE = 2048
 INFINITY_KEY = tl.constexpr(0x7F800000)
 
 
@@ -42,28 +42,30 @@ def row_kernel(w, scale, keep, fault, k, rows, c, stride_wr, stride_wc, HAS_SCAL
     i_r = tl.program_id(0).to(tl.int64)
     o_c = tl.arange(0, BC)
     b_key, m_w = _keys(w, scale, i_r + tl.arange(0, 1), o_c, rows, c, stride_wr, stride_wc, HAS_SCALE)
-    # [BC]; what is beyond the row sorts above everything
-    b_key = tl.reshape(tl.where(m_w, b_key, 0x7FFFFFFF), [BC])
-    m_c = o_c < c
-    nan = tl.max(((b_key > INFINITY_KEY) & m_c).to(tl.int32), axis=0)
+    nan = tl.max(tl.max(((b_key > INFINITY_KEY) & m_w).to(tl.int32), axis=1), axis=0)
     if nan != 0:
         tl.store(fault, 1)
-    # the key of rank k is the largest value with at most k keys below it: its top bit, then two bits a round
-    value = (tl.sum((b_key < (1 << 30)).to(tl.int32), axis=0) <= k).to(tl.int32) << 30
-    for i_digit in range(15):
-        unit = 1 << (28 - 2 * i_digit)
-        # counts of at most ROW_LIMIT = 2^14: two of them fit one reduction
-        b_below = (b_key < value + unit).to(tl.int32) + ((b_key < value + 2 * unit).to(tl.int32) << 15)
-        below = tl.sum(b_below, axis=0)
-        digit = ((below & 0x7FFF) <= k).to(tl.int32) + ((below >> 15) <= k).to(tl.int32)
-        digit += (tl.sum((b_key < value + 3 * unit).to(tl.int32), axis=0) <= k).to(tl.int32)
-        value += unit * digit
+    # [BC]; what is beyond the row sorts above everything
+    b_key = tl.reshape(tl.where(m_w, b_key, 0x7FFFFFFF), [BC])
+    # the key of rank k is the largest value with at most k keys below it, found bit by bit
+    value = 0
+    for i_bit in range(31):
+        trial = value + (1 << (30 - i_bit))
+        below = tl.sum((b_key < trial).to(tl.int32), axis=0)
+        value = tl.where(below <= k, trial, value)
     value = tl.where(nan != 0, 0, value)  # nothing is below zero, and no tie is spare
-    b_below = b_key < value
-    b_tie = (b_key == value) & m_c
-    spare = tl.where(nan != 0, 0, k - tl.sum(b_below.to(tl.int32), axis=0))
-    b_order = tl.cumsum(b_tie.to(tl.int32), axis=0)
-    b_drop = b_below | (b_tie & (b_order <= spare))
+    spare = tl.where(nan != 0, 0, k - tl.sum((b_key < value).to(tl.int32), axis=0))
+    # ties in front of this column go; searched like the key, because a prefix sum would spill
+    cut = BC
+    if tl.sum((b_key == value).to(tl.int32), axis=0) > spare:
+        cut = 0
+        unit = BC // 2
+        while unit > 0:
+            before = tl.sum(((b_key == value) & (o_c < cut + unit)).to(tl.int32), axis=0)
+            cut = tl.where(before <= spare, cut + unit, cut)
+            unit = unit // 2
+    b_drop = (b_key < value) | ((b_key == value) & (o_c < cut))
+    m_c = o_c < c
     tl.store(keep + i_r * c + o_c, (b_drop == 0).to(tl.uint8), mask=m_c)
     if APPLY:
         tl.store(w + i_r * stride_wr + o_c.to(tl.int64) * stride_wc, tl.zeros([BC], dtype=w.dtype.element_ty),
