@@ -20,7 +20,7 @@ import typing
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "prune": "pyprune.prune", "plan": "pyprune.prune", "PruneResult": "pyprune.prune",
+    "prune": "pyprune.prune", "plan": "pyprune.plan", "PruneResult": "pyprune.prune",
     "PruneConfig": "pyprune.config", "Calibration": "pyprune.config", "Evaluation": "pyprune.config",
     "Reconstruction": "pyprune.config", "Structured": "pyprune.config", "ConfigError": "pyprune.config",
     "load": "pyprune.checkpoint", "inspect": "pyprune.inspection", "compare": "pyprune.report",
@@ -36,7 +36,8 @@ if typing.TYPE_CHECKING:
     from pyprune.generate import generate
     from pyprune.inspection import inspect
     from pyprune.ops import backend
-    from pyprune.prune import PruneResult, plan, prune
+    from pyprune.plan import plan
+    from pyprune.prune import PruneResult, prune
     from pyprune.report import compare
 
 

@@ -90,32 +90,49 @@ def load_model(name: str | Path, dtype: str | torch.dtype = "auto") -> Loaded:
     Raises :class:`ConfigError` for an unknown model, and for a checkpoint that lacks weights of its architecture, which
     transformers would fill at random.
     """
-    import transformers
-    from safetensors import SafetensorError
-
     source = resolve(name)
     options = {"gguf_file": source.gguf_file} if source.gguf_file else {}
     wanted = "float32" if source.gguf_file and dtype == "auto" else dtype
     wanted = getattr(torch, wanted) if isinstance(wanted, str) and wanted != "auto" else wanted
-    with _quiet():
-        try:
-            config = transformers.AutoConfig.from_pretrained(source.path, **options)
-            if getattr(config, "quantization_config", None) is not None and not source.gguf_file:
-                raise ConfigError(f"{name} is quantised ({_quantisation(config)}); prune the checkpoint in float32, "
-                                  "bfloat16 or float16, then quantise the result")
-            cls, sizes = model_class(config, bool(source.gguf_file)), structured_sizes(source)
-            model, info = (sized_class(cls, sizes) if sizes else cls).from_pretrained(
-                source.path, dtype=wanted, output_loading_info=True, **options)
-            model.__class__ = type(model).__mro__[1] if sizes else type(model)
-            tokenizer = load_tokenizer(source, options)
-        except ConfigError:
-            raise
-        except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-            raise ConfigError(f"cannot load model {str(name)!r}: {_sentence(error)}") from error
+    config = load_config(name)
+    with _loading(name):
+        cls, sizes = model_class(config, bool(source.gguf_file)), structured_sizes(source)
+        model, info = (sized_class(cls, sizes) if sizes else cls).from_pretrained(
+            source.path, dtype=wanted, output_loading_info=True, **options)
+        model.__class__ = type(model).__mro__[1] if sizes else type(model)
+        tokenizer = load_tokenizer(source, options)
     _refuse_gaps(str(name), info)
     if source.gguf_file:
         _forget_gguf(model)
     return Loaded(model.eval(), tokenizer)
+
+
+def load_config(name: str | Path):
+    """Hugging Face configuration of a model that can be pruned. Raises :class:`ConfigError` for a quantised one."""
+    import transformers
+
+    source = resolve(name)
+    with _loading(name):
+        config = transformers.AutoConfig.from_pretrained(
+            source.path, **({"gguf_file": source.gguf_file} if source.gguf_file else {}))
+    if getattr(config, "quantization_config", None) is not None and not source.gguf_file:
+        raise ConfigError(f"{name} is quantised ({_quantisation(config)}); prune the checkpoint in float32, bfloat16 "
+                          "or float16, then quantise the result")
+    return config
+
+
+@contextlib.contextmanager
+def _loading(name: str | Path) -> Iterator[None]:
+    """What transformers raises for a model that it cannot find or read, as one sentence."""
+    from safetensors import SafetensorError
+
+    try:
+        with _quiet():
+            yield
+    except ConfigError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        raise ConfigError(f"cannot load model {str(name)!r}: {_sentence(error)}") from error
 
 
 def load(directory: str | Path, dtype: str | torch.dtype = "auto") -> Loaded:

@@ -23,6 +23,11 @@ def _number(value: float | None, digits: int = 4) -> str:
     return "–" if value is None else f"{value:.{digits}g}"
 
 
+def _kind(name: str) -> str:
+    """A weight's name with its block's and expert's numbers left open."""
+    return re.sub(r"\[\d+\]", "[*]", re.sub(r"(^|\.)\d+\.", r"\1*.", name))
+
+
 def perplexity_text(value: float | None) -> str:
     """Two decimals while they mean something."""
     return "not finite" if value is None or value != value else f"{value:.2f}" if value < 1000 else f"{value:,.0f}"
@@ -101,7 +106,7 @@ def print_inspection(found: dict, stream: TextIO | None = None) -> None:
         console.print(f"{found['non_finite']:,} values are NaN or infinite")
     kinds: dict[str, list[dict]] = {}
     for row in found["weights"]:
-        kinds.setdefault(re.sub(r"(^|\.)\d+\.", r"\1*.", row["name"]), []).append(row)
+        kinds.setdefault(_kind(row["name"]), []).append(row)
     table = Table("matrices", "number", "shape", "sparsity", *found["patterns"])
     for kind, rows in kinds.items():
         spread = [row["sparsity"] for row in rows]
@@ -111,6 +116,29 @@ def print_inspection(found: dict, stream: TextIO | None = None) -> None:
                       f"{min(spread):.3f} … {max(spread):.3f}",
                       *("–" if None in counts else f"{sum(counts):,}" for counts in broken))
     console.print(table)
+
+
+def print_plan(found: dict, stream: TextIO | None = None) -> None:
+    """What :func:`pyprune.plan` found: every kind of weight, memory, disk and time."""
+    from rich.table import Table
+
+    console, model = open_console(stream), found["model"]
+    console.print(f"{model['name']}: {model['architecture']}, {model['blocks']} blocks, {model['parameters']:,} "
+                  f"parameters in {model['dtype']}; on {found['device']}, forward passes in {found['compute_dtype']}")
+    kinds: dict[tuple, list[dict]] = {}
+    for row in found["weights"]:
+        kinds.setdefault((_kind(row["name"]), row["prune"], row["why"], tuple(row["shape"])), []).append(row)
+    table = Table("weights", "number", "shape", "pruned")
+    for (kind, prune, why, shape), rows in kinds.items():
+        table.add_row(kind, str(len(rows)), "×".join(map(str, shape)), "yes" if prune else f"no: {why}")
+    console.print(table)
+    console.print(f"{found['coverage']['fraction']:.1%} of the blocks' matrix weights are pruned; the embedding and "
+                  "the head are not")
+    for label, unit, scale in (("memory_bytes", "GiB", 2**30), ("disk_bytes", "GiB", 2**30), ("seconds", "s", 1)):
+        parts = dict(found[label])
+        total = f"about {parts.pop('total') / scale:.2f} {unit}: " if "total" in parts else ""
+        console.print(f"{label.split('_')[0]:<8} {total}" + ", ".join(
+            f"{name.replace('_', ' ')} {value / scale:.2f}" for name, value in parts.items()))
 
 
 # ---- model card ----------------------------------------------------------------------------------------------------
