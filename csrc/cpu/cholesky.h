@@ -137,6 +137,7 @@ inline void solve_columns(vf* lower, int64_t n, vf* work, const float* b, float*
 
 void cholesky(const float* a, const float* damping, float* factor, const float* b, float* x, int32_t* info,
               int64_t batch, int64_t n, int64_t k, int threads) {
+    threads = worth(threads, double(ceil_div(batch, VL) * n * n) * double(n + 4 * k + 60) / 6);
     const int64_t lower_size = n * (n + 1) / 2, work_size = lower_size + n * KB;
     Buffer<vf> scratch(int64_t(threads) * most(work_size, 1));
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)

@@ -77,6 +77,7 @@ inline int64_t list_tokens(const uint8_t* mask, int64_t tokens, int64_t* rows) {
 // out [ca, cb] += aᵀb over the counted tokens; lower tiles only if the operands are the same.
 inline void accumulate(float* out, const Tokens& a, const Tokens& b, bool symmetric, bool round, double* sums,
                        int64_t* counted, int threads) {
+    threads = worth(threads, 0.5 * double(a.columns) * double(b.columns) * double(b.tokens) / VL);
     Buffer<int64_t> list(b.mask ? b.tokens : 1);
     const int64_t* rows = b.mask ? list.get() : nullptr;
     const int64_t tokens = b.mask ? list_tokens(b.mask, b.tokens, list.get()) : b.tokens;
@@ -110,6 +111,7 @@ inline void accumulate(float* out, const Tokens& a, const Tokens& b, bool symmet
 
 inline void mirror(float* gram, int64_t c, int threads) {
     constexpr int64_t B = 32;
+    threads = worth(threads, double(c) * double(c));
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
     for (int64_t i = 0; i < c; i += B)
         for (int64_t j = 0; j <= i; j += B)

@@ -37,6 +37,7 @@ inline void chunk_moments(const Tokens& x, const int64_t* rows, int64_t start, i
 }
 
 int64_t column_moments(const Tokens& x, float* mean, float* m2, int threads) {
+    threads = worth(threads, 4.0 * double(x.tokens * x.columns) / VL);
     Buffer<int64_t> list(x.mask ? x.tokens : 1);
     const int64_t* rows = x.mask ? list.get() : nullptr;
     const int64_t tokens = x.mask ? list_tokens(x.mask, x.tokens, list.get()) : x.tokens;

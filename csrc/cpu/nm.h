@@ -88,6 +88,7 @@ template <typename T>
 bool nm_rows(T* w, int64_t stride, int64_t rows, int64_t columns, const float* scale, int n, int m, bool apply,
              uint8_t* mask, int threads) {
     // NaN is looked for in all rows before any is written. A second read: blocks of rows would leave w half done.
+    threads = worth(threads, 12.0 * double(rows * columns) / VL);
     int bad = 0;
 #pragma omp parallel for schedule(static) reduction(| : bad) num_threads(threads)
     for (int64_t i = 0; i < rows; ++i) bad |= row_has_nan(w + i * stride, scale, columns);

@@ -40,6 +40,7 @@ struct Operand {
 
 inline void multiply(const float* x, int64_t x_stride, const Operand& b, const float* bias, float* out,
                      int64_t out_stride, int64_t m, bool accumulate, int threads) {
+    threads = worth(threads, 0.5 * double(m) * double(b.n) * double(b.k + 16) / VL);
     const int64_t n = b.n, k = b.k, panels = ceil_div(n, NR);
     Buffer<float> packed(panels * NR * most(k, 1)), biases(panels * NR);
     for (int64_t o = 0; o < panels * NR; ++o) biases[o] = bias && o < n ? bias[o] : 0.0f;

@@ -109,6 +109,7 @@ template <typename T>
 bool select_rows(T* w, int64_t stride, int64_t rows, int64_t columns, const float* scale, int64_t k, bool apply,
                  uint8_t* mask, int threads) {
     const int64_t vectors = ceil_div(columns, VL);
+    threads = worth(threads, 24.0 * double(rows * vectors));
     Buffer<vi> scratch(threads * most(vectors, 1));
     int bad = 0;
     // NaN is looked for in all rows before any is written.
@@ -154,7 +155,9 @@ inline int32_t rank_among(const int32_t* keys, int64_t count, int32_t prefix, in
 template <typename T>
 bool select_matrix(T* w, int64_t stride, int64_t rows, int64_t columns, const float* scale, int64_t k, bool apply,
                    uint8_t* mask, int threads) {
-    const int64_t vectors = ceil_div(columns, VL), parts = threads;
+    const int64_t vectors = ceil_div(columns, VL);
+    threads = worth(threads, 48.0 * double(rows * vectors));
+    const int64_t parts = threads;
     Buffer<vi> scratch(parts * most(vectors, 1));
     Buffer<int64_t> first(parts + 1), ties(parts);
     Buffer<uint32_t> copies(parts * BINS * COPIES);

@@ -49,6 +49,13 @@ inline uint16_t round_bf16(float x) {  // nearest even, NaN stays NaN
     return (bits & 0x7fffffffu) > 0x7f800000u ? uint16_t((bits >> 16) | 0x40) : rounded;
 }
 
+// Threads worth waking for so many cycles of work. Where other programs compete for the cores, every parallel region can
+// cost a time slice, so one that saves less than about 30 µs runs alone.
+inline int worth(int threads, double cycles) {
+    const double most_useful = cycles / 150e3;
+    return most_useful < 2 ? 1 : most_useful < threads ? int(most_useful) : threads;
+}
+
 inline int thread_number() {
 #if defined(_OPENMP)
     return omp_get_thread_num();

@@ -9,6 +9,7 @@ namespace {
 
 bool compress_24(const uint16_t* w, int64_t stride, int64_t rows, int64_t columns, uint16_t* values,
                  int16_t* metadata, int threads) {
+    threads = worth(threads, 4.0 * double(rows * columns));
     int bad = 0;
 #pragma omp parallel for schedule(static) reduction(| : bad) num_threads(threads)
     for (int64_t i = 0; i < rows; ++i)
@@ -32,6 +33,7 @@ bool compress_24(const uint16_t* w, int64_t stride, int64_t rows, int64_t column
 
 bool expand_24(const uint16_t* values, const int16_t* metadata, int64_t rows, int64_t columns, uint16_t* w,
                int threads) {
+    threads = worth(threads, 4.0 * double(rows * columns));
     int bad = 0;
 #pragma omp parallel for schedule(static) reduction(| : bad) num_threads(threads)
     for (int64_t i = 0; i < rows; ++i)

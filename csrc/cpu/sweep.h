@@ -129,6 +129,7 @@ inline int64_t group_step(int64_t m) {
 // not positive.
 bool obs_sweep(float* w, int64_t w_stride, const float* r, int64_t r_stride, int64_t rows, int64_t b, uint8_t* mask,
                int64_t n, int64_t m, float* errors, float* losses, int threads) {
+    threads = worth(threads, 0.6 * double(rows * b) * double(b + 40) / VL);
     const int64_t step = group_step(m), groups = ceil_div(b, step), padded = ceil_div(b, VL) * VL;
     Buffer<float> packed(groups * (groups + 1) / 2 * step * step), diagonal(b), inverse(b);
     Buffer<float> scratch(int64_t(threads) * 3 * padded * TILE);
