@@ -208,8 +208,8 @@ def _classify(ref: WeightRef, probe: _Probe, output: Tensor, head_scope: str) ->
     if total <= 2:
         return _neurons(ref, probe, output)
     head_dim = (total - 1) // 2
-    if total % 2 == 0 or x.shape[-1] % head_dim or x.shape[-1] == 1:
-        return []
+    if total % 2 == 0 or x.shape[-1] % head_dim or x.shape[-1] == head_dim:
+        return []  # a single head, or all heads coupled into one
     return _heads(ref, probe, output, head_dim, head_scope)
 
 
