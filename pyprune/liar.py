@@ -84,7 +84,7 @@ def repair(problem: Problem, kept: Tensor, method: str = "liar", *, damping: flo
         if problem.tokens == 0:
             out.warnings.append("saw no calibration token: sliced without reconstruction")
         return out
-    centred = bias_slot and interpolate == "both" and method != "mask_tuning"
+    centred = bias_slot and (method == "bias" or method == "liar" and interpolate == "both")
     pieces = _Pieces(problem, kept, centred)
     if method == "bias":
         out = Repair(pieces.kept_weight, pieces.bias(pieces.kept_weight), "bias")
