@@ -91,8 +91,8 @@ def main() -> None:
         training = [t for row in result.report["blocks"] for t in row["training"]]
         keep("pyprune", compute, result.model, spent, sum(t["seconds"] for t in training),
              sum(t["steps"] for t in training))
-    path = common.write(NAME, rows, options.out, setting=vars(options))
-    print(path)
+    setting = {key: value for key, value in vars(options).items() if key != "out"}
+    print(common.write(NAME, rows, options.out, setting=setting))
 
 
 if __name__ == "__main__":
