@@ -192,6 +192,8 @@ def verify(block: nn.Module, groups: list[Coupled], hidden: Tensor, arguments: A
     slice_block(sliced, picks)
     hidden, arguments = hidden.float(), arguments.to(hidden.device, torch.float32, {})
     want = call_block(masked, hidden, arguments)
+    if not bool(torch.isfinite(want).all()):
+        raise ConfigError(f"the output of {name} is not finite on a few plain tokens; check the checkpoint")
     try:
         got = call_block(sliced, hidden, arguments)
     except RuntimeError as error:

@@ -1,0 +1,356 @@
+"""``pyprune.prune`` for neurons and heads: every choice runs, the result is smaller, saved, reloaded, and honest."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import tiny
+import torch
+import transformers as hf
+
+import pyprune
+from pyprune.config import CRITERIA, ConfigError
+from pyprune.evaluate_tasks import fit_head, paired_bootstrap, predict, spearman, sts_spearman
+from pyprune.stream import expert_loop
+
+ALL = list(tiny.CONFIGS)
+STOCK_HEADS = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "mixtral", "qwen3_moe")
+IDS = tiny.ids(20, 24, seed=5)
+
+
+def run(model, pattern="structured", sparsity=0.5, calibration=IDS, structured=None, **fields):
+    return pyprune.prune(model, pattern=pattern, sparsity=sparsity, calibration=calibration, progress=False,
+                         evaluation={"enabled": False}, structured=structured or {}, **fields)
+
+
+def logits(model, ids=None):
+    with torch.no_grad():
+        return model(tiny.ids(2, 20) if ids is None else ids)[0]
+
+
+def size(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+def drift(model, dense, ids=None):
+    want = logits(dense, ids)
+    return float((logits(model, ids) - want).square().sum() / want.square().sum())
+
+
+# ---- results that stock tools load ---------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("architecture", ALL)
+def test_uniform_result_is_a_plain_checkpoint(architecture, tmp_path):
+    """Plain transformers loads it: same class, smaller config, nothing missing, equal logits."""
+    dense = tiny.model(architecture)
+    pattern = "structured" if architecture in STOCK_HEADS else "neurons"
+    result = run(dense, pattern)
+    assert size(result.model) < size(dense) and result.report["structured"]["standard"]
+    result.save(tmp_path / "out")
+    again, info = type(dense).from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert torch.equal(logits(again), logits(result.model))
+    assert torch.equal(logits(pyprune.load(tmp_path / "out").model), logits(result.model))
+    if architecture in STOCK_HEADS:
+        assert again.config.num_attention_heads == 2 and again.config.num_key_value_heads == 1
+
+
+def test_llama_gets_biases_with_explicit_zeros(tmp_path):
+    """The reconstruction's bias sits at the consumers; those that the flags add elsewhere are zeros in the file."""
+    from safetensors.torch import load_file
+
+    run(tiny.model("llama"), inputs="dense").save(tmp_path / "out")
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["mlp_bias"] and config["attention_bias"]
+    assert (config["intermediate_size"], config["num_attention_heads"], config["head_dim"]) == (32, 2, 8)
+    for layer in range(3):
+        for name in ("mlp.gate_proj", "mlp.up_proj", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"):
+            assert not tensors[f"model.layers.{layer}.{name}.bias"].any()
+        assert tensors[f"model.layers.{layer}.mlp.down_proj.bias"].any()
+
+
+def test_no_bias_slot_is_said_and_left_out():
+    result = run(tiny.model("mistral"), "neurons")
+    assert result.model.model.layers[0].mlp.down_proj.bias is None
+    assert any("no bias slot" in note for note in result.report["structured"]["notes"])
+
+
+@pytest.mark.parametrize("architecture", ["bert", "gpt2"])
+def test_heads_without_a_stock_config(architecture, tmp_path):
+    """Refused with the reason before any work; saved for pyprune.load; or padded with zeros for stock tools."""
+    dense = tiny.model(architecture)
+    with pytest.raises(ConfigError, match="num_attention_heads.*structured.nonstandard='save'"):
+        run(dense, "heads")
+    saved = run(dense, "heads", structured={"nonstandard": "save"})
+    assert not saved.report["structured"]["standard"] and size(saved.model) < size(dense)
+    saved.save(tmp_path / "saved")
+    assert torch.equal(logits(pyprune.load(tmp_path / "saved").model), logits(saved.model))
+    with pytest.raises(RuntimeError):  # stock transformers says so, instead of dropping weights silently
+        type(dense).from_pretrained(tmp_path / "saved")
+    padded = run(dense, "heads", structured={"nonstandard": "pad"})
+    padded.save(tmp_path / "padded")
+    again = type(dense).from_pretrained(tmp_path / "padded")
+    assert torch.equal(logits(again), logits(padded.model)) and size(again) == size(dense)
+    torch.testing.assert_close(logits(again), logits(saved.model), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["save", "pad"])
+def test_global_allocation_reloads(mode, tmp_path):
+    dense = tiny.model("llama", seed=3)
+    with torch.no_grad():
+        dense.model.layers[0].mlp.down_proj.weight[:, :48] *= 1e-3  # a block with much to drop
+    with pytest.raises(ConfigError, match="one size for all blocks"):
+        run(dense, "neurons", sparsity=0.4, structured={"allocation": "global"})
+    result = run(dense, "neurons", sparsity=0.4, structured={"allocation": "global", "nonstandard": mode})
+    kept = [r["kept"] for r in result.report["weights"]]
+    assert len(set(kept)) > 1 and sum(64 - k for k in kept) == round(0.4 * 3 * 64)
+    result.save(tmp_path / "out")
+    again = pyprune.load(tmp_path / "out").model
+    assert torch.equal(logits(again), logits(result.model))
+    widths = [layer.mlp.down_proj.in_features for layer in again.model.layers]
+    assert widths == (kept if mode == "save" else [max(kept)] * 3)
+    assert again.generate(tiny.ids(1, 4), max_new_tokens=3, do_sample=False).shape == (1, 7)
+
+
+def test_illegal_head_count_is_refused_with_the_way_out():
+    dense = tiny.model("llama", num_attention_heads=4, num_key_value_heads=4)
+    with pytest.raises(ConfigError, match="not a multiple"):
+        run(dense, "heads", sparsity=0.25)
+
+
+def test_one_key_value_group():
+    dense = tiny.model("llama", num_key_value_heads=1)
+    with pytest.raises(ConfigError, match="head_scope='queries'"):
+        run(dense, "heads")
+    result = run(dense, "heads", structured={"head_scope": "queries"})
+    assert (result.model.config.num_attention_heads, result.model.config.num_key_value_heads) == (2, 1)
+
+
+def test_query_heads_leave_keys_and_values_alone():
+    dense = tiny.model("qwen3")
+    result = run(dense, "heads", structured={"head_scope": "queries"})
+    attention = result.model.model.layers[0].self_attn
+    assert (attention.q_proj.out_features, attention.k_proj.out_features) == (32, 32)
+    assert torch.equal(attention.k_proj.weight, dense.model.layers[0].self_attn.k_proj.weight)
+
+
+# ---- every choice --------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("inputs", ["propagated", "dense"])
+@pytest.mark.parametrize("reconstruct", ["none", "bias", "mask_tuning", "liar"])
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_every_criterion_with_every_reconstruction(criterion, reconstruct, inputs):
+    dense = tiny.model("llama")
+    result = run(dense, criterion=criterion, reconstruct=reconstruct, inputs=inputs)
+    assert [r["kept"] for r in result.report["weights"]] == [1, 32] * 3
+    assert {r["method"] for r in result.report["weights"]} <= {reconstruct, "none", "bias"}
+    assert bool(torch.isfinite(logits(result.model)).all())
+    torch.testing.assert_close(logits(dense), logits(tiny.model("llama")))  # the model given is left alone
+
+
+def test_nothing_dropped_changes_nothing_on_the_dense_stream():
+    dense = tiny.model("llama")
+    result = run(dense, sparsity=0.0, inputs="dense", reconstruct="none")
+    assert torch.equal(logits(result.model), logits(dense))
+
+
+@pytest.mark.parametrize("architecture", ["bert", "llama"])
+@pytest.mark.parametrize("inputs", ["propagated", "dense"])
+def test_liar_beats_bias_beats_nothing(architecture, inputs):
+    """Output error against the dense model on text that nothing was fitted on."""
+    dense = tiny.model(architecture)
+    ids, calibration = tiny.ids(16, 24, seed=99), tiny.ids(200, 24, seed=5)
+    none, bias, liar = (drift(run(dense, "neurons", 0.25, calibration, reconstruct=m, inputs=inputs).model, dense, ids)
+                        for m in ("none", "bias", "liar"))
+    assert liar < bias < none
+
+
+def test_held_out_error_never_exceeds_bias_compensation():
+    for row in run(tiny.model("gpt2"), "neurons", criterion="random").report["weights"]:
+        assert row["error_held_out"] <= row["errors"]["bias"] and row["error_held_out"] <= row["errors"]["none"]
+
+
+def test_propagated_target_corrects_earlier_blocks():
+    """A third block whose first two were pruned: repairing towards the dense stream brings the output nearer to it
+    than repairing each block on its own."""
+    dense = tiny.model("llama")
+    calibration = tiny.ids(200, 24, seed=5)
+    ids = tiny.ids(16, 24, seed=99)
+    own = drift(run(dense, "neurons", 0.5, calibration, inputs="dense", criterion="random").model, dense, ids)
+    through = drift(run(dense, "neurons", 0.5, calibration, criterion="random").model, dense, ids)
+    assert through < own
+
+
+def test_bfloat16_forward_agrees():
+    dense = tiny.model("llama")
+    ids, calibration = tiny.ids(16, 24, seed=99), tiny.ids(100, 24, seed=5)
+    wide = drift(run(dense, "neurons", 0.5, calibration).model, dense, ids)
+    narrow = run(dense, "neurons", 0.5, calibration, compute_dtype="bfloat16").model
+    assert next(narrow.parameters()).dtype == torch.float32
+    assert drift(narrow, dense, ids) < 1.1 * wide
+
+
+# ---- several sparsities --------------------------------------------------------------------------------------------
+
+def test_curve_from_one_pass_equals_single_runs(tmp_path):
+    dense = tiny.model("llama")
+    many = run(dense, "neurons", [0.25, 0.5, 0.75], inputs="dense")
+    assert list(many.models) == [0.25, 0.5, 0.75] and many.model is many.models[0.75]
+    for sparsity, model in many.models.items():
+        single = run(dense, "neurons", sparsity, inputs="dense")
+        assert torch.equal(logits(model), logits(single.model))
+    assert [e["parameters"] for e in many.report["structured"]["curve"]] == [size(m) for m in many.models.values()]
+    shared = {id(m.model.embed_tokens.weight) for m in many.models.values()}
+    assert len(shared) == 1  # nothing outside the blocks is copied
+    many.save(tmp_path / "out")
+    again = pyprune.load(tmp_path / "out" / "sparsity-0.25").model
+    assert torch.equal(logits(again), logits(many.models[0.25]))
+    record = json.loads((tmp_path / "out" / "sparsity-0.5" / "pruning.json").read_text())
+    assert record["sparsity"] == 0.5 and record["structured"]["edits"]["intermediate_size"] == 32
+
+
+def test_list_says_that_it_uses_the_dense_stream():
+    assert any("dense stream" in w for w in run(tiny.model("llama"), "neurons", [0.5]).report["warnings"])
+
+
+# ---- honesty -------------------------------------------------------------------------------------------------------
+
+def test_same_seed_same_bits():
+    a, b = (run(tiny.model("llama"), criterion="random").model for _ in range(2))
+    assert torch.equal(logits(a), logits(b))
+    assert not torch.equal(logits(run(tiny.model("llama"), criterion="random", seed=1).model), logits(a))
+
+
+def test_few_tokens_work_and_warn():
+    result = run(tiny.model("llama"), "neurons", calibration=tiny.ids(2, 8))
+    assert bool(torch.isfinite(logits(result.model)).all())
+    assert any("calibration tokens for 32 kept columns" in w or "LIAR was not used" in w
+               for w in result.report["warnings"])
+
+
+def test_ignored_block_stays_dense(tmp_path):
+    dense = tiny.model("llama")
+    with pytest.raises(ConfigError, match="others dense"):
+        run(dense, "neurons", ignore=["layers.1."])
+    result = run(dense, "neurons", ignore=["layers.1."], structured={"nonstandard": "save"})
+    assert [layer.mlp.down_proj.in_features for layer in result.model.model.layers] == [32, 64, 32]
+    result.save(tmp_path / "out")
+    assert torch.equal(logits(pyprune.load(tmp_path / "out").model), logits(result.model))
+    with pytest.raises(ConfigError, match="leave no whole neurons"):
+        run(dense, "neurons", targets=["gate_proj"])
+
+
+def test_report_names_what_was_done():
+    report = run(tiny.model("llama")).report
+    row = report["weights"][1]
+    assert row["kind"] == "neurons" and row["sparsity"] == 0.5 and row["tokens"] == IDS.numel()
+    assert set(row["errors"]) == {"liar", "bias", "none"} and row["damping"] is not None or row["method"] != "liar"
+    assert report["sparsity"] == pytest.approx(0.5)
+    assert {"groups", "forward", "statistics", "solve", "slice"} <= set(report["seconds"])
+    assert len(report["blocks"]) == 3 and report["blocks"][2]["error"] > report["blocks"][0]["error"] > 0
+
+
+def test_non_finite_activations_are_an_error():
+    dense = tiny.model("llama")
+    with torch.no_grad():
+        dense.model.embed_tokens.weight[7] = torch.nan
+    with pytest.raises(ConfigError, match="not finite"):
+        run(dense, "neurons")
+
+
+def test_experts_that_no_token_reached():
+    """Too few tokens for every expert: those without any are sliced by magnitude and named."""
+    result = run(tiny.model("mixtral"), "neurons", calibration=tiny.ids(1, 2))
+    with expert_loop(result.model.config):
+        assert bool(torch.isfinite(logits(result.model)).all())
+    assert any("saw no calibration token" in w for w in result.report["warnings"])
+
+
+def test_first_order_criteria_refuse_fused_experts():
+    with pytest.raises(ConfigError, match="fused experts"):
+        run(tiny.model("mixtral"), "neurons", criterion="fisher")
+
+
+def test_mask_gradients_are_derivatives_of_the_loss():
+    """Against a finite difference: scale one neuron's column of the down projection."""
+    from pyprune.groups import find_groups
+    from pyprune.model import ModelView
+    from pyprune.taps import mask_gradients
+
+    model = tiny.model("llama").double()
+    view = ModelView(model)
+    groups = find_groups(view, "structured")
+    ids = tiny.ids(3, 12)
+    found = mask_gradients(view, groups, list(ids), dtype=torch.float32, device=torch.device("cpu"))
+
+    def loss(row):
+        out = model(row[None]).logits[0, :-1]
+        return float(torch.nn.functional.cross_entropy(out, row[1:]))
+
+    for index, unit in ((0, 5), (2, 11)):
+        column = model.model.layers[index].mlp.down_proj.weight.data[:, unit]
+        values = []
+        for step in (1e-4, -1e-4):
+            before = column.clone()
+            column.mul_(1 + step)
+            values.append([loss(row) for row in ids])
+            column.copy_(before)
+        up, down = torch.tensor(values, dtype=torch.float64)
+        torch.testing.assert_close(found[index][1][:, unit].double(), (up - down) / 2e-4, rtol=1e-3, atol=1e-7)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+# ---- tasks ---------------------------------------------------------------------------------------------------------
+
+def test_spearman_is_scipys():
+    stats = pytest.importorskip("scipy.stats", reason="scipy is an extra; it is only the reference here")
+    x = torch.randint(0, 9, (200,), generator=torch.Generator().manual_seed(0)).float()
+    y = x + 3 * torch.randn(200, generator=torch.Generator().manual_seed(1))
+    assert spearman(x, y) == pytest.approx(stats.spearmanr(x.numpy(), y.numpy()).statistic, abs=1e-9)
+
+
+def test_sentence_vectors_do_not_depend_on_company():
+    """Mean pooling over real tokens only: a short sentence beside a long one equals the same one alone."""
+    from pyprune.evaluate_tasks import encode
+
+    model = tiny.model("bert")
+    rows = [tiny.ids(1, n, seed=n)[0] for n in (5, 9, 5, 12)]
+    together = encode(model, rows)
+    for row, vector in zip(rows, together):
+        torch.testing.assert_close(encode(model, [row])[0], vector, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(together[1], model(rows[1][None])[0][0].mean(0), rtol=1e-4, atol=1e-5)
+
+
+def test_sts_of_identical_and_opposite_orders(tmp_path):
+    model, tokenizer = tiny.model("bert", vocab_size=tiny.CHARACTERS), tiny.tokenizer(encoder=True)
+    first, second = ["abcd", "hello", "x y z", "12345"], ["abce", "h", "x y", "qwert"]
+    found = sts_spearman(model, tokenizer, (first, second, torch.arange(4.0)))["similarities"]
+    ranks = found.argsort().argsort().float()
+    assert sts_spearman(model, tokenizer, (first, second, ranks))["spearman"] == pytest.approx(1)
+    assert sts_spearman(model, tokenizer, (first, second, -ranks))["spearman"] == pytest.approx(-1)
+    with pytest.raises(ConfigError, match="jsonl of sentence1"):
+        sts_spearman(model, tokenizer, tmp_path / "none.jsonl")
+
+
+def test_paired_bootstrap_knows_a_sure_difference():
+    a = torch.arange(200.0)
+    found = paired_bootstrap(lambda rows: float((a[rows] + 0.5 - a[rows]).mean()), 200, samples=200)
+    assert found["difference"] == found["low"] == found["high"] == 0.5 and found["standard_error"] == 0
+    noise = torch.randn(400, generator=torch.Generator().manual_seed(0))
+    found = paired_bootstrap(lambda rows: float(noise[rows].mean()), 400, samples=500)
+    assert found["standard_error"] == pytest.approx(1 / 20, rel=0.15) and found["low"] < 0 < found["high"]
+
+
+def test_linear_head_separates_what_a_line_separates():
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 6, generator=g) * torch.tensor([1, 10, 0.1, 1, 1, 1]) + 3
+    labels = (x @ torch.tensor([1, 0.2, 5, 0, 0, -1]) > 4).long()
+    assert float(((predict(x, fit_head(x, labels)) > 0).long() == labels).float().mean()) > 0.98
+
+
+def test_hub_names_of_the_classes_are_kept(tmp_path):
+    result = run(tiny.model("llama"), "neurons")
+    result.save(tmp_path / "out")
+    assert isinstance(hf.AutoModelForCausalLM.from_pretrained(tmp_path / "out"), hf.LlamaForCausalLM)
