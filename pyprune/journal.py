@@ -49,6 +49,7 @@ class Journal:
         self._pending: dict[str, Future] = {}
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="pyprune-journal")
         self.folder: Path | None = None
+        self.output: Path | None = None
         if output is None:
             if resume:
                 raise ConfigError("resume needs the output folder of the interrupted run")
@@ -148,20 +149,20 @@ class Journal:
         path = self.folder / file
         return path.is_file() and checksum(path) == digest
 
-    def once(self, name: str, make: Callable[[], Any]) -> Any:
-        """A plain value that an interrupted run need not work out again."""
-        if self.folder is None:
-            return make()
-        path = self.folder / f"{name}.json"
-        if not path.is_file():
-            write_bytes(path, json.dumps(checkpoint.plain(make())).encode())
-        return json.loads(path.read_text())
+    def kept(self, name: str) -> Any:
+        """A plain value that the interrupted run worked out, None if it did not."""
+        path = None if self.folder is None else self.folder / f"{name}.json"
+        return json.loads(path.read_text()) if path is not None and path.is_file() else None
+
+    def keep(self, name: str, value: Any) -> None:
+        if self.folder is not None:
+            write_bytes(self.folder / f"{name}.json", json.dumps(checkpoint.plain(value)).encode())
 
     # ---- steps -------------------------------------------------------------------------------------------------
 
     def shard(self, index: int) -> Path:
         """Where the finished tensors of a block lie."""
-        return self.folder / f"block-{index:05}.safetensors"
+        return shard_path(self.output, index)
 
     def write(self, index: int, tensors: dict[str, Tensor], *, draft: bool = False) -> None:
         """Start writing a block's tensors; they must not change until :meth:`commit`. A draft is a block that a later
@@ -217,10 +218,20 @@ class Journal:
             for number, old in before.items():
                 signal.signal(number, old)
 
+    @property
+    def stopping(self) -> bool:
+        """A signal asked for an end."""
+        return self._stopping
+
+    def stop(self) -> None:
+        """End at the next :meth:`safe_point`."""
+        self._stopping = True
+
     def safe_point(self) -> None:
         """Between two blocks: raise :class:`Interrupted` if a signal asked for it."""
         if self._stopping:
-            raise Interrupted(f"stopped with {len(self.entries)} of {self.total} blocks done, safe in {self.output}; "
+            where = self.output or "the output folder"
+            raise Interrupted(f"stopped with {len(self.entries)} of {self.total} blocks done, safe in {where}; "
                               f"{RESUME}")
 
     def explain(self, error: OutputError) -> OutputError:
@@ -283,6 +294,11 @@ class Journal:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+
+
+def shard_path(output: str | Path, index: int) -> Path:
+    """Where the finished tensors of a block of the run in ``output`` lie."""
+    return Path(output).expanduser().absolute() / FOLDER / f"block-{index:05}.safetensors"
 
 
 def _final(file: str) -> bool:

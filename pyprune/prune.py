@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
 import random
 import time
 from pathlib import Path
@@ -12,11 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from pyprune import calibration, checkpoint, ops
+from pyprune import calibration, checkpoint, distributed, ops
 from pyprune.blockwise import measure_streamed
 from pyprune.config import Calibration, ConfigError, Evaluation, PruneConfig, from_dict
 from pyprune.evaluate import measure, windows_of
-from pyprune.journal import Journal
+from pyprune.journal import Journal, shard_path
 from pyprune.model import ModelView, WeightRef, select_weights
 from pyprune.progress import Progress
 from pyprune.record import build_report, compared, data_identity, model_identity, settings_of, weights_digest
@@ -67,21 +66,28 @@ def prune(model: str | Path | nn.Module | None = None, config: PruneConfig | dic
     if config is None and isinstance(model, str):
         fields.setdefault("model", model)
     config = make_config(config, fields if not isinstance(model, str) else {**fields, "model": model})
-    journal = Journal(config.output, resume)
+    world, journal, failed = distributed.start(), Journal(None), True
     try:
-        return _prune(model, config, tokenizer, in_place, progress, journal)
+        journal = world.lead(lambda: Journal(config.output, resume)) or journal
+        result = _prune(model, config, tokenizer, in_place, progress and world.leads, journal, world)
+        failed = False
     except OutputError as error:
         journal.explain(error)
         raise
     finally:
         journal.close()
+        world.close(failed)
+    return result
 
 
-def _prune(model, config: PruneConfig, tokenizer, in_place: bool, progress: bool, journal: Journal) -> PruneResult:
+def _prune(model, config: PruneConfig, tokenizer, in_place: bool, progress: bool, journal: Journal,
+           world: distributed.World) -> PruneResult:
+    if world.size > 1 and config.is_structured:
+        raise ConfigError(f"structured pruning runs in one process, not in {world.size}: start it without torchrun")
     clock = Clock()
-    journal.check_settings(settings_of(config))
-    if journal.complete:
-        journal.publish()
+    world.lead(lambda: journal.check_settings(settings_of(config)))
+    if world.same(journal.complete):
+        world.lead(journal.publish)
         live, tokenizer = checkpoint.load(config.output)
         return PruneResult(live, tokenizer, config, checkpoint.read_report(config.output))
     _seed(config.seed)
@@ -93,7 +99,8 @@ def _prune(model, config: PruneConfig, tokenizer, in_place: bool, progress: bool
         else:
             if config.model is None:
                 raise ConfigError("no model: give a Hub id, a local folder, a .gguf file or a live nn.Module")
-            opened = open_model(config, journal.header.get("streamed"), pick_device(config.device).type == "cuda")
+            opened = open_model(config, world.same(journal.header.get("streamed")),
+                                pin=pick_device(config.device).type == "cuda")
             live, tokenizer, weights = opened.model, opened.tokenizer, opened.weights
     view = weights.view if weights.streamed else ModelView(live)
     selected = select_weights(view, config.targets, config.ignore)
@@ -107,21 +114,30 @@ def _prune(model, config: PruneConfig, tokenizer, in_place: bool, progress: bool
         texts = windows_of(config.evaluation, tokenizer, view.is_encoder)
     if config.output:
         with clock("load"):
-            journal.begin({"settings": settings_of(config), "data": data_identity(data, texts),
-                           "model": model_identity(live, weights.files.fingerprint() if weights.streamed else
-                                                   weights_digest(live.state_dict().items()))},
-                          len(view.blocks), streamed=weights.streamed)
+            identity = {"settings": settings_of(config), "data": data_identity(data, texts),
+                        "model": model_identity(live, weights.files.fingerprint() if weights.streamed else
+                                                weights_digest(live.state_dict().items()))}
+            world.lead(lambda: journal.begin(identity, len(view.blocks), streamed=weights.streamed))
+            journal.entries, journal.notes = world.same((journal.entries, journal.notes))
+            journal.total = len(view.blocks)
     store = make_store(config, journal)
-    if weights.streamed:
-        measured = functools.partial(measure_streamed, view, weights, texts, config.evaluation, store,
-                                     pick_device(config.device))
-    else:
-        measured = functools.partial(measure, live, texts, config.evaluation)
+
+    def measured() -> list[dict]:
+        split = all(len(windows) >= world.size for _, windows in texts)
+        own = [(name, windows[world.rank::world.size] if split else windows) for name, windows in texts]
+        rows = measure_streamed(view, weights, own, config.evaluation, store, pick_device(config.device)) \
+            if weights.streamed else measure(live, own, config.evaluation)
+        return world.mean_perplexity(rows, [len(windows) for _, windows in texts]) if split else rows
+
     with clock("evaluation"):
-        dense = journal.once("dense", measured)
+        dense = world.same(journal.kept("dense"))
+        if dense is None:
+            dense = measured()
+            world.lead(lambda: journal.keep("dense", dense))
     executor = Executor(view, device=pick_device(config.device), compute_dtype=pick_dtype(config.compute_dtype),
                         batch_size=config.batch_size, weights=weights, store=store)
-    run = Run(config, view, executor, selected, data, clock, journal)
+    executor.world = world
+    run = Run(config, view, executor, selected, data, clock, journal, world)
     executor.warn = run.warn
     models: dict[float, nn.Module] = {}
     with Progress(len(view.blocks), enabled=progress) as bar, ops.backend(config.backend):
@@ -145,7 +161,7 @@ def _prune(model, config: PruneConfig, tokenizer, in_place: bool, progress: bool
         result = PruneResult(live, tokenizer, config, report, models)
     if config.output:
         with clock("write"):
-            journal.finish(result.fill)
+            world.lead(lambda: journal.finish(result.fill))
     return result
 
 
@@ -236,7 +252,7 @@ def prune_blocks(run: Run, bar: Progress) -> None:
     those of an interrupted run only run again, to bring the activations to where it stopped."""
     config, executor, clock, journal = run.config, run.executor, run.clock, run.journal
     with clock("forward"):
-        fit = executor.embed(run.data.sequences) if needs_calibration(config) else None
+        fit = executor.embed(run.data.sequences, shared=True) if needs_calibration(config) else None
         probes = make_probes(run)
         refiner = Refiner(run, fit, probes) if wanted(config) else None
     last = len(run.view.blocks) - 1
@@ -276,8 +292,10 @@ def prune_blocks(run: Run, bar: Progress) -> None:
                                "error_held_out": errors.get("held_out"), "seconds": time.perf_counter() - started,
                                **(refiner.row(index) if refiner else {})})
             commit_block(run, index)
+        if run.world.any(journal.stopping):  # also: process 0 has written what the others may read
+            journal.stop()
         for settled in settled_by(run, index, refiner):
-            executor.release(settled, journal.shard(settled) if journal.folder else None)
+            executor.release(settled, shard_path(config.output, settled) if config.output else None)
         bar.update(block=index + 1, phase="done", error=run.blocks[index]["error"])
         if index < last:
             journal.safe_point()
@@ -354,7 +372,9 @@ def restore_block(run: Run, index: int, module: nn.Module, refiner: Refiner | No
     prefix = f"{run.view.path}.{index}."
     draft = refiner is not None and refiner.cross and index == done - 1 < len(run.view.blocks) - 1
     with run.clock("resume"):
-        tensors = {name.removeprefix(prefix): t for name, t in run.journal.read(index, draft=draft).items()}
+        found = run.world.lead(lambda: run.journal.read(index, draft=draft))
+        found = run.world.tensors(found, torch.device("cpu"))
+        tensors = {name.removeprefix(prefix): t for name, t in found.items()}
         masks = {name.removesuffix(MASK): tensors.pop(name) for name in list(tensors) if name.endswith(MASK)}
         block.load_state_dict(tensors)
         if module is not block:
@@ -382,8 +402,12 @@ def gather(run: Run, index: int, module: nn.Module, refs: list[WeightRef], fit: 
                           precision=precision, clock=run.clock)
 
     observer = observe(run.executor, index, module, refs, fit, sink, target=fit if config.inputs == "dense" else None)
+    distributed.reduce_statistics(run.world, observer)
     if not all(s.finite() for s in observer.sinks.values()):
         find_non_finite(run.executor, index, module, refs, fit, lambda ref: run.view.name(index, ref))
+        raise ConfigError(f"the statistics of block {index} are not finite" + (
+            f" (process {run.world.rank} of {run.world.size} holds none of the sequences at fault; see the others' "
+            "messages)" if run.world.size > 1 else ": the inputs overflow float32 when squared"))
     return observer
 
 
@@ -396,7 +420,11 @@ def prune_block(run: Run, index: int, module: nn.Module, observer: Observer | No
     groups: dict[str | None, list[WeightRef]] = {}
     for ref in run.selected[index]:
         groups.setdefault(observer.leader.get(ref.name) if observer else None, []).append(ref)
-    for leader, refs in groups.items():
+    owners = run.world.deal([solve_cost(block, refs) for refs in groups.values()])
+    own: list[dict] = []
+    for owner, (leader, refs) in zip(owners, groups.items()):
+        if owner != run.world.rank:
+            continue
         statistics = observer.sinks[leader] if leader else None
         group_config = config
         if statistics is None and needs_calibration(config):
@@ -423,10 +451,37 @@ def prune_block(run: Run, index: int, module: nn.Module, observer: Observer | No
             if module is not block:
                 ref.view(module).copy_(weight)
             row["sparsity"] = 1 - torch.count_nonzero(weight).item() / weight.numel()
-            run.weights.append(row)
+            own.append(row)
             masks[ref] = solved.mask
     ops.raise_faults(run.executor.device)
+    exchange_solved(run, module, block, owners, list(groups.values()), masks)
+    rows = {row["name"]: row for part in run.world.everyone(own) for row in part}
+    run.weights += [rows[run.view.name(index, ref)] for ref in run.selected[index]]
+    for part in run.world.everyone(run.warnings) if run.world.size > 1 else []:
+        for text in part:
+            run.warn(text)
     return masks
+
+
+def solve_cost(block: nn.Module, refs: list[WeightRef]) -> float:
+    """FLOPs of one group: a factorisation and inverse of its Gram, and a sweep of each of its matrices."""
+    columns = refs[0].view(block).shape[1]
+    return columns**3 + sum(ref.view(block).shape[0] * columns**2 for ref in refs)
+
+
+def exchange_solved(run: Run, module: nn.Module, block: nn.Module, owners: list[int], groups: list[list[WeightRef]],
+                    masks: dict[WeightRef, Tensor]) -> None:
+    """Give every process the weights and masks that others solved."""
+    if run.world.size == 1:
+        return
+    for owner, refs in zip(owners, groups):
+        for ref in refs:
+            weight = ref.view(block)
+            mask = masks.setdefault(ref, torch.empty(weight.shape, dtype=torch.bool, device=run.executor.device))
+            run.world.send_(weight, owner)
+            run.world.send_(mask, owner)
+            if module is not block:
+                ref.view(module).copy_(weight)
 
 
 def stream_error(probe: Probe) -> float:

@@ -107,6 +107,7 @@ class Student:
                 master.grad = buffer
             elif master.grad is None:  # an expert that no token of this batch reached
                 master.grad = torch.zeros_like(master)
+            self.executor.world.sum_(master.grad)
             if scale is not None:
                 master.grad.mul_(scale)
         optimizer.step()
@@ -169,8 +170,8 @@ def schedule(activations: list[Activations], batch_size: int, generator: torch.G
     """
     pools: dict[int, list[tuple[int, int]]] = {}
     for s, stream in enumerate(activations):
-        for length, rows in stream.rows.items():
-            pools.setdefault(length, []).extend((s, row) for row in range(len(rows)))
+        for length, (count, _) in stream.span.items():  # the same batches whatever process holds their sequences
+            pools.setdefault(length, []).extend((s, row) for row in range(count))
     batches, rest = [], []
     for length, pool in sorted(pools.items()):
         order = torch.randperm(len(pool), generator=generator).tolist()
@@ -207,14 +208,15 @@ def _prefetch(batches: Iterator, device: torch.device) -> Iterator:
     stream, ready = torch.cuda.Stream(device), None
     for x, target, *rest in batches:
         with torch.cuda.stream(stream):
-            copied = [t.pin_memory().to(device, non_blocking=True) for t in (x, target)]
+            copied = [t if t is None else t.pin_memory().to(device, non_blocking=True) for t in (x, target)]
         event = stream.record_event()
         if ready is not None:
             yield ready
         current = torch.cuda.current_stream(device)
         current.wait_event(event)
         for t in copied:
-            t.record_stream(current)
+            if t is not None:
+                t.record_stream(current)
         ready = (*copied, *rest)
     if ready is not None:
         yield ready
@@ -225,9 +227,19 @@ def _epoch(pairs: Pairs, settings: Reconstruction, generator: torch.Generator) -
     micro = settings.micro_batch_size or settings.batch_size
     for batch in schedule([x for x, _ in pairs], settings.batch_size, generator):
         tokens = sum(length * len(rows) for _, length, rows in batch)
-        parts = list(_micro_batches(pairs, batch, micro))
+        parts = list(_micro_batches(pairs, _own(pairs, batch), micro)) or [(None, None)]
         for k, (x, target) in enumerate(parts):
-            yield x, target, x.shape[0] * x.shape[1] / tokens, k == len(parts) - 1
+            yield x, target, 0 if x is None else x.shape[0] * x.shape[1] / tokens, k == len(parts) - 1
+
+
+def _own(pairs: Pairs, batch: list[tuple]) -> list[tuple]:
+    """The rows of a batch that this process holds, by their places here."""
+    found = []
+    for s, length, rows in batch:
+        first, here = pairs[s][0].span[length][1], len(pairs[s][0].rows.get(length, ()))
+        if own := [row - first for row in rows if first <= row < first + here]:
+            found.append((s, length, own))
+    return found
 
 
 def steps_of(pairs: Pairs, settings: Reconstruction) -> int:
@@ -264,18 +276,20 @@ def train(student: Student, pairs: Pairs, settings: Reconstruction, *, seed: int
         loss_sum = torch.zeros((), device=device)
         batches = 0
         for x, target, share, last in _prefetch(_epoch(pairs, settings, generator), device):
-            with torch.enable_grad():
-                out = student(x)
-                loss = (out.float() - target.float()).square().mean() * share
-                loss.backward()
-            loss_sum += loss.detach()  # a number only once an epoch: no synchronisation per step
-            student.collect_gradients()
+            if x is not None:  # else the step's sequences are with other processes
+                with torch.enable_grad():
+                    out = student(x)
+                    loss = (out.float() - target.float()).square().mean() * share
+                    loss.backward()
+                loss_sum += loss.detach()  # a number only once an epoch: no synchronisation per step
+                student.collect_gradients()
             if last:
                 for group in optimizer.param_groups:
                     group["lr"] = settings.lr * (1 - step / total)
                 student.step(optimizer)
                 step += 1
                 batches += 1
+        student.executor.world.sum_(loss_sum)
         trace.loss.append(loss_sum.item() / batches)
         if not math.isfinite(trace.loss[-1]):
             student.restore(start)

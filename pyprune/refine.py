@@ -64,7 +64,7 @@ class Refiner:
         self.cross, self.last = config.reconstruct == "cross_block", len(run.view.blocks) - 1
         fits = [fit] if fit is not None else []
         if run.data.generated and self.trains:
-            fits.append(run.executor.embed(run.data.generated))
+            fits.append(run.executor.embed(run.data.generated, shared=True))
         dense = config.global_propagation
         self.streams = [Stream(f"fit {k}", a, a.like() if dense else None) for k, a in enumerate(fits)]
         self.probes = [Stream(p.name, p.student, p.dense) for p in probes]
@@ -124,6 +124,8 @@ class Refiner:
                     ops.cross_gram_update(statistics.cross, seen[0][name], x)
         finally:
             both.close()
+        for name in sorted(observer.sinks):
+            self.run.world.sum_(observer.sinks[name].cross)
 
     # ---- training ----------------------------------------------------------------------------------------------
 

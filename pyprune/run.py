@@ -14,6 +14,7 @@ from torch import nn
 from pyprune import checkpoint
 from pyprune.calibration import CalibrationData
 from pyprune.config import PruneConfig
+from pyprune.distributed import World
 from pyprune.journal import Journal
 from pyprune.model import ModelView, WeightRef
 from pyprune.stream import Activations, Executor
@@ -127,6 +128,7 @@ class Run:
     data: CalibrationData
     clock: Clock = field(default_factory=Clock)
     journal: Journal = field(default_factory=lambda: Journal(None))
+    world: World = field(default_factory=World)
     weights: list[dict] = field(default_factory=list)
     blocks: list[dict] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)

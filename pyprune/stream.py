@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from pyprune.autograd import ForwardMode
 from pyprune.config import ConfigError
+from pyprune.distributed import World
 from pyprune.model import Arguments, ModelView, call_block
 from pyprune.store import Store, transfers
 
@@ -54,6 +55,8 @@ class Activations:
         for length, rows in self.rows.items():
             self.ids[length] = torch.stack([sequences[row].long() for row in rows])
         self.hidden, self.dtype = hidden, dtype
+        self.span = {length: (len(rows), 0) for length, rows in self.rows.items()}
+        """Per length, sequences of all processes together and the place of the first one here among them."""
         self.data = {length: self.store.empty((len(rows), length, hidden), dtype) for length, rows in self.rows.items()}
 
     def batches(self, size: int | None = None) -> list[Batch]:
@@ -110,16 +113,23 @@ class Executor:
         self.weights = weights or Resident()
         self.store = store or Store(pin=self.device.type == "cuda")
         self.transfers = transfers(self.device, self.dtype)
+        self.world = World()
+        """The processes that share the calibration sequences."""
         self.warn: Callable[[str], None] = lambda message: None
         """Told when a batch did not fit the device and was halved."""
         self.mode: Callable = ForwardMode if self.device.type == "cpu" else contextlib.nullcontext
         """What forward passes run under."""
         self._arguments: dict[tuple[int, int], list[Arguments]] = {}
 
-    def embed(self, sequences: Sequence[Tensor]) -> Activations | None:
-        """Inputs of the first block for token sequences (1-D id tensors of any lengths); None for none."""
+    def embed(self, sequences: Sequence[Tensor], shared: bool = False) -> Activations | None:
+        """Inputs of the first block for token sequences (1-D id tensors of any lengths); None for none.
+
+        shared: with several processes each takes its part. Raises ConfigError if there is none for one of them.
+        """
         if not sequences:
             return None
+        if shared and self.world.size > 1:
+            return self._embed_part(list(sequences))
         activations = None
         shell = Activations(sequences, 0, self.dtype)
         for batch in shell.batches(self.batch_size):
@@ -130,6 +140,16 @@ class Executor:
             activations.write(batch, hidden)
             self._arguments.setdefault((batch.length, batch.size), arguments)
         return activations
+
+    def _embed_part(self, sequences: list[Tensor]) -> Activations:
+        if len(sequences) < self.world.size:
+            raise ConfigError(f"{self.world.size} processes cannot share {len(sequences)} calibration sequences; start "
+                              "fewer, or calibrate on more")
+        first, stop = self.world.span(len(sequences))
+        own = self.embed(sequences[first:stop])
+        own.span = {length: (sum(len(s) == length for s in sequences), sum(len(s) == length for s in sequences[:first]))
+                    for length in sorted({len(s) for s in sequences})}
+        return own
 
     def _record(self, ids: Tensor) -> tuple[Tensor, list[Arguments]]:
         home = next(self.view.model.get_input_embeddings().parameters()).device
