@@ -25,7 +25,7 @@ _PUBLIC = {
     "Reconstruction": "pyprune.config", "Structured": "pyprune.config", "ConfigError": "pyprune.config",
     "load": "pyprune.checkpoint", "inspect": "pyprune.inspection", "compare": "pyprune.report",
     "evaluate": "pyprune.evaluate", "latency": "pyprune.evaluate", "generate": "pyprune.generate",
-    "backend": "pyprune.ops",
+    "backend": "pyprune.ops", "refine": "pyprune.refine_model",
 }
 __all__ = [*_PUBLIC, "__version__"]
 
@@ -38,6 +38,7 @@ if typing.TYPE_CHECKING:
     from pyprune.ops import backend
     from pyprune.plan import plan
     from pyprune.prune import PruneResult, prune
+    from pyprune.refine_model import refine
     from pyprune.report import compare
 
 

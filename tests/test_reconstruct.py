@@ -7,8 +7,10 @@ import tiny
 import torch
 from torch import nn
 
+import pyprune
 from pyprune.autograd import TrainingMode, _Attention
 from pyprune.config import Calibration, ConfigError, Evaluation, Reconstruction
+from pyprune.distributed import World
 from pyprune.journal import Interrupted, Journal
 from pyprune.model import Arguments, ModelView, weights_of
 from pyprune.prune import prune
@@ -40,7 +42,7 @@ def equal(a, b) -> bool:
 class Bench:
     """What a student needs of an executor."""
 
-    device, dtype, batch_size = torch.device("cpu"), torch.float32, None
+    device, dtype, batch_size, world = torch.device("cpu"), torch.float32, None, World()
 
     def arguments(self, index, length, size):
         return Arguments((), {})
@@ -312,14 +314,12 @@ def test_reconstruction_lowers_the_final_error_and_repeats_to_the_bit(fields):
 def test_resume_after_any_block_is_bit_identical(fields, tmp_path, monkeypatch):
     fields = {"method": "wanda", "reconstruction": Reconstruction(epochs=1, batch_size=4), **fields}
     whole = run(output=str(tmp_path / "whole"), **fields)
-    point = Journal.safe_point
     for blocks in (1, 2):
         output = str(tmp_path / f"after{blocks}")
-        monkeypatch.setattr(Journal, "safe_point", lambda self, n=blocks: (
-            setattr(self, "_stopping", len(self.entries) == n), point(self)))
+        monkeypatch.setattr(Journal, "stopping", property(lambda self, n=blocks: len(self.entries) == n))
         with pytest.raises(Interrupted):
             run(output=output, **fields)
-        monkeypatch.setattr(Journal, "safe_point", point)
+        monkeypatch.setattr(Journal, "stopping", False)
         resumed = run(output=output, resume=True, **fields)
         assert equal(state(whole), state(resumed))
         for a, b in zip(whole.report["blocks"], resumed.report["blocks"]):
@@ -399,3 +399,42 @@ def test_held_out_error_of_a_student_is_the_probe_error():
     with torch.no_grad():
         expected = ((student(x) - target).square().sum() / target.square().sum()).item()
     assert relative_error(student, [(stream(x), stream(target))]) == pytest.approx(expected, rel=1e-6)
+
+
+# ---- models pruned before ------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("cross, propagate", [(False, True), (True, True), (True, False), (False, False)])
+def test_a_pruned_model_is_refined_with_its_zeros_in_place(cross, propagate):
+    pruned = run(method="magnitude", reconstruct="none", pattern="2:4").model
+    zeros = {name: p == 0 for name, p in pruned.named_parameters() if p.ndim == 2}
+    rows = pyprune.refine(pruned, tiny.model("llama"), Calibration(source=tiny.ids(24, 24), num_samples=16, seq_len=24,
+                          held_out=8), cross_block=cross, global_propagation=propagate, settings=FAST)
+    assert [r["blocks"] for r in rows] == ([[0], [0, 1], [1, 2], [2]] if cross else [[0], [1], [2]])
+    assert all(r["after_calibration"] < r["before_calibration"] for r in rows)
+    assert all(torch.equal(p == 0, zeros[name]) for name, p in pruned.named_parameters() if p.ndim == 2)
+
+
+def test_refining_after_the_run_is_refining_in_the_run():
+    """Magnitude masks do not depend on data, so the orchestrator and the function do the same work."""
+    calibration = Calibration(source=tiny.ids(20, 24), num_samples=12, seq_len=24, held_out=8)
+    inside = run(method="magnitude", global_propagation=True, reconstruct="block")
+    outside = run(method="magnitude", reconstruct="layer", global_propagation=False).model
+    with torch.no_grad():  # block 0 of both starts from the same layer-wise solution
+        rows = pyprune.refine(outside, tiny.model("llama"), calibration, settings=FAST)
+    first = {k: v for k, v in state(inside).items() if "layers.0." in k}
+    assert equal(first, outside.state_dict())
+    assert rows[0]["after_calibration"] < rows[0]["before_calibration"]
+
+
+def test_a_structured_model_is_refined():
+    dense = tiny.model("llama")
+    pruned = prune(tiny.model("llama"), pattern="neurons", sparsity=0.5, calibration=tiny.ids(12, 24),
+                   evaluation=Evaluation(enabled=False), progress=False).model
+    assert pruned.model.layers[0].mlp.up_proj.weight.shape[0] == dense.model.layers[0].mlp.up_proj.weight.shape[0] // 2
+    rows = pyprune.refine(pruned, dense, tiny.ids(12, 24), settings=Reconstruction(epochs=8, batch_size=4, lr=2e-3))
+    assert rows[-1]["after_calibration"] < 0.8 * rows[-1]["before_calibration"]
+
+
+def test_models_that_do_not_match_are_refused():
+    with pytest.raises(ConfigError, match="same blocks"):
+        pyprune.refine(tiny.model("llama"), tiny.model("llama", num_hidden_layers=2), tiny.ids(4, 8))

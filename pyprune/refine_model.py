@@ -1,0 +1,94 @@
+"""BR, GP and CR on a model that is pruned already, masked or structured, by pyprune or by anything else.
+
+The dense model gives the targets. Zeros of the pruned model's matrices stay exactly where they are; a structured model
+has none and every weight of its smaller blocks trains. Blocks may differ in width inside, not in hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from pyprune import calibration as calibration_data
+from pyprune.config import ConfigError, Reconstruction
+from pyprune.evaluate import pick_device
+from pyprune.model import ModelView, weights_of
+from pyprune.reconstruct import Student, relative_error, train
+from pyprune.refine import parameter_masks, training_dtype
+from pyprune.stream import Activations, Executor
+
+
+def refine(model: nn.Module, dense: nn.Module, calibration=None, *, tokenizer=None, cross_block: bool = False,
+           global_propagation: bool = True, settings: Reconstruction | None = None,
+           compute_dtype: torch.dtype | None = None, device: str = "auto", seed: int = 0,
+           progress: Callable[[int, int], None] | None = None) -> list[dict]:
+    """Train ``model``, block by block and in place, to give the outputs of ``dense`` (paper R, arXiv 2406.15524).
+
+    calibration: a :class:`pyprune.Calibration`, or its source (path, texts, token ids); ``tokenizer`` for text.
+    settings: steps, learning rate, batch, selection by held-out error, as in :class:`pyprune.Reconstruction`.
+    progress: called with (windows done, windows in all).
+    Returns one row a window: its blocks, relative error before and after on calibration and on held-out sequences.
+    Raises ConfigError if the two models have not the same blocks, hidden size and vocabulary.
+    """
+    settings = settings or Reconstruction()
+    student, teacher = ModelView(model), ModelView(dense)
+    _check(student, teacher)
+    data = calibration_data.load(calibration_data.coerce(calibration), tokenizer, encoder=student.is_encoder,
+                                 vocab_size=model.get_input_embeddings().num_embeddings)
+    if (settings.select == "validation" or settings.early_stop) and not data.held_out:
+        raise ConfigError("select='validation' and early_stop need held-out sequences: set held_out above 0, or give "
+                          "more calibration text")
+    where = pick_device(device)
+    pupil, master = (Executor(view, device=where, compute_dtype=compute_dtype) for view in (student, teacher))
+    streams = [pupil.embed(sequences) for sequences in (data.sequences, data.held_out) if sequences]
+    targets = [master.embed(sequences) for sequences in (data.sequences, data.held_out) if sequences]
+    last, rows = len(student.blocks) - 1, []
+    windows = [[i] for i in range(last + 1)] if not cross_block else \
+        [[0], *([i, i + 1] for i in range(last)), [last]]
+    for k, window in enumerate(windows):
+        blocks = [student.blocks[i] for i in window]
+        if not global_propagation:
+            targets = [_through(master, window, x) for x in streams]
+        elif k == 0 or windows[k - 1][-1] != window[-1]:
+            targets = [_through(master, window[-1:], t, t) for t in targets]
+        pairs = list(zip(streams, targets))
+        net = Student(pupil, window, blocks, [_masks(block) for block in blocks],
+                      training_dtype(pupil, settings.autocast))
+        before = [relative_error(net, [pair]) for pair in pairs]
+        trace = train(net, pairs[:1], settings, seed=seed, held_out=pairs[1:] or None)
+        net.commit()
+        after = [relative_error(net, [pair]) for pair in pairs]
+        rows.append({"blocks": window, "steps": trace.steps, "seconds": trace.seconds, "diverged": trace.diverged,
+                     **{f"{when}_{name}": value for when, errors in (("before", before), ("after", after))
+                        for name, value in zip(("calibration", "held_out"), errors)}})
+        if len(window) == 2 or not cross_block:
+            streams = [_through(pupil, window[:1], x, x) for x in streams]
+        if progress:
+            progress(k + 1, len(windows))
+    return rows
+
+
+def _check(student: ModelView, teacher: ModelView) -> None:
+    sizes = [(len(view.blocks), *view.model.get_input_embeddings().weight.shape) for view in (student, teacher)]
+    if sizes[0] != sizes[1]:
+        raise ConfigError("the pruned and the dense model must have the same blocks, vocabulary and hidden size, got "
+                          f"{sizes[0]} and {sizes[1]}")
+
+
+def _through(executor: Executor, window: list[int], source: Activations,
+             target: Activations | None = None) -> Activations:
+    """``source`` through consecutive blocks as they are, into ``target`` or a new stream."""
+    target = target or source.like()
+    for index in window:
+        with executor.compute(index) as module, torch.no_grad():
+            executor.run(index, module, source, target)
+        source = target
+    return target
+
+
+def _masks(block: nn.Module) -> dict:
+    """Keep masks of the matrices that hold zeros."""
+    found = {ref: ref.view(block) != 0 for ref in weights_of(block)}
+    return parameter_masks(block, {ref: mask for ref, mask in found.items() if not mask.all()})
