@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one go and under ten minutes: build, GPU tests of both kernel back-ends, benchmarks.
+# Results (JSON, log.txt, JUnit reports) go to $OUT, default benchmarks/results/gpu. Needs torch with CUDA, Triton and, for
+# the CUDA back-end, nvcc; downloads nothing. A failed step is noted and the next one runs; exit status 1 if any failed.
+set -u
+cd "$(dirname "$0")/.."
+export OUT="${OUT:-$PWD/benchmarks/results/gpu}" PYTHONUNBUFFERED=1
+python="${PYTHON:-python3}"
+mkdir -p "$OUT"
+log=$OUT/log.txt
+: > "$log"
+summary=""
+failed=0
+
+step() {  # name, seconds it may take, command...
+    local name=$1 limit=$2 start=$SECONDS status=0
+    shift 2
+    echo "== $name" | tee -a "$log"
+    timeout "$limit" "$@" >> "$log" 2>&1 || status=$?
+    summary+="$name: status $status, $((SECONDS - start)) s"$'\n'
+    if [ "$status" != 0 ]; then
+        tail -n 25 "$log"
+        failed=1
+    fi
+    return "$status"
+}
+
+step device 10 nvidia-smi
+# without a compiler, or if the build fails, the Triton half still runs on the sources as they lie
+if ! PYPRUNE_CUDA_ARCHS="${PYPRUNE_CUDA_ARCHS:-native}" step build 80 "$python" -m pip install -q --no-deps \
+        --no-build-isolation -e .; then
+    overlay=$(mktemp -d)
+    cp -r pyprune "$overlay/pyprune"
+    cp -r triton_kernels "$overlay/pyprune/triton_kernels"
+    export PYTHONPATH="$overlay${PYTHONPATH:+:$PYTHONPATH}"
+fi
+step triton_tests 180 "$python" -m pytest -q --junitxml="$OUT/triton_tests.xml" tests/test_triton_gpu.py
+step triton_bench 110 "$python" benchmarks/bench_kernels_gpu.py --junit "$OUT/triton_tests.xml"
+# no figure over a red test
+step cuda_tests 90 "$python" -m pytest -q --junitxml="$OUT/cuda_tests.xml" tests/test_cuda_gpu.py &&
+    step cuda_bench 100 "$python" benchmarks/cuda_kernels.py --untested
+printf "%s" "$summary" | tee -a "$log"
+exit $failed
