@@ -326,6 +326,20 @@ def test_resume_after_any_block_is_bit_identical(fields, tmp_path, monkeypatch):
             assert a["steps"] == b["steps"] and a["error"] == b["error"]
 
 
+@pytest.mark.parametrize("fields", [{}, {"reconstruct": "cross_block", "global_propagation": True}])
+def test_streamed_weights_give_the_same_bits(fields, folder, tmp_path):
+    from safetensors.torch import load_file
+
+    written = []
+    for stream in ("never", "always"):
+        output = tmp_path / stream
+        prune(str(folder), reconstruct=fields.get("reconstruct", "block"), output=str(output), stream=stream,
+              global_propagation=fields.get("global_propagation", False), calibration=tiny.ids(8, 24),
+              evaluation=Evaluation(enabled=False), progress=False, reconstruction=FAST)
+        written.append({name: t for path in output.glob("*.safetensors") for name, t in load_file(path).items()})
+    assert written[0].keys() == written[1].keys() and equal(*written)
+
+
 def test_selection_by_validation_never_raises_held_out_error():
     greedy = Reconstruction(epochs=6, batch_size=2, lr=2e-2)
     trained = run(samples=4, reconstruction=greedy, method="wanda")
