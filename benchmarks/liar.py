@@ -55,8 +55,10 @@ def cells() -> list[dict]:
     main = ("wifv", "obs_greedy")
     for task in ("sts", "sst2", "ppl"):
         add(task, "neurons", (0.0,), ("wifv",), ("none",))
-    add("sts", "neurons", (0.5, 0.7), CRITERIA, METHODS)
     add("ppl", "neurons", (0.5,), ("obs_greedy", "wifv"), ("liar", "bias", "none"))
+    add("ppl", "neurons", (0.5,), ("obs_greedy",), ("liar",), inputs="propagated")
+    add("ppl", "neurons", (0.5,), ("obs_greedy",), ("liar",), inputs="propagated", sentences=64)
+    add("sts", "neurons", (0.5, 0.7), CRITERIA, METHODS)
     add("sts", "heads", (0.5,), CRITERIA, METHODS)
     add("sts", "neurons", (0.3, 0.9), CRITERIA, METHODS)
     add("sts", "neurons", (0.5, 0.7), main, METHODS, seeds=(1, 2))
@@ -71,7 +73,6 @@ def cells() -> list[dict]:
     add("sst2", "neurons", (0.5,), CRITERIA, METHODS)
     add("ppl", "heads", (1 / 3,), ("wifv", "obs", "random"), ("liar", "bias", "none"))
     add("sts", "heads", (0.25, 0.75), CRITERIA, METHODS)
-    add("ppl", "neurons", (0.5,), ("obs_greedy",), ("liar",), inputs="propagated")
     add("sst2", "neurons", (0.3, 0.7), CRITERIA, METHODS)
     add("sts", "neurons", (0.1, 0.2, 0.4, 0.6, 0.8), CRITERIA, METHODS)
     add("sst2", "heads", (0.25, 0.5), CRITERIA, METHODS)
@@ -114,7 +115,8 @@ class Bench:
         self.task, self.windows = cell["task"], windows
         self.model, self.tokenizer = pyprune.load("smollm2-135m" if self.task == "ppl" else "minilm-l6-v2")
         if self.task == "ppl":
-            self.calibration = wikitext(self.tokenizer, "train", 32, 512, cell["seed"])
+            count = 32 if cell["sentences"] == SENTENCES else cell["sentences"]
+            self.calibration = wikitext(self.tokenizer, "train", count, 512, cell["seed"])
         else:
             self.calibration = token_ids(self.tokenizer, sentences(self.task, cell["sentences"], cell["seed"]))
         self.config = PruneConfig(pattern=cell["pattern"], sparsity=0.5, criterion="wifv", reconstruct="liar",
@@ -246,7 +248,7 @@ def main() -> None:
     print(f"{len(todo)} cells to do", flush=True)
     while todo and time.monotonic() - started < 60 * args.minutes:
         # stay with the statistics at hand while the next few cells need them
-        same = [c for c in todo[:64] if owner == (c["task"], c["pattern"], c["sentences"], c["seed"])]
+        same = [c for c in todo[:96] if owner == (c["task"], c["pattern"], c["sentences"], c["seed"])]
         cell = same[0] if same else todo[0]
         todo.remove(cell)
         wanted = (cell["task"], cell["pattern"], cell["sentences"], cell["seed"])
