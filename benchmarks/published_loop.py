@@ -50,7 +50,7 @@ def first_inputs(model, samples: Tensor) -> tuple[Tensor, dict]:
     handle = model.model.layers[0].register_forward_pre_hook(catch, with_kwargs=True)
     for sample in samples:
         with contextlib.suppress(Caught):
-            model(sample[None], use_cache=False)
+            model(sample[None].to(model.device), use_cache=False)
     handle.remove()
     return torch.cat(caught), arguments
 
@@ -67,7 +67,7 @@ class Hessian:
 
     def __init__(self, layer: nn.Linear):
         self.layer, self.samples = layer, 0
-        self.h = torch.zeros(layer.in_features, layer.in_features)
+        self.h = torch.zeros(layer.in_features, layer.in_features, device=layer.weight.device)
 
     def add(self, x: Tensor) -> None:
         rows = x.reshape(-1, x.shape[-1]).t()
@@ -82,7 +82,7 @@ class ColumnNorms:
 
     def __init__(self, layer: nn.Linear):
         self.layer, self.samples = layer, 0
-        self.squares = torch.zeros(layer.in_features)
+        self.squares = torch.zeros(layer.in_features, device=layer.weight.device)
 
     def add(self, x: Tensor) -> None:
         rows = x.reshape(-1, x.shape[-1]).t()
@@ -98,13 +98,13 @@ def sparsegpt(stat: Hessian, sparsity: float, nm: tuple[int, int] | None, block_
     dead = torch.diag(h) == 0
     h[dead, dead] = 1
     w[:, dead] = 0
-    diagonal = torch.arange(len(h))
+    diagonal = torch.arange(len(h), device=h.device)
     h[diagonal, diagonal] += damping * torch.mean(torch.diag(h))
     inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
     keep = torch.ones_like(w, dtype=torch.bool)
     for start in range(0, w.shape[1], block_size):
         stop = min(start + block_size, w.shape[1])
-        part, errors = w[:, start:stop].clone(), torch.zeros(w.shape[0], stop - start)
+        part, errors = w[:, start:stop].clone(), torch.zeros(w.shape[0], stop - start, device=w.device)
         done, local = torch.zeros_like(part), inverse[start:stop, start:stop]
         drop = torch.zeros_like(part, dtype=torch.bool)
         if nm is None:
@@ -265,7 +265,7 @@ def train(blocks: list[nn.Module], inputs: Tensor, targets: Tensor, arguments: d
     for _ in range(epochs):
         seen = 0.0
         for x, target in loader:
-            with torch.enable_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            with torch.enable_grad(), torch.autocast(x.device.type, torch.bfloat16, enabled=autocast):
                 loss = ((forward(blocks, x, arguments) - target) ** 2).mean()
                 loss.backward()
             torch.nn.utils.clip_grad_norm_(params, 1000.0)

@@ -7,6 +7,8 @@ around it. The error is measured on both results by the same code: mean squared
 difference of each block's output from the dense model's, in float32, on the calibration tokens and on unseen ones.
 
     python -m benchmarks.reconstruction_speed --blocks 2 --epochs 3 --batch-size 4
+
+On a GPU (``--device cuda``) the published loop runs under bfloat16 autocast, as published; wall time is what counts.
 """
 
 from __future__ import annotations
@@ -54,11 +56,13 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--cross", action="store_true", help="windows of two blocks (CR)")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--out")
     options = parser.parse_args()
     tokens = torch.from_numpy(np.load(common.data("calibration", "wiki_64x512.npy"))).long()
     samples, unseen = tokens[:options.samples], tokens[60:]
-    dense = first_blocks(common.load_model(options.model)[0], options.blocks)
+    dense = first_blocks(common.load_model(options.model)[0], options.blocks).to(options.device)
+    on_gpu = options.device != "cpu"
     rows = []
 
     def keep(tool: str, compute: str, model, spent: common.Spent, train: float, steps: int) -> None:
@@ -76,18 +80,18 @@ def main() -> None:
     model = copy.deepcopy(dense)
     with common.Spent() as spent:
         timer, _ = published_loop.reconstruct(model, samples, propagate=True, cross=options.cross,
-                                              epochs=options.epochs, batch_size=options.batch_size)
+                                              epochs=options.epochs, batch_size=options.batch_size, autocast=on_gpu)
     windows = options.blocks + 1 if options.cross else options.blocks
     steps = -(-len(samples) // options.batch_size) * options.epochs * windows
-    keep("published loop", "float32", model, spent, timer.seconds["train"], steps)
+    keep("published loop", "autocast" if on_gpu else "float32", model, spent, timer.seconds["train"], steps)
     for compute in ("float32", "bfloat16"):
         calibration = Calibration(source=samples, num_samples=len(samples), seq_len=samples.shape[1], held_out=0)
-        settings = Reconstruction(epochs=options.epochs, batch_size=options.batch_size)
+        settings = Reconstruction(epochs=options.epochs, batch_size=options.batch_size, autocast=compute)
         with common.Spent() as spent:
             result = pyprune.prune(copy.deepcopy(dense), reconstruct="cross_block" if options.cross else "block",
                                    global_propagation=True, calibration=calibration, compute_dtype=compute,
                                    reconstruction=settings, evaluation=Evaluation(enabled=False), in_place=True,
-                                   progress=False)
+                                   progress=False, device=options.device)
         training = [t for row in result.report["blocks"] for t in row["training"]]
         keep("pyprune", compute, result.model, spent, sum(t["seconds"] for t in training),
              sum(t["steps"] for t in training))

@@ -40,7 +40,12 @@ def headline(report: dict) -> str:
     shown = ", ".join(f"{s:g}" for s in sparsity) if isinstance(sparsity, list) else f"{sparsity:g}"
     structured = config["pattern"] in ("neurons", "heads", "structured")
     return f"{config['criterion'] if structured else config['method']} {config['pattern']}, sparsity {shown}, " \
-           f"reconstruct {config['reconstruct']}"
+           f"reconstruct {reconstruction_text(config)}"
+
+
+def reconstruction_text(config: dict) -> str:
+    """``block + GP``."""
+    return config["reconstruct"] + (" + GP" if config.get("global_propagation") else "")
 
 
 def print_summary(report: dict, directory: str | Path | None = None, stream: TextIO | None = None) -> None:
@@ -72,6 +77,10 @@ def summary_rows(report: dict) -> list[tuple[str, str]]:
         last = report["blocks"][-1]
         held = "" if last.get("error_held_out") is None else f", {_number(last['error_held_out'])} on held-out text"
         rows.append(("block error", f"{_number(last.get('error'))} after the last block{held} (relative to dense)"))
+        if last.get("steps"):
+            rows.append(("last block", " → ".join(
+                f"{s['step']} {_number(s.get('calibration'), 3)} / {_number(s.get('held_out'), 3)}"
+                for s in last["steps"]) + " (calibration / held out)"))
     seconds = report["seconds"]
     phases = ", ".join(f"{phase} {value:.1f}" for phase, value in sorted(seconds.items(), key=lambda p: -p[1])
                        if value >= 0.05)
@@ -198,7 +207,8 @@ def compare(directories: list[str | Path]) -> list[dict]:
         config, blocks = report["config"], report.get("blocks") or [{}]
         rows.append({
             "directory": str(directory), "model": report["model"]["name"],
-            **{name: config.get(name) for name in ("method", "criterion", "pattern", "reconstruct")},
+            **{name: config.get(name) for name in ("method", "criterion", "pattern", "reconstruct",
+                                                   "global_propagation")},
             "sparsity": report["sparsity"], "coverage": report["coverage"]["fraction"],
             "evaluation": [{name: e.get(name) for name in ("text", "windows", "window", "dense", "pruned")}
                            for e in report.get("evaluation") or []],
@@ -222,7 +232,7 @@ def print_comparison(rows: list[dict], stream: TextIO | None = None) -> None:
                          else "right")
     for row in rows:
         structured = row["pattern"] in ("neurons", "heads", "structured")
-        table.add_row(row["directory"], f"{row['criterion' if structured else 'method']} + {row['reconstruct']}",
+        table.add_row(row["directory"], f"{row['criterion' if structured else 'method']} + {reconstruction_text(row)}",
                       row["pattern"], f"{row['sparsity']:.3f}",
                       "\n".join(perplexity_text(e["pruned"]) for e in row["evaluation"]),
                       "\n".join(perplexity_text(e["dense"]) for e in row["evaluation"]),

@@ -415,6 +415,19 @@ def test_held_out_error_of_a_student_is_the_probe_error():
     assert relative_error(student, [(stream(x), stream(target))]) == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_gpu_training_gives_the_cpus_result():
+    """float32 throughout: prefetched batches, masks and steps are the same, rounding differs."""
+    settings = Reconstruction(epochs=3, batch_size=4, lr=2e-3, autocast="float32")
+    cpu, gpu = (run(method="magnitude", reconstruct="cross_block", global_propagation=True, reconstruction=settings,
+                    device=device) for device in ("cpu", "cuda"))
+    for (name, a), b in zip(state(cpu).items(), state(gpu).values()):
+        assert torch.equal(a == 0, b.cpu() == 0), name
+    for a, b in zip(cpu.report["blocks"], gpu.report["blocks"]):
+        assert a["error"] == pytest.approx(b["error"], rel=2e-2)
+
+
 # ---- models pruned before ------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("cross, propagate", [(False, True), (True, True), (True, False), (False, False)])
