@@ -29,10 +29,8 @@ step device 10 nvidia-smi
 # without a compiler, or if the build fails, the Triton half still runs on the sources as they lie
 if ! PYPRUNE_CUDA_ARCHS="${PYPRUNE_CUDA_ARCHS:-native}" step build 80 "$python" -m pip install -q --no-deps \
         --no-build-isolation -e .; then
-    overlay=$(mktemp -d)
-    cp -r pyprune "$overlay/pyprune"
-    cp -r triton_kernels "$overlay/pyprune/triton_kernels"
-    export PYTHONPATH="$overlay${PYTHONPATH:+:$PYTHONPATH}"
+    ln -s ../triton_kernels pyprune/triton_kernels && trap 'rm -f pyprune/triton_kernels' EXIT
+    export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 fi
 step triton_tests 180 "$python" -m pytest -q --junitxml="$OUT/triton_tests.xml" tests/test_triton_gpu.py
 step triton_bench 110 "$python" benchmarks/bench_kernels_gpu.py --junit "$OUT/triton_tests.xml"
