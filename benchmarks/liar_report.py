@@ -117,8 +117,8 @@ def difference_table(differences: list[dict]) -> str:
     if not differences:
         return ""
     out = "## LIAR against the baselines\n\nMean over criteria (positive: LIAR is better); in brackets the number of " \
-          "criteria whose 95 % interval lies above zero / below zero.\n\n| task, pattern, inputs | sparsity | criteria | " \
-          "− none | − bias | − mask tuning |\n|---|---|---|---|---|---|\n"
+          "criteria whose 95 % interval lies above zero / below zero.\n\n" \
+          "| task, pattern, inputs | sparsity | criteria | − none | − bias | − mask tuning |\n|---|---|---|---|---|---|\n"
     for where in sorted({(d["task"], d["pattern"], d["inputs"], d["sparsity"]) for d in differences}):
         part = [d for d in differences if (d["task"], d["pattern"], d["inputs"], d["sparsity"]) == where]
         cols = []
