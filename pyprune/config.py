@@ -268,6 +268,10 @@ class PruneConfig:
                               "stream")
         if self.reconstruction.layerwise_target == "dense" and not self.global_propagation:
             raise ConfigError("layerwise_target='dense' needs global_propagation: it is the dense stream's outputs")
+        if self.calibration.self_generated and self.calibration.num_samples == 0 \
+                and self.calibration.self_generated_for != "all":
+            raise ConfigError("num_samples is 0: masks and layer-wise statistics have nothing to come from; set "
+                              "self_generated_for='all' to use the self-generated sequences for them too")
         if self.calibration.self_generated and self.calibration.self_generated_for == "reconstruction" \
                 and not trains:
             raise ConfigError(f"nothing would use the {self.calibration.self_generated} self-generated sequences: "

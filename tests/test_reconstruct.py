@@ -386,6 +386,8 @@ def test_settings_that_contradict_each_other_are_refused():
         run(reconstruction=Reconstruction(layerwise_target="dense"))
     with pytest.raises(ConfigError, match="nothing would use the 3 self-generated"):
         run(reconstruct="layer", calibration={"self_generated": 3})
+    with pytest.raises(ConfigError, match="num_samples is 0"):
+        run(samples=0, calibration={"self_generated": 3})
 
 
 def test_self_generated_sequences_train_but_do_not_choose_masks(tokenizer):
@@ -405,6 +407,10 @@ def test_self_generated_sequences_train_but_do_not_choose_masks(tokenizer):
     assert steps == [9, 15, 15]
     assert added.report["calibration"]["samples"] == 12 and everywhere.report["calibration"]["samples"] == 18
     assert "6 self-generated sequences" in added.report["calibration"]["description"]
+    alone = prune(tiny.model("llama", vocab_size=tiny.CHARACTERS), tokenizer=tokenizer, reconstruct="block",
+                  calibration=Calibration(num_samples=0, seq_len=24, self_generated=6, self_generated_for="all"),
+                  evaluation=Evaluation(enabled=False), progress=False, reconstruction=FAST)
+    assert alone.report["calibration"]["samples"] == 6 and alone.report["sparsity"] == pytest.approx(0.5, abs=1e-3)
 
 
 def test_held_out_error_of_a_student_is_the_probe_error():
