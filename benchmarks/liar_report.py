@@ -118,7 +118,7 @@ def difference_table(differences: list[dict]) -> str:
         return ""
     out = "## LIAR against the baselines\n\nMean over criteria (positive: LIAR is better); in brackets the number of " \
           "criteria whose 95 % interval lies above zero / below zero.\n\n" \
-          "| task, pattern, inputs | sparsity | criteria | − none | − bias | − mask tuning |\n|---|---|---|---|---|---|\n"
+          "| task, pattern, inputs | sparsity | criteria | − none | − bias | − mask tuning |\n" + "|---" * 6 + "|\n"
     for where in sorted({(d["task"], d["pattern"], d["inputs"], d["sparsity"]) for d in differences}):
         part = [d for d in differences if (d["task"], d["pattern"], d["inputs"], d["sparsity"]) == where]
         cols = []

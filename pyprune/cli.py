@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 import pyprune
-from pyprune import report
+from pyprune import report, speed
 from pyprune.config import ConfigError, override
 from pyprune.options import configuration_fields, with_fields
 
@@ -60,10 +60,20 @@ def prune(
 def evaluate(
     model: Annotated[str, typer.Argument(help="Folder, Hub id, .gguf file or packaged name.")],
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto takes a GPU if there is one.")] = "auto",
+    latency: Annotated[bool, typer.Option("--latency", help="Measure size, peak memory and tokens a second beside the "
+                                          "dense model's instead.")] = False,
+    against: Annotated[str | None, typer.Option(help="The dense model for --latency; else the one MODEL was pruned "
+                                                "from.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Picture (.png) to draw the --latency comparison in.")] = None,
     as_json: Json = False,
     fields: dict = None,
 ):
     """Perplexity of a model on a text: windows do not overlap, each is seen by itself."""
+    if latency:
+        rows = speed.compare([against or speed.dense_of(model), model])
+        if plot:
+            speed.plot(rows, plot)
+        return _print_json(rows) if as_json else speed.print_comparison(rows)
     found = pyprune.evaluate(model, device=device, **fields.get("evaluation", {}))
     return _print_json(found) if as_json else report.print_evaluation(found)
 

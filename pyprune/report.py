@@ -160,18 +160,22 @@ def model_card(report: dict, name: str) -> str:
     lines = ["---", "library_name: transformers", "tags: [pyprune, pruning, sparsity]", "---", "",
              f"# {name}", "",
              f"{model['name']} ({model['architecture']}, {model['parameters']:,} parameters, {model['dtype']}) pruned "
-             f"in one shot with pyprune: {headline(report)}. {report['sparsity']:.2%} of the pruned weights are "
-             f"exactly zero; they are {report['coverage']['fraction']:.1%} of the matrix weights of its blocks. "
-             "Embeddings and the head are as they were.", ""]
+             f"in one shot with pyprune: {headline(report)}. " + _outcome(report)
+             + " Embeddings and the head are as they were.", ""]
     if report.get("evaluation"):
         lines += ["| text | windows | dense perplexity | pruned perplexity |", "|---|---|---|---|"]
         lines += [f"| {row['text']} | {row['windows']} × {row['window']} tokens, {row.get('dtype', '')} | "
                   f"{perplexity_text(row['dense'])} | {perplexity_text(row['pruned'])} |"
                   for row in report["evaluation"]]
         lines += ["", "Windows do not overlap; each is seen by itself. The same code measures both columns.", ""]
-    lines += ["## Use", "", "```python", f"from transformers import {auto}, AutoTokenizer", "",
-              f'model = {auto}.from_pretrained("{name}", dtype="auto")',
-              f'tokenizer = AutoTokenizer.from_pretrained("{name}")', "```", "",
+    own = bool((report.get("structured") or {}).get("layout"))
+    lines += ["## Use", "", "```python", *(
+                  ["import pyprune", "", f'model, tokenizer = pyprune.load("{name}")'] if own else
+                  [f"from transformers import {auto}, AutoTokenizer", "",
+                   f'model = {auto}.from_pretrained("{name}", dtype="auto")',
+                   f'tokenizer = AutoTokenizer.from_pretrained("{name}")']), "```", "",
+              *([f"Only pyprune loads this model, a stock config cannot say its sizes: "
+                 f"{report['structured']['reason']}.", ""] if own else []),
               "The file stores zeros like any other number: it is not smaller, and by itself not faster, than the "
               "dense one." if config["pattern"] not in ("neurons", "heads", "structured") else
               "The matrices themselves are smaller, so every runtime gains.", "",
@@ -182,6 +186,14 @@ def model_card(report: dict, name: str) -> str:
     lines += ["- settings: `run.yaml` repeats the run (`pyprune prune --config run.yaml -o DIR`)",
               "- error of every weight and block, seconds by phase: `report.json`; per weight: `pruning.json`", ""]
     return "\n".join(lines)
+
+
+def _outcome(report: dict) -> str:
+    """What became of the pruned matrices, in a sentence."""
+    share = f"{report['coverage']['fraction']:.1%} of the matrix weights of its blocks"
+    if report.get("structured"):
+        return f"{report['sparsity']:.2%} of the pruned matrices' weights are gone; what is left of them is {share}."
+    return f"{report['sparsity']:.2%} of the pruned weights are exactly zero; they are {share}."
 
 
 # ---- several runs --------------------------------------------------------------------------------------------------
