@@ -12,6 +12,7 @@ from pyprune.config import ConfigError, PruneConfig
 from pyprune.statistics import Statistics
 
 DAMPING_TRIES = 4
+PANEL_BLOCKS = 4
 
 
 @dataclass
@@ -88,16 +89,21 @@ def obs_prune(weight: Tensor, factor: Factor, *, sparsity: float | None = None, 
 
     weight: float32 ``[out, in]``. Exactly one of ``sparsity`` (chosen per column block over all rows), ``nm`` and
     ``mask``.
-    The part right of a column block is updated by one product.
+    Column blocks come in panels of ``PANEL_BLOCKS``: a block's errors update the rest of its panel, a panel's the
+    columns right of it by one product, so that these are read and written once a panel.
     """
     rows, columns = weight.shape
     keep = torch.empty(rows, columns, dtype=torch.bool, device=weight.device)
     weight[:, factor.dead] = 0
     if nm is not None:
         column_block = max(nm[1], column_block // nm[1] * nm[1])
+    panel = PANEL_BLOCKS * column_block
+    errors = torch.empty(rows, min(panel, columns), device=weight.device)
     dropped = 0
     for start in range(0, columns, column_block):
         stop = min(start + column_block, columns)
+        first = start // panel * panel
+        last = min(first + panel, columns)
         block = weight[:, start:stop]
         choice: dict = {"nm": nm} if nm else {}
         if mask is not None:
@@ -109,8 +115,11 @@ def obs_prune(weight: Tensor, factor: Factor, *, sparsity: float | None = None, 
             choice = {"k": k}
         kept, error, _ = ops.obs_sweep(block, factor.r[start:stop, start:stop].contiguous(), **choice)
         keep[:, start:stop] = kept
-        if stop < columns:
-            ops.trailing_update(weight[:, stop:], error, factor.r[start:stop, stop:])
+        errors[:, start - first:stop - first] = error
+        if stop < last:
+            ops.trailing_update(weight[:, stop:last], error, factor.r[start:stop, stop:last])
+        elif stop < columns:
+            ops.trailing_update(weight[:, stop:], errors[:, :stop - first], factor.r[first:stop, stop:])
     return keep
 
 
