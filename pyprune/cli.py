@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -50,6 +51,8 @@ def prune(
     except KeyboardInterrupt as stop:  # it says what is safe on disk and how to go on
         print(f"\n{stop or 'interrupted'}", file=sys.stderr)
         raise typer.Exit(130) from None
+    if int(os.environ.get("RANK", "0")):  # under torchrun one process speaks
+        return None
     if as_json:
         return _print_json(result.report)
     return report.print_summary(result.report, settings.output)

@@ -7,6 +7,7 @@ statistics and gradients with the others; the solves of a block are dealt out an
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import datetime
 import math
@@ -28,6 +29,9 @@ COLLECTIVE_MINUTES = 60
 """A collective may wait this long: one process may be solving or evaluating while the others wait."""
 BEAT, SILENCE = 2.0, 30.0
 """Seconds between signs of life, and without one until a process counts as dead."""
+GONE, FAILED = -1, -2
+"""Last signs of a process: it is done, or it failed."""
+AGAIN = "run the same command with --resume, with any number of processes"
 LOST = 75
 """Exit code of a process that stops because another one did (EX_TEMPFAIL: trying again makes sense)."""
 
@@ -151,15 +155,14 @@ class World:
             yield
         except RuntimeError as error:
             raise PeerError(f"process {self.rank} of {self.size} stopped because another one did "
-                            f"({' '.join(str(error).split())[:120]}); finished blocks are safe: run the same command "
-                            "with --resume, with any number of processes") from error
+                            f"({' '.join(str(error).split())[:120]}); finished blocks are safe, {AGAIN}") from error
 
     def close(self, failed: bool = False) -> None:
         """Leave; after a failure without waiting for anyone."""
 
 
 class Torchrun(World):
-    """The processes that ``torchrun`` started."""
+    """The processes that ``torchrun`` started; one group for the life of the process, whatever it runs."""
 
     def __init__(self):
         self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -169,55 +172,93 @@ class Torchrun(World):
         # NCCL for tensors on GPUs, gloo for objects and host tensors
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo",
                                 timeout=datetime.timedelta(minutes=COLLECTIVE_MINUTES))
-        self._stop = threading.Event()
         store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
                               timeout=datetime.timedelta(seconds=SILENCE))
-        self._watch = threading.Thread(target=watch, args=(store, self.rank, self.size, self._stop), daemon=True,
-                                       name="pyprune-heartbeat")
-        self._watch.start()
+        self.pulse = Pulse(store, self.rank, self.size)
+        self._heart = threading.Thread(target=self.pulse.beat, daemon=True, name="pyprune-heartbeat")
+        self._heart.start()
+        self.failed = False
+        atexit.register(self._leave)
 
     def close(self, failed: bool = False) -> None:
-        self._stop.set()
+        self.pulse.running = False
+        self.failed |= failed
         if not failed:
             with self._guard():
                 dist.barrier()
+
+    def _leave(self) -> None:
+        self.pulse.stop(FAILED if self.failed else GONE)
+        self._heart.join()  # a thread inside the store's C++ code cannot be left behind
+        if not self.failed:
             dist.destroy_process_group()
 
 
-def watch(store, rank: int, size: int, stop: threading.Event, leave: Callable[[int], None] = os._exit,
-          beat: float = BEAT, silence: float = SILENCE) -> None:
-    """Give signs of life and look for the others'; leave the process, with a message, when one falls silent.
+class Pulse:
+    """Signs of life, and the end of this process, with a message, when another one gives none.
 
     A collective that waits for a dead process may never return (NCCL), so this cannot be an exception.
     """
-    seen: dict[int, tuple[int, float]] = {}
-    count = 0
-    while not stop.wait(beat):
-        count += 1
-        now = time.monotonic()
-        try:
-            store.set(f"pyprune/alive/{rank}", str(count))
-            for other in range(size):
-                key = f"pyprune/alive/{other}"
-                value = int(store.get(key)) if store.check([key]) else 0
-                if other not in seen or seen[other][0] != value:
-                    seen[other] = (value, now)
-            dead = [other for other, (_, since) in seen.items() if now - since > silence]
-        except (RuntimeError, dist.DistError):
-            dead = [] if stop.is_set() else ["the one that keeps the store"]
-        if dead and not stop.is_set():
-            print(f"pyprune: process {rank} of {size} stops: no sign of life from process {dead[0]} for {silence:.0f} "
-                  "s; finished blocks are safe, run the same command with --resume, with any number of processes",
-                  file=sys.stderr, flush=True)
-            leave(LOST)
-            return
+
+    def __init__(self, store, rank: int, size: int, leave: Callable[[int], None] = os._exit, beat: float = BEAT,
+                 silence: float = SILENCE):
+        self.store, self.rank, self.size, self.leave = store, rank, size, leave
+        self.interval, self.silence = beat, silence
+        self.running = False
+        """A run is under way: others are needed."""
+        self._ended = threading.Event()
+        self._seen: dict[int, tuple[int, float]] = {}
+
+    def stop(self, word: int) -> None:
+        """Last word of a process: that it is done, or that it failed."""
+        self._ended.set()
+        with contextlib.suppress(RuntimeError, dist.DistError):
+            self.store.set(self._key(self.rank), str(word))
+
+    def _key(self, rank: int) -> str:
+        return f"pyprune/alive/{rank}"
+
+    def beat(self) -> None:
+        count = 0
+        while not self._ended.wait(self.interval):
+            count += 1
+            try:
+                self.store.set(self._key(self.rank), str(count))
+                silent = self.silent(time.monotonic())
+            except (RuntimeError, dist.DistError):
+                silent = -1  # whoever keeps the store is gone
+            if silent is not None and self.running and not self._ended.is_set():
+                name = "the process that keeps the store" if silent < 0 else f"process {silent}"
+                print(f"pyprune: process {self.rank} of {self.size} stops: no sign of life from {name}; finished "
+                      f"blocks are safe, {AGAIN}", file=sys.stderr, flush=True)
+                self.leave(LOST)
+                return
+
+    def silent(self, now: float) -> int | None:
+        """A process that has said nothing for too long, or that it failed a while ago."""
+        for other in range(self.size):
+            key = self._key(other)
+            value = int(self.store.get(key)) if self.store.check([key]) else 0
+            if other not in self._seen or self._seen[other][0] != value:
+                self._seen[other] = (value, now)
+            patience = self.silence / 3 if value == FAILED else self.silence
+            if value != GONE and now - self._seen[other][1] > patience:
+                return other
+        return None
+
+
+_world: World | None = None
 
 
 def start() -> World:
     """The world this process belongs to: what ``torchrun`` started, else itself alone."""
+    global _world
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or "MASTER_ADDR" not in os.environ:
         return World()
-    return Torchrun()
+    if _world is None:
+        _world = Torchrun()
+    _world.pulse.running = True
+    return _world
 
 
 def reduce_statistics(world: World, observer) -> None:

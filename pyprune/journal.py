@@ -193,12 +193,13 @@ class Journal:
     # ---- stopping ----------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def interruptible(self) -> Iterator[None]:
+    def interruptible(self, follow: bool = False) -> Iterator[None]:
         """The first SIGINT or SIGTERM stops at the next :meth:`safe_point`, the second at once.
 
         Without an output folder there is nothing to save and signals act as always; the same outside the main thread.
+        follow: another process keeps the journal.
         """
-        if self.folder is None or threading.current_thread() is not threading.main_thread():
+        if (self.folder is None and not follow) or threading.current_thread() is not threading.main_thread():
             yield
             return
         before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}

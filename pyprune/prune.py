@@ -147,7 +147,7 @@ def _prune(model, config: PruneConfig, tokenizer, in_place: bool, progress: bool
             models = prune_structured(run, bar)
             live = list(models.values())[-1]
         else:
-            with journal.interruptible():
+            with journal.interruptible(follow=world.size > 1):
                 prune_blocks(run, bar)
     with clock("evaluation"):
         pruned = measured() if live is view.model else measure(live, texts, config.evaluation)

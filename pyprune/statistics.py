@@ -127,6 +127,13 @@ class Observer:
             else:
                 parameter = ref.parameter(module)
                 self._experts.setdefault(parameter.data_ptr(), (parameter, {}))[1][ref.expert] = ref.name
+        if self._experts:
+            # entered by the block itself, hence inside whatever modes the pass runs under: the innermost sees a product
+            # first, and one of those outside may well not pass it on
+            mode = _ExpertMode(self)
+            self._handles += [
+                module.register_forward_pre_hook(lambda *_: mode.__enter__() and None, prepend=True),
+                module.register_forward_hook(lambda *_: mode.__exit__(None, None, None), always_call=True)]
 
     def see(self, name: str, x: Tensor) -> None:
         if name not in self.leader:
@@ -151,7 +158,7 @@ class Observer:
         if not stop_early:
             self.last = None
         try:
-            with _ExpertMode(self) if self._experts else torch.no_grad():
+            with torch.no_grad():
                 out = forward()
         except _Stop:
             return None

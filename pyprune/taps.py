@@ -49,6 +49,12 @@ class Taps(TorchFunctionMode):
                 self._handles.append(target.register_forward_pre_hook(self._on_sum(i)))
                 self._wanted += 1
         self.stop = self.stop and not self._experts
+        if self._experts:
+            # entered by the block itself, hence inside whatever mode the pass runs under: that one may not pass on what
+            # it computes by other means
+            self._handles += [
+                block.register_forward_pre_hook(lambda *_: self.__enter__() and None, prepend=True),
+                block.register_forward_hook(lambda *_: self.__exit__(None, None, None), always_call=True)]
 
     def _on_input(self, i: int):
         def hook(module, args):
@@ -84,11 +90,7 @@ class Taps(TorchFunctionMode):
         """One forward pass; returns the output, or None where it ended early."""
         self.inputs, self.sums = {}, {}
         try:
-            if self._experts:
-                with self:
-                    out = forward()
-            else:
-                out = forward()
+            out = forward()
         except _Stop:
             return None
         for i, group in enumerate(self.groups):

@@ -225,6 +225,22 @@ def test_blocks_run_no_more_than_the_method_needs(monkeypatch, fields, whole, st
     assert [started[i] - ended[i] for i in range(3)] == stopped
 
 
+@pytest.mark.parametrize("architecture", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("batch_size", [1, 5, 13])
+def test_experts_see_every_token_routed_to_them_whatever_the_batch(architecture, batch_size):
+    from pyprune.model import weights_of
+    from pyprune.statistics import Statistics, observe
+
+    view = ModelView(tiny.model(architecture))
+    executor = Executor(view, batch_size=batch_size)
+    activations = executor.embed(list(tiny.ids(13, 24)))
+    with executor.compute(0) as module:
+        observer = observe(executor, 0, module, weights_of(module), activations, Statistics)
+    tokens = {name: s.tokens for name, s in observer.sinks.items()}
+    for kind in ("gate_up_proj", "down_proj"):
+        assert sum(count for name, count in tokens.items() if kind in name) == 13 * 24 * 2, "two experts a token"
+
+
 # ---- memory that runs out ------------------------------------------------------------------------------------------
 
 def limited(most: int, where: str):

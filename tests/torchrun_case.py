@@ -1,0 +1,68 @@
+"""What each process of ``test_distributed.py`` runs: several cases in one start, results of process 0 in a folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import tiny
+import torch
+
+from pyprune import distributed
+from pyprune.config import ConfigError, Evaluation, Reconstruction
+from pyprune.journal import Journal
+from pyprune.prune import prune
+
+FIELDS = {
+    "sparsegpt": {},
+    "wanda": dict(method="wanda", pattern="2:4"),
+    "moe": dict(method="wanda"),
+    "dense": dict(inputs="dense"),
+    "block": dict(reconstruct="block", global_propagation=True,
+                  reconstruction=Reconstruction(epochs=2, lr=1e-3, batch_size=4)),
+    "cross": dict(reconstruct="cross_block", reconstruction=Reconstruction(epochs=1, lr=1e-3, batch_size=4)),
+}
+
+
+def case(name: str, **fields):
+    model = tiny.model("qwen3_moe" if name == "moe" else "llama")
+    sequences = [*tiny.ids(10, 24), *tiny.ids(3, 17, seed=1)]
+    settings = {"calibration": {"source": sequences, "num_samples": 13, "seq_len": 24},
+                "evaluation": Evaluation(text=tiny.ids(6, 24), dtype="float32"), **FIELDS[name], **fields}
+    return prune(model, progress=False, **settings)
+
+
+def main(folder: Path, names: list[str]) -> None:
+    world = distributed.start()
+    for name in names:
+        result = case(name)
+        if world.leads:
+            torch.save(result.model.state_dict(), folder / f"{name}-{world.size}.pt")
+            report = {key: result.report[key] for key in ("evaluation", "weights", "sparsity")}
+            (folder / f"{name}-{world.size}.json").write_text(json.dumps(report))
+
+
+def die(output: str, rank: int) -> None:
+    """A process is killed after the first block; the others must stop by themselves."""
+    commit = Journal.commit
+    def killed(self, index, record):
+        commit(self, index, record)
+        if index == 0 and int(os.environ["RANK"]) == rank:
+            os.kill(os.getpid(), signal.SIGKILL)
+    Journal.commit = killed
+    try:
+        case("sparsegpt", output=output)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    if sys.argv[1] == "die":
+        die(sys.argv[2], int(sys.argv[3]))
+    else:
+        main(Path(sys.argv[1]), sys.argv[2:])
