@@ -27,13 +27,19 @@ from pyprune.evaluate import measure as perplexities
 from pyprune.evaluate import windows_of
 
 NAME = "reconstruction"
+WIKITEXT = dict(source=("wikitext-2", "train.txt"), texts=[("wikitext-2", "test.txt"), ("c4", "c4_sample.jsonl")])
 PRESETS = {
-    "cpu": dict(samples=16, seq_len=256, epochs=6, batch_size=2, held_out=8, window=512, max_windows=12,
-                compute_dtype="bfloat16", self_generated=[0, 16, 64]),
-    "paper": dict(samples=256, seq_len=1024, epochs=10, batch_size=8, held_out=32, window=1024, max_windows=None,
-                  compute_dtype="auto", self_generated=[0, 64, 256, 1024]),
+    "cpu": dict(**WIKITEXT, samples=16, seq_len=256, epochs=6, batch_size=2, held_out=8, window=512,
+                max_windows=12, compute_dtype="bfloat16", self_generated=[0, 16, 64]),
+    "peers": dict(source=("calibration", "wiki_64x512.npy"),
+                  texts=[("evaluation", "wt2_test_24x1024.npy"), ("c4", "c4_sample.jsonl")], samples=64, seq_len=512,
+                  epochs=3, batch_size=4, held_out=8, window=1024, max_windows=24, compute_dtype="bfloat16",
+                  self_generated=[0]),
+    "paper": dict(**WIKITEXT, samples=256, seq_len=1024, epochs=10, batch_size=8, held_out=32, window=1024,
+                  max_windows=None, compute_dtype="auto", self_generated=[0, 64, 256, 1024]),
 }
-"""``paper``: 256 × 1024 tokens, batch 8, 10 epochs, lr 2e-4, for a GPU; ``cpu``: what two cores do in an hour."""
+"""``paper``: 256 × 1024 tokens, batch 8, 10 epochs, lr 2e-4, for a GPU; ``cpu``: what two cores do in an hour;
+``peers``: the very tokens on which paper R's own code took 2,005 CPU s for SparseGPT with BR+GP and reached 34.49."""
 STEPS = {
     "mask": dict(reconstruct="none"),
     "LR": dict(reconstruct="layer"),
@@ -49,7 +55,7 @@ def config_of(preset: dict, mask: str, step: str, seed: int, extra: int, folder:
     return PruneConfig(
         method=mask, sparsity=0.5, **STEPS[step], compute_dtype=preset["compute_dtype"], seed=seed,
         probe_samples=preset["held_out"],
-        calibration=Calibration(source=str(common.data("wikitext-2", "train.txt")), num_samples=preset["samples"],
+        calibration=Calibration(source=str(common.data(*preset["source"])), num_samples=preset["samples"],
                                 seq_len=preset["seq_len"], seed=seed, held_out=preset["held_out"],
                                 self_generated=extra, self_generated_path=generated),
         evaluation=Evaluation(enabled=False),
@@ -77,7 +83,7 @@ class Texts:
 
     def __init__(self, dense, tokenizer, preset: dict):
         self.evaluation = Evaluation(
-            text=[str(common.data("wikitext-2", "test.txt")), str(common.data("c4", "c4_sample.jsonl"))],
+            text=[str(common.data(*parts)) for parts in preset["texts"]],
             window=preset["window"], max_windows=preset["max_windows"])
         self.windows = windows_of(self.evaluation, tokenizer)
         self.dense = self(dense, "dense_")
