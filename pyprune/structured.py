@@ -122,6 +122,10 @@ def make_plan(run: Run) -> Plan:
             gradients = mask_gradients(view, groups, run.data.sequences, dtype=dtype,
                                        device=next(view.model.parameters()).device, seed=config.seed)
     flags, notes = _flags(run, groups)
+    if config.reconstruct == "none" and config.criterion in ("wifv", "obs", "obs_greedy") and any(
+            g.kind == "heads" for block in groups for g in block):
+        notes.append(f"{config.criterion} chooses heads for a repair that takes up their mean; without reconstruction "
+                     "it can be worse than random")
     plan = Plan(groups, gradients, flags, [], notes)
     sparsities = config.sparsity if isinstance(config.sparsity, list) else [config.sparsity]
     counts = _allocate(run, plan, sparsities)

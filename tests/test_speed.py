@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import pytest
@@ -23,9 +24,10 @@ def pair(tmp_path_factory):
     return root / "dense", root / "pruned"
 
 
-def test_latency_of_dense_and_pruned_in_one_run(pair, tmp_path):
+def test_latency_of_dense_and_pruned_in_one_run(pair, tmp_path, monkeypatch):
     from pyprune.cli import app
 
+    monkeypatch.setattr(speed, "compare", functools.partial(speed.compare, tokens=64, new_tokens=4, rounds=1))
     done = CliRunner().invoke(app, ["eval", str(pair[1]), "--latency", "--plot", str(tmp_path / "gain.png"), "--json"])
     assert done.exit_code == 0, done.output
     dense, pruned = json.loads(done.output)
