@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import tiny
 import torch
 from torch import nn
 
 import pyprune
+from pyprune import cli
 from pyprune.autograd import TrainingMode, _Attention
 from pyprune.config import Calibration, ConfigError, Evaluation, Reconstruction
 from pyprune.distributed import World
@@ -471,3 +474,28 @@ def test_a_structured_model_is_refined():
 def test_models_that_do_not_match_are_refused():
     with pytest.raises(ConfigError, match="same blocks"):
         pyprune.refine(tiny.model("llama"), tiny.model("llama", num_hidden_layers=2), tiny.ids(4, 8))
+
+
+def test_command_line_reconstructs_generates_and_compares(folder, tmp_path, capsys):
+    def main(arguments):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(arguments)
+        assert ended.value.code == 0
+
+    text = tmp_path / "text.txt"
+    text.write_text("".join(chr(97 + (i * i + i // 7) % 26) for i in range(4000)))
+    generated = str(tmp_path / "generated.jsonl")
+    main(["generate", str(folder), "-o", generated, "-n", "4", "--seq-len", "32"])
+    common = ["--calibration", str(text), "--num-samples", "8", "--seq-len", "32", "--no-evaluation", "--epochs", "2",
+              "--lr", "2e-3"]
+    outputs = [str(tmp_path / name) for name in ("layer", "cross")]
+    main(["prune", str(folder), "-o", outputs[0], *common])
+    main(["prune", str(folder), "-o", outputs[1], *common, "--reconstruct", "cross_block", "--global-propagation",
+          "--self-generated", "4", "--self-generated-path", generated, "--select", "validation"])
+    capsys.readouterr()
+    main(["compare", *outputs, "--json"])
+    rows = json.loads(capsys.readouterr().out)["runs"]
+    assert [(r["reconstruct"], r["global_propagation"]) for r in rows] == [("layer", False), ("cross_block", True)]
+    assert rows[1]["block_error"] < rows[0]["block_error"]
+    main(["compare", *outputs])
+    assert "+ GP" in capsys.readouterr().out
