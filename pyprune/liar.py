@@ -118,8 +118,12 @@ class _Pieces:
         self.fit = self._cut(view.fit)
         self.held = self.fit if view.held is view.fit else self._cut(view.held)
         at, moved = (weight.double() @ v for v in (view.point, view.offset))
-        power = float((weight @ view.held.second * weight).sum()) + float((at * (at + 2 * moved)).sum())
-        self.power = max(power, 1e-30)
+        self.power = max(self._output_power() + float((at * (at + 2 * moved)).sum()), 1e-30)
+
+    def _output_power(self) -> float:
+        """Held-out ``tr(W M Wᵀ)`` about the view's point, from the pieces there are."""
+        k, d, held = self.kept_weight, self.dropped_weight, self.held
+        return float((k @ held["kk"] * k).sum() + 2 * (k @ held["kd"] * d).sum()) + held["dd"]
 
     def _cut(self, about: About) -> dict[str, Tensor | float]:
         """``kk [K,K]``, ``kd [K,D]``, ``kt = E[x_K tᵀ] [K,out]`` and ``tt = E‖t‖²`` of the missing part t."""
@@ -127,11 +131,13 @@ class _Pieces:
         rows = about.second[k]
         kd = rows[:, d]
         kt = kd @ w.T
-        tt = float((w @ about.second[d][:, d] * w).sum()) + about.square
+        dd = float((w @ about.second[d][:, d] * w).sum())
+        tt = dd + about.square
         if about.cross is not None:
             kt = kt + about.cross[k]
             tt += 2 * float((about.cross[d].T * w).sum())
-        return {"kk": rows[:, k], "kd": kd, "kt": kt, "tt": tt, "ke": None if about.cross is None else about.cross[k]}
+        return {"kk": rows[:, k], "kd": kd, "dd": dd, "kt": kt, "tt": tt,
+                "ke": None if about.cross is None else about.cross[k]}
 
     def held_error(self, update: Tensor | None) -> float:
         """Relative held-out error of ``W_K + update``; update float32 ``[out, K]``."""
@@ -218,11 +224,18 @@ def _liar(pieces: _Pieces, damping: float | None, interpolate_weights: bool, gua
         bias = pieces.bias(pieces.kept_weight) if rest[1] == "bias" else problem.bias
         return Repair(pieces.kept_weight.clone(), bias, rest[1], None, errors=errors,
                       warnings=[f"LIAR was not used: {reason}"])
-    system, right, cross = pieces.total()
-    right = right if cross is None else torch.cat([right, cross], dim=1)
+    system, kd, cross = pieces.total()
+    direct = len(problem.weight) < len(d) and not interpolate_weights
+    if direct:  # fewer outputs than dropped columns: solve for W_D Qᵀ itself
+        right = kd @ pieces.dropped_weight.T if cross is None else kd @ pieces.dropped_weight.T + cross
+    else:
+        right = kd if cross is None else torch.cat([kd, cross], dim=1)
     solution, info = solve(system, right, torch.tensor([chosen * _scale(system)], device=system.device))
     if int(info[0]):  # the fitted part alone could be factored, all tokens could not: rounding at a tiny λ
         return _liar(pieces, 10 * max(chosen, 1e-7), interpolate_weights, guard)
+    if direct:
+        weight = pieces.kept_weight + solution[0].T
+        return Repair(weight, pieces.bias(weight), "liar", chosen, errors=errors)
     q, correction = solution[0][:, :len(d)].contiguous(), solution[0][:, len(d):]
     if interpolate_weights:
         # the paper's W_K (I + P Qᵀ), P the least-squares map of the kept weights onto the dropped ones
