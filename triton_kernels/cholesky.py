@@ -20,7 +20,7 @@ from pyprune.triton_kernels.tuning import config, pick
 
 FUSED = 256
 NB = 32  # wider blocks spill: the factor, its inverse and a product's operands are all in registers
-FACTOR = (config(4, NB=NB), config(2, NB=NB))
+FACTOR = (config(4, NB=NB), config(8, NB=NB))
 SOLVE = (config(4, BK=16), config(4, BK=32), config(8, BK=64))
 PRECISION = tl.constexpr("ieee")
 

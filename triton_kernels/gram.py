@@ -103,19 +103,21 @@ def _columns(x, o_t, m_t, o_c, c, stride_xt, stride_xc, ROUND: tl.constexpr):
 
 
 @triton.jit
-def _add_symmetric(gram, b_acc, o_row, o_col, c, DIAGONAL: tl.constexpr):
-    """gram[row, col] += b_acc on the lower triangle, and the same bits to [col, row]."""
+def _add_symmetric(gram, b_acc, i_row, i_col, c, BC: tl.constexpr, DIAGONAL: tl.constexpr):
+    """Add a tile of the lower triangle to the symmetric gram, and its mirror image to the upper one."""
+    o_row = i_row * BC + tl.arange(0, BC)
+    o_col = i_col * BC + tl.arange(0, BC)
     p_lower = gram + o_row.to(tl.int64)[:, None] * c + o_col[None, :]
-    p_upper = gram + o_col.to(tl.int64)[:, None] * c + o_row[None, :]
     m_lower = (o_row < c)[:, None] & (o_col < c)[None, :]
-    m_upper = (o_col < c)[:, None] & (o_row < c)[None, :]
     if DIAGONAL:
-        # the upper half of a diagonal tile is a copy too: tensor cores need not round both halves alike
-        m_lower = m_lower & (o_row[:, None] >= o_col[None, :])
-        m_upper = m_upper & (o_row[None, :] > o_col[:, None])
-    b_sum = tl.load(p_lower, mask=m_lower, other=0.0) + b_acc
-    tl.store(p_lower, b_sum, mask=m_lower)
-    tl.store(p_upper, tl.trans(b_sum), mask=m_upper)
+        # tensor cores need not round both halves alike: the upper one is a copy
+        b_acc = tl.where(o_row[:, None] >= o_col[None, :], b_acc, tl.trans(b_acc))
+        tl.store(p_lower, tl.load(p_lower, mask=m_lower, other=0.0) + b_acc, mask=m_lower)
+    else:
+        b_sum = tl.load(p_lower, mask=m_lower, other=0.0) + b_acc
+        tl.store(p_lower, b_sum, mask=m_lower)
+        p_upper = gram + o_col.to(tl.int64)[:, None] * c + o_row[None, :]
+        tl.store(p_upper, tl.trans(b_sum), mask=(o_col < c)[:, None] & (o_row < c)[None, :])
 
 
 @triton.jit
@@ -166,7 +168,7 @@ def gram_kernel(x, mask, gram, sums, count, partial, partial_sums, tokens, c, st
         if SPLIT:
             _store_partial(partial, b_acc, i_split, i_row, i_col, c, BC)
         else:
-            _add_symmetric(gram, b_acc, o_row, o_col, c, True)
+            _add_symmetric(gram, b_acc, i_row, i_col, c, BC, True)
     else:
         for t in range(start, stop, BT):
             o_t = t + tl.arange(0, BT)
@@ -177,23 +179,24 @@ def gram_kernel(x, mask, gram, sums, count, partial, partial_sums, tokens, c, st
         if SPLIT:
             _store_partial(partial, b_acc, i_split, i_row, i_col, c, BC)
         else:
-            _add_symmetric(gram, b_acc, o_row, o_col, c, False)
+            _add_symmetric(gram, b_acc, i_row, i_col, c, BC, False)
 
 
 @triton.jit
 def gram_reduce_kernel(gram, sums, partial, partial_sums, c, splits, HAS_SUMS: tl.constexpr, BC: tl.constexpr):
     i_row, i_col = _lower_tile(tl.program_id(0), 1)
     o_row = i_row * BC + tl.arange(0, BC)
-    o_col = i_col * BC + tl.arange(0, BC)
     o_in = tl.arange(0, BC)
     p_tile = partial + tl.program_id(0).to(tl.int64) * BC * BC + o_in[:, None] * BC + o_in[None, :]
     b_acc = tl.zeros([BC, BC], dtype=tl.float32)
     for _ in range(splits):
         b_acc += tl.load(p_tile)
         p_tile += tl.num_programs(0).to(tl.int64) * BC * BC
-    _add_symmetric(gram, b_acc, o_row, o_col, c, True)
-    if HAS_SUMS:
-        if i_row == i_col:
+    if i_row != i_col:
+        _add_symmetric(gram, b_acc, i_row, i_col, c, BC, False)
+    else:
+        _add_symmetric(gram, b_acc, i_row, i_col, c, BC, True)
+        if HAS_SUMS:
             m_c = o_row < c
             b_sum = tl.load(sums + o_row, mask=m_c, other=0.0)
             p_sum = partial_sums + o_row
