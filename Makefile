@@ -5,12 +5,12 @@
 #   PYTHON           interpreter the environment is made from
 #   VENV             where it is made
 #   TORCH            torch to install on a machine without an NVIDIA GPU
-#   TORCH_CPU_INDEX  asked for it only where pip's own indexes have no CPU build; empty to never ask
+#   TORCH_CPU_INDEX  index that has it where pip's own do not: the CPU one that PyTorch's install page names
 #   DEMO             options of the demo's run
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0+cpu
-TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+TORCH_CPU_INDEX ?=
 DEMO ?= --method sparsegpt --sparsity 0.5
 PYTEST ?=
 
@@ -34,14 +34,14 @@ install: $(VENV)/.torch
 	$(PIP) install -q -e .
 
 # PyPI's default torch for Linux brings gigabytes of CUDA libraries. Without a GPU a CPU build is taken where there is
-# one: from the configured indexes, then from PyTorch's own, and only then whatever PyPI has.
+# one: from the configured indexes, then from TORCH_CPU_INDEX if set, and only then whatever PyPI has.
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
 	@if command -v nvidia-smi >/dev/null; then echo "NVIDIA driver found: torch comes with CUDA"; \
 	elif $(PIP) install -q "$(TORCH)" 2>/dev/null; then echo "installed $(TORCH)"; \
 	elif [ -n "$(TORCH_CPU_INDEX)" ] && $(PIP) install -q --retries 1 --timeout 20 "$(TORCH)" \
 		--index-url "$(TORCH_CPU_INDEX)" 2>/dev/null; then echo "installed $(TORCH) from $(TORCH_CPU_INDEX)"; \
-	else echo "no CPU build of torch found: pip will take PyPI's default, which brings CUDA libraries"; fi
+	else echo "no CPU build of torch found: pip will take PyPI's default, which brings CUDA libraries (TORCH_CPU_INDEX)"; fi
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.torch $(SOURCES)
