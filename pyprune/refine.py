@@ -77,7 +77,6 @@ class Refiner:
         self.steps: dict[int, list[dict]] = {}
         self.traces: dict[int, list[Trace]] = {}
         self._dense: dict[int, nn.Module] = {}
-        self._touched = False
         self._probe_targets: dict[str, Activations] = {}
 
     # ---- targets -----------------------------------------------------------------------------------------------
@@ -164,8 +163,8 @@ class Refiner:
 
     def _train(self, window: list[int], module: nn.Module) -> None:
         """Train a window on its streams; ``module`` is the compute copy of its last block."""
-        self._touched |= any(self.masks[i] for i in window)
-        if not (self._touched if self.run.config.global_propagation else any(self.masks[i] for i in window)):
+        first = 0 if self.run.config.global_propagation else window[0]
+        if not any(self.run.selected[first:window[-1] + 1]):
             return  # a dense window behind a dense prefix is its own target: there is nothing to learn but rounding
         blocks = [self.run.view.blocks[i] for i in window]
         student = Student(self.executor, window, blocks, [self.masks[i] for i in window], self.dtype)

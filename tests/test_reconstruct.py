@@ -313,7 +313,8 @@ def test_reconstruction_lowers_the_final_error_and_repeats_to_the_bit(fields):
 
 
 @pytest.mark.parametrize("fields", [{}, {"reconstruct": "cross_block"}, {"compute_dtype": "bfloat16",
-                                    "reconstruct": "cross_block", "global_propagation": True}])
+                                    "reconstruct": "cross_block", "global_propagation": True},
+                                    {"targets": ["layers.0."], "global_propagation": True}])
 def test_resume_after_any_block_is_bit_identical(fields, tmp_path, monkeypatch):
     fields = {"method": "wanda", "reconstruction": Reconstruction(epochs=1, batch_size=4), **fields}
     whole = run(output=str(tmp_path / "whole"), **fields)
