@@ -67,7 +67,12 @@ def print_summary(report: dict, directory: str | Path | None = None, stream: Tex
 def summary_rows(report: dict) -> list[tuple[str, str]]:
     """Label and text of each line of the summary."""
     rows = []
-    for row in report.get("evaluation") or []:
+    curve = (report.get("structured") or {}).get("curve", [])
+    for entry in curve:
+        shown = ", ".join(perplexity_text(row["pruned"]) for row in entry.get("evaluation", []))
+        rows.append((f"at {entry['sparsity']:g}", f"{entry['parameters']:,} parameters"
+                     + (f", perplexity {shown}" if shown else "")))
+    for row in (report.get("evaluation") or []) if len(curve) < 2 else []:
         rows.append(("perplexity", f"{perplexity_text(row['dense'])} dense → {perplexity_text(row['pruned'])} pruned  "
                      f"({row['windows']} windows of {row['window']} tokens, {row['text']})"))
     coverage = report["coverage"]
