@@ -110,12 +110,16 @@ def status(device: torch.device | str = "cpu") -> dict[str, dict[str, str]]:
 
 
 def raise_faults(device: torch.device | str) -> None:
-    """Raise what CUDA kernels have found wrong with their data since the last look; waits for ``device``.
+    """Raise what GPU kernels have found wrong with their data since the last look; waits for ``device``.
 
     Kernels do not wait to report, so the orchestrator calls this once a block. Nothing to do on other devices.
     """
-    if torch.device(device).type == "cuda" and TABLE["cuda"].why_not("obs_sweep", device) is None:
+    if torch.device(device).type != "cuda":
+        return
+    if TABLE["cuda"].why_not("obs_sweep", device) is None:
         importlib.import_module("pyprune.native").check_cuda(device)
+    if TABLE["triton"].why_not("obs_sweep", device) is None:
+        importlib.import_module("pyprune.triton_kernels.faults").check(device)
 
 
 # ---- validation ----------------------------------------------------------------------------------------------------
