@@ -1,34 +1,32 @@
 """What a run would take, before it is run: every weight and whether it is pruned, memory, disk, time.
 
-Nothing is loaded: the model is built from its configuration without memory. Bytes are counted; seconds are counted
-FLOPs over the rate of one product measured here and now, so they say minutes or hours, not more.
+Nothing is loaded: the model is built from its configuration without memory. Bytes are counted, seconds scaled from a
+rehearsal (:mod:`pyprune.planning`).
 """
 
 from __future__ import annotations
 
 import math
 import shutil
-import time
 from pathlib import Path
 
 import torch
 
-from pyprune import checkpoint, ops
+from pyprune import checkpoint
 from pyprune.config import ConfigError, PruneConfig, override
-from pyprune.evaluate import forward_dtype, pick_device
+from pyprune.evaluate import pick_device
 from pyprune.model import ModelView, WeightRef, select_weights, uncovered, weights_of
+from pyprune.planning import memory_of, passes_of, rehearse, will_stream
 from pyprune.texts import sources
-
-BASE = 700 * 2**20
-"""Bytes of a process that has imported torch and transformers and done nothing."""
 
 
 def plan(config: PruneConfig | dict) -> dict:
     """What :func:`pyprune.prune` would do with this configuration, which names its model.
 
-    Returns ``model``, ``weights`` (name, shape, ``prune``, ``why`` not), ``coverage``, ``memory_bytes`` by part,
-    ``disk_bytes``, ``flops`` and ``seconds`` by phase. Raises :class:`ConfigError` as :func:`pyprune.prune` would for
-    everything that can be known without reading weights or data.
+    Returns ``model``, ``weights`` (name, shape, ``prune``, ``why`` not), ``coverage``, ``memory_bytes`` and
+    ``device_memory_bytes`` by part, ``disk_bytes``, ``passes``, ``streamed``, ``flops`` and ``seconds`` by phase.
+    Raises :class:`ConfigError` as :func:`pyprune.prune` would for everything that can be known without reading weights
+    or data.
     """
     config = override(config, {}) if isinstance(config, PruneConfig) else override(None, config)
     if config.model is None:
@@ -40,21 +38,23 @@ def plan(config: PruneConfig | dict) -> dict:
     device = pick_device(config.device)
     dtype = next(view.blocks.parameters()).dtype
     compute = dtype if config.compute_dtype == "auto" else getattr(torch, config.compute_dtype)
-    flops = _flops(view, selected, config)
-    rates = {name: _rate(device, kind) for name, kind in (
-        ("forward", compute), ("solve", torch.float32), ("evaluation", _evaluation_dtype(config, dtype, device)))}
-    seconds = {phase: count / rates["evaluation" if phase == "evaluation" else
-                                    "solve" if phase in ("gram", "solve") else "forward"]
-               for phase, count in flops.items()}
+    weights, flops = _weights(view, selected, config), _flops(view, selected, config)
+    seconds = rehearse(view.model.config, config, view, selected, dtype)
     parameters = sum(p.numel() for p in view.model.parameters())
+    streamed, why = will_stream(config, parameters * dtype.itemsize)
+    host, on_device = memory_of(view, selected, config, compute, streamed)
+    if device.type == "cpu":
+        host, on_device = {**host, **on_device}, {}
     return {
         "model": {"name": config.model, "architecture": type(view.model).__name__, "blocks": len(view.blocks),
                   "parameters": parameters, "dtype": str(dtype)[6:]},
         "device": str(device), "compute_dtype": str(compute)[6:],
-        "weights": _weights(view, selected, config), "coverage": view.coverage(selected),
-        "memory_bytes": _memory(view, selected, config, compute),
+        "weights": weights, "coverage": view.coverage(selected),
+        "memory_bytes": {**host, "total": sum(host.values())},
+        "device_memory_bytes": {**on_device, "total": sum(on_device.values())} if on_device else None,
+        "passes": passes_of(config), "streamed": streamed, "streamed_because": why,
         "disk_bytes": _disk(config, parameters * dtype.itemsize),
-        "flops": flops, "flops_per_second": rates, "seconds": {**seconds, "total": sum(seconds.values())},
+        "flops": flops, "seconds": {**seconds, "total": sum(seconds.values())},
     }
 
 
@@ -125,45 +125,8 @@ def _tokens(config: PruneConfig) -> int:
     return (config.calibration.num_samples + config.calibration.self_generated) * config.calibration.seq_len
 
 
-def _memory(view: ModelView, selected: list[list[WeightRef]], config: PruneConfig, compute: torch.dtype) -> dict:
-    hidden = view.model.get_input_embeddings().weight.shape[1]
-    streams = 2 if config.global_propagation or config.reconstruct in ("block", "cross_block") else 1
-    block = max(sum(p.numel() for p in b.parameters()) for b in view.blocks)
-    width = max((ref.view(b).shape[1] for b, refs in zip(view.blocks, selected) for ref in refs), default=0)
-    trained = 4 * 4 * block * (1 + (config.reconstruct == "cross_block")) if config.reconstruct in (
-        "block", "cross_block") else 0
-    parts = {
-        "process": BASE,
-        "weights": sum(p.numel() * p.element_size() for p in view.model.parameters()),
-        "block": block * max(compute.itemsize, 4) + trained,
-        "activations": streams * _tokens(config) * hidden * compute.itemsize,
-        "statistics": 4 * 4 * width * width,
-        "evaluation": 0 if view.is_encoder or not config.evaluation.enabled else config.evaluation.batch_size
-        * config.evaluation.window * view.model.get_input_embeddings().weight.shape[0] * 4,
-    }
-    return {**parts, "total": sum(parts.values())}
-
-
 def _disk(config: PruneConfig, checkpoint_bytes: int) -> dict:
     """Finished blocks are kept beside the checkpoint that is assembled from them until that is whole."""
     place = Path(config.output or ".").expanduser().absolute()
     free = shutil.disk_usage(next(p for p in (place, *place.parents) if p.is_dir())).free
     return {"checkpoint": checkpoint_bytes, "while_running": 2 * checkpoint_bytes, "free": free}
-
-
-def _evaluation_dtype(config: PruneConfig, dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    stand_in = torch.nn.Linear(1, 1, dtype=dtype, device=device)
-    return forward_dtype(stand_in, config.evaluation.dtype)
-
-
-def _rate(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:
-    """FLOP/s of a product of this type here, the best of a few."""
-    x, w = torch.ones(size, size, dtype=dtype, device=device), torch.ones(size, size, dtype=dtype, device=device)
-    best = math.inf
-    for _ in range(4):
-        start = time.perf_counter()
-        ops.linear(x, w)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
