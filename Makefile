@@ -7,11 +7,13 @@
 #   TORCH            torch to install on a machine without an NVIDIA GPU
 #   TORCH_CPU_INDEX  index that has it where pip's own do not: the CPU one that PyTorch's install page names
 #   DEMO             options of the demo's run
+#   JOBS             processes the tests are spread over
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0+cpu
 TORCH_CPU_INDEX ?=
 DEMO ?= --method sparsegpt --sparsity 0.5
+JOBS ?= 2
 PYTEST ?=
 
 BIN := $(VENV)/bin
@@ -25,7 +27,7 @@ demo: $(VENV)/.demo
 	$(BIN)/pyprune prune smollm2-135m -o runs/demo $(DEMO)
 
 test: $(VENV)/.dev lint
-	$(BIN)/python -m pytest -q --durations=5 $(PYTEST)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --durations=5 $(PYTEST)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
