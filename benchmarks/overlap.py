@@ -2,8 +2,9 @@
 
 A sequence of LLaMA-7B-shaped blocks on a GPU (smaller ones on a CPU) is passed over stored activations three ways: with
 the batches already on the device, with the copies only, and as ``Executor.run`` does it. On a GPU the pipeline should
-take at most 1.1 times the longer of the two; on a CPU, where a batch is a view of the store, what the store adds should
-stay below 5 % of the run (its "copies alone" write views onto themselves there, so only the overhead means anything). ``--trace`` writes a torch profiler trace that shows the streams.
+take at most 1.1 times the longer of the two; on a CPU, where a batch is a view of the store and the copies alone write
+views onto themselves, what the store adds should stay below 5 % of the run. ``--trace`` writes a torch profiler trace
+that shows the streams.
 
     python -m benchmarks.overlap [--trace overlap_trace.json] [--blocks 2] [--sequences 32]
 """
