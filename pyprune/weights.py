@@ -38,6 +38,9 @@ class Streamed(Resident):
     def __init__(self, view: ModelView, files: Files, dtype: torch.dtype, pin: bool = False):
         self.view, self.files, self.dtype, self.pin = view, files, dtype, pin
         self.saved: dict[int, Shard] = {}
+        # the reader thread must not look at ``view.blocks``: recorders stand there while arguments are recorded
+        self._blocks = list(view.blocks)
+        self._names = [list(block.state_dict()) for block in view.blocks]
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="pyprune-weights")
         self._ahead: dict[int, Future] = {}
         self._present: set[int] = set()
@@ -45,10 +48,10 @@ class Streamed(Resident):
     def acquire(self, index: int) -> None:
         if index not in self._present:
             tensors = self._ahead.pop(index).result() if index in self._ahead else self._read(index)
-            fill(self.view.blocks[index], tensors)
+            fill(self._blocks[index], tensors)
             self._present.add(index)
         after = index + 1
-        if after < len(self.view.blocks) and after not in self._present and after not in self._ahead:
+        if after < len(self._blocks) and after not in self._present and after not in self._ahead:
             for stale in list(self._ahead):
                 self._ahead.pop(stale).cancel()
             self._ahead[after] = self._reader.submit(self._read, after)
@@ -56,8 +59,7 @@ class Streamed(Resident):
     def _read(self, index: int) -> dict[str, Tensor]:
         prefix = f"{self.view.path}.{index}."
         source = self.saved.get(index, self.files)
-        names = self.view.blocks[index].state_dict()
-        tensors = {name: source.read(prefix + name, self.pin) for name in names}
+        tensors = {name: source.read(prefix + name, self.pin) for name in self._names[index]}
         return {name: t.to(self.dtype) if t.is_floating_point() else t for name, t in tensors.items()}
 
     def release(self, index: int, saved: Path | None = None) -> None:
@@ -65,7 +67,7 @@ class Streamed(Resident):
             self.saved[index] = Shard(saved)
         if index in self._present:
             self._present.remove(index)
-            for module, name, parameter in _parameters(self.view.blocks[index]):
+            for module, name, parameter in _parameters(self._blocks[index]):
                 module._parameters[name] = nn.Parameter(parameter.data.to("meta"), requires_grad=False)
 
     def save(self, folder: Path) -> None:

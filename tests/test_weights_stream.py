@@ -114,6 +114,27 @@ def test_only_two_blocks_are_ever_present(tmp_path, monkeypatch):
     assert most == 2
 
 
+def test_reading_ahead_while_recorders_stand_in_for_the_blocks_reads_the_blocks(tmp_path):
+    """The reader thread once asked the model for a block's names at the moment its arguments were recorded."""
+    path = source(tmp_path / "dense")
+    opened = open_model(PruneConfig(model=path, output=str(tmp_path / "out"), stream="always"))
+    view, found = opened.weights.view, {}
+    plain = type(view)._forward
+    def forward(self, input_ids, stand_ins):
+        originals = list(self.blocks)
+        for i, module in enumerate(stand_ins):
+            self.blocks[i] = module
+        found.update(opened.weights._read(1))
+        for i, block in enumerate(originals):
+            self.blocks[i] = block
+        return plain(self, input_ids, stand_ins)
+    view._forward = forward.__get__(view)
+    view.record(tiny.ids(1, 8))
+    assert set(found) == set(view.blocks[1].state_dict())
+    opened.weights.acquire(1)
+    assert not any(p.is_meta for p in view.blocks[1].parameters())
+
+
 LIMITED = """
 import resource, sys, time
 sys.path.insert(0, sys.argv[1])
