@@ -7,6 +7,12 @@ import time
 from typing import TextIO
 
 
+def announce(text: str, enabled: bool = True) -> None:
+    """A line for what takes its time outside the blocks: loading, measuring."""
+    if enabled:
+        print(f"pruning · {text}", file=sys.stderr, flush=True)
+
+
 class Progress:
     """``with Progress(blocks) as p: p.update(block=i, phase="solve", error=0.01)``: block, phase, error, time left.
 

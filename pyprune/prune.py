@@ -17,7 +17,7 @@ from pyprune.config import Calibration, ConfigError, Evaluation, PruneConfig, fr
 from pyprune.evaluate import measure, windows_of
 from pyprune.journal import Journal, shard_path
 from pyprune.model import ModelView, WeightRef, select_weights
-from pyprune.progress import Progress
+from pyprune.progress import Progress, announce
 from pyprune.record import build_report, compared, data_identity, model_identity, settings_of, weights_digest
 from pyprune.refine import Refiner, wanted
 from pyprune.run import Clock, Probe, PruneResult, Run, StreamedResult
@@ -99,6 +99,8 @@ def _prune(model, config: PruneConfig, tokenizer, in_place: bool, progress: bool
         else:
             if config.model is None:
                 raise ConfigError("no model: give a Hub id, a local folder, a .gguf file or a live nn.Module")
+            checkpoint.resolve(config.model)  # one that is not there is refused before anything is said
+            announce(f"loading {config.model}", progress)
             opened = open_model(config, world.same(journal.header.get("streamed")),
                                 pin=pick_device(config.device).type == "cuda")
             live, tokenizer, weights = opened.model, opened.tokenizer, opened.weights
@@ -132,6 +134,7 @@ def _prune(model, config: PruneConfig, tokenizer, in_place: bool, progress: bool
     with clock("evaluation"):
         dense = world.same(journal.kept("dense"))
         if dense is None:
+            announce("measuring the dense model", progress and bool(texts))
             dense = measured()
             world.lead(lambda: journal.keep("dense", dense))
     executor = Executor(view, device=pick_device(config.device), compute_dtype=pick_dtype(config.compute_dtype),
@@ -150,6 +153,7 @@ def _prune(model, config: PruneConfig, tokenizer, in_place: bool, progress: bool
             with journal.interruptible(follow=world.size > 1):
                 prune_blocks(run, bar)
     with clock("evaluation"):
+        announce("measuring the pruned model", progress and bool(texts))
         pruned = measured() if live is view.model else measure(live, texts, config.evaluation)
         for entry, member in zip((run.structured or {}).get("curve", []), models.values()):
             entry["evaluation"] = compared(dense, measure(member, texts, config.evaluation))

@@ -48,6 +48,8 @@ def test_prune_prints_what_it_did_and_where_it_is(pruned, folder):
                  "100.0%", "seconds", "evaluation", "peak memory", str(path), "report.json"):
         assert text in out
     assert "pruning 3/3" in err and "left" in err and "error" in err, "progress, error and time left are in the log"
+    order = [err.index(text) for text in ("loading", "measuring the dense", "pruning 1/3", "measuring the pruned")]
+    assert order == sorted(order), "what takes its time before and after the blocks is said too"
 
 
 def test_run_yaml_repeats_to_the_bit_and_options_override_it(capsys, tmp_path, pruned):
