@@ -75,21 +75,34 @@ def test_passes_are_those_the_orchestrator_makes():
 
 @pytest.mark.parametrize("fields", [dict(), dict(method="wanda", pattern="2:4")])
 def test_the_estimate_is_within_a_quarter_of_a_real_run(fields, monkeypatch):
-    """Both in CPU seconds, so that whatever else the machine does counts for neither."""
+    """In CPU seconds of one thread, each the least of three: what else the machine does only ever adds."""
     monkeypatch.setattr(time, "perf_counter", time.process_time)
     config = transformers.LlamaConfig(vocab_size=2000, hidden_size=256, intermediate_size=688, num_hidden_layers=8,
                                       num_attention_heads=4, max_position_embeddings=512, **LLAMA)
-    view = ModelView(skeleton(config, torch.float32))
     calibration = dict(num_samples=48, seq_len=128, held_out=2)
     evaluation = dict(window=256, max_windows=4)
-    plan = rehearse(config, PruneConfig(calibration=Calibration(**calibration),
-                                        evaluation=Evaluation(text=["any"], **evaluation), **fields),
-                    view, selected(view), torch.float32)
+    asked = PruneConfig(calibration=Calibration(**calibration), evaluation=Evaluation(text=["any"], **evaluation),
+                        **fields)
     torch.manual_seed(0)
-    report = prune(transformers.LlamaForCausalLM(config).eval(), progress=False,
-                   calibration=Calibration(source=torch.randint(5, 2000, (50, 128)), **calibration),
-                   evaluation=Evaluation(text=torch.randint(5, 2000, (4, 256)), **evaluation), **fields).report
-    work = ("forward", "probe", "statistics", "solve", "evaluation")
-    estimate, real = (sum(seconds.get(phase, 0) for phase in work) for seconds in (plan, report["seconds"]))
-    print(f"estimated {estimate:.2f} s, real {real:.2f} s")
-    assert estimate == pytest.approx(real, rel=0.25)
+    model = transformers.LlamaForCausalLM(config).eval()
+
+    def rehearsed() -> dict:
+        view = ModelView(skeleton(config, torch.float32))
+        return rehearse(config, asked, view, selected(view), torch.float32)
+
+    def real() -> dict:
+        return prune(model, progress=False,
+                     calibration=Calibration(source=torch.randint(5, 2000, (50, 128)), **calibration),
+                     evaluation=Evaluation(text=torch.randint(5, 2000, (4, 256)), **evaluation), **fields
+                     ).report["seconds"]
+
+    def least(run) -> float:
+        work = ("forward", "probe", "statistics", "solve", "evaluation")
+        return min(sum(seconds.get(phase, 0) for phase in work) for seconds in (run() for _ in range(3)))
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert least(rehearsed) == pytest.approx(least(real), rel=0.25)
+    finally:
+        torch.set_num_threads(threads)
