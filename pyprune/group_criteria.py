@@ -1,4 +1,4 @@
-"""Scores of neurons and heads: higher is kept (METHODS section 5).
+"""Scores of neurons and heads: higher is kept (LIAR, arXiv 2407.13331).
 
 One function a criterion, from a :class:`Scored` layer to float64 ``[units]``. Any of them goes with any reconstruction.
 """

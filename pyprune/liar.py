@@ -1,4 +1,4 @@
-"""Reconstruction after structured pruning: LIAR, bias compensation and mask tuning (METHODS section 5).
+"""Reconstruction after structured pruning: LIAR, bias compensation and mask tuning (LIAR, arXiv 2407.13331).
 
 One consumer ``y = W x + b`` keeps the columns K and loses D. With Σ the second moments of x (centred if there is a bias
 slot) and, on a pruned prefix, an error ``e`` between the dense target and the layer's present output, everything below

@@ -1,4 +1,4 @@
-"""Second moments of a consumer's inputs, precise enough to be centred (METHODS section 5)."""
+"""Second moments of a consumer's inputs, precise enough to be centred (LIAR, arXiv 2407.13331)."""
 
 from __future__ import annotations
 

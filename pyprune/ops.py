@@ -175,7 +175,7 @@ def gram_update(gram: Tensor, x: Tensor, *, sums: Tensor | None = None, count: T
     gram: float32 ``[c, c]``, contiguous; x: ``[tokens, c]``, any strides; sums: float32 ``[c]``; count: int64 scalar
     tensor; mask: bool ``[tokens]``, True where the token counts. ``precision="bfloat16"`` rounds float32 inputs to
     bfloat16 first (products stay exact, sums are float32); bfloat16 inputs lose nothing by it.
-    Source: METHODS notation, the Hessian of the layer-wise error is 2·gram (SparseGPT, arXiv 2301.00774).
+    Source: the Hessian of the layer-wise error is 2·gram (SparseGPT, arXiv 2301.00774).
     """
     _matrix("x", x)
     tokens, c = x.shape

@@ -320,7 +320,7 @@ def train(student: Student, pairs: Pairs, settings: Reconstruction, *, seed: int
 
 @torch.no_grad()
 def relative_error(student: Student, pairs: Pairs) -> float:
-    """``‖T − f(x)‖² / ‖T‖²`` over all pairs (METHODS section 6)."""
+    """``‖T − f(x)‖² / ‖T‖²`` over all pairs."""
     lost = total = 0.0
     for inputs, targets in pairs:
         for batch in inputs.batches(student.executor.batch_size):

@@ -37,7 +37,7 @@ class Solved:
 
 
 def inverse_factor(gram: Tensor, count: Tensor | int, damping: float, name: str = "layer") -> Factor:
-    """``R`` with ``RᵀR = H⁻¹``, ``H = G/n + λ·mean(diag G/n)·I``, by one factorisation (METHODS section 3).
+    """``R`` with ``RᵀR = H⁻¹``, ``H = G/n + λ·mean(diag G/n)·I``, by one factorisation.
 
     With J the index reversal and ``J H J = L Lᵀ``, ``R = J L⁻¹ J``. A failed factorisation raises λ tenfold, at most
     to ``DAMPING_TRIES`` values, then ConfigError with the layer's name. Dead columns get ``H_jj = 1``.
@@ -124,7 +124,7 @@ def obs_prune(weight: Tensor, factor: Factor, *, sparsity: float | None = None, 
 
 
 def score_mask(weight: Tensor, config: PruneConfig, statistics: Statistics | None) -> Tensor:
-    """Keep mask by magnitude (whole matrix) or Wanda (per output row), unstructured or N:M (METHODS section 2)."""
+    """Keep mask by magnitude (whole matrix) or Wanda (per output row), unstructured or N:M."""
     wanda = config.method == "wanda"
     scale = statistics.norm if wanda else None
     if config.nm:
