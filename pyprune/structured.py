@@ -1,4 +1,4 @@
-"""Structured pruning of a whole model: observe → score → choose → repair → slice, block by block (METHODS section 5).
+"""Structured pruning of a whole model: observe → score → choose → repair → slice, block by block.
 
 ``inputs="propagated"`` follows the pruned prefix and repairs towards the dense stream: per block one dense pass, one
 pass for each of heads and neurons, one to go on. ``inputs="dense"`` needs one pass in all and serves many sparsities.
