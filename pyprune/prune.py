@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pyprune import calibration, checkpoint, distributed, ops
 from pyprune.blockwise import measure_streamed
 from pyprune.config import Calibration, ConfigError, Evaluation, PruneConfig, from_dict
-from pyprune.evaluate import measure, windows_of
+from pyprune.evaluate import measure, pick_device, windows_of
 from pyprune.journal import Journal, shard_path
 from pyprune.model import ModelView, WeightRef, select_weights
 from pyprune.progress import Progress, announce
@@ -178,17 +178,6 @@ def make_store(config: PruneConfig, journal: Journal) -> Store:
 def _seed(seed: int) -> None:
     random.seed(seed)
     torch.manual_seed(seed)
-
-
-def pick_device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
-    return device
 
 
 def pick_dtype(name: str) -> torch.dtype | None:
