@@ -42,19 +42,18 @@ def inverse_factor(gram: Tensor, count: Tensor | int, damping: float, name: str 
     With J the index reversal and ``J H J = L Lᵀ``, ``R = J L⁻¹ J``. A failed factorisation raises λ tenfold, at most
     to ``DAMPING_TRIES`` values, then ConfigError with the layer's name. Dead columns get ``H_jj = 1``.
     """
-    h = gram / count
-    diagonal = h.diagonal()
+    diagonal = gram.diagonal() / count
     dead = diagonal == 0
     mean = diagonal.mean()
-    diagonal[dead] = 1
-    flipped = h.flip(0, 1)
+    diagonal = torch.where(dead, 1, diagonal).flip(0)
+    flipped = gram.flip(0, 1).div_(count)  # freed as soon as it is factored: wide layers make these matrices large
     for attempt in range(DAMPING_TRIES):
         used = damping * 10**attempt
-        damped = flipped.clone()
-        damped.diagonal().add_(used * mean)
-        factor, info = torch.linalg.cholesky_ex(damped)
+        flipped.diagonal().copy_(diagonal + used * mean)
+        factor, info = torch.linalg.cholesky_ex(flipped)
         if int(info) == 0:
-            return Factor(invert_lower(factor).flip(0, 1).contiguous(), dead, used)
+            del flipped
+            return Factor(invert_lower(factor).flip(0, 1), dead, used)
     raise ConfigError(f"the Hessian of {name} has no Cholesky factor with damping up to {used:g} of its mean diagonal; "
                       "use more calibration tokens or a larger damping")
 
