@@ -16,20 +16,18 @@ from pyprune.blockwise import measure_streamed
 from pyprune.config import Calibration, ConfigError, Evaluation, PruneConfig, from_dict
 from pyprune.evaluate import measure, pick_device, windows_of
 from pyprune.journal import Journal, shard_path
+from pyprune.masks import gather, needs_calibration, prune_block
 from pyprune.model import ModelView, WeightRef, select_weights
 from pyprune.progress import Progress, announce
 from pyprune.record import build_report, compared, data_identity, model_identity, settings_of, weights_digest
 from pyprune.refine import Refiner, wanted
-from pyprune.run import Clock, Probe, PruneResult, Run, StreamedResult
+from pyprune.run import Clock, Probe, PruneResult, Run, StreamedResult, make_probes, stream_error
 from pyprune.shards import OutputError
-from pyprune.solvers import inverse_factor, needs_factor, solve
-from pyprune.statistics import Inputs, Observer, Statistics, find_non_finite, observe, relative_error
+from pyprune.statistics import Inputs, observe
+from pyprune.steps import commit_block, restore_block, settled_by, write_block
 from pyprune.store import Store
 from pyprune.stream import Activations, Executor, Resident
 from pyprune.weights import open_model
-
-MASK = ".pyprune_mask"
-"""Ends the name of a keep mask in the draft of a block."""
 
 
 def make_config(config: PruneConfig | dict | None, fields: dict) -> PruneConfig:
@@ -222,24 +220,6 @@ def add_generated(data: calibration.CalibrationData, settings: Calibration, mode
         data.description += " for the reconstruction"
 
 
-def make_probes(run: Run) -> list[Probe]:
-    """Calibration and held-out probes, as far as there are sequences for them; what a choice is made by is measured on
-    every held-out sequence."""
-    n = run.config.probe_samples
-    chooses = run.config.reconstruction.select == "validation" or run.config.reconstruction.early_stop
-    held_out = run.data.held_out[:None if chooses else n]
-    probes = []
-    for name, sequences in (("calibration", run.data.sequences[:n]), ("held_out", held_out)):
-        if sequences:
-            student = run.executor.embed(sequences)
-            probes.append(Probe(name, student, student.like()))
-    return probes
-
-
-def needs_calibration(config: PruneConfig) -> bool:
-    return config.method != "magnitude" or config.reconstruct != "none"
-
-
 def prune_blocks(run: Run, bar: Progress) -> None:
     """Unstructured and N:M pruning, block by block, in place on the run's model; finished blocks are journaled, and
     those of an interrupted run only run again, to bring the activations to where it stopped."""
@@ -325,163 +305,3 @@ def solve_block(run: Run, bar: Progress, index: int, module: nn.Module, fit: Act
         with run.clock("reconstruct"):
             refiner.refine(index, module, original, masks)
     write_block(run, index, refiner)
-
-
-def write_block(run: Run, index: int, refiner: Refiner | None) -> None:
-    """Begin to write what this step finished. Under CR that is the block before; the block at hand, which the next
-    window trains again, goes with its masks as a draft."""
-    settled = settled_by(run, index, refiner)
-    for i in settled:
-        run.journal.write(i, tensors_of(run.view, i))
-    if index in settled:
-        return None
-    prefix = f"{run.view.path}.{index}."
-    masks = {f"{prefix}{path}{MASK}": mask for path, mask in refiner.masks[index].items()}
-    return run.journal.write(index, {**tensors_of(run.view, index), **masks}, draft=True)
-
-
-def settled_by(run: Run, index: int, refiner: Refiner | None) -> list[int]:
-    """Blocks that are final once the step of block ``index`` is done; CR trains a block again in the next step."""
-    if refiner is None or not refiner.cross:
-        return [index]
-    return [i for i in (index - 1, index) if i >= 0 and (i < index or index == len(run.view.blocks) - 1)]
-
-
-def tensors_of(view: ModelView, index: int) -> dict[str, Tensor]:
-    """Everything a checkpoint stores of a block, by the names it has in the model."""
-    return {f"{view.path}.{index}.{name}": tensor for name, tensor in view.blocks[index].state_dict().items()}
-
-
-def commit_block(run: Run, index: int) -> None:
-    """Make a finished block the point to resume from."""
-    with run.clock("write"):
-        run.journal.commit(index, {"weights": [row for row in run.weights if row["block"] == index],
-                                   "row": run.blocks[index], "warnings": run.warnings, "seconds": run.clock.seconds})
-
-
-def restore_block(run: Run, index: int, module: nn.Module, refiner: Refiner | None = None) -> None:
-    """Bring back what an interrupted run made of a block: weights, report rows, warnings, seconds."""
-    block, entry, done = run.view.blocks[index], run.journal.entries[index], len(run.journal.entries)
-    prefix = f"{run.view.path}.{index}."
-    draft = refiner is not None and refiner.cross and index == done - 1 < len(run.view.blocks) - 1
-    with run.clock("resume"):
-        found = run.world.lead(lambda: run.journal.read(index, draft=draft))
-        found = run.world.tensors(found, torch.device("cpu"))
-        tensors = {name.removeprefix(prefix): t for name, t in found.items()}
-        masks = {name.removesuffix(MASK): tensors.pop(name) for name in list(tensors) if name.endswith(MASK)}
-        block.load_state_dict(tensors)
-        if module is not block:
-            module.load_state_dict(block.state_dict())
-        if refiner:
-            refiner.masks[index] = masks
-            refiner.settle(index)
-    run.weights += entry["weights"]
-    run.blocks.append(entry["row"])
-    for text in entry["warnings"]:
-        run.warn(text)
-    if index == len(run.journal.entries) - 1:
-        for phase, seconds in entry["seconds"].items():
-            run.clock.seconds[phase] = run.clock.seconds.get(phase, 0.0) + seconds
-
-
-def gather(run: Run, index: int, module: nn.Module, refs: list[WeightRef], fit: Activations) -> Observer:
-    """Statistics pass over one block; finite or a ConfigError that names weight, sequence and token."""
-    config = run.config
-    gram = needs_factor(config)
-    precision = "bfloat16" if run.executor.dtype == torch.bfloat16 else "float32"
-
-    def sink(columns: int, device: torch.device) -> Statistics:
-        return Statistics(columns, device, want_gram=gram, want_moments=config.method == "wanda" and not gram,
-                          precision=precision, clock=run.clock)
-
-    observer = observe(run.executor, index, module, refs, fit, sink, target=fit if config.inputs == "dense" else None)
-    distributed.reduce_statistics(run.world, observer)
-    if not all(s.finite() for s in observer.sinks.values()):
-        find_non_finite(run.executor, index, module, refs, fit, lambda ref: run.view.name(index, ref))
-        raise ConfigError(f"the statistics of block {index} are not finite" + (
-            f" (process {run.world.rank} of {run.world.size} holds none of the sequences at fault; see the others' "
-            "messages)" if run.world.size > 1 else ": the inputs overflow float32 when squared"))
-    return observer
-
-
-def prune_block(run: Run, index: int, module: nn.Module, observer: Observer | None,
-                inputs: list[Observer]) -> dict[WeightRef, Tensor]:
-    """Solve every selected weight of a block; each input group is factored once. Writes block and compute copy, and
-    returns the keep masks."""
-    config, block = run.config, run.view.blocks[index]
-    masks: dict[WeightRef, Tensor] = {}
-    groups: dict[str | None, list[WeightRef]] = {}
-    for ref in run.selected[index]:
-        groups.setdefault(observer.leader.get(ref.name) if observer else None, []).append(ref)
-    owners = run.world.deal([solve_cost(block, refs) for refs in groups.values()])
-    own: list[dict] = []
-    for owner, (leader, refs) in zip(owners, groups.items()):
-        if owner != run.world.rank:
-            continue
-        statistics = observer.sinks[leader] if leader else None
-        group_config = config
-        if statistics is None and needs_calibration(config):
-            # an expert that no token reached has no statistics: magnitude is all there is, and it is said
-            group_config = dataclasses.replace(config, method="magnitude", reconstruct="none")
-            for ref in refs:
-                run.warn(f"{run.view.name(index, ref)} saw no calibration token: pruned by magnitude")
-        factor = None
-        if statistics is not None and needs_factor(group_config):
-            name = run.view.name(index, refs[0])
-            factor = inverse_factor(statistics.gram, statistics.count, config.damping, name)
-            if factor.damping != config.damping:
-                run.warn(f"{name}: damping raised to {factor.damping:g} for the factorisation to succeed")
-        for ref in refs:
-            weight = ref.view(block)
-            solved = solve(weight.to(run.executor.device), group_config, statistics, factor)
-            row = {"name": run.view.name(index, ref), "block": index, "shape": list(weight.shape),
-                   "damping": solved.damping}
-            for probe, key in zip(inputs, ("error", "error_held_out")):
-                if ref.name in probe.leader:
-                    row[key] = relative_error(probe.sinks[probe.leader[ref.name]].x,
-                                              weight.to(run.executor.device), solved.weight)
-            weight.copy_(solved.weight)
-            if module is not block:
-                ref.view(module).copy_(weight)
-            row["sparsity"] = 1 - torch.count_nonzero(weight).item() / weight.numel()
-            own.append(row)
-            masks[ref] = solved.mask
-    ops.raise_faults(run.executor.device)
-    exchange_solved(run, module, block, owners, list(groups.values()), masks)
-    rows = {row["name"]: row for part in run.world.everyone(own) for row in part}
-    run.weights += [rows[run.view.name(index, ref)] for ref in run.selected[index]]
-    for part in run.world.everyone(run.warnings) if run.world.size > 1 else []:
-        for text in part:
-            run.warn(text)
-    return masks
-
-
-def solve_cost(block: nn.Module, refs: list[WeightRef]) -> float:
-    """FLOPs of one group: a factorisation and inverse of its Gram, and a sweep of each of its matrices."""
-    columns = refs[0].view(block).shape[1]
-    return columns**3 + sum(ref.view(block).shape[0] * columns**2 for ref in refs)
-
-
-def exchange_solved(run: Run, module: nn.Module, block: nn.Module, owners: list[int], groups: list[list[WeightRef]],
-                    masks: dict[WeightRef, Tensor]) -> None:
-    """Give every process the weights and masks that others solved."""
-    if run.world.size == 1:
-        return
-    for owner, refs in zip(owners, groups):
-        for ref in refs:
-            weight = ref.view(block)
-            mask = masks.setdefault(ref, torch.empty(weight.shape, dtype=torch.bool, device=run.executor.device))
-            run.world.send_(weight, owner)
-            run.world.send_(mask, owner)
-            if module is not block:
-                ref.view(module).copy_(weight)
-
-
-def stream_error(probe: Probe) -> float:
-    """``‖f̄(x̄) − f(x)‖² / ‖f̄(x̄)‖²`` of a probe's block outputs, pruned stream against dense stream."""
-    lost = total = 0.0
-    for batch in probe.dense.batches():
-        dense = probe.dense.read(batch).float()
-        lost += (dense - probe.student.read(batch).float()).square().sum().item()
-        total += dense.square().sum().item()
-    return lost / total if total else 0.0

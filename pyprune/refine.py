@@ -56,7 +56,7 @@ class Refiner:
     """Trains the windows of one run and measures every step on probes."""
 
     def __init__(self, run, fit: Activations, probes: list):
-        """run: a :class:`pyprune.prune.Run`; fit: its calibration stream; probes: its error probes."""
+        """run: a :class:`pyprune.run.Run`; fit: its calibration stream; probes: its error probes."""
         config = run.config
         self.run, self.executor, self.settings = run, run.executor, config.reconstruction
         self.trains = config.reconstruct != "layer"

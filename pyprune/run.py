@@ -138,3 +138,27 @@ class Run:
     def warn(self, message: str) -> None:
         if message not in self.warnings:
             self.warnings.append(message)
+
+
+def make_probes(run: Run) -> list[Probe]:
+    """Calibration and held-out probes, as far as there are sequences for them; what a choice is made by is measured on
+    every held-out sequence."""
+    n = run.config.probe_samples
+    chooses = run.config.reconstruction.select == "validation" or run.config.reconstruction.early_stop
+    held_out = run.data.held_out[:None if chooses else n]
+    probes = []
+    for name, sequences in (("calibration", run.data.sequences[:n]), ("held_out", held_out)):
+        if sequences:
+            student = run.executor.embed(sequences)
+            probes.append(Probe(name, student, student.like()))
+    return probes
+
+
+def stream_error(probe: Probe) -> float:
+    """``‖f̄(x̄) − f(x)‖² / ‖f̄(x̄)‖²`` of a probe's block outputs, pruned stream against dense stream."""
+    lost = total = 0.0
+    for batch in probe.dense.batches():
+        dense = probe.dense.read(batch).float()
+        lost += (dense - probe.student.read(batch).float()).square().sum().item()
+        total += dense.square().sum().item()
+    return lost / total if total else 0.0

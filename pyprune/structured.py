@@ -20,7 +20,7 @@ from pyprune.group_criteria import NEEDS_GRADIENTS, NEEDS_MOMENTS, Scored, score
 from pyprune.groups import PROBE_TOKENS, Coupled, find_groups
 from pyprune.liar import Problem, Repair, repair
 from pyprune.moments import HELD_OUT_EVERY, Split, held_out_tokens
-from pyprune.prune import Run, make_probes, stream_error
+from pyprune.run import Run, make_probes, stream_error
 from pyprune.slicing import Pick, slice_block
 from pyprune.stream import Activations, Batch, expert_loop
 from pyprune.taps import Taps, mask_gradients

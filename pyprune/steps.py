@@ -1,0 +1,70 @@
+"""What a block's step leaves on the disk, and how an interrupted run brings it back."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from pyprune.model import ModelView
+from pyprune.refine import Refiner
+from pyprune.run import Run
+
+MASK = ".pyprune_mask"
+"""Ends the name of a keep mask in the draft of a block."""
+
+
+def write_block(run: Run, index: int, refiner: Refiner | None) -> None:
+    """Begin to write what this step finished. Under CR that is the block before; the block at hand, which the next
+    window trains again, goes with its masks as a draft."""
+    settled = settled_by(run, index, refiner)
+    for i in settled:
+        run.journal.write(i, tensors_of(run.view, i))
+    if index in settled:
+        return None
+    prefix = f"{run.view.path}.{index}."
+    masks = {f"{prefix}{path}{MASK}": mask for path, mask in refiner.masks[index].items()}
+    return run.journal.write(index, {**tensors_of(run.view, index), **masks}, draft=True)
+
+
+def settled_by(run: Run, index: int, refiner: Refiner | None) -> list[int]:
+    """Blocks that are final once the step of block ``index`` is done; CR trains a block again in the next step."""
+    if refiner is None or not refiner.cross:
+        return [index]
+    return [i for i in (index - 1, index) if i >= 0 and (i < index or index == len(run.view.blocks) - 1)]
+
+
+def tensors_of(view: ModelView, index: int) -> dict[str, Tensor]:
+    """Everything a checkpoint stores of a block, by the names it has in the model."""
+    return {f"{view.path}.{index}.{name}": tensor for name, tensor in view.blocks[index].state_dict().items()}
+
+
+def commit_block(run: Run, index: int) -> None:
+    """Make a finished block the point to resume from."""
+    with run.clock("write"):
+        run.journal.commit(index, {"weights": [row for row in run.weights if row["block"] == index],
+                                   "row": run.blocks[index], "warnings": run.warnings, "seconds": run.clock.seconds})
+
+
+def restore_block(run: Run, index: int, module: nn.Module, refiner: Refiner | None = None) -> None:
+    """Bring back what an interrupted run made of a block: weights, report rows, warnings, seconds."""
+    block, entry, done = run.view.blocks[index], run.journal.entries[index], len(run.journal.entries)
+    prefix = f"{run.view.path}.{index}."
+    draft = refiner is not None and refiner.cross and index == done - 1 < len(run.view.blocks) - 1
+    with run.clock("resume"):
+        found = run.world.lead(lambda: run.journal.read(index, draft=draft))
+        found = run.world.tensors(found, torch.device("cpu"))
+        tensors = {name.removeprefix(prefix): t for name, t in found.items()}
+        masks = {name.removesuffix(MASK): tensors.pop(name) for name in list(tensors) if name.endswith(MASK)}
+        block.load_state_dict(tensors)
+        if module is not block:
+            module.load_state_dict(block.state_dict())
+        if refiner:
+            refiner.masks[index] = masks
+            refiner.settle(index)
+    run.weights += entry["weights"]
+    run.blocks.append(entry["row"])
+    for text in entry["warnings"]:
+        run.warn(text)
+    if index == len(run.journal.entries) - 1:
+        for phase, seconds in entry["seconds"].items():
+            run.clock.seconds[phase] = run.clock.seconds.get(phase, 0.0) + seconds
