@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from pyprune.config import ConfigError, PruneConfig
 from pyprune.model import WeightRef
 from pyprune.run import Run
 from pyprune.solvers import inverse_factor, needs_factor, solve
-from pyprune.statistics import Observer, Statistics, find_non_finite, observe, relative_error
+from pyprune.statistics import Observer, Statistics, error_sums, find_non_finite, observe, ratio
 from pyprune.stream import Activations
 
 
@@ -51,6 +52,7 @@ def prune_block(run: Run, index: int, module: nn.Module, observer: Observer | No
         groups.setdefault(observer.leader.get(ref.name) if observer else None, []).append(ref)
     owners = run.world.deal([solve_cost(block, refs) for refs in groups.values()])
     own: list[dict] = []
+    sums: list[Tensor] = []
     for owner, (leader, refs) in zip(owners, groups.items()):
         if owner != run.world.rank:
             continue
@@ -69,19 +71,19 @@ def prune_block(run: Run, index: int, module: nn.Module, observer: Observer | No
                 run.warn(f"{name}: damping raised to {factor.damping:g} for the factorisation to succeed")
         for ref in refs:
             weight = ref.view(block)
-            solved = solve(weight.to(run.executor.device), group_config, statistics, factor)
+            before = weight.to(run.executor.device)
+            solved = solve(before, group_config, statistics, factor)
             row = {"name": run.view.name(index, ref), "block": index, "shape": list(weight.shape),
                    "damping": solved.damping}
-            for probe, key in zip(inputs, ("error", "error_held_out")):
-                if ref.name in probe.leader:
-                    row[key] = relative_error(probe.sinks[probe.leader[ref.name]].x,
-                                              weight.to(run.executor.device), solved.weight)
+            found = {key: error_sums(probe.sinks[probe.leader[ref.name]].x, before, solved.weight)
+                     for probe, key in zip(inputs, ("error", "error_held_out")) if ref.name in probe.leader}
             weight.copy_(solved.weight)
             if module is not block:
                 ref.view(module).copy_(weight)
-            row["sparsity"] = 1 - torch.count_nonzero(weight).item() / weight.numel()
-            own.append(row)
+            sums += [torch.count_nonzero(solved.weight.to(weight.dtype)), *found.values()]
+            own.append(row | dict.fromkeys(found))
             masks[ref] = solved.mask
+    _fill(own, sums)
     ops.raise_faults(run.executor.device)
     exchange_solved(run, module, block, owners, list(groups.values()), masks)
     rows = {row["name"]: row for part in run.world.everyone(own) for row in part}
@@ -90,6 +92,17 @@ def prune_block(run: Run, index: int, module: nn.Module, observer: Observer | No
         for text in part:
             run.warn(text)
     return masks
+
+
+def _fill(rows: list[dict], sums: list[Tensor]) -> None:
+    """What a block's rows say of it, read from the device in one go: ``sums`` are, per row, the non-zeros and the two
+    sums of each of its errors."""
+    flat = iter(torch.cat([t.double().reshape(-1) for t in sums]).tolist() if sums else [])
+    for row in rows:
+        row["sparsity"] = 1 - int(next(flat)) / math.prod(row["shape"])
+        for key in ("error", "error_held_out"):
+            if key in row:
+                row[key] = ratio(next(flat), next(flat))
 
 
 def solve_cost(block: nn.Module, refs: list[WeightRef]) -> float:

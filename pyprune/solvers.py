@@ -93,7 +93,7 @@ def obs_prune(weight: Tensor, factor: Factor, *, sparsity: float | None = None, 
     """
     rows, columns = weight.shape
     keep = torch.empty(rows, columns, dtype=torch.bool, device=weight.device)
-    weight[:, factor.dead] = 0
+    weight.masked_fill_(factor.dead, 0)  # an index by a bool mask would wait for the device
     if nm is not None:
         column_block = max(nm[1], column_block // nm[1] * nm[1])
     panel = PANEL_BLOCKS * column_block

@@ -249,11 +249,15 @@ def find_non_finite(executor: Executor, index: int, module: nn.Module, refs: lis
                                   "meaningless: check the checkpoint, or load it in a wider dtype")
 
 
-def relative_error(x: Tensor, weight: Tensor, pruned: Tensor) -> float:
-    """``‖X Wᵀ − X W'ᵀ‖² / ‖X Wᵀ‖²`` for inputs ``[tokens, c]`` (evenly thinned to ``ERROR_TOKENS``) and weights
-    ``[out, c]``."""
+def error_sums(x: Tensor, weight: Tensor, pruned: Tensor) -> Tensor:
+    """``[‖X Wᵀ − X W'ᵀ‖², ‖X Wᵀ‖²]`` on the device, for inputs ``[tokens, c]`` (evenly thinned to ``ERROR_TOKENS``) and
+    weights ``[out, c]``."""
     x = x[::max(1, len(x) // ERROR_TOKENS)].float().contiguous()
     weight = weight.float()
-    total = ops.linear(x, weight).square_().sum().item()
-    lost = ops.linear(x, weight - pruned).square_().sum().item()
+    lost = ops.linear(x, weight - pruned).square_().sum()
+    return torch.stack([lost, ops.linear(x, weight).square_().sum()])
+
+
+def ratio(lost: float, total: float) -> float:
+    """Relative error of two sums of squares; 0 of 0 is 0."""
     return lost / total if total > 0 else (0.0 if lost == 0 else math.inf)
