@@ -21,8 +21,11 @@ def needs_calibration(config: PruneConfig) -> bool:
     return config.method != "magnitude" or config.reconstruct != "none"
 
 
-def gather(run: Run, index: int, module: nn.Module, refs: list[WeightRef], fit: Activations) -> Observer:
-    """Statistics pass over one block; finite or a ConfigError that names weight, sequence and token."""
+def gather(run: Run, index: int, module: nn.Module, refs: list[WeightRef], fit: Activations,
+           target: Activations | None = None) -> Observer:
+    """Statistics pass over one block; finite or a ConfigError that names weight, sequence and token.
+
+    target: takes the block's outputs, which the pass otherwise does not finish (with dense inputs, ``fit`` itself)."""
     config = run.config
     gram = needs_factor(config)
     precision = "bfloat16" if run.executor.dtype == torch.bfloat16 else "float32"
@@ -31,7 +34,7 @@ def gather(run: Run, index: int, module: nn.Module, refs: list[WeightRef], fit: 
         return Statistics(columns, device, want_gram=gram, want_moments=config.method == "wanda" and not gram,
                           precision=precision, clock=run.clock)
 
-    observer = observe(run.executor, index, module, refs, fit, sink, target=fit if config.inputs == "dense" else None)
+    observer = observe(run.executor, index, module, refs, fit, sink, target=fit if config.inputs == "dense" else target)
     distributed.reduce_statistics(run.world, observer)
     if not all(s.finite() for s in observer.sinks.values()):
         find_non_finite(run.executor, index, module, refs, fit, lambda ref: run.view.name(index, ref))

@@ -289,7 +289,7 @@ def solve_block(run: Run, bar: Progress, index: int, module: nn.Module, fit: Act
     if fit is not None and (refs or config.inputs == "dense"):
         bar.update(phase="statistics")
         with run.clock("forward"):
-            observer = gather(run, index, module, refs, fit)
+            observer = gather(run, index, module, refs, fit, refiner.local_target(index) if refiner else None)
     if refiner:
         bar.update(phase="dense targets")
         with run.clock("forward"):

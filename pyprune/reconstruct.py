@@ -6,152 +6,27 @@
 what ``T`` is and how many blocks the window holds (``pyprune.refine``). Every floating parameter of a window trains:
 kept weights, biases, norms.
 
-The blocks compute in one type throughout, weights included, so nothing is cast per product; float32 masters beside
-them take the optimiser's steps. Masked weights start at zero and their gradients are zeroed, so their AdamW moments and
-therefore their updates are exactly zero: no masked copy of a weight is ever made.
+A step that runs out of device memory is begun again with half as many sequences at a time; their gradients add up to
+the same step.
 """
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from pyprune.autograd import TrainingMode
 from pyprune.config import Reconstruction
-from pyprune.model import Arguments, call_block
-from pyprune.stream import Activations, Executor
+from pyprune.statistics import ratio
+from pyprune.stream import NO_ROOM, Activations, Batch, Executor
+from pyprune.student import Student
 
 Pairs = list[tuple[Activations, Activations]]
 """(window inputs, targets) for one or more lists of sequences."""
-
-
-class Student:
-    """A window of blocks under training: compute copies in ``dtype``, float32 masters, masks as multipliers."""
-
-    def __init__(self, executor: Executor, indices: list[int], blocks: list[nn.Module],
-                 masks: list[dict[str, Tensor]], dtype: torch.dtype):
-        """masks: per block, parameter path → bool tensor of the parameter's shape, True where kept."""
-        self.executor, self.indices, self.dtype = executor, indices, dtype
-        self.modules = [_copy(block, executor.device, dtype) for block in blocks]
-        self.params: list[nn.Parameter] = []
-        self.masters: list[Tensor] = []
-        self.scales: list[Tensor | None] = []
-        self.buffers: list[Tensor | None] = []
-        self._homes: list[nn.Parameter] = []
-        on_cpu = executor.device.type == "cpu"
-        for block, module, keep in zip(blocks, self.modules, masks):
-            for (path, home), param in zip(block.named_parameters(), module.parameters()):
-                if not param.is_floating_point():
-                    continue
-                master = param if dtype == torch.float32 else home.detach().to(param.device, torch.float32, copy=True)
-                mask = keep.get(path)
-                # a float factor is twice as fast on a CPU; a GPU saves the memory instead
-                scale = None if mask is None else mask.to(param.device, torch.float32 if on_cpu else torch.bool)
-                with torch.no_grad():
-                    if scale is not None:
-                        master.mul_(scale)
-                    param.copy_(master)
-                self.params.append(param.requires_grad_(True))
-                self.masters.append(master)
-                self.scales.append(scale)
-                # the CPU's linear layers add their gradients to float32 buffers, see pyprune.autograd
-                self.buffers.append(torch.zeros_like(param, dtype=torch.float32) if on_cpu and param.ndim == 2
-                                    else None)
-                self._homes.append(home)
-        by_weight = {id(p): b for p, b in zip(self.params, self.buffers) if b is not None}
-        self._mode = TrainingMode(by_weight) if on_cpu else contextlib.nullcontext()
-        self._arguments: dict[tuple[int, int, int], Arguments] = {}
-
-    def arguments(self, index: int, length: int, size: int) -> Arguments:
-        found = self.executor.arguments(index, length, size)
-        if self.dtype == self.executor.dtype:
-            return found
-        if (index, length, size) not in self._arguments:
-            self._arguments[index, length, size] = found.to(self.executor.device, self.dtype, {})
-        return self._arguments[index, length, size]
-
-    def __call__(self, hidden: Tensor) -> Tensor:
-        """Output of the window for ``[batch, tokens, hidden]``."""
-        hidden = hidden.to(self.executor.device, self.dtype, non_blocking=True)
-        for index, module in zip(self.indices, self.modules):
-            arguments = self.arguments(index, hidden.shape[1], hidden.shape[0])
-            with self._mode:
-                hidden = call_block(module, hidden, arguments)
-        return hidden
-
-    @torch.no_grad()
-    def collect_gradients(self) -> None:
-        """After a backward pass: add what it left on low-precision parameters to the float32 sums."""
-        for param, master, buffer in zip(self.params, self.masters, self.buffers):
-            if param.grad is None or (buffer is None and master is param):
-                continue
-            if buffer is not None:
-                buffer.add_(param.grad)
-            elif master.grad is None:
-                master.grad = param.grad.to(torch.float32)
-            else:
-                master.grad.add_(param.grad)
-            param.grad = None
-
-    @torch.no_grad()
-    def step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Mask the collected gradients, take one step, copy the masters to the compute copies."""
-        for master, scale, buffer in zip(self.masters, self.scales, self.buffers):
-            if buffer is not None:
-                master.grad = buffer
-            elif master.grad is None:  # an expert that no token of this batch reached
-                master.grad = torch.zeros_like(master)
-            self.executor.world.sum_(master.grad)
-            if scale is not None:
-                master.grad.mul_(scale)
-        optimizer.step()
-        self.publish()
-        for master, buffer in zip(self.masters, self.buffers):
-            master.grad = None
-            if buffer is not None:
-                buffer.zero_()
-
-    @torch.no_grad()
-    def publish(self) -> None:
-        """Copy the masters to the compute copies, after an optimiser step."""
-        if self.dtype != torch.float32:
-            torch._foreach_copy_(self.params, self.masters)
-
-    @torch.no_grad()
-    def snapshot(self) -> list[Tensor]:
-        return [master.detach().clone() for master in self.masters]
-
-    @torch.no_grad()
-    def restore(self, values: list[Tensor] | None = None) -> None:
-        """Back to a snapshot, or to the model's own blocks as they were."""
-        if values is not None:
-            torch._foreach_copy_([m.data for m in self.masters], values)
-        else:
-            for home, master, scale in zip(self._homes, self.masters, self.scales):
-                master.copy_(home)
-                if scale is not None:
-                    master.mul_(scale)
-        self.publish()
-
-    @torch.no_grad()
-    def commit(self) -> None:
-        """Write the masters to the model's own blocks, in their type; masked weights stay exact zeros."""
-        for home, master in zip(self._homes, self.masters):
-            home.copy_(master)
-
-
-def _copy(block: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    module = copy.deepcopy(block).to(device, dtype).eval()
-    for part in module.modules():
-        part.__dict__.pop("forward", None)  # an executor's replacement for passes without gradients
-    return module
 
 
 @dataclass
@@ -168,6 +43,9 @@ class Trace:
     kept: int | None = None
     """Index into ``held_out`` of the state that was kept; None: the last."""
     diverged: bool = False
+    """A loss or a weight was not finite; what came before it was kept."""
+    micro_batch_size: int | None = None
+    """Sequences a forward-backward where fewer fitted than the settings say."""
 
 
 def schedule(activations: list[Activations], batch_size: int, generator: torch.Generator) -> list[list[tuple]]:
@@ -198,25 +76,50 @@ def _grouped(items: list[tuple]) -> list[tuple]:
     return [(stream, length, rows) for (stream, length), rows in groups.items()]
 
 
-def _micro_batches(pairs: Pairs, batch: list[tuple], size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Inputs and targets of one optimiser step on the host, ``size`` sequences of one length at a time."""
-    by_length: dict[int, list[tuple]] = {}
-    for stream, length, rows in batch:
-        by_length.setdefault(length, []).append((stream, rows))
-    for length, parts in by_length.items():
-        x, target = (torch.cat([pairs[s][k].data[length][rows] for s, rows in parts]) for k in (0, 1))
-        yield from zip(x.split(size), target.split(size))
+def _micro_batches(pairs: Pairs, batch: list[tuple], size: int) -> list[tuple[int, list[tuple[int, int]]]]:
+    """One optimiser step's ``(stream, row)`` of this process, at most ``size`` of one length at a time."""
+    by_length: dict[int, list[tuple[int, int]]] = {}
+    for s, length, rows in batch:
+        first, here = pairs[s][0].span[length][1], len(pairs[s][0].rows.get(length, ()))
+        if own := [(s, row - first) for row in rows if first <= row < first + here]:
+            by_length.setdefault(length, []).extend(own)
+    return [(length, items[k:k + size]) for length, items in by_length.items() for k in range(0, len(items), size)]
 
 
-def _prefetch(batches: Iterator, device: torch.device) -> Iterator:
+def _host_batch(streams: list[Activations], length: int, items: list[tuple[int, int]], pin: bool) -> Tensor:
+    """Hidden states ``[items, length, hidden]``, copied once."""
+    source = streams[items[0][0]].data[length]
+    out = torch.empty(len(items), *source.shape[1:], dtype=source.dtype, pin_memory=pin)
+    for s in dict.fromkeys(s for s, _ in items):
+        places = [k for k, item in enumerate(items) if item[0] == s]
+        rows = torch.tensor([items[k][1] for k in places])
+        # the items of a stream lie side by side: a step's rows come stream by stream
+        torch.index_select(streams[s].data[length], 0, rows, out=out[places[0]:places[-1] + 1])
+    return out
+
+
+def _parts(pairs: Pairs, batches: list[list[tuple]], size: int, pin: bool) -> Iterator[tuple]:
+    """``(x, target, share, last)`` of every micro-batch: its part of the step's tokens, whether it ends the step."""
+    inputs, targets = ([pair[k] for pair in pairs] for k in (0, 1))
+    for batch in batches:
+        tokens = sum(length * len(rows) for _, length, rows in batch)
+        micro = _micro_batches(pairs, batch, size)
+        for k, (length, items) in enumerate(micro):
+            x, target = (_host_batch(streams, length, items, pin) for streams in (inputs, targets))
+            yield x, target, len(items) * length / tokens, k == len(micro) - 1
+        if not micro:  # the step's sequences are with other processes
+            yield None, None, 0, True
+
+
+def _prefetch(parts: Iterator[tuple], device: torch.device) -> Iterator[tuple]:
     """The same micro-batches on ``device``, each copied while its predecessor is computed with."""
     if device.type != "cuda":
-        yield from batches
+        yield from parts
         return
     stream, ready = torch.cuda.Stream(device), None
-    for x, target, *rest in batches:
+    for x, target, *rest in parts:
         with torch.cuda.stream(stream):
-            copied = [t if t is None else t.pin_memory().to(device, non_blocking=True) for t in (x, target)]
+            copied = [t if t is None else t.to(device, non_blocking=True) for t in (x, target)]
         event = stream.record_event()
         if ready is not None:
             yield ready
@@ -230,24 +133,44 @@ def _prefetch(batches: Iterator, device: torch.device) -> Iterator:
         yield ready
 
 
-def _epoch(pairs: Pairs, settings: Reconstruction, generator: torch.Generator) -> Iterator[tuple]:
-    """``(x, target, share, last)`` of every micro-batch: its part of the step's tokens, whether it ends the step."""
-    micro = settings.micro_batch_size or settings.batch_size
-    for batch in schedule([x for x, _ in pairs], settings.batch_size, generator):
-        tokens = sum(length * len(rows) for _, length, rows in batch)
-        parts = list(_micro_batches(pairs, _own(pairs, batch), micro)) or [(None, None)]
-        for k, (x, target) in enumerate(parts):
-            yield x, target, 0 if x is None else x.shape[0] * x.shape[1] / tokens, k == len(parts) - 1
+def _halved(student: Student, pairs: Pairs, batch: list[tuple], size: int) -> int:
+    """Micro-batch size after a step of ``size`` at a time ran out of memory. Raises ConfigError below one sequence."""
+    parts = _micro_batches(pairs, batch, size)
+    most = max(len(items) for _, items in parts)
+    length = max(length for length, items in parts if len(items) == most)
+    if most == 1:
+        raise student.too_long(length)
+    device = student.executor.device
+    student.executor.warn(f"training of blocks {student.indices} ran out of memory on {device} with {most} sequences "
+                          f"of {length} tokens: {most // 2} at a time from there on, the steps are the same; set "
+                          f"micro_batch_size={most // 2} to begin with that")
+    return most // 2
 
 
-def _own(pairs: Pairs, batch: list[tuple]) -> list[tuple]:
-    """The rows of a batch that this process holds, by their places here."""
-    found = []
-    for s, length, rows in batch:
-        first, here = pairs[s][0].span[length][1], len(pairs[s][0].rows.get(length, ()))
-        if own := [row - first for row in rows if first <= row < first + here]:
-            found.append((s, length, own))
-    return found
+def _epoch(student: Student, optimizer: torch.optim.Optimizer, pairs: Pairs, batches: list[list[tuple]],
+           rates: list[float], size: int) -> tuple[float, int]:
+    """One step a batch at the rate beside it, ``size`` sequences at a time; returns the sum of the losses, read from
+    the device at the end only, and the size that fitted."""
+    executor = student.executor
+    total = torch.zeros((), device=executor.device)
+    done, parts = 0, None
+    while done < len(batches):
+        if parts is None:
+            pin = executor.device.type == "cuda"
+            parts = _prefetch(_parts(pairs, batches[done:], size, pin), executor.device)
+        loss = executor.attempt(lambda parts=parts: student.accumulate(parts))
+        if loss is NO_ROOM:
+            student.forget()
+            size, parts = _halved(student, pairs, batches[done], size), None
+            continue
+        total += loss
+        for group in optimizer.param_groups:
+            group["lr"] = rates[done]
+        with student.fits():
+            student.step(optimizer)
+        done += 1
+    executor.world.sum_(total)
+    return total.item(), size
 
 
 def steps_of(pairs: Pairs, settings: Reconstruction) -> int:
@@ -262,70 +185,75 @@ def train(student: Student, pairs: Pairs, settings: Reconstruction, *, seed: int
 
     AdamW, linear decay to zero, ``settings.epochs`` passes in seeded random order. With ``held_out`` pairs the relative
     held-out error is measured before training and after each epoch; ``settings.select == "validation"`` keeps the state
-    where it was lowest, ``settings.early_stop`` ends when an epoch did not lower it. A loss that is not finite ends the
-    training and restores the state before it, said in the trace.
+    where it was lowest, ``settings.early_stop`` ends when an epoch did not lower it. A loss or weight that is not
+    finite ends the training and, unless an earlier state is kept anyway, undoes it; the trace says so.
+    Raises ConfigError where the window, or a single sequence in it, does not fit the device.
     """
     started = time.perf_counter()
     trace = Trace(list(student.indices))
     total = steps_of(pairs, settings)
     if total == 0:
         return trace
-    device = student.executor.device
+    executor = student.executor
     generator = torch.Generator().manual_seed(seed * 1_000_003 + student.indices[0] * 1009 + len(student.indices))
-    optimizer = torch.optim.AdamW(student.masters, lr=settings.lr, betas=settings.betas,
-                                  weight_decay=settings.weight_decay, fused=True)
-    watch = held_out if settings.select == "validation" or settings.early_stop else None
+    optimizer = student.optimizer(settings)
+    chooses = settings.select == "validation"
+    watch = held_out if chooses or settings.early_stop else None
     best = None
     if watch:
-        trace.held_out.append(relative_error(student, watch))
+        trace.held_out.append(executor.world.same(relative_error(student, watch)))
         trace.kept = 0
-    step = 0
+    size = settings.micro_batch_size or settings.batch_size
     for _ in range(settings.epochs):
-        loss_sum = torch.zeros((), device=device)
-        batches = 0
-        for x, target, share, last in _prefetch(_epoch(pairs, settings, generator), device):
-            if x is not None:  # else the step's sequences are with other processes
-                with torch.enable_grad():
-                    out = student(x)
-                    loss = (out.float() - target.float()).square().mean() * share
-                    loss.backward()
-                loss_sum += loss.detach()  # a number only once an epoch: no synchronisation per step
-                student.collect_gradients()
-            if last:
-                for group in optimizer.param_groups:
-                    group["lr"] = settings.lr * (1 - step / total)
-                student.step(optimizer)
-                step += 1
-                batches += 1
-        student.executor.world.sum_(loss_sum)
-        trace.loss.append(loss_sum.item() / batches)
-        if not math.isfinite(trace.loss[-1]):
-            student.restore()
-            trace.diverged, trace.kept = True, 0 if watch else None
+        batches = schedule([x for x, _ in pairs], settings.batch_size, generator)
+        rates = [settings.lr * (1 - (trace.steps + k) / total) for k in range(len(batches))]
+        loss, size = _epoch(student, optimizer, pairs, batches, rates, size)
+        trace.steps += len(batches)
+        trace.loss.append(loss / len(batches))
+        trace.diverged = not (math.isfinite(loss) and student.finite())
+        if trace.diverged:
             break
         if watch:
-            trace.held_out.append(relative_error(student, watch))
+            trace.held_out.append(executor.world.same(relative_error(student, watch)))
             if trace.held_out[-1] < trace.held_out[trace.kept]:
                 trace.kept = len(trace.held_out) - 1
-                best = student.snapshot() if settings.select == "validation" else best
+                best = student.snapshot() if chooses else best
             elif settings.early_stop:
                 break
-    if settings.select == "validation" and watch and trace.kept != len(trace.held_out) - 1:
+    if trace.diverged or chooses and watch and trace.kept != len(trace.held_out) - 1:
         student.restore(best)
-    if settings.select != "validation":
-        trace.kept = None if not trace.diverged else trace.kept
-    trace.steps, trace.seconds = step, time.perf_counter() - started
+    if not chooses:
+        trace.kept = 0 if trace.diverged and watch else None
+    if size < (settings.micro_batch_size or settings.batch_size):
+        trace.micro_batch_size = size
+    trace.seconds = time.perf_counter() - started
     return trace
 
 
 @torch.no_grad()
 def relative_error(student: Student, pairs: Pairs) -> float:
     """``‖T − f(x)‖² / ‖T‖²`` over all pairs."""
-    lost = total = 0.0
-    for inputs, targets in pairs:
-        for batch in inputs.batches(student.executor.batch_size):
-            target = targets.read(batch).to(student.executor.device).float()
-            out = student(inputs.read(batch)).float()
-            lost += (target - out).square().sum().item()
-            total += target.square().sum().item()
-    return lost / total if total else 0.0
+    sums = [error_sums(student.executor, student.indices[0], student, *pair) for pair in pairs]
+    return ratio(*torch.stack(sums).sum(0).tolist())
+
+
+@torch.no_grad()
+def error_sums(executor: Executor, index: int, forward: Callable[[Tensor], Tensor], inputs: Activations,
+               targets: Activations) -> Tensor:
+    """``[‖T − f(x)‖², ‖T‖²]`` of a stream, float64, on the device; a batch that does not fit is halved."""
+    def measured(part: Batch, x: Tensor) -> Tensor:
+        out = forward(x).float()
+        target = targets.read(part).to(executor.device, non_blocking=True).float()
+        return torch.stack([(target - out).square().sum(), target.square().sum()]).double()
+
+    sums = torch.zeros(2, dtype=torch.float64, device=executor.device)
+    for batch, hidden in executor.stream(inputs):
+        parts = [(batch, hidden)]
+        while parts:
+            part, x = parts.pop(0)
+            found = executor.attempt(lambda part=part, x=x: measured(part, x))
+            if found is NO_ROOM:
+                parts[:0] = executor.halve(part, x, index)
+            else:
+                sums += found
+    return sums

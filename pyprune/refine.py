@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -22,9 +23,11 @@ from torch import Tensor, nn
 from pyprune import ops
 from pyprune.config import ConfigError, PruneConfig
 from pyprune.model import WeightRef
-from pyprune.reconstruct import Pairs, Student, Trace, train
-from pyprune.statistics import Inputs, Observer
-from pyprune.stream import Activations, Executor
+from pyprune.reconstruct import Pairs, Trace, error_sums, train
+from pyprune.run import Probe, Run, stream_error
+from pyprune.statistics import Inputs, Observer, ratio
+from pyprune.stream import NO_ROOM, Activations, Batch, Executor
+from pyprune.student import Student
 
 
 @dataclass
@@ -55,8 +58,8 @@ def wanted(config: PruneConfig) -> bool:
 class Refiner:
     """Trains the windows of one run and measures every step on probes."""
 
-    def __init__(self, run, fit: Activations, probes: list):
-        """run: a :class:`pyprune.run.Run`; fit: its calibration stream; probes: its error probes."""
+    def __init__(self, run: Run, fit: Activations | None, probes: list[Probe]):
+        """fit: the run's calibration stream; probes: its error probes."""
         config = run.config
         self.run, self.executor, self.settings = run, run.executor, config.reconstruction
         self.trains = config.reconstruct != "layer"
@@ -81,16 +84,36 @@ class Refiner:
 
     # ---- targets -----------------------------------------------------------------------------------------------
 
+    def trained(self, window: list[int]) -> bool:
+        """Whether there is anything to learn: a dense window behind a dense prefix is its own target, but rounding."""
+        first = 0 if self.run.config.global_propagation else window[0]
+        return self.trains and any(self.run.selected[first:window[-1] + 1])
+
+    def window(self, index: int) -> list[int]:
+        """The blocks that train when the masks of block ``index`` are known."""
+        return [index - 1, index] if self.cross and index else [index]
+
+    def local_target(self, index: int) -> Activations | None:
+        """Where the statistics pass puts its outputs: without GP they are the calibration stream's targets."""
+        fit = self.streams[0]
+        if fit.dense is not None or not self.trained(self.window(index)) or len(self.window(index)) > 1:
+            return None
+        fit.local = fit.local or fit.student.like()
+        return fit.local
+
     @torch.no_grad()
     def dense(self, index: int, module: nn.Module, training: bool = True) -> None:
-        """Dense outputs of block ``index`` (``module``, not yet pruned) for every stream, computed once and kept."""
+        """Dense outputs of block ``index`` (``module``, not yet pruned) for every stream, computed once and kept; but
+        for those that the statistics pass has left in :meth:`local_target`."""
         if self.cross and not self.run.config.global_propagation:
             self._dense[index] = copy.deepcopy(module)
             self._dense.pop(index - 2, None)
         for stream in self.streams:
             if stream.dense is not None:
                 self.executor.run(index, module, stream.dense, stream.dense)
-            elif training and self.trains:
+            elif training and self.trained(self.window(index)):
+                if stream is self.streams[0] and self.local_target(index) is not None:
+                    continue
                 source = stream.student
                 stream.local = stream.local or source.like()
                 if self.cross and index > 0:
@@ -108,14 +131,14 @@ class Refiner:
             return
         fit, both = self.streams[0], Observer(module, refs, lambda columns, device: Inputs())
         try:
-            for batch in fit.student.batches(self.executor.batch_size):
-                seen = []
-                for source in (fit.dense, fit.student):
-                    hidden = source.read(batch)
-                    both.run(lambda hidden=hidden: self.executor.forward(index, module, hidden), stop_early=True)
-                    seen.append({name: sink.x for name, sink in both.sinks.items()})
-                    for sink in both.sinks.values():
-                        sink.chunks.clear()
+            parts = fit.student.batches(self.executor.batch_size)
+            while parts:
+                part = parts.pop(0)
+                seen = self.executor.attempt(lambda part=part: [
+                    self._inputs_of(index, module, both, stream, part) for stream in (fit.dense, fit.student)])
+                if seen is NO_ROOM:
+                    parts[:0] = [half for half, _ in self.executor.halve(part, fit.student.read(part), index)]
+                    continue
                 for name, x in seen[1].items():
                     statistics = observer.sinks[observer.leader[name]]
                     if statistics.cross is None:
@@ -126,6 +149,14 @@ class Refiner:
         for name in sorted(observer.sinks):
             self.run.world.sum_(observer.sinks[name].cross)
 
+    def _inputs_of(self, index: int, module: nn.Module, observer: Observer, stream: Activations,
+                   part: Batch) -> dict[str, Tensor]:
+        """Inputs of each observed group on one batch."""
+        for sink in observer.sinks.values():
+            sink.chunks.clear()
+        observer.run(lambda: self.executor.forward(index, module, stream.read(part)), stop_early=True)
+        return {name: sink.x for name, sink in observer.sinks.items()}
+
     # ---- training ----------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -135,49 +166,73 @@ class Refiner:
 
         module: the block's compute copy, or itself. original: dense weights; masks: keep masks, both ``[out, in]``.
         """
-        block = self.run.view.blocks[index]
+        block, window = self.run.view.blocks[index], self.window(index)
         self.masks[index] = parameter_masks(block, masks)
         self.masks.pop(index - 2, None)
         solved = {ref: ref.view(block).clone() for ref in original}
-        self._write(block, module, {ref: w.masked_fill(~masks[ref], 0) for ref, w in original.items()})
+        zeroed = {ref: weight.masked_fill(~masks[ref], 0) for ref, weight in original.items()}
+        self._write(block, module, zeroed)
         masked = self._record(index, "mask", module)
-        masked_state = copy.deepcopy(block.state_dict()) if self.settings.select == "validation" else None
         self._write(block, module, solved)
-        if self.run.config.reconstruct != "none":
-            best = self._record(index, "layer", module)
+        best, states = self._record(index, "layer", module), self._states(window)
         if self.trains:
-            self._train([index] if not self.cross or index == 0 else [index - 1, index], module)
-            best = self._record(index, "cross_block 1" if self.cross else "block", module)
-        if masked_state is not None and not self.cross and masked["held_out"] < best["held_out"]:
-            block.load_state_dict(masked_state)
+            best = self._improve(window, module, "cross_block 1" if self.cross else "block", best, states)
+        if states and not self.cross and self._is_worse(best, masked):
+            block.load_state_dict(states[-1])
+            self._write(block, module, zeroed)
             self._sync(module, block)
             self.steps[index].append({**masked, "step": "selected: mask"})
         if self.cross:
             self.settle(index)
             if index == self.last:
                 for stream in self.streams:
-                    if stream.local is not None:
+                    if stream.local is not None and self.trained([index]):
                         self.executor.run(index, self._dense[index], stream.behind, stream.local)
-                self._train([index], module)
-                self._record(index, "cross_block 2", module)
+                self._improve([index], module, "cross_block 2", best, self._states([index]))
+
+    def _states(self, window: list[int]) -> list[dict]:
+        """What ``select="validation"`` may go back to; empty without it."""
+        if self.settings.select != "validation":
+            return []
+        return [copy.deepcopy(self.run.view.blocks[i].state_dict()) for i in window]
+
+    def _is_worse(self, row: dict, before: dict) -> bool:
+        """Whether held-out error rose, decided once for all processes; what is not finite is worse."""
+        return self.run.world.same(not row["held_out"] <= before["held_out"])
+
+    def _improve(self, window: list[int], module: nn.Module, step: str, before: dict, states: list[dict]) -> dict:
+        """Train a window and measure what was written, in the model's own type; go back to ``states`` if that is worse
+        on held-out sequences than ``before``. Returns the row of what is kept."""
+        index = window[-1]
+        self._train(window, module)
+        row = self._record(index, step, module)
+        if states and self._is_worse(row, before):
+            for i, state in zip(window, states):
+                self.run.view.blocks[i].load_state_dict(state)
+            self._sync(module, self.run.view.blocks[index])
+            row = {**before, "step": "selected: " + before["step"].removeprefix("selected: ")}
+            self.steps[index].append(row)
+        return row
 
     def _train(self, window: list[int], module: nn.Module) -> None:
         """Train a window on its streams; ``module`` is the compute copy of its last block."""
-        first = 0 if self.run.config.global_propagation else window[0]
-        if not any(self.run.selected[first:window[-1] + 1]):
-            return  # a dense window behind a dense prefix is its own target: there is nothing to learn but rounding
+        if not self.trained(window):
+            return
         blocks = [self.run.view.blocks[i] for i in window]
         student = Student(self.executor, window, blocks, [self.masks[i] for i in window], self.dtype)
-        inputs = [(self._inputs(s, window), s.target) for s in self.streams]
-        held_out: Pairs | None = [(self._inputs(self.watch, window), self.watch.dense)] if self.watch else None
+        inputs = [(self._inputs(s), s.target) for s in self.streams]
+        held_out: Pairs | None = [(self._inputs(self.watch), self.watch.dense)] if self.watch else None
         trace = train(student, inputs, self.settings, seed=self.run.config.seed, held_out=held_out)
         student.commit()
         self._sync(module, blocks[-1])
         self.traces.setdefault(window[-1], []).append(trace)
+        if trace.micro_batch_size:  # the next window will not fit either
+            self.settings = dataclasses.replace(self.settings, micro_batch_size=trace.micro_batch_size)
         if trace.diverged:
-            self.run.warn(f"training of blocks {window} met a loss that is not finite and was undone; lower lr")
+            self.run.warn(f"training of blocks {window} met a loss that is not finite and "
+                          + (f"was undone to epoch {trace.kept}" if trace.kept else "was undone") + "; lower lr")
 
-    def _inputs(self, stream: Stream, window: list[int]) -> Activations:
+    def _inputs(self, stream: Stream) -> Activations:
         return stream.student if stream.behind is None else stream.behind
 
     def _sync(self, module: nn.Module, block: nn.Module) -> None:
@@ -204,7 +259,7 @@ class Refiner:
                 with self.executor.compute(index - 1) as before:
                     self.executor.run(index - 1, before, stream.behind, stream.behind)
         for probe in self.probes if index > 0 else []:
-            final = self._error_of(probe.behind, self._probe_targets[probe.name])
+            final = stream_error(Probe(probe.name, probe.behind, self._probe_targets[probe.name]))
             row = self.run.blocks[index - 1]
             key = {"calibration": "error", "held_out": "error_held_out"}[probe.name]
             row[key] = final
@@ -222,37 +277,22 @@ class Refiner:
     # ---- what it gained ----------------------------------------------------------------------------------------
 
     def _record(self, index: int, step: str, module: nn.Module) -> dict:
-        """Relative error of the block's output on every probe after a step."""
-        row = {"step": step}
-        for probe in self.probes:
-            row[probe.name] = self._output_error(index, module, probe, step)
-        self.steps.setdefault(index, []).append(row)
-        return row
-
-    def _output_error(self, index: int, module: nn.Module, probe: Stream, step: str) -> float:
-        """Error of block ``index`` behind the pruned prefix as it is: through the window where its other block was
-        just trained too."""
-        lost = total = 0.0
-        through = self.cross and index > 0 and step == "cross_block 1"
+        """Relative error of the block's output on every probe after a step, behind the pruned prefix as it is: through
+        the window where its other block was just trained too."""
+        through = step == "cross_block 1" and index > 0
         with self.executor.compute(index - 1) if through else contextlib.nullcontext() as before:
-            source = probe.behind if through or step == "cross_block 2" else probe.student
-            for batch in source.batches(self.executor.batch_size):
-                hidden = source.read(batch)
+            def forward(hidden: Tensor) -> Tensor:
                 if through:
                     hidden = self.executor.forward(index - 1, before, hidden)
-                out = self.executor.forward(index, module, hidden).float()
-                target = probe.dense.read(batch).to(out.device).float()
-                lost += (target - out).square().sum().item()
-                total += target.square().sum().item()
-        return lost / total if total else 0.0
+                return self.executor.forward(index, module, hidden)
 
-    def _error_of(self, student: Activations, dense: Activations) -> float:
-        lost = total = 0.0
-        for batch in dense.batches(self.executor.batch_size):
-            target = dense.read(batch).float()
-            lost += (target - student.read(batch).float()).square().sum().item()
-            total += target.square().sum().item()
-        return lost / total if total else 0.0
+            sums = [error_sums(self.executor, index, forward,
+                               probe.behind if through or step == "cross_block 2" else probe.student, probe.dense)
+                    for probe in self.probes]
+        found = torch.stack(sums).tolist() if sums else []
+        row = {"step": step, **{probe.name: ratio(*pair) for probe, pair in zip(self.probes, found)}}
+        self.steps.setdefault(index, []).append(row)
+        return row
 
     def row(self, index: int) -> dict:
         """What this block adds to the report: error after every step, and how its windows were trained."""

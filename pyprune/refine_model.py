@@ -15,9 +15,10 @@ from pyprune import calibration as calibration_data
 from pyprune.config import ConfigError, Reconstruction
 from pyprune.evaluate import pick_device
 from pyprune.model import ModelView, weights_of
-from pyprune.reconstruct import Student, relative_error, train
+from pyprune.reconstruct import relative_error, train
 from pyprune.refine import parameter_masks, training_dtype
 from pyprune.stream import Activations, Executor
+from pyprune.student import Student
 
 
 def refine(model: nn.Module, dense: nn.Module, calibration=None, *, tokenizer=None, cross_block: bool = False,

@@ -17,10 +17,12 @@ from pyprune.distributed import World
 from pyprune.journal import Interrupted, Journal
 from pyprune.model import Arguments, ModelView, weights_of
 from pyprune.prune import prune
-from pyprune.reconstruct import Student, relative_error, schedule, train
+from pyprune.reconstruct import relative_error, schedule, train
 from pyprune.solvers import dense_target_start, inverse_factor
 from pyprune.statistics import Statistics
-from pyprune.stream import Activations
+from pyprune.store import transfers
+from pyprune.stream import Activations, Executor
+from pyprune.student import Student
 
 FAST = Reconstruction(epochs=3, batch_size=4, lr=2e-3)
 
@@ -42,10 +44,13 @@ def equal(a, b) -> bool:
 
 # ---- toys of linear blocks -----------------------------------------------------------------------------------------
 
-class Bench:
-    """What a student needs of an executor."""
+class Bench(Executor):
+    """An executor without a model: blocks are given, and take nothing but hidden states."""
 
-    device, dtype, batch_size, world = torch.device("cpu"), torch.float32, None, World()
+    def __init__(self):
+        self.device, self.dtype, self.batch_size, self.world = torch.device("cpu"), torch.float32, None, World()
+        self.transfers, self.warnings = transfers(self.device, self.dtype), []
+        self.warn = self.warnings.append
 
     def arguments(self, index, length, size):
         return Arguments((), {})
