@@ -1,0 +1,44 @@
+"""Products and attention under training on a CPU, and their gradients, against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from pyprune.autograd import TrainingMode, _Attention
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_gradients_equal_float64(bias):
+    torch.manual_seed(0)
+    x, w, dy = torch.randn(3, 50, 24, requires_grad=True), nn.Parameter(torch.randn(40, 24)), torch.randn(3, 50, 40)
+    b = nn.Parameter(torch.randn(40)) if bias else None
+    buffer = torch.zeros(40, 24)
+    with TrainingMode({id(w): buffer}):
+        nn.functional.linear(x, w, b).backward(dy)
+    wide = [t.detach().double().requires_grad_() if t is not None else None for t in (x, w, b)]
+    nn.functional.linear(*wide).backward(dy.double())
+    assert w.grad is None, "the weight's gradient belongs in the buffer"
+    for got, want in [(x.grad, wide[0].grad), (buffer, wide[1].grad), *([(b.grad, wide[2].grad)] if bias else [])]:
+        assert (got - want).norm() / want.norm() < 1e-6
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("heads, keys, tokens", [(4, 4, 40), (6, 2, 300)])
+def test_attention_and_gradients_equal_float64(causal, heads, keys, tokens):
+    torch.manual_seed(0)
+    parts = [torch.randn(2, h, tokens, 16, dtype=torch.float64, requires_grad=True) for h in (heads, keys, keys)]
+    dy = torch.randn(2, heads, tokens, 16, dtype=torch.float64)
+    want = nn.functional.scaled_dot_product_attention(*parts, is_causal=causal, enable_gqa=True)
+    wanted = torch.autograd.grad(want, parts, dy)
+    got = _Attention.apply(*parts, causal, 0.25)
+    assert torch.allclose(got, want, atol=1e-12)
+    for a, b in zip(torch.autograd.grad(got, parts, dy), wanted):
+        assert torch.allclose(a, b, atol=1e-5)  # key and value gradients are summed in float32
+    half = [p.detach().bfloat16().requires_grad_() for p in parts]
+    with TrainingMode({}):
+        out = nn.functional.scaled_dot_product_attention(*half, is_causal=causal, enable_gqa=True)
+    assert type(out.grad_fn).__name__ == "_AttentionBackward"
+    for a, b in zip([out, *torch.autograd.grad(out, half, dy.bfloat16())], [want, *wanted]):
+        assert (a.double() - b).norm() / b.norm() < 0.02
