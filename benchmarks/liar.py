@@ -32,7 +32,8 @@ from pyprune.model import ModelView, weights_of
 from pyprune.prune import Run
 from pyprune.slicing import Pick, add_biases, slice_block
 from pyprune.stream import Executor
-from pyprune.structured import _observe, _slot, _twin, make_plan
+from pyprune.structured_block import has_slot, observe
+from pyprune.structured_plan import make_plan, twin
 from pyprune.taps import mask_gradients
 
 CRITERIA = ("wifv", "obs_greedy", "activation", "obs", "taylor", "fisher", "magnitude", "random")
@@ -137,7 +138,7 @@ class Bench:
         self.splits = []
         for index, groups in enumerate(self.plan.groups):
             with self.run.executor.compute(index) as module:
-                self.splits.append(_observe(self.run, index, module, groups, stream, target=stream))
+                self.splits.append(observe(self.run, index, module, groups, stream, target=stream))
 
     def score(self, criterion: str) -> list:
         if criterion in NEEDS_GRADIENTS and self.gradients is None:
@@ -145,7 +146,7 @@ class Bench:
                                             device=torch.device("cpu"), seed=self.config.seed)
         if criterion not in self.scores:
             self.scores[criterion] = [[score(criterion, Scored(
-                g, g.consumer.view(block).float(), self.splits[i][j], _slot(self.run, self.plan, i, g),
+                g, g.consumer.view(block).float(), self.splits[i][j], has_slot(self.run, self.plan, i, g),
                 None if self.gradients is None else self.gradients[i][j], block, 1000 * self.config.seed + i))
                 for j, g in enumerate(self.plan.groups[i])] for i, block in enumerate(self.run.view.blocks)]
         return self.scores[criterion]
@@ -158,7 +159,7 @@ class Bench:
         if self.splits is None:
             self.observe()
         scores = self.score(cell["criterion"])
-        model = _twin(self.model, self.run.view.path)
+        model = twin(self.model, self.run.view.path)
         method = "liar" if cell["method"] in ABLATIONS else cell["method"]
         options = ABLATIONS.get(cell["method"], {})
         notes = {"dampings": [], "errors": [], "methods": [], "norm_ratios": []}

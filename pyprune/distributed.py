@@ -123,6 +123,13 @@ class World:
         if self.rank != owner:
             tensor.copy_(flat.view(tensor.shape))
 
+    def share(self, tensor: Tensor | None, shape: tuple[int, ...], owner: int, device: torch.device) -> Tensor:
+        """The owner's float32 tensor, everywhere; the others need not have one."""
+        if self.size > 1:
+            tensor = tensor.contiguous() if self.rank == owner else torch.empty(shape, device=device)
+            self.send_(tensor, owner)
+        return tensor
+
     def tensors(self, found: dict[str, Tensor] | None, device: torch.device) -> dict[str, Tensor]:
         """Process 0's named tensors, everywhere."""
         if self.size == 1:

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from pyprune.config import ConfigError
 from pyprune.model import Arguments, ModelView, WeightRef, call_block, weights_of
-from pyprune.stream import expert_loop
+from pyprune.stream import Resident, expert_loop
 
 PROBE_TOKENS = 12
 
@@ -90,23 +90,28 @@ class Coupled:
         return kept, self.groups
 
 
-def find_groups(view: ModelView, pattern: str, head_scope: str = "groups") -> list[list[Coupled]]:
+def find_groups(view: ModelView, pattern: str, head_scope: str = "groups",
+                weights: Resident | None = None) -> list[list[Coupled]]:
     """Coupled groups of every block for ``neurons``, ``heads`` or ``structured`` (both).
 
     head_scope: ``groups`` drops key/value heads with all their query heads, ``queries`` query heads equally many per
-    group. Blocks of equal structure are examined once. Raises ConfigError if a block has no such group.
+    group. weights: where blocks are streamed from (None: they are in memory); blocks of equal structure are examined
+    once. Raises ConfigError if a block has no such group.
     """
     vocabulary = view.model.get_input_embeddings().num_embeddings
     ids = (torch.arange(PROBE_TOKENS)[None] * 7 + 1 + (getattr(view.model.config, "pad_token_id", None) or 0))
     device = next(view.model.get_input_embeddings().parameters()).device
     hidden, arguments = view.record((ids % vocabulary).to(device))
     known: dict[tuple, list[Coupled]] = {}
+    weights = weights or Resident()
     out = []
     for index, block in enumerate(view.blocks):
         key = (type(block), tuple((n, tuple(p.shape)) for n, p in block.named_parameters()))
         if key not in known:
+            weights.acquire(index)
             with expert_loop(view.model.config):
                 known[key] = examine(block, hidden, arguments[index], head_scope)
+            weights.release(index)
         wanted = [g for g in known[key] if pattern in ("structured", g.kind)]
         for kind in ("heads", "neurons"):
             if pattern in ("structured", kind) and not any(g.kind == kind for g in wanted):

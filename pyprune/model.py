@@ -254,3 +254,13 @@ def _is_causal(model: nn.Module) -> bool:
     return name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")) and not name.startswith(
         ("Bert", "Roberta")) or any(a.endswith(("ForCausalLM", "LMHeadModel")) and not a.startswith(("Bert", "Roberta"))
                                     for a in getattr(model.config, "architectures", None) or [])
+
+
+def check_finite(view: ModelView, index: int, refs: list[WeightRef]) -> None:
+    """Refuse a weight that holds NaN or infinity, with its place."""
+    for ref in refs:
+        weight = ref.view(view.blocks[index])
+        if not bool(torch.isfinite(weight).all()):
+            row, column = (~torch.isfinite(weight)).nonzero()[0].tolist()
+            raise ConfigError(f"{view.name(index, ref)} holds {weight[row, column].item()} at [{row}, {column}]; "
+                              "the checkpoint is damaged or overflowed in its dtype")

@@ -11,6 +11,7 @@ from pyprune import ops
 
 FLUSH_TOKENS = 8192
 HELD_OUT_EVERY = 5
+FLOOR = 0.01
 
 
 @dataclass(eq=False)
@@ -18,7 +19,9 @@ class Moments:
     """Moments of inputs ``x [tokens, c]`` and, beside them, of an error ``e [tokens, r]`` still to be corrected.
 
     Products are summed in float32 about a fixed shift, near the mean, and flushed to float64 masters: subtracting the
-    mean afterwards cancels nothing that matters.
+    mean afterwards cancels nothing that matters. Tokens may carry weights (:func:`token_weights`): then every product,
+    sum and mean below is a weighted one, except ``plain_sums`` and ``plain_squares``, for criteria that are defined
+    on plain activations.
     """
 
     columns: int
@@ -30,37 +33,44 @@ class Moments:
     """float32 ``[c]``; the first batch's mean unless given."""
     shift_e: Tensor | None = None
     count: int = 0
+    mass: float = 0.0
+    """Σ of the tokens' weights; ``count`` if they have none."""
     gram: Tensor = field(init=False)
-    """float64 ``[c, c]``, ``Σ (x−shift)(x−shift)ᵀ``."""
+    """float64 ``[c, c]``, ``Σ w (x−shift)(x−shift)ᵀ``."""
     sums: Tensor = field(init=False)
     cross: Tensor | None = field(init=False, default=None)
-    """float64 ``[c, r]``, ``Σ (x−shift)(e−shift_e)ᵀ``."""
+    """float64 ``[c, r]``, ``Σ w (x−shift)(e−shift_e)ᵀ``."""
     sums_e: Tensor | None = field(init=False, default=None)
     squares_e: float = field(init=False, default=0.0)
 
     def __post_init__(self):
         c, r, double = self.columns, self.outputs, {"dtype": torch.float64, "device": self.device}
         self.gram, self.sums = torch.zeros(c, c, **double), torch.zeros(c, **double)
+        self.plain_sums, self.plain_squares = torch.zeros(c, **double), torch.zeros(c, **double)
         if r:
             self.cross, self.sums_e = torch.zeros(c, r, **double), torch.zeros(r, **double)
         self._x: list[Tensor] = []
         self._e: list[Tensor] = []
+        self._w: list[Tensor] = []
         self._waiting = 0
 
-    def update(self, x: Tensor, e: Tensor | None = None) -> None:
-        """Add tokens ``x [tokens, c]`` and their errors ``e [tokens, r]`` (None is zero)."""
+    def update(self, x: Tensor, e: Tensor | None = None, w: Tensor | None = None) -> None:
+        """Add tokens ``x [tokens, c]``, their errors ``e [tokens, r]`` (None is zero) and weights ``w [tokens]``."""
         if not len(x):
             return
         x = x.float()
         if self.shift is None:
-            self.shift = x.mean(0)
+            self.shift = mean_of(x, w)
         self._x.append(x - self.shift)
         if self.outputs:
             e = torch.zeros(len(x), self.outputs, device=x.device) if e is None else e.float()
             if self.shift_e is None:
-                self.shift_e = e.mean(0)
+                self.shift_e = mean_of(e, w)
             self._e.append(e - self.shift_e)
+        if w is not None:
+            self._w.append(w.float())
         self.count += len(x)
+        self.mass += len(x) if w is None else float(w.sum(dtype=torch.float64))
         self._waiting += len(x)
         if self._waiting >= FLUSH_TOKENS:
             self.flush()
@@ -70,34 +80,65 @@ class Moments:
         if not self._x:
             return
         x = torch.cat(self._x)
+        root = torch.cat(self._w).sqrt() if self._w else None
+        if root is not None:
+            self.plain_sums += x.sum(0)
+            self.plain_squares += torch.linalg.vector_norm(x, dim=0).square()
+            x *= root[:, None]
         gram, sums = (torch.zeros(shape, device=x.device) for shape in ((self.columns, self.columns), self.columns))
         ops.gram_update(gram, x, sums=sums, precision=self.precision)
         self.gram += gram
-        self.sums += sums
+        self.sums += sums if root is None else root @ x
         if self.outputs:
             e = torch.cat(self._e)
+            if root is not None:
+                e *= root[:, None]
             cross = torch.zeros(self.columns, self.outputs, device=x.device)
             narrow = torch.bfloat16 if self.precision == "bfloat16" else torch.float32
             ops.cross_gram_update(cross, x.to(narrow), e.to(narrow))
             self.cross += cross
-            self.sums_e += e.sum(0)
+            self.sums_e += e.sum(0) if root is None else root @ e
             self.squares_e += float(e.square().sum(dtype=torch.float64))
-        self._x, self._e, self._waiting = [], [], 0
+        self._x, self._e, self._w, self._waiting = [], [], [], 0
+
+    @property
+    def plain(self) -> tuple[Tensor, Tensor]:
+        """Σ and Σ of squares of ``x − shift`` without weights, float64 ``[c]``."""
+        self.flush()
+        weighted = bool(self.plain_squares.any())
+        return (self.plain_sums, self.plain_squares) if weighted else (self.sums, self.gram.diagonal())
 
     def mean_about_shift(self) -> tuple[Tensor, Tensor | None]:
         self.flush()
-        n = max(self.count, 1)
+        n = self.mass or 1
         return self.sums / n, self.sums_e / n if self.outputs else None
 
     def about(self, d: Tensor, f: Tensor | None) -> About:
         """Mean products about ``shift + d`` (and ``shift_e + f``): float64 subtraction, float32 result."""
         u, v = self.mean_about_shift()
-        n = max(self.count, 1)
+        n = self.mass or 1
         second = (self.gram / n).addr_(u, d, alpha=-1).addr_(d, d - u)
         if not self.outputs:
             return About(second.float())
         cross = (self.cross / n).addr_(u, f, alpha=-1).addr_(d, f - v)
         return About(second.float(), cross.float(), float(self.squares_e / n - 2 * (v @ f) + f @ f))
+
+    def move(self, shift: Tensor, shift_e: Tensor | None) -> None:
+        """Take the products about other shifts; exact up to float64."""
+        self.flush()
+        if self.shift is not None:
+            d = (shift - self.shift).double()
+            if self.outputs:
+                f = (shift_e - self.shift_e).double()
+                self.cross.addr_(self.sums, f, alpha=-1).addr_(d, self.mass * f - self.sums_e)
+                self.squares_e += float(self.mass * (f @ f) - 2 * (self.sums_e @ f))
+                self.sums_e -= self.mass * f
+            self.gram.addr_(self.sums, d, alpha=-1).addr_(d, self.mass * d - self.sums)
+            self.sums -= self.mass * d
+            if bool(self.plain_squares.any()):
+                self.plain_squares += self.count * d.square() - 2 * d * self.plain_sums
+                self.plain_sums -= self.count * d
+        self.shift, self.shift_e = shift, shift_e
 
     def finite(self) -> bool:
         self.flush()
@@ -130,7 +171,7 @@ class View:
     """float64 ``[c]``: mean of all tokens minus p if centred, else zero."""
     shift_e: Tensor | None
     share: float
-    """Fitted tokens over all tokens."""
+    """Fitted tokens over all tokens, by weight."""
 
 
 @dataclass(eq=False)
@@ -145,33 +186,58 @@ class Split:
     def make(columns: int, outputs: int = 0, device: torch.device | str = "cpu", precision: str = "float32") -> Split:
         return Split(Moments(columns, outputs, device, precision), Moments(columns, outputs, device, precision))
 
-    def update(self, x: Tensor, held: Tensor, e: Tensor | None = None) -> None:
-        """Add tokens; ``held`` bool ``[tokens]`` marks those set aside."""
+    def update(self, x: Tensor, held: Tensor, e: Tensor | None = None, w: Tensor | None = None) -> None:
+        """Add tokens; ``held`` bool ``[tokens]`` marks those set aside; w: float32 weights ``[tokens]``."""
         self._views.clear()
         if self.fit.shift is None and len(x):
-            self.fit.shift = self.held.shift = x.float().mean(0)
+            self.fit.shift = self.held.shift = mean_of(x.float(), w)
             if self.fit.outputs:
                 zero = torch.zeros(self.fit.outputs, device=x.device)
-                self.fit.shift_e = self.held.shift_e = zero if e is None else e.float().mean(0)
-        keep = ~held
-        self.fit.update(x[keep], None if e is None else e[keep])
-        self.held.update(x[held], None if e is None else e[held])
+                self.fit.shift_e = self.held.shift_e = zero if e is None else mean_of(e.float(), w)
+        for part, rows in ((self.fit, ~held), (self.held, held)):
+            part.update(x[rows], None if e is None else e[rows], None if w is None else w[rows])
+
+    def sum_over(self, world) -> None:
+        """Moments of the tokens of all processes of a :class:`pyprune.distributed.World`, in each of them."""
+        if world.size == 1:
+            return
+        self._views.clear()
+        columns, outputs, device = self.fit.columns, self.fit.outputs, self.fit.gram.device
+        ours = self.fit.shift is not None
+        shifts = [torch.zeros(n, device=device) for n in ((columns, outputs) if outputs else (columns,))]
+        if ours:
+            for common, own in zip(shifts, (self.fit.shift, self.fit.shift_e)):
+                common.copy_(own)
+        known = torch.tensor([float(ours)], device=device)
+        world.sum_(*shifts, known)
+        if not known.item():
+            return
+        shift, shift_e = (*[common / known for common in shifts], None)[:2]
+        for part in (self.fit, self.held):
+            part.move(shift, shift_e)
+            numbers = torch.tensor([part.count, part.squares_e, part.mass], dtype=torch.float64, device=device)
+            world.sum_(part.gram, part.sums, part.cross, part.sums_e, part.plain_sums, part.plain_squares, numbers)
+            part.count, part.squares_e, part.mass = int(numbers[0]), float(numbers[1]), float(numbers[2])
 
     @property
     def count(self) -> int:
         return self.fit.count + self.held.count
 
+    @property
+    def mass(self) -> float:
+        return self.fit.mass + self.held.mass
+
     def _combined(self) -> tuple[Tensor, Tensor | None]:
-        """Mean of all tokens about the shift."""
+        """Weighted mean of all tokens about the shift."""
         for part in (self.fit, self.held):
             part.flush()
-        n = max(self.count, 1)
+        n = self.mass or 1
         e = (self.fit.sums_e + self.held.sums_e) / n if self.fit.outputs else None
         return (self.fit.sums + self.held.sums) / n, e
 
     @property
     def mean(self) -> Tensor:
-        """float64 ``[c]``, of all tokens."""
+        """float64 ``[c]``, of all tokens, weighted."""
         return self._combined()[0] + (0 if self.fit.shift is None else self.fit.shift)
 
     @property
@@ -179,16 +245,28 @@ class Split:
         """float64 ``[r]``; None without an error term."""
         return None if not self.fit.outputs else self._combined()[1] + self.fit.shift_e
 
+    def _plain(self) -> tuple[Tensor, Tensor]:
+        """Mean and mean square of all tokens about the shift, each counting once."""
+        (sums, squares), (more, other) = self.fit.plain, self.held.plain
+        n = max(self.count, 1)
+        return (sums + more) / n, (squares + other) / n
+
     @property
     def variance(self) -> Tensor:
-        """float64 ``[c]``."""
-        u, _ = self._combined()
-        return ((self.fit.gram.diagonal() + self.held.gram.diagonal()) / max(self.count, 1) - u.square()).clamp(min=0)
+        """float64 ``[c]``, without weights."""
+        u, squares = self._plain()
+        return (squares - u.square()).clamp(min=0)
+
+    @property
+    def mean_square(self) -> Tensor:
+        """float64 ``[c]``, about the origin, without weights."""
+        u, _ = self._plain()
+        return self.variance + (u + (0 if self.fit.shift is None else self.fit.shift)).square()
 
     def second(self, centred: bool) -> Tensor:
-        """Covariance, or uncentred mean products, of all tokens; float64 ``[c, c]``."""
+        """Covariance, or uncentred mean products, of all tokens, weighted; float64 ``[c, c]``."""
         u, _ = self._combined()
-        out = ((self.fit.gram + self.held.gram) / max(self.count, 1)).addr_(u, u, alpha=-1)
+        out = ((self.fit.gram + self.held.gram) / (self.mass or 1)).addr_(u, u, alpha=-1)
         return out if centred else out.addr_(self.mean, self.mean)
 
     def view(self, centred: bool) -> View:
@@ -213,10 +291,32 @@ class Split:
         if with_e:
             point_e, offset_e, moved_e = f + shift_e, v - f, total_e - f if centred else torch.zeros_like(f)
         return View(d + shift, point_e, first, second, u - d, offset_e, total - d if centred else zero, moved_e,
-                    fit.count / self.count)
+                    fit.mass / self.mass)
 
     def finite(self) -> bool:
         return self.fit.finite() and self.held.finite()
+
+
+def mean_of(x: Tensor, w: Tensor | None) -> Tensor:
+    """Mean over tokens of ``x [tokens, c]``, weighted by ``w [tokens]``; float32 ``[c]``."""
+    return x.mean(0) if w is None else (w.float() / w.float().sum().clamp(min=1e-30)) @ x
+
+
+def token_weights(power: Tensor, floor: Tensor) -> Tensor:
+    """``1/(‖y‖² + FLOOR·floor)`` of each token, zero where both are: its error then counts by its own output's size.
+
+    Least squares over tokens follows the largest outputs. A transformer has neurons that speak on one or two tokens
+    ([CLS], the first token) and there a thousand times louder than anything else; once such a neuron is dropped, 95 to
+    99 % of the squared error lies on those few tokens, the fit spends every kept neuron on rebuilding them and what it
+    gives all the others is noise. Yet the next normalisation divides each token by its own size, so what counts is each
+    token's relative error.
+
+    power: ``‖y‖²`` of the consumer's output, ``[tokens]``. floor: ``Σ_j x_j² ‖W_·j‖²``, the power it had if its
+    columns did not cancel; it keeps a token with hardly any output from counting without bound. Any common factor of
+    the weights is without effect.
+    """
+    total = power.float() + FLOOR * floor.float()
+    return torch.where(total > 0, 1 / total.clamp(min=1e-30), 0)
 
 
 def held_out_tokens(sequences: int, length: int, start: int, total: int) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import random
 import time
 from pathlib import Path
 
@@ -17,16 +16,17 @@ from pyprune.config import Calibration, ConfigError, Evaluation, PruneConfig, fr
 from pyprune.evaluate import measure, pick_device, windows_of
 from pyprune.journal import Journal, shard_path
 from pyprune.masks import gather, needs_calibration, prune_block
-from pyprune.model import ModelView, WeightRef, select_weights
+from pyprune.model import ModelView, WeightRef, check_finite, select_weights
 from pyprune.progress import Progress, announce
 from pyprune.record import build_report, compared, data_identity, model_identity, settings_of, weights_digest
 from pyprune.refine import Refiner, wanted
-from pyprune.run import Clock, Probe, PruneResult, Run, StreamedResult, make_probes, stream_error
+from pyprune.run import Clock, Probe, PruneResult, Run, StreamedResult, make_probes, seed_all, stream_error
 from pyprune.shards import OutputError
 from pyprune.statistics import Inputs, observe
 from pyprune.steps import commit_block, restore_block, settled_by, write_block
 from pyprune.store import Store
 from pyprune.stream import Activations, Executor, Resident
+from pyprune.structured import prune_structured
 from pyprune.weights import open_model
 
 
@@ -80,15 +80,12 @@ def prune(model: str | Path | nn.Module | None = None, config: PruneConfig | dic
 
 def _prune(model, config: PruneConfig, tokenizer, in_place: bool, progress: bool, journal: Journal,
            world: distributed.World) -> PruneResult:
-    if world.size > 1 and config.is_structured:
-        raise ConfigError(f"structured pruning runs in one process, not in {world.size}: start it without torchrun")
     clock = Clock()
     world.lead(lambda: journal.check_settings(settings_of(config)))
     if world.same(journal.complete):
         world.lead(journal.publish)
-        live, tokenizer = checkpoint.load(config.output)
-        return PruneResult(live, tokenizer, config, checkpoint.read_report(config.output))
-    _seed(config.seed)
+        return published(config)
+    seed_all(config.seed)
     weights = Resident()
     with clock("load"):
         if isinstance(model, nn.Module):
@@ -141,15 +138,13 @@ def _prune(model, config: PruneConfig, tokenizer, in_place: bool, progress: bool
     run = Run(config, view, executor, selected, data, clock, journal, world)
     executor.warn = run.warn
     models: dict[float, nn.Module] = {}
-    with Progress(len(view.blocks), enabled=progress) as bar, ops.backend(config.backend):
+    with Progress(len(view.blocks), enabled=progress) as bar, ops.backend(config.backend), \
+            journal.interruptible(follow=world.size > 1):
         if config.is_structured:
-            from pyprune.structured import prune_structured
-
             models = prune_structured(run, bar)
             live = list(models.values())[-1]
         else:
-            with journal.interruptible(follow=world.size > 1):
-                prune_blocks(run, bar)
+            prune_blocks(run, bar)
     with clock("evaluation"):
         announce("measuring the pruned model", progress and bool(texts))
         pruned = measured() if live is view.model else measure(live, texts, config.evaluation)
@@ -167,15 +162,21 @@ def _prune(model, config: PruneConfig, tokenizer, in_place: bool, progress: bool
     return result
 
 
+def published(config: PruneConfig) -> PruneResult:
+    """The result of a run that had only its checkpoint left to move out."""
+    many = isinstance(config.sparsity, list)
+    folders = {s: f"{config.output}/sparsity-{s:g}" if many else config.output for s in
+               (config.sparsity if many else [config.sparsity])}
+    loaded = {s: checkpoint.load(folder) for s, folder in folders.items()}
+    last = list(loaded)[-1]
+    return PruneResult(*loaded[last], config, checkpoint.read_report(folders[last]),
+                       {s: found.model for s, found in loaded.items()} if many else {})
+
+
 def make_store(config: PruneConfig, journal: Journal) -> Store:
     """Activations in host memory within the budget, above it in files beside the output."""
     budget = None if config.memory_budget_gb is None else int(config.memory_budget_gb * 1e9)
     return Store(budget, journal.folder, pin=pick_device(config.device).type == "cuda")
-
-
-def _seed(seed: int) -> None:
-    random.seed(seed)
-    torch.manual_seed(seed)
 
 
 def pick_dtype(name: str) -> torch.dtype | None:
@@ -192,16 +193,6 @@ def check_weights(view: ModelView, selected: list[list[WeightRef]], config: Prun
                                   f"{view.name(i, ref)}; choose another pattern or ignore that weight")
         if not any(p.is_meta for p in block.parameters()):
             check_finite(view, i, refs)
-
-
-def check_finite(view: ModelView, index: int, refs: list[WeightRef]) -> None:
-    """Refuse a weight that holds NaN or infinity, with its place."""
-    for ref in refs:
-        weight = ref.view(view.blocks[index])
-        if not bool(torch.isfinite(weight).all()):
-            row, column = (~torch.isfinite(weight)).nonzero()[0].tolist()
-            raise ConfigError(f"{view.name(index, ref)} holds {weight[row, column].item()} at [{row}, {column}]; "
-                              "the checkpoint is damaged or overflowed in its dtype")
 
 
 def add_generated(data: calibration.CalibrationData, settings: Calibration, model: nn.Module, tokenizer) -> None:
@@ -233,7 +224,7 @@ def prune_blocks(run: Run, bar: Progress) -> None:
     run.warnings += journal.notes
     for index in range(last + 1):
         started = time.perf_counter()
-        _seed(config.seed + index)
+        seed_all(config.seed + index)
         with executor.compute(index) as module, torch.no_grad():
             if executor.weights.streamed and index >= done:
                 check_finite(run.view, index, run.selected[index])

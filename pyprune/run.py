@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import random
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from pyprune import checkpoint
@@ -139,6 +141,15 @@ class Run:
         if message not in self.warnings:
             self.warnings.append(message)
 
+    def resume_row(self, entry: dict, index: int) -> None:
+        """Take up what an interrupted run reported of a block: its row, warnings, and with the last one its seconds."""
+        self.blocks.append(entry["row"])
+        for text in entry["warnings"]:
+            self.warn(text)
+        if index == len(self.journal.entries) - 1:
+            for phase, seconds in entry["seconds"].items():
+                self.clock.seconds[phase] = self.clock.seconds.get(phase, 0.0) + seconds
+
 
 def make_probes(run: Run) -> list[Probe]:
     """Calibration and held-out probes, as far as there are sequences for them; what a choice is made by is measured on
@@ -162,3 +173,9 @@ def stream_error(probe: Probe) -> float:
         lost += (dense - probe.student.read(batch).float()).square().sum().item()
         total += dense.square().sum().item()
     return lost / total if total else 0.0
+
+
+def seed_all(seed: int) -> None:
+    """Seed Python's and torch's generators: what a block draws depends on the run's seed and its place alone."""
+    random.seed(seed)
+    torch.manual_seed(seed)

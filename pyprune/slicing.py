@@ -180,6 +180,22 @@ def apply_attributes(module: nn.Module, values: dict) -> None:
 
 
 @torch.no_grad()
+def set_block(block: nn.Module, tensors: dict[str, Tensor], attributes: dict[str, dict]) -> None:
+    """Make a dense block the sliced one whose state and attributes (:func:`slice_block`) these are."""
+    for name, value in tensors.items():
+        owner, _, key = name.rpartition(".")
+        module = block.get_submodule(owner)
+        if key in module._buffers:
+            module._buffers[key].copy_(value)
+        elif getattr(module, key) is None:
+            setattr(module, key, nn.Parameter(value, requires_grad=False))
+        else:
+            _set_parameter(block, name, value.to(getattr(module, key).device))
+    for path, values in attributes.items():
+        apply_attributes(block.get_submodule(path), values)
+
+
+@torch.no_grad()
 def verify(block: nn.Module, groups: list[Coupled], hidden: Tensor, arguments: Arguments, name: str) -> None:
     """Raise ConfigError unless dropping half the units by slicing equals masking them, on this very block."""
     picks = []

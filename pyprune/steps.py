@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pyprune.model import ModelView
 from pyprune.refine import Refiner
 from pyprune.run import Run
 
@@ -18,12 +17,12 @@ def write_block(run: Run, index: int, refiner: Refiner | None) -> None:
     window trains again, goes with its masks as a draft."""
     settled = settled_by(run, index, refiner)
     for i in settled:
-        run.journal.write(i, tensors_of(run.view, i))
+        run.journal.write(i, tensors_of(run.view.path, i, run.view.blocks[i]))
     if index in settled:
         return None
     prefix = f"{run.view.path}.{index}."
     masks = {f"{prefix}{path}{MASK}": mask for path, mask in refiner.masks[index].items()}
-    return run.journal.write(index, {**tensors_of(run.view, index), **masks}, draft=True)
+    return run.journal.write(index, {**tensors_of(run.view.path, index, run.view.blocks[index]), **masks}, draft=True)
 
 
 def settled_by(run: Run, index: int, refiner: Refiner | None) -> list[int]:
@@ -33,9 +32,9 @@ def settled_by(run: Run, index: int, refiner: Refiner | None) -> list[int]:
     return [i for i in (index - 1, index) if i >= 0 and (i < index or index == len(run.view.blocks) - 1)]
 
 
-def tensors_of(view: ModelView, index: int) -> dict[str, Tensor]:
-    """Everything a checkpoint stores of a block, by the names it has in the model."""
-    return {f"{view.path}.{index}.{name}": tensor for name, tensor in view.blocks[index].state_dict().items()}
+def tensors_of(path: str, index: int, block: nn.Module) -> dict[str, Tensor]:
+    """Everything a checkpoint stores of a block of the list ``path``, by the names it has in the model."""
+    return {f"{path}.{index}.{name}": tensor for name, tensor in block.state_dict().items()}
 
 
 def commit_block(run: Run, index: int) -> None:
@@ -62,9 +61,4 @@ def restore_block(run: Run, index: int, module: nn.Module, refiner: Refiner | No
             refiner.masks[index] = masks
             refiner.settle(index)
     run.weights += entry["weights"]
-    run.blocks.append(entry["row"])
-    for text in entry["warnings"]:
-        run.warn(text)
-    if index == len(run.journal.entries) - 1:
-        for phase, seconds in entry["seconds"].items():
-            run.clock.seconds[phase] = run.clock.seconds.get(phase, 0.0) + seconds
+    run.resume_row(entry, index)

@@ -198,13 +198,18 @@ class Executor:
         self.transfers.drain()
 
     def run(self, index: int, module: nn.Module, source: Activations, target: Activations | None = None,
-            each: Callable[[Batch, Tensor], None] | None = None) -> None:
-        """Pass ``source`` through a block; outputs go to ``target`` (may be ``source``) and to ``each``."""
+            each: Callable[[Batch, Tensor | None], None] | None = None,
+            through: Callable[[Callable[[], Tensor]], Tensor | None] | None = None) -> None:
+        """Pass ``source`` through a block; outputs go to ``target`` (may be ``source``) and to ``each``.
+
+        through: makes each pass, given it as a function; it may end it early and return None.
+        """
         for batch, hidden in self.stream(source):
             parts = [(batch, hidden)]
             while parts:
                 part, x = parts.pop(0)
-                out = self.attempt(lambda x=x: self.forward(index, module, x))
+                forward = lambda x=x: self.forward(index, module, x)  # noqa: E731
+                out = self.attempt(forward if through is None else lambda forward=forward: through(forward))
                 if out is NO_ROOM:
                     parts[:0] = self.halve(part, x, index)
                     continue

@@ -20,14 +20,17 @@ class Taps(TorchFunctionMode):
     """Keeps, for one forward pass, ``inputs[i]`` ``[tokens, c]`` and ``sums[i]`` ``[tokens, r]`` of each group.
 
     ``sums`` is the tensor in the residual stream that the consumer's output is part of (``Coupled.target``), or the
-    output itself where it is not simply added. Experts have inputs only. With ``stop`` the pass ends when all is seen.
+    output itself where it is not simply added. ``powers[i]`` ``[tokens]`` is the squared norm of its own output.
+    Experts have inputs only. With ``stop`` the pass ends when all is seen.
     """
 
-    def __init__(self, block: nn.Module, groups: list[Coupled], *, sums: bool = True, stop: bool = False):
+    def __init__(self, block: nn.Module, groups: list[Coupled], *, sums: bool = True, powers: bool = False,
+                 stop: bool = False):
         super().__init__()
         self.groups, self.stop = groups, stop
         self.inputs: dict[int, Tensor] = {}
         self.sums: dict[int, Tensor] = {}
+        self.powers: dict[int, Tensor] = {}
         self._handles = []
         self._experts: list[tuple[int, nn.Parameter, int]] = []
         self._wanted = 0
@@ -39,6 +42,9 @@ class Taps(TorchFunctionMode):
             module = block.get_submodule(ref.module_path)
             self._handles.append(module.register_forward_pre_hook(self._on_input(i)))
             self._wanted += 1
+            if powers:
+                self._handles.append(module.register_forward_hook(self._on_power(i)))
+                self._wanted += 1
             if not sums or group.target == "":
                 self.stop = self.stop and not sums
             elif group.target is None:
@@ -68,6 +74,12 @@ class Taps(TorchFunctionMode):
             self._check()
         return hook
 
+    def _on_power(self, i: int):
+        def hook(module, args, output):
+            self.powers[i] = output.reshape(-1, output.shape[-1]).float().square().sum(1)
+            self._check()
+        return hook
+
     def _on_sum(self, i: int):
         def hook(module, args):
             self.sums[i] = args[0].reshape(-1, args[0].shape[-1])
@@ -75,7 +87,7 @@ class Taps(TorchFunctionMode):
         return hook
 
     def _check(self) -> None:
-        if self.stop and len(self.inputs) + len(self.sums) == self._wanted:
+        if self.stop and len(self.inputs) + len(self.sums) + len(self.powers) == self._wanted:
             raise _Stop
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -88,7 +100,7 @@ class Taps(TorchFunctionMode):
 
     def run(self, forward: Callable[[], Tensor]) -> Tensor | None:
         """One forward pass; returns the output, or None where it ended early."""
-        self.inputs, self.sums = {}, {}
+        self.inputs, self.sums, self.powers = {}, {}, {}
         try:
             out = forward()
         except _Stop:
@@ -103,26 +115,20 @@ class Taps(TorchFunctionMode):
             handle.remove()
 
 
-def mask_gradients(view: ModelView, groups: list[list[Coupled]], sequences: list[Tensor], *, dtype: torch.dtype,
-                   device: torch.device, seed: int = 0) -> list[list[Tensor]]:
+def mask_gradients(view: ModelView, groups: list[list[Coupled]], sequences: list[Tensor], first: int = 0, *,
+                   dtype: torch.dtype, device: torch.device, seed: int = 0) -> list[list[Tensor]]:
     """Derivative of each sequence's loss by each unit's mask, float32 ``[sequences, units]`` per block and group.
 
     Decoders: mean next-token loss. Encoders have no loss of their own: the sum of the mean-pooled, normalised sentence
     vector along a random direction a sequence, whose mean squared gradient is the Fisher information of that vector
-    under Gaussian noise. At most ``MAX_GRADIENT_TOKENS`` tokens are used; gradients of weights are never formed.
+    under Gaussian noise; ``first``, the place of the first sequence in its data, and ``seed`` decide the directions.
+    Gradients of weights are never formed.
     """
     model = view.model
-    chosen, tokens = [], 0
-    for ids in sequences[:MAX_GRADIENT_SEQUENCES]:
-        chosen.append(ids)
-        tokens += len(ids)
-        if tokens >= MAX_GRADIENT_TOKENS:
-            break
-    shell = Activations(chosen, 0, torch.float32)
+    shell = Activations(sequences, 0, torch.float32)
     out: list[list[list[Tensor]]] = [[[] for _ in block] for block in groups]
     required = {n: p.requires_grad for n, p in model.named_parameters()}
     model.requires_grad_(False)
-    generator = torch.Generator().manual_seed(seed)
     size = 1
     handles = [model.get_input_embeddings().register_forward_hook(lambda m, a, o: o.detach().requires_grad_())]
 
@@ -146,9 +152,10 @@ def mask_gradients(view: ModelView, groups: list[list[Coupled]], sequences: list
             for start in range(batch.start, batch.stop, step := max(1, 2048 // batch.length)):
                 ids = shell.ids[batch.length][start:min(start + step, batch.stop)].to(device)
                 size = len(ids)
+                places = [first + row for row in shell.rows[batch.length][start:start + size]]
                 with torch.enable_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                     result = model(ids, **options)
-                    loss = _probe_loss(result, generator) if view.is_encoder else _token_loss(result.logits, ids)
+                    loss = _probe_loss(result, places, seed) if view.is_encoder else _token_loss(result.logits, ids)
                 loss.backward()
     finally:
         for handle in handles:
@@ -158,14 +165,27 @@ def mask_gradients(view: ModelView, groups: list[list[Coupled]], sequences: list
     return [[torch.cat(parts) for parts in block] for block in out]
 
 
+def gradient_sequences(sequences: list[Tensor]) -> list[Tensor]:
+    """The first sequences, as many as gradients are worth: ``MAX_GRADIENT_TOKENS`` tokens."""
+    chosen, tokens = [], 0
+    for ids in sequences[:MAX_GRADIENT_SEQUENCES]:
+        chosen.append(ids)
+        tokens += len(ids)
+        if tokens >= MAX_GRADIENT_TOKENS:
+            break
+    return chosen
+
+
 def _token_loss(logits: Tensor, ids: Tensor) -> Tensor:
     """Sum over sequences of their mean next-token loss."""
     losses = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum")
     return losses / (ids.shape[1] - 1)
 
 
-def _probe_loss(result, generator: torch.Generator) -> Tensor:
+def _probe_loss(result, places: list[int], seed: int) -> Tensor:
     hidden = getattr(result, "last_hidden_state", None)
     hidden = result[0] if hidden is None else hidden
     pooled = nn.functional.normalize(hidden.float().mean(1) if hidden.ndim == 3 else hidden.float(), dim=-1)
-    return (pooled * torch.randn(pooled.shape, generator=generator).to(pooled)).sum()
+    directions = [torch.randn(pooled.shape[1], generator=torch.Generator().manual_seed((seed << 20) + place))
+                  for place in places]
+    return (pooled * torch.stack(directions).to(pooled)).sum()

@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from pyprune import checkpoint
 from pyprune.config import ConfigError, PruneConfig
+from pyprune.group_criteria import NEEDS_GRADIENTS
 from pyprune.model import ModelView
 from pyprune.shards import Files, Shard, write_shard
 from pyprune.store import available_memory
@@ -65,6 +66,8 @@ class Streamed(Resident):
     def release(self, index: int, saved: Path | None = None) -> None:
         if saved is not None:
             self.saved[index] = Shard(saved)
+            prefix = f"{self.view.path}.{index}."
+            self._names[index] = [name.removeprefix(prefix) for name in self.saved[index].entries]
         if index in self._present:
             self._present.remove(index)
             for module, name, parameter in _parameters(self._blocks[index]):
@@ -211,8 +214,10 @@ def whole(config: PruneConfig) -> Opened:
 def _obstacle(config: PruneConfig) -> str | None:
     if config.output is None:
         return "finished blocks are written as the run goes on, so it needs an output folder"
-    if config.is_structured:
-        return "structured pruning looks at all blocks at once"
+    if isinstance(config.sparsity, list):
+        return "several sparsities make several models at once"
+    if config.is_structured and config.criterion in NEEDS_GRADIENTS:
+        return f"criterion {config.criterion!r} differentiates the whole model"
     if config.calibration.self_generated and not (config.calibration.self_generated_path and
                                                   Path(config.calibration.self_generated_path).is_file()):
         return "self-generated calibration samples from the whole model; write it to a file with pyprune generate first"

@@ -165,8 +165,8 @@ def test_a_model_prunes_in_a_memory_limit_far_below_its_size(tmp_path):
     assert size > 350e6
     limit = 170 * 10**6  # two blocks are 26 MB, the factorisation of 1408 columns needs four matrices of 8 MB
 
-    # one arena, and every matrix in a mapping of its own: else glibc's heap, which never shrinks while anything lives at
-    # its end, adds 30 to 60 MB that depend on the moment at which the reader thread takes its turn
+    # one arena, and every matrix in a mapping of its own: else glibc's heap, which does not shrink while anything lives
+    # at its end, adds 30 to 60 MB that depend on the moment at which the reader thread takes its turn
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "262144"}
 
     def attempt(stream):
