@@ -19,8 +19,10 @@ from pyprune.config import ConfigError
 from pyprune.distributed import FAILED, GONE, LOST, Pulse, World
 
 HERE = Path(__file__).parent
-CASES = ("sparsegpt", "wanda", "moe", "dense", "block", "cross")
-THREE = ("sparsegpt", "moe", "block")
+MASKS = ("sparsegpt", "wanda", "moe", "dense", "block", "cross")
+STRUCTURED = ("liar", "taylor")
+CASES = MASKS + STRUCTURED
+THREE = ("sparsegpt", "moe", "block", "liar")
 """What three processes run too: a start costs seconds."""
 
 
@@ -42,7 +44,8 @@ def results(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name, processes", [(name, 2) for name in CASES] + [(name, 3) for name in THREE])
+@pytest.mark.parametrize("name, processes", [(name, n) for n, names in ((2, CASES), (3, THREE))
+                                             for name in names if name in MASKS])
 def test_any_number_of_processes_gives_the_same_masks_and_perplexity(results, name, processes):
     alone, shared = (torch.load(results / f"{name}-{n}.pt") for n in (1, processes))
     kept = [((alone[key] == 0) == (shared[key] == 0)).float().mean().item() for key in alone]
@@ -56,6 +59,18 @@ def test_any_number_of_processes_gives_the_same_masks_and_perplexity(results, na
     for a, b in zip(one["weights"], other["weights"]):
         if "error" in a:  # a probe token reached that expert
             assert b["error"] == pytest.approx(a["error"], rel=2e-2)
+
+
+@pytest.mark.parametrize("name, processes", [("liar", 2), ("liar", 3), ("taylor", 2)])
+def test_any_number_of_processes_gives_the_same_smaller_model(results, name, processes):
+    alone, shared = (torch.load(results / f"{name}-{n}.pt") for n in (1, processes))
+    assert {key: value.shape for key, value in alone.items()} == {key: value.shape for key, value in shared.items()}
+    for key, value in alone.items():
+        torch.testing.assert_close(shared[key], value, rtol=2e-3, atol=2e-4)
+    one, other = (json.loads((results / f"{name}-{n}.json").read_text()) for n in (1, processes))
+    assert other["evaluation"][0]["pruned"] == pytest.approx(one["evaluation"][0]["pruned"], rel=1e-3)
+    for a, b in zip(one["weights"], other["weights"]):
+        assert (a["name"], a["kept"], a["method"], a["tokens"]) == (b["name"], b["kept"], b["method"], b["tokens"])
 
 
 def test_a_process_that_dies_stops_the_others_and_any_number_resumes(tmp_path, results):

@@ -23,6 +23,9 @@ FIELDS = {
     "dense": dict(inputs="dense"),
     "block": dict(reconstruct="block", global_propagation=True,
                   reconstruction=Reconstruction(epochs=2, lr=1e-3, batch_size=4)),
+    "liar": dict(pattern="structured", method="sparsegpt", sparsity=0.5, reconstruct="liar"),
+    "taylor": dict(pattern="neurons", sparsity=0.25, criterion="taylor", reconstruct="bias", inputs="dense",
+                   structured={"allocation": "global", "nonstandard": "save"}),
     "cross": dict(reconstruct="cross_block", reconstruction=Reconstruction(epochs=1, lr=1e-3, batch_size=4)),
 }
 
