@@ -1,12 +1,11 @@
 """What a run would take, before it is run: every weight and whether it is pruned, memory, disk, time.
 
-Nothing is loaded: the model is built from its configuration without memory. Bytes are counted, seconds scaled from a
-rehearsal (:mod:`pyprune.planning`).
+Nothing is loaded: the model is built from its configuration without memory. Bytes are counted
+(:mod:`pyprune.counting`), seconds scaled from a rehearsal (:mod:`pyprune.planning`).
 """
 
 from __future__ import annotations
 
-import math
 import shutil
 from pathlib import Path
 
@@ -14,17 +13,32 @@ import torch
 
 from pyprune import checkpoint
 from pyprune.config import ConfigError, PruneConfig, override
+from pyprune.counting import (
+    activation_bytes,
+    disk_of,
+    evaluation_windows,
+    flops_of,
+    kinds,
+    memory_of,
+    passes_of,
+    shapes_of,
+    tokens_of,
+    work_of,
+)
 from pyprune.evaluate import pick_device
 from pyprune.model import ModelView, WeightRef, select_weights, uncovered, weights_of
-from pyprune.planning import memory_of, passes_of, rehearse, will_stream
-from pyprune.texts import sources
+from pyprune.planning import rehearse
+from pyprune.shards import Files
+from pyprune.store import available_memory
 
 
 def plan(config: PruneConfig | dict) -> dict:
     """What :func:`pyprune.prune` would do with this configuration, which names its model.
 
-    Returns ``model``, ``weights`` (name, shape, ``prune``, ``why`` not), ``coverage``, ``memory_bytes`` and
-    ``device_memory_bytes`` by part, ``disk_bytes``, ``passes``, ``streamed``, ``flops`` and ``seconds`` by phase.
+    Returns ``model``, ``settings``, ``weights`` (name, shape, ``prune``, ``why`` not), ``coverage``; ``memory_bytes``
+    and, with a GPU, ``device_memory_bytes``, by part at the moment of the peak; ``free_bytes`` of both; ``disk_bytes``;
+    ``calibration``, ``passes``, ``streamed`` and ``streamed_because``; ``flops`` and ``seconds`` by phase;
+    ``not_counted``, what the seconds leave out.
     Raises :class:`ConfigError` as :func:`pyprune.prune` would for everything that can be known without reading weights
     or data.
     """
@@ -36,25 +50,33 @@ def plan(config: PruneConfig | dict) -> dict:
     view = ModelView(_skeleton(config))
     selected = select_weights(view, config.targets, config.ignore)
     device = pick_device(config.device)
+    gpu = device.type == "cuda"
     dtype = next(view.blocks.parameters()).dtype
     compute = dtype if config.compute_dtype == "auto" else getattr(torch, config.compute_dtype)
-    weights, flops = _weights(view, selected, config), _flops(view, selected, config)
-    seconds = rehearse(view.model.config, config, view, selected, dtype)
-    parameters = sum(p.numel() for p in view.model.parameters())
-    streamed, why = will_stream(config, parameters * dtype.itemsize)
-    host, on_device = memory_of(view, selected, config, compute, streamed)
-    if device.type == "cpu":
-        host, on_device = {**host, **on_device}, {}
+    weights, work = _weights(view, selected, config), work_of(view, selected, config)
+    free = {"memory": available_memory(), "device": torch.cuda.mem_get_info(device)[0] if gpu else None}
+    streamed, why = will_stream(config, view, free["memory"])
+    budget = free["memory"] / 2 if config.memory_budget_gb is None else config.memory_budget_gb * 1e9
+    hidden = view.model.get_input_embeddings().weight.shape[1]
+    spilled = max(0, int(activation_bytes(config, hidden, compute) - budget))
+    host, on_device = memory_of(view, selected, config, compute, streamed, gpu, budget)
+    seconds = rehearse(config, view, work, dtype, streamed)
     return {
         "model": {"name": config.model, "architecture": type(view.model).__name__, "blocks": len(view.blocks),
-                  "parameters": parameters, "dtype": str(dtype)[6:]},
+                  "parameters": sum(p.numel() for p in view.model.parameters()), "dtype": str(dtype)[6:]},
+        "settings": {name: getattr(config, name) for name in ("method", "criterion", "pattern", "sparsity",
+                                                              "reconstruct", "global_propagation")},
         "device": str(device), "compute_dtype": str(compute)[6:],
         "weights": weights, "coverage": view.coverage(selected),
         "memory_bytes": {**host, "total": sum(host.values())},
-        "device_memory_bytes": {**on_device, "total": sum(on_device.values())} if on_device else None,
+        "device_memory_bytes": {**on_device, "total": sum(on_device.values())} if gpu else None,
+        "free_bytes": free,
+        "calibration": {"sequences": config.calibration.num_samples + config.calibration.self_generated,
+                        "tokens": tokens_of(config)},
         "passes": passes_of(config), "streamed": streamed, "streamed_because": why,
-        "disk_bytes": _disk(config, parameters * dtype.itemsize),
-        "flops": flops, "seconds": {**seconds, "total": sum(seconds.values())},
+        "disk_bytes": {**disk_of(view, config, streamed, spilled), "free": _free_disk(config)},
+        "flops": flops_of(view, work, config), "seconds": {**seconds, "total": sum(seconds.values())},
+        "not_counted": _not_counted(view, config),
     }
 
 
@@ -72,61 +94,68 @@ def _skeleton(config: PruneConfig) -> torch.nn.Module:
 
 
 def _weights(view: ModelView, selected: list[list[WeightRef]], config: PruneConfig) -> list[dict]:
-    rows = []
-    for i, (block, refs) in enumerate(zip(view.blocks, selected)):
-        for ref in weights_of(block):
-            shape = list(ref.view(block).shape)
-            if ref in refs and config.nm and shape[1] % config.nm[1]:
-                raise ConfigError(f"pattern {config.pattern} does not divide the {shape[1]} inputs of "
-                                  f"{view.name(i, ref)}; choose another pattern or ignore that weight")
-            rows.append({"name": view.name(i, ref), "shape": shape, "prune": ref in refs,
-                         "why": None if ref in refs else "not among targets, or ignored"})
-        rows += [{"name": f"{view.path}.{i}.{name}", "shape": list(block.get_parameter(name).shape), "prune": False,
-                  "why": "no matrix that a linear layer multiplies by"} for name in uncovered(block, weights_of(block))]
-    return rows
+    found: list[list[dict]] = [[] for _ in view.blocks]
+    for block, refs, alike in kinds(view, selected):
+        everything, chosen = weights_of(block), set(refs)
+        shapes = shapes_of(block, everything)
+        rest = [(name, list(block.get_parameter(name).shape)) for name in uncovered(block, everything)]
+        for i in alike:
+            for ref, shape in zip(everything, shapes):
+                prune = ref in chosen
+                if prune and config.nm and shape[1] % config.nm[1]:
+                    raise ConfigError(f"pattern {config.pattern} does not divide the {shape[1]} inputs of "
+                                      f"{view.name(i, ref)}; choose another pattern or ignore that weight")
+                found[i].append({"name": view.name(i, ref), "shape": list(shape), "prune": prune,
+                                 "why": None if prune else "not among targets, or ignored"})
+            found[i] += [{"name": f"{view.path}.{i}.{name}", "shape": shape, "prune": False,
+                          "why": "no matrix that a linear layer multiplies by"} for name, shape in rest]
+    return [row for rows in found for row in rows]
 
 
-def _inputs(block, refs: list[WeightRef]) -> list[int]:
-    """Widths of the distinct inputs of a block's weights, near enough: neighbours of one module and width share theirs,
-    but for its last weight, which consumes what the others produce."""
-    groups: dict[tuple[str, int, bool], int] = {}
-    for place, ref in enumerate(refs):
-        parent = ref.module_path.rpartition(".")[0]
-        last = place + 1 == len(refs) or refs[place + 1].module_path.rpartition(".")[0] != parent
-        groups[parent, ref.view(block).shape[1], last] = ref.view(block).shape[1]
-    return list(groups.values())
+def will_stream(config: PruneConfig, view: ModelView, free: int) -> tuple[bool, str]:
+    """Whether the weights would be streamed, and why. Raises ConfigError where ``stream="always"`` cannot."""
+    from pyprune.weights import SHARE
+
+    stored = sum(p.numel() * p.element_size() for p in view.model.parameters())
+    if config.stream == "never":
+        return False, "stream is never"
+    if config.stream == "auto" and stored < SHARE * free:
+        return False, "they fit into memory"
+    obstacle, known = _obstacle(config, view)
+    if obstacle is not None:
+        if config.stream == "always":
+            raise ConfigError(f"{config.model} cannot be streamed: {obstacle}")
+        return False, obstacle
+    why = "stream is always" if config.stream == "always" else \
+        f"their {stored / 2**30:.1f} GiB are more than half of the {free / 2**30:.1f} GiB that are free"
+    return True, why + ("" if known else "; if the names in their files, which are not here, are the model's")
 
 
-def _flops(view: ModelView, selected: list[list[WeightRef]], config: PruneConfig) -> dict[str, float]:
-    """FLOPs by phase; a phase that does not happen is left out."""
-    calibration, tokens = config.calibration, _tokens(config)
-    matrices = sum(p.numel() for p in view.blocks.parameters() if p.ndim >= 2)
-    forward = 2 * tokens * matrices
-    uses_data = config.is_structured or config.method != "magnitude" or config.reconstruct != "none"
-    passes = (2 if config.inputs == "propagated" else 1) if uses_data else 0
-    probes = 2 * config.probe_samples * calibration.seq_len * 2 * matrices
-    found = {"forward": passes * forward + 2 * probes, "gram": 0.0, "solve": 0.0}
-    if config.is_structured or config.method == "sparsegpt" or config.reconstruct == "layer":
-        for block, refs in zip(view.blocks, selected):
-            widths = _inputs(block, refs)
-            found["gram"] += sum(tokens * c * c for c in widths)
-            found["solve"] += sum(float(c) ** 3 for c in widths)
-            found["solve"] += sum(math.prod(ref.view(block).shape) * ref.view(block).shape[1] for ref in refs)
-    if config.reconstruct in ("block", "cross_block"):
-        found["reconstruct"] = 3 * forward * config.reconstruction.epochs * (1 + (config.reconstruct == "cross_block"))
-    if config.evaluation.enabled and not view.is_encoder:
-        windows = config.evaluation.max_windows or 0
-        found["evaluation"] = 2 * len(sources(config.evaluation.text)) * windows * config.evaluation.window * 2 * sum(
-            p.numel() for p in view.model.parameters())
-    return {phase: count for phase, count in found.items() if count}
+def _obstacle(config: PruneConfig, view: ModelView) -> tuple[str | None, bool]:
+    """What keeps the weights from being streamed, and whether their files are there to tell."""
+    from pyprune import weights
+
+    source = checkpoint.resolve(config.model)
+    if (reason := weights._obstacle(config)) is not None:
+        return reason, True
+    if source.gguf_file or not source.local:
+        return "only a local folder of safetensors files can be read block by block", True
+    if not any(Path(source.path).glob("*.safetensors")):
+        return None, False
+    return weights.why_whole(config.model, view.model, view, Files(source.path)), True
 
 
-def _tokens(config: PruneConfig) -> int:
-    return (config.calibration.num_samples + config.calibration.self_generated) * config.calibration.seq_len
-
-
-def _disk(config: PruneConfig, checkpoint_bytes: int) -> dict:
-    """Finished blocks are kept beside the checkpoint that is assembled from them until that is whole."""
+def _free_disk(config: PruneConfig) -> int:
     place = Path(config.output or ".").expanduser().absolute()
-    free = shutil.disk_usage(next(p for p in (place, *place.parents) if p.is_dir())).free
-    return {"checkpoint": checkpoint_bytes, "while_running": 2 * checkpoint_bytes, "free": free}
+    return shutil.disk_usage(next(p for p in (place, *place.parents) if p.is_dir())).free
+
+
+def _not_counted(view: ModelView, config: PruneConfig) -> list[str]:
+    found = []
+    calibration = config.calibration
+    if calibration.self_generated and not (calibration.self_generated_path
+                                           and Path(calibration.self_generated_path).is_file()):
+        found.append(f"generating {calibration.self_generated} sequences")
+    if config.evaluation.enabled and not view.is_encoder and not evaluation_windows(view, config):
+        found.append("measuring perplexity, as max_windows does not say on how much text")
+    return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
@@ -133,12 +134,12 @@ def print_inspection(found: dict, stream: TextIO | None = None) -> None:
 
 
 def print_plan(found: dict, stream: TextIO | None = None) -> None:
-    """What :func:`pyprune.plan` found: every kind of weight, memory, disk and time."""
+    """What :func:`pyprune.plan` found: every kind of weight, then device, passes, memory, disk and time."""
     from rich.table import Table
 
     console, model = open_console(stream), found["model"]
     console.print(f"{model['name']}: {model['architecture']}, {model['blocks']} blocks, {model['parameters']:,} "
-                  f"parameters in {model['dtype']}; on {found['device']}, forward passes in {found['compute_dtype']}")
+                  f"parameters in {model['dtype']}\n{headline({'config': found['settings']})}")
     kinds: dict[tuple, list[dict]] = {}
     for row in found["weights"]:
         kinds.setdefault((_kind(row["name"]), row["prune"], row["why"], tuple(row["shape"])), []).append(row)
@@ -146,13 +147,68 @@ def print_plan(found: dict, stream: TextIO | None = None) -> None:
     for (kind, prune, why, shape), rows in kinds.items():
         table.add_row(kind, str(len(rows)), "×".join(map(str, shape)), "yes" if prune else f"no: {why}")
     console.print(table)
-    console.print(f"{found['coverage']['fraction']:.1%} of the blocks' matrix weights are pruned; the embedding and "
-                  "the head are not")
-    for label, unit, scale in (("memory_bytes", "GiB", 2**30), ("disk_bytes", "GiB", 2**30), ("seconds", "s", 1)):
-        parts = dict(found[label])
-        total = f"about {parts.pop('total') / scale:.2f} {unit}: " if "total" in parts else ""
-        console.print(f"{label.split('_')[0]:<8} {total}" + ", ".join(
-            f"{name.replace('_', ' ')} {value / scale:.2f}" for name, value in parts.items()))
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for label, text in plan_rows(found):
+        table.add_row(label, text)
+    console.print(table)
+
+
+def plan_rows(found: dict) -> list[tuple[str, str]]:
+    """Label and text of each line below a plan's weights."""
+    calibration, disk, free = found["calibration"], found["disk_bytes"], found["free_bytes"]
+    passes = {name: count for name, count in found["passes"].items() if count and name != "training"}
+    training = f", {found['passes']['training']} to train" if found["passes"].get("training") else ""
+    rows = [
+        ("coverage", f"{found['coverage']['fraction']:.1%} of the blocks' matrix weights; the embedding and the head "
+                     "stay dense"),
+        ("device", f"{found['device']}, forward passes in {found['compute_dtype']}"),
+        ("weights", f"{'streamed block by block' if found['streamed'] else 'loaded whole'}: "
+                    f"{found['streamed_because']}"),
+        ("passes", f"{sum(passes.values())} a block ({', '.join(passes)}){training}, "
+                   f"over {calibration['sequences']} sequences, {calibration['tokens']:,} tokens" if passes else
+                   "none: no calibration data is needed"),
+        ("host memory", _parts(found["memory_bytes"], size_text, f", {size_text(free['memory'])} free")),
+        ("device memory", "none: everything is computed on the CPU" if found["device_memory_bytes"] is None else
+         _parts(found["device_memory_bytes"], size_text, f", {size_text(free['device'])} free")),
+        ("disk", f"{size_text(disk['while_running'])} while running, {size_text(disk['checkpoint'])} at the end, "
+                 f"{size_text(disk['free'])} free"),
+        ("time", "about " + _parts(found["seconds"], duration_text)),
+    ]
+    if found["not_counted"]:
+        rows.append(("", "not counted: " + "; ".join(found["not_counted"])))
+    for what, needed, there in (
+            ("host memory", found["memory_bytes"]["total"] - found["memory_bytes"]["process"], free["memory"]),
+            ("device memory", (found["device_memory_bytes"] or {}).get("total", 0), free["device"]),
+            ("disk", disk["while_running"], disk["free"])):
+        if there is not None and needed > there:
+            rows.append(("warning", f"more {what} is needed than is free"))
+    return rows
+
+
+def _parts(values: dict, text: Callable[[float], str], free: str = "") -> str:
+    """The total, then what it is made of, largest first; what is below a hundredth of it is left out."""
+    parts = {name: value for name, value in values.items() if name != "total" and value >= values["total"] / 100}
+    shown = ", ".join(f"{name.replace('_', ' ')} {text(value)}" for name, value in
+                      sorted(parts.items(), key=lambda part: -part[1]))
+    return f"{text(values['total'])}{free}: {shown}"
+
+
+def size_text(size: float) -> str:
+    """``37.8 GiB``."""
+    unit, name = next((u, n) for u, n in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (1, "B"))
+                      if size >= 0.995 * u or u == 1)
+    return f"{size / unit:.{0 if name == 'B' or size >= 100 * unit else 1}f} {name}"
+
+
+def duration_text(seconds: float) -> str:
+    """``43 h``, ``2 h 5 min``, ``6 min 30 s``, ``12 s``, ``0.4 s``: two figures that mean something."""
+    if seconds < 60:
+        return f"{seconds:.{1 if seconds < 9.95 else 0}f} s"
+    unit, names = (60, ("min", "s")) if seconds < 3600 else (3600, ("h", "min"))
+    large, small = divmod(round(seconds / (unit / 60)), 60)
+    return f"{large} {names[0]}" + (f" {small} {names[1]}" if small and large < 10 else "")
 
 
 # ---- model card ----------------------------------------------------------------------------------------------------

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import tiny
 import torch
+import transformers
 
 import pyprune
-from pyprune import cli
+from pyprune import cli, report
 from pyprune.config import ConfigError, Evaluation, PruneConfig
 
 
@@ -59,8 +64,54 @@ def test_command_prints_and_stops(tmp_path, folder, capsys):
     with pytest.raises(SystemExit):
         cli.main(arguments)
     out = capsys.readouterr().out
-    for text in ("self_attn.v_proj.weight", "no: not among targets, or ignored", "64×32", "memory", "disk", "seconds"):
+    for text in ("self_attn.v_proj.weight", "no: not among targets, or ignored", "64×32", "sparsegpt 2:4",
+                 "loaded whole: they fit into memory", "2 a block (statistics, propagation), over 64 sequences",
+                 "none: everything is computed on the CPU" if not torch.cuda.is_available() else "device memory",
+                 "while running", "time           about"):
         assert text in out
+
+
+def test_what_does_not_fit_is_said(folder, capsys):
+    found = pyprune.plan({"model": str(folder), "evaluation": {"max_windows": None}})
+    found["free_bytes"]["memory"], found["disk_bytes"]["free"] = 1000, 1000
+    lines = dict(report.plan_rows(found))
+    assert lines[""] == "not counted: measuring perplexity, as max_windows does not say on how much text"
+    warnings = [text for label, text in report.plan_rows(found) if label == "warning"]
+    assert warnings == ["more host memory is needed than is free", "more disk is needed than is free"]
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0.44, "0.4 s"), (12.4, "12 s"), (60, "1 min"), (390, "6 min 30 s"),
+                                               (3599.9, "60 min"), (7500, "2 h 5 min"), (155035, "43 h")])
+def test_times_are_readable(seconds, text):
+    assert report.duration_text(seconds) == text
+
+
+@pytest.mark.parametrize(("size", "text"), [(12, "12 B"), (300 * 2**20, "300 MiB"), (1023 * 2**20, "1.0 GiB"),
+                                            (37.76 * 2**30, "37.8 GiB"), (131.4 * 2**30, "131 GiB")])
+def test_sizes_are_readable(size, text):
+    assert report.size_text(size) == text
+
+
+@pytest.mark.parametrize("fields, reason", [
+    ({}, "they fit into memory"), ({"stream": "never"}, "stream is never"),
+    ({"stream": "always", "output": "out"}, "stream is always")])
+def test_whether_weights_stream_is_said_with_the_reason(folder, tmp_path, fields, reason):
+    if "output" in fields:
+        fields = {**fields, "output": str(tmp_path / "out")}
+    found = pyprune.plan({"model": str(folder), **fields})
+    assert found["streamed_because"] == reason and found["streamed"] == (fields.get("stream") == "always")
+
+
+def test_files_that_cannot_be_streamed_are_looked_at(tmp_path):
+    """A mixture of experts is stored one tensor an expert, not as the model holds it."""
+    tiny.model("mixtral").save_pretrained(tmp_path / "experts")
+    with pytest.raises(ConfigError, match="cannot be streamed: its files have no .*names are not the model's"):
+        pyprune.plan({"model": str(tmp_path / "experts"), "stream": "always", "output": str(tmp_path / "out")})
+    for file in (tmp_path / "experts").glob("*.safetensors"):
+        file.unlink()
+    found = pyprune.plan({"model": str(tmp_path / "experts"), "stream": "always", "output": str(tmp_path / "out")})
+    assert found["streamed_because"] == "stream is always; if the names in their files, which are not here, are the " \
+                                        "model's"
 
 
 @pytest.mark.parametrize(("fields", "sentence"), [
@@ -83,3 +134,44 @@ def test_nothing_is_allocated_for_the_weights(tmp_path):
     config.save_pretrained(tmp_path)
     found = pyprune.plan({"model": str(tmp_path)})
     assert found["model"]["parameters"] > 60e9 and found["memory_bytes"]["weights"] > 120e9
+
+
+MEASURED = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import json, pyprune, tiny, torch
+from pyprune.config import Calibration, Evaluation
+folder, stream = sys.argv[2], sys.argv[3]
+
+def status(field):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(field))
+
+tiny.model("llama").save_pretrained(folder + "/warm")
+pyprune.prune(folder + "/warm", output=folder + "/warm-out", stream="always", calibration=tiny.ids(8, 32),
+              evaluation=Evaluation(text=tiny.ids(1, 32)), progress=False)  # libraries, threads
+base = status("VmRSS")
+calibration = dict(num_samples=32, seq_len=256, held_out=2)
+fields = dict(model=folder + "/dense", output=folder + "/out", stream=stream)
+pyprune.prune(**fields, progress=False, calibration=Calibration(source=tiny.ids(34, 256), **calibration),
+              evaluation=Evaluation(text=tiny.ids(2, 512), window=512))
+grown = status("VmHWM") - base
+found = pyprune.plan({**fields, "output": folder + "/other", "calibration": calibration,
+                      "evaluation": {"window": 512, "max_windows": 2}})
+print(json.dumps([grown, found["memory_bytes"]]))
+"""
+
+
+@pytest.mark.parametrize("stream", ["never", "always"])
+def test_memory_is_within_a_quarter_of_a_real_run(tmp_path, stream):
+    config = transformers.LlamaConfig(vocab_size=8000, hidden_size=512, intermediate_size=1408, num_hidden_layers=6,
+                                      num_attention_heads=8, max_position_embeddings=512)
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "dense")
+    # every matrix in a mapping of its own: what is freed is given back, so that the peak is the run's, not the heap's
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "262144"}
+    made = subprocess.run([sys.executable, "-c", MEASURED, str(Path(__file__).parent), str(tmp_path), stream],
+                          text=True, capture_output=True, timeout=240, env=environment)
+    assert made.returncode == 0, made.stderr[-3000:]
+    grown, planned = json.loads(made.stdout.splitlines()[-1])
+    print(f"grown by {grown / 1e6:.0f} MB; planned", {part: round(size / 1e6) for part, size in planned.items()})
+    assert planned["total"] - planned["process"] == pytest.approx(grown, rel=0.25)

@@ -9,8 +9,9 @@ import torch
 import transformers
 
 from pyprune.config import Calibration, Evaluation, PruneConfig
+from pyprune.counting import Input, inputs_of, memory_of, passes_of, work_of
 from pyprune.model import ModelView, weights_of
-from pyprune.planning import inputs_of, memory_of, passes_of, rehearsal_model, rehearse, work_of
+from pyprune.planning import rehearsal_model, rehearse
 from pyprune.prune import prune
 from pyprune.weights import skeleton
 
@@ -43,28 +44,58 @@ def test_models_of_any_size_are_counted_without_weights(name):
     view = view_of(config)
     assert sum(p.numel() for p in view.model.parameters()) == pytest.approx(parameters, rel=2e-3)
     settings = PruneConfig(calibration=Calibration(num_samples=128, seq_len=2048), output="out")
-    host, device = memory_of(view, selected(view), settings, torch.bfloat16, streamed=True)
+    host, device = memory_of(view, selected(view), settings, torch.bfloat16, streamed=True, gpu=True)
     block = max(sum(p.numel() for p in b.parameters()) for b in view.blocks)
-    assert host["activations"] == 128 * 2048 * config.hidden_size * 2
+    assert host["activations"] == (128 + 2 * 4) * 2048 * config.hidden_size * 2, "2 + 2 probes, pruned and dense"
     assert 2 * block * 2 < host["weights"] < 0.1 * parameters * 2, "two blocks and the embeddings, not the model"
     assert device["block"] == 2 * block * 2
     small, narrowed = rehearsal_model(config, torch.float32)
-    assert narrowed and sum(p.numel() for p in small.parameters()) < 2.5e8 and len(ModelView(small).blocks) == 2
+    assert narrowed and sum(p.numel() for p in small.parameters()) < 2e7 and len(ModelView(small).blocks) == 2
+
+
+def test_experts_have_inputs_of_their_own():
+    config = GIANTS["235B experts"][0]
+    config = type(config)(**{**config.to_dict(), "num_hidden_layers": 1})
+    view = view_of(config)
+    found = inputs_of(view, view.blocks[0], weights_of(view.blocks[0]))
+    assert sorted(found, key=lambda x: (x.count, x.width)) == [
+        Input(4096), Input(8192), Input(1536, 128, 8 / 128), Input(4096, 128, 8 / 128)]
+    work = work_of(view, selected(view), PruneConfig())
+    attention, expert = 2 * 4096 * 8192 + 2 * 4096 * 512, 3 * 4096 * 1536
+    assert work.forward == 2 * (attention + 8 * expert + 128 * 4096), "eight of 128 experts, and the router"
+    assert work.statistics == 4096**2 + 8192**2 + 8 * (4096**2 + 1536**2)
 
 
 def test_statistics_and_solves_are_counted_as_the_mathematics_has_them():
     config = transformers.LlamaConfig(vocab_size=96, hidden_size=64, intermediate_size=160, num_hidden_layers=2,
                                       num_attention_heads=4, num_key_value_heads=2, **LLAMA)
     view = view_of(config)
-    assert sorted(w for w, _, _ in inputs_of(view.blocks[0], weights_of(view.blocks[0]))) == [64, 64, 64, 160]
-    work = work_of(view, selected(view))
+    found = inputs_of(view, view.blocks[0], weights_of(view.blocks[0]))
+    assert sorted(x.width for x in found) == [64, 64, 64, 160] and all(x.count == 1 for x in found)
+    work = work_of(view, selected(view), PruneConfig())
     h, f = 64, 160
     matrices = h * h * 2 + 2 * h * 32 + 3 * h * f
-    assert work.forward == 2 * matrices and work.gram == 3 * h * h + f * f and work.head == 2 * 96 * h
+    assert work.forward == 2 * matrices and work.statistics == 3 * h * h + f * f and work.head == 2 * 96 * h
     sweep = 2 * h * (h * h * 2 + 2 * h * 32 + 2 * h * f) + 2 * f * h * f
     assert work.solve == pytest.approx(2 * (3 * h**3 + f**3) + sweep)
-    _, device = memory_of(view, selected(view), PruneConfig(), torch.bfloat16, streamed=False)
+    _, device = memory_of(view, selected(view), PruneConfig(), torch.bfloat16, streamed=False, gpu=True)
     assert device["statistics"] == 4 * (3 * h * h + f * f)
+    wanda = work_of(view, selected(view), PruneConfig(method="wanda"))
+    assert wanda.statistics == 3 * h + f and wanda.solve == 2 * matrices, "norms and masks, no factorisation"
+
+
+def test_memory_is_that_of_the_moment_that_needs_most():
+    config = transformers.LlamaConfig(vocab_size=96, hidden_size=64, intermediate_size=160, num_hidden_layers=4,
+                                      num_attention_heads=4, **LLAMA)
+    view = view_of(config)
+    def peak(budget=float("inf"), **fields):
+        settings = PruneConfig(calibration=Calibration(num_samples=8, seq_len=64), **fields)
+        return memory_of(view, selected(view), settings, torch.bfloat16, streamed=False, gpu=False, budget=budget)[0]
+    fitted = peak(evaluation=Evaluation(enabled=False))
+    assert "batches" in fitted and "activations" in fitted and "evaluation" not in fitted
+    measured = peak(evaluation=Evaluation(batch_size=256))
+    assert set(measured) == {"process", "weights", "evaluation"}, "activations are gone, or not yet there"
+    assert peak(budget=1000, evaluation=Evaluation(enabled=False))["activations"] == 1000, "the rest lies in files"
 
 
 def test_passes_are_those_the_orchestrator_makes():
@@ -88,7 +119,7 @@ def test_the_estimate_is_within_a_quarter_of_a_real_run(fields, monkeypatch):
 
     def rehearsed() -> dict:
         view = ModelView(skeleton(config, torch.float32))
-        return rehearse(config, asked, view, selected(view), torch.float32)
+        return rehearse(asked, view, work_of(view, selected(view), asked), torch.float32)
 
     def real() -> dict:
         return prune(model, progress=False,
