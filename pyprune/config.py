@@ -164,6 +164,10 @@ class Structured:
     """LIAR's ablation: ``both``, ``weight`` or ``bias``."""
     interpolate_weights: bool = False
     """Write the dropped weights as a linear map of the kept ones (the paper's P)."""
+    token_weights: str = "auto"
+    """``uniform``: the papers' least squares; ``relative``: a token's error counts by the size of its own output, so
+    that the few tokens on which a neuron is huge do not decide the fit; ``auto``: relative where a layer norm follows
+    the residual sum at once (BERT), uniform elsewhere."""
     head_scope: str = "groups"
     """``groups``: whole key/value groups; ``queries``: query heads inside groups, equally many per group."""
     nonstandard: str = "refuse"
@@ -172,6 +176,7 @@ class Structured:
     def __post_init__(self):
         _choose("allocation", self.allocation, ("uniform", "global"))
         _choose("interpolate", self.interpolate, ("both", "weight", "bias"))
+        _choose("token_weights", self.token_weights, ("auto", "relative", "uniform"))
         _choose("head_scope", self.head_scope, ("groups", "queries"))
         _choose("nonstandard", self.nonstandard, ("refuse", "save", "pad"))
 

@@ -61,8 +61,7 @@ def magnitude(layer: Scored) -> Tensor:
 def activation(layer: Scored) -> Tensor:
     """Column norm times input norm, ``‖W_·j‖ ‖X_j‖`` (Wanda, arXiv 2306.11695, for columns); root sum of squares over a
     head."""
-    squares = layer.moments.variance + layer.moments.mean.square()
-    return layer.per_unit(squares * layer.weight.double().square().sum(0)).sqrt()
+    return layer.per_unit(layer.moments.mean_square * layer.weight.double().square().sum(0)).sqrt()
 
 
 def wifv(layer: Scored) -> Tensor:

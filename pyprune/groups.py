@@ -57,6 +57,9 @@ class Coupled:
     target: str | None = None
     """Where the consumer's output lands in the residual stream: ``""`` the block's output, else the module whose input
     it is; None if it is not simply added (a norm or a factor in between)."""
+    normed: bool = False
+    """Whether that sum goes through a norm before anything else sees it (post-norm), so that each token's size is
+    divided away."""
 
     @property
     def units(self) -> int:
@@ -139,6 +142,7 @@ def examine(block: nn.Module, hidden: Tensor, arguments: Arguments, head_scope: 
             found += _classify(ref, probe, output, head_scope)
     found = [replace(g, target=_landing(probe_block, hidden, arguments, g.consumer)) if g.consumer.expert is None else g
              for g in found]
+    found = [replace(g, normed=_normed(probe_block, hidden, arguments, g.target)) for g in found]
     found = [g for group in found for g in _per_expert(group, refs)]
     found = [replace(g, slots=_with_biases(g.slots, block)) for g in found]
     return sorted(found, key=lambda g: g.kind != "heads")
@@ -354,3 +358,18 @@ def _landing(block: nn.Module, hidden: Tensor, arguments: Arguments, consumer: W
                 float((before.reshape(own.shape) - own).abs().max()) > 1e-3 * float(scale):
             return name
     return None
+
+
+def _normed(block: nn.Module, hidden: Tensor, arguments: Arguments, target: str | None) -> bool:
+    """Whether the block's output stays as it is when the residual sum at ``target`` is four times as large."""
+    if not target:
+        return False
+    outputs = []
+    for factor in (1, 4):
+        handle = block.get_submodule(target).register_forward_pre_hook(
+            lambda _, args, factor=factor: (args[0] * factor, *args[1:]))
+        try:
+            outputs.append(call_block(block, hidden, arguments).detach())
+        finally:
+            handle.remove()
+    return float((outputs[1] - outputs[0]).norm()) < 1e-2 * float(outputs[0].norm())

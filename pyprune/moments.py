@@ -305,11 +305,12 @@ def mean_of(x: Tensor, w: Tensor | None) -> Tensor:
 def token_weights(power: Tensor, floor: Tensor) -> Tensor:
     """``1/(‖y‖² + FLOOR·floor)`` of each token, zero where both are: its error then counts by its own output's size.
 
-    Least squares over tokens follows the largest outputs. A transformer has neurons that speak on one or two tokens
-    ([CLS], the first token) and there a thousand times louder than anything else; once such a neuron is dropped, 95 to
-    99 % of the squared error lies on those few tokens, the fit spends every kept neuron on rebuilding them and what it
-    gives all the others is noise. Yet the next normalisation divides each token by its own size, so what counts is each
-    token's relative error.
+    Least squares over tokens follows the largest outputs. A transformer has neurons that speak on one token ([CLS], the
+    first token) and there a thousand times louder than anything else. Once such a neuron is dropped, 95 to 99 % of the
+    squared error lies on that token, the fit spends every kept neuron on rebuilding it and what it gives all other
+    tokens is noise. Where a norm follows the residual sum at once (post-norm encoders), the token's size is divided
+    away and only its relative error goes on. In a pre-norm decoder it does not: there the loud first token is an
+    attention sink that later blocks read, and it must be rebuilt however much that costs; plain least squares does.
 
     power: ``‖y‖²`` of the consumer's output, ``[tokens]``. floor: ``Σ_j x_j² ‖W_·j‖²``, the power it had if its
     columns did not cancel; it keeps a token with hardly any output from counting without bound. Any common factor of

@@ -69,9 +69,10 @@ def observe(run: Run, index: int, module: nn.Module, groups: list[Coupled], stre
     errors = [dense is not None and dense[i] is not None for i in range(len(groups))]
     splits = [Split.make(w.shape[1], w.shape[0] if e else 0, run.executor.device, precision)
               for w, e in zip(weights, errors)]
-    relative = run.config.structured.token_weights == "relative"
-    columns = [w.float().square().sum(0).to(run.executor.device) for w in weights] if relative else []
-    taps = Taps(module, groups, sums=any(errors), powers=relative, stop=target is None)
+    asked = run.config.structured.token_weights
+    relative = [asked == "relative" or asked == "auto" and g.normed for g in groups]
+    columns = [w.float().square().sum(0).to(run.executor.device) if r else None for w, r in zip(weights, relative)]
+    taps = Taps(module, groups, sums=any(errors), powers=any(relative), stop=target is None)
     first, total = run.world.span(len(run.data.sequences))[0], len(run.data.sequences)
 
     def take(batch: Batch, _) -> None:
@@ -88,7 +89,7 @@ def observe(run: Run, index: int, module: nn.Module, groups: list[Coupled], stre
                     want = want.reshape(-1, want.shape[-1]).to(x.device, non_blocking=True)
                     e = want.float() - taps.sums[i].float()
                 w = None
-                if relative:
+                if relative[i]:
                     power = taps.powers.get(i)
                     if power is None:  # an expert
                         power = (x.float() @ weights[i].to(x.device).float().T).square().sum(1)
