@@ -127,7 +127,7 @@ def _loading(name: str | Path) -> Iterator[None]:
     from safetensors import SafetensorError
 
     try:
-        with _quiet():
+        with quiet():
             yield
     except ConfigError:
         raise
@@ -196,7 +196,7 @@ def _forget_gguf(model: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without transformers' own bars and chatter; what matters is raised."""
     from transformers import modeling_gguf_pytorch_utils as gguf
     from transformers.utils import logging
@@ -275,7 +275,7 @@ def save(model: nn.Module, tokenizer, directory: str | Path, report: dict, confi
 
 def fill(model: nn.Module, tokenizer, folder: Path, report: dict, config: PruneConfig, name: str) -> None:
     """Write all files of a pruned checkpoint into ``folder``; ``name`` is what the model card calls it."""
-    with _quiet():
+    with quiet():
         model.save_pretrained(folder)
     save_extras(tokenizer, folder, report, config, name)
 

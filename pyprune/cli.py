@@ -12,7 +12,7 @@ import typer
 
 import pyprune
 from pyprune import report, speed
-from pyprune.config import ConfigError, override
+from pyprune.config import Calibration, ConfigError, Evaluation, Reconstruction, from_dict, override
 from pyprune.options import configuration_fields, with_fields
 
 app = typer.Typer(name="pyprune", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -21,6 +21,11 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else 
 RUN_FIELDS = [path for path in configuration_fields() if path != "model"]
 EVALUATION_FIELDS = [path for path in configuration_fields() if path.startswith("evaluation.")
                      and path != "evaluation.enabled"]
+
+REFINE_FIELDS = ["output", "dtype", "compute_dtype", "device", "seed", "global_propagation",
+                 *(path for path in configuration_fields()
+                   if path.startswith(("calibration.", "reconstruction.", "evaluation."))
+                   and path not in ("calibration.self_generated_for", "reconstruction.layerwise_target"))]
 
 
 def _print_json(value) -> None:
@@ -56,6 +61,32 @@ def prune(
     if as_json:
         return _print_json(result.report)
     return report.print_summary(result.report, settings.output)
+
+
+@app.command()
+@with_fields(REFINE_FIELDS)
+def refine(
+    model: Annotated[str, typer.Argument(help="Folder of a pruned model, masked or structured.")],
+    dense: Annotated[str | None, typer.Option(help="The model it was pruned from; else what its pruning.json "
+                                              "names.")] = None,
+    cross_block: Annotated[bool, typer.Option("--cross-block", help="Train windows of two blocks (CR).")] = False,
+    as_json: Json = False,
+    fields: dict = None,
+):
+    """Train a pruned MODEL block by block to give the dense model's outputs (paper R); its zeros stay zeros.
+
+    Targets are the dense model's own stream (GP) unless --no-global-propagation.
+    """
+    from pyprune.refine_checkpoint import print_refinement, refine_checkpoint
+
+    output = fields.pop("output", None)
+    if output is None:
+        raise ConfigError("no output folder: name one with -o")
+    sections = {name: from_dict(cls, fields.pop(section, {}), section) for name, section, cls in (
+        ("calibration", "calibration", Calibration), ("evaluation", "evaluation", Evaluation),
+        ("settings", "reconstruction", Reconstruction))}
+    found = refine_checkpoint(model, output, dense=dense, cross_block=cross_block, **sections, **fields)
+    return _print_json(found) if as_json else print_refinement(found, output)
 
 
 @app.command(name="eval")

@@ -7,10 +7,10 @@ import time
 from typing import TextIO
 
 
-def announce(text: str, enabled: bool = True) -> None:
+def announce(text: str, enabled: bool = True, label: str = "pruning") -> None:
     """A line for what takes its time outside the blocks: loading, measuring."""
     if enabled:
-        print(f"pruning · {text}", file=sys.stderr, flush=True)
+        print(f"{label} · {text}", file=sys.stderr, flush=True)
 
 
 class Progress:

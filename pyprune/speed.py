@@ -18,12 +18,13 @@ from torch import nn
 from pyprune.config import ConfigError
 
 
-def dense_of(name: str | Path) -> str:
-    """The model that a folder written by pyprune was pruned from. Raises ConfigError if it does not say."""
+def dense_of(name: str | Path, option: str = "--against") -> str:
+    """The model that a folder written by pyprune was pruned from. Raises ConfigError if it does not say; ``option``
+    is what names it instead."""
     record = Path(name) / "pruning.json"
     found = json.loads(record.read_text()).get("settings", {}).get("model") if record.is_file() else None
     if not found:
-        raise ConfigError(f"{name} does not say which model it was pruned from; name the dense model with --against")
+        raise ConfigError(f"{name} does not say which model it was pruned from; name the dense model with {option}")
     return found
 
 

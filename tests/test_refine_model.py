@@ -1,14 +1,21 @@
-"""``pyprune.refine``: models that are pruned already, with zeros or with fewer heads and neurons."""
+"""``pyprune.refine`` and ``pyprune refine``: models that are pruned already, with zeros or smaller."""
 
 from __future__ import annotations
 
+import json
+
+import numpy as np
 import pytest
 import tiny
 import torch
 
 import pyprune
+from pyprune import cli
 from pyprune.config import Calibration, ConfigError, Evaluation, Reconstruction
+from pyprune.model import ModelView
 from pyprune.prune import prune
+from pyprune.reconstruct import Trace
+from pyprune.stream import Executor
 
 FAST = Reconstruction(epochs=3, batch_size=4, lr=2e-3)
 
@@ -63,3 +70,145 @@ def test_a_structured_model_is_refined():
 def test_models_that_do_not_match_are_refused():
     with pytest.raises(ConfigError, match="same blocks"):
         pyprune.refine(tiny.model("llama"), tiny.model("llama", num_hidden_layers=2), tiny.ids(4, 8))
+
+
+@pytest.mark.parametrize("cross, passes", [(False, [2, 2, 1]), (True, [2, 2, 1])])
+def test_refining_runs_each_block_no_more_often_than_it_needs(cross, passes, monkeypatch):
+    """Once for the dense targets and once to go on; training apart."""
+    pruned = run(method="magnitude", reconstruct="none").model
+    counts, forward = [0] * 3, Executor.forward
+    monkeypatch.setattr(Executor, "forward", lambda self, index, *a: (
+        counts.__setitem__(index, counts[index] + len(a[1])), forward(self, index, *a))[1])
+    pyprune.refine(pruned, tiny.model("llama"), tiny.ids(12, 24), cross_block=cross, settings=FAST)
+    assert [count / 12 for count in counts] == passes
+
+
+@pytest.mark.parametrize("cross", [False, True])
+def test_selection_by_validation_never_raises_held_out_error(cross):
+    """In bfloat16 too, where writing the masters rounds them: errors are those of the weights as written."""
+    pruned = run(method="magnitude", reconstruct="none").model.bfloat16()
+    rows = pyprune.refine(pruned, tiny.model("llama").bfloat16(), enough(), cross_block=cross,
+                          settings=Reconstruction(epochs=3, batch_size=4, lr=2e-3, select="validation"))
+    assert all(row["after_held_out"] <= row["before_held_out"] for row in rows)
+    assert any(row["after_held_out"] < 0.9 * row["before_held_out"] for row in rows)
+
+
+@pytest.mark.parametrize("cross", [False, True])
+def test_selection_by_validation_judges_the_weights_written(cross, monkeypatch):
+    def spoil(student, *arguments, **options):
+        with torch.no_grad():
+            for master in student.masters:
+                master.mul_(1.5)
+        return Trace(student.indices)
+
+    monkeypatch.setattr("pyprune.refine_model.train", spoil)
+    pruned = run(method="magnitude", reconstruct="none").model
+    before = {name: p.detach().clone() for name, p in pruned.named_parameters()}
+    rows = pyprune.refine(pruned, tiny.model("llama"), enough(), cross_block=cross,
+                          settings=Reconstruction(select="validation"))
+    assert all(row["after_held_out"] == row["before_held_out"] for row in rows)
+    assert equal(before, state_of(pruned))
+
+
+def enough():
+    return Calibration(source=tiny.ids(40, 24), num_samples=32, seq_len=24, held_out=8)
+
+
+def test_memory_that_runs_out_is_said_and_changes_nothing():
+    results = []
+    for most, micro in ((1, None), (9, 1)):
+        pruned, told = run(method="magnitude", reconstruct="none").model, []
+
+        def refuse(module, arguments, most=most):
+            if torch.is_grad_enabled() and len(arguments[0]) > most:
+                raise torch.OutOfMemoryError("simulated")
+
+        pruned.model.layers[0].mlp.down_proj.register_forward_pre_hook(refuse)
+        pyprune.refine(pruned, tiny.model("llama"), tiny.ids(12, 24), warn=told.append,
+                       settings=Reconstruction(epochs=2, batch_size=4, lr=2e-3, micro_batch_size=micro))
+        results.append((state_of(pruned), told))
+    assert equal(results[0][0], results[1][0]) and len(results[0][1]) == 2 and not results[1][1]
+
+
+def state_of(model):
+    return {name: p.detach() for name, p in model.named_parameters()}
+
+
+def test_self_generated_sequences_train(tokenizer):
+    pruned, dense = (tiny.model("llama", vocab_size=tiny.CHARACTERS) for _ in range(2))
+    with torch.no_grad():
+        for block in pruned.model.layers:
+            block.mlp.up_proj.weight[::2] = 0
+    alone = Calibration(num_samples=0, seq_len=24, self_generated=6)
+    (row, *_) = pyprune.refine(pruned, dense, alone, tokenizer=tokenizer, settings=FAST)
+    assert row["steps"] == 3 * 2 and row["after_calibration"] < row["before_calibration"]
+
+
+# ---- checkpoints ---------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def ids(tmp_path_factory):
+    path = tmp_path_factory.mktemp("ids") / "ids.npy"
+    np.save(path, tiny.ids(24, 24).numpy())
+    return str(path)
+
+
+def command(*arguments):
+    with pytest.raises(SystemExit) as ended:
+        cli.main([str(a) for a in arguments])
+    return ended.value.code or 0
+
+
+@pytest.mark.parametrize("pattern, extra", [
+    ("neurons", ["--reconstruct", "liar"]),
+    ("structured", ["--reconstruct", "liar", "--allocation", "global", "--nonstandard", "save"]),
+    ("2:4", ["--method", "wanda"]),
+])
+def test_a_saved_checkpoint_is_refined_on_the_command_line(pattern, extra, folder, ids, tmp_path, capsys):
+    """Pruned, saved, refined, saved, loaded: sizes and zeros as they were, errors and perplexity lower, all said."""
+    pruned, refined = tmp_path / "pruned", tmp_path / "refined"
+    text = ["--calibration", ids, "--num-samples", 16, "--seq-len", 24, "--text", ids]
+    assert command("prune", folder, "-o", pruned, "--pattern", pattern, *extra, *text) == 0
+    capsys.readouterr()
+    assert command("refine", pruned, "-o", refined, *text, "--epochs", 8, "--lr", 2e-3, "--reconstruction-batch-size",
+                   4, "--select", "validation", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["dense"] == str(folder), "the dense model is what pruning.json names"
+    last = found["windows"][-1]
+    assert last["after_calibration"] < last["before_calibration"]
+    assert last["after_held_out"] <= last["before_held_out"]
+    (row,) = found["evaluation"]
+    before, after = pyprune.load(pruned).model, pyprune.load(refined).model
+    assert [p.shape for p in before.parameters()] == [p.shape for p in after.parameters()]
+    changed = 0
+    for old, new in zip(ModelView(before).blocks, ModelView(after).blocks):
+        for p, q in zip(old.parameters(), new.parameters()):
+            changed += not torch.equal(p, q)
+            assert p.ndim < 2 or torch.equal(p == 0, q == 0)
+    assert changed > 20
+    for model, name in ((before, "pruned"), (after, "refined")):
+        assert pyprune.evaluate(model, ids, dtype=row["dtype"])["perplexity"] == pytest.approx(row[name], rel=1e-4)
+    report = json.loads((refined / "report.json").read_text())
+    assert report["evaluation"][0]["pruned"] == row["refined"] and report["refinement"]["windows"] == found["windows"]
+    assert (refined / "pruning.json").read_text() == (pruned / "pruning.json").read_text()
+    card = (refined / "README.md").read_text()
+    assert "refined after pruning by block reconstruction with global propagation" in card
+    assert command("compare", pruned, refined) == 0
+    assert command("refine", pruned, "-o", refined, *text) == 2, "nothing is overwritten"
+    assert "not empty" in capsys.readouterr().err
+
+
+def test_a_checkpoint_by_anything_else_needs_its_dense_model_named(folder, ids, tmp_path, capsys):
+    other = tmp_path / "other"
+    model = pyprune.load(folder).model
+    with torch.no_grad():
+        for block in model.model.layers:
+            block.mlp.up_proj.weight[:, ::2] = 0
+    model.save_pretrained(other)
+    text = ["--calibration", ids, "--num-samples", 16, "--seq-len", 24, "--no-evaluation", "--epochs", 2, "--lr", 2e-3]
+    assert command("refine", other, "-o", tmp_path / "out", *text) == 2
+    assert "name the dense model with --dense" in capsys.readouterr().err
+    assert command("refine", other, "-o", tmp_path / "out", "--dense", folder, "--cross-block", *text) == 0
+    assert "error of the last block" in capsys.readouterr().out
+    assert not pyprune.load(tmp_path / "out").model.model.layers[1].mlp.up_proj.weight[:, ::2].any()
+    assert len(json.loads((tmp_path / "out" / "refinement.json").read_text())["windows"]) == 4
