@@ -295,4 +295,4 @@ def reduce_statistics(world: World, observer) -> None:
             sink.m2 += sink.count * (sink.mean - mean).square()
             sink.mean = mean
             world.sum_(sink.m2)
-        world.sum_(sink.gram, sink.sums, sink.count)
+        world.sum_(sink.gram, sink.sums, sink.count, sink.cross)

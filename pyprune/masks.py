@@ -22,10 +22,12 @@ def needs_calibration(config: PruneConfig) -> bool:
 
 
 def gather(run: Run, index: int, module: nn.Module, refs: list[WeightRef], fit: Activations,
-           target: Activations | None = None) -> Observer:
+           target: Activations | None = None, dense: Activations | None = None) -> Observer:
     """Statistics pass over one block; finite or a ConfigError that names weight, sequence and token.
 
-    target: takes the block's outputs, which the pass otherwise does not finish (with dense inputs, ``fit`` itself)."""
+    target: takes the block's outputs, which the pass otherwise does not finish (with dense inputs, ``fit`` itself).
+    dense: the dense stream, for the cross Gram of GP; it moves on to the block's outputs.
+    """
     config = run.config
     gram = needs_factor(config)
     precision = "bfloat16" if run.executor.dtype == torch.bfloat16 else "float32"
@@ -34,7 +36,8 @@ def gather(run: Run, index: int, module: nn.Module, refs: list[WeightRef], fit: 
         return Statistics(columns, device, want_gram=gram, want_moments=config.method == "wanda" and not gram,
                           precision=precision, clock=run.clock)
 
-    observer = observe(run.executor, index, module, refs, fit, sink, target=fit if config.inputs == "dense" else target)
+    observer = observe(run.executor, index, module, refs, fit, sink, dense=dense,
+                       target=fit if config.inputs == "dense" else target)
     distributed.reduce_statistics(run.world, observer)
     if not all(s.finite() for s in observer.sinks.values()):
         find_non_finite(run.executor, index, module, refs, fit, lambda ref: run.view.name(index, ref))

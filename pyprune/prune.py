@@ -280,13 +280,11 @@ def solve_block(run: Run, bar: Progress, index: int, module: nn.Module, fit: Act
     if fit is not None and (refs or config.inputs == "dense"):
         bar.update(phase="statistics")
         with run.clock("forward"):
-            observer = gather(run, index, module, refs, fit, refiner.local_target(index) if refiner else None)
+            observer = gather(run, index, module, refs, fit, **(refiner.beside(index) if refiner else {}))
     if refiner:
         bar.update(phase="dense targets")
         with run.clock("forward"):
-            if observer is not None:
-                refiner.cross_grams(index, module, refs, observer)
-            refiner.dense(index, module)
+            refiner.dense(index, module, gathered=observer is not None)
         original = {ref: ref.view(run.view.blocks[index]).clone() for ref in refs}
     bar.update(phase="solve")
     with run.clock("solve"):

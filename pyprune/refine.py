@@ -20,13 +20,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pyprune import ops
 from pyprune.config import ConfigError, PruneConfig
 from pyprune.model import WeightRef
 from pyprune.reconstruct import Pairs, Trace, error_sums, train
 from pyprune.run import Probe, Run, stream_error
-from pyprune.statistics import Inputs, Observer, ratio
-from pyprune.stream import NO_ROOM, Activations, Batch, Executor
+from pyprune.statistics import ratio
+from pyprune.stream import Activations, Executor
 from pyprune.student import Student
 
 
@@ -93,69 +92,37 @@ class Refiner:
         """The blocks that train when the masks of block ``index`` are known."""
         return [index - 1, index] if self.cross and index else [index]
 
-    def local_target(self, index: int) -> Activations | None:
-        """Where the statistics pass puts its outputs: without GP they are the calibration stream's targets."""
+    def beside(self, index: int) -> dict[str, Activations]:
+        """What the statistics pass over the calibration stream does in the same go, as :func:`pyprune.masks.gather`
+        takes it: without GP its outputs are the targets of BR; with GP for the layer-wise solver it takes the dense
+        stream along."""
         fit = self.streams[0]
-        if fit.dense is not None or not self.trained(self.window(index)) or len(self.window(index)) > 1:
-            return None
+        if fit.dense is not None:
+            return {"dense": fit.dense} if self.layerwise else {}
+        if not self.trained(self.window(index)) or len(self.window(index)) > 1:
+            return {}
         fit.local = fit.local or fit.student.like()
-        return fit.local
+        return {"target": fit.local}
 
     @torch.no_grad()
-    def dense(self, index: int, module: nn.Module, training: bool = True) -> None:
-        """Dense outputs of block ``index`` (``module``, not yet pruned) for every stream, computed once and kept; but
-        for those that the statistics pass has left in :meth:`local_target`."""
+    def dense(self, index: int, module: nn.Module, training: bool = True, gathered: bool = False) -> None:
+        """Dense outputs of block ``index`` (``module``, not yet pruned) for every stream, computed once and kept.
+
+        gathered: the statistics pass was run, and took along what :meth:`beside` says.
+        """
         if self.cross and not self.run.config.global_propagation:
             self._dense[index] = copy.deepcopy(module)
             self._dense.pop(index - 2, None)
-        for stream in self.streams:
+        for stream in self.streams[1:] if gathered and self.beside(index) else self.streams:
             if stream.dense is not None:
                 self.executor.run(index, module, stream.dense, stream.dense)
             elif training and self.trained(self.window(index)):
-                if stream is self.streams[0] and self.local_target(index) is not None:
-                    continue
                 source = stream.student
                 stream.local = stream.local or source.like()
                 if self.cross and index > 0:
                     source = stream.local
                     self.executor.run(index - 1, self._dense[index - 1], stream.behind, source)
                 self.executor.run(index, module, source, stream.local)
-
-    def cross_grams(self, index: int, module: nn.Module, refs: list[WeightRef], observer: Observer) -> None:
-        """GP for the layer-wise solver: ``X̄ᵀX`` beside the Gram matrix of each input group, before :meth:`dense`.
-
-        Experts are left out: the two streams send different tokens to them.
-        """
-        refs = [ref for ref in refs if ref.expert is None]
-        if not self.layerwise or not refs:
-            return
-        fit, both = self.streams[0], Observer(module, refs, lambda columns, device: Inputs())
-        try:
-            parts = fit.student.batches(self.executor.batch_size)
-            while parts:
-                part = parts.pop(0)
-                seen = self.executor.attempt(lambda part=part: [
-                    self._inputs_of(index, module, both, stream, part) for stream in (fit.dense, fit.student)])
-                if seen is NO_ROOM:
-                    parts[:0] = [half for half, _ in self.executor.halve(part, fit.student.read(part), index)]
-                    continue
-                for name, x in seen[1].items():
-                    statistics = observer.sinks[observer.leader[name]]
-                    if statistics.cross is None:
-                        statistics.cross = torch.zeros_like(statistics.gram)
-                    ops.cross_gram_update(statistics.cross, seen[0][name], x)
-        finally:
-            both.close()
-        for name in sorted(observer.sinks):
-            self.run.world.sum_(observer.sinks[name].cross)
-
-    def _inputs_of(self, index: int, module: nn.Module, observer: Observer, stream: Activations,
-                   part: Batch) -> dict[str, Tensor]:
-        """Inputs of each observed group on one batch."""
-        for sink in observer.sinks.values():
-            sink.chunks.clear()
-        observer.run(lambda: self.executor.forward(index, module, stream.read(part)), stop_early=True)
-        return {name: sink.x for name, sink in observer.sinks.items()}
 
     # ---- training ----------------------------------------------------------------------------------------------
 

@@ -57,10 +57,14 @@ class Statistics:
             self.mean = torch.zeros(self.columns, dtype=torch.float64, device=self.device)
             self.m2 = torch.zeros(self.columns, dtype=torch.float64, device=self.device)
 
-    def update(self, x: Tensor) -> None:
-        """Add tokens ``x [tokens, c]``."""
+    def update(self, x: Tensor, dense: Tensor | None = None) -> None:
+        """Add tokens ``x [tokens, c]``; ``dense`` are the same tokens in the dense stream."""
         with self.clock("statistics"):
             self._update(x)
+            if dense is not None:
+                if self.cross is None:
+                    self.cross = torch.zeros_like(self.gram)
+                ops.cross_gram_update(self.cross, dense, x)
 
     def _update(self, x: Tensor) -> None:
         if self.want_moments:
@@ -116,6 +120,11 @@ class Observer:
         self.skip: frozenset[str] = frozenset()
         """Names whose sinks have this batch already (it ran out of memory behind them and comes again in halves)."""
         self.updating: str | None = None
+        self.holding = False
+        """The pass is the dense stream's: its inputs are held for the cross Gram, none is counted."""
+        self.held: dict[str, Tensor] = {}
+        self._end: str | None = None
+        self._plain = {ref.name for ref in refs if ref.expert is None}
         self._make = sink
         self._handles = []
         modules = dict(module.named_modules())
@@ -136,6 +145,8 @@ class Observer:
                 module.register_forward_hook(lambda *_: mode.__exit__(None, None, None), always_call=True)]
 
     def see(self, name: str, x: Tensor) -> None:
+        if self.holding and name not in self._plain:
+            return  # the two streams send different tokens to an expert
         if name not in self.leader:
             same = [leader for leader, seen in self._recent if seen is x]
             self.leader[name] = same[0] if same else name
@@ -143,9 +154,12 @@ class Observer:
                 self.sinks[name] = self._make(x.shape[-1], x.device)
         if self.leader[name] == name:
             self._recent.append((name, x))
-            if name not in self.skip:
+            rows = x.reshape(-1, x.shape[-1])
+            if self.holding:
+                self.held[name] = rows
+            elif name not in self.skip:
                 self.updating = name
-                self.sinks[name].update(x.reshape(-1, x.shape[-1]))
+                self.sinks[name].update(rows, *([self.held[name]] if name in self.held else []))
                 self.updating = None
         self._order.append(name)
         if name == self.last:
@@ -155,16 +169,23 @@ class Observer:
         """One forward pass under observation; with ``stop_early`` it ends before the last observed product (from the
         second pass on, when the order is known) and returns None."""
         self._recent, self._order = [], []
-        if not stop_early:
-            self.last = None
+        self.last = self._end if stop_early else None
         try:
             with torch.no_grad():
                 out = forward()
         except _Stop:
             return None
-        if stop_early and not self._experts and self._order:
-            self.last = self._order[-1]
+        if not self._experts and self._order:
+            self._end = self._order[-1]
         return out
+
+    def run_dense(self, forward: Callable[[], Tensor]) -> Tensor:
+        """The dense stream's pass over a batch, before the batch itself."""
+        self.held, self.holding = {}, True
+        try:
+            return self.run(forward, stop_early=False)
+        finally:
+            self.holding, self._order = False, []  # nothing was counted
 
     def close(self) -> None:
         for handle in self._handles:
@@ -196,23 +217,33 @@ class _ExpertMode(TorchFunctionMode):
 
 
 def observe(executor: Executor, index: int, module: nn.Module, refs: list[WeightRef], activations: Activations,
-            sink: Callable[[int, torch.device], object], target: Activations | None = None) -> Observer:
+            sink: Callable[[int, torch.device], object], target: Activations | None = None,
+            dense: Activations | None = None) -> Observer:
     """Run a block over ``activations`` and return the observer with one filled sink a group.
 
     The pass ends before the block's last projection unless ``target`` wants the outputs.
+    dense: the dense stream of the same sequences. Sinks get its inputs of their group beside their own, but
+    for experts, and its outputs take the place of its inputs.
     """
     observer = Observer(module, refs, sink)
+
+    def both(part: Batch, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        ahead = None if dense is None else observer.run_dense(
+            lambda: executor.forward(index, module, dense.read(part)))
+        return ahead, observer.run(lambda: executor.forward(index, module, x), stop_early=target is None)
+
     try:
         for batch, hidden in executor.stream(activations):
             parts = [(batch, hidden, frozenset())]
             while parts:
                 part, x, observer.skip = parts.pop(0)
-                forward = functools.partial(executor.forward, index, module, x)
-                out = executor.attempt(functools.partial(observer.run, forward, stop_early=target is None))
-                if out is NO_ROOM:
+                outs = executor.attempt(functools.partial(both, part, x))
+                if outs is NO_ROOM:
                     parts[:0] = _again(executor, index, observer, part, x)
-                elif target is not None:
-                    executor.write(target, part, out)
+                    continue
+                for stream, out in ((dense, outs[0]), (target, outs[1])):
+                    if stream is not None:
+                        executor.write(stream, part, out)
         executor.drain()
     finally:
         observer.close()
