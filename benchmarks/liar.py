@@ -1,10 +1,12 @@
 """LIAR on real models: criteria × reconstructions × sparsities, cell by cell, each cell kept once it is done.
 
     PYPRUNE_DATA=… python -m benchmarks.liar --minutes 5        # as many missing cells as fit, most telling first
+    PYPRUNE_DATA=… OMP_NUM_THREADS=1 python -m benchmarks.liar --part 0/2 & … --part 1/2    # one process a core
     PYPRUNE_DATA=… python -m benchmarks.liar --report           # tables and plots from the cells there are
 
 Encoder: all-MiniLM-L6-v2 on all STS-B test pairs (Spearman) and on SST-2 with a linear head; decoder: SmolLM2-135M on
-WikiText-2 test. The grid shares one dense pass of statistics; cells marked ``propagated`` are whole runs of
+WikiText-2 test. The cells of one task, pattern and seed share one dense pass of statistics for each way of weighting
+tokens, the scores of a criterion and the tokenised test; cells marked ``propagated`` are whole runs of
 ``pyprune.prune``. Calibration never sees a test sentence or a label.
 """
 
@@ -12,8 +14,11 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
+import functools
 import json
 import random
+import re
 import time
 from pathlib import Path
 
@@ -25,7 +30,7 @@ from pyprune.allocation import choose, uniform_count
 from pyprune.calibration import CalibrationData, tokenize
 from pyprune.config import PruneConfig
 from pyprune.evaluate import window_losses
-from pyprune.evaluate_tasks import encode, fit_head, predict, read_pairs, similarities, spearman, token_ids
+from pyprune.evaluate_tasks import encode, fit_head, predict, read_pairs, spearman, token_ids
 from pyprune.group_criteria import NEEDS_GRADIENTS, Scored, score
 from pyprune.liar import Problem, repair
 from pyprune.model import ModelView, weights_of
@@ -34,14 +39,33 @@ from pyprune.slicing import Pick, add_biases, slice_block
 from pyprune.stream import Executor
 from pyprune.structured_block import has_slot, observe
 from pyprune.structured_plan import make_plan, twin
-from pyprune.taps import mask_gradients
+from pyprune.taps import gradient_sequences, mask_gradients
 
 CRITERIA = ("wifv", "obs_greedy", "activation", "obs", "taylor", "fisher", "magnitude", "random")
-METHODS = ("none", "bias", "mask_tuning", "liar")
-ABLATIONS = {"liar_weight": {"interpolate": "weight"}, "liar_bias": {"interpolate": "bias"},
-             "liar_p": {"interpolate_weights": True}}
+METHODS = {
+    # the baselines and LIAR as published: every token counts the same
+    "none": ("none", "uniform", {}), "bias": ("bias", "uniform", {}), "mask_tuning": ("mask_tuning", "uniform", {}),
+    "liar_uniform": ("liar", "uniform", {}),
+    # what pyprune does unless told otherwise: tokens weighted in post-norm models
+    "liar": ("liar", "auto", {}),
+    "bias_relative": ("bias", "relative", {}), "mask_tuning_relative": ("mask_tuning", "relative", {}),
+    "liar_relative": ("liar", "relative", {}),
+    # the paper's figure 5b
+    "liar_weight": ("liar", "auto", {"interpolate": "weight"}), "liar_bias": ("liar", "auto", {"interpolate": "bias"}),
+    "liar_p": ("liar", "auto", {"interpolate_weights": True}),
+}
+"""Name → reconstruction, token weights, further options."""
+GRID = ("none", "bias", "mask_tuning", "liar_uniform", "liar")
+DECODER = ("none", "bias", "mask_tuning", "liar")
+ABLATIONS = ("liar_weight", "liar_bias", "liar_p")
+PLAIN = "_plain"
+"""Suffix of a criterion whose mask comes from unweighted statistics."""
 DTYPE = torch.bfloat16
 SENTENCES = 2048
+NEURONS = (0.5, 0.7, 0.3, 0.9, 0.4, 0.6, 0.8, 0.2, 0.1)
+HEADS = (0.5, 0.25, 0.75, 0.4, 0.6, 0.1)
+TASKS = ("sts", "sst2", "ppl", "ppl_all")
+"""``ppl_all``: every window of the test text, for the headline; ``ppl``: the first ones, for the grid."""
 
 
 def cells() -> list[dict]:
@@ -54,31 +78,36 @@ def cells() -> list[dict]:
                    for seed in seeds for s in sparsities for c in criteria for m in methods)
 
     main = ("wifv", "obs_greedy")
-    for task in ("sts", "sst2", "ppl"):
+    relative = ("bias_relative", "mask_tuning_relative")
+    for task in ("sts", "ppl"):
         add(task, "neurons", (0.0,), ("wifv",), ("none",))
-    add("ppl", "neurons", (0.5,), ("obs_greedy", "wifv"), ("liar", "bias", "none"))
-    add("ppl", "neurons", (0.5,), ("obs_greedy",), ("liar",), inputs="propagated")
-    add("ppl", "neurons", (0.5,), ("obs_greedy",), ("liar",), inputs="propagated", sentences=64)
-    add("sts", "neurons", (0.5, 0.7), CRITERIA, METHODS)
-    add("sts", "heads", (0.5,), CRITERIA, METHODS)
-    add("sts", "neurons", (0.3, 0.9), CRITERIA, METHODS)
-    add("sts", "neurons", (0.5, 0.7), main, METHODS, seeds=(1, 2))
-    add("sts", "structured", (0.2, 0.3, 0.4, 0.5), main, ("liar",))
-    add("sts", "neurons", (0.5, 0.7), ("wifv",), tuple(ABLATIONS))
-    add("sts", "heads", (0.5,), ("wifv",), tuple(ABLATIONS))
+    add("sts", "neurons", (0.5, 0.7), CRITERIA, GRID)
+    add("ppl", "neurons", (0.5,), main, DECODER)
+    add("sts", "neurons", (0.5, 0.7), CRITERIA, relative)
+    add("sts", "neurons", NEURONS[2:], CRITERIA, GRID)
+    add("sts", "heads", HEADS[:3], CRITERIA, GRID)
+    add("sts", "neurons", (0.5, 0.7), CRITERIA, GRID, seeds=(1, 2))
+    add("sts", "structured", (0.2, 0.3, 0.4, 0.5), main, ("liar", "liar_uniform"))
+    add("sst2", "neurons", (0.0,), ("wifv",), ("none",))
+    add("sst2", "neurons", (0.5, 0.7, 0.3), CRITERIA, GRID)
+    add("ppl", "neurons", (0.5,), ("random",), (*DECODER, "liar_relative"))
+    add("ppl", "neurons", (0.3, 0.4, 0.2, 0.1), main, DECODER)
+    add("sts", "neurons", (0.5, 0.7), main, ABLATIONS)
+    add("sts", "neurons", (0.5, 0.7), ("obs" + PLAIN, "obs_greedy" + PLAIN), ("liar", "liar_uniform"))
+    add("sts", "heads", (0.5,), ("wifv",), ABLATIONS)
     for n in (32, 64, 128, 256, 512, 1024, 4096):
-        out.append({"task": "sts", "pattern": "neurons", "sparsity": 0.5, "criterion": "wifv", "method": "liar",
-                    "seed": 0, "sentences": n, "inputs": "dense"})
-    add("sts", "neurons", (0.5, 0.7), main, ("liar", "bias"), inputs="propagated")
-    add("ppl", "neurons", (0.1, 0.2, 0.3, 0.4), ("wifv",), ("liar", "bias", "none"))
-    add("sst2", "neurons", (0.5,), CRITERIA, METHODS)
-    add("ppl", "heads", (1 / 3,), ("wifv", "obs", "random"), ("liar", "bias", "none"))
-    add("sts", "heads", (0.25, 0.75), CRITERIA, METHODS)
-    add("sst2", "neurons", (0.3, 0.7), CRITERIA, METHODS)
-    add("sts", "neurons", (0.1, 0.2, 0.4, 0.6, 0.8), CRITERIA, METHODS)
-    add("sst2", "heads", (0.25, 0.5), CRITERIA, METHODS)
-    add("ppl", "neurons", (0.1, 0.2, 0.3, 0.4, 0.5), ("magnitude", "random"), ("liar", "bias", "none"))
-    add("sts", "heads", (0.1, 0.4, 0.6), CRITERIA, METHODS)
+        add("sts", "neurons", (0.5,), ("wifv",), ("liar",), sentences=n)
+    add("sts", "neurons", (0.5, 0.7), main, ("liar",), inputs="propagated")
+    add("sts", "neurons", (0.5,), ("random", "fisher"), ("liar",), inputs="propagated")
+    add("ppl", "neurons", (0.5,), main[1:], ("liar",), inputs="propagated")
+    add("ppl_all", "neurons", (0.0,), ("wifv",), ("none",))
+    add("ppl_all", "neurons", (0.5,), main[1:], ("liar",))
+    add("ppl_all", "neurons", (0.5,), main[1:], ("liar",), inputs="propagated")
+    add("ppl", "heads", (1 / 3,), ("wifv", "obs", "random"), DECODER)
+    add("sts", "heads", HEADS[3:], CRITERIA, GRID)
+    add("sts", "heads", (0.5,), CRITERIA, GRID, seeds=(1, 2))
+    add("sst2", "heads", (0.25, 0.5), CRITERIA, GRID)
+    add("ppl", "neurons", (0.5, 0.3), ("magnitude", "activation"), DECODER)
     unique = {key(c): c for c in out}
     return list(unique.values())
 
@@ -109,45 +138,67 @@ def wikitext(tokenizer, split: str, count: int, length: int, seed: int | None = 
 
 # ---- one model and the statistics of one calibration draw -----------------------------------------------------------
 
+@functools.lru_cache
+def loaded(name: str):
+    return pyprune.load(name)
+
+
+@functools.lru_cache
+def stsb(tokenizer) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Ids of all first sentences, then all second ones, of STS-B test, and the human scores."""
+    first, second, gold = read_pairs(data("stsb", "test.jsonl"))
+    return token_ids(tokenizer, [*first, *second]), gold
+
+
 class Bench:
     """Dense model, its scores by criterion and its moments, for one (task, pattern, sentences, seed)."""
 
     def __init__(self, cell: dict, windows: int):
-        self.task, self.windows = cell["task"], windows
-        self.model, self.tokenizer = pyprune.load("smollm2-135m" if self.task == "ppl" else "minilm-l6-v2")
-        if self.task == "ppl":
+        self.decoder = cell["task"].startswith("ppl")
+        self.windows = windows
+        self.model, self.tokenizer = loaded("smollm2-135m" if self.decoder else "minilm-l6-v2")
+        if self.decoder:
             count = 32 if cell["sentences"] == SENTENCES else cell["sentences"]
             self.calibration = wikitext(self.tokenizer, "train", count, 512, cell["seed"])
         else:
-            self.calibration = token_ids(self.tokenizer, sentences(self.task, cell["sentences"], cell["seed"]))
-        self.config = PruneConfig(pattern=cell["pattern"], sparsity=0.5, criterion="wifv", reconstruct="liar",
-                                  inputs="dense", seed=cell["seed"],
-                                  structured={"nonstandard": "save"})
+            self.calibration = token_ids(self.tokenizer, sentences(cell["task"], cell["sentences"], cell["seed"]))
+        config = PruneConfig(pattern=cell["pattern"], sparsity=0.5, criterion="wifv", reconstruct="liar",
+                             inputs="dense", seed=cell["seed"], structured={"nonstandard": "save"})
         view = ModelView(self.model)
         drawn = CalibrationData(sequences=self.calibration, fingerprint="", description="")
-        self.run = Run(self.config, view, Executor(view, compute_dtype=DTYPE), [weights_of(b) for b in view.blocks],
-                       drawn)
-        self.splits: list | None = None
+        self.run = Run(config, view, Executor(view, compute_dtype=DTYPE), [weights_of(b) for b in view.blocks], drawn)
+        self.seed = cell["seed"]
         self.scores: dict[str, list] = {}
         self.gradients = None
         self.plan = make_plan(self.run)
+        self._splits: dict[str, list] = {}
 
     @torch.no_grad()
-    def observe(self) -> None:
-        stream = self.run.executor.embed(self.calibration)
-        self.splits = []
-        for index, groups in enumerate(self.plan.groups):
-            with self.run.executor.compute(index) as module:
-                self.splits.append(observe(self.run, index, module, groups, stream, target=stream))
+    def splits(self, weighting: str) -> list:
+        """Moments of every consumer's input on the dense stream, with tokens weighted as asked."""
+        if weighting == "auto":
+            normed = {g.normed for groups in self.plan.groups for g in groups}
+            weighting = "relative" if normed == {True} else "uniform"
+        if weighting not in self._splits:
+            settings = dataclasses.replace(self.run.config.structured, token_weights=weighting)
+            self.run.config = dataclasses.replace(self.run.config, structured=settings)
+            stream = self.run.executor.embed(self.calibration)
+            found = self._splits[weighting] = []
+            for index, groups in enumerate(self.plan.groups):
+                with self.run.executor.compute(index) as module:
+                    found.append(observe(self.run, index, module, groups, stream, target=stream))
+        return self._splits[weighting]
 
     def score(self, criterion: str) -> list:
-        if criterion in NEEDS_GRADIENTS and self.gradients is None:
-            self.gradients = mask_gradients(self.run.view, self.plan.groups, self.calibration, dtype=DTYPE,
-                                            device=torch.device("cpu"), seed=self.config.seed)
         if criterion not in self.scores:
-            self.scores[criterion] = [[score(criterion, Scored(
-                g, g.consumer.view(block).float(), self.splits[i][j], has_slot(self.run, self.plan, i, g),
-                None if self.gradients is None else self.gradients[i][j], block, 1000 * self.config.seed + i))
+            name = criterion.removesuffix(PLAIN)
+            splits = self.splits("auto" if name == criterion else "uniform")
+            if name in NEEDS_GRADIENTS and self.gradients is None:
+                self.gradients = mask_gradients(self.run.view, self.plan.groups, gradient_sequences(self.calibration),
+                                                dtype=DTYPE, device=torch.device("cpu"), seed=self.seed)
+            self.scores[criterion] = [[score(name, Scored(
+                g, g.consumer.view(block).float(), splits[i][j], has_slot(self.run, self.plan, i, g),
+                None if self.gradients is None else self.gradients[i][j], block, 1000 * self.seed + i))
                 for j, g in enumerate(self.plan.groups[i])] for i, block in enumerate(self.run.view.blocks)]
         return self.scores[criterion]
 
@@ -156,12 +207,9 @@ class Bench:
         """Model of one cell, and what its repairs say."""
         if cell["sparsity"] == 0:
             return self.model, {}
-        if self.splits is None:
-            self.observe()
-        scores = self.score(cell["criterion"])
+        method, weighting, options = METHODS[cell["method"]]
+        splits, scores = self.splits(weighting), self.score(cell["criterion"])
         model = twin(self.model, self.run.view.path)
-        method = "liar" if cell["method"] in ABLATIONS else cell["method"]
-        options = ABLATIONS.get(cell["method"], {})
         notes = {"dampings": [], "errors": [], "methods": [], "norm_ratios": []}
         seconds = 0.0
         for i, block in enumerate(model.get_submodule(self.run.view.path)):
@@ -172,7 +220,7 @@ class Bench:
                 bias = torch.zeros(len(weight)) if own is None else own.data.float()
                 kept = choose(group, scores[i][j], uniform_count(group, cell["sparsity"]))
                 started = time.perf_counter()
-                done = repair(Problem(weight, bias, group, self.splits[i][j]), kept, method, **options)
+                done = repair(Problem(weight, bias, group, splits[i][j]), kept, method, **options)
                 seconds += time.perf_counter() - started
                 picks.append(Pick(group, kept, done.weight, done.bias))
                 for name, value in (("dampings", done.damping), ("errors", done.error), ("methods", done.method),
@@ -187,10 +235,12 @@ class Bench:
 
     def propagated(self, cell: dict) -> tuple[torch.nn.Module, dict]:
         source = pyprune.Calibration(source=self.calibration, num_samples=len(self.calibration), held_out=0)
+        method, weighting, _ = METHODS[cell["method"]]
         result = pyprune.prune(self.model, tokenizer=self.tokenizer, pattern=cell["pattern"], calibration=source,
-                               sparsity=cell["sparsity"], criterion=cell["criterion"], reconstruct=cell["method"],
+                               sparsity=cell["sparsity"], criterion=cell["criterion"], reconstruct=method,
                                compute_dtype="bfloat16", seed=cell["seed"], probe_samples=0, progress=False,
-                               evaluation={"enabled": False}, structured={"nonstandard": "save"})
+                               evaluation={"enabled": False},
+                               structured={"nonstandard": "save", "token_weights": weighting})
         rows = result.report["weights"]
         return result.model, {"seconds_by_phase": result.report["seconds"], "methods": [r["method"] for r in rows],
                               "dampings": [r["damping"] for r in rows], "errors": [r["error_held_out"] for r in rows],
@@ -199,19 +249,20 @@ class Bench:
     # ---- measures --------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def measure(self, model: torch.nn.Module) -> dict:
+    def measure(self, model: torch.nn.Module, task: str) -> dict:
         """``value`` and the per-row numbers that a paired bootstrap needs."""
-        if self.task == "sts":
-            first, second, gold = read_pairs(data("stsb", "test.jsonl"))
-            found = similarities(model, self.tokenizer, first, second, dtype=DTYPE)
+        if task == "sts":
+            ids, gold = stsb(self.tokenizer)
+            a, b = encode(model, ids, dtype=DTYPE).split(len(gold))
+            found = torch.nn.functional.cosine_similarity(a, b)
             return {"value": spearman(found, gold), "rows": [round(v, 5) for v in found.tolist()]}
-        if self.task == "sst2":
+        if task == "sst2":
             return self._sst2(model)
         fast = copy.deepcopy(model).to(DTYPE)
         rows = []
-        for ids in wikitext(self.tokenizer, "test", self.windows, 1024):
+        for ids in wikitext(self.tokenizer, "test", self.windows if task == "ppl" else 10**6, 1024):
             rows.append(float(window_losses(fast(ids[None], use_cache=False).logits, ids[None])))
-        return {"value": float(torch.tensor(rows).mean().exp()), "rows": rows}
+        return {"value": float(torch.tensor(rows).mean().exp()), "rows": rows, "windows": len(rows)}
 
     def _sst2(self, model: torch.nn.Module) -> dict:
         """Accuracy on SST-2 dev of a linear head that was fitted once, on the dense model's vectors."""
@@ -228,11 +279,23 @@ class Bench:
         return {"value": float(right.float().mean()), "rows": right.long().tolist()}
 
 
+def shared(cell: dict) -> tuple:
+    """What cells must have in common to use the same statistics."""
+    return cell["task"].removesuffix("_all"), cell["pattern"], cell["sentences"], cell["seed"]
+
+
+def share_of(cell: dict, parts: int) -> int:
+    """Which process runs a cell: a criterion stays with one, so that its scores are computed once."""
+    names = [c + suffix for c in CRITERIA for suffix in ("", PLAIN)]
+    return names.index(cell["criterion"]) // 2 % parts
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=5, help="stop starting cells after this long")
-    parser.add_argument("--cache", default="build/liar", help="folder of finished cells")
-    parser.add_argument("--only", default="", help="cells whose key contains this")
+    parser.add_argument("--cache", default="build/liar_cells", help="folder of finished cells")
+    parser.add_argument("--only", default="", help="cells whose key this expression is found in")
+    parser.add_argument("--part", default="0/1", help="i/n: every n-th share of the cells, for n processes at once")
     parser.add_argument("--windows", type=int, default=12, help="WikiText-2 test windows of 1,024 tokens")
     parser.add_argument("--report", action="store_true", help="write tables and plots from the finished cells")
     parser.add_argument("--out", default=None, help="folder of the results (default: benchmarks/results)")
@@ -245,23 +308,25 @@ def main() -> None:
         write_report(cache, args.out)
         return
     started, bench, owner = time.monotonic(), None, None
-    todo = [c for c in cells() if args.only in key(c) and not (cache / f"{key(c)}.json").exists()]
+    part, parts = map(int, args.part.split("/"))
+    todo = [c for c in cells() if re.search(args.only, key(c)) and share_of(c, parts) == part
+            and not (cache / f"{key(c)}.json").exists()]
     print(f"{len(todo)} cells to do", flush=True)
     while todo and time.monotonic() - started < 60 * args.minutes:
         # stay with the statistics at hand while the next few cells need them
-        same = [c for c in todo[:96] if owner == (c["task"], c["pattern"], c["sentences"], c["seed"])]
+        same = [c for c in todo[:96] if owner == shared(c)]
         cell = same[0] if same else todo[0]
         todo.remove(cell)
-        wanted = (cell["task"], cell["pattern"], cell["sentences"], cell["seed"])
+        wanted = shared(cell)
         if owner != wanted:
             bench, owner = Bench(cell, args.windows), wanted
         began = time.perf_counter()
         model, notes = bench.propagated(cell) if cell["inputs"] == "propagated" else bench.pruned(cell)
         pruned = time.perf_counter()
-        found = bench.measure(model)
-        row = {**cell, **found, **notes, "windows": args.windows if cell["task"] == "ppl" else None,
+        found = bench.measure(model, cell["task"])
+        row = {**cell, **found, **notes,
                "prune_seconds": pruned - began, "measure_seconds": time.perf_counter() - pruned}
-        temporary = cache / "partial"
+        temporary = cache / f"partial{part}"
         temporary.write_text(json.dumps(row))
         temporary.rename(cache / f"{key(cell)}.json")
         print(f"{key(cell)}: {row['value']:.4f}  ({row['prune_seconds']:.1f} + {row['measure_seconds']:.1f} s)",
