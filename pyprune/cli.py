@@ -107,7 +107,11 @@ def evaluate(
         rows = speed.compare([against or speed.dense_of(model), model])
         if plot:
             speed.plot(rows, plot)
-        return _print_json(rows) if as_json else speed.print_comparison(rows)
+        written = speed.record(rows, model)
+        if as_json:
+            return _print_json(rows)
+        speed.print_comparison(rows)
+        return print("added to " + ", ".join(map(str, written))) if written else None
     found = pyprune.evaluate(model, device=device, **fields.get("evaluation", {}))
     return _print_json(found) if as_json else report.print_evaluation(found)
 

@@ -93,8 +93,17 @@ def summary_rows(report: dict) -> list[tuple[str, str]]:
     rows.append(("seconds", f"{sum(seconds.values()):.1f}: {phases}"))
     rows.append(("peak memory", f"{report['peak_memory_bytes'] / 2**30:.2f} GiB"))
     rows.append(("calibration", report["calibration"]["description"]))
-    rows += [("warning", text) for text in report.get("warnings") or []]
+    rows += [("warning", text) for text in distinct(report.get("warnings") or [])]
     return rows
+
+
+def distinct(warnings: list[str]) -> list[str]:
+    """One of each kind: warnings that differ in their numbers alone say the same of other weights."""
+    kinds: dict[str, list[str]] = {}
+    for text in warnings:
+        kinds.setdefault(re.sub(r"\d+(\.\d+)?", "0", text), []).append(text)
+    return [texts[0] + (f" (and {len(texts) - 1} like it, in report.json)" if len(texts) > 1 else "")
+            for texts in kinds.values()]
 
 
 def print_evaluation(found: dict, stream: TextIO | None = None) -> None:
@@ -213,8 +222,11 @@ def duration_text(seconds: float) -> str:
 
 # ---- model card ----------------------------------------------------------------------------------------------------
 
-def model_card(report: dict, name: str) -> str:
-    """README.md of a pruned checkpoint: what it is, what it costs, how to load it."""
+def model_card(report: dict, name: str, picture: str | None = None) -> str:
+    """README.md of a pruned checkpoint: what it is, what it costs, how to load it.
+
+    picture: file beside it that draws the measured gain (``report["gain"]``, if ``pyprune eval --latency`` ran).
+    """
     config, model = report["config"], report["model"]
     encoder = not report.get("evaluation") and not model["architecture"].endswith(("ForCausalLM", "LMHeadModel"))
     auto = "AutoModel" if encoder else "AutoModelForCausalLM"
@@ -229,6 +241,7 @@ def model_card(report: dict, name: str) -> str:
                   f"{perplexity_text(row['dense'])} | {perplexity_text(row['pruned'])} |"
                   for row in report["evaluation"]]
         lines += ["", "Windows do not overlap; each is seen by itself. The same code measures both columns.", ""]
+    lines += _gain(report.get("gain"), picture)
     own = bool((report.get("structured") or {}).get("layout"))
     lines += ["## Use", "", "```python", *(
                   ["import pyprune", "", f'model, tokenizer = pyprune.load("{name}")'] if own else
@@ -243,10 +256,25 @@ def model_card(report: dict, name: str) -> str:
               "## How it was made", "",
               f"- calibration: {report['calibration']['description']} (token ids sha256 "
               f"`{report['calibration']['fingerprint'][:16]}…`)"]
-    lines += [f"- warning: {text}" for text in report.get("warnings") or []]
+    lines += [f"- warning: {text}" for text in distinct(report.get("warnings") or [])]
     lines += ["- settings: `run.yaml` repeats the run (`pyprune prune --config run.yaml -o DIR`)",
               "- error of every weight and block, seconds by phase: `report.json`; per weight: `pruning.json`", ""]
     return "\n".join(lines)
+
+
+def _gain(rows: list[dict] | None, picture: str | None) -> list[str]:
+    """Size, memory and speed beside the dense model's, as a table."""
+    if not rows:
+        return []
+    from pyprune.speed import LABELS, cell
+
+    base, own = rows[0], rows[-1]
+    lines = ["| | dense | pruned |", "|---|---|---|"]
+    lines += [f"| {label} | {cell(base, key, base)} | {cell(own, key, base)} |"
+              for key, (label, _, _) in LABELS.items() if own.get(key)]
+    lines += ["", f"Measured by `pyprune eval --latency` on {own['device']}, {own['dtype']}, {own['tokens']} tokens, "
+              f"batch size {own['batch_size']}, each model in a process of its own.", ""]
+    return [*lines, *([f"![gain]({picture})", ""] if picture else [])]
 
 
 def _outcome(report: dict) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import subprocess
@@ -15,6 +16,7 @@ from typing import TextIO
 import torch
 from torch import nn
 
+from pyprune.checkpoint import plain
 from pyprune.config import ConfigError
 
 
@@ -93,6 +95,36 @@ def _encoder(model: nn.Module, tokens: int, batch_size: int, directory: Path | N
             "dtype": str(next(model.parameters()).dtype)[6:], "device": "cpu"}
 
 
+def record(rows: list[dict], directory: str | Path) -> list[Path]:
+    """Add a comparison to the report, the model card and, where matplotlib is installed, a picture in the folder of a
+    pruned model; returns the files written. A folder without a report, or one that cannot be written, is left alone.
+    """
+    from pyprune.report import model_card
+    from pyprune.shards import write_bytes
+
+    folder = Path(directory)
+    path = folder / "report.json"
+    if not path.is_file() or not os.access(folder, os.W_OK):
+        return []
+    report = json.loads(path.read_text())
+    report["gain"] = rows
+    picture = folder / "gain.png"
+    if importlib.util.find_spec("matplotlib"):
+        plot(rows, picture)
+    write_bytes(path, (json.dumps(plain(report), indent=1, allow_nan=False) + "\n").encode())
+    write_bytes(folder / "README.md", model_card(report, folder.resolve().name, picture.name if picture.is_file() else
+                                                 None).encode())
+    return [path, folder / "README.md", *([picture] if picture.is_file() else [])]
+
+
+def cell(row: dict, key: str, base: dict) -> str:
+    """A measure as text, with its ratio to the base's."""
+    _, unit, name = LABELS[key]
+    value, ratio = row.get(key), row["ratios"].get(key)
+    beside = f"  ×{ratio:.2f}" if ratio and row is not base else ""
+    return f"{value / unit:,.1f} {name}{beside}" if value else "–"
+
+
 LABELS = {"parameters": ("parameters", 1e6, "M"), "weight_bytes": ("weights", 2**20, "MiB"),
           "file_bytes": ("file", 2**20, "MiB"), "peak_memory_bytes": ("peak memory", 2**20, "MiB"),
           "forward_tokens_per_second": ("forward", 1, "tokens/s"),
@@ -106,15 +138,9 @@ def print_comparison(rows: list[dict], stream: TextIO | None = None) -> None:
     from rich.table import Table
 
     table = Table("", *(str(row["model"]) for row in rows))
-    for key, (label, unit, name) in LABELS.items():
+    for key, (label, _, _) in LABELS.items():
         if any(row.get(key) for row in rows):
-            shown = []
-            for row in rows:
-                ratio = row["ratios"].get(key)
-                value = row.get(key)
-                shown.append("–" if not value else f"{value / unit:,.1f} {name}"
-                             + (f"  ×{ratio:.2f}" if ratio and row is not rows[0] else ""))
-            table.add_row(label, *shown)
+            table.add_row(label, *(cell(row, key, rows[0]) for row in rows))
     Console(file=stream or sys.stdout, highlight=False).print(table)
 
 

@@ -12,7 +12,7 @@ import tiny
 from safetensors.torch import load_file
 
 import pyprune
-from pyprune import cli
+from pyprune import cli, report
 from pyprune.progress import Progress
 
 
@@ -175,3 +175,8 @@ def test_progress_in_a_log_and_on_a_terminal(monkeypatch):
     with Progress(2, stream=log, enabled=False) as bar:
         bar.update(block=1)
     assert log.getvalue().splitlines() == lines
+
+
+def test_warnings_that_differ_in_numbers_alone_are_shown_once():
+    told = [f"model.layers.{i}.mlp.down_proj.weight norm grew {i}.5-fold" for i in range(30)] + ["something else"]
+    assert report.distinct(told) == [told[0] + " (and 29 like it, in report.json)", "something else"]

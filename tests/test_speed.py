@@ -40,6 +40,12 @@ def test_latency_of_dense_and_pruned_in_one_run(pair, tmp_path, monkeypatch):
     assert dense["model"] == str(pair[0]) and pruned["ratios"]["parameters"] < 0.6
     assert all(row["prefill_tokens_per_second"] > 0 and row["peak_memory_bytes"] > 2**20 for row in (dense, pruned))
     assert (tmp_path / "gain.png").stat().st_size > 1000
+    # the report beside the model holds it, and its card shows it
+    assert json.loads((pair[1] / "report.json").read_text())["gain"] == json.loads(done.output)
+    card = (pair[1] / "README.md").read_text()
+    assert f"| {pruned['parameters'] / 1e6:,.1f} M  ×{pruned['ratios']['parameters']:.2f} |" in card
+    assert "![gain](gain.png)" in card and (pair[1] / "gain.png").stat().st_size > 1000 and "are gone" in card
+    assert pyprune.load(pair[1]).model.num_parameters() == pruned["parameters"]
 
 
 def test_the_dense_model_is_found_or_asked_for(pair):
@@ -48,6 +54,11 @@ def test_the_dense_model_is_found_or_asked_for(pair):
         speed.dense_of(pair[0])
     with pytest.raises(ConfigError, match="no-such-model"):
         speed.compare(["./no-such-model"])
+
+
+def test_a_folder_without_a_report_is_left_alone(pair):
+    before = sorted(pair[0].iterdir())
+    assert speed.record([{"model": "x", "ratios": {}}], pair[0]) == [] and sorted(pair[0].iterdir()) == before
 
 
 def test_model_card_says_how_to_load(pair, tmp_path):
