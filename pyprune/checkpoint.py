@@ -280,11 +280,6 @@ def fill(model: nn.Module, tokenizer, folder: Path, report: dict, config: PruneC
     save_extras(tokenizer, folder, report, config, name)
 
 
-def read_report(directory: str | Path) -> dict:
-    """``report.json`` of a finished run."""
-    return json.loads((Path(directory).expanduser() / "report.json").read_text())
-
-
 def save_extras(tokenizer, folder: Path, report: dict, config: PruneConfig, name: str) -> None:
     """Everything of a checkpoint but the model itself; ``name`` is what the model card calls it."""
     from pyprune.report import model_card

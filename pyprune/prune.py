@@ -20,6 +20,7 @@ from pyprune.model import ModelView, WeightRef, check_finite, select_weights
 from pyprune.progress import Progress, announce
 from pyprune.record import build_report, compared, data_identity, model_identity, settings_of, weights_digest
 from pyprune.refine import Refiner, wanted
+from pyprune.report import read as read_report
 from pyprune.run import Clock, Probe, PruneResult, Run, StreamedResult, make_probes, seed_all, stream_error
 from pyprune.shards import OutputError
 from pyprune.statistics import Inputs, observe
@@ -169,7 +170,7 @@ def published(config: PruneConfig) -> PruneResult:
                (config.sparsity if many else [config.sparsity])}
     loaded = {s: checkpoint.load(folder) for s, folder in folders.items()}
     last = list(loaded)[-1]
-    return PruneResult(*loaded[last], config, checkpoint.read_report(folders[last]),
+    return PruneResult(*loaded[last], config, read_report(folders[last]),
                        {s: found.model for s, found in loaded.items()} if many else {})
 
 

@@ -20,6 +20,7 @@ from pyprune.model import ModelView
 from pyprune.progress import Progress, announce
 from pyprune.refine_model import refine
 from pyprune.report import model_card, perplexity_text
+from pyprune.report import read as read_report
 from pyprune.speed import dense_of
 
 CARRIED = ("pruning.json", "run.yaml")
@@ -95,7 +96,7 @@ def _fill(folder: Path, model: nn.Module, tokenizer, source: Path, found: dict, 
             shutil.copyfile(source / file, folder / file)
     if not (source / "report.json").is_file():
         return
-    report = {**checkpoint.read_report(source), "refinement": found}
+    report = {**read_report(source), "refinement": found}
     if found["evaluation"]:
         report["evaluation"] = [{**row, "pruned": row["refined"], "before_refinement": row["pruned"]}
                                 for row in found["evaluation"]]

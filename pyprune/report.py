@@ -291,7 +291,7 @@ def read(directory: str | Path) -> dict:
     """``report.json`` of a run's folder. Raises :class:`ConfigError` if there is none."""
     path = Path(directory).expanduser() / "report.json"
     if not path.is_file():
-        raise ConfigError(f"{directory} has no report.json; compare takes folders that pyprune wrote")
+        raise ConfigError(f"{directory} has no report.json: no finished run of pyprune wrote it")
     try:
         return json.loads(path.read_text())
     except json.JSONDecodeError as error:
