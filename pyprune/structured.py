@@ -11,7 +11,7 @@ import time
 import torch
 from torch import Tensor, nn
 
-from pyprune import slicing
+from pyprune import layouts, slicing
 from pyprune.journal import shard_path
 from pyprune.model import check_finite
 from pyprune.run import Run, make_probes, seed_all, stream_error
@@ -165,10 +165,10 @@ def _restore(run: Run, plan: Plan, index: int) -> None:
 def finish(run: Run, plan: Plan, target: Target) -> None:
     """Config and leftovers of one pruned model: a plain checkpoint, or a layout that ``pyprune.load`` reads."""
     flags = dict.fromkeys(plan.flags.values(), True)
-    slicing.apply_edits(target.model, target.edits) if target.edits is not None else _set_flags(target.model, flags)
+    layouts.apply_edits(target.model, target.edits) if target.edits is not None else _set_flags(target.model, flags)
     if target.edits is None:
         sizes = [{g.name: n for g, n in zip(block, counts)} for block, counts in zip(plan.groups, target.counts)]
-        target.layout = slicing.layout(target.model, run.view.path, target.attributes, sizes)
+        target.layout = layouts.layout(target.model, run.view.path, target.attributes, sizes)
     elif target.padded is not None:
         target.reason = f"zero-padded to a stock config, no smaller in memory: {target.reason}"
     target.model.eval()
@@ -177,4 +177,4 @@ def finish(run: Run, plan: Plan, target: Target) -> None:
 def _set_flags(model: nn.Module, flags: dict) -> None:
     for key, value in flags.items():
         setattr(model.config, key, value)
-    slicing.add_biases(model, flags)
+    layouts.add_biases(model, flags)

@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from pyprune import slicing
+from pyprune import layouts, slicing
 from pyprune.allocation import Member, choose, global_counts, uniform_count
 from pyprune.config import ConfigError
 from pyprune.group_criteria import NEEDS_GRADIENTS, NEEDS_MOMENTS
@@ -70,7 +70,7 @@ def _biases(run: Run, flags: dict[str, str]) -> list[list[str]]:
     """Per block, biases that a model with these flags has and the model at hand has not."""
     out: list[list[str]] = [[] for _ in run.view.blocks]
     if flags:
-        shell = slicing.empty_like(run.view.model, dict.fromkeys(flags.values(), True))
+        shell = layouts.empty_like(run.view.model, dict.fromkeys(flags.values(), True))
         for names, block, dense in zip(out, shell.get_submodule(run.view.path), run.view.blocks):
             have = {name for name, _ in dense.named_parameters()}
             names += [name for name, _ in block.named_parameters() if name.endswith("bias") and name not in have]
@@ -116,9 +116,9 @@ def _flags(run: Run, groups: list[list[Coupled]]) -> tuple[dict[str, str], list[
     if not wants:
         return {}, []
     index = next(i for i, block in enumerate(groups) if block)
-    dense = slicing.dense_groups(groups[index])
-    flags = slicing.bias_flags(run.view.model, {
-        kind: slicing.consumer_path(run.view.path, index, g.consumer) for kind, g in dense.items()
+    dense = layouts.dense_groups(groups[index])
+    flags = layouts.bias_flags(run.view.model, {
+        kind: layouts.consumer_path(run.view.path, index, g.consumer) for kind, g in dense.items()
         if g.consumer.expert is None})
     notes = []
     for kind, group in dense.items():
@@ -206,10 +206,10 @@ def _edits(run: Run, plan: Plan, counts: list[list[int]], flags: dict) -> dict:
             shown = ", ".join(str(s) for s in sorted(s for s in sizes if s > 0)[:4])
             raise ConfigError(f"a {type(model.config).__name__} has one size for all blocks, these differ in {kind} "
                               f"({shown}{'' if min(sizes) > 0 else ', others dense'})")
-    shell = slicing.empty_like(model, {})
+    shell = layouts.empty_like(model, {})
     for block, found, sizes in zip(shell.get_submodule(run.view.path), plan.groups, counts):
         slice_block(block, [Pick(g, choose(g, -torch.arange(g.units).double(), n)) for g, n in zip(found, sizes)])
-    dense = slicing.dense_groups(next(b for b in plan.groups if b))
-    return slicing.standard_edits(shell, dense, {k: next(iter(v)) for k, v in units.items()}, flags)
+    dense = layouts.dense_groups(next(b for b in plan.groups if b))
+    return layouts.standard_edits(shell, dense, {k: next(iter(v)) for k, v in units.items()}, flags)
 
 
