@@ -135,10 +135,11 @@ def passes_of(config: PruneConfig) -> dict[str, int]:
     """Forward passes of the calibration data through every block."""
     if not config.is_structured and config.method == "magnitude" and config.reconstruct == "none":
         return {"statistics": 0, "propagation": 0, "dense": 0}
-    trains = config.reconstruct in ("block", "cross_block")
-    return {"statistics": 1, "propagation": int(config.inputs == "propagated"),
-            "dense": int(trains or config.global_propagation),
-            "training": 0 if not trains else config.reconstruction.epochs * (1 + (config.reconstruct == "cross_block"))}
+    trains, cross = config.reconstruct in ("block", "cross_block"), config.reconstruct == "cross_block"
+    # without GP the statistics pass leaves BR's targets; CR's are two dense blocks behind the final prefix
+    return {"statistics": 1, "propagation": int(config.inputs == "propagated") + cross,
+            "dense": 1 if config.global_propagation else 2 * cross,
+            "training": config.reconstruction.epochs * (1 + cross) if trains else 0}
 
 
 def flops_of(view: ModelView, work: Work, config: PruneConfig) -> dict[str, float]:

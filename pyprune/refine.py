@@ -137,8 +137,7 @@ class Refiner:
         self.masks[index] = parameter_masks(block, masks)
         self.masks.pop(index - 2, None)
         solved = {ref: ref.view(block).clone() for ref in original}
-        zeroed = {ref: weight.masked_fill(~masks[ref], 0) for ref, weight in original.items()}
-        self._write(block, module, zeroed)
+        self._write(block, module, original, masks)
         masked = self._record(index, "mask", module)
         self._write(block, module, solved)
         best, states = self._record(index, "layer", module), self._states(window)
@@ -146,8 +145,8 @@ class Refiner:
             best = self._improve(window, module, "cross_block 1" if self.cross else "block", best, states)
         if states and not self.cross and self._is_worse(best, masked):
             block.load_state_dict(states[-1])
-            self._write(block, module, zeroed)
             self._sync(module, block)
+            self._write(block, module, original, masks)
             self.steps[index].append({**masked, "step": "selected: mask"})
         if self.cross:
             self.settle(index)
@@ -206,11 +205,14 @@ class Refiner:
         if module is not block:
             module.load_state_dict(block.state_dict())
 
-    def _write(self, block: nn.Module, module: nn.Module, weights: dict[WeightRef, Tensor]) -> None:
+    def _write(self, block: nn.Module, module: nn.Module, weights: dict[WeightRef, Tensor],
+               masks: dict[WeightRef, Tensor] | None = None) -> None:
+        """Weights, or what masks leave of them, into a block and its compute copy."""
         for ref, weight in weights.items():
-            ref.view(block).copy_(weight)
+            keep = None if masks is None else masks[ref].to(weight.device)  # solved on the device, stored on the host
+            ref.view(block).copy_(weight if keep is None else weight.masked_fill(~keep, 0))
             if module is not block:
-                ref.view(module).copy_(weight)
+                ref.view(module).copy_(ref.view(block))
 
     # ---- moving on ---------------------------------------------------------------------------------------------
 
@@ -264,7 +266,8 @@ class Refiner:
     def row(self, index: int) -> dict:
         """What this block adds to the report: error after every step, and how its windows were trained."""
         training = [{"blocks": t.blocks, "steps": t.steps, "seconds": t.seconds, "loss": t.loss, "held_out": t.held_out,
-                     "kept_epoch": t.kept} for t in self.traces.get(index, [])]
+                     "kept_epoch": t.kept, **({"diverged": True} if t.diverged else {})}
+                    for t in self.traces.get(index, [])]
         return {"steps": self.steps.get(index, []), "training": training}
 
     def finish(self) -> None:
