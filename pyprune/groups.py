@@ -142,7 +142,7 @@ def examine(block: nn.Module, hidden: Tensor, arguments: Arguments, head_scope: 
             found += _classify(ref, probe, output, head_scope)
     found = [replace(g, target=_landing(probe_block, hidden, arguments, g.consumer)) if g.consumer.expert is None else g
              for g in found]
-    found = [replace(g, normed=_normed(probe_block, hidden, arguments, g.target)) for g in found]
+    found = [replace(g, normed=_normed(probe_block, hidden, arguments, g)) for g in found]
     found = [g for group in found for g in _per_expert(group, refs)]
     found = [replace(g, slots=_with_biases(g.slots, block)) for g in found]
     return sorted(found, key=lambda g: g.kind != "heads")
@@ -360,16 +360,25 @@ def _landing(block: nn.Module, hidden: Tensor, arguments: Arguments, consumer: W
     return None
 
 
-def _normed(block: nn.Module, hidden: Tensor, arguments: Arguments, target: str | None) -> bool:
-    """Whether the block's output stays as it is when the residual sum at ``target`` is four times as large."""
-    if not target:
+def _normed(block: nn.Module, hidden: Tensor, arguments: Arguments, group: Coupled) -> bool:
+    """Whether all that the consumer does goes through the module at its target, and that takes away a factor of four.
+
+    With the module's output held fast, a consumer four times as loud must not move the block's output.
+    """
+    if not group.target:
         return False
-    outputs = []
-    for factor in (1, 4):
-        handle = block.get_submodule(target).register_forward_pre_hook(
-            lambda _, args, factor=factor: (args[0] * factor, *args[1:]))
+    norm, consumer = block.get_submodule(group.target), block.get_submodule(group.consumer.module_path)
+    kept: dict[str, Tensor] = {}
+
+    def run(*handles) -> Tensor:
         try:
-            outputs.append(call_block(block, hidden, arguments).detach())
+            return call_block(block, hidden, arguments).detach()
         finally:
-            handle.remove()
-    return float((outputs[1] - outputs[0]).norm()) < 1e-2 * float(outputs[0].norm())
+            for handle in handles:
+                handle.remove()
+
+    plain = run(norm.register_forward_hook(lambda _, args, out: kept.update(out=out)))
+    held = run(norm.register_forward_hook(lambda *_: kept["out"]),
+               consumer.register_forward_hook(lambda _, args, out: 4 * out))
+    scaled = run(norm.register_forward_pre_hook(lambda _, args: (4 * args[0], *args[1:])))
+    return all(float((other - plain).norm()) <= 1e-2 * float(plain.norm()) for other in (held, scaled))
