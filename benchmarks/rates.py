@@ -2,10 +2,11 @@
 
 Measured with the project's own code: forward passes, Gram products, solves (FLOP/s as :mod:`pyprune.counting` counts
 them), the activation store, shards on disk with their checksum, and sums and broadcasts between processes (gloo; NCCL
-where there are two GPUs or more). ``--table`` computes the table of docs/scaling.md from the last result, ``--sheet``
-from the data sheet of an H100 instead: peaks, a bound and no prediction.
+where there are two GPUs or more). ``--again`` adds a run to the last result; of several the best counts, as what else
+the machine does only slows. ``--table`` computes the table of docs/scaling.md from the result, ``--sheet`` from the
+data sheet of an H100 instead: peaks, a bound and no prediction.
 
-    python -m benchmarks.rates
+    python -m benchmarks.rates [--again]
     python -m benchmarks.rates --table [--sheet] [--samples 128] [--tokens 2048]
 """
 
@@ -210,7 +211,8 @@ def seconds_of(rates: dict, processes: int, samples: int, length: int) -> dict[s
 def table(rates: dict, samples: int, length: int, counts: tuple[int, ...] = (1, 8, 64)) -> str:
     """Markdown."""
     def text(value: float) -> str:
-        return "–" if value == 0 else f"{value * 1e3:.3g} ms" if value < 1 else f"{value:.3g} s"
+        return "–" if value == 0 else f"{value * 1e3:.3g} ms" if value < 1 else \
+            f"{value:.3g} s" if value < 100 else f"{value:,.0f} s"
 
     columns = [seconds_of(rates, n, samples, length) for n in counts]
     lines = ["| one block, " + f"{samples} × {length} tokens | " + " | ".join(f"{n}" for n in counts) + " |",
@@ -234,6 +236,7 @@ def rates_text(rates: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--again", action="store_true", help="add to the last result")
     parser.add_argument("--table", action="store_true", help="compute the table from the last result")
     parser.add_argument("--sheet", action="store_true", help="from the data sheet of an H100, not from a result")
     parser.add_argument("--samples", type=int, default=128)
@@ -243,11 +246,12 @@ def main() -> None:
     if not arguments.table and not arguments.sheet:
         rates = measure(arguments.folder)
         print(json.dumps(rates, indent=1))
-        write("rates", [rates])
+        write("rates", [*(read("rates") if arguments.again else []), rates])
         return
     if not (rows := [SHEET] if arguments.sheet else read("rates")):
         sys.exit("nothing was measured yet: run python -m benchmarks.rates first")
-    rates = rows[-1]
+    rates = {name: max(row[name] for row in rows) if isinstance(value, float) else value
+             for name, value in rows[0].items()}
     if not arguments.sheet and "reduce" not in rates:
         print("one GPU: what lies between GPUs is a data sheet's\n")
         rates = {**rates, **{name: SHEET[name] for name in ("reduce", "broadcast", "between")}}

@@ -88,14 +88,15 @@ def rehearse(config: PruneConfig, view: ModelView, work: Work, dtype: torch.dtyp
 
 
 def forward_units(steps: int, blocks: int, view: ModelView, config: PruneConfig) -> float:
-    """Passes of a batch through a block: the statistics pass ends before the last product from its second batch on,
-    and the last block is not propagated."""
+    """Passes of a batch through a block: the statistics pass ends before the last product from its second batch on
+    where nobody asks for its output, and the last block is not propagated."""
     passes = passes_of(config)
     if config.inputs == "dense":
         return steps * blocks
     refs = weights_of(view.blocks[0])
     sizes = [math.prod(ref.view(view.blocks[0]).shape) for ref in refs]
-    stopped = 1.0 if any(ref.expert is not None for ref in refs) else 1 - sizes[-1] / sum(sizes)
+    whole = any(ref.expert is not None for ref in refs) or (config.reconstruct == "block" and not passes["dense"])
+    stopped = 1.0 if whole else 1 - sizes[-1] / sum(sizes)
     return blocks * (1 + (steps - 1) * stopped) + (blocks - 1) * steps + passes["dense"] * blocks * steps
 
 
