@@ -49,9 +49,9 @@ that hint at it (weights grow up to 7-fold) and what these add to all other toke
 every token the mean of it. The layer's held-out error falls all the same (0.98 to 0.03), so no guard on it can notice:
 it is the wrong measure, not a bad split, a bad λ or too few tokens.
 
-The weight of a token in the fit, as a power of its output's norm ‖y‖ (an exploration of LIAR at 50 % of the neurons, one
-seed, dense inputs: 600 calibration sentences and 500 test pairs, dense Spearman 0.809; 10 k calibration tokens and 4
-test windows, dense perplexity 21.2):
+The weight of a token in the fit, as a power of its output's norm ‖y‖. An exploration of LIAR at 50 % of the neurons,
+one seed, dense inputs. MiniLM: 600 calibration sentences, 500 test pairs, dense Spearman 0.809. SmolLM2: 10 k
+calibration tokens, 4 test windows, dense perplexity 21.2.
 
 | weight | MiniLM, random | MiniLM, Taylor | SmolLM2, random | SmolLM2, WIFV |
 |---|---|---|---|---|
