@@ -32,10 +32,11 @@ from pyprune.config import PruneConfig
 from pyprune.evaluate import window_losses
 from pyprune.evaluate_tasks import encode, fit_head, predict, read_pairs, spearman, token_ids
 from pyprune.group_criteria import NEEDS_GRADIENTS, Scored, score
+from pyprune.layouts import add_biases
 from pyprune.liar import Problem, repair
 from pyprune.model import ModelView, weights_of
 from pyprune.prune import Run
-from pyprune.slicing import Pick, add_biases, slice_block
+from pyprune.slicing import Pick, slice_block
 from pyprune.stream import Executor
 from pyprune.structured_block import has_slot, observe
 from pyprune.structured_plan import make_plan, twin
