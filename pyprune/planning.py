@@ -48,13 +48,15 @@ def rehearse(config: PruneConfig, view: ModelView, work: Work, dtype: torch.dtyp
         vocabulary = own.model.get_input_embeddings().weight.shape[0]
         return torch.randint(5, vocabulary, (rows, tokens), generator=torch.Generator().manual_seed(rows))
 
-    def settings(rows: int, tokens: int, evaluation: Evaluation) -> PruneConfig:
+    def settings(rows: int, tokens: int, evaluation: Evaluation, epochs: int) -> PruneConfig:
         source = Calibration(source=ids(rows + probes, tokens), num_samples=rows, seq_len=tokens, held_out=probes)
         return dataclasses.replace(config, model=None, output=None, targets=[], ignore=[], stream="never",
-                                   probe_samples=probes, calibration=source, evaluation=evaluation)
+                                   probe_samples=probes, calibration=source, evaluation=evaluation,
+                                   reconstruction=dataclasses.replace(config.reconstruction, epochs=epochs))
 
-    prune(own.model, settings(1, 16, Evaluation(enabled=False)), progress=False)  # what only the first run pays
-    asked = settings(count, length, dataclasses.replace(config.evaluation, text=ids(1, window)))
+    prune(own.model, settings(1, 16, Evaluation(enabled=False), 0), progress=False)  # what only the first run pays
+    asked = settings(count, length, dataclasses.replace(config.evaluation, text=ids(1, window)),
+                     min(1, config.reconstruction.epochs))
     runs: list[dict] = []
     began = time.perf_counter()
     while not runs or (len(runs) < REPEATS and time.perf_counter() - began < PATIENCE):
@@ -72,7 +74,8 @@ def rehearse(config: PruneConfig, view: ModelView, work: Work, dtype: torch.dtyp
         "probe": wider * probe_sequences(config) / max(probe_sequences(asked), 1),
         "statistics": blocks / 2 * more * work.statistics / max(small.statistics, 1),
         "solve": blocks / 2 * work.solve / max(small.solve, 1),
-        "reconstruct": more * wider, "gradients": more * wider,
+        "reconstruct": more * wider * max(config.reconstruction.epochs, 1),
+        "gradients": more * wider,
     }
     outside = ("evaluation", "load", "write", "calibration")
     seconds = {phase: value * scale.get(phase, wider) for phase, value in found.items() if phase not in outside}
