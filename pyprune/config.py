@@ -122,7 +122,7 @@ class Reconstruction:
     epochs: int = 5
     """Passes over the calibration sequences, a block."""
     lr: float = 2e-4
-    """AdamW's learning rate, falling linearly to zero."""
+    """AdamW's learning rate, falling to zero: the authors' for 320 steps a block; for about 50, 6e-4 is better."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's betas."""
     weight_decay: float = 0.0
