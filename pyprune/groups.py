@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
+from pyprune.block_probe import Probe, landing, normed
 from pyprune.config import ConfigError
 from pyprune.model import Arguments, ModelView, WeightRef, call_block, weights_of
 from pyprune.stream import Resident, expert_loop
@@ -132,7 +132,7 @@ def examine(block: nn.Module, hidden: Tensor, arguments: Arguments, head_scope: 
     hidden = hidden.float()
     refs = weights_of(block)
     generator = torch.Generator(device="cpu").manual_seed(0)
-    probe = _Probe(probe_block, refs, generator)
+    probe = Probe(probe_block, refs, generator)
     with torch.enable_grad(), probe:
         noise = torch.randn(hidden.shape, generator=generator).to(device)
         output = call_block(probe_block, noise, arguments)
@@ -140,73 +140,15 @@ def examine(block: nn.Module, hidden: Tensor, arguments: Arguments, head_scope: 
     for ref in refs:
         if ref in probe.inputs and (ref.expert is None or ref.expert == probe.first_expert(ref)):
             found += _classify(ref, probe, output, head_scope)
-    found = [replace(g, target=_landing(probe_block, hidden, arguments, g.consumer)) if g.consumer.expert is None else g
+    found = [replace(g, target=landing(probe_block, hidden, arguments, g.consumer)) if g.consumer.expert is None else g
              for g in found]
-    found = [replace(g, normed=_normed(probe_block, hidden, arguments, g)) for g in found]
+    found = [replace(g, normed=normed(probe_block, hidden, arguments, g.target, g.consumer.module_path)) for g in found]
     found = [g for group in found for g in _per_expert(group, refs)]
     found = [replace(g, slots=_with_biases(g.slots, block)) for g in found]
     return sorted(found, key=lambda g: g.kind != "heads")
 
 
-class _Probe(TorchFunctionMode):
-    """Replaces every linear product by noise that can be differentiated, and keeps the inputs."""
-
-    def __init__(self, block: nn.Module, refs: list[WeightRef], generator: torch.Generator):
-        super().__init__()
-        self.inputs: dict[WeightRef, Tensor] = {}
-        self.leaves: dict[WeightRef, Tensor] = {}
-        self.generator = generator
-        self._experts: dict[int, tuple[Tensor, dict[int, WeightRef]]] = {}
-        self._handles = []
-        modules = dict(block.named_modules())
-        for ref in refs:
-            if ref.expert is None:
-                self._handles.append(modules[ref.module_path].register_forward_hook(self._hook(ref)))
-            else:
-                parameter = ref.parameter(block)
-                self._experts.setdefault(parameter.data_ptr(), (parameter, {}))[1][ref.expert] = ref
-
-    def _hook(self, ref: WeightRef):
-        return lambda module, args, output: self._replace(ref, args[0], output)
-
-    def _replace(self, ref: WeightRef, x: Tensor, output: Tensor) -> Tensor:
-        leaf = torch.randn(output.shape, generator=self.generator).to(output).requires_grad_()
-        if ref not in self.inputs and x.numel():
-            self.inputs[ref], self.leaves[ref] = x, leaf
-        return leaf
-
-    def first_expert(self, ref: WeightRef) -> int | None:
-        return min((r.expert for r in self.inputs if r.path == ref.path), default=None)
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if func is nn.functional.linear and self._experts:
-            weight = args[1] if len(args) > 1 else kwargs["weight"]
-            for start, (parameter, refs) in self._experts.items():
-                expert, rest = divmod(weight.data_ptr() - start, parameter.stride(0) * parameter.element_size())
-                if rest == 0 and expert in refs and weight.shape == parameter.shape[1:]:
-                    return self._replace(refs[expert], args[0], out)
-        return out
-
-    def __exit__(self, *exc):
-        for handle in self._handles:
-            handle.remove()
-        return super().__exit__(*exc)
-
-    def touched(self, x: Tensor, columns: Tensor | slice) -> dict[WeightRef, Tensor]:
-        """Per producer, the rows (bool ``[rows]``) that the given columns of an input depend on."""
-        part = x.reshape(-1, x.shape[-1])[:, columns]
-        if not part.requires_grad:
-            return {}
-        cotangent = torch.randn(part.shape, generator=self.generator).to(part)
-        refs = list(self.leaves)
-        grads = torch.autograd.grad(part, [self.leaves[r] for r in refs], cotangent, retain_graph=True,
-                                    allow_unused=True)
-        rows = {r: g.reshape(-1, g.shape[-1]).abs().sum(0) > 0 for r, g in zip(refs, grads) if g is not None}
-        return {r: v for r, v in rows.items() if bool(v.any())}
-
-
-def _classify(ref: WeightRef, probe: _Probe, output: Tensor, head_scope: str) -> list[Coupled]:
+def _classify(ref: WeightRef, probe: Probe, output: Tensor, head_scope: str) -> list[Coupled]:
     """The coupled group of one consumer, as a list of none or one."""
     x = probe.inputs[ref]
     first = probe.touched(x, torch.tensor([0], device=x.device))
@@ -222,13 +164,13 @@ def _classify(ref: WeightRef, probe: _Probe, output: Tensor, head_scope: str) ->
     return _heads(ref, probe, output, head_dim, head_scope)
 
 
-def _private(producers: list[WeightRef], ref: WeightRef, probe: _Probe, output: Tensor) -> bool:
+def _private(producers: list[WeightRef], ref: WeightRef, probe: Probe, output: Tensor) -> bool:
     """Whether the producers are read by this consumer only."""
     others = [x for r, x in probe.inputs.items() if r.path != ref.path] + [output]
     return not any(p in probe.touched(x, slice(None)) for x in others for p in producers)
 
 
-def _neurons(ref: WeightRef, probe: _Probe, output: Tensor) -> list[Coupled]:
+def _neurons(ref: WeightRef, probe: Probe, output: Tensor) -> list[Coupled]:
     """Column j depends on row σ(j) of each producer: σ is read off in ⌈log₂ c⌉ derivatives, one bit each."""
     x = probe.inputs[ref]
     c = x.shape[-1]
@@ -254,7 +196,7 @@ def _neurons(ref: WeightRef, probe: _Probe, output: Tensor) -> list[Coupled]:
     return [Coupled("neurons", ref, index[:, None].cpu(), tuple(slots), torch.zeros(c, dtype=torch.long))]
 
 
-def _heads(ref: WeightRef, probe: _Probe, output: Tensor, head_dim: int, head_scope: str) -> list[Coupled]:
+def _heads(ref: WeightRef, probe: Probe, output: Tensor, head_dim: int, head_scope: str) -> list[Coupled]:
     """Heads are runs of ``head_dim`` columns; rows read by several heads are their common keys and values."""
     x = probe.inputs[ref]
     heads = x.shape[-1] // head_dim
@@ -313,72 +255,3 @@ def _per_expert(group: Coupled, refs: list[WeightRef]) -> list[Coupled]:
         return [group]
     return [replace(group, consumer=ref, slots=tuple(replace(s, expert=ref.expert) for s in group.slots))
             for ref in refs if ref.path == group.consumer.path]
-
-
-@torch.no_grad()
-def _landing(block: nn.Module, hidden: Tensor, arguments: Arguments, consumer: WeightRef) -> str | None:
-    """Where the consumer's output is added: the place that moves by exactly δ when the output moves by δ."""
-    module = block.get_submodule(consumer.module_path)
-    runs = []
-    delta = None
-    for moved in (False, True):
-        seen: dict[str, Tensor] = {}
-        handles = []
-
-        def note(name, seen=seen):
-            def hook(_, args):
-                if args and isinstance(args[0], Tensor):
-                    seen.setdefault(name, args[0])
-            return hook
-
-        def move(_, args, output, moved=moved, seen=seen):
-            nonlocal delta
-            seen["<own>"] = output
-            if delta is None:
-                generator = torch.Generator().manual_seed(1)
-                delta = torch.randn(output.shape, generator=generator).to(output) * output.std().clamp(min=1e-3)
-            return output + delta if moved else output
-
-        handles = [m.register_forward_pre_hook(note(n)) for n, m in block.named_modules() if n]
-        handles.append(module.register_forward_hook(move))
-        try:
-            seen[""] = call_block(block, hidden, arguments)
-        finally:
-            for handle in handles:
-                handle.remove()
-        runs.append(seen)
-    own = runs[0].pop("<own>")
-    for name in ("", *(n for n in runs[0] if n)):
-        before, after = runs[0][name], runs[1].get(name)
-        if after is None or before.numel() != delta.numel() or name == consumer.module_path:
-            continue
-        step = (after - before).reshape(delta.shape)
-        scale = delta.abs().max()
-        if float((step - delta).abs().max()) <= 1e-3 * float(scale) and \
-                float((before.reshape(own.shape) - own).abs().max()) > 1e-3 * float(scale):
-            return name
-    return None
-
-
-def _normed(block: nn.Module, hidden: Tensor, arguments: Arguments, group: Coupled) -> bool:
-    """Whether all that the consumer does goes through the module at its target, and that takes away a factor of four.
-
-    With the module's output held fast, a consumer four times as loud must not move the block's output.
-    """
-    if not group.target:
-        return False
-    norm, consumer = block.get_submodule(group.target), block.get_submodule(group.consumer.module_path)
-    kept: dict[str, Tensor] = {}
-
-    def run(*handles) -> Tensor:
-        try:
-            return call_block(block, hidden, arguments).detach()
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    plain = run(norm.register_forward_hook(lambda _, args, out: kept.update(out=out)))
-    held = run(norm.register_forward_hook(lambda *_: kept["out"]),
-               consumer.register_forward_hook(lambda _, args, out: 4 * out))
-    scaled = run(norm.register_forward_pre_hook(lambda _, args: (4 * args[0], *args[1:])))
-    return all(float((other - plain).norm()) <= 1e-2 * float(plain.norm()) for other in (held, scaled))
