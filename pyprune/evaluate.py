@@ -12,7 +12,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -226,6 +226,26 @@ def measure(model: nn.Module, named: list[tuple[str, list[Tensor]]], evaluation:
         rows.append({"text": name, "perplexity": value, "windows": len(found), "window": len(found[0]),
                      "dtype": str(dtype)[6:], "seconds": time.perf_counter() - start})
     return rows
+
+
+@contextlib.contextmanager
+def placed(model: nn.Module, device: torch.device, evaluation: Evaluation) -> Iterator[bool]:
+    """The model on ``device`` for the duration; yields False, and leaves it where it is, if it does not fit there."""
+    home = _device(model)
+    if device.type != "cuda" or home.type == "cuda":
+        yield True
+        return
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    logits = evaluation.batch_size * evaluation.window * (vocabulary(model) or 0) * 6
+    if 1.2 * weights + 2 * logits > torch.cuda.mem_get_info(device)[0]:
+        yield False
+        return
+    try:
+        model.to(device)
+        yield True
+    finally:
+        model.to(home)
+        torch.cuda.empty_cache()
 
 
 def _settings(evaluation: Any, fields: dict) -> Evaluation:

@@ -33,18 +33,19 @@ class Moments:
     """float32 ``[c]``; the first batch's mean unless given."""
     shift_e: Tensor | None = None
     count: int = 0
-    mass: float = 0.0
-    """Σ of the tokens' weights; ``count`` if they have none."""
+    totals: Tensor = field(init=False)
+    """float64 ``[2]``: Σ of the tokens' weights (``count`` if they have none) and ``Σ w ‖e−shift_e‖²``; on the device,
+    so that adding tokens waits for nothing."""
     gram: Tensor = field(init=False)
     """float64 ``[c, c]``, ``Σ w (x−shift)(x−shift)ᵀ``."""
     sums: Tensor = field(init=False)
     cross: Tensor | None = field(init=False, default=None)
     """float64 ``[c, r]``, ``Σ w (x−shift)(e−shift_e)ᵀ``."""
     sums_e: Tensor | None = field(init=False, default=None)
-    squares_e: float = field(init=False, default=0.0)
 
     def __post_init__(self):
         c, r, double = self.columns, self.outputs, {"dtype": torch.float64, "device": self.device}
+        self.totals = torch.zeros(2, **double)
         self.gram, self.sums = torch.zeros(c, c, **double), torch.zeros(c, **double)
         self.plain_sums, self.plain_squares = torch.zeros(c, **double), torch.zeros(c, **double)
         if r:
@@ -70,7 +71,7 @@ class Moments:
         if w is not None:
             self._w.append(w.float())
         self.count += len(x)
-        self.mass += len(x) if w is None else float(w.sum(dtype=torch.float64))
+        self.totals[0] += len(x) if w is None else w.sum(dtype=torch.float64)
         self._waiting += len(x)
         if self._waiting >= FLUSH_TOKENS:
             self.flush()
@@ -98,8 +99,13 @@ class Moments:
             ops.cross_gram_update(cross, x.to(narrow), e.to(narrow))
             self.cross += cross
             self.sums_e += e.sum(0) if root is None else root @ e
-            self.squares_e += float(e.square().sum(dtype=torch.float64))
+            self.totals[1] += e.square().sum(dtype=torch.float64)
         self._x, self._e, self._w, self._waiting = [], [], [], 0
+
+    @property
+    def mass(self) -> float:
+        """Σ of the tokens' weights."""
+        return float(self.totals[0])
 
     @property
     def plain(self) -> tuple[Tensor, Tensor]:
@@ -121,7 +127,7 @@ class Moments:
         if not self.outputs:
             return About(second.float())
         cross = (self.cross / n).addr_(u, f, alpha=-1).addr_(d, f - v)
-        return About(second.float(), cross.float(), float(self.squares_e / n - 2 * (v @ f) + f @ f))
+        return About(second.float(), cross.float(), float(self.totals[1] / n - 2 * (v @ f) + f @ f))
 
     def move(self, shift: Tensor, shift_e: Tensor | None) -> None:
         """Take the products about other shifts; exact up to float64."""
@@ -130,11 +136,11 @@ class Moments:
             d = (shift - self.shift).double()
             if self.outputs:
                 f = (shift_e - self.shift_e).double()
-                self.cross.addr_(self.sums, f, alpha=-1).addr_(d, self.mass * f - self.sums_e)
-                self.squares_e += float(self.mass * (f @ f) - 2 * (self.sums_e @ f))
-                self.sums_e -= self.mass * f
-            self.gram.addr_(self.sums, d, alpha=-1).addr_(d, self.mass * d - self.sums)
-            self.sums -= self.mass * d
+                self.cross.addr_(self.sums, f, alpha=-1).addr_(d, self.totals[0] * f - self.sums_e)
+                self.totals[1] += self.totals[0] * (f @ f) - 2 * (self.sums_e @ f)
+                self.sums_e -= self.totals[0] * f
+            self.gram.addr_(self.sums, d, alpha=-1).addr_(d, self.totals[0] * d - self.sums)
+            self.sums -= self.totals[0] * d
             if bool(self.plain_squares.any()):
                 self.plain_squares += self.count * d.square() - 2 * d * self.plain_sums
                 self.plain_sums -= self.count * d
@@ -215,9 +221,10 @@ class Split:
         shift, shift_e = (*[common / known for common in shifts], None)[:2]
         for part in (self.fit, self.held):
             part.move(shift, shift_e)
-            numbers = torch.tensor([part.count, part.squares_e, part.mass], dtype=torch.float64, device=device)
-            world.sum_(part.gram, part.sums, part.cross, part.sums_e, part.plain_sums, part.plain_squares, numbers)
-            part.count, part.squares_e, part.mass = int(numbers[0]), float(numbers[1]), float(numbers[2])
+            count = torch.tensor(part.count, device=device)
+            world.sum_(part.gram, part.sums, part.cross, part.sums_e, part.plain_sums, part.plain_squares, part.totals,
+                       count)
+            part.count = int(count)
 
     @property
     def count(self) -> int:

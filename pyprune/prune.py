@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pyprune import calibration, checkpoint, distributed, ops
 from pyprune.blockwise import measure_streamed
 from pyprune.config import Calibration, ConfigError, Evaluation, PruneConfig, from_dict
-from pyprune.evaluate import measure, pick_device, windows_of
+from pyprune.evaluate import measure, pick_device, placed, windows_of
 from pyprune.journal import Journal, shard_path
 from pyprune.masks import gather, needs_calibration, prune_block
 from pyprune.model import ModelView, WeightRef, check_finite, select_weights
@@ -119,19 +119,28 @@ def _prune(model, config: PruneConfig, tokenizer, in_place: bool, progress: bool
             journal.entries, journal.notes = world.same((journal.entries, journal.notes))
             journal.total = len(view.blocks)
     store = make_store(config, journal)
+    slow: list[str] = []
 
-    def measured() -> list[dict]:
+    def measured(member: nn.Module) -> list[dict]:
+        if not texts:
+            return []
         split = all(len(windows) >= world.size for _, windows in texts)
         own = [(name, windows[world.rank::world.size] if split else windows) for name, windows in texts]
-        rows = measure_streamed(view, weights, own, config.evaluation, store, pick_device(config.device)) \
-            if weights.streamed else measure(live, own, config.evaluation)
+        if weights.streamed:
+            rows = measure_streamed(view, weights, own, config.evaluation, store, pick_device(config.device))
+        else:
+            with placed(member, pick_device(config.device), config.evaluation) as fits:
+                rows = measure(member, own, config.evaluation)
+            if not fits:
+                slow.append(f"perplexity was measured on the CPU: the whole model does not fit on {config.device}; "
+                            "stream='always' measures block by block there")
         return world.mean_perplexity(rows, [len(windows) for _, windows in texts]) if split else rows
 
     with clock("evaluation"):
         dense = world.same(journal.kept("dense"))
         if dense is None:
             announce("measuring the dense model", progress and bool(texts))
-            dense = measured()
+            dense = measured(live)
             world.lead(lambda: journal.keep("dense", dense))
     executor = Executor(view, device=pick_device(config.device), compute_dtype=pick_dtype(config.compute_dtype),
                         batch_size=config.batch_size, weights=weights, store=store)
@@ -148,9 +157,11 @@ def _prune(model, config: PruneConfig, tokenizer, in_place: bool, progress: bool
             prune_blocks(run, bar)
     with clock("evaluation"):
         announce("measuring the pruned model", progress and bool(texts))
-        pruned = measured() if live is view.model else measure(live, texts, config.evaluation)
+        pruned = measured(live)
         for entry, member in zip((run.structured or {}).get("curve", []), models.values()):
-            entry["evaluation"] = compared(dense, measure(member, texts, config.evaluation))
+            entry["evaluation"] = compared(dense, pruned if member is live else measured(member))
+    for text in slow:
+        run.warn(text)
     report = build_report(run, live, dense, pruned)
     if weights.streamed:
         result = StreamedResult(None, tokenizer, config, report)

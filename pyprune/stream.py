@@ -175,8 +175,13 @@ class Executor:
         fits = all(p.device == self.device and (p.dtype == self.dtype or not p.is_floating_point())
                    for p in block.parameters())
         module = block if fits else moved(block, self.device, self.dtype)
-        with expert_loop(self.view.model.config):
-            yield module
+        try:
+            with expert_loop(self.view.model.config):
+                yield module
+        finally:
+            if module is not block:  # whoever still holds the copy must not hold its memory
+                for tensor in (*module.parameters(), *module.buffers()):
+                    tensor.data = tensor.data.new_empty(0)
 
     @torch.no_grad()
     def forward(self, index: int, module: nn.Module, hidden: Tensor) -> Tensor:
