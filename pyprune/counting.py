@@ -183,7 +183,7 @@ def memory_of(view: ModelView, selected: list[list[WeightRef]], config: PruneCon
         "activations": int(min(budget, activation_bytes(config, hidden, compute))),
     }
     batch = (config.batch_size or max(1, TARGET_TOKENS // calibration.seq_len)) * calibration.seq_len
-    block = {"block": (window + 1) * largest * compute.itemsize if gpu or compute != own else 0}
+    block = {"block": window * largest * compute.itemsize if gpu or compute != own else 0}
     grams, inputs, solve, widest = 0, 0, 0, hidden
     for one, refs, _ in kinds(view, selected):
         found = inputs_of(view, one, refs)

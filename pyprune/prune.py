@@ -148,6 +148,8 @@ def _prune(model, config: PruneConfig, tokenizer, in_place: bool, progress: bool
     run = Run(config, view, executor, selected, data, clock, journal, world)
     executor.warn = run.warn
     models: dict[float, nn.Module] = {}
+    if executor.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(executor.device)
     with Progress(len(view.blocks), enabled=progress) as bar, ops.backend(config.backend), \
             journal.interruptible(follow=world.size > 1):
         if config.is_structured:
@@ -155,6 +157,8 @@ def _prune(model, config: PruneConfig, tokenizer, in_place: bool, progress: bool
             live = list(models.values())[-1]
         else:
             prune_blocks(run, bar)
+    if executor.device.type == "cuda":
+        run.peak_device = torch.cuda.max_memory_allocated(executor.device)
     with clock("evaluation"):
         announce("measuring the pruned model", progress and bool(texts))
         pruned = measured(live)

@@ -82,7 +82,7 @@ def build_report(run, model: nn.Module, dense: list[dict], pruned: list[dict]) -
         **({"structured": run.structured} if run.structured else {}),
         "seconds": run.clock.seconds,
         "peak_memory_bytes": peak,
-        "peak_device_memory_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
+        "peak_device_memory_bytes": run.peak_device,
         "calibration": {"description": run.data.description, "fingerprint": run.data.fingerprint,
                         "samples": len(run.data.sequences), "tokens": sum(map(len, run.data.sequences))},
         "warnings": run.warnings,

@@ -134,6 +134,8 @@ class Run:
     weights: list[dict] = field(default_factory=list)
     blocks: list[dict] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    peak_device: int | None = None
+    """Bytes allocated on the GPU at most between the two evaluations; None without one."""
     structured: dict | None = None
     """What structured pruning adds to the report."""
 

@@ -48,7 +48,7 @@ def test_models_of_any_size_are_counted_without_weights(name):
     block = max(sum(p.numel() for p in b.parameters()) for b in view.blocks)
     assert host["activations"] == (128 + 2 * 4) * 2048 * config.hidden_size * 2, "2 + 2 probes, pruned and dense"
     assert 2 * block * 2 < host["weights"] < 0.1 * parameters * 2, "two blocks and the embeddings, not the model"
-    assert device["block"] == 2 * block * 2
+    assert device["block"] == block * 2, "bfloat16, and the one before it is gone"
     small, narrowed = rehearsal_model(config, torch.float32)
     assert narrowed and sum(p.numel() for p in small.parameters()) < 2e7 and len(ModelView(small).blocks) == 2
 

@@ -299,3 +299,15 @@ def test_a_moved_block_is_a_copy_in_the_compute_type():
         for p, q in zip(module.parameters(), view.blocks[1].parameters()):
             assert torch.equal(p, q.bfloat16()) and p.data_ptr() != q.data_ptr()
         assert module.self_attn.config is not None and type(module) is type(view.blocks[1])
+
+
+def test_a_copy_of_a_block_goes_with_its_turn():
+    model = tiny.model("llama")
+    before = [p.clone() for p in model.parameters()]
+    executor = Executor(ModelView(model), compute_dtype=torch.bfloat16)
+    with executor.compute(0) as module:
+        assert sum(p.numel() for p in module.parameters()) > 0
+    assert not any(p.numel() for p in module.parameters()), "memory that its last user still holds"
+    with Executor(ModelView(model)).compute(0) as own:
+        assert own is model.model.layers[0]
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before))
