@@ -129,16 +129,21 @@ def sparsegpt(stat: Hessian, sparsity: float, nm: tuple[int, int] | None, block_
     return keep
 
 
+def _drop_nm(metric: Tensor, nm: tuple[int, int]) -> Tensor:
+    """The lowest of every group of columns, group by group."""
+    drop = torch.zeros_like(metric, dtype=torch.bool)
+    for start in range(0, metric.shape[1], nm[1]):
+        lowest = torch.topk(metric[:, start:start + nm[1]], nm[1] - nm[0], dim=1, largest=False)[1]
+        drop.scatter_(1, start + lowest, True)
+    return drop
+
+
 def wanda(stat: ColumnNorms, sparsity: float, nm: tuple[int, int] | None) -> Tensor:
     """Prune the layer in place by |w|·‖x‖ per row, with full sorts; returns the keep mask."""
     w = stat.layer.weight.data
     metric = torch.abs(w) * torch.sqrt(stat.squares.reshape(1, -1))
-    drop = torch.zeros_like(metric, dtype=torch.bool)
-    if nm is not None:
-        for start in range(0, metric.shape[1], nm[1]):
-            lowest = torch.topk(metric[:, start:start + nm[1]], nm[1] - nm[0], dim=1, largest=False)[1]
-            drop.scatter_(1, start + lowest, True)
-    else:
+    drop = torch.zeros_like(metric, dtype=torch.bool) if nm is None else _drop_nm(metric, nm)
+    if nm is None:
         order = torch.sort(metric, dim=-1, stable=True)[1]
         drop.scatter_(1, order[:, :int(metric.shape[1] * sparsity)], True)
     w[drop] = 0
@@ -149,11 +154,8 @@ def magnitude(layer: nn.Linear, sparsity: float, nm: tuple[int, int] | None) -> 
     """Prune the layer in place by |w|; returns the keep mask."""
     w = layer.weight.data
     metric = torch.abs(w)
-    drop = torch.zeros_like(metric, dtype=torch.bool)
     if nm is not None:
-        for start in range(0, metric.shape[1], nm[1]):
-            lowest = torch.topk(metric[:, start:start + nm[1]], nm[1] - nm[0], dim=1, largest=False)[1]
-            drop.scatter_(1, start + lowest, True)
+        drop = _drop_nm(metric, nm)
     else:
         drop = metric <= torch.sort(metric.flatten())[0][int(w.numel() * sparsity)]
     w[drop] = 0

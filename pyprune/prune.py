@@ -14,17 +14,17 @@ from pyprune import calibration, checkpoint, distributed, ops
 from pyprune.blockwise import measure_streamed
 from pyprune.config import Calibration, ConfigError, Evaluation, PruneConfig, from_dict
 from pyprune.evaluate import measure, pick_device, placed, windows_of
-from pyprune.journal import Journal, shard_path
+from pyprune.journal import Journal
 from pyprune.masks import gather, needs_calibration, prune_block
 from pyprune.model import ModelView, WeightRef, check_finite, select_weights
 from pyprune.progress import Progress, announce
 from pyprune.record import build_report, compared, data_identity, model_identity, settings_of, weights_digest
 from pyprune.refine import Refiner, wanted
 from pyprune.report import read as read_report
-from pyprune.run import Clock, Probe, PruneResult, Run, StreamedResult, make_probes, seed_all, stream_error
+from pyprune.run import Clock, Probe, PruneResult, Run, StreamedResult, make_probes, seed_all
 from pyprune.shards import OutputError
 from pyprune.statistics import Inputs, observe
-from pyprune.steps import commit_block, restore_block, settled_by, write_block
+from pyprune.steps import block_row, commit_block, enter_block, leave_block, restore_block, settled_by, write_block
 from pyprune.store import Store
 from pyprune.stream import Activations, Executor, Resident
 from pyprune.structured import prune_structured
@@ -242,11 +242,7 @@ def prune_blocks(run: Run, bar: Progress) -> None:
         started = time.perf_counter()
         seed_all(config.seed + index)
         with executor.compute(index) as module, torch.no_grad():
-            if executor.weights.streamed and index >= done:
-                check_finite(run.view, index, run.selected[index])
-            with clock("probe"):
-                for probe in probes:
-                    executor.run(index, module, probe.dense, probe.dense)
+            enter_block(run, index, module, probes)
             if index < done:
                 if fit is not None and config.inputs == "dense" and index < last:
                     with clock("forward"):
@@ -267,18 +263,9 @@ def prune_blocks(run: Run, bar: Progress) -> None:
                 for probe in [] if refiner else probes:
                     executor.run(index, module, probe.student, probe.student)
         if index >= done:
-            errors = {probe.name: stream_error(probe) for probe in probes}
-            run.blocks.append({"block": index, "error": errors.get("calibration"),
-                               "error_held_out": errors.get("held_out"), "seconds": time.perf_counter() - started,
-                               **(refiner.row(index) if refiner else {})})
+            run.blocks.append({**block_row(index, probes, started), **(refiner.row(index) if refiner else {})})
             commit_block(run, index)
-        if run.world.any(journal.stopping):  # also: process 0 has written what the others may read
-            journal.stop()
-        for settled in settled_by(run, index, refiner):
-            executor.release(settled, shard_path(config.output, settled) if config.output else None)
-        bar.update(block=index + 1, phase="done", error=run.blocks[index]["error"])
-        if index < last:
-            journal.safe_point()
+        leave_block(run, bar, index, settled_by(run, index, refiner))
     if refiner:
         refiner.finish()
 

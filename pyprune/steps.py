@@ -1,15 +1,48 @@
-"""What a block's step leaves on the disk, and how an interrupted run brings it back."""
+"""How a block's step begins and ends, what it leaves on the disk, and how an interrupted run brings it back."""
 
 from __future__ import annotations
+
+import time
 
 import torch
 from torch import Tensor, nn
 
+from pyprune.journal import shard_path
+from pyprune.model import check_finite
+from pyprune.progress import Progress
 from pyprune.refine import Refiner
-from pyprune.run import Run
+from pyprune.run import Probe, Run, stream_error
 
 MASK = ".pyprune_mask"
 """Ends the name of a keep mask in the draft of a block."""
+
+
+def enter_block(run: Run, index: int, module: nn.Module, probes: list[Probe]) -> None:
+    """Before a block is changed: its weights, if they have just been read, are finite; the dense probes pass it."""
+    if run.executor.weights.streamed and index >= len(run.journal.entries):
+        check_finite(run.view, index, run.selected[index])
+    with run.clock("probe"):
+        for probe in probes:
+            run.executor.run(index, module, probe.dense, probe.dense)
+
+
+def block_row(index: int, probes: list[Probe], started: float) -> dict:
+    """A block's line of the report: errors of the hidden states behind it, and its seconds."""
+    errors = {probe.name: stream_error(probe) for probe in probes}
+    return {"block": index, "error": errors.get("calibration"), "error_held_out": errors.get("held_out"),
+            "seconds": time.perf_counter() - started}
+
+
+def leave_block(run: Run, bar: Progress, index: int, settled: list[int]) -> None:
+    """After a block's step is committed: let go of the blocks that are final, and stop if a signal asked for it."""
+    if run.world.any(run.journal.stopping):  # also: process 0 has written what the others may read
+        run.journal.stop()
+    output = run.config.output
+    for i in settled:
+        run.executor.release(i, shard_path(output, i) if output else None)
+    bar.update(block=index + 1, phase="done", error=run.blocks[index]["error"])
+    if index < len(run.view.blocks) - 1:
+        run.journal.safe_point()
 
 
 def write_block(run: Run, index: int, refiner: Refiner | None) -> None:

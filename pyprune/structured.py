@@ -12,10 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from pyprune import layouts, slicing
-from pyprune.journal import shard_path
-from pyprune.model import check_finite
-from pyprune.run import Run, make_probes, seed_all, stream_error
-from pyprune.steps import tensors_of
+from pyprune.run import Run, make_probes, seed_all
+from pyprune.steps import block_row, enter_block, leave_block, tensors_of
 from pyprune.stream import expert_loop
 from pyprune.structured_block import Plan, Target, dense_block, needs_split, propagated_block, refresh
 from pyprune.structured_plan import make_plan
@@ -75,11 +73,7 @@ def _run_blocks(run: Run, bar, plan: Plan, inputs: str) -> None:
         seed_all(run.config.seed + index)
         bar.update(block=index, phase="resume" if index < done else "statistics")
         with executor.compute(index) as module:
-            if executor.weights.streamed and index >= done:
-                check_finite(run.view, index, run.selected[index])
-            with clock("probe"):
-                for probe in probes:
-                    executor.run(index, module, probe.dense, probe.dense)
+            enter_block(run, index, module, probes)
             if index < done:
                 with clock("forward"):
                     for stream in (student if inputs == "dense" else None, dense):
@@ -103,16 +97,9 @@ def _run_blocks(run: Run, bar, plan: Plan, inputs: str) -> None:
                 for probe in probes:
                     executor.run(index, module, probe.student, probe.student)
         if index >= done:
-            errors = {probe.name: stream_error(probe) for probe in probes}
-            run.blocks.append({"block": index, "error": errors.get("calibration"),
-                               "error_held_out": errors.get("held_out"), "seconds": time.perf_counter() - started})
+            run.blocks.append(block_row(index, probes, started))
             _commit(run, plan, index)
-        if run.world.any(journal.stopping):
-            journal.stop()
-        executor.release(index, shard_path(run.config.output, index) if run.config.output else None)
-        bar.update(block=index + 1, phase="done", error=run.blocks[index]["error"])
-        if index < last:
-            journal.safe_point()
+        leave_block(run, bar, index, [index])
 
 
 def _add_biases(plan: Plan, index: int) -> None:

@@ -1,4 +1,4 @@
-"""Whole runs on a GPU against the same runs on the CPU: masks up to ties, models up to rounding, nothing left behind."""
+"""Whole runs on a GPU against the same runs on the CPU: masks up to ties, models up to rounding, nothing left over."""
 
 from __future__ import annotations
 

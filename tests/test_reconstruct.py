@@ -7,6 +7,7 @@ import json
 import pytest
 import tiny
 import torch
+from fast import FAST, equal, run, state
 
 from pyprune import cli
 from pyprune.config import Calibration, ConfigError, Evaluation, Reconstruction
@@ -14,23 +15,6 @@ from pyprune.journal import Interrupted, Journal
 from pyprune.model import ModelView, weights_of
 from pyprune.prune import prune
 from pyprune.refine import Refiner
-
-FAST = Reconstruction(epochs=3, batch_size=4, lr=2e-3)
-
-
-def run(model=None, samples=12, **fields):
-    fields = {"evaluation": Evaluation(enabled=False), "reconstruction": FAST, "reconstruct": "block", **fields}
-    calibration = fields.pop("calibration", {})
-    source = Calibration(source=tiny.ids(samples + 8, 24), num_samples=samples, seq_len=24, held_out=8, **calibration)
-    return prune(model or tiny.model("llama"), calibration=source, progress=False, **fields)
-
-
-def state(result):
-    return result.model.state_dict()
-
-
-def equal(a, b) -> bool:
-    return all(torch.equal(a[key], b[key]) for key in a)
 
 
 @pytest.mark.parametrize("architecture", tiny.CONFIGS)

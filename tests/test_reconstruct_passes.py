@@ -7,6 +7,7 @@ import sys
 import pytest
 import tiny
 import torch
+from fast import FAST, equal, run, state
 
 from pyprune.config import Calibration, ConfigError, Evaluation, Reconstruction
 from pyprune.prune import prune
@@ -14,24 +15,6 @@ from pyprune.solvers import dense_target_start, inverse_factor
 from pyprune.statistics import Statistics
 from pyprune.stream import Executor
 from pyprune.student import Student
-
-FAST = Reconstruction(epochs=3, batch_size=4, lr=2e-3)
-
-
-def run(model=None, samples=12, **fields):
-    fields = {"evaluation": Evaluation(enabled=False), "reconstruction": FAST, "reconstruct": "block", **fields}
-    calibration = fields.pop("calibration", {})
-    source = Calibration(source=tiny.ids(samples + 8, 24), num_samples=samples, seq_len=24, held_out=8, **calibration)
-    return prune(model or tiny.model("llama"), calibration=source, progress=False, **fields)
-
-
-def state(result):
-    return result.model.state_dict()
-
-
-def equal(a, b) -> bool:
-    return all(torch.equal(a[key], b[key]) for key in a)
-
 
 # ---- passes ---------------------------------------------------------------------------------------------------------
 

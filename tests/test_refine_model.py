@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from fast import FAST, equal, run, state
 
 import pyprune
 from pyprune import cli
@@ -16,23 +17,6 @@ from pyprune.model import ModelView
 from pyprune.prune import prune
 from pyprune.reconstruct import Trace
 from pyprune.stream import Executor
-
-FAST = Reconstruction(epochs=3, batch_size=4, lr=2e-3)
-
-
-def run(model=None, samples=12, **fields):
-    fields = {"evaluation": Evaluation(enabled=False), "reconstruction": FAST, "reconstruct": "block", **fields}
-    calibration = fields.pop("calibration", {})
-    source = Calibration(source=tiny.ids(samples + 8, 24), num_samples=samples, seq_len=24, held_out=8, **calibration)
-    return prune(model or tiny.model("llama"), calibration=source, progress=False, **fields)
-
-
-def state(result):
-    return result.model.state_dict()
-
-
-def equal(a, b) -> bool:
-    return all(torch.equal(a[key], b[key]) for key in a)
 
 
 @pytest.mark.parametrize("cross, propagate", [(False, True), (True, True), (True, False), (False, False)])
