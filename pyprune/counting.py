@@ -13,6 +13,7 @@ from torch import nn
 
 from pyprune.config import PruneConfig
 from pyprune.evaluate import POSITIONS, cpu_has_bfloat16
+from pyprune.group_criteria import NEEDS_MOMENTS
 from pyprune.model import ModelView, WeightRef, weights_of
 from pyprune.solvers import needs_factor
 from pyprune.store import DEPTH
@@ -133,6 +134,12 @@ def shapes_of(block: nn.Module, refs: list[WeightRef]) -> list[tuple[int, int]]:
 
 def passes_of(config: PruneConfig) -> dict[str, int]:
     """Forward passes of the calibration data through every block."""
+    if config.is_structured:
+        looks = config.reconstruct != "none" or config.criterion in NEEDS_MOMENTS
+        follows = looks and config.inputs == "propagated" and not isinstance(config.sparsity, list)
+        kinds_of_units = 2 if config.pattern == "structured" and follows else 1
+        return {"statistics": looks * kinds_of_units, "propagation": int(follows),
+                "dense": int(follows and config.reconstruct != "none")}
     if not config.is_structured and config.method == "magnitude" and config.reconstruct == "none":
         return {"statistics": 0, "propagation": 0, "dense": 0}
     trains, cross = config.reconstruct in ("block", "cross_block"), config.reconstruct == "cross_block"

@@ -27,9 +27,10 @@ from pyprune.counting import (
 )
 from pyprune.evaluate import pick_device
 from pyprune.model import ModelView, WeightRef, select_weights, uncovered, weights_of
-from pyprune.planning import rehearse
+from pyprune.planning import rehearsal_model, rehearse
 from pyprune.shards import Files
 from pyprune.store import available_memory
+from pyprune.structured_plan import group_paths
 
 
 def plan(config: PruneConfig | dict) -> dict:
@@ -48,19 +49,23 @@ def plan(config: PruneConfig | dict) -> dict:
     if config.output:
         checkpoint.check_output(config.output, allow=".pyprune")
     view = ModelView(_skeleton(config))
-    selected = select_weights(view, config.targets, config.ignore)
+    selected = targeted = select_weights(view, config.targets, config.ignore)
     device = pick_device(config.device)
     gpu = device.type == "cuda"
     dtype = next(view.blocks.parameters()).dtype
     compute = dtype if config.compute_dtype == "auto" else getattr(torch, config.compute_dtype)
-    weights, work = _weights(view, selected, config), work_of(view, selected, config)
+    small = ModelView(rehearsal_model(view.model.config, dtype)[0])
+    if config.is_structured:
+        paths = group_paths(small, config)
+        selected = [[ref for ref in refs if ref.path in paths] for refs in targeted]
+    weights, work = _weights(view, selected, targeted, config), work_of(view, selected, config)
     free = {"memory": available_memory(), "device": torch.cuda.mem_get_info(device)[0] if gpu else None}
     streamed, why = will_stream(config, view, free["memory"])
     budget = free["memory"] / 2 if config.memory_budget_gb is None else config.memory_budget_gb * 1e9
     hidden = view.model.get_input_embeddings().weight.shape[1]
     spilled = max(0, int(activation_bytes(config, hidden, compute) - budget))
     host, on_device = memory_of(view, selected, config, compute, streamed, gpu, budget)
-    seconds = rehearse(config, view, work, dtype, streamed)
+    seconds = rehearse(config, view, work, small, streamed)
     return {
         "model": {"name": config.model, "architecture": type(view.model).__name__, "blocks": len(view.blocks),
                   "parameters": sum(p.numel() for p in view.model.parameters()), "dtype": str(dtype)[6:]},
@@ -93,7 +98,8 @@ def _skeleton(config: PruneConfig) -> torch.nn.Module:
     return skeleton(found, named if isinstance(named, torch.dtype) else torch.float32)
 
 
-def _weights(view: ModelView, selected: list[list[WeightRef]], config: PruneConfig) -> list[dict]:
+def _weights(view: ModelView, selected: list[list[WeightRef]], targeted: list[list[WeightRef]],
+             config: PruneConfig) -> list[dict]:
     found: list[list[dict]] = [[] for _ in view.blocks]
     for block, refs, alike in kinds(view, selected):
         everything, chosen = weights_of(block), set(refs)
@@ -106,7 +112,8 @@ def _weights(view: ModelView, selected: list[list[WeightRef]], config: PruneConf
                     raise ConfigError(f"pattern {config.pattern} does not divide the {shape[1]} inputs of "
                                       f"{view.name(i, ref)}; choose another pattern or ignore that weight")
                 found[i].append({"name": view.name(i, ref), "shape": list(shape), "prune": prune,
-                                 "why": None if prune else "not among targets, or ignored"})
+                                 "why": None if prune else f"no part of its {config.pattern}" if ref in targeted[i] else
+                                 "not among targets, or ignored"})
             found[i] += [{"name": f"{view.path}.{i}.{name}", "shape": shape, "prune": False,
                           "why": "no matrix that a linear layer multiplies by"} for name, shape in rest]
     return [row for rows in found for row in rows]

@@ -29,13 +29,15 @@ BATCHES, PATIENCE, REPEATS = 2, 1.5, 3
 """Batches of a rehearsal. It is repeated until so many seconds or runs are spent; the fastest counts."""
 
 
-def rehearse(config: PruneConfig, view: ModelView, work: Work, dtype: torch.dtype,
+def rehearse(config: PruneConfig, view: ModelView, work: Work, own: ModelView,
              streamed: bool = False) -> dict[str, float]:
-    """Estimated seconds by phase of the whole run. work: of the model of ``view``, which may be without weights."""
+    """Estimated seconds by phase of the whole run.
+
+    work: of the model of ``view``, which may be without weights. own: its :func:`rehearsal_model`.
+    """
     from pyprune.prune import prune
 
     calibration = config.calibration
-    own = ModelView(rehearsal_model(view.model.config, dtype)[0])
     longest = getattr(view.model.config, "max_position_embeddings", None) or max(calibration.seq_len,
                                                                                  config.evaluation.window)
     length, window = min(calibration.seq_len, longest), min(config.evaluation.window, longest)

@@ -61,7 +61,7 @@ def compared(dense: list[dict], pruned: list[dict]) -> list[dict]:
 
 def build_report(run, model: nn.Module, dense: list[dict], pruned: list[dict]) -> dict:
     """The run as one plain dict: what ``report.json`` holds."""
-    coverage = run.view.coverage(run.selected)
+    coverage = run.coverage or run.view.coverage(run.selected)
     pruned_weights = sum(w["sparsity"] * w["shape"][0] * w["shape"][1] for w in run.weights)
     targeted = sum(w["shape"][0] * w["shape"][1] for w in run.weights)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -134,6 +134,8 @@ class Run:
     weights: list[dict] = field(default_factory=list)
     blocks: list[dict] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    coverage: dict | None = None
+    """What of the dense model was selected, where the model has other sizes afterwards."""
     peak_device: int | None = None
     """Bytes allocated on the GPU at most between the two evaluations; None without one."""
     structured: dict | None = None

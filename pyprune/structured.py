@@ -32,6 +32,7 @@ def prune_structured(run: Run, bar) -> dict[float, nn.Module]:
         run.warn("several sparsities share one pass over the dense stream; prune one at a time for inputs='propagated'")
     with run.clock("groups"):
         plan = make_plan(run)
+    run.coverage = run.view.coverage(run.selected)
     for note in plan.notes:
         run.warn(note)
     with expert_loop(run.view.model.config), torch.no_grad():

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from pyprune import layouts, slicing
 from pyprune.allocation import Member, choose, global_counts, uniform_count
-from pyprune.config import ConfigError
+from pyprune.config import ConfigError, PruneConfig
 from pyprune.group_criteria import NEEDS_GRADIENTS, NEEDS_MOMENTS
 from pyprune.groups import PROBE_TOKENS, Coupled, find_groups
+from pyprune.model import ModelView
 from pyprune.run import Run
 from pyprune.slicing import Pick, slice_block
 from pyprune.stream import expert_loop
@@ -75,6 +76,11 @@ def _biases(run: Run, flags: dict[str, str]) -> list[list[str]]:
             have = {name for name, _ in dense.named_parameters()}
             names += [name for name, _ in block.named_parameters() if name.endswith("bias") and name not in have]
     return out
+
+
+def group_paths(view: ModelView, config: PruneConfig) -> set[str]:
+    """Parameters, by their path in a block, that a structured run would make smaller."""
+    return set().union(*map(_paths, find_groups(view, config.pattern, config.structured.head_scope)))
 
 
 def _paths(block: list[Coupled]) -> set[str]:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import transformers
 import pyprune
 from pyprune import cli, report
 from pyprune.config import ConfigError, Evaluation, PruneConfig
+from pyprune.stream import Executor
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "mixtral", "bert", "phi3", "opt"])
@@ -175,3 +177,29 @@ def test_memory_is_within_a_quarter_of_a_real_run(tmp_path, stream):
     grown, planned = json.loads(made.stdout.splitlines()[-1])
     print(f"grown by {grown / 1e6:.0f} MB; planned", {part: round(size / 1e6) for part, size in planned.items()})
     assert planned["total"] - planned["process"] == pytest.approx(grown, rel=0.25)
+
+
+@pytest.mark.parametrize("pattern, inputs, reconstruct, passes", [
+    ("neurons", "propagated", "liar", {"statistics": 1, "propagation": 1, "dense": 1}),
+    ("structured", "propagated", "liar", {"statistics": 2, "propagation": 1, "dense": 1}),
+    ("structured", "dense", "liar", {"statistics": 1, "propagation": 0, "dense": 0}),
+    ("heads", "propagated", "none", {"statistics": 0, "propagation": 0, "dense": 0})])
+def test_a_structured_plan_names_what_the_run_cuts_and_its_passes(tmp_path, monkeypatch, pattern, inputs, reconstruct,
+                                                                 passes):
+    tiny.model("llama").save_pretrained(tmp_path / "model")
+    fields = dict(pattern=pattern, inputs=inputs, reconstruct=reconstruct, sparsity=0.5, criterion="wifv",
+                  probe_samples=0) | (dict(criterion="magnitude") if reconstruct == "none" else {})
+    found = pyprune.plan({"model": str(tmp_path / "model"), **fields})
+    counts = Counter()
+    forward = Executor.forward
+    def counting(self, index, module, hidden):
+        counts[index] += 1
+        return forward(self, index, module, hidden)
+    monkeypatch.setattr(Executor, "forward", counting)
+    result = pyprune.prune(str(tmp_path / "model"), calibration=tiny.ids(4, 16), evaluation={"enabled": False},
+                           batch_size=4, progress=False, **fields)
+    assert {w["name"] for w in found["weights"] if w["prune"]} >= {w["name"] for w in result.report["weights"]}
+    assert found["coverage"]["fraction"] == result.report["coverage"]["fraction"]
+    assert found["passes"] == passes and counts[0] == sum(passes.values())
+    spared = [w["why"] for w in found["weights"] if ".self_attn." in w["name"]]
+    assert (pattern != "neurons") or set(spared) == {"no part of its neurons"}

@@ -119,7 +119,8 @@ def test_the_estimate_is_within_a_quarter_of_a_real_run(fields, monkeypatch):
 
     def rehearsed() -> dict:
         view = ModelView(skeleton(config, torch.float32))
-        return rehearse(asked, view, work_of(view, selected(view), asked), torch.float32)
+        return rehearse(asked, view, work_of(view, selected(view), asked),
+                        ModelView(rehearsal_model(view.model.config, torch.float32)[0]))
 
     def real() -> dict:
         return prune(model, progress=False,
