@@ -130,7 +130,7 @@ def test_a_failed_run_leaves_nothing_that_changes_the_next(monkeypatch):
 
     from pyprune import ops
 
-    engine = importlib.import_module("pyprune.prune")
+    engine = importlib.import_module("pyprune.masks")
     solve = engine.solve
     monkeypatch.setattr(engine, "solve", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
