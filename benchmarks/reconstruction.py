@@ -189,21 +189,29 @@ def main() -> None:
     preset = PRESETS[options.preset]
     name = f"{NAME}_{options.preset}"
     rows = common.read(name, options.out)
-    dense, tokenizer = common.load_model(options.model)
-    texts = Texts(dense, tokenizer, preset)
-    for todo in work_list(options, preset):
-        if any(all(row[key] == todo[key] for key in KEY) for row in rows):
-            continue
+    missing = [todo for todo in work_list(options, preset)
+               if not any(all(row[key] == todo[key] for key in KEY) for row in rows)]
+    if missing:
+        dense, tokenizer = common.load_model(options.model)
+        texts = Texts(dense, tokenizer, preset)
+    for todo in missing:
         config = config_of(preset, todo["mask"], todo["step"], todo["seed"], todo["self_generated"],
                            common.result_path(name, options.out).parent)
         rows.append({**todo, **measure(dense, tokenizer, config, texts)})
         common.write(name, rows, options.out, setting=preset)
+        publish(rows, options, preset, name)
         shown = {k: v for k, v in rows[-1].items() if k not in ("blocks", "warnings", "model", "preset")}
         print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items()), flush=True)
+    print(publish(rows, options, preset, name))
+
+
+def publish(rows: list[dict], options, preset: dict, name: str) -> str:
+    """Table and plot of the rows there are."""
     mine = [row for row in rows if row["model"] == options.model]
-    common.result_path(name, options.out, ".md").write_text(markdown(mine, preset))
+    table = markdown(mine, preset)
+    common.result_path(name, options.out, ".md").write_text(table)
     plot(mine, common.result_path(name, options.out, ".png"))
-    print(markdown(mine, preset))
+    return table
 
 
 if __name__ == "__main__":
