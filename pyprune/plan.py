@@ -28,6 +28,7 @@ from pyprune.counting import (
 from pyprune.evaluate import pick_device
 from pyprune.model import ModelView, WeightRef, select_weights, uncovered, weights_of
 from pyprune.planning import rehearsal_model, rehearse
+from pyprune.prune import pick_dtype
 from pyprune.shards import Files
 from pyprune.store import available_memory
 from pyprune.structured_plan import group_paths
@@ -53,7 +54,7 @@ def plan(config: PruneConfig | dict) -> dict:
     device = pick_device(config.device)
     gpu = device.type == "cuda"
     dtype = next(view.blocks.parameters()).dtype
-    compute = dtype if config.compute_dtype == "auto" else getattr(torch, config.compute_dtype)
+    compute = pick_dtype(config.compute_dtype) or dtype
     small = ModelView(rehearsal_model(view.model.config, dtype)[0])
     if config.is_structured:
         paths = group_paths(small, config)

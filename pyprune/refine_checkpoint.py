@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 from typing import TextIO
 
-import torch
 from torch import nn
 
 from pyprune import checkpoint
@@ -18,6 +17,7 @@ from pyprune.config import DTYPES, Calibration, ConfigError, Evaluation, Reconst
 from pyprune.evaluate import measure, windows_of
 from pyprune.model import ModelView
 from pyprune.progress import Progress, announce
+from pyprune.prune import pick_dtype
 from pyprune.refine_model import refine
 from pyprune.report import model_card, perplexity_text
 from pyprune.report import read as read_report
@@ -59,7 +59,7 @@ def refine_checkpoint(directory: str | Path, output: str | Path, *, dense: str |
     with Progress(len(view.blocks) + cross_block, label="refining", enabled=progress) as bar:
         rows = refine(model, teacher, calibration, tokenizer=tokenizer, cross_block=cross_block, settings=settings,
                       global_propagation=global_propagation, device=device, seed=seed, warn=told.append,
-                      compute_dtype=None if compute_dtype == "auto" else getattr(torch, compute_dtype),
+                      compute_dtype=pick_dtype(compute_dtype),
                       progress=lambda done, windows: bar.update(block=done))
     announce("measuring the refined model", progress and bool(texts), "refining")
     measured["refined"] = measure(model, texts, evaluation)

@@ -135,12 +135,12 @@ def _dense_pass(run: Run, index: int, module: nn.Module, groups: list[Coupled], 
         taps.close()
 
 
-def dealt(run: Run, costs: list[float], work: Callable[[int], T]) -> list[T]:
-    """``work(k)`` for every k, each done by one of the processes and known to all."""
+def dealt(run: Run, costs: list[float], work: Callable[[int], T]) -> list[tuple[int, T]]:
+    """``work(k)`` for every k, each done by one of the processes and known to all; with the process that did it."""
     owners = run.world.deal(costs)
     own = {k: work(k) for k, owner in enumerate(owners) if owner == run.world.rank}
     found = {k: value for part in run.world.everyone(own) for k, value in part.items()}
-    return [found[k] for k in range(len(costs))]
+    return [(owner, found[k]) for k, owner in enumerate(owners)]
 
 
 def needs_split(run: Run) -> bool:
@@ -268,8 +268,8 @@ def _picks(run: Run, plan: Plan, index: int, stage: Sequence[int], splits: list[
         return told
 
     costs = [float(groups[i].consumer.view(block).shape[1]) ** 3 for i in stage]
-    owners, device = run.world.deal(costs), run.executor.device
-    for k, told in enumerate(dealt(run, costs, solve)):
+    device = run.executor.device
+    for k, (owner, told) in enumerate(dealt(run, costs, solve)):
         for t, (kept, weighs, biased, row) in enumerate(told):
             target, group = targets[t], groups[stage[k]]
             target.rows.append(row)
@@ -281,9 +281,9 @@ def _picks(run: Run, plan: Plan, index: int, stage: Sequence[int], splits: list[
                 solved[k, t] = Pick(group, kept, padded_to=padded)
             pick = solved[k, t]
             if weighs:
-                pick.weight = run.world.share(pick.weight, (rows, len(kept) * group.width), owners[k], device)
+                pick.weight = run.world.share(pick.weight, (rows, len(kept) * group.width), owner, device)
             if biased:
-                pick.bias = run.world.share(pick.bias, (rows,), owners[k], device)
+                pick.bias = run.world.share(pick.bias, (rows,), owner, device)
     for part in run.world.everyone(run.warnings) if run.world.size > 1 else []:
         for text in part:
             run.warn(text)

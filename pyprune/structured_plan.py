@@ -150,7 +150,7 @@ def _allocate(run: Run, plan: Plan, sparsities: list[float]) -> list[list[list[i
                 splits = observe(run, index, module, plan.groups[index], stream, target=stream) if stream else None
                 scores = dealt(run, [float(m.group.units) for m in block], lambda i, index=index, splits=splits:
                                score_group(run, plan, index, i, splits[i] if splits else None))
-            for member, found in zip(block, scores):
+            for member, (_, found) in zip(block, scores):
                 member.scores = found
             run.executor.release(index)
     flat = [m for block in members for m in block]
