@@ -1,6 +1,7 @@
-"""Perplexity of a model that is never whole in memory: all windows pass through one block at a time.
+"""Perplexity during a run: of a model in memory, or of one that never is, whose windows pass one block at a time.
 
-The same windows, types and losses as :func:`pyprune.evaluate.measure`, one reading of the weights for all texts.
+Block by block: the same windows, types and losses as :func:`pyprune.evaluate.measure`, one reading of the weights for
+all texts.
 """
 
 from __future__ import annotations
@@ -13,11 +14,41 @@ import torch
 from torch import Tensor, nn
 
 from pyprune.config import Evaluation
-from pyprune.evaluate import check_causal, forward_dtype, perplexity_of, window_losses
+from pyprune.distributed import World
+from pyprune.evaluate import check_causal, forward_dtype, measure, perplexity_of, placed, window_losses
 from pyprune.model import ModelView
 from pyprune.store import Store
-from pyprune.stream import Executor
+from pyprune.stream import Executor, Resident
 from pyprune.weights import Streamed
+
+
+class Meter:
+    """Measures every model of a run on the same windows: on the device where it fits, block by block where its weights
+    are streamed, each process its share of the windows."""
+
+    def __init__(self, texts: list[tuple[str, list[Tensor]]], evaluation: Evaluation, device: torch.device,
+                 store: Store, world: World):
+        self.texts, self.evaluation, self.device, self.store, self.world = texts, evaluation, device, store, world
+        self.notes: list[str] = []
+        """What the user should know of where it was measured."""
+
+    def __call__(self, model: nn.Module, weights: Resident | None = None) -> list[dict]:
+        """One row a text, as :func:`pyprune.evaluate.measure` returns them; ``weights``: how the model's are held."""
+        world, texts = self.world, self.texts
+        if not texts:
+            return []
+        split = all(len(windows) >= world.size for _, windows in texts)
+        own = [(name, windows[world.rank::world.size] if split else windows) for name, windows in texts]
+        if weights is not None and weights.streamed:
+            rows = measure_streamed(weights.view, weights, own, self.evaluation, self.store, self.device)
+        else:
+            with placed(model, self.device, self.evaluation) as fits:
+                rows = measure(model, own, self.evaluation)
+            note = (f"perplexity was measured on the CPU: the whole model does not fit on {self.device}; "
+                    "stream='always' measures block by block there")
+            if not fits and note not in self.notes:
+                self.notes.append(note)
+        return world.mean_perplexity(rows, [len(windows) for _, windows in texts]) if split else rows
 
 
 @torch.no_grad()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -18,11 +20,13 @@ from pyprune.options import configuration_fields, with_fields
 app = typer.Typer(name="pyprune", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="One-shot pruning of transformers: what it does, what it costs, on CPU and GPU.")
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on standard output.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run in the same folder.")]
 RUN_FIELDS = [path for path in configuration_fields() if path != "model"]
 EVALUATION_FIELDS = [path for path in configuration_fields() if path.startswith("evaluation.")
                      and path != "evaluation.enabled"]
 
-REFINE_FIELDS = ["output", "dtype", "compute_dtype", "device", "seed", "global_propagation",
+REFINE_FIELDS = ["output", "dtype", "compute_dtype", "device", "seed", "stream", "memory_budget_gb",
+                 "global_propagation",
                  *(path for path in configuration_fields()
                    if path.startswith(("calibration.", "reconstruction.", "evaluation."))
                    and path not in ("calibration.self_generated_for", "reconstruction.layerwise_target"))]
@@ -34,13 +38,28 @@ def _print_json(value) -> None:
     print(json.dumps(plain(value), indent=1, allow_nan=False))
 
 
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """A run that was stopped says what is safe on disk and how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        print(f"\n{stop or 'interrupted'}", file=sys.stderr)
+        raise typer.Exit(130) from None
+
+
+def silent() -> bool:
+    """Under torchrun one process speaks."""
+    return int(os.environ.get("RANK", "0")) > 0
+
+
 @app.command()
 @with_fields(RUN_FIELDS)
 def prune(
     model: Annotated[str | None, typer.Argument(help="Hub id, local folder, .gguf file or packaged name.")] = None,
     config: Annotated[Path | None, typer.Option("--config", help="run.yaml to repeat; options override it.")] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Estimate memory, time, disk; list every weight; stop.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run in the same folder.")] = False,
+    resume: Resume = False,
     as_json: Json = False,
     fields: dict = None,
 ):
@@ -51,12 +70,9 @@ def prune(
         return _print_json(found) if as_json else report.print_plan(found)
     if settings.output is None:
         raise ConfigError("no output folder: name one with -o, or ask for the --plan only")
-    try:
+    with interruptible():
         result = pyprune.prune(config=settings, resume=resume)
-    except KeyboardInterrupt as stop:  # it says what is safe on disk and how to go on
-        print(f"\n{stop or 'interrupted'}", file=sys.stderr)
-        raise typer.Exit(130) from None
-    if int(os.environ.get("RANK", "0")):  # under torchrun one process speaks
+    if silent():
         return None
     if as_json:
         return _print_json(result.report)
@@ -70,6 +86,7 @@ def refine(
     dense: Annotated[str | None, typer.Option(help="The model it was pruned from; else what its pruning.json "
                                               "names.")] = None,
     cross_block: Annotated[bool, typer.Option("--cross-block", help="Train windows of two blocks (CR).")] = False,
+    resume: Resume = False,
     as_json: Json = False,
     fields: dict = None,
 ):
@@ -85,7 +102,11 @@ def refine(
     sections = {name: from_dict(cls, fields.pop(section, {}), section) for name, section, cls in (
         ("calibration", "calibration", Calibration), ("evaluation", "evaluation", Evaluation),
         ("settings", "reconstruction", Reconstruction))}
-    found = refine_checkpoint(model, output, dense=dense, cross_block=cross_block, **sections, **fields)
+    with interruptible():
+        found = refine_checkpoint(model, output, dense=dense, cross_block=cross_block, resume=resume, **sections,
+                                  **fields)
+    if silent():
+        return None
     return _print_json(found) if as_json else print_refinement(found, output)
 
 

@@ -20,6 +20,7 @@ CRITERIA = ("random", "magnitude", "activation", "wifv", "taylor", "fisher", "ob
 WEIGHT_RECONSTRUCTIONS = ("none", "layer", "block", "cross_block")
 STRUCTURED_RECONSTRUCTIONS = ("none", "bias", "mask_tuning", "liar")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+STREAMING = ("auto", "always", "never")
 
 
 class ConfigError(ValueError):
@@ -248,7 +249,7 @@ class PruneConfig:
         _choose("dtype", self.dtype, DTYPES)
         _choose("compute_dtype", self.compute_dtype, DTYPES)
         _choose("backend", self.backend, ("auto", "cuda", "triton", "cpu", "reference"))
-        _choose("stream", self.stream, ("auto", "always", "never"))
+        _choose("stream", self.stream, STREAMING)
         _positive(self, "batch_size", "column_block")
         _positive(self, "probe_samples", "seed", minimum=0)
         if not self.damping > 0:

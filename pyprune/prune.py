@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from pyprune import calibration, checkpoint, distributed, ops
-from pyprune.blockwise import measure_streamed
+from pyprune.blockwise import Meter
 from pyprune.config import Calibration, ConfigError, Evaluation, PruneConfig, from_dict
-from pyprune.evaluate import measure, pick_device, placed, windows_of
+from pyprune.evaluate import pick_device, windows_of
 from pyprune.journal import Journal
 from pyprune.masks import gather, needs_calibration, prune_block
 from pyprune.model import ModelView, WeightRef, check_finite, select_weights
@@ -119,28 +119,12 @@ def _prune(model, config: PruneConfig, tokenizer, in_place: bool, progress: bool
             journal.entries, journal.notes = world.same((journal.entries, journal.notes))
             journal.total = len(view.blocks)
     store = make_store(config, journal)
-    slow: list[str] = []
-
-    def measured(member: nn.Module) -> list[dict]:
-        if not texts:
-            return []
-        split = all(len(windows) >= world.size for _, windows in texts)
-        own = [(name, windows[world.rank::world.size] if split else windows) for name, windows in texts]
-        if weights.streamed:
-            rows = measure_streamed(view, weights, own, config.evaluation, store, pick_device(config.device))
-        else:
-            with placed(member, pick_device(config.device), config.evaluation) as fits:
-                rows = measure(member, own, config.evaluation)
-            if not fits:
-                slow.append(f"perplexity was measured on the CPU: the whole model does not fit on {config.device}; "
-                            "stream='always' measures block by block there")
-        return world.mean_perplexity(rows, [len(windows) for _, windows in texts]) if split else rows
-
+    measured = Meter(texts, config.evaluation, pick_device(config.device), store, world)
     with clock("evaluation"):
         dense = world.same(journal.kept("dense"))
         if dense is None:
             announce("measuring the dense model", progress and bool(texts))
-            dense = measured(live)
+            dense = measured(live, weights)
             world.lead(lambda: journal.keep("dense", dense))
     executor = Executor(view, device=pick_device(config.device), compute_dtype=pick_dtype(config.compute_dtype),
                         batch_size=config.batch_size, weights=weights, store=store)
@@ -161,10 +145,10 @@ def _prune(model, config: PruneConfig, tokenizer, in_place: bool, progress: bool
         run.peak_device = torch.cuda.max_memory_allocated(executor.device)
     with clock("evaluation"):
         announce("measuring the pruned model", progress and bool(texts))
-        pruned = measured(live)
+        pruned = measured(live, weights)
         for entry, member in zip((run.structured or {}).get("curve", []), models.values()):
             entry["evaluation"] = compared(dense, pruned if member is live else measured(member))
-    for text in slow:
+    for text in measured.notes:
         run.warn(text)
     report = build_report(run, live, dense, pruned)
     if weights.streamed:

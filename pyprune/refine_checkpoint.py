@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
-import os
+import json
 import shutil
 import sys
 import time
 from pathlib import Path
 from typing import TextIO
 
-from torch import nn
-
-from pyprune import checkpoint
-from pyprune.config import DTYPES, Calibration, ConfigError, Evaluation, Reconstruction, to_dict
-from pyprune.evaluate import measure, windows_of
+from pyprune import checkpoint, distributed
+from pyprune.blockwise import Meter
+from pyprune.config import DTYPES, STREAMING, Calibration, ConfigError, Evaluation, Reconstruction, to_dict
+from pyprune.distributed import World
+from pyprune.evaluate import pick_device, windows_of
+from pyprune.journal import Journal
 from pyprune.model import ModelView
 from pyprune.progress import Progress, announce
 from pyprune.prune import pick_dtype
-from pyprune.refine_model import refine
+from pyprune.record import CALIBRATION_PLACES, data_identity, model_identity, weights_digest
+from pyprune.refine_model import Refinement, sequences_for
 from pyprune.report import model_card, perplexity_text
 from pyprune.report import read as read_report
+from pyprune.shards import OutputError
 from pyprune.speed import dense_of
+from pyprune.store import Store
+from pyprune.stream import Executor
+from pyprune.weights import Opened, open_checkpoint, samples_itself
 
+LABEL = "refining"
+RECORD = "refinement.json"
+"""How a checkpoint was refined, and what it gained."""
 CARRIED = ("pruning.json", "run.yaml")
 """Files of a pyprune checkpoint that stay as they are: how it was pruned, and the sizes its config cannot say."""
 
@@ -31,48 +40,95 @@ def refine_checkpoint(directory: str | Path, output: str | Path, *, dense: str |
                       calibration: Calibration | None = None, evaluation: Evaluation | None = None,
                       settings: Reconstruction | None = None, cross_block: bool = False,
                       global_propagation: bool = True, dtype: str = "auto", compute_dtype: str = "auto",
-                      device: str = "auto", seed: int = 0, progress: bool = True) -> dict:
+                      device: str = "auto", seed: int = 0, stream: str = "auto", memory_budget_gb: float | None = None,
+                      resume: bool = False, progress: bool = True) -> dict:
     """Refine a checkpoint by :func:`pyprune.refine` and write it to ``output``, whole or not at all.
 
-    dense: the model it was pruned from; None: what its ``pruning.json`` names.
+    dense: the model it was pruned from; None: what its ``pruning.json`` names. stream: whether the blocks of either
+    model are read from their files one after the other, as in :class:`pyprune.PruneConfig`; ``always`` asks for both.
+    memory_budget_gb: of host memory for activations. resume: go on with the interrupted run in ``output``, to the same
+    result bit for bit.
     Returns what ``refinement.json`` holds: settings, one row a window, perplexity of the dense, the pruned and the
-    refined model. Raises ConfigError for bad input before anything is trained.
+    refined model. Raises ConfigError for bad input before anything is trained, and
+    :class:`pyprune.journal.Interrupted` when a signal stopped it between two blocks.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError("refine runs in one process: start it without torchrun")
-    for name, value in (("dtype", dtype), ("compute_dtype", compute_dtype)):
-        if value not in DTYPES:
-            raise ConfigError(f"{name} must be one of {', '.join(DTYPES)}, got {value!r}")
-    started, told = time.perf_counter(), []
+    for name, value, known in (("dtype", dtype, DTYPES), ("compute_dtype", compute_dtype, DTYPES),
+                               ("stream", stream, STREAMING)):
+        if value not in known:
+            raise ConfigError(f"{name} must be one of {', '.join(known)}, got {value!r}")
     calibration, evaluation = calibration or Calibration(), evaluation or Evaluation()
     settings = settings or Reconstruction()
-    checkpoint.check_output(output)
     dense = str(dense or dense_of(directory, "--dense"))
-    announce(f"loading {directory} and {dense}", progress, "refining")
-    model, tokenizer = checkpoint.load(directory, dtype)
-    teacher, own = checkpoint.load(dense, dtype)
-    tokenizer = tokenizer or own
-    view = ModelView(model)
-    texts = windows_of(evaluation, tokenizer, view.is_encoder)
-    announce("measuring the dense and the pruned model", progress and bool(texts), "refining")
-    measured = {"dense": measure(teacher, texts, evaluation), "pruned": measure(model, texts, evaluation)}
-    with Progress(len(view.blocks) + cross_block, label="refining", enabled=progress) as bar:
-        rows = refine(model, teacher, calibration, tokenizer=tokenizer, cross_block=cross_block, settings=settings,
-                      global_propagation=global_propagation, device=device, seed=seed, warn=told.append,
-                      compute_dtype=pick_dtype(compute_dtype),
-                      progress=lambda done, windows: bar.update(block=done))
-    announce("measuring the refined model", progress and bool(texts), "refining")
-    measured["refined"] = measure(model, texts, evaluation)
-    told += [f"training of blocks {row['blocks']} met a loss that is not finite and was undone; lower lr"
-             for row in rows if row["diverged"]]
-    found = {"model": str(directory), "dense": dense, "cross_block": cross_block,
-             "global_propagation": global_propagation, "seed": seed, "settings": to_dict(settings),
-             "calibration": _named(calibration), "windows": rows,
+    asked = {"cross_block": cross_block, "global_propagation": global_propagation, "seed": seed, "dtype": dtype,
+             "compute_dtype": compute_dtype, "settings": to_dict(settings), "calibration": _named(calibration)}
+    world, journal, failed = distributed.start(), Journal(None), True
+    try:
+        journal = world.lead(lambda: Journal(output, resume)) or journal
+        identity = {**asked, "calibration": {key: value for key, value in asked["calibration"].items()
+                                             if key not in CALIBRATION_PLACES}}
+        world.lead(lambda: journal.check_settings(identity))
+        if world.same(journal.complete):
+            world.lead(journal.publish)
+            found = json.loads((Path(output).expanduser() / RECORD).read_text())
+        else:
+            found = _refine(str(directory), dense, str(output), calibration, evaluation, settings, asked, identity,
+                            stream, memory_budget_gb, device, world, journal, progress and world.leads)
+        failed = False
+    except OutputError as error:
+        journal.explain(error)
+        raise
+    finally:
+        journal.close()
+        world.close(failed)
+    return found
+
+
+def _refine(directory: str, dense: str, output: str, calibration: Calibration, evaluation: Evaluation,
+            settings: Reconstruction, asked: dict, identity: dict, stream: str, budget: float | None, device: str,
+            world: World, journal: Journal, progress: bool) -> dict:
+    """Open both models, measure them, refine one, measure it again, write it."""
+    started, where = time.perf_counter(), pick_device(device)
+    header, pin = world.same(journal.header), where.type == "cuda"
+    announce(f"loading {directory} and {dense}", progress, LABEL)
+    opened = open_checkpoint(directory, asked["dtype"], stream, None, header.get("streamed"), pin)
+    taught = open_checkpoint(dense, asked["dtype"], stream, samples_itself(calibration), header.get("dense_streamed"),
+                             pin)
+    views = [one.weights.view if one.weights.streamed else ModelView(one.model) for one in (opened, taught)]
+    tokenizer = opened.tokenizer or taught.tokenizer
+    data = sequences_for(*views, calibration, tokenizer, settings, asked["seed"])
+    texts = windows_of(evaluation, tokenizer, views[0].is_encoder)
+    models = {name: model_identity(one.model, one.weights.files.fingerprint() if one.weights.streamed else
+                                   weights_digest(one.model.state_dict().items()))
+              for name, one in (("model", opened), ("dense", taught))}
+    world.lead(lambda: journal.begin({"settings": identity, "data": data_identity(data, texts), **models},
+                                     len(views[0].blocks), streamed=opened.weights.streamed,
+                                     dense_streamed=taught.weights.streamed))
+    journal.entries, journal.notes = world.same((journal.entries, journal.notes))
+    journal.total = len(views[0].blocks)
+    store = Store(None if budget is None else int(budget * 1e9), journal.folder, pin=pin)
+    meter = Meter(texts, evaluation, where, store, world)
+    measured = world.same(journal.kept("measured"))
+    if measured is None:
+        announce("measuring the dense and the pruned model", progress and bool(texts), LABEL)
+        measured = {"dense": meter(taught.model, taught.weights), "pruned": meter(opened.model, opened.weights)}
+        world.lead(lambda: journal.keep("measured", measured))
+    told = list(journal.notes)
+    pupil, master = (Executor(view, device=where, compute_dtype=pick_dtype(asked["compute_dtype"]),
+                              weights=one.weights, store=store) for view, one in zip(views, (opened, taught)))
+    pupil.world = master.world = world
+    work = Refinement(pupil, master, settings, asked["cross_block"], asked["global_propagation"], asked["seed"],
+                      told.append, journal, output)
+    with Progress(len(views[0].blocks), label=LABEL, enabled=progress) as bar, \
+            journal.interruptible(follow=world.size > 1):
+        rows = work.run(data, bar)
+    announce("measuring the refined model", progress and bool(texts), LABEL)
+    measured = {**measured, "refined": meter(opened.model, opened.weights)}
+    found = {"model": directory, "dense": dense, **asked, "windows": rows,
              "evaluation": [{**rest, **{name: values[k]["perplexity"] for name, values in measured.items()}}
                             for k, rest in enumerate(measured["refined"])],
-             "seconds": time.perf_counter() - started, "warnings": list(dict.fromkeys(told))}
-    with checkpoint.staged(output) as folder:
-        _fill(folder, model, tokenizer, Path(directory).expanduser(), found, Path(output).name)
+             "seconds": time.perf_counter() - started, "warnings": [*dict.fromkeys(told), *meter.notes]}
+    world.lead(lambda: journal.finish(
+        lambda folder: _fill(folder, opened, tokenizer, Path(directory).expanduser(), found, Path(output).name)))
     return found
 
 
@@ -84,13 +140,16 @@ def _named(calibration: Calibration) -> dict:
     return to_dict(calibration)
 
 
-def _fill(folder: Path, model: nn.Module, tokenizer, source: Path, found: dict, name: str) -> None:
+def _fill(folder: Path, opened: Opened, tokenizer, source: Path, found: dict, name: str) -> None:
     """All files: the model, how it was pruned, how it was refined, and a card that says both."""
-    with checkpoint.quiet():
-        model.save_pretrained(folder)
+    if opened.weights.streamed:
+        opened.weights.save(folder)
+    else:
+        with checkpoint.quiet():
+            opened.model.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    checkpoint.write_json(folder / "refinement.json", found)
+    checkpoint.write_json(folder / RECORD, found)
     for file in CARRIED:
         if (source / file).is_file():
             shutil.copyfile(source / file, folder / file)

@@ -7,7 +7,8 @@ import time
 import torch
 from torch import Tensor, nn
 
-from pyprune.journal import shard_path
+from pyprune.distributed import World
+from pyprune.journal import Journal, shard_path
 from pyprune.model import check_finite
 from pyprune.progress import Progress
 from pyprune.refine import Refiner
@@ -59,10 +60,15 @@ def write_block(run: Run, index: int, refiner: Refiner | None) -> None:
 
 
 def settled_by(run: Run, index: int, refiner: Refiner | None) -> list[int]:
-    """Blocks that are final once the step of block ``index`` is done; CR trains a block again in the next step."""
-    if refiner is None or not refiner.cross:
+    """Blocks that are final once the step of block ``index`` is done."""
+    return settled(index, len(run.view.blocks) - 1, refiner is not None and refiner.cross)
+
+
+def settled(index: int, last: int, cross: bool) -> list[int]:
+    """The same for a step on its own: CR (``cross``) trains a block again in the next step, the last one in its own."""
+    if not cross:
         return [index]
-    return [i for i in (index - 1, index) if i >= 0 and (i < index or index == len(run.view.blocks) - 1)]
+    return [i for i in (index - 1, index) if i >= 0 and (i < index or index == last)]
 
 
 def tensors_of(path: str, index: int, block: nn.Module) -> dict[str, Tensor]:
@@ -80,12 +86,9 @@ def commit_block(run: Run, index: int) -> None:
 def restore_block(run: Run, index: int, module: nn.Module, refiner: Refiner | None = None) -> None:
     """Bring back what an interrupted run made of a block: weights, report rows, warnings, seconds."""
     block, entry, done = run.view.blocks[index], run.journal.entries[index], len(run.journal.entries)
-    prefix = f"{run.view.path}.{index}."
     draft = refiner is not None and refiner.cross and index == done - 1 < len(run.view.blocks) - 1
     with run.clock("resume"):
-        found = run.world.lead(lambda: run.journal.read(index, draft=draft))
-        found = run.world.tensors(found, torch.device("cpu"))
-        tensors = {name.removeprefix(prefix): t for name, t in found.items()}
+        tensors = read_back(run.journal, run.world, run.view.path, index, draft)
         masks = {name.removesuffix(MASK): tensors.pop(name) for name in list(tensors) if name.endswith(MASK)}
         block.load_state_dict(tensors)
         if module is not block:
@@ -95,3 +98,10 @@ def restore_block(run: Run, index: int, module: nn.Module, refiner: Refiner | No
             refiner.settle(index)
     run.weights += entry["weights"]
     run.resume_row(entry, index)
+
+
+def read_back(journal: Journal, world: World, path: str, index: int, draft: bool) -> dict[str, Tensor]:
+    """What an interrupted run left of a block of the list ``path``, in every process, by the block's own names."""
+    found = world.lead(lambda: journal.read(index, draft=draft))
+    found = world.tensors(found, torch.device("cpu"))
+    return {name.removeprefix(f"{path}.{index}."): tensor for name, tensor in found.items()}

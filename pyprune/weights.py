@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from pyprune import checkpoint
-from pyprune.config import ConfigError, PruneConfig
+from pyprune.config import Calibration, ConfigError, PruneConfig
 from pyprune.group_criteria import NEEDS_GRADIENTS
 from pyprune.model import ModelView
 from pyprune.shards import Files, Shard, write_shard
@@ -182,33 +182,38 @@ def why_whole(name: str, model: nn.Module, view: ModelView, files: Files) -> str
 
 
 def open_model(config: PruneConfig, streamed: bool | None = None, pin: bool = False) -> Opened:
-    """Open ``config.model`` for streaming or load it whole, as ``config.stream`` says.
+    """Open the model of a run as :func:`open_checkpoint` does."""
+    return open_checkpoint(config.model, config.dtype, config.stream, _obstacle(config), streamed, pin)
 
-    streamed: what an interrupted run did, which its continuation repeats. ``auto`` streams what needs more than half of
-    the free memory, if it can be streamed and there is an output folder. Raises ConfigError where ``always`` cannot.
+
+def open_checkpoint(name: str, dtype: str = "auto", stream: str = "auto", obstacle: str | None = None,
+                    streamed: bool | None = None, pin: bool = False) -> Opened:
+    """Open a checkpoint for streaming or load it whole, as ``stream`` (auto, always, never) says.
+
+    obstacle: why the caller needs it whole. streamed: what an interrupted run did, which its continuation repeats.
+    ``auto`` streams what needs more than half of the free memory, if it can be streamed and nothing stands against it.
+    Raises ConfigError where ``always`` cannot.
     """
-    wanted = config.stream == "always" if streamed is None else streamed
-    if config.stream == "never" or (streamed is False):
-        return whole(config)
-    reason = _obstacle(config)
-    source = checkpoint.resolve(config.model)
-    if reason is None:
+    wanted = stream == "always" if streamed is None else streamed
+    if stream == "never" or (streamed is False):
+        return whole(name, dtype)
+    source = checkpoint.resolve(name)
+    if obstacle is None:
         if source.gguf_file or not source.local or not any(Path(source.path).glob("*.safetensors")):
-            reason = "only a local folder of safetensors files can be read block by block"
+            obstacle = "only a local folder of safetensors files can be read block by block"
         else:
-            opened = _open(config, Path(source.path), wanted, pin)
+            opened = _open(name, dtype, Path(source.path), wanted, pin)
             if isinstance(opened, Opened):
                 return opened
-            reason = opened
+            obstacle = opened
     if wanted:
-        raise ConfigError(f"{config.model} cannot be streamed: {reason}; set stream='never' (or auto) to load it whole")
-    return whole(config)
+        raise ConfigError(f"{name} cannot be streamed: {obstacle}; set stream='never' (or auto) to load it whole")
+    return whole(name, dtype)
 
 
-def whole(config: PruneConfig) -> Opened:
+def whole(name: str, dtype: str = "auto") -> Opened:
     """The model loaded into memory."""
-    model, tokenizer = checkpoint.load_model(config.model, config.dtype)
-    return Opened(model, tokenizer, Resident())
+    return Opened(*checkpoint.load_model(name, dtype), Resident())
 
 
 def _obstacle(config: PruneConfig) -> str | None:
@@ -218,17 +223,22 @@ def _obstacle(config: PruneConfig) -> str | None:
         return "several sparsities make several models at once"
     if config.is_structured and config.criterion in NEEDS_GRADIENTS:
         return f"criterion {config.criterion!r} differentiates the whole model"
-    if config.calibration.self_generated and not (config.calibration.self_generated_path and
-                                                  Path(config.calibration.self_generated_path).is_file()):
+    return samples_itself(config.calibration)
+
+
+def samples_itself(calibration: Calibration) -> str | None:
+    """Why the dense model must be whole for self-generated calibration, None if it is not asked for or written."""
+    path = calibration.self_generated_path
+    if calibration.self_generated and not (path and Path(path).is_file()):
         return "self-generated calibration samples from the whole model; write it to a file with pyprune generate first"
     return None
 
 
-def _open(config: PruneConfig, folder: Path, wanted: bool, pin: bool) -> Opened | str:
+def _open(name: str, dtype: str, folder: Path, wanted: bool, pin: bool) -> Opened | str:
     """The streamed model, or why not."""
     import transformers
 
-    if checkpoint.structured_sizes(checkpoint.resolve(config.model)):
+    if checkpoint.structured_sizes(checkpoint.resolve(name)):
         return "its blocks have sizes of their own"
     hf_config = transformers.AutoConfig.from_pretrained(folder)
     if getattr(hf_config, "quantization_config", None) is not None:
@@ -236,10 +246,10 @@ def _open(config: PruneConfig, folder: Path, wanted: bool, pin: bool) -> Opened 
     files = Files(folder)
     if not wanted and files.bytes < SHARE * available_memory():
         return "it fits into memory"
-    dtype = checkpoint_dtype(hf_config, files) if config.dtype == "auto" else getattr(torch, config.dtype)
-    model = skeleton(hf_config, dtype)
+    kind = checkpoint_dtype(hf_config, files) if dtype == "auto" else getattr(torch, dtype)
+    model = skeleton(hf_config, kind)
     view = ModelView(model)
-    if (reason := why_whole(config.model, model, view, files)) is not None:
+    if (reason := why_whole(name, model, view, files)) is not None:
         return reason
     inside = f"{view.path}."
     owners: dict[int, list[str]] = {}
@@ -247,17 +257,17 @@ def _open(config: PruneConfig, folder: Path, wanted: bool, pin: bool) -> Opened 
         if not key.startswith(inside):
             owners.setdefault(id(parameter), []).append(key)
     for keys in owners.values():
-        tensor = files.read(next(key for key in keys if key in files)).to(dtype)
+        tensor = files.read(next(key for key in keys if key in files)).to(kind)
         shared = nn.Parameter(tensor, requires_grad=False)
         for key in keys:
             path, _, leaf = key.rpartition(".")
             model.get_submodule(path)._parameters[leaf] = shared
-    stored = {name for name in model.state_dict() if name in files and not name.startswith(inside)}
-    for name, buffer in model.named_buffers():
-        if name in stored:
-            buffer.copy_(files.read(name))
-    tokenizer = checkpoint.load_tokenizer(checkpoint.resolve(config.model))
-    return Opened(model, tokenizer, Streamed(view, files, dtype, pin))
+    stored = {key for key in model.state_dict() if key in files and not key.startswith(inside)}
+    for key, buffer in model.named_buffers():
+        if key in stored:
+            buffer.copy_(files.read(key))
+    tokenizer = checkpoint.load_tokenizer(checkpoint.resolve(name))
+    return Opened(model, tokenizer, Streamed(view, files, kind, pin))
 
 
 def checkpoint_dtype(config: Any, files: Files) -> torch.dtype:

@@ -15,14 +15,15 @@ import tiny
 import torch
 import torchrun_case
 
+import pyprune
 from pyprune.config import ConfigError
 from pyprune.distributed import FAILED, GONE, LOST, Pulse, World
 
 HERE = Path(__file__).parent
 MASKS = ("sparsegpt", "wanda", "moe", "dense", "block", "cross")
 STRUCTURED = ("liar", "taylor")
-CASES = MASKS + STRUCTURED
-THREE = ("sparsegpt", "moe", "block", "liar")
+CASES = (*MASKS, *STRUCTURED, "refine")
+THREE = ("sparsegpt", "moe", "block", "liar", "refine")
 """What three processes run too: a start costs seconds."""
 
 
@@ -73,6 +74,19 @@ def test_any_number_of_processes_gives_the_same_smaller_model(results, name, pro
         assert (a["name"], a["kept"], a["method"], a["tokens"]) == (b["name"], b["kept"], b["method"], b["tokens"])
 
 
+@pytest.mark.parametrize("processes", [2, 3])
+def test_any_number_of_processes_refines_to_the_same_model(results, processes):
+    alone, shared = (torch.load(results / f"refine-{n}.pt") for n in (1, processes))
+    for key, value in alone.items():
+        torch.testing.assert_close(shared[key], value, rtol=2e-3, atol=2e-4)
+    one, other = (json.loads((results / f"refine-{n}.json").read_text())["evaluation"] for n in (1, processes))
+    assert [row["blocks"] for row in one] == [row["blocks"] for row in other] == [[0], [0, 1], [1, 2], [2]]
+    for a, b in zip(one, other):
+        assert a["steps"] == b["steps"] > 0 and a["after_calibration"] < a["before_calibration"]
+        for name in ("before_calibration", "after_calibration", "before_held_out", "after_held_out"):
+            assert b[name] == pytest.approx(a[name], rel=2e-3)
+
+
 def test_a_process_that_dies_stops_the_others_and_any_number_resumes(tmp_path, results):
     output = tmp_path / "out"
     started = time.monotonic()
@@ -106,6 +120,16 @@ def test_the_command_line_runs_under_torchrun(tmp_path):
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["sparsity"] == pytest.approx(0.5, abs=0.01) and report["calibration"]["samples"] == 8
     assert len(list((tmp_path / "out").glob("*.safetensors"))) == 4
+    arguments = ["refine", tmp_path / "out", "-o", tmp_path / "refined", "--epochs", "2", "--lr", "2e-3",
+                 "--reconstruction-batch-size", "4", "--cross-block", *arguments[6:]]
+    done = torchrun(2, "-m", "pyprune", *arguments)
+    assert done.returncode == 0, done.stderr[-800:]
+    assert len(re.findall("refined  ", done.stdout)) == 1, "one process reports"
+    row = json.loads((tmp_path / "refined" / "refinement.json").read_text())["windows"][-1]
+    assert row["after_calibration"] < row["before_calibration"]
+    before, after = (pyprune.load(tmp_path / name).model for name in ("out", "refined"))
+    for p, q in zip(before.model.layers.parameters(), after.model.layers.parameters()):
+        assert p.ndim < 2 or torch.equal(p == 0, q == 0)
 
 
 # ---- without processes ---------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
+import pyprune
 from pyprune.config import Evaluation, Reconstruction
 from pyprune.prune import prune
 
@@ -68,6 +69,18 @@ def test_streamed_gives_the_bytes_of_a_model_in_memory(tmp_path):
     one, other = ({name: t for path in (tmp_path / stream).glob("*.safetensors") for name, t in load_file(path).items()}
                   for stream in ("never", "always"))
     assert set(one) == set(other) and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("cross", [False, True])
+def test_a_model_is_refined_to_the_cpus_error(cross):
+    found = {}
+    for device in ("cpu", DEVICE):
+        pruned = run("cpu", method="magnitude", reconstruct="none").model
+        settings = Reconstruction(epochs=2, lr=1e-3, batch_size=4, autocast="float32")
+        found[device] = pyprune.refine(pruned, tiny.model("llama"), tiny.ids(12, 24), cross_block=cross, device=device,
+                                       settings=settings)
+    for a, b in zip(found["cpu"], found[DEVICE]):
+        assert b["after_calibration"] == pytest.approx(a["after_calibration"], rel=2e-2)
 
 
 def test_nothing_stays_on_the_device():

@@ -7,12 +7,14 @@ import os
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import tiny
 import torch
 
+import pyprune
 from pyprune import distributed
-from pyprune.config import ConfigError, Evaluation, Reconstruction
+from pyprune.config import Calibration, ConfigError, Evaluation, Reconstruction
 from pyprune.journal import Journal
 from pyprune.prune import prune
 
@@ -38,10 +40,23 @@ def case(name: str, **fields):
     return prune(model, progress=False, **settings)
 
 
+def refined(cross_block: bool = True):
+    """A model that anything may have pruned, refined by all processes."""
+    pruned, dense = tiny.model("llama"), tiny.model("llama")
+    with torch.no_grad():
+        for block in pruned.model.layers:
+            block.mlp.up_proj.weight[::2] = 0
+    calibration = Calibration(source=[*tiny.ids(14, 24), *tiny.ids(3, 17, seed=1)], num_samples=13, seq_len=24,
+                              held_out=4)
+    rows = pyprune.refine(pruned, dense, calibration, cross_block=cross_block,
+                          settings=Reconstruction(epochs=2, lr=1e-3, batch_size=4, select="validation"))
+    return SimpleNamespace(model=pruned, report={"evaluation": rows, "weights": [], "sparsity": 0.25})
+
+
 def main(folder: Path, names: list[str]) -> None:
     world = distributed.start()
     for name in names:
-        result = case(name)
+        result = refined() if name == "refine" else case(name)
         if world.leads:
             torch.save(result.model.state_dict(), folder / f"{name}-{world.size}.pt")
             report = {key: result.report[key] for key in ("evaluation", "weights", "sparsity")}
