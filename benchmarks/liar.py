@@ -4,6 +4,8 @@
     PYPRUNE_DATA=… OMP_NUM_THREADS=1 python -m benchmarks.liar --part 0/2 & … --part 1/2    # one process a core
     PYPRUNE_DATA=… python -m benchmarks.liar --report           # tables and plots from the cells there are
 
+What is in the results already is not done again; new cells join it.
+
 Encoder: all-MiniLM-L6-v2 on all STS-B test pairs (Spearman) and on SST-2 with a linear head; decoder: SmolLM2-135M on
 WikiText-2 test. The cells of one task, pattern and seed share one dense pass of statistics for each way of weighting
 tokens, the scores of a criterion and the tokenised test; cells marked ``propagated`` are whole runs of
@@ -25,7 +27,7 @@ from pathlib import Path
 import torch
 
 import pyprune
-from benchmarks.common import data
+from benchmarks.common import data, read
 from pyprune.allocation import choose, uniform_count
 from pyprune.calibration import CalibrationData, tokenize
 from pyprune.config import PruneConfig
@@ -111,6 +113,17 @@ def cells() -> list[dict]:
     add("ppl", "neurons", (0.5, 0.3), ("magnitude", "activation"), DECODER)
     unique = {key(c): c for c in out}
     return list(unique.values())
+
+
+def finished(cells: list[dict], rows: list[dict]) -> set[str]:
+    """Keys of the cells that an earlier report holds. It has no test rows, which a comparison needs, so cells that are
+    compared with each other count together: all of them or none."""
+    def group(cell: dict) -> tuple:
+        return tuple(v for k, v in cell.items() if k not in ("method", "seed"))
+
+    known = {key(row) for row in rows}
+    partial = {group(cell) for cell in cells if key(cell) not in known}
+    return {key(cell) for cell in cells if group(cell) not in partial}
 
 
 def key(cell: dict) -> str:
@@ -310,8 +323,9 @@ def main() -> None:
         return
     started, bench, owner = time.monotonic(), None, None
     part, parts = map(int, args.part.split("/"))
+    done = finished(cells(), read("liar", args.out))
     todo = [c for c in cells() if re.search(args.only, key(c)) and share_of(c, parts) == part
-            and not (cache / f"{key(c)}.json").exists()]
+            and key(c) not in done and not (cache / f"{key(c)}.json").exists()]
     print(f"{len(todo)} cells to do", flush=True)
     while todo and time.monotonic() - started < 60 * args.minutes:
         # stay with the statistics at hand while the next few cells need them

@@ -69,22 +69,37 @@ fit elsewhere. The rule rests on one model of each family.
 
 """
 HIDDEN = ("rows",)
+CELL = ("task", "pattern", "sparsity", "criterion", "method", "inputs", "sentences", "seed")
+COMPARED = ("task", "pattern", "inputs", "sparsity", "criterion", "against")
 
 
 def write_report(cache: Path, out: str | None) -> None:
-    """``liar.json``, ``liar.md`` and one plot a task and pattern."""
+    """``liar.json``, ``liar.md`` and one plot a task and pattern, from the cached cells and those reported before."""
     cells = [json.loads(p.read_text()) for p in sorted(cache.glob("*.json"))]
+    path = result_path("liar", out)
+    before = json.loads(path.read_text()) if path.is_file() else {"rows": [], "differences": []}
+    differences = merged(before["differences"], compare(cells), COMPARED)
+    cells = merged(before["rows"], cells, CELL)
     if not cells:
         raise SystemExit(f"no finished cells in {cache}")
-    differences = compare(cells)
-    plain = [{k: v for k, v in c.items() if k not in HIDDEN} for c in cells]
-    write("liar", plain, out, differences=differences)
+    write("liar", [{k: v for k, v in c.items() if k not in HIDDEN} for c in cells], out, differences=differences)
     text = READING + CAUSE + tables(cells) + difference_table(differences) + sizes(cells) + phases(cells)
     path = result_path("liar", out, ".md")
     path.write_text("# LIAR on real models\n\n" + text)
     print(path.read_text())
     for task, pattern in sorted({(c["task"], c["pattern"]) for c in cells if c["sparsity"]}):
         plot(cells, task, pattern, result_path(f"liar_{task}_{pattern}", out, ".png"))
+
+
+def merged(before: list[dict], now: list[dict], names: tuple[str, ...]) -> list[dict]:
+    """Entries of an earlier report, those of the same ``names`` replaced, new ones added, in order. A difference over
+    fewer seeds does not replace one over more."""
+    found = {tuple(entry[name] for name in names): entry for entry in before}
+    for entry in now:
+        place = tuple(entry[name] for name in names)
+        if entry.get("seeds", 0) >= found.get(place, {}).get("seeds", 0):
+            found[place] = entry
+    return [found[place] for place in sorted(found)]
 
 
 def grid(cells: list[dict], **wanted) -> dict[tuple, list[dict]]:

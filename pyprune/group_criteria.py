@@ -17,6 +17,8 @@ from pyprune.moments import Split
 
 POOL = 128
 BLOCK = 32
+SHRINK = 7 / 8
+"""Greedy OBS goes on with smaller matrices whenever less than this share of their columns is left."""
 OBS_DAMPING = 1e-2
 
 
@@ -148,15 +150,20 @@ def _downdate(weight: Tensor, inverse: Tensor, gone: Tensor) -> None:
 def _greedy_columns(weight: Tensor, inverse: Tensor, pool: int = POOL, block: int = BLOCK) -> tuple[Tensor, Tensor]:
     c = len(inverse)
     left = torch.ones(c, dtype=torch.bool, device=weight.device)
+    place = torch.arange(c, device=weight.device)
     order, losses = [], []
     while len(order) < c:
+        if c - len(order) < SHRINK * len(left):  # what is gone costs no more work: 2.6 times fewer operations
+            kept = left.nonzero()[:, 0]
+            weight, inverse, place = weight[:, kept], inverse[kept][:, kept], place[kept]
+            left = torch.ones_like(place, dtype=torch.bool)
         scores = (weight.square().sum(0) / inverse.diagonal()).masked_fill(~left, torch.inf)
         remaining = c - len(order)
         candidates = scores.topk(min(pool, remaining), largest=False).indices
         chosen, cost = _greedy_in_pool(weight[:, candidates], inverse[candidates][:, candidates],
                                        min(block, remaining))
         gone = candidates[chosen]
-        order += gone.tolist()
+        order += place[gone].tolist()
         losses += cost
         left[gone] = False
         _downdate(weight, inverse, gone)
