@@ -23,7 +23,7 @@ _PUBLIC = {
     "prune": "pyprune.prune", "plan": "pyprune.plan", "PruneResult": "pyprune.prune",
     "PruneConfig": "pyprune.config", "Calibration": "pyprune.config", "Evaluation": "pyprune.config",
     "Reconstruction": "pyprune.config", "Structured": "pyprune.config", "ConfigError": "pyprune.config",
-    "load": "pyprune.checkpoint", "inspect": "pyprune.inspection", "compare": "pyprune.report",
+    "load": "pyprune.checkpoint", "inspect": "pyprune.inspection", "compare": "pyprune.comparison",
     "evaluate": "pyprune.evaluate", "latency": "pyprune.evaluate", "generate": "pyprune.generate",
     "backend": "pyprune.ops", "refine": "pyprune.refine_model",
 }
@@ -31,6 +31,7 @@ __all__ = [*_PUBLIC, "__version__"]
 
 if typing.TYPE_CHECKING:
     from pyprune.checkpoint import load
+    from pyprune.comparison import compare
     from pyprune.config import Calibration, ConfigError, Evaluation, PruneConfig, Reconstruction, Structured
     from pyprune.evaluate import evaluate, latency
     from pyprune.generate import generate
@@ -39,7 +40,6 @@ if typing.TYPE_CHECKING:
     from pyprune.plan import plan
     from pyprune.prune import PruneResult, prune
     from pyprune.refine_model import refine
-    from pyprune.report import compare
 
 
 def __getattr__(name: str):

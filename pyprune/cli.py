@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 import pyprune
-from pyprune import report, speed
+from pyprune import comparison, report, speed
 from pyprune.config import Calibration, ConfigError, Evaluation, Reconstruction, from_dict, override
 from pyprune.options import configuration_fields, with_fields
 
@@ -150,7 +150,9 @@ def compare(directories: Annotated[list[Path], typer.Argument(help="Folders that
             as_json: Json = False):
     """Runs side by side: settings, perplexity, reconstruction error, time."""
     rows = pyprune.compare(directories)
-    return _print_json({"runs": rows, "notes": report.differences(rows)}) if as_json else report.print_comparison(rows)
+    if as_json:
+        return _print_json({"runs": rows, "notes": comparison.differences(rows)})
+    return comparison.print_comparison(rows)
 
 
 @app.command()

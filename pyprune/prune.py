@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pyprune import calibration, checkpoint, distributed, ops
 from pyprune.blockwise import Meter
+from pyprune.comparison import read as read_report
 from pyprune.config import Calibration, ConfigError, Evaluation, PruneConfig, from_dict
 from pyprune.evaluate import pick_device, windows_of
 from pyprune.journal import Journal
@@ -20,7 +21,6 @@ from pyprune.model import ModelView, WeightRef, check_finite, select_weights
 from pyprune.progress import Progress, announce
 from pyprune.record import build_report, compared, data_identity, model_identity, settings_of, weights_digest
 from pyprune.refine import Refiner, wanted
-from pyprune.report import read as read_report
 from pyprune.run import Clock, Probe, PruneResult, Run, StreamedResult, make_probes, seed_all
 from pyprune.shards import OutputError
 from pyprune.statistics import Inputs, observe

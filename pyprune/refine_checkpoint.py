@@ -12,6 +12,7 @@ from typing import TextIO
 
 from pyprune import checkpoint, distributed
 from pyprune.blockwise import Meter
+from pyprune.comparison import read as read_report
 from pyprune.config import DTYPES, STREAMING, Calibration, ConfigError, Evaluation, Reconstruction, to_dict
 from pyprune.distributed import World
 from pyprune.evaluate import pick_device, windows_of
@@ -22,7 +23,6 @@ from pyprune.prune import pick_dtype
 from pyprune.record import CALIBRATION_PLACES, data_identity, model_identity, weights_digest
 from pyprune.refine_model import Refinement, sequences_for
 from pyprune.report import model_card, perplexity_text
-from pyprune.report import read as read_report
 from pyprune.shards import OutputError
 from pyprune.speed import dense_of
 from pyprune.store import Store

@@ -1,15 +1,12 @@
-"""A run's report as people read it: the table after a run, the model card, several runs side by side."""
+"""A run's report as people read it: the table after a run, the plan before it, the model card."""
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
-
-from pyprune.config import ConfigError
 
 
 def open_console(stream: TextIO | None = None):
@@ -20,7 +17,7 @@ def open_console(stream: TextIO | None = None):
     return Console(file=stream, highlight=False, width=None if stream.isatty() else 140)
 
 
-def _number(value: float | None, digits: int = 4) -> str:
+def number(value: float | None, digits: int = 4) -> str:
     return "–" if value is None else f"{value:.{digits}g}"
 
 
@@ -81,11 +78,11 @@ def summary_rows(report: dict) -> list[tuple[str, str]]:
                  "the blocks' matrix weights"))
     if report.get("blocks"):
         last = report["blocks"][-1]
-        held = "" if last.get("error_held_out") is None else f", {_number(last['error_held_out'])} on held-out text"
-        rows.append(("block error", f"{_number(last.get('error'))} after the last block{held} (relative to dense)"))
+        held = "" if last.get("error_held_out") is None else f", {number(last['error_held_out'])} on held-out text"
+        rows.append(("block error", f"{number(last.get('error'))} after the last block{held} (relative to dense)"))
         if last.get("steps"):
             rows.append(("last block", " → ".join(
-                f"{s['step']} {_number(s.get('calibration'), 3)} / {_number(s.get('held_out'), 3)}"
+                f"{s['step']} {number(s.get('calibration'), 3)} / {number(s.get('held_out'), 3)}"
                 for s in last["steps"]) + " (calibration / held out)"))
     seconds = report["seconds"]
     phases = ", ".join(f"{phase} {value:.1f}" for phase, value in sorted(seconds.items(), key=lambda p: -p[1])
@@ -283,74 +280,3 @@ def _outcome(report: dict) -> str:
     if report.get("structured"):
         return f"{report['sparsity']:.2%} of the pruned matrices' weights are gone; what is left of them is {share}."
     return f"{report['sparsity']:.2%} of the pruned weights are exactly zero; they are {share}."
-
-
-# ---- several runs --------------------------------------------------------------------------------------------------
-
-def read(directory: str | Path) -> dict:
-    """``report.json`` of a run's folder. Raises :class:`ConfigError` if there is none."""
-    path = Path(directory).expanduser() / "report.json"
-    if not path.is_file():
-        raise ConfigError(f"{directory} has no report.json: no finished run of pyprune wrote it")
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path} is not valid JSON: {error}") from error
-
-
-def compare(directories: list[str | Path]) -> list[dict]:
-    """One row a folder: settings, perplexity dense and pruned per text, block error, seconds, memory, parameters."""
-    if not directories:
-        raise ConfigError("compare needs at least one folder")
-    rows = []
-    for directory in directories:
-        report = read(directory)
-        config, blocks = report["config"], report.get("blocks") or [{}]
-        rows.append({
-            "directory": str(directory), "model": report["model"]["name"],
-            **{name: config.get(name) for name in ("method", "criterion", "pattern", "reconstruct",
-                                                   "global_propagation")},
-            "sparsity": report["sparsity"], "coverage": report["coverage"]["fraction"],
-            "evaluation": [{name: e.get(name) for name in ("text", "windows", "window", "dense", "pruned")}
-                           for e in report.get("evaluation") or []],
-            "block_error": blocks[-1].get("error"), "block_error_held_out": blocks[-1].get("error_held_out"),
-            "seconds": sum(report["seconds"].values()), "peak_memory_bytes": report["peak_memory_bytes"],
-            "parameters": report["model"]["parameters"],
-            "calibration": report["calibration"]["fingerprint"][:12],
-        })
-    return rows
-
-
-def print_comparison(rows: list[dict], stream: TextIO | None = None) -> None:
-    """:func:`compare`'s rows as a table, and what makes them not comparable, if anything does."""
-    from rich.table import Table
-
-    console = open_console(stream)
-    table = Table()
-    for heading in ("folder", "pruned by", "pattern", "sparsity", "perplexity", "dense", "block error", "held out",
-                    "seconds"):
-        table.add_column(heading, overflow="fold", justify="left" if heading in ("folder", "pruned by", "pattern")
-                         else "right")
-    for row in rows:
-        structured = row["pattern"] in ("neurons", "heads", "structured")
-        table.add_row(row["directory"], f"{row['criterion' if structured else 'method']} + {reconstruction_text(row)}",
-                      row["pattern"], f"{row['sparsity']:.3f}",
-                      "\n".join(perplexity_text(e["pruned"]) for e in row["evaluation"]),
-                      "\n".join(perplexity_text(e["dense"]) for e in row["evaluation"]),
-                      _number(row["block_error"], 3), _number(row["block_error_held_out"], 3), f"{row['seconds']:.1f}")
-    console.print(table)
-    for text in differences(rows):
-        console.print(f"note: {text}")
-
-
-def differences(rows: list[dict]) -> list[str]:
-    """Reasons why the numbers of two rows should not be compared, in sentences."""
-    found = []
-    conditions = {tuple((e["text"], e["windows"], e["window"]) for e in row["evaluation"]) for row in rows}
-    if len(conditions) > 1:
-        found.append("the runs were evaluated on different text or windows: their perplexities do not compare")
-    if len({row["model"] for row in rows}) > 1:
-        found.append("the runs start from different models")
-    if len({row["calibration"] for row in rows}) > 1:
-        found.append("the runs were calibrated on different tokens")
-    return found

@@ -100,7 +100,7 @@ def test_inspect_and_compare(capsys, tmp_path, pruned, folder):
 
 
 def test_compare_says_what_does_not_compare(pruned):
-    from pyprune.report import compare, differences
+    from pyprune.comparison import compare, differences
 
     path, _, _ = pruned
     rows = compare([path, path])

@@ -177,7 +177,13 @@ def test_a_saved_checkpoint_is_refined_on_the_command_line(pattern, extra, folde
     assert (refined / "pruning.json").read_text() == (pruned / "pruning.json").read_text()
     card = (refined / "README.md").read_text()
     assert "refined after pruning by block reconstruction with global propagation" in card
+    one, other = pyprune.compare([pruned, refined])
+    assert one["refined"] is None and other["refined"] == {"reconstruct": "block", "global_propagation": True}
+    assert other["block_error_held_out"] == last["after_held_out"] and other["seconds"] > one["seconds"]
+    assert other["evaluation"][0]["pruned"] == row["refined"] and one["evaluation"][0]["pruned"] == row["pruned"]
+    capsys.readouterr()
     assert command("compare", pruned, refined) == 0
+    assert "refined:" in capsys.readouterr().out
     assert command("refine", pruned, "-o", refined, *text) == 2, "nothing is overwritten"
     assert "not empty" in capsys.readouterr().err
 
