@@ -49,7 +49,7 @@ METHODS = {
     # the baselines and LIAR as published: every token counts the same
     "none": ("none", "uniform", {}), "bias": ("bias", "uniform", {}), "mask_tuning": ("mask_tuning", "uniform", {}),
     "liar_uniform": ("liar", "uniform", {}),
-    # what pyprune does unless told otherwise: tokens weighted in post-norm models
+    # what pyprune does unless told otherwise: tokens weighted, in another way in post-norm and in pre-norm models
     "liar": ("liar", "auto", {}),
     "bias_relative": ("bias", "relative", {}), "mask_tuning_relative": ("mask_tuning", "relative", {}),
     "liar_relative": ("liar", "relative", {}),
@@ -59,7 +59,6 @@ METHODS = {
 }
 """Name → reconstruction, token weights, further options."""
 GRID = ("none", "bias", "mask_tuning", "liar_uniform", "liar")
-DECODER = ("none", "bias", "mask_tuning", "liar")
 ABLATIONS = ("liar_weight", "liar_bias", "liar_p")
 PLAIN = "_plain"
 """Suffix of a criterion whose mask comes from unweighted statistics."""
@@ -85,7 +84,7 @@ def cells() -> list[dict]:
     for task in ("sts", "ppl"):
         add(task, "neurons", (0.0,), ("wifv",), ("none",))
     add("sts", "neurons", (0.5, 0.7), CRITERIA, GRID)
-    add("ppl", "neurons", (0.5,), main, DECODER)
+    add("ppl", "neurons", (0.5,), main, GRID)
     add("sts", "neurons", (0.5, 0.7), CRITERIA, relative)
     add("sts", "neurons", NEURONS[2:], CRITERIA, GRID)
     add("sts", "heads", HEADS[:3], CRITERIA, GRID)
@@ -93,8 +92,8 @@ def cells() -> list[dict]:
     add("sts", "structured", (0.2, 0.3, 0.4, 0.5), main, ("liar", "liar_uniform"))
     add("sst2", "neurons", (0.0,), ("wifv",), ("none",))
     add("sst2", "neurons", (0.5, 0.7, 0.3), CRITERIA, GRID)
-    add("ppl", "neurons", (0.5,), ("random",), (*DECODER, "liar_relative"))
-    add("ppl", "neurons", (0.3, 0.4, 0.2, 0.1), main, DECODER)
+    add("ppl", "neurons", (0.5,), ("random", "taylor", "fisher"), (*GRID, "liar_relative"))
+    add("ppl", "neurons", (0.3, 0.4, 0.2, 0.1), main, GRID)
     add("sts", "neurons", (0.5, 0.7), main, ABLATIONS)
     add("sts", "neurons", (0.5, 0.7), ("obs" + PLAIN, "obs_greedy" + PLAIN), ("liar", "liar_uniform"))
     add("sts", "heads", (0.5,), ("wifv",), ABLATIONS)
@@ -106,11 +105,11 @@ def cells() -> list[dict]:
     add("ppl_all", "neurons", (0.0,), ("wifv",), ("none",))
     add("ppl_all", "neurons", (0.5,), main[1:], ("liar",))
     add("ppl_all", "neurons", (0.5,), main[1:], ("liar",), inputs="propagated")
-    add("ppl", "heads", (1 / 3,), ("wifv", "obs", "random"), DECODER)
+    add("ppl", "heads", (1 / 3,), ("wifv", "obs", "random"), GRID)
     add("sts", "heads", HEADS[3:], CRITERIA, GRID)
     add("sts", "heads", (0.5,), CRITERIA, GRID, seeds=(1, 2))
     add("sst2", "heads", (0.25, 0.5), CRITERIA, GRID)
-    add("ppl", "neurons", (0.5, 0.3), ("magnitude", "activation"), DECODER)
+    add("ppl", "neurons", (0.5, 0.3), ("magnitude", "activation"), GRID)
     unique = {key(c): c for c in out}
     return list(unique.values())
 
@@ -192,7 +191,7 @@ class Bench:
         """Moments of every consumer's input on the dense stream, with tokens weighted as asked."""
         if weighting == "auto":
             normed = {g.normed for groups in self.plan.groups for g in groups}
-            weighting = "relative" if normed == {True} else "uniform"
+            weighting = "relative" if normed == {True} else "balanced"
         if weighting not in self._splits:
             settings = dataclasses.replace(self.run.config.structured, token_weights=weighting)
             self.run.config = dataclasses.replace(self.run.config, structured=settings)

@@ -20,6 +20,7 @@ CRITERIA = ("random", "magnitude", "activation", "wifv", "taylor", "fisher", "ob
 WEIGHT_RECONSTRUCTIONS = ("none", "layer", "block", "cross_block")
 STRUCTURED_RECONSTRUCTIONS = ("none", "bias", "mask_tuning", "liar")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+TOKEN_WEIGHTS = ("auto", "relative", "balanced", "uniform")
 STREAMING = ("auto", "always", "never")
 
 
@@ -167,8 +168,9 @@ class Structured:
     """Write the dropped weights as a linear map of the kept ones (the paper's P)."""
     token_weights: str = "auto"
     """``uniform``: the papers' least squares; ``relative``: a token's error counts by the size of its own output, so
-    that the few tokens on which a neuron is huge do not decide the fit; ``auto``: relative where a layer norm follows
-    the residual sum at once (BERT), uniform elsewhere."""
+    that the few tokens on which a neuron is huge do not decide the fit; ``balanced``: relative, and the plain squared
+    error for a small share; ``auto``: relative where a layer norm follows the residual sum at once (BERT), balanced
+    elsewhere."""
     head_scope: str = "groups"
     """``groups``: whole key/value groups; ``queries``: query heads inside groups, equally many per group."""
     nonstandard: str = "refuse"
@@ -177,7 +179,7 @@ class Structured:
     def __post_init__(self):
         _choose("allocation", self.allocation, ("uniform", "global"))
         _choose("interpolate", self.interpolate, ("both", "weight", "bias"))
-        _choose("token_weights", self.token_weights, ("auto", "relative", "uniform"))
+        _choose("token_weights", self.token_weights, TOKEN_WEIGHTS)
         _choose("head_scope", self.head_scope, ("groups", "queries"))
         _choose("nonstandard", self.nonstandard, ("refuse", "save", "pad"))
 

@@ -22,6 +22,8 @@ from pyprune.stream import Activations, Batch
 from pyprune.taps import Taps
 
 T = TypeVar("T")
+SAMPLED = 8
+"""Sequences that tell a layer's mean output power, at most."""
 
 
 @dataclass(eq=False)
@@ -69,10 +71,11 @@ def observe(run: Run, index: int, module: nn.Module, groups: list[Coupled], stre
     errors = [dense is not None and dense[i] is not None for i in range(len(groups))]
     splits = [Split.make(w.shape[1], w.shape[0] if e else 0, run.executor.device, precision)
               for w, e in zip(weights, errors)]
-    asked = run.config.structured.token_weights
-    relative = [asked == "relative" or asked == "auto" and g.normed for g in groups]
-    columns = [w.float().square().sum(0).to(run.executor.device) if r else None for w, r in zip(weights, relative)]
-    taps = Taps(module, groups, sums=any(errors), powers=any(relative), stop=target is None)
+    kinds = [weighting(run.config.structured.token_weights, g) for g in groups]
+    columns = [w.float().square().sum(0).to(run.executor.device) if kind != "uniform" else None
+               for w, kind in zip(weights, kinds)]
+    means = mean_powers(run, index, module, groups, stream) if "balanced" in kinds else None
+    taps = Taps(module, groups, sums=any(errors), powers=kinds.count("uniform") < len(kinds), stop=target is None)
     first, total = run.world.span(len(run.data.sequences))[0], len(run.data.sequences)
 
     def take(batch: Batch, _) -> None:
@@ -89,11 +92,9 @@ def observe(run: Run, index: int, module: nn.Module, groups: list[Coupled], stre
                     want = want.reshape(-1, want.shape[-1]).to(x.device, non_blocking=True)
                     e = want.float() - taps.sums[i].float()
                 w = None
-                if relative[i]:
-                    power = taps.powers.get(i)
-                    if power is None:  # an expert
-                        power = (x.float() @ weights[i].to(x.device).float().T).square().sum(1)
-                    w = token_weights(power, x.float().square() @ columns[i])
+                if kinds[i] != "uniform":
+                    w = token_weights(power_of(taps, i, x, weights[i]), x.float().square() @ columns[i],
+                                      means[i] if kinds[i] == "balanced" else None)
                 split.update(x, mark, e, w)
 
     try:
@@ -109,6 +110,40 @@ def observe(run: Run, index: int, module: nn.Module, groups: list[Coupled], stre
             raise ConfigError(f"the inputs of {run.view.path}.{index}.{group.name} are not finite on the calibration "
                               "data; check the checkpoint, or load it in a wider dtype")
     return splits
+
+
+def weighting(asked: str, group: Coupled) -> str:
+    """How tokens count for a group: ``relative``, ``balanced`` or ``uniform``, see
+    :func:`pyprune.moments.token_weights`."""
+    return asked if asked != "auto" else "relative" if group.normed else "balanced"
+
+
+def power_of(taps: Taps, i: int, x: Tensor, weight: Tensor) -> Tensor:
+    """``‖y‖²`` of each token for group ``i``'s consumer with inputs x, float32 ``[tokens]``."""
+    found = taps.powers.get(i)
+    return (x.float() @ weight.to(x.device).float().T).square().sum(1) if found is None else found  # None: an expert
+
+
+def mean_powers(run: Run, index: int, module: nn.Module, groups: list[Coupled], stream: Activations) -> Tensor:
+    """Mean ``‖y‖²`` a token of each group's consumer on the first sequences, float32 ``[groups]``, zero where none of
+    their tokens arrived. Only its order of magnitude matters; which sequences depends on neither batches nor processes.
+    """
+    wanted = min(SAMPLED, max(1, len(run.data.sequences) // 16))
+    sums = torch.zeros(2, len(groups), device=run.executor.device)
+    if run.world.leads:  # it has the first sequences
+        taps = Taps(module, groups, sums=False, powers=True, stop=True)
+        try:
+            for batch in (Batch(length, k, k + 1) for length, rows in stream.rows.items()
+                          for k, row in enumerate(rows) if row < wanted):
+                taps.run(lambda batch=batch: run.executor.forward(index, module, stream.read(batch)))
+                for i, x in taps.inputs.items():
+                    power = power_of(taps, i, x, groups[i].consumer.view(run.view.blocks[index]))
+                    sums[0, i] += power.sum()
+                    sums[1, i] += len(power)
+        finally:
+            taps.close()
+    run.world.send_(sums, 0)
+    return sums[0] / sums[1].clamp(min=1)
 
 
 def _held(stream: Activations, batch: Batch, first: int, total: int) -> Tensor:

@@ -8,11 +8,12 @@ import tiny
 import torch
 
 import pyprune
-from pyprune.config import ConfigError, Structured
+from pyprune.config import TOKEN_WEIGHTS, ConfigError, Structured
 from pyprune.groups import Coupled, find_groups
 from pyprune.liar import GRID, Problem, choose_damping, repair
 from pyprune.model import ModelView, WeightRef
-from pyprune.moments import Split, token_weights
+from pyprune.moments import ENERGY, Split, token_weights
+from pyprune.structured_block import mean_powers
 
 KEPT = torch.arange(0, 24, 2)
 
@@ -124,6 +125,30 @@ def test_a_neuron_loud_on_few_tokens_does_not_spoil_the_others():
 def test_token_weights():
     w = token_weights(torch.tensor([4.0, 0.0, 0.0]), torch.tensor([100.0, 100.0, 0.0]))
     torch.testing.assert_close(w, torch.tensor([1 / 5, 1.0, 0.0]))
+    w = token_weights(torch.tensor([4.0, 0.0]), torch.tensor([100.0, 100.0]), torch.tensor(2.0))
+    torch.testing.assert_close(w, torch.tensor([1 / 5, 1.0]) + ENERGY / 2)
+    assert torch.isfinite(token_weights(torch.zeros(2), torch.zeros(2), torch.tensor(0.0))).all()
+
+
+def test_balanced_is_the_sum_of_both_relative_errors():
+    """Least squares under these weights minimises mean of ``‖e‖²/‖y‖²`` plus ENERGY times ``Σ‖e‖²/Σ‖y‖²``."""
+    x, _ = loud()
+    weight, shift = matrix()
+    y = x @ weight.T
+    power = y.square().sum(1)
+    w = token_weights(power, torch.zeros_like(power), power.mean())
+    split = weighted(x, w, held_every=10**9)
+    done = repair(Problem(weight, shift, neurons(24), split), KEPT, damping=1e-9, guard=False)
+
+    def objective(change: float, seed: int = 0) -> float:
+        g = torch.Generator().manual_seed(seed)
+        moved = done.weight.double() * (1 + change * torch.randn(done.weight.shape, generator=g))
+        e = (x[:, KEPT].double() @ moved.T + done.bias.double() - shift.double() - y.double()).square().sum(1)
+        return float((e / power).mean() + ENERGY * e.sum() / power.sum())
+
+    assert all(objective(change, seed) > objective(0) for change in (-1e-2, 1e-2) for seed in range(5))
+    uneven = token_weights(power, torch.zeros_like(power), 100 * power.mean())
+    assert not torch.allclose(uneven / uneven.sum(), w / w.sum(), rtol=1e-2)
 
 
 @pytest.mark.parametrize("architecture, normed", [("bert", True), ("roberta", True), ("llama", False), ("gpt2", False),
@@ -134,7 +159,8 @@ def test_post_norm_is_what_divides_the_size_away(architecture, normed):
 
 
 @pytest.mark.parametrize("inputs", ["dense", "propagated"])
-@pytest.mark.parametrize("architecture, same", [("bert", "relative"), ("llama", "uniform")])
+@pytest.mark.parametrize("architecture, same", [("bert", "relative"), ("llama", "balanced"),
+                                                ("qwen3_moe", "balanced")])
 def test_weights_are_automatic_by_architecture(architecture, same, inputs):
     def pruned(weights):
         result = pyprune.prune(tiny.model(architecture), pattern="neurons", sparsity=0.5, inputs=inputs,
@@ -142,9 +168,44 @@ def test_weights_are_automatic_by_architecture(architecture, same, inputs):
                                evaluation={"enabled": False}, structured={"token_weights": weights})
         return torch.cat([p.detach().flatten() for p in result.model.parameters()])
 
-    auto, relative, uniform = (pruned(w) for w in ("auto", "relative", "uniform"))
-    assert torch.equal(auto, relative if same == "relative" else uniform)
-    assert not torch.equal(relative, uniform)
+    found = {w: pruned(w) for w in TOKEN_WEIGHTS}
+    assert [w for w in TOKEN_WEIGHTS[1:] if torch.equal(found["auto"], found[w])] == [same]
+    assert not torch.equal(found["relative"], found["uniform"])
+
+
+def test_balanced_weights_depend_on_no_batch():
+    """The mean power is that of the first sequences, whatever comes in one batch and in what order lengths come."""
+    sequences = [*tiny.ids(10, 24, seed=5), *tiny.ids(10, 17, seed=6)]
+    def pruned(size):
+        return pyprune.prune(tiny.model("llama"), pattern="neurons", sparsity=0.5, reconstruct="liar",
+                             calibration={"source": sequences, "num_samples": 20, "held_out": 0}, progress=False,
+                             evaluation={"enabled": False}, batch_size=size, inputs="dense",
+                             structured={"token_weights": "balanced"}).model
+    one, other = (pruned(size).state_dict() for size in (1, 7))
+    for name, value in one.items():
+        torch.testing.assert_close(other[name], value, rtol=1e-3, atol=1e-4)
+
+
+def test_mean_power_is_that_of_the_first_sequences(monkeypatch):
+    """Of 32 sequences two: their outputs, worked out by hand."""
+    seen = []
+    def noted(*arguments):
+        seen.append((arguments[1], mean_powers(*arguments), arguments[0].data.sequences))
+        return seen[-1][1]
+    monkeypatch.setattr("pyprune.structured_block.mean_powers", noted)
+    model = tiny.model("llama")
+    sequences = [*tiny.ids(16, 24, seed=5), *tiny.ids(16, 17, seed=6)]
+    pyprune.prune(model, pattern="neurons", sparsity=0.5, reconstruct="liar", progress=False, inputs="dense",
+                  calibration={"source": sequences, "num_samples": 32, "held_out": 0}, evaluation={"enabled": False})
+    sequences = seen[0][2]
+    outputs = []
+    handle = model.model.layers[1].mlp.down_proj.register_forward_hook(lambda _, __, y: outputs.append(y[0]))
+    with torch.no_grad():
+        for ids in sequences[:2]:
+            model(ids[None])
+    handle.remove()
+    assert [index for index, *_ in seen] == [0, 1, 2] and len(sequences) == 32
+    torch.testing.assert_close(seen[1][1], torch.cat(outputs).square().sum(1).mean()[None], rtol=1e-4, atol=0)
 
 
 def test_unknown_weights_are_refused():
