@@ -35,6 +35,8 @@ class Moments:
     """float32 ``[c]``; the first batch's mean unless given."""
     shift_e: Tensor | None = None
     count: int = 0
+    weighted: bool = False
+    """Whether any tokens came with weights."""
     totals: Tensor = field(init=False)
     """float64 ``[2]``: Σ of the tokens' weights (``count`` if they have none) and ``Σ w ‖e−shift_e‖²``; on the device,
     so that adding tokens waits for nothing."""
@@ -71,6 +73,7 @@ class Moments:
                 self.shift_e = mean_of(e, w)
             self._e.append(e - self.shift_e)
         if w is not None:
+            self.weighted = True
             self._w.append(w.float())
         self.count += len(x)
         self.totals[0] += len(x) if w is None else w.sum(dtype=torch.float64)
@@ -113,8 +116,7 @@ class Moments:
     def plain(self) -> tuple[Tensor, Tensor]:
         """Σ and Σ of squares of ``x − shift`` without weights, float64 ``[c]``."""
         self.flush()
-        weighted = bool(self.plain_squares.any())
-        return (self.plain_sums, self.plain_squares) if weighted else (self.sums, self.gram.diagonal())
+        return (self.plain_sums, self.plain_squares) if self.weighted else (self.sums, self.gram.diagonal())
 
     def mean_about_shift(self) -> tuple[Tensor, Tensor | None]:
         self.flush()
@@ -143,7 +145,7 @@ class Moments:
                 self.sums_e -= self.totals[0] * f
             self.gram.addr_(self.sums, d, alpha=-1).addr_(d, self.totals[0] * d - self.sums)
             self.sums -= self.totals[0] * d
-            if bool(self.plain_squares.any()):
+            if self.weighted:
                 self.plain_squares += self.count * d.square() - 2 * d * self.plain_sums
                 self.plain_sums -= self.count * d
         self.shift, self.shift_e = shift, shift_e
@@ -221,7 +223,9 @@ class Split:
         if not known.item():
             return
         shift, shift_e = (*[common / known for common in shifts], None)[:2]
+        weighted = world.any(self.fit.weighted or self.held.weighted)
         for part in (self.fit, self.held):
+            part.weighted = weighted
             part.move(shift, shift_e)
             count = torch.tensor(part.count, device=device)
             world.sum_(part.gram, part.sums, part.cross, part.sums_e, part.plain_sums, part.plain_squares, part.totals,
