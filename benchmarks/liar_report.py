@@ -91,7 +91,8 @@ def write_report(cache: Path, out: str | None) -> None:
     if not cells:
         raise SystemExit(f"no finished cells in {cache}")
     write("liar", [{k: v for k, v in c.items() if k not in HIDDEN} for c in cells], out, differences=differences)
-    text = READING + CAUSE + tables(cells) + difference_table(differences) + sizes(cells) + phases(cells)
+    text = READING + CAUSE + tables(cells) + difference_table(differences) + criterion_table(differences) \
+        + sizes(cells) + phases(cells)
     path = result_path("liar", out, ".md")
     path.write_text("# LIAR on real models\n\n" + text)
     print(path.read_text())
@@ -215,6 +216,26 @@ def difference_table(differences: list[dict]) -> str:
         f"{d['task']} {d['pattern']} {d['sparsity']:.0%} {d['criterion']} against {d['against']} "
         f"{d['difference']:+.4f}" for d in worse) or "nowhere") + ".\n\n"
     return out
+
+
+def criterion_table(differences: list[dict]) -> str:
+    """LIAR minus bias compensation and mask tuning for every criterion, in the mean over sparsities above 30 %."""
+    found: dict[tuple, dict[str, list[float]]] = {}
+    for d in differences:
+        if d["sparsity"] > 0.3 and d["inputs"] == "dense" and d["against"] in ("bias", "mask_tuning"):
+            found.setdefault((d["task"], d["pattern"]), {}).setdefault((d["criterion"], d["against"]), []).append(
+                d["difference"])
+    if not found:
+        return ""
+    out = "## Every criterion above 30 %\n\nLIAR minus bias compensation / minus mask tuning, mean over the " \
+          "sparsities above 30 % (positive: LIAR is better; perplexities fall).\n\n"
+    criteria = sorted({c for means in found.values() for c, _ in means})
+    out += "| task, pattern | " + " | ".join(criteria) + " |\n|---" + "|---" * len(criteria) + "|\n"
+    for (task, pattern), means in sorted(found.items()):
+        shown = [" / ".join(f"{sum(v) / len(v):+.{1 if task.startswith('ppl') else 4}f}" if v else "–"
+                            for v in (means.get((c, other)) for other in ("bias", "mask_tuning"))) for c in criteria]
+        out += f"| {task}, {pattern} | " + " | ".join(shown) + " |\n"
+    return out + "\n"
 
 
 def sizes(cells: list[dict]) -> str:
