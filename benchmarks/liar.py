@@ -109,6 +109,9 @@ def cells() -> list[dict]:
     add("sts", "heads", HEADS[3:], CRITERIA, GRID)
     add("sts", "heads", (0.5,), CRITERIA, GRID, seeds=(1, 2))
     add("sst2", "heads", (0.25, 0.5), CRITERIA, GRID)
+    add("sts", "neurons", NEURONS[2:], main, GRID, seeds=(1, 2))
+    add("sst2", "neurons", (0.5, 0.7, 0.3), main, GRID, seeds=(1, 2))
+    add("ppl", "neurons", (0.5,), main, ("bias", "mask_tuning", "liar"), seeds=(1, 2))
     add("ppl", "neurons", (0.5, 0.3), ("magnitude", "activation"), GRID)
     unique = {key(c): c for c in out}
     return list(unique.values())

@@ -118,7 +118,7 @@ def _prune(model, config: PruneConfig, tokenizer, in_place: bool, progress: bool
             world.lead(lambda: journal.begin(identity, len(view.blocks), streamed=weights.streamed))
             journal.entries, journal.notes = world.same((journal.entries, journal.notes))
             journal.total = len(view.blocks)
-    store = make_store(config, journal)
+    store = make_store(config.memory_budget_gb, journal.folder, pick_device(config.device))
     measured = Meter(texts, config.evaluation, pick_device(config.device), store, world)
     with clock("evaluation"):
         dense = world.same(journal.kept("dense"))
@@ -173,10 +173,9 @@ def published(config: PruneConfig) -> PruneResult:
                        {s: found.model for s, found in loaded.items()} if many else {})
 
 
-def make_store(config: PruneConfig, journal: Journal) -> Store:
-    """Activations in host memory within the budget, above it in files beside the output."""
-    budget = None if config.memory_budget_gb is None else int(config.memory_budget_gb * 1e9)
-    return Store(budget, journal.folder, pin=pick_device(config.device).type == "cuda")
+def make_store(budget_gb: float | None, folder: Path | None, device: torch.device) -> Store:
+    """Activations in host memory within the budget, above it in files in ``folder``."""
+    return Store(None if budget_gb is None else int(budget_gb * 1e9), folder, pin=device.type == "cuda")
 
 
 def pick_dtype(name: str) -> torch.dtype | None:

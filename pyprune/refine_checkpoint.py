@@ -7,6 +7,7 @@ import json
 import shutil
 import sys
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
@@ -19,13 +20,12 @@ from pyprune.evaluate import pick_device, windows_of
 from pyprune.journal import Journal
 from pyprune.model import ModelView
 from pyprune.progress import Progress, announce
-from pyprune.prune import pick_dtype
+from pyprune.prune import make_store, pick_dtype
 from pyprune.record import CALIBRATION_PLACES, data_identity, model_identity, weights_digest
 from pyprune.refine_model import Refinement, sequences_for
 from pyprune.report import model_card, perplexity_text
 from pyprune.shards import OutputError
 from pyprune.speed import dense_of
-from pyprune.store import Store
 from pyprune.stream import Executor
 from pyprune.weights import Opened, open_checkpoint, samples_itself
 
@@ -36,43 +36,69 @@ CARRIED = ("pruning.json", "run.yaml")
 """Files of a pyprune checkpoint that stay as they are: how it was pruned, and the sizes its config cannot say."""
 
 
-def refine_checkpoint(directory: str | Path, output: str | Path, *, dense: str | Path | None = None,
-                      calibration: Calibration | None = None, evaluation: Evaluation | None = None,
-                      settings: Reconstruction | None = None, cross_block: bool = False,
-                      global_propagation: bool = True, dtype: str = "auto", compute_dtype: str = "auto",
-                      device: str = "auto", seed: int = 0, stream: str = "auto", memory_budget_gb: float | None = None,
-                      resume: bool = False, progress: bool = True) -> dict:
+@dataclass(kw_only=True)
+class Request:
+    """One refinement of a checkpoint, whole. Raises ConfigError for a value that is none of those known."""
+
+    directory: str | Path
+    output: str | Path
+    dense: str | Path | None = None
+    """The model it was pruned from; None: what its ``pruning.json`` names."""
+    calibration: Calibration = field(default_factory=Calibration)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    settings: Reconstruction = field(default_factory=Reconstruction)
+    cross_block: bool = False
+    global_propagation: bool = True
+    dtype: str = "auto"
+    compute_dtype: str = "auto"
+    device: str = "auto"
+    seed: int = 0
+    stream: str = "auto"
+    """Whether the blocks of either model are read from their files one after the other, as in
+    :class:`pyprune.PruneConfig`; ``always`` asks for both."""
+    memory_budget_gb: float | None = None
+    """Of host memory for activations."""
+
+    def __post_init__(self):
+        for name, known in (("dtype", DTYPES), ("compute_dtype", DTYPES), ("stream", STREAMING)):
+            if getattr(self, name) not in known:
+                raise ConfigError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        self.directory, self.output = str(self.directory), str(self.output)
+        self.dense = str(self.dense or dense_of(self.directory, "--dense"))
+
+    def asked(self) -> dict:
+        """What decides the result, as plain data."""
+        names = ("cross_block", "global_propagation", "seed", "dtype", "compute_dtype")
+        return {**{name: getattr(self, name) for name in names}, "settings": to_dict(self.settings),
+                "calibration": _named(self.calibration)}
+
+    def identity(self) -> dict:
+        """The same, but for where the data lie: they have fingerprints."""
+        asked = self.asked()
+        kept = {key: value for key, value in asked["calibration"].items() if key not in CALIBRATION_PLACES}
+        return {**asked, "calibration": kept}
+
+
+def refine_checkpoint(directory: str | Path, output: str | Path, *, resume: bool = False, progress: bool = True,
+                      **fields) -> dict:
     """Refine a checkpoint by :func:`pyprune.refine` and write it to ``output``, whole or not at all.
 
-    dense: the model it was pruned from; None: what its ``pruning.json`` names. stream: whether the blocks of either
-    model are read from their files one after the other, as in :class:`pyprune.PruneConfig`; ``always`` asks for both.
-    memory_budget_gb: of host memory for activations. resume: go on with the interrupted run in ``output``, to the same
-    result bit for bit.
+    resume: go on with the interrupted run in ``output``, to the same result bit for bit. ``**fields``: those of
+    :class:`Request`.
     Returns what ``refinement.json`` holds: settings, one row a window, perplexity of the dense, the pruned and the
     refined model. Raises ConfigError for bad input before anything is trained, and
     :class:`pyprune.journal.Interrupted` when a signal stopped it between two blocks.
     """
-    for name, value, known in (("dtype", dtype, DTYPES), ("compute_dtype", compute_dtype, DTYPES),
-                               ("stream", stream, STREAMING)):
-        if value not in known:
-            raise ConfigError(f"{name} must be one of {', '.join(known)}, got {value!r}")
-    calibration, evaluation = calibration or Calibration(), evaluation or Evaluation()
-    settings = settings or Reconstruction()
-    dense = str(dense or dense_of(directory, "--dense"))
-    asked = {"cross_block": cross_block, "global_propagation": global_propagation, "seed": seed, "dtype": dtype,
-             "compute_dtype": compute_dtype, "settings": to_dict(settings), "calibration": _named(calibration)}
+    request = Request(directory=directory, output=output, **fields)
     world, journal, failed = distributed.start(), Journal(None), True
     try:
-        journal = world.lead(lambda: Journal(output, resume)) or journal
-        identity = {**asked, "calibration": {key: value for key, value in asked["calibration"].items()
-                                             if key not in CALIBRATION_PLACES}}
-        world.lead(lambda: journal.check_settings(identity))
+        journal = world.lead(lambda: Journal(request.output, resume)) or journal
+        world.lead(lambda: journal.check_settings(request.identity()))
         if world.same(journal.complete):
             world.lead(journal.publish)
-            found = json.loads((Path(output).expanduser() / RECORD).read_text())
+            found = json.loads((Path(request.output).expanduser() / RECORD).read_text())
         else:
-            found = _refine(str(directory), dense, str(output), calibration, evaluation, settings, asked, identity,
-                            stream, memory_budget_gb, device, world, journal, progress and world.leads)
+            found = _refine(request, world, journal, progress and world.leads)
         failed = False
     except OutputError as error:
         journal.explain(error)
@@ -83,52 +109,51 @@ def refine_checkpoint(directory: str | Path, output: str | Path, *, dense: str |
     return found
 
 
-def _refine(directory: str, dense: str, output: str, calibration: Calibration, evaluation: Evaluation,
-            settings: Reconstruction, asked: dict, identity: dict, stream: str, budget: float | None, device: str,
-            world: World, journal: Journal, progress: bool) -> dict:
+def _refine(request: Request, world: World, journal: Journal, progress: bool) -> dict:
     """Open both models, measure them, refine one, measure it again, write it."""
-    started, where = time.perf_counter(), pick_device(device)
+    started, told = time.perf_counter(), []
+    where, dtype = pick_device(request.device), pick_dtype(request.compute_dtype)
     header, pin = world.same(journal.header), where.type == "cuda"
-    announce(f"loading {directory} and {dense}", progress, LABEL)
-    opened = open_checkpoint(directory, asked["dtype"], stream, None, header.get("streamed"), pin)
-    taught = open_checkpoint(dense, asked["dtype"], stream, samples_itself(calibration), header.get("dense_streamed"),
-                             pin)
+    announce(f"loading {request.directory} and {request.dense}", progress, LABEL)
+    opened = open_checkpoint(request.directory, request.dtype, request.stream, None, header.get("streamed"), pin)
+    taught = open_checkpoint(request.dense, request.dtype, request.stream, samples_itself(request.calibration),
+                             header.get("dense_streamed"), pin)
     views = [one.weights.view if one.weights.streamed else ModelView(one.model) for one in (opened, taught)]
     tokenizer = opened.tokenizer or taught.tokenizer
-    data = sequences_for(*views, calibration, tokenizer, settings, asked["seed"])
-    texts = windows_of(evaluation, tokenizer, views[0].is_encoder)
+    data = sequences_for(*views, request.calibration, tokenizer, request.settings, request.seed)
+    texts = windows_of(request.evaluation, tokenizer, views[0].is_encoder)
     models = {name: model_identity(one.model, one.weights.files.fingerprint() if one.weights.streamed else
                                    weights_digest(one.model.state_dict().items()))
               for name, one in (("model", opened), ("dense", taught))}
-    world.lead(lambda: journal.begin({"settings": identity, "data": data_identity(data, texts), **models},
+    world.lead(lambda: journal.begin({"settings": request.identity(), "data": data_identity(data, texts), **models},
                                      len(views[0].blocks), streamed=opened.weights.streamed,
                                      dense_streamed=taught.weights.streamed))
     journal.entries, journal.notes = world.same((journal.entries, journal.notes))
     journal.total = len(views[0].blocks)
-    store = Store(None if budget is None else int(budget * 1e9), journal.folder, pin=pin)
-    meter = Meter(texts, evaluation, where, store, world)
+    told += journal.notes
+    store = make_store(request.memory_budget_gb, journal.folder, where)
+    meter = Meter(texts, request.evaluation, where, store, world)
     measured = world.same(journal.kept("measured"))
     if measured is None:
         announce("measuring the dense and the pruned model", progress and bool(texts), LABEL)
         measured = {"dense": meter(taught.model, taught.weights), "pruned": meter(opened.model, opened.weights)}
         world.lead(lambda: journal.keep("measured", measured))
-    told = list(journal.notes)
-    pupil, master = (Executor(view, device=where, compute_dtype=pick_dtype(asked["compute_dtype"]),
-                              weights=one.weights, store=store) for view, one in zip(views, (opened, taught)))
+    pupil, master = (Executor(view, device=where, compute_dtype=dtype, weights=one.weights, store=store)
+                     for view, one in zip(views, (opened, taught)))
     pupil.world = master.world = world
-    work = Refinement(pupil, master, settings, asked["cross_block"], asked["global_propagation"], asked["seed"],
-                      told.append, journal, output)
+    work = Refinement(pupil, master, request.settings, request.cross_block, request.global_propagation, request.seed,
+                      told.append, journal, request.output)
     with Progress(len(views[0].blocks), label=LABEL, enabled=progress) as bar, \
             journal.interruptible(follow=world.size > 1):
         rows = work.run(data, bar)
     announce("measuring the refined model", progress and bool(texts), LABEL)
     measured = {**measured, "refined": meter(opened.model, opened.weights)}
-    found = {"model": directory, "dense": dense, **asked, "windows": rows,
+    found = {"model": request.directory, "dense": request.dense, **request.asked(), "windows": rows,
              "evaluation": [{**rest, **{name: values[k]["perplexity"] for name, values in measured.items()}}
                             for k, rest in enumerate(measured["refined"])],
              "seconds": time.perf_counter() - started, "warnings": [*dict.fromkeys(told), *meter.notes]}
-    world.lead(lambda: journal.finish(
-        lambda folder: _fill(folder, opened, tokenizer, Path(directory).expanduser(), found, Path(output).name)))
+    source, name = Path(request.directory).expanduser(), Path(request.output).name
+    world.lead(lambda: journal.finish(lambda folder: _fill(folder, opened, tokenizer, source, found, name)))
     return found
 
 
