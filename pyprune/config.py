@@ -168,9 +168,9 @@ class Structured:
     """Write the dropped weights as a linear map of the kept ones (the paper's P)."""
     token_weights: str = "auto"
     """``uniform``: the papers' least squares; ``relative``: a token's error counts by the size of its own output, so
-    that the few tokens on which a neuron is huge do not decide the fit; ``balanced``: relative, and the plain squared
-    error for a small share; ``auto``: relative where a layer norm follows the residual sum at once (BERT), balanced
-    elsewhere."""
+    that the few tokens on which a neuron is huge do not decide the fit; ``balanced``: half relative to the token's
+    residual stream, half uniform; ``auto``: relative where a layer norm follows the residual sum at once (BERT),
+    balanced elsewhere, uniform for experts."""
     head_scope: str = "groups"
     """``groups``: whole key/value groups; ``queries``: query heads inside groups, equally many per group."""
     nonstandard: str = "refuse"

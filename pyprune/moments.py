@@ -12,8 +12,6 @@ from pyprune import ops
 FLUSH_TOKENS = 8192
 HELD_OUT_EVERY = 5
 FLOOR = 0.01
-ENERGY = 0.1
-"""Weight of the relative plain squared error beside the tokens' mean relative error, where both count."""
 
 
 @dataclass(eq=False)
@@ -315,25 +313,35 @@ def mean_of(x: Tensor, w: Tensor | None) -> Tensor:
     return x.mean(0) if w is None else (w.float() / w.float().sum().clamp(min=1e-30)) @ x
 
 
-def token_weights(power: Tensor, floor: Tensor, mean_power: Tensor | None = None) -> Tensor:
+def token_weights(power: Tensor, floor: Tensor) -> Tensor:
     """``1/(‖y‖² + FLOOR·floor)`` of each token, zero where both are: its error then counts by its own output's size.
 
     Least squares over tokens follows the largest outputs. A transformer has neurons that speak on one token ([CLS], the
     first token) and there a thousand times louder than anything else. Once such a neuron is dropped, 95 to 99 % of the
     squared error lies on that token, the fit spends every kept neuron on rebuilding it and what it gives all other
     tokens is noise. Where a norm follows the residual sum at once (post-norm encoders), the token's size is divided
-    away and only its relative error goes on. In a pre-norm decoder its size stays in the residual stream, and later
-    blocks read the loud first token as an attention sink: there both count, ``ENERGY/mean_power`` is added and the loud
-    tokens together are worth a little, not everything and not nothing.
+    away and only its relative error goes on.
 
     power: ``‖y‖²`` of the consumer's output, ``[tokens]``. floor: ``Σ_j x_j² ‖W_·j‖²``, the power it had if its
-    columns did not cancel; it keeps a token with hardly any output from counting without bound. mean_power: mean of
-    ``power`` over tokens, a scalar, where the plain squared error is to have its share. Any common factor of the
-    weights is without effect.
+    columns did not cancel; it keeps a token with hardly any output from counting without bound. Any common factor of
+    the weights is without effect.
     """
     total = power.float() + FLOOR * floor.float()
-    own = torch.where(total > 0, 1 / total.clamp(min=1e-30), 0)
-    return own if mean_power is None else torch.where(mean_power > 0, own + ENERGY / mean_power, own)
+    return torch.where(total > 0, 1 / total.clamp(min=1e-30), 0)
+
+
+def balanced_weights(power: Tensor, mean_power: Tensor) -> Tensor:
+    """``1/‖s‖² + 1/mean ‖s‖²`` of each token: the error relative to the token's residual stream s, which the next norm
+    divides by, and the squared error of all tokens together, in equal parts.
+
+    For pre-norm blocks. There the size of a loud first token stays in the stream, and later blocks read it as an
+    attention sink: it must be rebuilt, but not at the price of all other tokens (:func:`token_weights`).
+
+    power: ``‖s‖²``, ``[tokens]``, s being the sum that the consumer's output lands in. mean_power: its mean over
+    tokens, a scalar.
+    """
+    own = torch.where(power > 0, 1 / power.float().clamp(min=1e-30), 0)
+    return torch.where(mean_power > 0, own + 1 / mean_power, own)
 
 
 def held_out_tokens(sequences: int, length: int, start: int, total: int) -> Tensor:

@@ -15,7 +15,7 @@ from pyprune.config import ConfigError
 from pyprune.group_criteria import NEEDS_MOMENTS, Scored, score
 from pyprune.groups import Coupled
 from pyprune.liar import Problem, Repair, repair
-from pyprune.moments import HELD_OUT_EVERY, Split, held_out_tokens, token_weights
+from pyprune.moments import HELD_OUT_EVERY, Split, balanced_weights, held_out_tokens, token_weights
 from pyprune.run import Run
 from pyprune.slicing import Pick, slice_block
 from pyprune.stream import Activations, Batch
@@ -23,7 +23,7 @@ from pyprune.taps import Taps
 
 T = TypeVar("T")
 SAMPLED = 8
-"""Sequences that tell a layer's mean output power, at most."""
+"""Sequences that tell the mean power of a block's residual stream, at most."""
 
 
 @dataclass(eq=False)
@@ -72,10 +72,10 @@ def observe(run: Run, index: int, module: nn.Module, groups: list[Coupled], stre
     splits = [Split.make(w.shape[1], w.shape[0] if e else 0, run.executor.device, precision)
               for w, e in zip(weights, errors)]
     kinds = [weighting(run.config.structured.token_weights, g) for g in groups]
-    columns = [w.float().square().sum(0).to(run.executor.device) if kind != "uniform" else None
+    columns = [w.float().square().sum(0).to(run.executor.device) if kind == "relative" else None
                for w, kind in zip(weights, kinds)]
     means = mean_powers(run, index, module, groups, stream) if "balanced" in kinds else None
-    taps = Taps(module, groups, sums=any(errors), powers=kinds.count("uniform") < len(kinds), stop=target is None)
+    taps = Taps(module, groups, sums=any(errors) or means is not None, powers="relative" in kinds, stop=target is None)
     first, total = run.world.span(len(run.data.sequences))[0], len(run.data.sequences)
 
     def take(batch: Batch, _) -> None:
@@ -92,9 +92,13 @@ def observe(run: Run, index: int, module: nn.Module, groups: list[Coupled], stre
                     want = want.reshape(-1, want.shape[-1]).to(x.device, non_blocking=True)
                     e = want.float() - taps.sums[i].float()
                 w = None
-                if kinds[i] != "uniform":
-                    w = token_weights(power_of(taps, i, x, weights[i]), x.float().square() @ columns[i],
-                                      means[i] if kinds[i] == "balanced" else None)
+                if kinds[i] == "balanced":
+                    w = balanced_weights(taps.sums[i].float().square().sum(1), means[i])
+                elif kinds[i] == "relative":
+                    power = taps.powers.get(i)
+                    if power is None:  # an expert
+                        power = (x.float() @ weights[i].to(x.device).float().T).square().sum(1)
+                    w = token_weights(power, x.float().square() @ columns[i])
                 split.update(x, mark, e, w)
 
     try:
@@ -113,33 +117,28 @@ def observe(run: Run, index: int, module: nn.Module, groups: list[Coupled], stre
 
 
 def weighting(asked: str, group: Coupled) -> str:
-    """How tokens count for a group: ``relative``, ``balanced`` or ``uniform``, see
-    :func:`pyprune.moments.token_weights`."""
-    return asked if asked != "auto" else "relative" if group.normed else "balanced"
-
-
-def power_of(taps: Taps, i: int, x: Tensor, weight: Tensor) -> Tensor:
-    """``‖y‖²`` of each token for group ``i``'s consumer with inputs x, float32 ``[tokens]``."""
-    found = taps.powers.get(i)
-    return (x.float() @ weight.to(x.device).float().T).square().sum(1) if found is None else found  # None: an expert
+    """How tokens count for a group: ``relative`` (:func:`pyprune.moments.token_weights`), ``balanced``
+    (:func:`pyprune.moments.balanced_weights`) or ``uniform``. What experts add to the residual stream is not seen
+    token by token, so they are not balanced."""
+    kind = asked if asked != "auto" else "relative" if group.normed else "balanced"
+    return "uniform" if kind == "balanced" and group.consumer.expert is not None else kind
 
 
 def mean_powers(run: Run, index: int, module: nn.Module, groups: list[Coupled], stream: Activations) -> Tensor:
-    """Mean ``‖y‖²`` a token of each group's consumer on the first sequences, float32 ``[groups]``, zero where none of
-    their tokens arrived. Only its order of magnitude matters; which sequences depends on neither batches nor processes.
-    """
+    """Mean over tokens of ``‖s‖²``, s being the sum that each group's output lands in, on the first sequences; float32
+    ``[groups]``, zero for experts. Only its order of magnitude matters; which sequences these are depends on neither
+    batches nor processes."""
     wanted = min(SAMPLED, max(1, len(run.data.sequences) // 16))
     sums = torch.zeros(2, len(groups), device=run.executor.device)
     if run.world.leads:  # it has the first sequences
-        taps = Taps(module, groups, sums=False, powers=True, stop=True)
+        taps = Taps(module, groups, stop=True)
         try:
             for batch in (Batch(length, k, k + 1) for length, rows in stream.rows.items()
                           for k, row in enumerate(rows) if row < wanted):
                 taps.run(lambda batch=batch: run.executor.forward(index, module, stream.read(batch)))
-                for i, x in taps.inputs.items():
-                    power = power_of(taps, i, x, groups[i].consumer.view(run.view.blocks[index]))
-                    sums[0, i] += power.sum()
-                    sums[1, i] += len(power)
+                for i, total in taps.sums.items():
+                    sums[0, i] += total.float().square().sum()
+                    sums[1, i] += len(total)
         finally:
             taps.close()
     run.world.send_(sums, 0)
