@@ -216,14 +216,14 @@ class Split:
         if ours:
             for common, own in zip(shifts, (self.fit.shift, self.fit.shift_e)):
                 common.copy_(own)
-        known = torch.tensor([float(ours)], device=device)
-        world.sum_(*shifts, known)
-        if not known.item():
+        told = torch.tensor([float(ours), float(self.fit.weighted or self.held.weighted)], device=device)
+        world.sum_(*shifts, told)
+        known, weighted = told.tolist()
+        if not known:
             return
         shift, shift_e = (*[common / known for common in shifts], None)[:2]
-        weighted = world.any(self.fit.weighted or self.held.weighted)
         for part in (self.fit, self.held):
-            part.weighted = weighted
+            part.weighted = weighted > 0
             part.move(shift, shift_e)
             count = torch.tensor(part.count, device=device)
             world.sum_(part.gram, part.sums, part.cross, part.sums_e, part.plain_sums, part.plain_squares, part.totals,

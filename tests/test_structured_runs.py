@@ -165,15 +165,17 @@ class Threads:
                 self.barrier.wait()
 
 
-def test_moments_of_two_processes_are_those_of_all_tokens():
+@pytest.mark.parametrize("weighted", [False, True])
+def test_moments_of_two_processes_are_those_of_all_tokens(weighted):
     """Each has shifts of its own; products about a common one are exact in float64."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(90, 7, generator=generator) * torch.arange(1, 8) + 5
     e = torch.randn(90, 3, generator=generator) - 2
     held = torch.arange(90) % 5 == 4
+    w = torch.rand(90, generator=generator) + 0.1 if weighted else None
     def part(rows):
         split = Split.make(7, 3)
-        split.update(x[rows], held[rows], e[rows])
+        split.update(x[rows], held[rows], e[rows], None if w is None else w[rows])
         return split
     parts, whole, world = [part(slice(0, 40)), part(slice(40, 90))], part(slice(0, 90)), Threads()
     threads = [threading.Thread(target=one.sum_over, args=(world,)) for one in parts]
@@ -190,4 +192,7 @@ def test_moments_of_two_processes_are_those_of_all_tokens():
                 torch.testing.assert_close(mine.cross, want.cross, rtol=1e-5, atol=1e-5)
                 assert mine.square == pytest.approx(want.square, rel=1e-5)
             torch.testing.assert_close(a.point, b.point, rtol=1e-6, atol=1e-6)
-        torch.testing.assert_close(one.second(True), torch.cov(x.double().T, correction=0), rtol=1e-5, atol=1e-5)
+        aweights = None if w is None else w.double()
+        covariance = torch.cov(x.double().T, correction=0, aweights=aweights)
+        torch.testing.assert_close(one.second(True), covariance, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(one.variance, x.double().var(0, correction=0), rtol=1e-5, atol=1e-6)
