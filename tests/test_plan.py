@@ -193,13 +193,14 @@ def test_a_structured_plan_names_what_the_run_cuts_and_its_passes(tmp_path, monk
     counts = Counter()
     forward = Executor.forward
     def counting(self, index, module, hidden):
-        counts[index] += 1
+        counts[index, len(hidden)] += 1
         return forward(self, index, module, hidden)
     monkeypatch.setattr(Executor, "forward", counting)
     result = pyprune.prune(str(tmp_path / "model"), calibration=tiny.ids(4, 16), evaluation={"enabled": False},
                            batch_size=4, progress=False, **fields)
     assert {w["name"] for w in found["weights"] if w["prune"]} >= {w["name"] for w in result.report["weights"]}
     assert found["coverage"]["fraction"] == result.report["coverage"]["fraction"]
-    assert found["passes"] == passes and counts[0] == sum(passes.values())
+    assert found["passes"] == passes and counts[0, 4] == sum(passes.values())
+    assert counts[0, 1] == passes["statistics"], "one sequence tells the power of the stream before each of these"
     spared = [w["why"] for w in found["weights"] if ".self_attn." in w["name"]]
     assert (pattern != "neurons") or set(spared) == {"no part of its neurons"}
