@@ -45,7 +45,7 @@ def test_prune_prints_what_it_did_and_where_it_is(pruned, folder):
     report = json.loads((path / "report.json").read_text())
     row = report["evaluation"][0]
     for text in (f"{row['dense']:.2f} dense → {row['pruned']:.2f} pruned", "12 windows of 24 tokens", "0.5000",
-                 "100.0%", "seconds", "evaluation", "peak memory", str(path), "report.json"):
+                 "100.0%", "seconds", "peak memory", str(path), "report.json"):
         assert text in out
     assert "pruning 3/3" in err and "left" in err and "error" in err, "progress, error and time left are in the log"
     order = [err.index(text) for text in ("loading", "measuring the dense", "pruning 1/3", "measuring the pruned")]
