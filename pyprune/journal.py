@@ -22,7 +22,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pyprune import checkpoint
+from pyprune import checkpoint, distributed
 from pyprune.config import ConfigError
 from pyprune.shards import OutputError, Shard, checksum, output_error, sync, write_bytes, write_shard
 
@@ -295,6 +295,22 @@ class Journal:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+
+
+@contextlib.contextmanager
+def journaled(output: str | Path | None, resume: bool) -> Iterator[tuple[distributed.World, Journal]]:
+    """The processes of a run and its journal, which process 0 keeps; left in order however the run ends."""
+    world, journal, failed = distributed.start(), Journal(None), True
+    try:
+        journal = world.lead(lambda: Journal(output, resume)) or journal
+        yield world, journal
+        failed = False
+    except OutputError as error:
+        journal.explain(error)
+        raise
+    finally:
+        journal.close()
+        world.close(failed)
 
 
 def shard_path(output: str | Path, index: int) -> Path:

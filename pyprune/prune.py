@@ -15,14 +15,13 @@ from pyprune.blockwise import Meter
 from pyprune.comparison import read as read_report
 from pyprune.config import Calibration, ConfigError, Evaluation, PruneConfig, from_dict
 from pyprune.evaluate import pick_device, windows_of
-from pyprune.journal import Journal
+from pyprune.journal import Journal, journaled
 from pyprune.masks import gather, needs_calibration, prune_block
 from pyprune.model import ModelView, WeightRef, check_finite, select_weights
 from pyprune.progress import Progress, announce
 from pyprune.record import build_report, compared, data_identity, model_identity, settings_of, weights_digest
 from pyprune.refine import Refiner, wanted
 from pyprune.run import Clock, Probe, PruneResult, Run, StreamedResult, make_probes, seed_all
-from pyprune.shards import OutputError
 from pyprune.statistics import Inputs, observe
 from pyprune.steps import block_row, commit_block, enter_block, leave_block, restore_block, settled_by, write_block
 from pyprune.store import Store
@@ -65,18 +64,8 @@ def prune(model: str | Path | nn.Module | None = None, config: PruneConfig | dic
     if config is None and isinstance(model, str):
         fields.setdefault("model", model)
     config = make_config(config, fields if not isinstance(model, str) else {**fields, "model": model})
-    world, journal, failed = distributed.start(), Journal(None), True
-    try:
-        journal = world.lead(lambda: Journal(config.output, resume)) or journal
-        result = _prune(model, config, tokenizer, in_place, progress and world.leads, journal, world)
-        failed = False
-    except OutputError as error:
-        journal.explain(error)
-        raise
-    finally:
-        journal.close()
-        world.close(failed)
-    return result
+    with journaled(config.output, resume) as (world, journal):
+        return _prune(model, config, tokenizer, in_place, progress and world.leads, journal, world)
 
 
 def _prune(model, config: PruneConfig, tokenizer, in_place: bool, progress: bool, journal: Journal,

@@ -11,20 +11,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
-from pyprune import checkpoint, distributed
+from pyprune import checkpoint
 from pyprune.blockwise import Meter
 from pyprune.comparison import read as read_report
 from pyprune.config import DTYPES, STREAMING, Calibration, ConfigError, Evaluation, Reconstruction, to_dict
 from pyprune.distributed import World
 from pyprune.evaluate import pick_device, windows_of
-from pyprune.journal import Journal
+from pyprune.journal import Journal, journaled
 from pyprune.model import ModelView
 from pyprune.progress import Progress, announce
 from pyprune.prune import make_store, pick_dtype
 from pyprune.record import CALIBRATION_PLACES, data_identity, model_identity, weights_digest
 from pyprune.refine_model import Refinement, sequences_for
 from pyprune.report import model_card, perplexity_text
-from pyprune.shards import OutputError
 from pyprune.speed import dense_of
 from pyprune.stream import Executor
 from pyprune.weights import Opened, open_checkpoint, samples_itself
@@ -90,23 +89,12 @@ def refine_checkpoint(directory: str | Path, output: str | Path, *, resume: bool
     :class:`pyprune.journal.Interrupted` when a signal stopped it between two blocks.
     """
     request = Request(directory=directory, output=output, **fields)
-    world, journal, failed = distributed.start(), Journal(None), True
-    try:
-        journal = world.lead(lambda: Journal(request.output, resume)) or journal
+    with journaled(request.output, resume) as (world, journal):
         world.lead(lambda: journal.check_settings(request.identity()))
         if world.same(journal.complete):
             world.lead(journal.publish)
-            found = json.loads((Path(request.output).expanduser() / RECORD).read_text())
-        else:
-            found = _refine(request, world, journal, progress and world.leads)
-        failed = False
-    except OutputError as error:
-        journal.explain(error)
-        raise
-    finally:
-        journal.close()
-        world.close(failed)
-    return found
+            return json.loads((Path(request.output).expanduser() / RECORD).read_text())
+        return _refine(request, world, journal, progress and world.leads)
 
 
 def _refine(request: Request, world: World, journal: Journal, progress: bool) -> dict:
@@ -151,7 +139,7 @@ def _refine(request: Request, world: World, journal: Journal, progress: bool) ->
     found = {"model": request.directory, "dense": request.dense, **request.asked(), "windows": rows,
              "evaluation": [{**rest, **{name: values[k]["perplexity"] for name, values in measured.items()}}
                             for k, rest in enumerate(measured["refined"])],
-             "seconds": time.perf_counter() - started, "warnings": [*dict.fromkeys(told), *meter.notes]}
+             "seconds": time.perf_counter() - started, "warnings": [*told, *meter.notes]}
     source, name = Path(request.directory).expanduser(), Path(request.output).name
     world.lead(lambda: journal.finish(lambda folder: _fill(folder, opened, tokenizer, source, found, name)))
     return found
