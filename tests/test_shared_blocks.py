@@ -1,0 +1,152 @@
+"""Blocks that a model applies several times: calibrated on all applications, pruned once."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+import transformers as hf
+from test_routing import linear_inputs, wanda_mask
+from torch import nn
+
+import pyprune
+from pyprune.config import ConfigError
+from pyprune.model import ModelView, weights_of
+from pyprune.stream import Executor
+
+QUIET = dict(progress=False, evaluation=pyprune.Evaluation(enabled=False))
+
+
+def albert(groups: int = 1, inner: int = 1, layers: int = 4) -> nn.Module:
+    torch.manual_seed(0)
+    model = hf.AlbertModel(hf.AlbertConfig(
+        vocab_size=tiny.VOCABULARY, embedding_size=16, hidden_size=32, intermediate_size=64, num_hidden_layers=layers,
+        num_hidden_groups=groups, inner_group_num=inner, num_attention_heads=4, max_position_embeddings=128)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(6) if parameter.ndim >= 2 else parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def shared(order: tuple[int, ...]) -> nn.Module:
+    """A LLaMA whose block list holds some blocks several times."""
+    model = tiny.model("llama")
+    layers = list(model.model.layers)
+    model.model.layers = nn.ModuleList(layers[k] for k in order)
+    model.config.num_hidden_layers = len(order)
+    model.config.use_cache = False  # the two places of a block would share their keys
+    return model
+
+
+MODELS = {"albert": albert, "albert, two groups of two": lambda: albert(2, 2), "A A B": lambda: shared((0, 0, 1)),
+          "A B A": lambda: shared((0, 1, 0)), "A B B C": lambda: shared((0, 1, 1, 2))}
+
+
+def prune(model, **fields):
+    return pyprune.prune(model, **{"sparsity": 0.5, "calibration": tiny.ids(8, 24), **QUIET, **fields})
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_masks_come_from_the_inputs_of_every_application(name):
+    model = MODELS[name]()
+    truth = linear_inputs(model, tiny.ids(8, 24))
+    result = prune(model, method="wanda", inputs="dense")
+    names = [row["name"] for row in result.report["weights"]]
+    assert len(names) == len(set(names)) == sum(isinstance(m, nn.Linear) for m in ModelView(model).slots.modules())
+    for weight in names:
+        keep = result.model.get_parameter(weight) != 0
+        assert torch.equal(keep, wanda_mask(model.get_parameter(weight).detach(), truth[weight])), weight
+    assert result.report["coverage"]["fraction"] == 1 and not result.report["coverage"]["skipped"]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_block_by_block_is_the_models_own_forward(name):
+    model = MODELS[name]()
+    view = ModelView(model)
+    executor = Executor(view)
+    ids = tiny.ids(3, 20)
+    stream = executor.embed(list(ids))
+    for i in range(len(view.blocks)):
+        with executor.compute(i) as module:
+            executor.run(i, module, stream, stream)
+    with torch.no_grad():
+        out = model(ids)
+        got = view.complete(ids, stream.data[20])
+    for field in ("last_hidden_state", "logits"):
+        if hasattr(out, field):
+            torch.testing.assert_close(getattr(got, field), getattr(out, field), rtol=1e-4, atol=1e-4)
+
+
+def test_a_block_behind_a_shared_one_sees_the_pruned_stream():
+    """Propagated inputs: the second unit of [A A B] is calibrated behind both applications of the pruned A."""
+    model = shared((0, 0, 1))
+    result = prune(model, method="wanda")
+    half = shared((0, 0, 1))
+    half.model.layers[0].load_state_dict(result.model.model.layers[0].state_dict())
+    truth = linear_inputs(half, tiny.ids(8, 24))
+    for ref in weights_of(half.model.layers[2]):
+        weight = f"model.layers.2.{ref.path}"
+        keep = result.model.get_parameter(weight) != 0
+        assert torch.equal(keep, wanda_mask(half.get_parameter(weight).detach(), truth[weight])), weight
+
+
+def test_a_loop_over_the_whole_list_is_one_unit():
+    """The forward pass goes through all blocks twice, as looped transformers do."""
+    model = tiny.model("llama", use_cache=False)
+    plain = type(model.model.layers).__getitem__
+
+    class Twice(nn.ModuleList):
+        def __getitem__(self, index):
+            if isinstance(index, slice):
+                return [plain(self, i % len(self)) for i in range(2 * len(self))]
+            return plain(self, index)
+
+    model.model.layers = Twice(model.model.layers)
+    truth = linear_inputs(model, tiny.ids(8, 24))
+    assert len(truth["model.layers.0.self_attn.q_proj.weight"]) == 2 * 8 * 24
+    result = prune(model, method="wanda", inputs="dense")
+    for row in result.report["weights"]:
+        keep = result.model.get_parameter(row["name"]) != 0
+        assert torch.equal(keep, wanda_mask(model.get_parameter(row["name"]).detach(), truth[row["name"]]))
+
+
+@pytest.mark.parametrize("reconstruct", ["layer", "block", "cross_block"])
+@pytest.mark.parametrize("name", ["albert", "A A B"])
+def test_reconstruction_saves_and_reloads(name, reconstruct, tmp_path):
+    model = MODELS[name]()
+    result = prune(model, method="sparsegpt", pattern="2:4", reconstruct=reconstruct, output=str(tmp_path / "out"),
+                   reconstruction=pyprune.Reconstruction(epochs=2))
+    auto = hf.AutoModel if name == "albert" else hf.AutoModelForCausalLM
+    again = auto.from_pretrained(tmp_path / "out").eval()
+    ids = tiny.ids(2, 16, seed=9)
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids)[0], result.model(ids)[0], rtol=0, atol=0)
+    assert "2:4" in pyprune.inspect(tmp_path / "out")["holds"]
+    assert 0 < result.report["blocks"][-1]["error"] < 1
+
+
+@pytest.mark.parametrize("fields,match", [
+    ({"pattern": "neurons"}, "applied"), ({"pattern": "heads", "criterion": "magnitude"}, "applied")])
+@pytest.mark.parametrize("name", ["albert", "A A B"])
+def test_structured_pruning_of_shared_blocks_is_refused_before_any_work(name, fields, match, monkeypatch):
+    from pyprune import calibration
+
+    monkeypatch.setattr(calibration, "load", lambda *a, **k: pytest.fail("work was begun"))
+    with pytest.raises(ConfigError, match=match):
+        prune(MODELS[name](), **fields)
+
+
+def test_streaming_shared_blocks_is_refused_before_any_work(tmp_path):
+    albert().save_pretrained(tmp_path / "dense")
+    with pytest.raises(ConfigError, match="cannot be streamed.*applied"):
+        prune(str(tmp_path / "dense"), stream="always", output=str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists() or not any((tmp_path / "out").glob("*.safetensors"))
+
+
+def test_plan_counts_every_application(tmp_path):
+    albert(layers=6).save_pretrained(tmp_path / "dense")
+    albert(layers=3).save_pretrained(tmp_path / "half")
+    flops = [pyprune.plan(pyprune.PruneConfig(
+        model=str(tmp_path / name), method="wanda", calibration=pyprune.Calibration(num_samples=4, seq_len=16),
+        evaluation=pyprune.Evaluation(enabled=False)))["flops"]["forward"] for name in ("dense", "half")]
+    assert flops[0] == pytest.approx(2 * flops[1])
