@@ -33,7 +33,8 @@ class Experts:
         """Experts and their inputs ``[tokens, in]`` in one call of a torch function: one for a product with a slice,
         all of them for a batched product with the whole parameter. There, rows of zeros are the tokens of others."""
         if func is nn.functional.linear:
-            x, matrix = args[0], args[1] if len(args) > 1 else kwargs["weight"]
+            x = args[0] if args else kwargs["input"]
+            matrix = args[1] if len(args) > 1 else kwargs["weight"]
         elif func in _MATMULS and len(args) == 2 and isinstance(args[1], Tensor) and args[1].ndim > 1:
             x, matrix = args[0], args[1].mT
         else:
@@ -41,6 +42,7 @@ class Experts:
         for stack, members in self._stacks:
             if matrix.shape == stack.shape and matrix.stride() == stack.stride() \
                     and matrix.data_ptr() == stack.data_ptr():
+                x = x.expand(len(stack), -1, -1)
                 return [(ref, x[e][(x[e] != 0).any(-1)]) for e, ref in members.items()]
             if matrix.shape == stack.shape[1:] and matrix.stride() == stack.stride()[1:]:
                 expert, rest = divmod(matrix.data_ptr() - stack.data_ptr(), stack.stride(0) * stack.element_size())

@@ -174,6 +174,18 @@ class _Recorder(nn.Module):
         return self.given
 
 
+class _Follower(_Recorder):
+    """Hands on new hidden states each time, so that it shows whether they are what the next block gets."""
+
+    def __init__(self, block: nn.Module, place: int, calls: list, outputs: list):
+        super().__init__(block, place, calls)
+        self.outputs = outputs
+
+    def forward(self, *args, **kwargs):
+        self.outputs.append(super().forward(*args, **kwargs).clone())
+        return self.outputs[-1]
+
+
 @dataclass
 class Arguments:
     """Everything but the hidden states that the model hands to one block."""
@@ -267,18 +279,25 @@ class ModelView:
         """The order of the blocks in a forward pass over two tokens, in which recorders stand in for them.
 
         What cannot be followed so (a model without weights, say) is taken for a plain list; :meth:`record`, which
-        calibration cannot do without, refuses what is none.
+        calibration cannot do without, refuses what is none. Raises ConfigError if blocks are applied several times, but
+        not each to the output of the one before.
         """
         calls: list = []
+        outputs: list[Tensor] = []
         plain = list(range(len(self.slots)))
         weight = next(self.model.get_input_embeddings().parameters())
         device = next((b.device for b in self.model.buffers()), None) if weight.is_meta else weight.device
         token = min(1 + (getattr(self.model.config, "pad_token_id", None) or 0), len(weight) - 1)
         ids = torch.full((1, 2), token, device=device)
         with contextlib.suppress(RuntimeError, IndexError, TypeError, ValueError, NotImplementedError, AttributeError):
-            self._forward(ids, [_Recorder(block, place, calls) for place, block in enumerate(self.slots)])
+            self._forward(ids, [_Follower(block, place, calls, outputs) for place, block in enumerate(self.slots)])
         order = [place for place, _, _ in calls]
-        return order if set(order) == set(plain) else plain
+        if order == plain or set(order) != set(plain):
+            return plain
+        if any(hidden is not before for (_, hidden, _), before in zip(calls[1:], outputs)):
+            raise ConfigError(f"{type(self.model).__name__} applies the blocks of {self.path} {len(order)} times in a "
+                              "forward pass, but not each to the output of the one before; such loops cannot be pruned")
+        return order
 
     def name(self, index: int, ref: WeightRef) -> str:
         """Full name of a weight in the model, ``model.layers.3.self_attn.q_proj.weight``."""

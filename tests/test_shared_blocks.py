@@ -90,8 +90,8 @@ def test_a_block_behind_a_shared_one_sees_the_pruned_stream():
         assert torch.equal(keep, wanda_mask(half.get_parameter(weight).detach(), truth[weight])), weight
 
 
-def test_a_loop_over_the_whole_list_is_one_unit():
-    """The forward pass goes through all blocks twice, as looped transformers do."""
+def looped() -> nn.Module:
+    """A LLaMA whose forward pass goes through all blocks twice."""
     model = tiny.model("llama", use_cache=False)
     plain = type(model.model.layers).__getitem__
 
@@ -102,12 +102,31 @@ def test_a_loop_over_the_whole_list_is_one_unit():
             return plain(self, index)
 
     model.model.layers = Twice(model.model.layers)
+    return model
+
+
+def test_a_loop_over_the_whole_list_is_one_unit():
+    model = looped()
     truth = linear_inputs(model, tiny.ids(8, 24))
     assert len(truth["model.layers.0.self_attn.q_proj.weight"]) == 2 * 8 * 24
     result = prune(model, method="wanda", inputs="dense")
     for row in result.report["weights"]:
         keep = result.model.get_parameter(row["name"]) != 0
         assert torch.equal(keep, wanda_mask(model.get_parameter(row["name"]).detach(), truth[row["name"]]))
+
+
+def test_a_loop_with_something_between_its_blocks_is_refused():
+    model = looped()
+    inner = type(model.model.layers).__getitem__
+
+    def between(layers, index):
+        blocks = inner(layers, index)
+        return [lambda hidden, *a, b=b, **k: b(hidden + 1, *a, **k) for b in blocks] if isinstance(index, slice) \
+            else blocks
+
+    type(model.model.layers).__getitem__ = between
+    with pytest.raises(ConfigError, match="not each to the output of the one before"):
+        ModelView(model)
 
 
 @pytest.mark.parametrize("reconstruct", ["layer", "block", "cross_block"])
@@ -150,3 +169,28 @@ def test_plan_counts_every_application(tmp_path):
         model=str(tmp_path / name), method="wanda", calibration=pyprune.Calibration(num_samples=4, seq_len=16),
         evaluation=pyprune.Evaluation(enabled=False)))["flops"]["forward"] for name in ("dense", "half")]
     assert flops[0] == pytest.approx(2 * flops[1])
+
+
+def test_refine_trains_every_application():
+    dense = albert()
+    pruned = prune(dense, method="magnitude").model
+    rows = pyprune.refine(pruned, dense, tiny.ids(8, 24), settings=pyprune.Reconstruction(epochs=4))
+    assert rows[0]["after_calibration"] < 0.9 * rows[0]["before_calibration"]
+
+
+def test_resumed_run_of_shared_blocks_is_the_same(tmp_path, monkeypatch):
+    from pyprune.journal import Interrupted, Journal
+
+    fields = dict(method="sparsegpt", reconstruct="block", reconstruction=pyprune.Reconstruction(epochs=1))
+    whole = prune(shared((0, 0, 1)), output=str(tmp_path / "whole"), **fields)
+
+    def stop(self):
+        raise Interrupted("here")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "safe_point", stop)
+        with pytest.raises(Interrupted):
+            prune(shared((0, 0, 1)), output=str(tmp_path / "part"), **fields)
+    again = prune(shared((0, 0, 1)), output=str(tmp_path / "part"), resume=True, **fields)
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, again.model.state_dict()[name]), name
