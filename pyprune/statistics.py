@@ -144,8 +144,13 @@ class Observer:
         for part in module.modules():
             if isinstance(weight := getattr(part, "weight", None), Tensor):
                 owners.setdefault(id(weight), []).append(part)
+        self._alone: set[str] = set()
+        """Weights of several modules: what one of them reads with its neighbours, another reads without them."""
         for ref in refs:
-            for part in owners[id(ref.parameter(module))] if ref.expert is None else []:
+            parts = owners[id(ref.parameter(module))] if ref.expert is None else []
+            if len(parts) > 1:
+                self._alone.add(ref.name)
+            for part in parts:
                 self._handles.append(part.register_forward_pre_hook(_hook(self, ref.name), with_kwargs=True))
         experts = Experts(module, refs)
         if experts:
@@ -160,7 +165,7 @@ class Observer:
         if not x.numel() or (self.holding and name in self._routed):
             return
         if name not in self.leader:
-            same = [leader for leader, seen in self._recent if seen is x]
+            same = [leader for leader, seen in self._recent if seen is x and not {leader, name} & self._alone]
             self.leader[name] = same[0] if same else name
             if not same:
                 self.sinks[name] = self._make(x.shape[-1], x.device)

@@ -289,6 +289,30 @@ def test_block_reconstruction_keeps_the_zeros_of_transposed_experts(architecture
             assert not torch.equal(a, b), name
 
 
+@pytest.mark.parametrize("architecture", ["llama4", "gpt_oss", "jetmoe", "phimoe"])
+def test_experts_that_no_token_reaches_are_pruned_by_magnitude_and_said(architecture):
+    model = moe(architecture)
+    result = pyprune.prune(model, method="wanda", sparsity=0.5, calibration=tiny.ids(1, 2), **QUIET)
+    silent = {w.partition(" saw no")[0] for w in result.report["warnings"] if "saw no calibration token" in w}
+    assert silent
+    for name in silent:
+        path, expert = name[:-1].split("[")
+        dense, pruned = (m.get_parameter(path)[int(expert)].detach().abs() for m in (model, result.model))
+        assert dense[pruned == 0].max() <= dense[pruned != 0].min()
+
+
+def test_neurons_of_transposed_experts_go_whole(tmp_path):
+    """GPT-OSS interleaves gate and up columns and gives experts biases: rows of both go with their neuron."""
+    result = pyprune.prune(moe("gpt_oss"), pattern="neurons", sparsity=0.5, calibration=tiny.ids(8, 24), **QUIET)
+    experts = result.model.model.layers[0].mlp.experts
+    assert experts.gate_up_proj.shape == (4, 32, 16) and experts.gate_up_proj_bias.shape == (4, 16)
+    result.save(tmp_path / "out")
+    again = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    ids = tiny.ids(2, 16, seed=9)
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids).logits, result.model(ids).logits, rtol=0, atol=0)
+
+
 # ---- experts in a list ----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("empty", [False, True])

@@ -194,3 +194,25 @@ def test_resumed_run_of_shared_blocks_is_the_same(tmp_path, monkeypatch):
     again = prune(shared((0, 0, 1)), output=str(tmp_path / "part"), resume=True, **fields)
     for name, value in whole.model.state_dict().items():
         assert torch.equal(value, again.model.state_dict()[name]), name
+
+
+def test_global_propagation_within_one_unit_changes_nothing():
+    """Before anything is pruned both streams are the same, in every application: the cross Gram is the Gram."""
+    plain = prune(albert(), method="sparsegpt").model
+    propagated = prune(albert(), method="sparsegpt", global_propagation=True).model
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(propagated.state_dict()[name], value, rtol=1e-3, atol=1e-4)
+
+
+def test_a_matrix_that_two_blocks_share_is_pruned_once_on_the_inputs_of_both():
+    model = tiny.model("llama")
+    model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
+    truth = linear_inputs(model, tiny.ids(8, 24))
+    names = [f"model.layers.{i}.mlp.up_proj.weight" for i in (0, 1)]
+    result = prune(model, method="wanda", inputs="dense")
+    x = torch.cat([truth[name] for name in names])
+    keep = [result.model.get_parameter(name) != 0 for name in names]
+    assert torch.equal(keep[0], keep[1])
+    assert torch.equal(keep[0], wanda_mask(model.get_parameter(names[0]).detach(), x))
+    reported = [row["name"] for row in result.report["weights"]]
+    assert names[0] in reported and names[1] not in reported and len(reported) == 3 * 7 - 1
