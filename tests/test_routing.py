@@ -313,6 +313,28 @@ def test_neurons_of_transposed_experts_go_whole(tmp_path):
         torch.testing.assert_close(again(ids).logits, result.model(ids).logits, rtol=0, atol=0)
 
 
+class PlainStack(nn.Module):
+    """Two matrices an expert without gates, stored ``[experts, in, out]``: no shape tells the way round."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_experts = 4
+        self.up = nn.Parameter(torch.randn(4, 32, 16) * 0.1)
+        self.down = nn.Parameter(torch.randn(4, 16, 32) * 0.1)
+
+    def forward(self, hidden):
+        x = hidden.reshape(-1, 32)
+        return sum((x[e::4] @ self.up[e]).relu() @ self.down[e] for e in range(4)).mean(0).expand(hidden.shape)
+
+
+def test_experts_multiplied_the_other_way_round_are_refused_and_not_taken_for_unreached():
+    model = tiny.model("llama")
+    for layer in model.model.layers:
+        layer.mlp = PlainStack()
+    with pytest.raises(ConfigError, match=r"mlp.up is multiplied as \[experts, in, out\]"):
+        pyprune.prune(model, method="wanda", calibration=tiny.ids(4, 8), **QUIET)
+
+
 # ---- experts in a list ----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("empty", [False, True])
