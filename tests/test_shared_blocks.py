@@ -12,6 +12,7 @@ from torch import nn
 import pyprune
 from pyprune.config import ConfigError
 from pyprune.model import ModelView, weights_of
+from pyprune.statistics import Statistics, observe
 from pyprune.stream import Executor
 
 QUIET = dict(progress=False, evaluation=pyprune.Evaluation(enabled=False))
@@ -216,3 +217,24 @@ def test_a_matrix_that_two_blocks_share_is_pruned_once_on_the_inputs_of_both():
     assert torch.equal(keep[0], wanda_mask(model.get_parameter(names[0]).detach(), x))
     reported = [row["name"] for row in result.report["weights"]]
     assert names[0] in reported and names[1] not in reported and len(reported) == 3 * 7 - 1
+
+
+def test_a_batch_that_runs_out_of_memory_in_a_later_application_is_counted_once():
+    """The first application has counted the whole batch: of its halves, only what came after is new."""
+    model, ids = albert(layers=3), tiny.ids(8, 12)
+    truth, view = linear_inputs(model, ids), ModelView(model)
+    unit = view.blocks[0]
+
+    def refuse(module, args):
+        if unit.step == 1 and len(args[0]) > 2:
+            raise torch.OutOfMemoryError("simulated")
+
+    unit.get_submodule("0.albert_layers.0.ffn").register_forward_pre_hook(refuse)
+    executor = Executor(view, batch_size=8)
+    stream = executor.embed(list(ids))
+    with executor.compute(0) as module:
+        observer = observe(executor, 0, module, weights_of(module), stream, lambda c, d: Statistics(c, d))
+    for name, leader in observer.leader.items():
+        x = truth[f"{view.path}.{name}"]
+        assert observer.sinks[leader].tokens == len(x) == 3 * 8 * 12
+        torch.testing.assert_close(observer.sinks[leader].gram.double(), x.T @ x, rtol=1e-4, atol=1e-3)
