@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from pyprune.expert_products import Experts
 from pyprune.model import Arguments, WeightRef, call_block
 
 
@@ -17,15 +18,12 @@ class Probe(TorchFunctionMode):
         self.inputs: dict[WeightRef, Tensor] = {}
         self.leaves: dict[WeightRef, Tensor] = {}
         self.generator = generator
-        self._experts: dict[int, tuple[Tensor, dict[int, WeightRef]]] = {}
+        self._experts = Experts(block, refs)
         self._handles = []
         modules = dict(block.named_modules())
         for ref in refs:
             if ref.expert is None:
                 self._handles.append(modules[ref.module_path].register_forward_hook(self._hook(ref)))
-            else:
-                parameter = ref.parameter(block)
-                self._experts.setdefault(parameter.data_ptr(), (parameter, {}))[1][ref.expert] = ref
 
     def _hook(self, ref: WeightRef):
         return lambda module, args, output: self._replace(ref, args[0], output)
@@ -34,20 +32,16 @@ class Probe(TorchFunctionMode):
         leaf = torch.randn(output.shape, generator=self.generator).to(output).requires_grad_()
         if ref not in self.inputs and x.numel():
             self.inputs[ref], self.leaves[ref] = x, leaf
-        return leaf
+        return leaf.clone()  # what follows may write into it, which a leaf does not allow
 
     def first_expert(self, ref: WeightRef) -> int | None:
         return min((r.expert for r in self.inputs if r.path == ref.path), default=None)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        if func is nn.functional.linear and self._experts:
-            weight = args[1] if len(args) > 1 else kwargs["weight"]
-            for start, (parameter, refs) in self._experts.items():
-                expert, rest = divmod(weight.data_ptr() - start, parameter.stride(0) * parameter.element_size())
-                if rest == 0 and expert in refs and weight.shape == parameter.shape[1:]:
-                    return self._replace(refs[expert], args[0], out)
-        return out
+        found = self._experts.products(func, args, kwargs)
+        # a product of all experts at once cannot be replaced one by one: what depends on it is not cut
+        return self._replace(found[0][0], args[0], out) if len(found) == 1 else out
 
     def __exit__(self, *exc):
         for handle in self._handles:

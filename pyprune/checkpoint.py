@@ -276,8 +276,19 @@ def save(model: nn.Module, tokenizer, directory: str | Path, report: dict, confi
 def fill(model: nn.Module, tokenizer, folder: Path, report: dict, config: PruneConfig, name: str) -> None:
     """Write all files of a pruned checkpoint into ``folder``; ``name`` is what the model card calls it."""
     with quiet():
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=_untied(model))
     save_extras(tokenizer, folder, report, config, name)
+
+
+def _untied(model: nn.Module) -> dict[str, torch.Tensor] | None:
+    """A state in which modules that stand at several places of a list have values of their own at each: stock
+    classes make a module for each place. None if there are no such modules."""
+    state, known, copied = model.state_dict(), set(), False
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in known and re.search(r"\.\d+\.", name):
+            state[name], copied = state[name].clone(), True
+        known.add(id(parameter))
+    return state if copied else None
 
 
 def save_extras(tokenizer, folder: Path, report: dict, config: PruneConfig, name: str) -> None:

@@ -208,7 +208,8 @@ class PruneConfig:
     inputs: str = "propagated"
     """Statistics from the ``propagated`` pruned prefix (two passes a block) or the ``dense`` stream (one)."""
     targets: list[str] = field(default_factory=list)
-    """Only weights whose name contains (or fnmatch-es) one of these; empty: every matrix of every block."""
+    """Only weights whose name contains (or fnmatch-es) one of these; empty: every matrix of every block. Layers that
+    route tokens to experts stay dense unless a pattern matches nothing else."""
     ignore: list[str] = field(default_factory=list)
     """Weights to leave dense, same matching. A pattern that matches nothing is an error."""
     damping: float = 0.01

@@ -52,8 +52,7 @@ def inputs_of(view: ModelView, block: nn.Module, refs: list[WeightRef]) -> list[
     groups: dict[tuple, Input] = {}
     for place, ref in enumerate(refs):
         if ref.expert is not None:
-            count, _, width = ref.parameter(block).shape
-            groups[(ref.path,)] = Input(width, count, active_share(view))
+            groups[(ref.path,)] = Input(ref.view(block).shape[1], len(ref.parameter(block)), active_share(view))
             continue
         width = ref.view(block).shape[1]
         parent = ref.module_path.rpartition(".")[0]
@@ -115,7 +114,7 @@ def work_of(view: ModelView, selected: list[list[WeightRef]], config: PruneConfi
             solve += len(alike) * x.count * 2 * x.width**3 if factors else 0
         solve += len(alike) * sum(2 * rows * columns * (columns if factors else 1)
                                   for rows, columns in shapes_of(block, refs))
-    model, blocks = view.model, len(view.blocks)
+    model, blocks = view.model, view.distinct
     heads = getattr(model.config, "num_attention_heads", 0) or 0
     size = getattr(model.config, "head_dim", None) or (getattr(model.config, "hidden_size", 0) // max(heads, 1))
     head = getattr(model, "get_output_embeddings", lambda: None)()
@@ -151,12 +150,12 @@ def passes_of(config: PruneConfig) -> dict[str, int]:
 
 def flops_of(view: ModelView, work: Work, config: PruneConfig) -> dict[str, float]:
     """FLOPs of the matrix products by phase; a phase that does not happen is left out."""
-    blocks, passes, tokens = len(view.blocks), passes_of(config), tokens_of(config)
+    blocks, passes, tokens = len(view.order), passes_of(config), tokens_of(config)
     forward = blocks * work.forward
     probes = 2 * probe_sequences(config) * config.calibration.seq_len * forward
     found = {"forward": (passes["statistics"] + passes["propagation"] + passes["dense"]) * tokens * forward + probes}
     if config.is_structured or needs_factor(config):
-        found |= {"gram": blocks * tokens * work.statistics, "solve": blocks * work.solve}
+        found |= {"gram": blocks * tokens * work.statistics, "solve": view.distinct * work.solve}
     found["reconstruct"] = 3 * passes.get("training", 0) * tokens * forward
     found["evaluation"] = 2 * evaluation_windows(view, config) * config.evaluation.window * (forward + work.head)
     return {phase: count for phase, count in found.items() if count}

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from pyprune.block_probe import Probe, landing, normed
 from pyprune.config import ConfigError
-from pyprune.model import Arguments, ModelView, WeightRef, call_block, weights_of
+from pyprune.model import Arguments, ModelView, WeightRef, call_block, refuse_shared, weights_of
 from pyprune.stream import Resident, expert_loop
 
 PROBE_TOKENS = 12
@@ -101,6 +101,7 @@ def find_groups(view: ModelView, pattern: str, head_scope: str = "groups",
     group. weights: where blocks are streamed from (None: they are in memory); blocks of equal structure are examined
     once. Raises ConfigError if a block has no such group.
     """
+    refuse_shared(view, pattern)
     vocabulary = view.model.get_input_embeddings().num_embeddings
     ids = (torch.arange(PROBE_TOKENS)[None] * 7 + 1 + (getattr(view.model.config, "pad_token_id", None) or 0))
     device = next(view.model.get_input_embeddings().parameters()).device

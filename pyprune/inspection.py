@@ -125,9 +125,9 @@ def _transposed(folder: Path) -> set[str]:
             view = ModelView(transformers.AutoModel.from_config(config))
     except (OSError, ValueError, KeyError, ImportError, RuntimeError):
         return set()  # an architecture transformers does not know: nn.Linear's [out, in] is all that can be assumed
-    last = view.path.rpartition(".")[2]
-    return {f"{last}.{i}.{ref.path}" for i, block in enumerate(view.blocks) for ref in weights_of(block)
-            if ref.transposed}
+    before = len(view.path.rpartition(".")[0])
+    return {view.full_name(i, ref.path)[before:].removeprefix(".") for i, block in enumerate(view.blocks)
+            for ref in weights_of(block) if ref.transposed}
 
 
 def _record(folder: Path) -> dict | None:

@@ -1,9 +1,10 @@
 """The only file that knows Hugging Face architectures: embeddings, blocks, prunable weights.
 
 Structure is discovered, not tabulated: the blocks are the module list that holds most of the parameters, the
-prunable weights of a block are the 2-D weights of its linear layers and the slices of its 3-D expert parameters, and
-whatever the model's own forward hands to a block (masks, position embeddings, per-layer attention kinds) is recorded
-by running that forward with every block replaced by a recorder.
+prunable weights of a block are the 2-D weights of its linear layers and the slices of its 3-D expert parameters
+(:mod:`pyprune.routing` tells what routes to them), and whatever the model's own forward hands to a block (masks,
+position embeddings, per-layer attention kinds) is recorded by running that forward with every block replaced by a
+recorder. The same tells in which order the blocks are applied, and how often.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from pyprune.config import ConfigError
+from pyprune.routing import expert_matrices
+from pyprune.routing import routers as routing_layers
 
 
 def _is_conv1d(module: nn.Module) -> bool:
@@ -35,9 +38,9 @@ class WeightRef:
     path: str
     """Parameter path inside the block, ``self_attn.q_proj.weight``."""
     transposed: bool = False
-    """The parameter is stored ``[in, out]`` (Conv1D)."""
+    """The parameter, or the expert's slice of it, is stored ``[in, out]`` (Conv1D, Llama 4, GPT-OSS)."""
     expert: int | None = None
-    """Slice of a 3-D parameter ``[experts, out, in]``."""
+    """Slice of a 3-D parameter, the experts first."""
 
     @property
     def name(self) -> str:
@@ -57,30 +60,35 @@ class WeightRef:
         return weight.T if self.transposed else weight
 
 
-def weights_of(block: nn.Module) -> list[WeightRef]:
-    """Every prunable matrix of a block, in module order: linear layers, and each expert of fused experts."""
-    refs = []
+def weights_of(block: nn.Module, routers: bool = False) -> list[WeightRef]:
+    """Every prunable matrix of a block, in module order: linear layers, and each expert of fused experts.
+
+    routers: also the linear layers that route tokens to experts, which stay dense unless they are asked for by name.
+    A matrix that several modules share is there once.
+    """
+    refs, known = [], set()
+    left = set() if routers else routing_layers(block)
     for name, module in block.named_modules():
         prefix = f"{name}." if name else ""
         if is_linear(module):
-            refs.append(WeightRef(prefix + "weight", transposed=_is_conv1d(module)))
-        else:
-            for key, parameter in module.named_parameters(recurse=False):
-                if _is_expert_matrix(module, key, parameter):
-                    refs += [WeightRef(prefix + key, expert=e) for e in range(parameter.shape[0])]
+            if name not in left and id(module.weight) not in known:
+                known.add(id(module.weight))
+                refs.append(WeightRef(prefix + "weight", transposed=_is_conv1d(module)))
+            continue
+        for key, transposed in expert_matrices(module).items():
+            refs += [WeightRef(prefix + key, transposed, expert) for expert in range(module.num_experts)]
     return refs
 
 
-def _is_expert_matrix(module: nn.Module, key: str, parameter: Tensor) -> bool:
-    """3-D ``[experts, out, in]`` weights that the module multiplies by ``F.linear`` one expert at a time."""
-    return parameter.ndim == 3 and hasattr(module, "num_experts") and not getattr(module, "is_transposed", False) \
-        and parameter.shape[0] == module.num_experts and "bias" not in key
+def _matrices(block: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Parameters of two dimensions or more that are no biases of experts."""
+    return [(name, p) for name, p in block.named_parameters() if p.ndim >= 2 and not name.endswith("bias")]
 
 
 def uncovered(block: nn.Module, refs: Iterable[WeightRef]) -> list[str]:
     """Names of the block's matrix parameters (2-D or more) that no reference covers: routers, convolutions, …"""
     covered = {ref.path for ref in refs}
-    return [name for name, p in block.named_parameters() if p.ndim >= 2 and name not in covered]
+    return [name for name, _ in _matrices(block) if name not in covered]
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -106,9 +114,11 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
 
 
 def select_weights(view: ModelView, targets: list[str], ignore: list[str]) -> list[list[WeightRef]]:
-    """Per block, the weights to prune. A pattern that matches nothing is a ConfigError that lists what exists."""
-    refs = [weights_of(block) for block in view.blocks]
-    names = [view.name(i, ref) for i, block in enumerate(refs) for ref in block]
+    """Per block, the weights to prune. Layers that route to experts are chosen only by a target that matches nothing
+    else. A pattern that matches nothing is a ConfigError that lists what exists."""
+    refs = [weights_of(block, routers=True) for block in view.blocks]
+    plain = [set(weights_of(block)) for block in view.blocks]
+    names = {view.name(i, ref): ref in plain[i] for i, block in enumerate(refs) for ref in block}
     for field, patterns in (("targets", targets), ("ignore", ignore)):
         for pattern in patterns:
             if not any(matches(name, [pattern]) for name in names):
@@ -119,8 +129,13 @@ def select_weights(view: ModelView, targets: list[str], ignore: list[str]) -> li
                 hint = f"it names {outside[0]}, which lies outside the blocks" if outside else "it matches nothing"
                 raise ConfigError(f"{field} pattern {pattern!r} selects no prunable weight: {hint}; prunable in each "
                                   f"block: {', '.join(kinds)}")
-    return [[ref for ref in block if (not targets or matches(view.name(i, ref), targets))
-             and not matches(view.name(i, ref), ignore)] for i, block in enumerate(refs)]
+    for_routers = [p for p in targets if not any(names[name] for name in names if matches(name, [p]))]
+
+    def chosen(name: str) -> bool:
+        asked = not targets or matches(name, targets) if names[name] else matches(name, for_routers)
+        return asked and not matches(name, ignore)
+
+    return [[ref for ref in block if chosen(view.name(i, ref))] for i, block in enumerate(refs)]
 
 
 class _Stop(Exception):
@@ -133,12 +148,12 @@ class _Stop(Exception):
 class _Recorder(nn.Module):
     """Stands in for a block: keeps the arguments it was called with and passes the hidden states through."""
 
-    def __init__(self, block: nn.Module, calls: list, last: bool = False, given=None):
-        """last: end the forward pass here. given: returned in place of the hidden states."""
+    def __init__(self, block: nn.Module, place: int, calls: list, end: int | None = None, given=None):
+        """place: in the list of blocks. calls: of all recorders, to which each call is added. end: the number of calls
+        with which the forward pass ends here, or goes on with what is ``given``."""
         super().__init__()
-        self.given = given
         object.__setattr__(self, "_block", block)  # not a submodule: the model must not see it twice
-        self.calls, self.last = calls, last
+        self.place, self.calls, self.end, self.given = place, calls, end, given
 
     def __getattr__(self, name):
         try:
@@ -151,10 +166,24 @@ class _Recorder(nn.Module):
             hidden, args = args[0], args[1:]
         else:
             hidden = kwargs.pop("hidden_states")
-        self.calls.append((hidden, args, kwargs))
-        if self.last:
+        self.calls.append((self.place, hidden, Arguments(args, kwargs)))
+        if len(self.calls) != self.end:
+            return hidden
+        if self.given is None:
             raise _Stop(hidden)
-        return hidden if self.given is None else self.given
+        return self.given
+
+
+class _Follower(_Recorder):
+    """Hands on new hidden states each time, so that it shows whether they are what the next block gets."""
+
+    def __init__(self, block: nn.Module, place: int, calls: list, outputs: list):
+        super().__init__(block, place, calls)
+        self.outputs = outputs
+
+    def forward(self, *args, **kwargs):
+        self.outputs.append(super().forward(*args, **kwargs).clone())
+        return self.outputs[-1]
 
 
 @dataclass
@@ -180,6 +209,8 @@ def _cast(value, device, dtype, memo):
         return type(value)(_cast(v, device, dtype, memo) for v in value)
     if isinstance(value, dict):
         return {k: _cast(v, device, dtype, memo) for k, v in value.items()}
+    if isinstance(value, Arguments):
+        return value.to(device, dtype, memo)
     return value
 
 
@@ -189,28 +220,104 @@ def call_block(block: nn.Module, hidden: Tensor, arguments: Arguments) -> Tensor
     return out[0] if isinstance(out, tuple) else out
 
 
+class Repeated(nn.Module):
+    """Blocks that one forward pass applies more than once, with all that lies between, as one block.
+
+    Its arguments are those of every application; parts have their places in the model's list for names.
+    """
+
+    def __init__(self, blocks: nn.ModuleList, places: list[int]):
+        super().__init__()
+        first = {id(blocks[place]): str(place) for place in reversed(places)}
+        self.order = [first[id(blocks[place])] for place in places]
+        self.step = 0
+        """The application at work."""
+        for name in dict.fromkeys(self.order):
+            self.add_module(name, blocks[int(name)])
+
+    def forward(self, hidden: Tensor, steps: tuple[Arguments, ...]) -> Tensor:
+        for step, (name, arguments) in enumerate(zip(self.order, steps, strict=True)):
+            self.step = step
+            hidden = call_block(self._modules[name], hidden, arguments)
+        return hidden
+
+
+def _units(blocks: nn.ModuleList, order: list[int]) -> list[list[int]]:
+    """The applications cut into the shortest runs such that no parameter is used in two of them."""
+    last = {id(p): k for k, place in enumerate(order) for p in blocks[place].parameters()}
+    units, end = [[]], 0
+    for k, place in enumerate(order):
+        units[-1].append(place)
+        end = max([end, *(last[id(p)] for p in blocks[place].parameters())])
+        if k == end < len(order) - 1:
+            units.append([])
+            end = k + 1
+    return units
+
+
 class ModelView:
     """A Hugging Face model seen as embeddings, a list of blocks, and the rest."""
 
     def __init__(self, model: nn.Module):
         self.model = model
-        self.path, self.blocks = find_blocks(model)
+        self.path, self.slots = find_blocks(model)
         self.is_encoder = not _is_causal(model)
+        self.order = self._applied()
+        """Places in the model's own list ``slots`` as one forward pass calls them."""
+        units = _units(self.slots, self.order)
+        self.shared = self.order != list(range(len(units)))
+        """Whether the blocks are not simply those of the list, one by one; then every block is a :class:`Repeated`."""
+        self.blocks = nn.ModuleList(Repeated(self.slots, unit) for unit in units) if self.shared else self.slots
+
+    @property
+    def distinct(self) -> int:
+        """Blocks that are not the same module."""
+        return len({id(block) for block in self.slots})
+
+    @torch.no_grad()
+    def _applied(self) -> list[int]:
+        """The order of the blocks in a forward pass over two tokens, in which recorders stand in for them.
+
+        What cannot be followed so (a model without weights, say) is taken for a plain list; :meth:`record`, which
+        calibration cannot do without, refuses what is none. Raises ConfigError if blocks are applied several times, but
+        not each to the output of the one before.
+        """
+        calls: list = []
+        outputs: list[Tensor] = []
+        plain = list(range(len(self.slots)))
+        weight = next(self.model.get_input_embeddings().parameters())
+        device = next((b.device for b in self.model.buffers()), None) if weight.is_meta else weight.device
+        token = min(1 + (getattr(self.model.config, "pad_token_id", None) or 0), len(weight) - 1)
+        ids = torch.full((1, 2), token, device=device)
+        with contextlib.suppress(RuntimeError, IndexError, TypeError, ValueError, NotImplementedError, AttributeError):
+            self._forward(ids, [_Follower(block, place, calls, outputs) for place, block in enumerate(self.slots)])
+        order = [place for place, _, _ in calls]
+        if order == plain or set(order) != set(plain):
+            return plain
+        if any(hidden is not before for (_, hidden, _), before in zip(calls[1:], outputs)):
+            raise ConfigError(f"{type(self.model).__name__} applies the blocks of {self.path} {len(order)} times in a "
+                              "forward pass, but not each to the output of the one before; such loops cannot be pruned")
+        return order
 
     def name(self, index: int, ref: WeightRef) -> str:
         """Full name of a weight in the model, ``model.layers.3.self_attn.q_proj.weight``."""
-        return f"{self.path}.{index}.{ref.name}"
+        return self.full_name(index, ref.name)
+
+    def full_name(self, index: int, name: str) -> str:
+        """Name in the model of what is called ``name`` in block ``index``."""
+        return f"{self.path}.{name}" if self.shared else f"{self.path}.{index}.{name}"
 
     def coverage(self, selected: list[list[WeightRef]]) -> dict:
         """Share of the blocks' matrix parameters that is pruned, and the names of what is not."""
         total = pruned = 0
         skipped = []
         for i, (block, refs) in enumerate(zip(self.blocks, selected)):
-            total += sum(p.numel() for p in block.parameters() if p.ndim >= 2)
+            total += sum(p.numel() for _, p in _matrices(block))
             pruned += sum(ref.view(block).numel() for ref in refs)
             chosen = set(refs)
-            skipped += [self.name(i, ref) for ref in weights_of(block) if ref not in chosen]
-            skipped += [f"{self.path}.{i}.{name}" for name in uncovered(block, weights_of(block))]
+            everything = weights_of(block, routers=True)
+            skipped += [self.name(i, ref) for ref in everything if ref not in chosen]
+            skipped += [self.full_name(i, name) for name in uncovered(block, everything)]
         return {"fraction": pruned / max(total, 1), "pruned": pruned, "total": total, "skipped": skipped}
 
     @torch.no_grad()
@@ -221,31 +328,34 @@ class ModelView:
         attention kinds are the model's own; costs the embedding only.
         """
         calls: list = []
-        last = len(self.blocks) - 1
         with contextlib.suppress(_Stop):
-            self._forward(input_ids, [_Recorder(block, calls, last=i == last) for i, block in enumerate(self.blocks)])
-        if len(calls) != len(self.blocks):
-            raise ConfigError(f"{type(self.model).__name__} called {len(calls)} of its {len(self.blocks)} blocks in "
+            self._forward(input_ids, [_Recorder(block, place, calls, end=len(self.order))
+                                      for place, block in enumerate(self.slots)])
+        if [place for place, _, _ in calls] != self.order:
+            raise ConfigError(f"{type(self.model).__name__} called {len(calls)} of its {len(self.order)} blocks in "
                               "one forward pass; its block order cannot be followed")
-        return calls[0][0], [Arguments(args, kwargs) for _, args, kwargs in calls]
+        steps = iter([arguments for _, _, arguments in calls])
+        if not self.shared:
+            return calls[0][1], list(steps)
+        return calls[0][1], [Arguments((tuple(next(steps) for _ in block.order),), {}) for block in self.blocks]
 
     @torch.no_grad()
     def complete(self, input_ids: Tensor, outputs):
         """The model's output when its last block returns ``outputs``: final norm and head, no block runs."""
-        last = len(self.blocks) - 1
-        return self._forward(input_ids, [_Recorder(block, [], given=outputs if i == last else None)
-                                         for i, block in enumerate(self.blocks)])
+        calls: list = []
+        return self._forward(input_ids, [_Recorder(block, place, calls, end=len(self.order), given=outputs)
+                                         for place, block in enumerate(self.slots)])
 
     def _forward(self, input_ids: Tensor, stand_ins: list[nn.Module]):
         """The model's own forward with others in place of its blocks."""
-        originals = list(self.blocks)
+        originals = list(self.slots)
         try:
             for i, module in enumerate(stand_ins):
-                self.blocks[i] = module
+                self.slots[i] = module
             return self.model(input_ids, **({} if self.is_encoder else {"use_cache": False}))
         finally:
             for i, block in enumerate(originals):
-                self.blocks[i] = block
+                self.slots[i] = block
 
 
 def _is_causal(model: nn.Module) -> bool:
@@ -264,3 +374,11 @@ def check_finite(view: ModelView, index: int, refs: list[WeightRef]) -> None:
             row, column = (~torch.isfinite(weight)).nonzero()[0].tolist()
             raise ConfigError(f"{view.name(index, ref)} holds {weight[row, column].item()} at [{row}, {column}]; "
                               "the checkpoint is damaged or overflowed in its dtype")
+
+
+def refuse_shared(view: ModelView, pattern: str) -> None:
+    """Refuse structured pruning of blocks that are applied several times."""
+    if view.shared:
+        raise ConfigError(f"pattern {pattern!r} cannot be pruned in {type(view.model).__name__}: blocks of {view.path} "
+                          "are applied several times in a forward pass, or share weights; use an unstructured or N:M "
+                          "pattern")

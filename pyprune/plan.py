@@ -103,7 +103,7 @@ def _weights(view: ModelView, selected: list[list[WeightRef]], targeted: list[li
              config: PruneConfig) -> list[dict]:
     found: list[list[dict]] = [[] for _ in view.blocks]
     for block, refs, alike in kinds(view, selected):
-        everything, chosen = weights_of(block), set(refs)
+        everything, plain, chosen = weights_of(block, routers=True), set(weights_of(block)), set(refs)
         shapes = shapes_of(block, everything)
         rest = [(name, list(block.get_parameter(name).shape)) for name in uncovered(block, everything)]
         for i in alike:
@@ -114,8 +114,9 @@ def _weights(view: ModelView, selected: list[list[WeightRef]], targeted: list[li
                                       f"{view.name(i, ref)}; choose another pattern or ignore that weight")
                 found[i].append({"name": view.name(i, ref), "shape": list(shape), "prune": prune,
                                  "why": None if prune else f"no part of its {config.pattern}" if ref in targeted[i] else
-                                 "not among targets, or ignored"})
-            found[i] += [{"name": f"{view.path}.{i}.{name}", "shape": shape, "prune": False,
+                                 "not among targets, or ignored" if ref in plain else
+                                 "routes to experts: pruned if a target names such layers alone"})
+            found[i] += [{"name": view.full_name(i, name), "shape": shape, "prune": False,
                           "why": "no matrix that a linear layer multiplies by"} for name, shape in rest]
     return [row for rows in found for row in rows]
 

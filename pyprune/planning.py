@@ -66,7 +66,7 @@ def rehearse(config: PruneConfig, view: ModelView, work: Work, own: ModelView,
     found = {phase: min(run.get(phase, 0.0) for run in runs) for phase in runs[0]}
 
     small = work_of(own, [weights_of(b) for b in own.blocks], config)
-    blocks = len(view.blocks)
+    blocks = len(view.order)
     wider = blocks / 2 * work.passing(length) / small.passing(length)
     steps = [math.ceil(n / batch) for n in (count, total)]
     passes = [forward_units(n, depth, view, config) for n, depth in zip(steps, (2, blocks))]
@@ -75,7 +75,7 @@ def rehearse(config: PruneConfig, view: ModelView, work: Work, own: ModelView,
         "forward": passes[1] / passes[0] * more * steps[0] / steps[1] * wider * 2 / blocks,
         "probe": wider * probe_sequences(config) / max(probe_sequences(asked), 1),
         "statistics": blocks / 2 * more * work.statistics / max(small.statistics, 1),
-        "solve": blocks / 2 * work.solve / max(small.solve, 1),
+        "solve": view.distinct / own.distinct * work.solve / max(small.solve, 1),
         "reconstruct": more * wider * max(config.reconstruction.epochs, 1),
         "gradients": more * wider,
     }

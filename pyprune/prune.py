@@ -17,7 +17,7 @@ from pyprune.config import Calibration, ConfigError, Evaluation, PruneConfig, fr
 from pyprune.evaluate import pick_device, windows_of
 from pyprune.journal import Journal, journaled
 from pyprune.masks import gather, needs_calibration, prune_block
-from pyprune.model import ModelView, WeightRef, check_finite, select_weights
+from pyprune.model import ModelView, WeightRef, check_finite, refuse_shared, select_weights
 from pyprune.progress import Progress, announce
 from pyprune.record import build_report, compared, data_identity, model_identity, settings_of, weights_digest
 from pyprune.refine import Refiner, wanted
@@ -172,7 +172,9 @@ def pick_dtype(name: str) -> torch.dtype | None:
 
 
 def check_weights(view: ModelView, selected: list[list[WeightRef]], config: PruneConfig) -> None:
-    """Refuse a pattern that does not divide a width, and weights that are not finite, before any work."""
+    """Refuse what cannot be done to these blocks, and weights that are not finite, before any work."""
+    if config.is_structured:
+        refuse_shared(view, config.pattern)
     for i, (block, refs) in enumerate(zip(view.blocks, selected)):
         for ref in refs:
             weight = ref.view(block)

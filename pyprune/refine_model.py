@@ -230,5 +230,5 @@ def _through(executor: Executor, window: list[int], source: Activations, target:
 
 def _masks(block: nn.Module) -> dict:
     """Keep masks of the matrices that hold zeros."""
-    found = {ref: ref.view(block) != 0 for ref in weights_of(block)}
+    found = {ref: ref.view(block) != 0 for ref in weights_of(block, routers=True)}
     return parameter_masks(block, {ref: mask for ref, mask in found.items() if not mask.all()})

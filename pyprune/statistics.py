@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -18,7 +19,9 @@ from torch.overrides import TorchFunctionMode
 
 from pyprune import ops
 from pyprune.config import ConfigError
+from pyprune.expert_products import Experts
 from pyprune.model import WeightRef, _Stop
+from pyprune.routing import expert_lists
 from pyprune.stream import NO_ROOM, Activations, Batch, Executor
 
 ERROR_TOKENS = 512
@@ -108,82 +111,105 @@ class Inputs:
         return torch.cat(self.chunks)
 
 
+Call = tuple[int, str, int]
+"""A product in a forward pass: which application of its block, the weight's name, how often before in that one."""
+
+
 class Observer:
     """Feeds the inputs of a block's weights to one sink a group while the block runs."""
 
     def __init__(self, module: nn.Module, refs: list[WeightRef], sink: Callable[[int, torch.device], object]):
         self.sinks: dict[str, object] = {}
         self.leader: dict[str, str] = {}
-        self.last: str | None = None
-        self._order: list[str] = []
-        self._recent: list[tuple[str, Tensor]] = []
-        self.skip: frozenset[str] = frozenset()
-        """Names whose sinks have this batch already (it ran out of memory behind them and comes again in halves)."""
+        self.skip: frozenset[Call] = frozenset()
+        """Calls whose sinks have this batch already (it ran out of memory behind them and comes again in halves)."""
         self.updating: str | None = None
         self.holding = False
         """The pass is the dense stream's: its inputs are held for the cross Gram, none is counted."""
-        self.held: dict[str, Tensor] = {}
-        self._end: str | None = None
-        self._plain = {ref.name for ref in refs if ref.expert is None}
-        self._make = sink
+        self.held: dict[Call, Tensor] = {}
+        self._order: list[Call] = []
+        self._times: Counter[tuple[int, str]] = Counter()
+        self._recent: list[tuple[str, Tensor]] = []
+        self._last: Call | None = None
+        self._ends: dict[int, Call | None] = {}
+        """By length of the sequences, the call behind which nothing more is to be seen."""
+        self._module, self._make = module, sink
+        self._names = {ref.name for ref in refs}
+        lists = expert_lists(module)
+        self._routed = {ref.name for ref in refs if ref.expert is not None or
+                        any(ref.path.startswith(f"{path}.") for path in lists)}
+        """Weights that see the tokens routed to them, which the two streams choose differently."""
         self._handles = []
-        modules = dict(module.named_modules())
-        self._experts: dict[int, tuple[Tensor, dict[int, str]]] = {}
+        owners: dict[int, list[nn.Module]] = {}
+        for part in module.modules():
+            if isinstance(weight := getattr(part, "weight", None), Tensor):
+                owners.setdefault(id(weight), []).append(part)
+        self._alone: set[str] = set()
+        """Weights of several modules: what one of them reads with its neighbours, another reads without them."""
         for ref in refs:
-            if ref.expert is None:
-                hook = _hook(self, ref.name)
-                self._handles.append(modules[ref.module_path].register_forward_pre_hook(hook, with_kwargs=True))
-            else:
-                parameter = ref.parameter(module)
-                self._experts.setdefault(parameter.data_ptr(), (parameter, {}))[1][ref.expert] = ref.name
-        if self._experts:
+            parts = owners[id(ref.parameter(module))] if ref.expert is None else []
+            if len(parts) > 1:
+                self._alone.add(ref.name)
+            for part in parts:
+                self._handles.append(part.register_forward_pre_hook(_hook(self, ref.name), with_kwargs=True))
+        experts = Experts(module, refs)
+        if experts:
             # entered by the block itself, hence inside whatever modes the pass runs under: the innermost sees a product
             # first, and one of those outside may well not pass it on
-            mode = _ExpertMode(self)
+            mode = _ExpertMode(self, experts)
             self._handles += [
                 module.register_forward_pre_hook(lambda *_: mode.__enter__() and None, prepend=True),
                 module.register_forward_hook(lambda *_: mode.__exit__(None, None, None), always_call=True)]
 
     def see(self, name: str, x: Tensor) -> None:
-        if self.holding and name not in self._plain:
-            return  # the two streams send different tokens to an expert
+        if not x.numel() or (self.holding and name in self._routed):
+            return
         if name not in self.leader:
-            same = [leader for leader, seen in self._recent if seen is x]
+            same = [leader for leader, seen in self._recent if seen is x and not {leader, name} & self._alone]
             self.leader[name] = same[0] if same else name
             if not same:
                 self.sinks[name] = self._make(x.shape[-1], x.device)
+        step = getattr(self._module, "step", 0)
+        self._times[step, name] += 1
+        call = (step, name, self._times[step, name] - 1)
+        self._order.append(call)
         if self.leader[name] == name:
             self._recent.append((name, x))
             rows = x.reshape(-1, x.shape[-1])
             if self.holding:
-                self.held[name] = rows
-            elif name not in self.skip:
+                self.held[call] = rows
+            elif call not in self.skip:
                 self.updating = name
-                self.sinks[name].update(rows, *([self.held[name]] if name in self.held else []))
+                self.sinks[name].update(rows, *([self.held[call]] if call in self.held else []))
                 self.updating = None
-        self._order.append(name)
-        if name == self.last:
+        if call == self._last:
             raise _Stop
 
-    def run(self, forward: Callable[[], Tensor], stop_early: bool) -> Tensor | None:
-        """One forward pass under observation; with ``stop_early`` it ends before the last observed product (from the
-        second pass on, when the order is known) and returns None."""
-        self._recent, self._order = [], []
-        self.last = self._end if stop_early else None
+    def run(self, forward: Callable[[], Tensor], length: int | None = None) -> Tensor | None:
+        """One forward pass under observation. With the ``length`` of its sequences it ends before the last observed
+        product, from the second pass of that length on, and returns None."""
+        self._recent, self._order, self._times = [], [], Counter()
+        self._last = None if length is None else self._ends.get(length)
         try:
             with torch.no_grad():
                 out = forward()
         except _Stop:
             return None
-        if not self._experts and self._order:
-            self._end = self._order[-1]
+        if length is not None:
+            self._ends[length] = self._end()
         return out
+
+    def _end(self) -> Call | None:
+        """The last call of the pass that was just made, if every other pass makes the same calls: no weight has been
+        seen twice in an application, none waits for tokens of its own."""
+        known = {name for _, name, _ in self._order} == self._names and not self._routed
+        return self._order[-1] if known and not any(again for _, _, again in self._order) else None
 
     def run_dense(self, forward: Callable[[], Tensor]) -> Tensor:
         """The dense stream's pass over a batch, before the batch itself."""
         self.held, self.holding = {}, True
         try:
-            return self.run(forward, stop_early=False)
+            return self.run(forward)
         finally:
             self.holding, self._order = False, []  # nothing was counted
 
@@ -199,20 +225,15 @@ def _hook(observer: Observer, name: str):
 
 
 class _ExpertMode(TorchFunctionMode):
-    """Sees ``F.linear(x, experts[e])``: the weight is a slice of a 3-D parameter, so its address tells the expert."""
+    """Sees the products with experts that are no modules of their own."""
 
-    def __init__(self, observer: Observer):
+    def __init__(self, observer: Observer, experts: Experts):
         super().__init__()
-        self.observer = observer
+        self.observer, self.experts = observer, experts
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is nn.functional.linear:
-            x, weight = args[0], args[1] if len(args) > 1 else kwargs["weight"]
-            for start, (parameter, names) in self.observer._experts.items():
-                stride = parameter.stride(0) * parameter.element_size()
-                expert, rest = divmod(weight.data_ptr() - start, stride)
-                if rest == 0 and expert in names and weight.shape == parameter.shape[1:]:
-                    self.observer.see(names[expert], x)
+        for ref, x in self.experts.products(func, args, kwargs):
+            self.observer.see(ref.name, x)
         return func(*args, **(kwargs or {}))
 
 
@@ -230,7 +251,8 @@ def observe(executor: Executor, index: int, module: nn.Module, refs: list[Weight
     def both(part: Batch, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
         ahead = None if dense is None else observer.run_dense(
             lambda: executor.forward(index, module, dense.read(part)))
-        return ahead, observer.run(lambda: executor.forward(index, module, x), stop_early=target is None)
+        return ahead, observer.run(lambda: executor.forward(index, module, x),
+                                   part.length if target is None else None)
 
     try:
         for batch, hidden in executor.stream(activations):
@@ -251,7 +273,7 @@ def observe(executor: Executor, index: int, module: nn.Module, refs: list[Weight
 
 
 def _again(executor: Executor, index: int, observer: Observer, batch: Batch, hidden: Tensor) -> list[tuple]:
-    """Halves of a batch that ran out of memory, with the names whose sinks have seen it."""
+    """Halves of a batch that ran out of memory, with the calls whose sinks have seen it."""
     if observer.updating is not None:
         raise ConfigError(f"the statistics of {observer.updating} in block {index} do not fit on {executor.device} "
                           f"beside a batch of {batch.size} × {batch.length} tokens; set a smaller batch_size, or "
@@ -267,7 +289,7 @@ def find_non_finite(executor: Executor, index: int, module: nn.Module, refs: lis
     for batch in activations.batches(1):
         observer = Observer(module, refs, lambda columns, device: Inputs())
         try:
-            observer.run(functools.partial(executor.forward, index, module, activations.read(batch)), stop_early=False)
+            observer.run(functools.partial(executor.forward, index, module, activations.read(batch)))
         finally:
             observer.close()
         for name, sink in observer.sinks.items():

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from pyprune.expert_products import Experts
 from pyprune.groups import Coupled
 from pyprune.model import ModelView, _Stop
 from pyprune.stream import Activations
@@ -32,12 +33,12 @@ class Taps(TorchFunctionMode):
         self.sums: dict[int, Tensor] = {}
         self.powers: dict[int, Tensor] = {}
         self._handles = []
-        self._experts: list[tuple[int, nn.Parameter, int]] = []
+        self._places = {group.consumer: i for i, group in enumerate(groups)}
+        self._experts = Experts(block, self._places)
         self._wanted = 0
         for i, group in enumerate(groups):
             ref = group.consumer
             if ref.expert is not None:
-                self._experts.append((i, ref.parameter(block), ref.expert))
                 continue
             module = block.get_submodule(ref.module_path)
             self._handles.append(module.register_forward_pre_hook(self._on_input(i)))
@@ -91,11 +92,8 @@ class Taps(TorchFunctionMode):
             raise _Stop
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is nn.functional.linear and self._experts:
-            weight = args[1] if len(args) > 1 else kwargs["weight"]
-            for i, parameter, expert in self._experts:
-                if weight.shape == parameter.shape[1:] and weight.data_ptr() == parameter.data[expert].data_ptr():
-                    self.inputs[i] = args[0].reshape(-1, args[0].shape[-1])
+        for ref, x in self._experts.products(func, args, kwargs):
+            self.inputs[self._places[ref]] = x
         return func(*args, **(kwargs or {}))
 
     def run(self, forward: Callable[[], Tensor]) -> Tensor | None:

@@ -163,6 +163,8 @@ class Opened:
 
 def why_whole(name: str, model: nn.Module, view: ModelView, files: Files) -> str | None:
     """Why a checkpoint cannot be streamed, or None; a tensor of the wrong shape is a ConfigError."""
+    if view.shared:
+        return "its blocks are applied several times, or share weights"
     owners: dict[int, list[str]] = {}
     shapes = {}
     for key, parameter in model.named_parameters(remove_duplicate=False):
