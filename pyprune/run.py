@@ -35,7 +35,7 @@ class PruneResult:
     models: dict[float, nn.Module] = field(default_factory=dict)
     """Structured pruning: by sparsity; ``model`` is the last one asked for."""
     origin: Origin | None = None
-    """What the dense checkpoint holds beside the model; None for a live model."""
+    """What the dense checkpoint holds beside the model."""
 
     def save(self, directory: str) -> None:
         """Write a Hugging Face checkpoint with ``pruning.json``, ``report.json``, ``run.yaml`` and a model card; of
