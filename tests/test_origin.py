@@ -1,4 +1,4 @@
-"""Nothing of a checkpoint is lost: tensors that its class does not use, side files, permissions, in every kind of run."""
+"""Nothing of a checkpoint is lost in any kind of run: tensors that its class does not use, side files, permissions."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ SIDE = {
     "generation_config.json": '{\n  "do_sample": false,\n  "temperature": 0.6,\n  "top_k": 7, "ours": [1, 2]\n}\n',
 }
 LEFT_OUT = ("pytorch_model.bin", "optimizer.pt", "onnx/model.onnx", "onnx/config.json", ".git/HEAD", "model.gguf")
-EXTRA = {"mtp.head.weight": torch.arange(12.0).reshape(3, 4), "model.layers.1.extra": torch.tensor([3], dtype=torch.int8)}
+EXTRA = {"mtp.head.weight": torch.arange(12.0).reshape(3, 4),
+         "model.layers.1.extra": torch.tensor([3], dtype=torch.int8)}
 
 
 def state(folder) -> dict[str, torch.Tensor]:
@@ -66,8 +67,8 @@ def dense(tmp_path_factory):
 
 
 def run(model, output, **fields):
-    settings = {"method": "magnitude", "calibration": tiny.ids(8, 24), "evaluation": Evaluation(enabled=False), **fields}
-    return pyprune.prune(str(model), output=str(output), progress=False, **settings)
+    fields = {"method": "magnitude", "calibration": tiny.ids(8, 24), "evaluation": Evaluation(enabled=False), **fields}
+    return pyprune.prune(str(model), output=str(output), progress=False, **fields)
 
 
 def assert_whole(dense, folder) -> None:
@@ -97,16 +98,17 @@ def umask():
     os.umask(before)
 
 
-@pytest.mark.parametrize("fields", [dict(stream="never"), dict(stream="always"), dict(pattern="neurons", stream="never"),
-                                    dict(pattern="neurons", stream="always")],
-                         ids=["memory", "streamed", "structured", "structured and streamed"])
+@pytest.mark.parametrize("fields", [
+    dict(stream="never"), dict(stream="always"), dict(pattern="neurons", stream="never"),
+    dict(pattern="neurons", stream="always")], ids=["memory", "streamed", "structured", "structured and streamed"])
 def test_nothing_is_lost(dense, tmp_path, fields):
     result = run(dense, tmp_path / "out", **fields)
     assert_whole(dense, tmp_path / "out")
     told = [text for text in result.report["warnings"] if "does not use" in text]
     assert len(told) == 1 and "LlamaForCausalLM does not use model.layers.1.extra and 1 more" in told[0]
     assert "kept unchanged" in told[0]
-    assert told[0] in (tmp_path / "out" / "README.md").read_text() and ("warning", told[0]) in summary_rows(result.report)
+    assert told[0] in (tmp_path / "out" / "README.md").read_text()
+    assert ("warning", told[0]) in summary_rows(result.report)
 
 
 def test_nothing_is_lost_of_several_sparsities_nor_by_saving_again(dense, tmp_path):
