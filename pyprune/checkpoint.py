@@ -117,6 +117,8 @@ def load_with_origin(name: str | Path, dtype: str | torch.dtype = "auto") -> tup
     if source.gguf_file:
         _forget_gguf(model)
     else:
+        if origin.files is None and origin.folder is not None:
+            origin.files = stored(origin.folder)  # weights in another format, which loading has fetched from the Hub
         origin.keep(_left_over(model, info, origin), model)
     return Loaded(model.eval(), tokenizer), origin
 

@@ -24,6 +24,8 @@ from pyprune.shards import Files, write_shard
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".ot", ".onnx", ".onnx_data",
            ".tflite")
 """How files of weights end, in whatever form; an index of shards, ``….index.json``, goes with them."""
+LOADED = ("model.safetensors", "model-[0-9]*-of-[0-9]*.safetensors", "model.safetensors.index.json")
+"""Weights that transformers takes, of all that a repository on the Hub may hold."""
 REWRITTEN = ("config.json", "pruning.json", "report.json", "run.yaml", "refinement.json")
 """Files that every run writes itself, or that tell of another run."""
 CARD = "README.original.md"
@@ -79,7 +81,9 @@ class Origin:
         """
         buffers = dict(model.named_buffers())
         for name in sorted(names):
-            if name not in self.files:
+            if self.files is None or name not in self.files:
+                self.notes.append(f"{type(model).__name__} does not use {name}, which the checkpoint stores under another "
+                                  "name: it is missing from the written one")
                 continue
             tensor = self.files.read(name)
             check_finite([(name, tensor)])
@@ -162,8 +166,8 @@ def folder_of(path: str, local: bool) -> Path | None:
     weights = [f"*{ending}" for ending in WEIGHTS]
     try:
         folder = Path(snapshot_download(path, ignore_patterns=weights))
-        if modules := module_folders(folder):
-            snapshot_download(path, allow_patterns=[f"{module.as_posix()}/*" for module in modules])
+        modules = [f"{module.as_posix()}/*" for module in module_folders(folder)]
+        snapshot_download(path, allow_patterns=[*LOADED, *modules])
         return folder
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError):
         pass
