@@ -82,8 +82,8 @@ class Origin:
         buffers = dict(model.named_buffers())
         for name in sorted(names):
             if self.files is None or name not in self.files:
-                self.notes.append(f"{type(model).__name__} does not use {name}, which the checkpoint stores under another "
-                                  "name: it is missing from the written one")
+                self.notes.append(f"{type(model).__name__} does not use {name}, which the checkpoint stores under "
+                                  "another name: it is missing from the written one")
                 continue
             tensor = self.files.read(name)
             check_finite([(name, tensor)])

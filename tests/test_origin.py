@@ -153,6 +153,27 @@ def test_tables_that_the_model_computes_are_not_kept(tmp_path):
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
+@pytest.mark.parametrize("architecture", ["mixtral", "qwen3_moe", "gpt_neox", "phi3", "roberta"])
+def test_tensors_stored_under_other_names_are_not_taken_for_unused_ones(tmp_path, architecture):
+    tiny.model(architecture).save_pretrained(tmp_path / "dense")
+    result = run(tmp_path / "dense", tmp_path / "out")
+    assert not any("does not use" in text for text in result.report["warnings"])
+    assert set(state(tmp_path / "out")) == set(state(tmp_path / "dense"))
+
+
+def test_a_tensor_that_cannot_be_kept_is_named(tmp_path):
+    """As in old BERT files: transformers renames gamma, of a head too, before it says what it does not use."""
+    hf.BertForPreTraining(tiny.CONFIGS["bert"]()).save_pretrained(tmp_path / "dense")
+    path = tmp_path / "dense" / "model.safetensors"
+    tensors = {name.replace("LayerNorm.weight", "LayerNorm.gamma"): t for name, t in load_file(path).items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+    rename(tmp_path / "dense", ["BertModel"])
+    result = run(tmp_path / "dense", tmp_path / "out")
+    told, after = " ".join(result.report["warnings"]), state(tmp_path / "out")
+    for name in tensors:
+        assert name in after or name.removeprefix("bert.") in after or name.replace("gamma", "weight") in told, name
+
+
 # ---- the class -----------------------------------------------------------------------------------------------------
 
 def rename(folder, architectures) -> None:
