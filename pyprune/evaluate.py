@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from pyprune import texts
 from pyprune.calibration import bos_prefix, need_tokenizer, tokenize
 from pyprune.config import ConfigError, Evaluation, from_dict
+from pyprune.model import not_finite
 
 POSITIONS = 256
 """Logits of this many positions are widened to float32 at a time: the vocabulary is wide."""
@@ -88,9 +89,26 @@ def perplexity(model: nn.Module, windows: list[Tensor], *, dtype: torch.dtype | 
 
 
 def perplexity_of(losses: list[float]) -> float:
-    """exp of the mean over windows; NaN where a loss is not finite."""
-    mean = math.fsum(losses) / len(losses) if all(map(math.isfinite, losses)) else math.nan
-    return math.exp(mean) if mean < 700 else mean
+    """exp of the mean over windows; NaN where a loss is not finite, infinity where the exponential is too large."""
+    if not all(map(math.isfinite, losses)):
+        return math.nan
+    mean = math.fsum(losses) / len(losses)
+    return math.exp(mean) if mean < 700 else math.inf
+
+
+class NotFinite(ConfigError):
+    """A perplexity is not finite; ``found`` is what :func:`evaluate` would have returned, with its ``warnings``."""
+
+    def __init__(self, found: dict):
+        super().__init__("; ".join(found["warnings"]))
+        self.found = found
+
+
+def warnings_for(rows: list[dict], whose: str) -> list[str]:
+    """A sentence for every text on which the perplexity is not finite. whose: ``dense``, ``pruned``, …"""
+    return [f"the {whose} model's perplexity on {row['text']} is not finite: its weights or activations overflow or "
+            f"hold NaN in {row['dtype']}" for row in rows
+            if row["perplexity"] is None or not math.isfinite(row["perplexity"])]
 
 
 def _batches(windows: list[Tensor], batch_size: int) -> Iterable[list[Tensor]]:
@@ -183,7 +201,8 @@ def evaluate(model: Any, evaluation: Any = None, *, tokenizer=None, device: str 
     of such sources. fields: further fields of :class:`Evaluation`.
     device: where to run; ``auto`` takes a GPU if there is one. None leaves a live model where it is.
     Returns ``{"perplexity", "text", "windows", "window", "dtype", "seconds"}`` of the first text, and the same of every
-    text under ``"texts"`` when there are several. Raises :class:`ConfigError` on bad input and non-finite logits.
+    text under ``"texts"`` when there are several. Raises :class:`ConfigError` on bad input, and :class:`NotFinite`,
+    which has the rows of all texts, where a perplexity is not finite.
     """
     evaluation = _settings(evaluation, fields)
     if isinstance(model, (str, Path)):
@@ -197,11 +216,14 @@ def evaluate(model: Any, evaluation: Any = None, *, tokenizer=None, device: str 
     rows = measure(model, [(texts.describe(source), windows(evaluation, tokenizer, source=source,
                                                             vocab_size=vocabulary(model)))
                            for source in texts.sources(evaluation.text)], evaluation, progress)
-    for row in rows:
-        if not math.isfinite(row["perplexity"]):
-            raise ConfigError(f"the perplexity on {row['text']} is {row['perplexity']}: the model's weights or "
-                              f"activations hold NaN or inf in {row['dtype']}")
-    return {**rows[0], "texts": rows} if len(rows) > 1 else rows[0]
+    found = {**rows[0], "texts": rows} if len(rows) > 1 else rows[0]
+    bad = [row for row in rows if not math.isfinite(row["perplexity"])]
+    if bad:
+        cause = not_finite(model.state_dict().items())
+        raise NotFinite({**found, "warnings": [
+            f"the perplexity on {row['text']} is {row['perplexity']}: the model's weights or activations hold NaN or "
+            f"inf in {row['dtype']}" + (f", {cause}" if cause else "") for row in bad]})
+    return found
 
 
 def windows_of(evaluation: Evaluation, tokenizer=None, encoder: bool = False, *,

@@ -2,7 +2,9 @@
 
 A step is one shard of a block's tensors and one entry that names it with its checksum; both are written to a
 temporary name, fsynced and renamed, the entry last, so whatever moment a process dies at, a step is there whole or not
-at all. The final checkpoint is assembled beside them and moved out when it is complete; then the folder goes.
+at all. The final checkpoint is assembled beside them; a mark, which names the run and every file, says that it is
+complete. Then it is moved out and the folder goes, the mark last: as long as anything of a run is left here, it is
+known whose it is.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from pyprune.config import ConfigError
 from pyprune.shards import OutputError, Shard, checksum, output_error, sync, write_bytes, write_shard
 
 FOLDER = ".pyprune"
+MARK = "complete"
 RESUME = "continue with --resume (resume=True)"
 
 
@@ -56,10 +59,7 @@ class Journal:
             return
         self.output = Path(output).expanduser().absolute()
         self.folder = self.output / FOLDER
-        if resume and (self.output / "pruning.json").is_file() and not self.complete:
-            raise ConfigError(f"{self.output} holds a finished checkpoint: there is nothing to resume")
-        if not self.complete:
-            checkpoint.check_output(self.output, allow=FOLDER)
+        self._admit(resume)
         self._created = not self.output.exists()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -78,14 +78,28 @@ class Journal:
         self._lock.write(str(os.getpid()))
         self._lock.flush()
         try:
+            self._admit(resume)  # another run may have ended in the meantime
             self._read(resume)
         except ConfigError:
             self.release()
             raise
 
+    def _admit(self, resume: bool) -> None:
+        """Refuse an output folder that holds anything but an interrupted run."""
+        if self.complete:
+            return
+        if resume and any(self.output.glob("pruning.json")) or any(self.output.glob("sparsity-*/pruning.json")):
+            raise ConfigError(f"{self.output} holds a finished checkpoint: there is nothing to resume; choose another "
+                              "output folder")
+        checkpoint.check_output(self.output, allow=FOLDER)
+
     def _read(self, resume: bool) -> None:
+        if self.complete:
+            self._read_mark(resume)
+            return
         path = self.folder / "run.json"
         if not path.is_file():
+            self._clear()  # what belongs to no run known is no use to this one
             return
         self.header = json.loads(path.read_text())
         found = sorted(self.folder.glob("block-*.json"))
@@ -97,12 +111,39 @@ class Journal:
                 break
             self.entries.append(json.loads(path.read_text()))
 
+    def _read_mark(self, resume: bool) -> None:
+        """Take up a run whose checkpoint was assembled, if all its files are there as they were."""
+        if not resume:
+            raise ConfigError(f"{self.output} holds a finished run that was not moved out whole; {RESUME}, or remove "
+                              f"{self.folder}")
+        try:
+            mark = json.loads((self.folder / MARK).read_text())
+            files = mark.pop("files")
+            mark["identity"]["settings"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{self.folder / MARK} does not say whose checkpoint lies there; remove {self.folder} "
+                              "and whatever was moved out of it, and run again") from error
+        for name, known in files.items():
+            if known not in (_stamp(folder / name) for folder in (self.folder / "checkpoint", self.output)):
+                raise ConfigError(f"{name} of the finished run in {self.output} is missing or was changed; empty that "
+                                  "folder and run again")
+        self.header = mark
+
+    def _clear(self) -> None:
+        """Remove everything but the lock and the mark, ``run.json`` first: without it nothing else counts."""
+        (self.folder / "run.json").unlink(missing_ok=True)
+        for path in self.folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name not in (MARK, "lock"):
+                path.unlink()
+
     # ---- what the run is ---------------------------------------------------------------------------------------
 
     @property
     def complete(self) -> bool:
-        """The final checkpoint was assembled: only moving it out is left."""
-        return self.folder is not None and (self.folder / "complete").exists()
+        """The final checkpoint was assembled: only moving it out is left. Whose it is, :meth:`begin` compares."""
+        return self.folder is not None and (self.folder / MARK).exists()
 
     def check_settings(self, settings: dict) -> None:
         """Raise ConfigError naming the settings that differ from the interrupted run's."""
@@ -123,7 +164,8 @@ class Journal:
             write_bytes(self.folder / "run.json", json.dumps(self.header, indent=1).encode())
             return
         self._refuse(_differences(self.header["identity"], identity))
-        self._drop_damaged()
+        if not self.complete:
+            self._drop_damaged()
 
     def _refuse(self, found: list[str]) -> None:
         if found:
@@ -252,11 +294,12 @@ class Journal:
         try:
             staging.mkdir()
             fill(staging)
-            for file in staging.rglob("*"):
-                sync(file)
-            sync(staging)
-            write_bytes(self.folder / "complete", b"")
+            checkpoint.settle(staging)
+            files = {path.relative_to(staging).as_posix(): _stamp(path) for path in sorted(staging.rglob("*"))
+                     if path.is_file()}
+            write_bytes(self.folder / MARK, json.dumps({**self.header, "files": files}, indent=1).encode())
         except Exception as error:
+            (self.folder / MARK).unlink(missing_ok=True)
             shutil.rmtree(staging, ignore_errors=True)
             if isinstance(error, OSError):
                 raise self.explain(output_error(error, staging)) from error
@@ -269,11 +312,17 @@ class Journal:
         """Move an assembled checkpoint out; ``config.json`` last, so that a partial move is no loadable model."""
         staging = self.folder / "checkpoint"
         files = sorted(staging.iterdir(), key=lambda p: (p.name == "config.json", p.name)) if staging.is_dir() else []
-        for file in files:
-            os.replace(file, self.output / file.name)
-        sync(self.output)
-        (self.folder / "run.json").unlink(missing_ok=True)  # from here on there is nothing to resume
-        shutil.rmtree(self.folder, ignore_errors=True)
+        try:
+            for file in files:
+                os.replace(file, self.output / file.name)
+            sync(self.output)
+        except OSError as error:
+            raise self.explain(output_error(error, self.output)) from error
+        with contextlib.suppress(OSError):  # the checkpoint is out; what stays behind is known by its mark
+            self._clear()
+            sync(self.folder)
+            (self.folder / MARK).unlink()
+            shutil.rmtree(self.folder)
         self.release()
 
     def close(self) -> None:
@@ -284,9 +333,10 @@ class Journal:
             future.exception()
         self._pending = {}
         if self._lock is not None and not self.entries and not self.complete:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            if self._created:
-                with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):
+                self._clear()
+                shutil.rmtree(self.folder)
+                if self._created:
                     self.output.rmdir()
         self.release()
 
@@ -316,6 +366,15 @@ def journaled(output: str | Path | None, resume: bool) -> Iterator[tuple[distrib
 def shard_path(output: str | Path, index: int) -> Path:
     """Where the finished tensors of a block of the run in ``output`` lie."""
     return Path(output).expanduser().absolute() / FOLDER / f"block-{index:05}.safetensors"
+
+
+def _stamp(path: Path) -> list[int] | None:
+    """Size and time of the last change, which a move does not touch; None if there is no such file."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return [found.st_size, found.st_mtime_ns]
 
 
 def _final(file: str) -> bool:

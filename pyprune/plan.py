@@ -96,7 +96,8 @@ def _skeleton(config: PruneConfig) -> torch.nn.Module:
 
         found.architectures = [transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(found)].__name__]
     named = getattr(found, "dtype", None) if config.dtype == "auto" else getattr(torch, config.dtype)
-    return skeleton(found, named if isinstance(named, torch.dtype) else torch.float32)
+    origin = checkpoint.find_origin(source) if source.local else None  # of a Hub id the configuration is enough
+    return skeleton(found, named if isinstance(named, torch.dtype) else torch.float32, origin)
 
 
 def _weights(view: ModelView, selected: list[list[WeightRef]], targeted: list[list[WeightRef]],

@@ -14,10 +14,11 @@ from pyprune import calibration, checkpoint, distributed, ops
 from pyprune.blockwise import Meter
 from pyprune.comparison import read as read_report
 from pyprune.config import Calibration, ConfigError, Evaluation, PruneConfig, from_dict
-from pyprune.evaluate import pick_device, windows_of
+from pyprune.evaluate import pick_device, warnings_for, windows_of
 from pyprune.journal import Journal, journaled
 from pyprune.masks import gather, needs_calibration, prune_block
 from pyprune.model import ModelView, WeightRef, check_finite, refuse_shared, select_weights
+from pyprune.origin import Origin
 from pyprune.progress import Progress, announce
 from pyprune.record import build_report, compared, data_identity, model_identity, settings_of, weights_digest
 from pyprune.refine import Refiner, wanted
@@ -72,13 +73,11 @@ def _prune(model, config: PruneConfig, tokenizer, in_place: bool, progress: bool
            world: distributed.World) -> PruneResult:
     clock = Clock()
     world.lead(lambda: journal.check_settings(settings_of(config)))
-    if world.same(journal.complete):
-        world.lead(journal.publish)
-        return published(config)
     seed_all(config.seed)
-    weights = Resident()
+    weights, origin = Resident(), Origin()
     with clock("load"):
         if isinstance(model, nn.Module):
+            check_finite(model.state_dict().items())
             live = model if in_place else copy.deepcopy(model)
             live.eval()
         else:
@@ -88,7 +87,7 @@ def _prune(model, config: PruneConfig, tokenizer, in_place: bool, progress: bool
             announce(f"loading {config.model}", progress)
             opened = open_model(config, world.same(journal.header.get("streamed")),
                                 pin=pick_device(config.device).type == "cuda")
-            live, tokenizer, weights = opened.model, opened.tokenizer, opened.weights
+            live, tokenizer, weights, origin = opened.model, opened.tokenizer, opened.weights, opened.origin
     view = weights.view if weights.streamed else ModelView(live)
     selected = select_weights(view, config.targets, config.ignore)
     check_weights(view, selected, config)
@@ -107,6 +106,9 @@ def _prune(model, config: PruneConfig, tokenizer, in_place: bool, progress: bool
             world.lead(lambda: journal.begin(identity, len(view.blocks), streamed=weights.streamed))
             journal.entries, journal.notes = world.same((journal.entries, journal.notes))
             journal.total = len(view.blocks)
+    if world.same(journal.complete):
+        world.lead(journal.publish)
+        return published(config, weights.streamed)
     store = make_store(config.memory_budget_gb, journal.folder, pick_device(config.device))
     measured = Meter(texts, config.evaluation, pick_device(config.device), store, world)
     with clock("evaluation"):
@@ -120,6 +122,7 @@ def _prune(model, config: PruneConfig, tokenizer, in_place: bool, progress: bool
     executor.world = world
     run = Run(config, view, executor, selected, data, clock, journal, world)
     executor.warn = run.warn
+    run.warnings += origin.notes
     models: dict[float, nn.Module] = {}
     if executor.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(executor.device)
@@ -137,22 +140,29 @@ def _prune(model, config: PruneConfig, tokenizer, in_place: bool, progress: bool
         pruned = measured(live, weights)
         for entry, member in zip((run.structured or {}).get("curve", []), models.values()):
             entry["evaluation"] = compared(dense, pruned if member is live else measured(member))
-    for text in measured.notes:
+        curve = {f"pruned (sparsity {entry['sparsity']:g})": [{**row, "perplexity": row["pruned"]} for row in
+                                                             entry["evaluation"]]
+                 for entry in (run.structured or {}).get("curve", []) if "evaluation" in entry and len(models) > 1}
+    for text in [*measured.notes, *(text for whose, rows in {"dense": dense, **(curve or {"pruned": pruned})}.items()
+                                    for text in warnings_for(rows, whose))]:
         run.warn(text)
     report = build_report(run, live, dense, pruned)
     if weights.streamed:
-        result = StreamedResult(None, tokenizer, config, report)
+        result = StreamedResult(None, tokenizer, config, report, origin=origin)
         result.weights = weights
     else:
-        result = PruneResult(live, tokenizer, config, report, models)
+        result = PruneResult(live, tokenizer, config, report, models, origin)
     if config.output:
         with clock("write"):
             world.lead(lambda: journal.finish(result.fill))
     return result
 
 
-def published(config: PruneConfig) -> PruneResult:
+def published(config: PruneConfig, streamed: bool) -> PruneResult:
     """The result of a run that had only its checkpoint left to move out."""
+    if streamed:
+        tokenizer = checkpoint.load_tokenizer(checkpoint.resolve(config.output))
+        return StreamedResult(None, tokenizer, config, read_report(config.output))
     many = isinstance(config.sparsity, list)
     folders = {s: f"{config.output}/sparsity-{s:g}" if many else config.output for s in
                (config.sparsity if many else [config.sparsity])}
@@ -172,7 +182,7 @@ def pick_dtype(name: str) -> torch.dtype | None:
 
 
 def check_weights(view: ModelView, selected: list[list[WeightRef]], config: PruneConfig) -> None:
-    """Refuse what cannot be done to these blocks, and weights that are not finite, before any work."""
+    """Refuse what cannot be done to these blocks, before any work."""
     if config.is_structured:
         refuse_shared(view, config.pattern)
     for i, (block, refs) in enumerate(zip(view.blocks, selected)):
@@ -181,8 +191,6 @@ def check_weights(view: ModelView, selected: list[list[WeightRef]], config: Prun
             if config.nm and weight.shape[1] % config.nm[1]:
                 raise ConfigError(f"pattern {config.pattern} does not divide the {weight.shape[1]} inputs of "
                                   f"{view.name(i, ref)}; choose another pattern or ignore that weight")
-        if not any(p.is_meta for p in block.parameters()):
-            check_finite(view, i, refs)
 
 
 def add_generated(data: calibration.CalibrationData, settings: Calibration, model: nn.Module, tokenizer) -> None:

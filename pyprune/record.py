@@ -27,7 +27,7 @@ def settings_of(config: PruneConfig) -> dict:
     settings = {key: value for key, value in config_for_report(config).items() if key not in PLACES}
     settings["calibration"] = {key: value for key, value in settings["calibration"].items()
                                if key not in CALIBRATION_PLACES}
-    return settings
+    return {**settings, "evaluation": {"dtype": config.evaluation.dtype}}
 
 
 def data_identity(data: CalibrationData, texts: list[tuple[str, list[Tensor]]]) -> dict:

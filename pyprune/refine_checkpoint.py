@@ -16,14 +16,14 @@ from pyprune.blockwise import Meter
 from pyprune.comparison import read as read_report
 from pyprune.config import DTYPES, STREAMING, Calibration, ConfigError, Evaluation, Reconstruction, to_dict
 from pyprune.distributed import World
-from pyprune.evaluate import pick_device, windows_of
+from pyprune.evaluate import pick_device, warnings_for, windows_of
 from pyprune.journal import Journal, journaled
 from pyprune.model import ModelView
 from pyprune.progress import Progress, announce
 from pyprune.prune import make_store, pick_dtype
 from pyprune.record import CALIBRATION_PLACES, data_identity, model_identity, weights_digest
 from pyprune.refine_model import Refinement, sequences_for
-from pyprune.report import model_card, perplexity_text
+from pyprune.report import distinct, model_card, perplexity_text
 from pyprune.speed import dense_of
 from pyprune.stream import Executor
 from pyprune.weights import Opened, open_checkpoint, samples_itself
@@ -75,7 +75,7 @@ class Request:
         """The same, but for where the data lie: they have fingerprints."""
         asked = self.asked()
         kept = {key: value for key, value in asked["calibration"].items() if key not in CALIBRATION_PLACES}
-        return {**asked, "calibration": kept}
+        return {**asked, "calibration": kept, "evaluation": {"dtype": self.evaluation.dtype}}
 
 
 def refine_checkpoint(directory: str | Path, output: str | Path, *, resume: bool = False, progress: bool = True,
@@ -91,9 +91,6 @@ def refine_checkpoint(directory: str | Path, output: str | Path, *, resume: bool
     request = Request(directory=directory, output=output, **fields)
     with journaled(request.output, resume) as (world, journal):
         world.lead(lambda: journal.check_settings(request.identity()))
-        if world.same(journal.complete):
-            world.lead(journal.publish)
-            return json.loads((Path(request.output).expanduser() / RECORD).read_text())
         return _refine(request, world, journal, progress and world.leads)
 
 
@@ -118,7 +115,10 @@ def _refine(request: Request, world: World, journal: Journal, progress: bool) ->
                                      dense_streamed=taught.weights.streamed))
     journal.entries, journal.notes = world.same((journal.entries, journal.notes))
     journal.total = len(views[0].blocks)
-    told += journal.notes
+    if world.same(journal.complete):
+        world.lead(journal.publish)
+        return json.loads((Path(request.output).expanduser() / RECORD).read_text())
+    told += [*journal.notes, *opened.origin.notes]
     store = make_store(request.memory_budget_gb, journal.folder, where)
     meter = Meter(texts, request.evaluation, where, store, world)
     measured = world.same(journal.kept("measured"))
@@ -139,7 +139,9 @@ def _refine(request: Request, world: World, journal: Journal, progress: bool) ->
     found = {"model": request.directory, "dense": request.dense, **request.asked(), "windows": rows,
              "evaluation": [{**rest, **{name: values[k]["perplexity"] for name, values in measured.items()}}
                             for k, rest in enumerate(measured["refined"])],
-             "seconds": time.perf_counter() - started, "warnings": [*told, *meter.notes]}
+             "seconds": time.perf_counter() - started, "warnings": [*told, *meter.notes,
+                                                                         *(text for whose, rows in measured.items()
+                                                                           for text in warnings_for(rows, whose))]}
     source, name = Path(request.directory).expanduser(), Path(request.output).name
     world.lead(lambda: journal.finish(lambda folder: _fill(folder, opened, tokenizer, source, found, name)))
     return found
@@ -158,10 +160,8 @@ def _fill(folder: Path, opened: Opened, tokenizer, source: Path, found: dict, na
     if opened.weights.streamed:
         opened.weights.save(folder)
     else:
-        with checkpoint.quiet():
-            opened.model.save_pretrained(folder)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+        checkpoint.save_model(opened.model, folder)
+    checkpoint.save_extras(tokenizer, folder, opened.origin)
     checkpoint.write_json(folder / RECORD, found)
     for file in CARRIED:
         if (source / file).is_file():
@@ -183,7 +183,8 @@ def card_line(found: dict) -> str:
     was = "; ".join(f"{perplexity_text(row['pruned'])} → {perplexity_text(row['refined'])} on {row['text']}"
                     for row in found["evaluation"])
     return (f"- refined after pruning by {how} against `{found['dense']}` (arXiv 2406.15524)"
-            + (f", perplexity {was}" if was else "") + ": `refinement.json`\n")
+            + (f", perplexity {was}" if was else "") + ": `refinement.json`\n"
+            + "".join(f"- warning: {text}\n" for text in distinct(found["warnings"])))
 
 
 def print_refinement(found: dict, directory: str | Path, stream: TextIO | None = None) -> None:

@@ -20,7 +20,7 @@ from pyprune.calibration import CalibrationData
 from pyprune.config import Calibration, ConfigError, Reconstruction
 from pyprune.evaluate import pick_device
 from pyprune.journal import Journal, shard_path
-from pyprune.model import ModelView, weights_of
+from pyprune.model import ModelView, check_finite, weights_of
 from pyprune.progress import Progress
 from pyprune.prune import add_generated
 from pyprune.reconstruct import Trace, error_sums, train
@@ -50,6 +50,8 @@ def refine(model: nn.Module, dense: nn.Module, calibration=None, *, tokenizer=No
     """
     settings = settings or Reconstruction()
     student, teacher = ModelView(model), ModelView(dense)
+    for live in (model, dense):
+        check_finite(live.state_dict().items())
     data = sequences_for(student, teacher, calibration, tokenizer, settings, seed)
     where = pick_device(device)
     pupil, master = (Executor(view, device=where, compute_dtype=compute_dtype) for view in (student, teacher))

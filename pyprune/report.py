@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -28,7 +29,9 @@ def _kind(name: str) -> str:
 
 def perplexity_text(value: float | None) -> str:
     """Two decimals while they mean something."""
-    return "not finite" if value is None or value != value else f"{value:.2f}" if value < 1000 else f"{value:,.0f}"
+    if value is None or not math.isfinite(value):
+        return "not finite"
+    return f"{value:.2f}" if value < 1000 else f"{value:,.0f}"
 
 
 def headline(report: dict) -> str:
@@ -104,8 +107,10 @@ def distinct(warnings: list[str]) -> list[str]:
 
 
 def print_evaluation(found: dict, stream: TextIO | None = None) -> None:
-    """One line a text."""
+    """One line a text whose perplexity is a number; the others are errors."""
     for row in found.get("texts", [found]):
+        if not math.isfinite(row["perplexity"]):
+            continue
         print(f"perplexity {perplexity_text(row['perplexity'])}  ({row['windows']} windows of {row['window']} tokens, "
               f"{row['dtype']}, {row['seconds']:.1f} s, {row['text']})", file=stream or sys.stdout)
 

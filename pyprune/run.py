@@ -19,6 +19,7 @@ from pyprune.config import PruneConfig
 from pyprune.distributed import World
 from pyprune.journal import Journal
 from pyprune.model import ModelView, WeightRef
+from pyprune.origin import Origin
 from pyprune.stream import Activations, Executor
 from pyprune.weights import Streamed
 
@@ -33,24 +34,28 @@ class PruneResult:
     report: dict
     models: dict[float, nn.Module] = field(default_factory=dict)
     """Structured pruning: by sparsity; ``model`` is the last one asked for."""
+    origin: Origin | None = None
+    """What the dense checkpoint holds beside the model."""
 
     def save(self, directory: str) -> None:
         """Write a Hugging Face checkpoint with ``pruning.json``, ``report.json``, ``run.yaml`` and a model card; of
         several sparsities, each in a folder of its own, ``sparsity-0.3``."""
         if len(self.models) < 2:
-            checkpoint.save(self.model, self.tokenizer, directory, self.report, self.config)
+            checkpoint.save(self.model, self.tokenizer, directory, self.report, self.config, self.origin)
         for single in self.singles():
             checkpoint.save(single.model, single.tokenizer, f"{directory}/sparsity-{single.config.sparsity:g}",
-                            single.report, single.config)
+                            single.report, single.config, self.origin)
 
     def fill(self, folder: Path) -> None:
         """Write the same files into a folder that exists."""
         if len(self.models) < 2:
-            checkpoint.fill(self.model, self.tokenizer, folder, self.report, self.config, Path(self.config.output).name)
+            checkpoint.fill(self.model, self.tokenizer, folder, self.report, self.config, Path(self.config.output).name,
+                            self.origin)
         for single in self.singles():
             name = f"sparsity-{single.config.sparsity:g}"
             (folder / name).mkdir()
-            checkpoint.fill(single.model, single.tokenizer, folder / name, single.report, single.config, name)
+            checkpoint.fill(single.model, single.tokenizer, folder / name, single.report, single.config, name,
+                            self.origin)
 
     def singles(self) -> list[PruneResult]:
         """One result a sparsity, where several were asked for."""
@@ -82,7 +87,8 @@ class StreamedResult(PruneResult):
     def fill(self, folder: Path) -> None:
         """Write the checkpoint from the shards of the finished blocks."""
         self.weights.save(folder)
-        checkpoint.save_extras(self.tokenizer, folder, self.report, self.config, Path(self.config.output).name)
+        checkpoint.save_extras(self.tokenizer, folder, self.origin)
+        checkpoint.save_records(folder, self.report, self.config, Path(self.config.output).name)
 
 
 class Clock:

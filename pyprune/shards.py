@@ -211,6 +211,9 @@ class Files:
     def info(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
         return self.where[name].info(name)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.info(name)[1]
+
     def read(self, name: str, pin: bool = False) -> Tensor:
         return self.where[name].read(name, pin)
 

@@ -11,7 +11,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ from torch.overrides import TorchFunctionMode
 from pyprune import checkpoint
 from pyprune.config import Calibration, ConfigError, PruneConfig
 from pyprune.group_criteria import NEEDS_GRADIENTS
-from pyprune.model import ModelView
+from pyprune.model import ModelView, check_finite
+from pyprune.origin import Origin
 from pyprune.shards import Files, Shard, write_shard
 from pyprune.store import available_memory
 from pyprune.stream import Resident
@@ -78,8 +79,7 @@ class Streamed(Resident):
         model, view = self.view.model, self.view
         model.config.architectures = [type(model).__name__]
         model.config.save_pretrained(folder)
-        if getattr(model, "generation_config", None) is not None and model.can_generate():
-            model.generation_config.save_pretrained(folder)
+        checkpoint.save_generation_config(model, folder)
         count = len(view.blocks) + 1
         names = [f"model-{k + 1:05}-of-{count:05}.safetensors" for k in range(count)]
         inside = f"{view.path}."
@@ -142,9 +142,12 @@ class _EmptyOnMeta(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def skeleton(config: Any, dtype: torch.dtype | None = None) -> nn.Module:
-    """The model of a Hugging Face config with parameters on the meta device, ties in place, in eval mode."""
-    cls = checkpoint.model_class(config)
+def skeleton(config: Any, dtype: torch.dtype | None = None, origin: Origin | None = None) -> nn.Module:
+    """The model of a Hugging Face config with parameters on the meta device, ties in place, in eval mode.
+
+    origin: whose tensors decide where the config names no class.
+    """
+    cls = checkpoint.model_class(config, origin=origin)
     build = cls._from_config if hasattr(cls, "_from_config") else cls.from_config
     with parameters_on_meta():
         model = build(config, **({"dtype": dtype} if dtype else {}))
@@ -159,6 +162,7 @@ class Opened:
     model: nn.Module
     tokenizer: Any
     weights: Resident
+    origin: Origin = field(default_factory=Origin)
 
 
 def why_whole(name: str, model: nn.Module, view: ModelView, files: Files) -> str | None:
@@ -176,6 +180,8 @@ def why_whole(name: str, model: nn.Module, view: ModelView, files: Files) -> str
             return f"its files have no {keys[0]}: their names are not the model's"
         if len(keys) > 1 and any(key.startswith(view.path + ".") for key in keys):
             return f"{keys[0]} and {keys[1]} share their weight"
+        if len(found) > 1 and not all(torch.equal(files.read(found[0]), files.read(key)) for key in found[1:]):
+            return f"its config says that {found[0]} and {found[1]} are one, its files hold two"
         for key in found:
             if files.info(key)[1] != shapes[key]:
                 raise ConfigError(f"{key} in {name} has shape {list(files.info(key)[1])}, its architecture needs "
@@ -214,8 +220,10 @@ def open_checkpoint(name: str, dtype: str = "auto", stream: str = "auto", obstac
 
 
 def whole(name: str, dtype: str = "auto") -> Opened:
-    """The model loaded into memory."""
-    return Opened(*checkpoint.load_model(name, dtype), Resident())
+    """The model loaded into memory. Raises ConfigError for a tensor that is not finite."""
+    loaded, origin = checkpoint.load_with_origin(name, dtype)
+    check_finite(loaded.model.state_dict().items())
+    return Opened(*loaded, Resident(), origin)
 
 
 def _obstacle(config: PruneConfig) -> str | None:
@@ -245,11 +253,12 @@ def _open(name: str, dtype: str, folder: Path, wanted: bool, pin: bool) -> Opene
     hf_config = transformers.AutoConfig.from_pretrained(folder)
     if getattr(hf_config, "quantization_config", None) is not None:
         return "it is quantised"
-    files = Files(folder)
+    origin = checkpoint.find_origin(checkpoint.resolve(name))
+    files = origin.files
     if not wanted and files.bytes < SHARE * available_memory():
         return "it fits into memory"
     kind = checkpoint_dtype(hf_config, files) if dtype == "auto" else getattr(torch, dtype)
-    model = skeleton(hf_config, kind)
+    model = skeleton(hf_config, kind, origin)
     view = ModelView(model)
     if (reason := why_whole(name, model, view, files)) is not None:
         return reason
@@ -268,8 +277,14 @@ def _open(name: str, dtype: str, folder: Path, wanted: bool, pin: bool) -> Opene
     for key, buffer in model.named_buffers():
         if key in stored:
             buffer.copy_(files.read(key))
+    known = {*model.state_dict(), *(key for key, _ in model.named_parameters(remove_duplicate=False))}
+    for key in files.where:
+        if key in known:
+            tensor = files.read(key)
+            check_finite([(key, tensor.to(kind) if tensor.is_floating_point() else tensor)])
+    origin.keep(set(files.where) - known, model)
     tokenizer = checkpoint.load_tokenizer(checkpoint.resolve(name))
-    return Opened(model, tokenizer, Streamed(view, files, kind, pin))
+    return Opened(model, tokenizer, Streamed(view, files, kind, pin), origin)
 
 
 def checkpoint_dtype(config: Any, files: Files) -> torch.dtype:

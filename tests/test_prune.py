@@ -87,7 +87,9 @@ def test_nan_activations_name_weight_sequence_and_token():
     ids[ids == 77] = 78
     ids[7, 11] = 77
     with torch.no_grad():
-        model.model.embed_tokens.weight[77] = float("inf")
+        model.model.embed_tokens.weight[:, 0] = 0
+        model.model.embed_tokens.weight[77] = torch.eye(32)[0]  # √32 there once it is normalised, all others 0
+        model.model.layers[0].input_layernorm.weight[0] = 1e38
     with pytest.raises(ConfigError, match=r"q_proj.*calibration sequence 7, token 11"):
         run(model, ids=ids, probe_samples=0)
 
