@@ -9,7 +9,6 @@ by running that forward with every block replaced by a recorder.
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pyprune.config import ConfigError
+from pyprune.names import matches
 
 
 def _is_conv1d(module: nn.Module) -> bool:
@@ -100,11 +100,6 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return name, blocks
 
 
-def matches(name: str, patterns: Iterable[str]) -> bool:
-    """True if a pattern is part of the name or fnmatch-es it."""
-    return any(p in name or fnmatch.fnmatch(name, p) for p in patterns)
-
-
 def select_weights(view: ModelView, targets: list[str], ignore: list[str]) -> list[list[WeightRef]]:
     """Per block, the weights to prune. A pattern that matches nothing is a ConfigError that lists what exists."""
     refs = [weights_of(block) for block in view.blocks]
@@ -117,6 +112,8 @@ def select_weights(view: ModelView, targets: list[str], ignore: list[str]) -> li
                     continue  # the embedding, the head and norms are dense anyway: asking for that is no mistake
                 kinds = sorted({ref.path for block in refs for ref in block})
                 hint = f"it names {outside[0]}, which lies outside the blocks" if outside else "it matches nothing"
+                if any(pattern in name for name in names):
+                    hint += f" (whole components count; write {f'*{pattern}*'!r} for a part of one)"
                 raise ConfigError(f"{field} pattern {pattern!r} selects no prunable weight: {hint}; prunable in each "
                                   f"block: {', '.join(kinds)}")
     return [[ref for ref in block if (not targets or matches(view.name(i, ref), targets))

@@ -118,7 +118,7 @@ def _refine(request: Request, world: World, journal: Journal, progress: bool) ->
                                      dense_streamed=taught.weights.streamed))
     journal.entries, journal.notes = world.same((journal.entries, journal.notes))
     journal.total = len(views[0].blocks)
-    told += journal.notes
+    told += [*journal.notes, *data.warnings]
     store = make_store(request.memory_budget_gb, journal.folder, where)
     meter = Meter(texts, request.evaluation, where, store, world)
     measured = world.same(journal.kept("measured"))
