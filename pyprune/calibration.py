@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pyprune import texts, thin
-from pyprune.config import SAMPLES, TOKENS, Calibration, ConfigError, from_dict
+from pyprune.config import Calibration, ConfigError, from_dict
 
 POOL = 8
 """Tokens to choose from for each token asked; a larger source is read no further."""
@@ -61,8 +61,8 @@ def named(source: Any) -> dict | Calibration:
 def coerce(source: Any) -> Calibration:
     """A :class:`Calibration` whose number and length of sequences are known, from what callers pass for one.
 
-    Unless they were asked for, token ids are taken whole, all rows and all tokens, and text gives ``SAMPLES`` of
-    ``TOKENS``. Raises ConfigError where token ids cannot meet what was asked for.
+    Unless they were asked for, token ids are taken whole, all rows and all tokens. Raises ConfigError where
+    token ids cannot meet what was asked for.
     """
     calibration, rows = _resolve(source)
     if rows is not None:
@@ -75,9 +75,10 @@ def _resolve(source: Any) -> tuple[Calibration, list[Tensor] | None]:
     if isinstance(calibration, dict):
         calibration = from_dict(Calibration, calibration, "calibration")
     rows = None if calibration.num_samples == 0 else texts.token_rows(calibration.source)
-    found = (SAMPLES, TOKENS) if rows is None else (len(rows), max(2, *map(len, rows)))
-    asked = (calibration.num_samples, calibration.seq_len)
-    count, length = (value if ask is None else ask for ask, value in zip(asked, found))
+    count, length = calibration.samples, calibration.tokens
+    if rows is not None:
+        count = len(rows) if calibration.num_samples is None else count
+        length = calibration.seq_len or max(2, *map(len, rows))
     return dataclasses.replace(calibration, num_samples=count, seq_len=length), rows
 
 
@@ -93,10 +94,11 @@ def _check_rows(rows: list[Tensor], calibration: Calibration, vocab_size: int | 
 
 
 def load(calibration: Calibration, tokenizer=None, *, encoder: bool = False, vocab_size: int | None = None,
-         model_config: Any = None) -> CalibrationData:
+         model_config: Any = None, measures: bool = True) -> CalibrationData:
     """Sequences to fit on and held-out sequences.
 
-    model_config: names the padding id where the tokenizer does not.
+    model_config: names the padding id where the tokenizer does not. measures: whether anything is measured on held-out
+    sequences, so that their absence is worth a word.
     Raises :class:`ConfigError` if there are fewer than asked, if the text is shorter than one sequence, if an id lies
     outside the vocabulary, or if text is given without a tokenizer.
     """
@@ -110,7 +112,7 @@ def load(calibration: Calibration, tokenizer=None, *, encoder: bool = False, voc
     else:
         data = _from_text(calibration, tokenizer, encoder, vocab_size)
     data.warnings += thin.repetition(data.sequences, data.held_out)
-    if calibration.held_out and not data.held_out:
+    if measures and calibration.held_out and not data.held_out:
         data.warnings.append(f"there is no held-out measure: {texts.describe(calibration.source)} has no sequence that "
                              "is not fitted on; give more, or a smaller num_samples")
     return data

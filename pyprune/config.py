@@ -105,6 +105,16 @@ class Calibration:
         _choose("self_generated_for", self.self_generated_for, ("reconstruction", "all"))
         check_effects(self, effects.CALIBRATION, "calibration")
 
+    @property
+    def samples(self) -> int:
+        """Sequences of text."""
+        return SAMPLES if self.num_samples is None else self.num_samples
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of each."""
+        return self.seq_len or TOKENS
+
 
 @dataclass(kw_only=True)
 class Evaluation:

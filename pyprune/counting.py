@@ -71,12 +71,12 @@ def active_share(view: ModelView) -> float:
 
 def tokens_of(config: PruneConfig) -> int:
     """Calibration tokens, the self-generated ones included."""
-    return (config.calibration.num_samples + config.calibration.self_generated) * config.calibration.seq_len
+    return (config.calibration.samples + config.calibration.self_generated) * config.calibration.tokens
 
 
 def probe_sequences(config: PruneConfig) -> int:
     """Sequences that errors are measured on, of the calibration data and held out."""
-    return min(config.probe_samples, config.calibration.num_samples) + min(config.probe_samples,
+    return min(config.probe_samples, config.calibration.samples) + min(config.probe_samples,
                                                                            config.calibration.held_out)
 
 
@@ -153,7 +153,7 @@ def flops_of(view: ModelView, work: Work, config: PruneConfig) -> dict[str, floa
     """FLOPs of the matrix products by phase; a phase that does not happen is left out."""
     blocks, passes, tokens = len(view.blocks), passes_of(config), tokens_of(config)
     forward = blocks * work.forward
-    probes = 2 * probe_sequences(config) * config.calibration.seq_len * forward
+    probes = 2 * probe_sequences(config) * config.calibration.tokens * forward
     found = {"forward": (passes["statistics"] + passes["propagation"] + passes["dense"]) * tokens * forward + probes}
     if config.is_structured or needs_factor(config):
         found |= {"gram": blocks * tokens * work.statistics, "solve": blocks * work.solve}
@@ -189,7 +189,7 @@ def memory_of(view: ModelView, selected: list[list[WeightRef]], config: PruneCon
         "weights": (rest + (1 + window) * largest if streamed else everything) * own.itemsize,
         "activations": int(min(budget, activation_bytes(config, hidden, compute))),
     }
-    batch = (config.batch_size or max(1, TARGET_TOKENS // calibration.seq_len)) * calibration.seq_len
+    batch = (config.batch_size or max(1, TARGET_TOKENS // calibration.tokens)) * calibration.tokens
     block = {"block": window * largest * compute.itemsize if gpu or compute != own else 0}
     grams, inputs, solve, widest = 0, 0, 0, hidden
     for one, refs, _ in kinds(view, selected):
@@ -203,12 +203,12 @@ def memory_of(view: ModelView, selected: list[list[WeightRef]], config: PruneCon
         largest_input = max((x.width for x in found), default=0) if factors else 0
         # a factorisation holds three matrices beside the Gram; a sweep the factor, and the matrix three times
         solve = max(solve, masks + max(12 * largest_input**2, 4 * largest_input**2 + 12 * matrix))
-    kept = {"statistics": grams, "probes": probe_sequences(config) * calibration.seq_len * inputs * compute.itemsize}
+    kept = {"statistics": grams, "probes": probe_sequences(config) * calibration.tokens * inputs * compute.itemsize}
     ring = 2 * DEPTH * hidden if gpu else 0
     moments = [{**block, **kept, "batches": batch * (4 * widest + hidden + ring) * compute.itemsize},
                {**block, **kept, "solve": solve, "batches": batch * ring * compute.itemsize}]
     if trains:
-        micro = (config.reconstruction.micro_batch_size or config.reconstruction.batch_size) * calibration.seq_len
+        micro = (config.reconstruction.micro_batch_size or config.reconstruction.batch_size) * calibration.tokens
         moments.append({**block, "training": window * (20 * largest + 4 * micro * (6 * widest + 12 * hidden))})
     evaluated = {**host, "activations": 0, "evaluation": evaluation_bytes(view, config, streamed, widest)}
     hosts = [host, evaluated] if gpu else [evaluated, *({**host, **moment} for moment in moments)]
@@ -225,7 +225,7 @@ def activation_bytes(config: PruneConfig, hidden: int, compute: torch.dtype) -> 
     trains = config.reconstruct in ("block", "cross_block")
     streams = (2 if config.global_propagation or trains else 1) + (config.reconstruct == "cross_block")
     tokens = 0 if passes_of(config)["statistics"] == 0 else streams * tokens_of(config)
-    return (tokens + 2 * probe_sequences(config) * config.calibration.seq_len) * hidden * compute.itemsize
+    return (tokens + 2 * probe_sequences(config) * config.calibration.tokens) * hidden * compute.itemsize
 
 
 def evaluation_bytes(view: ModelView, config: PruneConfig, streamed: bool, widest: int) -> int:

@@ -56,8 +56,9 @@ def _observes(config) -> bool:
     return needs_sequences(config)
 
 
-def _chooses(config) -> bool:
-    return config.reconstruction.select == "validation" or config.reconstruction.early_stop
+def watches(config) -> bool:
+    """Whether anything is measured on held-out sequences."""
+    return measures_errors(config) or config.reconstruction.select == "validation" or config.reconstruction.early_stop
 
 
 # ---- the table -----------------------------------------------------------------------------------------------------
@@ -88,8 +89,8 @@ RUN: dict[str, Rule] = {
     "probe_samples": (lambda c: not _curve(c), "errors are measured where there is one sparsity, not a list"),
     **dict.fromkeys(("calibration.source", "calibration.num_samples", "calibration.seq_len", "calibration.split",
                      "calibration.subset", "calibration.text_column"), _READS),
-    "calibration.held_out": (lambda c: reads_sequences(c) and (
-        measures_errors(c) or _chooses(c) or not c.calibration.held_out),
+    "calibration.held_out": (
+        lambda c: reads_sequences(c) and (watches(c) or not c.calibration.held_out),
         "only block errors use it, and select='validation' or early_stop: set probe_samples above 0"),
     **dict.fromkeys(("calibration.self_generated", "calibration.self_generated_path", "calibration.self_generated_for",
                      "calibration.language"), (needs_sequences, "only statistics and reconstruction use it: "

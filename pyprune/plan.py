@@ -80,7 +80,7 @@ def plan(config: PruneConfig | dict) -> dict:
         "memory_bytes": {**host, "total": sum(host.values())},
         "device_memory_bytes": {**on_device, "total": sum(on_device.values())} if gpu else None,
         "free_bytes": free,
-        "calibration": {"sequences": config.calibration.num_samples + config.calibration.self_generated,
+        "calibration": {"sequences": config.calibration.samples + config.calibration.self_generated,
                         "tokens": tokens_of(config)},
         "passes": passes_of(config), "streamed": streamed, "streamed_because": why,
         "disk_bytes": {**disk_of(view, config, streamed, spilled), "free": _free_disk(config)},

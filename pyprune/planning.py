@@ -39,10 +39,10 @@ def rehearse(config: PruneConfig, view: ModelView, work: Work, own: ModelView,
     from pyprune.prune import prune
 
     calibration = config.calibration
-    longest = getattr(view.model.config, "max_position_embeddings", None) or max(calibration.seq_len,
+    longest = getattr(view.model.config, "max_position_embeddings", None) or max(calibration.tokens,
                                                                                  config.evaluation.tokens)
-    length, window = min(calibration.seq_len, longest), min(config.evaluation.tokens, longest)
-    total = max(tokens_of(config) // calibration.seq_len, 1)
+    length, window = min(calibration.tokens, longest), min(config.evaluation.tokens, longest)
+    total = max(tokens_of(config) // calibration.tokens, 1)
     batch = config.batch_size or max(1, TARGET_TOKENS // length)
     count = min(total, BATCHES * batch)
     probes = min(config.probe_samples, 1) if measures_errors(config) else 0

@@ -13,7 +13,7 @@ from pyprune import calibration, checkpoint, distributed, ops
 from pyprune.blockwise import Meter
 from pyprune.comparison import read as read_report
 from pyprune.config import Calibration, ConfigError, Evaluation, PruneConfig, from_dict, override
-from pyprune.effects import needs_sequences, reads_sequences, shown
+from pyprune.effects import needs_sequences, reads_sequences, shown, watches
 from pyprune.evaluate import pick_device, windows_of
 from pyprune.journal import Journal, journaled
 from pyprune.masks import gather, prune_block
@@ -202,7 +202,7 @@ def calibration_data(config: PruneConfig, view: ModelView, model: nn.Module, tok
                                  "a tokenizer; pass tokenizer=, or give token ids as calibration")
         return data
     data = calibration.load(settings, tokenizer, encoder=view.is_encoder, model_config=model.config,
-                            vocab_size=model.get_input_embeddings().num_embeddings)
+                            vocab_size=model.get_input_embeddings().num_embeddings, measures=watches(config))
     if settings.self_generated:
         add_generated(data, settings, model, tokenizer)
     return data
