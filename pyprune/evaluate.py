@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from pyprune import texts
 from pyprune.calibration import bos_prefix, need_tokenizer, tokenize
 from pyprune.config import ConfigError, Evaluation, from_dict
+from pyprune.effects import shown
+from pyprune.model import ModelView
 from pyprune.sources import kinds
 
 POSITIONS = 256
@@ -218,6 +220,13 @@ def windows_of(evaluation: Evaluation, tokenizer=None, encoder: bool = False, *,
         return []
     return [(texts.describe(source), windows(evaluation, tokenizer, source=source, vocab_size=vocab_size))
             for source in texts.sources(evaluation.text)]
+
+
+def refuse_text(evaluation: Evaluation, view: ModelView) -> None:
+    """Raise ConfigError for an evaluation text that was named for a model that has no perplexity."""
+    if view.is_encoder and evaluation.text is not None:
+        raise ConfigError(f"evaluation.text={shown(evaluation.text)} would do nothing: {type(view.model).__name__} "
+                          "does not predict the next token, so it has no perplexity; leave it out")
 
 
 def measure(model: nn.Module, named: list[tuple[str, list[Tensor]]], evaluation: Evaluation,

@@ -25,7 +25,7 @@ from pyprune.counting import (
     tokens_of,
     work_of,
 )
-from pyprune.evaluate import pick_device
+from pyprune.evaluate import pick_device, refuse_text
 from pyprune.model import ModelView, WeightRef, select_weights, uncovered, weights_of
 from pyprune.names import matches
 from pyprune.planning import rehearsal_model, rehearse
@@ -53,6 +53,7 @@ def plan(config: PruneConfig | dict) -> dict:
     if config.output:
         checkpoint.check_output(config.output, allow=".pyprune")
     view = ModelView(_skeleton(config))
+    refuse_text(config.evaluation, view)
     selected = targeted = select_weights(view, config.targets, config.ignore)
     device = pick_device(config.device)
     gpu = device.type == "cuda"

@@ -13,8 +13,8 @@ from pyprune import calibration, checkpoint, distributed, ops
 from pyprune.blockwise import Meter
 from pyprune.comparison import read as read_report
 from pyprune.config import Calibration, ConfigError, Evaluation, PruneConfig, from_dict, override
-from pyprune.effects import needs_sequences, reads_sequences, shown, watches
-from pyprune.evaluate import pick_device, windows_of
+from pyprune.effects import needs_sequences, reads_sequences, watches
+from pyprune.evaluate import pick_device, refuse_text, windows_of
 from pyprune.journal import Journal, journaled
 from pyprune.masks import gather, prune_block
 from pyprune.model import ModelView, WeightRef, check_finite, select_weights
@@ -91,13 +91,12 @@ def _prune(model, config: PruneConfig, tokenizer, in_place: bool, progress: bool
             announce(f"loading {config.model}", progress)
             opened = open_model(config, world.same(journal.header.get("streamed")),
                                 pin=pick_device(config.device).type == "cuda")
-            live, tokenizer, weights = opened.model, tokenizer or opened.tokenizer, opened.weights
+            live, weights = opened.model, opened.weights
+            tokenizer = opened.tokenizer if tokenizer is None else tokenizer
     view = weights.view if weights.streamed else ModelView(live)
     selected = select_weights(view, config.targets, config.ignore)
     check_weights(view, selected, config)
-    if view.is_encoder and config.evaluation.text is not None:
-        raise ConfigError(f"evaluation.text={shown(config.evaluation.text)} would do nothing: {type(live).__name__} "
-                          "does not predict the next token, so it has no perplexity; leave it out")
+    refuse_text(config.evaluation, view)
     with clock("calibration"):
         data = calibration_data(config, view, live, tokenizer)
     with clock("evaluation"):

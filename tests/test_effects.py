@@ -183,3 +183,12 @@ def test_arguments_of_prune_and_refine_that_do_nothing(folder):
         with pytest.raises(ConfigError, match="would do nothing"):
             pyprune.refine(tiny.model("llama"), tiny.model("llama"),
                            **{"calibration": tiny.ids(4, 16), **settings})
+
+
+def test_a_text_for_a_model_without_perplexity(tmp_path):
+    tiny.model("bert").save_pretrained(tmp_path)
+    evaluation = Evaluation(text=tiny.ids(2, 9))
+    for attempt in (lambda: pyprune.prune(tiny.model("bert"), calibration=tiny.ids(4, 16), evaluation=evaluation),
+                    lambda: pyprune.plan(PruneConfig(model=str(tmp_path), evaluation=evaluation))):
+        with pytest.raises(ConfigError, match="evaluation.text=<Tensor in memory> would do nothing: BertModel"):
+            attempt()

@@ -10,7 +10,7 @@ import torch
 import pyprune
 from pyprune import report
 from pyprune.calibration import coerce, load
-from pyprune.config import Calibration, ConfigError, Evaluation
+from pyprune.config import Calibration, ConfigError, Evaluation, from_yaml
 from pyprune.evaluate import windows
 
 OFF = Evaluation(enabled=False)
@@ -96,6 +96,15 @@ def test_the_same_weights_go_with_and_without_text():
     one = run(method="magnitude").model.state_dict()
     other = run(method="magnitude", calibration=tiny.ids(4, 16)).model.state_dict()
     assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_a_folder_without_a_tokenizer_is_pruned_by_magnitude(tmp_path):
+    tiny.model("llama").save_pretrained(tmp_path / "dense")
+    found = pyprune.prune(str(tmp_path / "dense"), method="magnitude", output=str(tmp_path / "out"), progress=False)
+    assert found.report["sparsity"] == pytest.approx(0.5) and (tmp_path / "out" / "README.md").is_file()
+    again = pyprune.prune(config=from_yaml(tmp_path / "out" / "run.yaml"), output=str(tmp_path / "again"),
+                          progress=False)
+    assert again.report["weights"] == found.report["weights"]
 
 
 def test_no_probes_and_magnitude_read_nothing(monkeypatch, tokenizer):
