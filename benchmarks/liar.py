@@ -31,9 +31,10 @@ from benchmarks.common import data, read
 from pyprune.allocation import choose, uniform_count
 from pyprune.calibration import CalibrationData, tokenize
 from pyprune.config import PruneConfig
+from pyprune.effects import WEIGHTS_ALONE
 from pyprune.evaluate import window_losses
 from pyprune.evaluate_tasks import encode, fit_head, predict, read_pairs, spearman, token_ids
-from pyprune.group_criteria import NEEDS_GRADIENTS, Scored, score
+from pyprune.group_criteria import NEEDS_GRADIENTS, NEEDS_MOMENTS, Scored, score
 from pyprune.layouts import add_biases
 from pyprune.liar import Problem, repair
 from pyprune.model import ModelView, weights_of
@@ -250,13 +251,16 @@ class Bench:
         return model, {**notes, "solve_seconds": seconds}
 
     def propagated(self, cell: dict) -> tuple[torch.nn.Module, dict]:
-        source = pyprune.Calibration(source=self.calibration, num_samples=len(self.calibration), held_out=0)
         method, weighting, _ = METHODS[cell["method"]]
-        result = pyprune.prune(self.model, tokenizer=self.tokenizer, pattern=cell["pattern"], calibration=source,
-                               sparsity=cell["sparsity"], criterion=cell["criterion"], reconstruct=method,
-                               compute_dtype="bfloat16", seed=cell["seed"], probe_samples=0, progress=False,
-                               evaluation={"enabled": False},
-                               structured={"nonstandard": "save", "token_weights": weighting})
+        reads, structured = {}, {"nonstandard": "save"}
+        if method != "none" or cell["criterion"] not in WEIGHTS_ALONE:
+            reads = {"calibration": pyprune.Calibration(source=self.calibration, held_out=0),
+                     "compute_dtype": "bfloat16"}
+        if method != "none" or cell["criterion"] in NEEDS_MOMENTS:
+            structured["token_weights"] = weighting
+        result = pyprune.prune(self.model, tokenizer=self.tokenizer, pattern=cell["pattern"], sparsity=cell["sparsity"],
+                               criterion=cell["criterion"], reconstruct=method, seed=cell["seed"], probe_samples=0,
+                               progress=False, evaluation={"enabled": False}, structured=structured, **reads)
         rows = result.report["weights"]
         return result.model, {"seconds_by_phase": result.report["seconds"], "methods": [r["method"] for r in rows],
                               "dampings": [r["damping"] for r in rows], "errors": [r["error_held_out"] for r in rows],

@@ -56,14 +56,15 @@ KEY = ("model", "preset", "mask", "step", "seed", "self_generated")
 
 def config_of(preset: dict, mask: str, step: str, seed: int, extra: int, folder: Path) -> PruneConfig:
     generated = str(folder / f"generated-{preset['seq_len']}-{seed}.jsonl") if extra else None
+    trained = {"reconstruction": Reconstruction(epochs=preset["epochs"], batch_size=preset["batch_size"],
+                                                lr=preset["lr"])} if "BR" in step else {}
     return PruneConfig(
         method=mask, sparsity=0.5, **STEPS[step], compute_dtype=preset["compute_dtype"], seed=seed,
         probe_samples=preset["held_out"],
         calibration=Calibration(source=str(common.data(*preset["source"])), num_samples=preset["samples"],
                                 seq_len=preset["seq_len"], seed=seed, held_out=preset["held_out"],
                                 self_generated=extra, self_generated_path=generated),
-        evaluation=Evaluation(enabled=False),
-        reconstruction=Reconstruction(epochs=preset["epochs"], batch_size=preset["batch_size"], lr=preset["lr"]))
+        evaluation=Evaluation(enabled=False), **trained)
 
 
 def reset_peak() -> None:

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyprune import texts
-from pyprune.config import Calibration, ConfigError
+from pyprune import texts, thin
+from pyprune.config import Calibration, ConfigError, from_dict
 
 POOL = 8
 """Tokens to choose from for each token asked; a larger source is read no further."""
@@ -38,6 +38,8 @@ class CalibrationData:
     """SHA-256 of the token ids of ``sequences``, lengths and order included."""
     description: str
     """Source, counts and anything a reader of the report should know about them."""
+    warnings: list[str] = field(default_factory=list)
+    """Where the data are too thin, or not what they seem."""
 
 
 def fingerprint(sequences: Iterable[Tensor]) -> str:
@@ -49,63 +51,103 @@ def fingerprint(sequences: Iterable[Tensor]) -> str:
     return digest.hexdigest()
 
 
+def named(source: Any) -> dict | Calibration:
+    """What callers pass for a calibration, as a :class:`Calibration` or a mapping of its fields: either of them
+    already, or a bare source."""
+    fields = isinstance(source, dict) and "input_ids" not in source
+    return source if isinstance(source, Calibration) or fields else {"source": source}
+
+
 def coerce(source: Any) -> Calibration:
-    """A :class:`Calibration` from what callers pass for it: one already, or a bare source.
+    """A :class:`Calibration` whose number and length of sequences are known, from what callers pass for one.
 
-    A bare tensor of ids is taken whole; a list of texts or a path follows the defaults.
+    Unless they were asked for, token ids are taken whole, all rows and all tokens. Raises ConfigError where
+    token ids cannot meet what was asked for.
     """
-    if isinstance(source, Calibration):
-        return source
-    if source is None:
-        return Calibration()
-    if isinstance(source, dict) and "input_ids" not in source:
-        from pyprune.config import from_dict
-
-        return from_dict(Calibration, source, "calibration")
-    rows = None if isinstance(source, str) else texts.token_rows(source)
-    if rows is None:
-        return Calibration(source=source)
-    return Calibration(source=source, num_samples=len(rows), seq_len=max(2, *map(len, rows)))
-
-
-def load(calibration: Calibration, tokenizer=None, *, encoder: bool = False,
-         vocab_size: int | None = None) -> CalibrationData:
-    """Sequences to fit on and held-out sequences.
-
-    Raises :class:`ConfigError` if there are fewer than asked, if the text is shorter than one sequence, if an id lies
-    outside the vocabulary, or if text is given without a tokenizer.
-    """
-    if calibration.num_samples == 0:
-        return _assemble([], calibration, "no corpus text")
-    rows = texts.token_rows(calibration.source)
+    calibration, rows = _resolve(source)
     if rows is not None:
-        return _from_rows(rows, calibration, tokenizer, encoder, vocab_size)
-    need_tokenizer(tokenizer, "calibration text")
-    wanted = calibration.num_samples + calibration.held_out
-    pieces = _pieces(_documents(calibration, encoder), tokenizer, calibration, wanted, encoder)
-    _check_count(len(pieces), calibration, encoder)
-    texts.check_vocabulary(pieces, vocab_size)
-    order = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(calibration.seed or 0)).tolist()
-    chosen = [pieces[i] for i in order[:wanted]]
-    return _assemble(chosen, calibration, texts.describe(calibration.source))
+        _check_rows(rows, calibration)
+    return calibration
 
 
-def _from_rows(rows: list[Tensor], calibration: Calibration, tokenizer, encoder: bool,
-               vocab_size: int | None) -> CalibrationData:
+def _resolve(source: Any) -> tuple[Calibration, list[Tensor] | None]:
+    calibration = named(source)
+    if isinstance(calibration, dict):
+        calibration = from_dict(Calibration, calibration, "calibration")
+    rows = None if calibration.num_samples == 0 else texts.token_rows(calibration.source)
+    count, length = calibration.samples, calibration.tokens
+    if rows is not None:
+        count = len(rows) if calibration.num_samples is None else count
+        length = calibration.seq_len or max(2, *map(len, rows))
+    return dataclasses.replace(calibration, num_samples=count, seq_len=length), rows
+
+
+def _check_rows(rows: list[Tensor], calibration: Calibration, vocab_size: int | None = None) -> None:
+    """Refuse token ids that are fewer, shorter or others than asked for."""
     name, asked = texts.describe(calibration.source), calibration.num_samples
     if len(rows) < asked:
         raise ConfigError(f"{asked} calibration samples were asked for, but {name} has {len(rows)} rows; give more, or "
                           f"set num_samples={len(rows)}")
-    rows = rows[:asked + calibration.held_out]
-    if (short := next((i for i, row in enumerate(rows) if len(row) < 2), None)) is not None:
-        raise ConfigError(f"row {short} of {name} has {len(rows[short])} tokens; a sequence needs at least 2")
-    texts.check_vocabulary(rows, vocab_size)
-    data = _assemble(rows, calibration, f"{name}, rows as given")
-    missing = calibration.held_out - len(data.held_out)
+    texts.check_rows(rows[:asked + calibration.held_out], name, "a sequence")
+    texts.check_vocabulary(rows[:asked + calibration.held_out], vocab_size)
+    texts.check_length(rows, name, "seq_len", calibration.seq_len)
+
+
+def load(calibration: Calibration, tokenizer=None, *, encoder: bool = False, vocab_size: int | None = None,
+         model_config: Any = None, measures: bool = True) -> CalibrationData:
+    """Sequences to fit on and held-out sequences.
+
+    model_config: names the padding id where the tokenizer does not. measures: whether anything is measured on held-out
+    sequences, so that their absence is worth a word.
+    Raises :class:`ConfigError` if there are fewer than asked, if the text is shorter than one sequence, if an id lies
+    outside the vocabulary, or if text is given without a tokenizer.
+    """
+    calibration, rows = _resolve(calibration)
+    if calibration.num_samples == 0:
+        return CalibrationData(sequences=[], fingerprint=fingerprint([]), description="no corpus text: 0 sequences")
+    if rows is not None:
+        data = _from_rows(rows, calibration, tokenizer, encoder, vocab_size)
+        data.warnings += thin.padding(data.sequences, texts.describe(calibration.source), calibration.source, tokenizer,
+                                      model_config)
+    else:
+        data = _from_text(calibration, tokenizer, encoder, vocab_size)
+    data.warnings += thin.repetition(data.sequences, data.held_out)
+    if measures and calibration.held_out and not data.held_out:
+        data.warnings.append(f"there is no held-out measure: {texts.describe(calibration.source)} has no sequence that "
+                             "is not fitted on; give more, or a smaller num_samples")
+    return data
+
+
+def _from_text(calibration: Calibration, tokenizer, encoder: bool, vocab_size: int | None) -> CalibrationData:
+    need_tokenizer(tokenizer, "calibration text")
+    asked, name = calibration.num_samples, texts.describe(calibration.source)
+    pieces = _pieces(_documents(calibration, encoder), tokenizer, calibration.seq_len, asked + calibration.held_out,
+                     encoder)
+    _check_count(len(pieces), calibration, encoder)
+    texts.check_vocabulary(pieces, vocab_size)
+    order = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(calibration.seed or 0)).tolist()
+    chosen = [pieces[i] for i in order]
+    fit = chosen[:asked]
+    held_out = thin.others(chosen[asked:], fit, calibration.held_out)
+    missing = len(held_out) < calibration.held_out
+    return _assemble(fit, held_out, name, f"; {len(held_out)} of the {calibration.held_out} held-out sequences asked "
+                     "for, as it has no more" if missing else "")
+
+
+def _from_rows(rows: list[Tensor], calibration: Calibration, tokenizer, encoder: bool,
+               vocab_size: int | None) -> CalibrationData:
+    _check_rows(rows, calibration, vocab_size)
+    name, asked, longest = texts.describe(calibration.source), calibration.num_samples, max(map(len, rows))
+    how = "rows as given" if calibration.seq_len >= longest else \
+        f"the first {calibration.seq_len} of their {longest} tokens"
+    rows = [row[:calibration.seq_len] for row in rows]
+    fit = rows[:asked]
+    held_out = thin.others(rows[asked:], fit, calibration.held_out)
+    texts.check_vocabulary(held_out, vocab_size)
+    data = _assemble(fit, held_out, f"{name}, {how}")
+    missing = calibration.held_out - len(held_out)
     if missing and tokenizer is not None:
-        builtin = dataclasses.replace(calibration, source=None, seq_len=max(map(len, rows)), num_samples=1,
-                                      held_out=max(0, missing - 1))
-        pieces = _pieces(texts.builtin("calibration"), tokenizer, builtin, missing, encoder)[:missing]
+        pieces = _pieces(texts.builtin("calibration"), tokenizer, max(map(len, fit)), missing, encoder)[:missing]
         texts.check_vocabulary(pieces, vocab_size)
         data.held_out += pieces
         data.description += f"; {len(pieces)} of the held-out sequences are from {texts.BUILTIN}"
@@ -114,14 +156,11 @@ def _from_rows(rows: list[Tensor], calibration: Calibration, tokenizer, encoder:
     return data
 
 
-def _assemble(chosen: list[Tensor], calibration: Calibration, source: str) -> CalibrationData:
-    fit, held_out = chosen[:calibration.num_samples], chosen[calibration.num_samples:]
-    lengths = sorted({len(row) for row in fit}) or [0]
+def _assemble(fit: list[Tensor], held_out: list[Tensor], source: str, rest: str = "") -> CalibrationData:
+    lengths = sorted({len(row) for row in fit})
     width = f"{lengths[0]}" if len(lengths) == 1 else f"{lengths[0]} to {lengths[-1]}"
-    text = f"{source}: {len(fit)} sequences of {width} tokens"
-    if len(held_out) < calibration.held_out and calibration.num_samples and not source.endswith("rows as given"):
-        text += f"; {len(held_out)} of the {calibration.held_out} held-out sequences asked for, as it has no more"
-    return CalibrationData(sequences=fit, held_out=held_out, fingerprint=fingerprint(fit), description=text)
+    return CalibrationData(sequences=fit, held_out=held_out, fingerprint=fingerprint(fit),
+                           description=f"{source}: {len(fit)} sequences of {width} tokens{rest}")
 
 
 def need_tokenizer(tokenizer, what: str) -> None:
@@ -141,11 +180,11 @@ def _documents(calibration: Calibration, encoder: bool = False) -> Iterable[str]
     return found
 
 
-def _pieces(documents: Iterable[str], tokenizer, calibration: Calibration, wanted: int, encoder: bool) -> list[Tensor]:
+def _pieces(documents: Iterable[str], tokenizer, length: int, wanted: int, encoder: bool) -> list[Tensor]:
     if encoder:
-        return list(itertools.islice(_sentences(documents, tokenizer, calibration.seq_len), POOL * wanted))
+        return list(itertools.islice(_sentences(documents, tokenizer, length), POOL * wanted))
     prefix = bos_prefix(tokenizer)
-    content = calibration.seq_len - len(prefix)
+    content = length - len(prefix)
     ids = tokenize(documents, tokenizer, POOL * wanted * content)
     return [torch.cat([prefix, ids[i:i + content]]) for i in range(0, len(ids) - content + 1, content)]
 

@@ -15,7 +15,7 @@ import typer
 import pyprune
 from pyprune import comparison, report, speed
 from pyprune.config import Calibration, ConfigError, Evaluation, Reconstruction, from_dict, override
-from pyprune.options import configuration_fields, with_fields
+from pyprune.options import configuration_fields, option_of, with_fields
 
 app = typer.Typer(name="pyprune", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="One-shot pruning of transformers: what it does, what it costs, on CPU and GPU.")
@@ -65,6 +65,8 @@ def prune(
 ):
     """Prune MODEL, evaluate it, and write a Hugging Face model and a report."""
     settings = override(config, {**fields, **({"model": model} if model else {})})
+    if plan and resume:
+        raise ConfigError("--resume would do nothing: --plan runs nothing")
     if plan:
         found = pyprune.plan(settings)
         return _print_json(found) if as_json else report.print_plan(found)
@@ -124,7 +126,11 @@ def evaluate(
     fields: dict = None,
 ):
     """Perplexity of a model on a text: windows do not overlap, each is seen by itself."""
+    asked = fields.get("evaluation", {})
     if latency:
+        idle = [option_of(f"evaluation.{name}", EVALUATION_FIELDS) for name in asked]
+        for option in idle if device == "auto" else [*idle, "--device"]:
+            raise ConfigError(f"{option} would do nothing: --latency reads no text and runs where the model is loaded")
         rows = speed.compare([against or speed.dense_of(model), model])
         if plot:
             speed.plot(rows, plot)
@@ -133,11 +139,14 @@ def evaluate(
             return _print_json(rows)
         speed.print_comparison(rows)
         return print("added to " + ", ".join(map(str, written))) if written else None
+    for name, value in (("--against", against), ("--plot", plot)):
+        if value is not None:
+            raise ConfigError(f"{name} would do nothing: only --latency compares with the dense model")
     from pyprune.evaluate import NotFinite
 
     show = _print_json if as_json else report.print_evaluation
     try:
-        show(pyprune.evaluate(model, device=device, **fields.get("evaluation", {})))
+        show(pyprune.evaluate(model, device=device, **asked))
     except NotFinite as error:
         show(error.found)
         raise

@@ -14,6 +14,8 @@ import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pyprune import effects
+
 METHODS = ("magnitude", "wanda", "sparsegpt")
 STRUCTURED_PATTERNS = ("neurons", "heads", "structured")
 CRITERIA = ("random", "magnitude", "activation", "wifv", "taylor", "fisher", "obs", "obs_greedy")
@@ -22,10 +24,26 @@ STRUCTURED_RECONSTRUCTIONS = ("none", "bias", "mask_tuning", "liar")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 TOKEN_WEIGHTS = ("auto", "relative", "balanced", "uniform")
 STREAMING = ("auto", "always", "never")
+SAMPLES, TOKENS, WINDOW = 64, 512, 1024
+"""Sequences of calibration text, tokens of each, tokens of an evaluation window, where nothing else is asked."""
 
 
 class ConfigError(ValueError):
     """Bad input: one clear sentence with the value and the way out. The command line exits with code 2 on it."""
+
+
+class Unused(ConfigError):
+    """A field that was set and would do nothing."""
+
+    def __init__(self, field: str, sentence: str):
+        super().__init__(sentence)
+        self.field = field
+
+
+def check_effects(settings, rules: dict[str, effects.Rule], section: str = "") -> None:
+    """Raise :class:`Unused` for the first field that was set and would do nothing."""
+    if (found := effects.idle(settings, rules, section)) is not None:
+        raise Unused(*found)
 
 
 def _choose(name: str, value, allowed) -> None:
@@ -55,10 +73,11 @@ class Calibration:
     source: typing.Any = None
     """Hub data set id, local ``.txt``/``.jsonl``/``.json``/``.csv``/``.parquet``/``.npy`` path, list of texts, or int
     tensor of token ids ``[samples, tokens]``; None: the Python documentation on this machine (no network)."""
-    num_samples: int = 64
-    """Sequences asked for; fewer available is an error, never a silent shortfall."""
-    seq_len: int = 512
-    """Tokens a sequence (encoders: the most tokens a sentence keeps)."""
+    num_samples: int | None = None
+    """Sequences asked for; fewer available is an error, never a silent shortfall. None: 64, of token ids all rows."""
+    seq_len: int | None = None
+    """Tokens a sequence (encoders: the most tokens a sentence keeps). None: 512, of token ids whole rows; rows are cut
+    to fewer, and more than they have is an error."""
     seed: int | None = None
     """Seed of the choice of sequences and of self-generation; None: the run's seed."""
     split: str = "train"
@@ -84,6 +103,17 @@ class Calibration:
         _positive(self, "num_samples", "self_generated", "held_out", minimum=0)
         _positive(self, "seq_len", minimum=2)
         _choose("self_generated_for", self.self_generated_for, ("reconstruction", "all"))
+        check_effects(self, effects.CALIBRATION, "calibration")
+
+    @property
+    def samples(self) -> int:
+        """Sequences of text."""
+        return SAMPLES if self.num_samples is None else self.num_samples
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of each."""
+        return self.seq_len or TOKENS
 
 
 @dataclass(kw_only=True)
@@ -92,8 +122,9 @@ class Evaluation:
 
     text: typing.Any = None
     """One source or a list of sources, as ``Calibration.source``; None: the held-out part of the Python docs."""
-    window: int = 1024
-    """Tokens a window; windows do not overlap."""
+    window: int | None = None
+    """Tokens a window; windows do not overlap. None: 1024, of token ids whole rows; rows are cut to fewer, and more
+    than they have is an error."""
     max_windows: int | None = 24
     """At most this many windows a text; None takes all."""
     dtype: str = "auto"
@@ -115,6 +146,12 @@ class Evaluation:
         _positive(self, "window", minimum=2)
         _positive(self, "max_windows", "batch_size")
         _choose("evaluation dtype", self.dtype, DTYPES)
+        check_effects(self, effects.EVALUATION, "evaluation")
+
+    @property
+    def tokens(self) -> int:
+        """Tokens a window of text."""
+        return self.window or WINDOW
 
 
 @dataclass(kw_only=True)
@@ -208,10 +245,11 @@ class PruneConfig:
     inputs: str = "propagated"
     """Statistics from the ``propagated`` pruned prefix (two passes a block) or the ``dense`` stream (one)."""
     targets: list[str] = field(default_factory=list)
-    """Only weights whose name contains (or fnmatch-es) one of these; empty: every matrix of every block. Layers that
-    route tokens to experts stay dense unless a pattern matches nothing else."""
+    """Only weights that one of these names: whole components (``mlp``, ``layers.1``, ``experts.down_proj[3]``),
+    wildcards (``*_proj``) or ``re:`` and a regular expression; empty: every matrix of every block. Layers that route
+    tokens to experts stay dense unless a pattern matches nothing else."""
     ignore: list[str] = field(default_factory=list)
-    """Weights to leave dense, same matching. A pattern that matches nothing is an error."""
+    """Weights to leave dense, named the same way. A pattern that matches nothing is an error."""
     damping: float = 0.01
     """λ of the OBS sweep relative to the mean diagonal of H."""
     column_block: int = 128
@@ -269,6 +307,7 @@ class PruneConfig:
         if self.global_propagation and self.inputs == "dense":
             raise ConfigError("global_propagation needs inputs='propagated': it corrects the pruned stream")
         self._check_reconstruction()
+        check_effects(self, effects.RUN)
 
     def _check_reconstruction(self) -> None:
         trains = self.reconstruct in ("block", "cross_block")
@@ -387,13 +426,26 @@ def to_yaml(config: PruneConfig) -> str:
 
 
 def override(base: PruneConfig | str | Path | None, values: dict) -> PruneConfig:
-    """A configuration, or the YAML file of one, with the fields of a nested mapping put in their places."""
+    """A configuration, or the YAML file of one, with the fields of a nested mapping put in their places.
+
+    What the base set and the new fields leave without effect returns to its default; a field of ``values`` that would
+    do nothing is a :class:`ConfigError`.
+    """
     if base is None:
         return from_dict(PruneConfig, values)
-    merged = to_dict(base if isinstance(base, PruneConfig) else from_yaml(base))
+    base = base if isinstance(base, PruneConfig) else from_yaml(base)
+    merged = {key: dict(vars(value)) if key in _SECTIONS else value for key, value in vars(base).items()}
     for key, value in values.items():
         merged[key] = {**merged[key], **value} if key in _SECTIONS and isinstance(value, dict) else value
-    return from_dict(PruneConfig, merged)
+    while True:
+        try:
+            return from_dict(PruneConfig, merged)
+        except Unused as error:
+            section, _, name = error.field.rpartition(".")
+            given = values.get(section, {}) if section else values
+            if not isinstance(given, dict) or name in given:
+                raise
+            del (merged[section] if section else merged)[name]
 
 
 def from_yaml(text_or_path: str | Path) -> PruneConfig:

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from pyprune.config import PruneConfig
+from pyprune.effects import needs_factor, needs_sequences
 from pyprune.evaluate import POSITIONS, cpu_has_bfloat16
 from pyprune.group_criteria import NEEDS_MOMENTS
 from pyprune.model import ModelView, WeightRef, weights_of
-from pyprune.solvers import needs_factor
 from pyprune.store import DEPTH
 from pyprune.stream import TARGET_TOKENS
 from pyprune.texts import sources
@@ -70,12 +70,12 @@ def active_share(view: ModelView) -> float:
 
 def tokens_of(config: PruneConfig) -> int:
     """Calibration tokens, the self-generated ones included."""
-    return (config.calibration.num_samples + config.calibration.self_generated) * config.calibration.seq_len
+    return (config.calibration.samples + config.calibration.self_generated) * config.calibration.tokens
 
 
 def probe_sequences(config: PruneConfig) -> int:
     """Sequences that errors are measured on, of the calibration data and held out."""
-    return min(config.probe_samples, config.calibration.num_samples) + min(config.probe_samples,
+    return min(config.probe_samples, config.calibration.samples) + min(config.probe_samples,
                                                                            config.calibration.held_out)
 
 
@@ -139,7 +139,7 @@ def passes_of(config: PruneConfig) -> dict[str, int]:
         kinds_of_units = 2 if config.pattern == "structured" and follows else 1
         return {"statistics": looks * kinds_of_units, "propagation": int(follows),
                 "dense": int(follows and config.reconstruct != "none")}
-    if not config.is_structured and config.method == "magnitude" and config.reconstruct == "none":
+    if not needs_sequences(config):
         return {"statistics": 0, "propagation": 0, "dense": 0}
     trains, cross = config.reconstruct in ("block", "cross_block"), config.reconstruct == "cross_block"
     # without GP the statistics pass leaves BR's targets; CR's are two dense blocks behind the final prefix
@@ -152,12 +152,12 @@ def flops_of(view: ModelView, work: Work, config: PruneConfig) -> dict[str, floa
     """FLOPs of the matrix products by phase; a phase that does not happen is left out."""
     blocks, passes, tokens = len(view.order), passes_of(config), tokens_of(config)
     forward = blocks * work.forward
-    probes = 2 * probe_sequences(config) * config.calibration.seq_len * forward
+    probes = 2 * probe_sequences(config) * config.calibration.tokens * forward
     found = {"forward": (passes["statistics"] + passes["propagation"] + passes["dense"]) * tokens * forward + probes}
     if config.is_structured or needs_factor(config):
         found |= {"gram": blocks * tokens * work.statistics, "solve": view.distinct * work.solve}
     found["reconstruct"] = 3 * passes.get("training", 0) * tokens * forward
-    found["evaluation"] = 2 * evaluation_windows(view, config) * config.evaluation.window * (forward + work.head)
+    found["evaluation"] = 2 * evaluation_windows(view, config) * config.evaluation.tokens * (forward + work.head)
     return {phase: count for phase, count in found.items() if count}
 
 
@@ -188,7 +188,7 @@ def memory_of(view: ModelView, selected: list[list[WeightRef]], config: PruneCon
         "weights": (rest + (1 + window) * largest if streamed else everything) * own.itemsize,
         "activations": int(min(budget, activation_bytes(config, hidden, compute))),
     }
-    batch = (config.batch_size or max(1, TARGET_TOKENS // calibration.seq_len)) * calibration.seq_len
+    batch = (config.batch_size or max(1, TARGET_TOKENS // calibration.tokens)) * calibration.tokens
     block = {"block": window * largest * compute.itemsize if gpu or compute != own else 0}
     grams, inputs, solve, widest = 0, 0, 0, hidden
     for one, refs, _ in kinds(view, selected):
@@ -202,12 +202,12 @@ def memory_of(view: ModelView, selected: list[list[WeightRef]], config: PruneCon
         largest_input = max((x.width for x in found), default=0) if factors else 0
         # a factorisation holds three matrices beside the Gram; a sweep the factor, and the matrix three times
         solve = max(solve, masks + max(12 * largest_input**2, 4 * largest_input**2 + 12 * matrix))
-    kept = {"statistics": grams, "probes": probe_sequences(config) * calibration.seq_len * inputs * compute.itemsize}
+    kept = {"statistics": grams, "probes": probe_sequences(config) * calibration.tokens * inputs * compute.itemsize}
     ring = 2 * DEPTH * hidden if gpu else 0
     moments = [{**block, **kept, "batches": batch * (4 * widest + hidden + ring) * compute.itemsize},
                {**block, **kept, "solve": solve, "batches": batch * ring * compute.itemsize}]
     if trains:
-        micro = (config.reconstruction.micro_batch_size or config.reconstruction.batch_size) * calibration.seq_len
+        micro = (config.reconstruction.micro_batch_size or config.reconstruction.batch_size) * calibration.tokens
         moments.append({**block, "training": window * (20 * largest + 4 * micro * (6 * widest + 12 * hidden))})
     evaluated = {**host, "activations": 0, "evaluation": evaluation_bytes(view, config, streamed, widest)}
     hosts = [host, evaluated] if gpu else [evaluated, *({**host, **moment} for moment in moments)]
@@ -224,7 +224,7 @@ def activation_bytes(config: PruneConfig, hidden: int, compute: torch.dtype) -> 
     trains = config.reconstruct in ("block", "cross_block")
     streams = (2 if config.global_propagation or trains else 1) + (config.reconstruct == "cross_block")
     tokens = 0 if passes_of(config)["statistics"] == 0 else streams * tokens_of(config)
-    return (tokens + 2 * probe_sequences(config) * config.calibration.seq_len) * hidden * compute.itemsize
+    return (tokens + 2 * probe_sequences(config) * config.calibration.tokens) * hidden * compute.itemsize
 
 
 def evaluation_bytes(view: ModelView, config: PruneConfig, streamed: bool, widest: int) -> int:
@@ -236,13 +236,13 @@ def evaluation_bytes(view: ModelView, config: PruneConfig, streamed: bool, wides
         torch.bfloat16 if own == torch.float32 and cpu_has_bfloat16() else own
     embedding = view.model.get_input_embeddings().weight
     vocabulary, hidden = embedding.shape
-    tokens = config.evaluation.batch_size * config.evaluation.window
+    tokens = config.evaluation.batch_size * config.evaluation.tokens
     everything = sum(p.numel() for p in view.model.parameters())
     blocks = sum(p.numel() for p in view.blocks.parameters())
     cast = 0 if dtype == own else (everything if not streamed else everything - blocks + 2 * blocks // len(view.blocks))
-    kept = evaluation_windows(view, config) * config.evaluation.window * hidden if streamed else 0
+    kept = evaluation_windows(view, config) * config.evaluation.tokens * hidden if streamed else 0
     return (cast + kept + tokens * max(vocabulary, 4 * widest + hidden)) * dtype.itemsize \
-        + 8 * config.evaluation.batch_size * min(POSITIONS, config.evaluation.window) * vocabulary
+        + 8 * config.evaluation.batch_size * min(POSITIONS, config.evaluation.tokens) * vocabulary
 
 
 def disk_of(view: ModelView, config: PruneConfig, streamed: bool, activations: int = 0) -> dict[str, int]:

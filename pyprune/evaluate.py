@@ -23,7 +23,9 @@ from torch import Tensor, nn
 from pyprune import texts
 from pyprune.calibration import bos_prefix, need_tokenizer, tokenize
 from pyprune.config import ConfigError, Evaluation, from_dict
-from pyprune.model import not_finite
+from pyprune.effects import shown
+from pyprune.model import ModelView, not_finite
+from pyprune.sources import kinds
 
 POSITIONS = 256
 """Logits of this many positions are widened to float32 at a time: the vocabulary is wide."""
@@ -33,7 +35,8 @@ def windows(evaluation: Evaluation, tokenizer=None, *, source: Any = ...,
             vocab_size: int | None = None) -> list[Tensor]:
     """Windows of one source: rows of token ids as given, or the text cut from its beginning.
 
-    source: one of ``evaluation.text``; left out, ``evaluation.text`` itself.
+    source: one of ``evaluation.text``; left out, ``evaluation.text`` itself. Rows are cut to ``evaluation.window``; one
+    that no row is as long as is refused, unless another of the sources is text.
     A tokenizer that starts texts with BOS starts every window with it, unless ``evaluation.bos`` says otherwise.
     Raises :class:`ConfigError` if the text is shorter than one window.
     """
@@ -41,9 +44,11 @@ def windows(evaluation: Evaluation, tokenizer=None, *, source: Any = ...,
     found = texts.token_rows(source)
     if found is not None:
         found = found[:evaluation.max_windows]
-        if (short := next((i for i, row in enumerate(found) if len(row) < 2), None)) is not None:
-            raise ConfigError(f"row {short} of {texts.describe(source)} has {len(found[short])} tokens; "
-                              "a window needs 2")
+        texts.check_rows(found, texts.describe(source), "a window")
+        if evaluation.window is not None:
+            if kinds(evaluation.text) == {"ids"}:
+                texts.check_length(found, texts.describe(source), "window", evaluation.window)
+            found = [row[:evaluation.window] for row in found]
     else:
         need_tokenizer(tokenizer, "evaluation text")
         documents = texts.builtin("evaluation") if source is None else texts.read(
@@ -55,12 +60,12 @@ def windows(evaluation: Evaluation, tokenizer=None, *, source: Any = ...,
 
 def _cut(documents: Iterable[str], evaluation: Evaluation, tokenizer, name: str) -> list[Tensor]:
     prefix = bos_prefix(tokenizer) if evaluation.bos else torch.empty(0, dtype=torch.long)
-    content = evaluation.window - len(prefix)
+    content = evaluation.tokens - len(prefix)
     enough = None if evaluation.max_windows is None else evaluation.max_windows * content
     ids = tokenize(documents, tokenizer, enough)
     if len(ids) < content:
         raise ConfigError(f"evaluation text from {name} has {len(ids)} tokens, fewer than one window of "
-                          f"{evaluation.window}; give more text or a smaller window")
+                          f"{evaluation.tokens}; give more text or a smaller window")
     return [torch.cat([prefix, ids[i:i + content]]) for i in range(0, len(ids) - content + 1, content)]
 
 
@@ -238,6 +243,13 @@ def windows_of(evaluation: Evaluation, tokenizer=None, encoder: bool = False, *,
             for source in texts.sources(evaluation.text)]
 
 
+def refuse_text(evaluation: Evaluation, view: ModelView) -> None:
+    """Raise ConfigError for an evaluation text that was named for a model that has no perplexity."""
+    if view.is_encoder and evaluation.text is not None:
+        raise ConfigError(f"evaluation.text={shown(evaluation.text)} would do nothing: {type(view.model).__name__} "
+                          "does not predict the next token, so it has no perplexity; leave it out")
+
+
 def measure(model: nn.Module, named: list[tuple[str, list[Tensor]]], evaluation: Evaluation,
             progress=None) -> list[dict]:
     """One row a text: perplexity (NaN where the logits are not finite) and its conditions."""
@@ -258,7 +270,7 @@ def placed(model: nn.Module, device: torch.device, evaluation: Evaluation) -> It
         yield True
         return
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    logits = evaluation.batch_size * evaluation.window * (vocabulary(model) or 0) * 6
+    logits = evaluation.batch_size * evaluation.tokens * (vocabulary(model) or 0) * 6
     if 1.2 * weights + 2 * logits > torch.cuda.mem_get_info(device)[0]:
         yield False
         return

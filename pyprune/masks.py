@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 import math
 
 import torch
 from torch import Tensor, nn
 
 from pyprune import distributed, ops
-from pyprune.config import ConfigError, PruneConfig
+from pyprune.config import ConfigError
+from pyprune.effects import needs_factor, needs_sequences
 from pyprune.model import WeightRef
 from pyprune.run import Run
-from pyprune.solvers import inverse_factor, needs_factor, solve
+from pyprune.solvers import inverse_factor, solve
 from pyprune.statistics import Observer, Statistics, error_sums, find_non_finite, observe, ratio
 from pyprune.stream import Activations
-
-
-def needs_calibration(config: PruneConfig) -> bool:
-    return config.method != "magnitude" or config.reconstruct != "none"
 
 
 def gather(run: Run, index: int, module: nn.Module, refs: list[WeightRef], fit: Activations,
@@ -64,9 +61,10 @@ def prune_block(run: Run, index: int, module: nn.Module, observer: Observer | No
             continue
         statistics = observer.sinks[leader] if leader else None
         group_config = config
-        if statistics is None and needs_calibration(config):
+        if statistics is None and needs_sequences(config):
             # an expert that no token reached has no statistics: magnitude is all there is, and it is said
-            group_config = dataclasses.replace(config, method="magnitude", reconstruct="none")
+            group_config = copy.copy(config)  # not replace(): its other fields need have no effect here
+            group_config.method, group_config.reconstruct = "magnitude", "none"
             for ref in refs:
                 run.warn(f"{run.view.name(index, ref)} saw no calibration token: pruned by magnitude")
         factor = None
@@ -77,6 +75,9 @@ def prune_block(run: Run, index: int, module: nn.Module, observer: Observer | No
                 run.warn(f"{name}: damping raised to {factor.damping:g} for the factorisation to succeed")
         for ref in refs:
             weight = ref.view(block)
+            if ref.expert is not None and statistics is not None and statistics.count < weight.shape[1]:
+                run.warn(f"{run.view.name(index, ref)} saw {int(statistics.count)} calibration tokens, fewer than its "
+                         f"{weight.shape[1]} inputs: what is chosen there rests on too little data")
             before = weight.to(run.executor.device)
             solved = solve(before, group_config, statistics, factor)
             row = {"name": run.view.name(index, ref), "block": index, "shape": list(weight.shape),

@@ -10,7 +10,6 @@ recorder. The same tells in which order the blocks are applied, and how often.
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pyprune.config import ConfigError
+from pyprune.names import matches
 from pyprune.routing import expert_matrices
 from pyprune.routing import routers as routing_layers
 
@@ -109,11 +109,6 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return name, blocks
 
 
-def matches(name: str, patterns: Iterable[str]) -> bool:
-    """True if a pattern is part of the name or fnmatch-es it."""
-    return any(p in name or fnmatch.fnmatch(name, p) for p in patterns)
-
-
 def select_weights(view: ModelView, targets: list[str], ignore: list[str]) -> list[list[WeightRef]]:
     """Per block, the weights to prune. Layers that route to experts are chosen only by a target that matches nothing
     else. A pattern that matches nothing is a ConfigError that lists what exists."""
@@ -128,6 +123,8 @@ def select_weights(view: ModelView, targets: list[str], ignore: list[str]) -> li
                     continue  # the embedding, the head and norms are dense anyway: asking for that is no mistake
                 kinds = sorted({ref.path for block in refs for ref in block})
                 hint = f"it names {outside[0]}, which lies outside the blocks" if outside else "it matches nothing"
+                if any(pattern in name for name in names):
+                    hint += f" (whole components count; write {f'*{pattern}*'!r} for a part of one)"
                 raise ConfigError(f"{field} pattern {pattern!r} selects no prunable weight: {hint}; prunable in each "
                                   f"block: {', '.join(kinds)}")
     for_routers = [p for p in targets if not any(names[name] for name in names if matches(name, [p]))]

@@ -53,6 +53,11 @@ def option_name(path: str, counts: Counter) -> str:
     return f"{section}_{name}" if section and counts[name] > 1 else name
 
 
+def option_of(path: str, paths: list[str]) -> str:
+    """``--text`` for ``evaluation.text``, in a command that has the options of ``paths``."""
+    return "--" + option_name(path, Counter(p.rpartition(".")[2] for p in paths)).replace("_", "-")
+
+
 def _annotation(path: str, cls, field: dataclasses.Field, name: str):
     hint = TEXTUAL.get(path) or typing.get_type_hints(cls)[field.name]
     options = [o for o in typing.get_args(hint) if o is not type(None)] if isinstance(hint, types.UnionType) else [hint]

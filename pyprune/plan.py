@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from pyprune import checkpoint
+from pyprune import calibration, checkpoint
 from pyprune.config import ConfigError, PruneConfig, override
 from pyprune.counting import (
     activation_bytes,
@@ -25,8 +25,9 @@ from pyprune.counting import (
     tokens_of,
     work_of,
 )
-from pyprune.evaluate import pick_device
+from pyprune.evaluate import pick_device, refuse_text
 from pyprune.model import ModelView, WeightRef, select_weights, uncovered, weights_of
+from pyprune.names import matches
 from pyprune.planning import rehearsal_model, rehearse
 from pyprune.prune import pick_dtype
 from pyprune.shards import Files
@@ -37,7 +38,8 @@ from pyprune.structured_plan import group_paths
 def plan(config: PruneConfig | dict) -> dict:
     """What :func:`pyprune.prune` would do with this configuration, which names its model.
 
-    Returns ``model``, ``settings``, ``weights`` (name, shape, ``prune``, ``why`` not), ``coverage``; ``memory_bytes``
+    Returns ``model``, ``settings``, ``weights`` (name, shape, ``prune``, ``why`` not), ``coverage``, ``patterns``
+    (what each of ``targets`` and ``ignore`` names); ``memory_bytes``
     and, with a GPU, ``device_memory_bytes``, by part at the moment of the peak; ``free_bytes`` of both; ``disk_bytes``;
     ``calibration``, ``passes``, ``streamed`` and ``streamed_because``; ``flops`` and ``seconds`` by phase;
     ``not_counted``, what the seconds leave out.
@@ -45,11 +47,13 @@ def plan(config: PruneConfig | dict) -> dict:
     or data.
     """
     config = override(config, {}) if isinstance(config, PruneConfig) else override(None, config)
+    config.calibration = calibration.coerce(config.calibration)
     if config.model is None:
         raise ConfigError("no model: give a Hub id, a local folder or a .gguf file")
     if config.output:
         checkpoint.check_output(config.output, allow=".pyprune")
     view = ModelView(_skeleton(config))
+    refuse_text(config.evaluation, view)
     selected = targeted = select_weights(view, config.targets, config.ignore)
     device = pick_device(config.device)
     gpu = device.type == "cuda"
@@ -73,11 +77,11 @@ def plan(config: PruneConfig | dict) -> dict:
         "settings": {name: getattr(config, name) for name in ("method", "criterion", "pattern", "sparsity",
                                                               "reconstruct", "global_propagation")},
         "device": str(device), "compute_dtype": str(compute)[6:],
-        "weights": weights, "coverage": view.coverage(selected),
+        "weights": weights, "coverage": view.coverage(selected), "patterns": _patterns(view, config),
         "memory_bytes": {**host, "total": sum(host.values())},
         "device_memory_bytes": {**on_device, "total": sum(on_device.values())} if gpu else None,
         "free_bytes": free,
-        "calibration": {"sequences": config.calibration.num_samples + config.calibration.self_generated,
+        "calibration": {"sequences": config.calibration.samples + config.calibration.self_generated,
                         "tokens": tokens_of(config)},
         "passes": passes_of(config), "streamed": streamed, "streamed_because": why,
         "disk_bytes": {**disk_of(view, config, streamed, spilled), "free": _free_disk(config)},
@@ -122,6 +126,18 @@ def _weights(view: ModelView, selected: list[list[WeightRef]], targeted: list[li
     return [row for rows in found for row in rows]
 
 
+def _patterns(view: ModelView, config: PruneConfig) -> list[dict]:
+    """What each pattern of ``targets`` and ``ignore`` names: how many weights of the blocks, and some of them."""
+    names = [view.name(i, ref) for i, block in enumerate(view.blocks) for ref in weights_of(block)]
+    rows = []
+    for field in ("targets", "ignore"):
+        for pattern in getattr(config, field):
+            found = [name for name in names if matches(name, [pattern])]
+            rows.append({"field": field, "pattern": pattern, "weights": len(found),
+                         "examples": found if len(found) < 4 else [*found[:2], found[-1]]})
+    return rows
+
+
 def will_stream(config: PruneConfig, view: ModelView, free: int) -> tuple[bool, str]:
     """Whether the weights would be streamed, and why. Raises ConfigError where ``stream="always"`` cannot."""
     from pyprune.weights import SHARE
@@ -162,10 +178,9 @@ def _free_disk(config: PruneConfig) -> int:
 
 def _not_counted(view: ModelView, config: PruneConfig) -> list[str]:
     found = []
-    calibration = config.calibration
-    if calibration.self_generated and not (calibration.self_generated_path
-                                           and Path(calibration.self_generated_path).is_file()):
-        found.append(f"generating {calibration.self_generated} sequences")
+    settings = config.calibration
+    if settings.self_generated and not (settings.self_generated_path and Path(settings.self_generated_path).is_file()):
+        found.append(f"generating {settings.self_generated} sequences")
     if config.evaluation.enabled and not view.is_encoder and not evaluation_windows(view, config):
         found.append("measuring perplexity, as max_windows does not say on how much text")
     return found

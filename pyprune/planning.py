@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from pyprune.config import Calibration, Evaluation, PruneConfig
 from pyprune.counting import Work, evaluation_windows, passes_of, probe_sequences, tokens_of, work_of
+from pyprune.effects import measures_errors, reads_sequences, trains
 from pyprune.model import ModelView, weights_of
 from pyprune.stream import TARGET_TOKENS
 
@@ -38,26 +39,33 @@ def rehearse(config: PruneConfig, view: ModelView, work: Work, own: ModelView,
     from pyprune.prune import prune
 
     calibration = config.calibration
-    longest = getattr(view.model.config, "max_position_embeddings", None) or max(calibration.seq_len,
-                                                                                 config.evaluation.window)
-    length, window = min(calibration.seq_len, longest), min(config.evaluation.window, longest)
-    total = max(tokens_of(config) // calibration.seq_len, 1)
+    longest = getattr(view.model.config, "max_position_embeddings", None) or max(calibration.tokens,
+                                                                                 config.evaluation.tokens)
+    length, window = min(calibration.tokens, longest), min(config.evaluation.tokens, longest)
+    total = max(tokens_of(config) // calibration.tokens, 1)
     batch = config.batch_size or max(1, TARGET_TOKENS // length)
     count = min(total, BATCHES * batch)
-    probes = min(config.probe_samples, 1)
+    probes = min(config.probe_samples, 1) if measures_errors(config) else 0
 
     def ids(rows: int, tokens: int) -> Tensor:
         vocabulary = own.model.get_input_embeddings().weight.shape[0]
         return torch.randint(5, vocabulary, (rows, tokens), generator=torch.Generator().manual_seed(rows))
 
     def settings(rows: int, tokens: int, evaluation: Evaluation, epochs: int) -> PruneConfig:
-        source = Calibration(source=ids(rows + probes, tokens), num_samples=rows, seq_len=tokens, held_out=probes)
-        return dataclasses.replace(config, model=None, output=None, targets=[], ignore=[], stream="never",
-                                   probe_samples=probes, calibration=source, evaluation=evaluation,
-                                   reconstruction=dataclasses.replace(config.reconstruction, epochs=epochs))
+        changed: dict[str, Any] = {"calibration": Calibration(), "evaluation": evaluation}
+        if reads_sequences(config):
+            changed["calibration"] = Calibration(source=ids(rows + probes, tokens), num_samples=rows, held_out=probes)
+        if measures_errors(config):
+            changed["probe_samples"] = probes
+        if trains(config):
+            changed["reconstruction"] = dataclasses.replace(config.reconstruction, epochs=epochs)
+        return dataclasses.replace(config, model=None, output=None, targets=[], ignore=[], stream="never", **changed)
 
     prune(own.model, settings(1, 16, Evaluation(enabled=False), 0), progress=False)  # what only the first run pays
-    asked = settings(count, length, dataclasses.replace(config.evaluation, text=ids(1, window)),
+    texts = Evaluation(enabled=False)
+    if config.evaluation.enabled and not view.is_encoder:
+        texts = Evaluation(text=ids(1, window), dtype=config.evaluation.dtype, batch_size=config.evaluation.batch_size)
+    asked = settings(count, length, texts,
                      min(1, config.reconstruction.epochs))
     runs: list[dict] = []
     began = time.perf_counter()
@@ -82,7 +90,7 @@ def rehearse(config: PruneConfig, view: ModelView, work: Work, own: ModelView,
     outside = ("evaluation", "load", "write", "calibration")
     seconds = {phase: value * scale.get(phase, wider) for phase, value in found.items() if phase not in outside}
     seconds["evaluation"] = found.get("evaluation", 0.0) * evaluation_windows(view, config) * (
-        config.evaluation.window / window) * (blocks * work.passing(window) + work.head) / (
+        config.evaluation.tokens / window) * (blocks * work.passing(window) + work.head) / (
         2 * small.passing(window) + small.head)
     stored = sum(p.numel() * p.element_size() for p in view.model.parameters())
     rates = disk_rates(config.output)

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import time
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pyprune import calibration, checkpoint, distributed, ops
 from pyprune.blockwise import Meter
 from pyprune.comparison import read as read_report
-from pyprune.config import Calibration, ConfigError, Evaluation, PruneConfig, from_dict
-from pyprune.evaluate import pick_device, warnings_for, windows_of
+from pyprune.config import Calibration, ConfigError, Evaluation, PruneConfig, from_dict, override
+from pyprune.effects import needs_sequences, reads_sequences, watches
+from pyprune.evaluate import pick_device, refuse_text, warnings_for, windows_of
 from pyprune.journal import Journal, journaled
-from pyprune.masks import gather, needs_calibration, prune_block
+from pyprune.masks import gather, prune_block
 from pyprune.model import ModelView, WeightRef, check_finite, refuse_shared, select_weights
 from pyprune.origin import Origin
 from pyprune.progress import Progress, announce
@@ -34,19 +34,18 @@ from pyprune.weights import open_model
 def make_config(config: PruneConfig | dict | None, fields: dict) -> PruneConfig:
     """Configuration from an object or mapping plus field overrides; ``calibration=`` and ``evaluation=`` also take
     their source directly (a path, texts, token ids)."""
-    fields = dict(fields)
-    for name, cls, key in (("calibration", Calibration, "source"), ("evaluation", Evaluation, "text")):
-        value = fields.get(name)
-        if value is not None and not isinstance(value, (cls, dict)):
-            extra = {}
-            if name == "calibration" and isinstance(value, Tensor) and value.ndim == 2:
-                extra = {"num_samples": value.shape[0], "seq_len": value.shape[1]}
-            fields[name] = cls(**{key: value}, **extra)
-    if config is None:
-        return from_dict(PruneConfig, fields)
-    values = config if isinstance(config, dict) else {f.name: getattr(config, f.name)
-                                                      for f in dataclasses.fields(config)}
-    return from_dict(PruneConfig, {**values, **fields})
+    config, fields = (_sections(given) if isinstance(given, dict) else given for given in (config, dict(fields)))
+    return override(from_dict(PruneConfig, config) if isinstance(config, dict) else config, fields)
+
+
+def _sections(fields: dict) -> dict:
+    """Fields whose ``calibration`` and ``evaluation`` are their settings, where their bare source was given."""
+    wrapped = dict(fields)
+    if wrapped.get("calibration") is not None:
+        wrapped["calibration"] = calibration.named(wrapped["calibration"])
+    if wrapped.get("evaluation") is not None and not isinstance(wrapped["evaluation"], (Evaluation, dict)):
+        wrapped["evaluation"] = {"text": wrapped["evaluation"]}
+    return wrapped
 
 
 def prune(model: str | Path | nn.Module | None = None, config: PruneConfig | dict | None = None, *, tokenizer=None,
@@ -65,6 +64,8 @@ def prune(model: str | Path | nn.Module | None = None, config: PruneConfig | dic
     if config is None and isinstance(model, str):
         fields.setdefault("model", model)
     config = make_config(config, fields if not isinstance(model, str) else {**fields, "model": model})
+    if resume and config.output is None:
+        raise ConfigError("resume=True would do nothing: a run without an output folder leaves nothing to go on with")
     with journaled(config.output, resume) as (world, journal):
         return _prune(model, config, tokenizer, in_place, progress and world.leads, journal, world)
 
@@ -81,21 +82,22 @@ def _prune(model, config: PruneConfig, tokenizer, in_place: bool, progress: bool
             live = model if in_place else copy.deepcopy(model)
             live.eval()
         else:
+            if in_place:
+                raise ConfigError("in_place=True would do nothing: only a live nn.Module can be pruned where it is")
             if config.model is None:
                 raise ConfigError("no model: give a Hub id, a local folder, a .gguf file or a live nn.Module")
             checkpoint.resolve(config.model)  # one that is not there is refused before anything is said
             announce(f"loading {config.model}", progress)
             opened = open_model(config, world.same(journal.header.get("streamed")),
                                 pin=pick_device(config.device).type == "cuda")
-            live, tokenizer, weights, origin = opened.model, opened.tokenizer, opened.weights, opened.origin
+            live, weights, origin = opened.model, opened.weights, opened.origin
+            tokenizer = opened.tokenizer if tokenizer is None else tokenizer
     view = weights.view if weights.streamed else ModelView(live)
     selected = select_weights(view, config.targets, config.ignore)
     check_weights(view, selected, config)
+    refuse_text(config.evaluation, view)
     with clock("calibration"):
-        data = calibration.load(config.calibration, tokenizer, encoder=view.is_encoder,
-                                vocab_size=live.get_input_embeddings().num_embeddings)
-        if config.calibration.self_generated:
-            add_generated(data, config.calibration, live, tokenizer)
+        data = calibration_data(config, view, live, tokenizer)
     with clock("evaluation"):
         texts = windows_of(config.evaluation, tokenizer, view.is_encoder)
     if config.output:
@@ -122,7 +124,11 @@ def _prune(model, config: PruneConfig, tokenizer, in_place: bool, progress: bool
     executor.world = world
     run = Run(config, view, executor, selected, data, clock, journal, world)
     executor.warn = run.warn
-    run.warnings += origin.notes
+    for text in [*origin.notes, *data.warnings, *thin_statistics(run)]:
+        run.warn(text)
+    if config.evaluation.enabled and not texts and not view.is_encoder:
+        run.warn("no perplexity: the text that it is measured on by default needs a tokenizer; pass tokenizer=, or "
+                 "give token ids as evaluation text")
     models: dict[float, nn.Module] = {}
     if executor.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(executor.device)
@@ -193,14 +199,51 @@ def check_weights(view: ModelView, selected: list[list[WeightRef]], config: Prun
                                   f"{view.name(i, ref)}; choose another pattern or ignore that weight")
 
 
+def calibration_data(config: PruneConfig, view: ModelView, model: nn.Module, tokenizer) -> calibration.CalibrationData:
+    """The sequences of a run; none where the weights alone decide and nothing could be read to measure errors on."""
+    settings, decides = config.calibration, needs_sequences(config)
+    if not reads_sequences(config) or (not decides and settings.source is None and tokenizer is None):
+        data = calibration.CalibrationData(sequences=[], fingerprint=calibration.fingerprint([]),
+                                           description="none: masks come from the weights alone")
+        if reads_sequences(config):
+            data.warnings.append("block errors were not measured: the text that they are measured on by default needs "
+                                 "a tokenizer; pass tokenizer=, or give token ids as calibration")
+        return data
+    data = calibration.load(settings, tokenizer, encoder=view.is_encoder, model_config=model.config,
+                            vocab_size=model.get_input_embeddings().num_embeddings, measures=watches(config))
+    if settings.self_generated:
+        add_generated(data, settings, model, tokenizer)
+    return data
+
+
+def thin_statistics(run: Run) -> list[str]:
+    """A sentence if there are fewer calibration tokens than a matrix has inputs: their Gram has not full rank."""
+    if run.config.is_structured or not needs_sequences(run.config):
+        return []  # structured repair weighs tokens against columns itself
+    tokens, found = sum(map(len, run.data.sequences)), []
+    for i, (block, refs) in enumerate(zip(run.view.blocks, run.selected)):
+        widths = {ref.path: (ref.view(block).shape[1], ref) for ref in refs}
+        found += [(width, run.view.name(i, ref)) for width, ref in widths.values() if width > tokens]
+    if not found:
+        return []
+    width, name = max(found, key=lambda item: item[0])
+    more = f" and of {len(found) - 1} more matrices" if len(found) > 1 else ""
+    return [f"{tokens} calibration tokens are fewer than the {width} inputs of {name}{more}: what is chosen there "
+            "rests on too little data; give more or longer sequences"]
+
+
 def add_generated(data: calibration.CalibrationData, settings: Calibration, model: nn.Module, tokenizer) -> None:
     """Sequences sampled from the dense model join the corpus samples, or wait for the reconstruction."""
     from pyprune.generate import generate
 
     calibration.need_tokenizer(tokenizer, "self-generated calibration")
+    settings = calibration.coerce(settings)
     sequences = generate(model, tokenizer, settings.self_generated, seq_len=settings.seq_len, seed=settings.seed,
                          language=settings.language, path=settings.self_generated_path)
     data.description += f"; {len(sequences)} self-generated sequences of {settings.seq_len} tokens"
+    if len(calibration.bos_prefix(tokenizer)):
+        data.warnings.append(f"the self-generated sequences do not begin with {tokenizer.bos_token!r}, with which the "
+                             "tokenizer starts every text: they are drawn from a random first token")
     if settings.self_generated_for == "all":
         data.sequences = data.sequences + sequences
         data.fingerprint = calibration.fingerprint(data.sequences)
@@ -214,7 +257,7 @@ def prune_blocks(run: Run, bar: Progress) -> None:
     those of an interrupted run only run again, to bring the activations to where it stopped."""
     config, executor, clock, journal = run.config, run.executor, run.clock, run.journal
     with clock("forward"):
-        fit = executor.embed(run.data.sequences, shared=True) if needs_calibration(config) else None
+        fit = executor.embed(run.data.sequences, shared=True) if needs_sequences(config) else None
         probes = make_probes(run)
         refiner = Refiner(run, fit, probes) if wanted(config) else None
     last = len(run.view.blocks) - 1

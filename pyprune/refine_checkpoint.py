@@ -16,7 +16,7 @@ from pyprune.blockwise import Meter
 from pyprune.comparison import read as read_report
 from pyprune.config import DTYPES, STREAMING, Calibration, ConfigError, Evaluation, Reconstruction, to_dict
 from pyprune.distributed import World
-from pyprune.evaluate import pick_device, warnings_for, windows_of
+from pyprune.evaluate import pick_device, refuse_text, warnings_for, windows_of
 from pyprune.journal import Journal, journaled
 from pyprune.model import ModelView
 from pyprune.progress import Progress, announce
@@ -106,6 +106,7 @@ def _refine(request: Request, world: World, journal: Journal, progress: bool) ->
     views = [one.weights.view if one.weights.streamed else ModelView(one.model) for one in (opened, taught)]
     tokenizer = opened.tokenizer or taught.tokenizer
     data = sequences_for(*views, request.calibration, tokenizer, request.settings, request.seed)
+    refuse_text(request.evaluation, views[0])
     texts = windows_of(request.evaluation, tokenizer, views[0].is_encoder)
     models = {name: model_identity(one.model, one.weights.files.fingerprint() if one.weights.streamed else
                                    weights_digest(one.model.state_dict().items()))
@@ -118,7 +119,7 @@ def _refine(request: Request, world: World, journal: Journal, progress: bool) ->
     if world.same(journal.complete):
         world.lead(journal.publish)
         return json.loads((Path(request.output).expanduser() / RECORD).read_text())
-    told += [*journal.notes, *opened.origin.notes]
+    told += [*journal.notes, *opened.origin.notes, *data.warnings]
     store = make_store(request.memory_budget_gb, journal.folder, where)
     meter = Meter(texts, request.evaluation, where, store, world)
     measured = world.same(journal.kept("measured"))

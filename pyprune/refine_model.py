@@ -17,7 +17,7 @@ from torch import nn
 from pyprune import calibration as calibration_data
 from pyprune import distributed
 from pyprune.calibration import CalibrationData
-from pyprune.config import Calibration, ConfigError, Reconstruction
+from pyprune.config import Calibration, ConfigError, Reconstruction, check_effects
 from pyprune.evaluate import pick_device
 from pyprune.journal import Journal, shard_path
 from pyprune.model import ModelView, check_finite, weights_of
@@ -31,6 +31,7 @@ from pyprune.stream import Activations, Executor
 from pyprune.student import Student
 
 NAMES = ("calibration", "held_out")
+NO_EFFECT = (lambda _: False, "refining solves no layers, it trains; only pyprune prune uses it")
 
 
 def refine(model: nn.Module, dense: nn.Module, calibration=None, *, tokenizer=None, cross_block: bool = False,
@@ -42,8 +43,8 @@ def refine(model: nn.Module, dense: nn.Module, calibration=None, *, tokenizer=No
 
     calibration: a :class:`pyprune.Calibration`, or its source (path, texts, token ids); ``tokenizer`` for text.
     settings: steps, learning rate, batch, selection by held-out error, as in :class:`pyprune.Reconstruction`.
-    progress: called with (blocks done, blocks in all). warn: told when memory ran out and fewer sequences at a time
-    go on.
+    progress: called with (blocks done, blocks in all). warn: told where the calibration data are thin, and when
+    memory ran out and fewer sequences at a time go on.
     Under ``torchrun`` every process calls it with the same models; they share the calibration sequences.
     Returns one row a window: its blocks, relative error before and after on calibration and on held-out sequences.
     Raises ConfigError if the two models have not the same blocks, hidden size and vocabulary.
@@ -53,6 +54,8 @@ def refine(model: nn.Module, dense: nn.Module, calibration=None, *, tokenizer=No
     for live in (model, dense):
         check_finite(live.state_dict().items())
     data = sequences_for(student, teacher, calibration, tokenizer, settings, seed)
+    for text in data.warnings:
+        warn(text)
     where = pick_device(device)
     pupil, master = (Executor(view, device=where, compute_dtype=compute_dtype) for view in (student, teacher))
     world, failed = distributed.start(), True
@@ -77,7 +80,10 @@ def sequences_for(student: ModelView, teacher: ModelView, calibration, tokenizer
     chosen: Calibration = calibration_data.coerce(calibration)
     if chosen.seed is None:
         chosen = dataclasses.replace(chosen, seed=seed)
-    data = calibration_data.load(chosen, tokenizer, encoder=student.is_encoder, vocab_size=sizes[0][1])
+    check_effects(chosen, {"self_generated_for": NO_EFFECT}, "calibration")
+    check_effects(settings, {"layerwise_target": NO_EFFECT}, "reconstruction")
+    data = calibration_data.load(chosen, tokenizer, encoder=student.is_encoder, vocab_size=sizes[0][1],
+                                 model_config=student.model.config)
     if chosen.self_generated:
         add_generated(data, chosen, teacher.model, tokenizer)
     if (settings.select == "validation" or settings.early_stop) and not data.held_out:

@@ -79,8 +79,8 @@ def summary_rows(report: dict) -> list[tuple[str, str]]:
     coverage = report["coverage"]
     rows.append(("sparsity", f"{report['sparsity']:.4f} of the pruned weights; they are {coverage['fraction']:.1%} of "
                  "the blocks' matrix weights"))
-    if report.get("blocks"):
-        last = report["blocks"][-1]
+    last = report["blocks"][-1] if report.get("blocks") else {}
+    if last.get("error") is not None:
         held = "" if last.get("error_held_out") is None else f", {number(last['error_held_out'])} on held-out text"
         rows.append(("block error", f"{number(last.get('error'))} after the last block{held} (relative to dense)"))
         if last.get("steps"):
@@ -172,6 +172,7 @@ def plan_rows(found: dict) -> list[tuple[str, str]]:
     passes = {name: count for name, count in found["passes"].items() if count and name != "training"}
     training = f", {found['passes']['training']} to train" if found["passes"].get("training") else ""
     rows = [
+        *((row["field"], _pattern_text(row)) for row in found["patterns"]),
         ("coverage", f"{found['coverage']['fraction']:.1%} of the blocks' matrix weights; the embedding and the head "
                      "stay dense"),
         ("device", f"{found['device']}, forward passes in {found['compute_dtype']}"),
@@ -196,6 +197,16 @@ def plan_rows(found: dict) -> list[tuple[str, str]]:
         if there is not None and needed > there:
             rows.append(("warning", f"more {what} is needed than is free"))
     return rows
+
+
+def _pattern_text(row: dict) -> str:
+    """``'layers.1': 7 weights, model.layers.1.self_attn.q_proj.weight, …``."""
+    examples = row["examples"]
+    if not examples:
+        return f"{row['pattern']!r}: no weight of the blocks, only what stays dense anyway"
+    shown = ", ".join(examples) if len(examples) == row["weights"] else \
+        f"{', '.join(examples[:-1])} … {examples[-1]}"
+    return f"{row['pattern']!r}: {row['weights']} weight{'s' if row['weights'] > 1 else ''}, {shown}"
 
 
 def _parts(values: dict, text: Callable[[float], str], free: str = "") -> str:

@@ -132,10 +132,6 @@ def score_mask(weight: Tensor, config: PruneConfig, statistics: Statistics | Non
     return ops.select_mask(weight, round(config.sparsity * size), scale=scale, scope="row" if wanda else "matrix")
 
 
-def needs_factor(config: PruneConfig) -> bool:
-    return config.method == "sparsegpt" or config.reconstruct != "none"
-
-
 def dense_target_start(weight: Tensor, statistics: Statistics, factor: Factor) -> Tensor:
     """Best dense weights for ``X̄ Wᵀ ≈ X W'ᵀ``: ``W' = W + W (C − G) (G + λ)⁻¹``, ``C = X̄ᵀX`` (paper R's GP).
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from pyprune.config import ConfigError
+from pyprune.sources import DATA_FILES
 
-DATA_FILES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 TEXT_COLUMNS = ("text", "content", "sentence", "document", "body", "article", "question", "sentence1", "sentence2")
 BUILTIN = "the Python documentation of this interpreter (pydoc_data.topics)"
 
@@ -99,6 +99,20 @@ def _ids(ids: Tensor, name: str) -> Tensor:
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise ConfigError(f"{name} must be integers, got {str(ids.dtype)[6:]}")
     return ids.detach().cpu().long()
+
+
+def check_rows(rows: list[Tensor], name: str, what: str) -> None:
+    """Raise ConfigError at the first row that is no sequence: fewer than two tokens."""
+    if (short := next((i for i, row in enumerate(rows) if len(row) < 2), None)) is not None:
+        raise ConfigError(f"row {short} of {name} has {len(rows[short])} tokens; {what} needs at least 2")
+
+
+def check_length(rows: list[Tensor], name: str, field: str, asked: int) -> None:
+    """Raise ConfigError if no row has as many tokens as the field asks for."""
+    longest = max(map(len, rows))
+    if asked > longest:
+        raise ConfigError(f"{field} is {asked}, but {name} has rows of {longest} tokens; leave {field} out or set "
+                          f"{field}={longest}")
 
 
 def check_vocabulary(sequences: list[Tensor], vocab_size: int | None) -> None:

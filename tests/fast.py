@@ -12,7 +12,9 @@ FAST = Reconstruction(epochs=3, batch_size=4, lr=2e-3)
 
 
 def run(model=None, samples=12, **fields):
-    fields = {"evaluation": Evaluation(enabled=False), "reconstruction": FAST, "reconstruct": "block", **fields}
+    fields = {"evaluation": Evaluation(enabled=False), "reconstruct": "block", **fields}
+    if fields["reconstruct"] in ("block", "cross_block"):
+        fields = {"reconstruction": FAST, **fields}
     calibration = fields.pop("calibration", {})
     source = Calibration(source=tiny.ids(samples + 8, 24), num_samples=samples, seq_len=24, held_out=8, **calibration)
     return prune(model or tiny.model("llama"), calibration=source, progress=False, **fields)

@@ -85,7 +85,7 @@ def test_token_ids_are_taken_as_given_and_in_order(tmp_path, tokenizer):
     ids = tiny.ids(12, 24)
     np.save(tmp_path / "ids.npy", ids.numpy().astype("int32"))
     for source in (ids, str(tmp_path / "ids.npy"), ids.numpy(), list(ids)):
-        data = load(Calibration(source=source, num_samples=9, held_out=3, seq_len=512))
+        data = load(Calibration(source=source, num_samples=9, held_out=3, seq_len=24))
         assert torch.equal(torch.stack(data.sequences), ids[:9])
         assert torch.equal(torch.stack(data.held_out), ids[9:])
 

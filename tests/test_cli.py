@@ -74,7 +74,7 @@ def test_json_is_all_there_is_on_standard_output(capsys, tmp_path, folder, ids):
 
 
 def test_eval_json(capsys, folder, ids):
-    code, out, _ = call(capsys, "eval", folder, "--text", ids, "--window", 1024, "--max-windows", 5, "--dtype",
+    code, out, _ = call(capsys, "eval", folder, "--text", ids, "--window", 24, "--max-windows", 5, "--dtype",
                         "float32", "--json")
     found = json.loads(out)
     assert code == 0 and (found["windows"], found["dtype"]) == (5, "float32")

@@ -14,6 +14,7 @@ from pyprune import cli, options
 from pyprune.config import (
     CRITERIA,
     METHODS,
+    STRUCTURED_PATTERNS,
     Calibration,
     ConfigError,
     Evaluation,
@@ -32,14 +33,17 @@ NOT_DEFAULT = {
     "reconstruct": "block",
     "global_propagation": True, "targets": ["mlp", "layers.1?."], "ignore": ["v_proj"], "damping": 0.1, "seed": 3,
     "batch_size": 4, "dtype": "bfloat16", "memory_budget_gb": 1.5,
-    "calibration": {"source": "x.npy", "num_samples": 8, "seq_len": 64, "seed": 5, "language": "en"},
-    "evaluation": {"text": ["a.txt", "b.npy"], "window": 128, "max_windows": None, "bos": False, "enabled": False},
+    "calibration": {"source": "x.npy", "num_samples": 8, "seq_len": 64, "seed": 5, "self_generated": 3,
+                    "language": "en"},
+    "evaluation": {"text": ["a.txt", "b.npy"], "window": 128, "max_windows": None, "bos": False},
     "reconstruction": {"epochs": 2, "lr": 1e-3, "betas": (0.8, 0.9), "select": "validation"},
-    "structured": {"allocation": "global", "damping": 0.5, "nonstandard": "pad"},
 }
+STRUCTURED = {"pattern": "structured", "sparsity": [0.1, 0.2],
+              "structured": {"allocation": "global", "damping": 0.5, "nonstandard": "pad"}}
 
 
-@pytest.mark.parametrize("fields", [{}, NOT_DEFAULT, {"pattern": "structured", "sparsity": [0.1, 0.2]}])
+@pytest.mark.parametrize("fields", [{}, NOT_DEFAULT, STRUCTURED,
+                                    {"evaluation": {"enabled": False}}])
 def test_yaml_round_trip(fields, tmp_path):
     config = from_dict(PruneConfig, fields)
     assert from_yaml(to_yaml(config)) == config
@@ -51,9 +55,11 @@ def test_yaml_round_trip(fields, tmp_path):
 @settings(max_examples=50, deadline=None)
 @given(st.fixed_dictionaries({}, optional={
     "method": st.sampled_from(METHODS), "sparsity": st.floats(0, 0.999), "seed": st.integers(0, 2**31),
-    "damping": st.floats(1e-9, 1e3), "model": st.text(), "criterion": st.sampled_from(CRITERIA),
+    "damping": st.floats(1e-9, 1e3), "model": st.text(), "reconstruct": st.just("layer"),
     "targets": st.lists(st.text(), max_size=3), "batch_size": st.none() | st.integers(1, 99),
-}))
+}).filter(lambda fields: "damping" not in fields or fields.get("method", "sparsegpt") == "sparsegpt"
+          or "reconstruct" in fields) | st.fixed_dictionaries({
+              "pattern": st.sampled_from(STRUCTURED_PATTERNS), "criterion": st.sampled_from(CRITERIA)}))
 def test_any_valid_configuration_survives_yaml(fields):
     config = PruneConfig(**fields)
     assert from_yaml(to_yaml(config)) == config
@@ -151,9 +157,10 @@ def test_the_command_line_has_every_field_once_and_documents_it():
 
 def test_options_become_the_configuration_they_name():
     given = {"sparsity": "0.1,0.3", "pattern": "neurons", "calibration.source": "x.txt", "evaluation.text": ["a.npy"],
-             "reconstruction.betas": (0.5, 0.6), "global_propagation": False}
+             "global_propagation": False}
     config = override(None, options.nested(given))
     assert (config.sparsity, config.calibration.source, config.evaluation.text) == ([0.1, 0.3], "x.txt", "a.npy")
-    assert config.reconstruction.betas == (0.5, 0.6)
+    trained = override(None, options.nested({"reconstruct": "block", "reconstruction.betas": (0.5, 0.6)}))
+    assert trained.reconstruction.betas == (0.5, 0.6)
     with pytest.raises(ConfigError, match="sparsity must be a number.* got 'half'"):
         options.nested({"sparsity": "half"})

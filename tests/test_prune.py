@@ -140,7 +140,8 @@ def count_block_runs(monkeypatch):
 def test_the_fewest_forward_passes(monkeypatch, fields, passes):
     """Two a block (statistics, propagation), one for the last and for dense inputs, none for magnitude."""
     calls = count_block_runs(monkeypatch)
-    run(tiny.model("llama"), batch_size=12, probe_samples=0, **fields)
+    reads = {"calibration": tiny.ids(12, 24), "batch_size": 12} if any(passes) else {}
+    prune(tiny.model("llama"), evaluation=NO_EVALUATION, progress=False, probe_samples=0, **reads, **fields)
     assert [calls.count(i) for i in range(3)] == passes
 
 

@@ -224,12 +224,12 @@ def test_command_line_reconstructs_generates_and_compares(folder, tmp_path, caps
     text.write_text("".join(chr(97 + (i * i + i // 7) % 26) for i in range(4000)))
     generated = str(tmp_path / "generated.jsonl")
     main(["generate", str(folder), "-o", generated, "-n", "4", "--seq-len", "32"])
-    common = ["--calibration", str(text), "--num-samples", "8", "--seq-len", "32", "--no-evaluation", "--epochs", "2",
-              "--lr", "2e-3"]
+    common = ["--calibration", str(text), "--num-samples", "8", "--seq-len", "32", "--no-evaluation"]
     outputs = [str(tmp_path / name) for name in ("layer", "cross")]
     main(["prune", str(folder), "-o", outputs[0], *common])
     main(["prune", str(folder), "-o", outputs[1], *common, "--reconstruct", "cross_block", "--global-propagation",
-          "--self-generated", "4", "--self-generated-path", generated, "--select", "validation"])
+          "--epochs", "2", "--lr", "2e-3", "--self-generated", "4", "--self-generated-path", generated,
+          "--select", "validation"])
     capsys.readouterr()
     main(["compare", *outputs, "--json"])
     rows = json.loads(capsys.readouterr().out)["runs"]

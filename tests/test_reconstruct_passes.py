@@ -45,8 +45,8 @@ def test_blocks_run_no_more_often_than_the_method_needs(fields, passes, visits, 
     monkeypatch.setattr(Executor, "forward", counting)
     monkeypatch.setattr(Student, "__call__", training)
     prune(tiny.model("llama"), calibration=Calibration(source=tiny.ids(12, 24), num_samples=12, seq_len=24, held_out=0),
-          evaluation=Evaluation(enabled=False), reconstruction=FAST, progress=False, probe_samples=0, batch_size=4,
-          **fields)
+          evaluation=Evaluation(enabled=False), progress=False, probe_samples=0, batch_size=4,
+          **(fields | ({"reconstruction": FAST} if any(visits) else {})))
     assert [count / 12 for count in counts] == passes
     assert [count / 12 for count in trained] == [FAST.epochs * n for n in visits]
 

@@ -108,7 +108,7 @@ def test_memory_that_runs_out_is_said_and_changes_nothing():
                 raise torch.OutOfMemoryError("simulated")
 
         pruned.model.layers[0].mlp.down_proj.register_forward_pre_hook(refuse)
-        pyprune.refine(pruned, tiny.model("llama"), tiny.ids(12, 24), warn=told.append,
+        pyprune.refine(pruned, tiny.model("llama"), Calibration(source=tiny.ids(12, 24), held_out=0), warn=told.append,
                        settings=Reconstruction(epochs=2, batch_size=4, lr=2e-3, micro_batch_size=micro))
         results.append((state_of(pruned), told))
     assert equal(results[0][0], results[1][0]) and len(results[0][1]) == 2 and not results[1][1]

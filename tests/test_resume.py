@@ -190,7 +190,8 @@ def test_an_interrupted_folder_is_refused_without_resume(interrupted):
     (dict(sparsity=0.6), "sparsity was 0.5, now 0.6"),
     (dict(calibration=tiny.ids(12, 24, seed=9)), "data.calibration was"),
     (dict(model=tiny.model("llama", seed=5)), "model.weights was"),
-    (dict(method="wanda", damping=0.1), "damping was 0.01, now 0.1; method was 'sparsegpt', now 'wanda'"),
+    (dict(method="wanda", reconstruct="layer", damping=0.1),
+     "damping was 0.01, now 0.1; method was 'sparsegpt', now 'wanda'"),
 ])
 def test_another_run_is_not_resumed_and_the_difference_is_named(interrupted, whole, change, message):
     with pytest.raises(ConfigError, match=message):

@@ -220,7 +220,8 @@ def test_blocks_run_no_more_than_the_method_needs(monkeypatch, fields, whole, st
         ended[index] += 1
         return out
     monkeypatch.setattr(Executor, "forward", counting)
-    run(batch_size=3, probe_samples=0, **fields)
+    reads = {"calibration": tiny.ids(12, 24), "batch_size": 3} if any(whole) else {}
+    prune(tiny.model("llama"), evaluation=Evaluation(enabled=False), progress=False, probe_samples=0, **reads, **fields)
     assert [ended[i] for i in range(3)] == whole
     assert [started[i] - ended[i] for i in range(3)] == stopped
 

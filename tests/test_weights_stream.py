@@ -46,7 +46,8 @@ def assert_same(one, other):
 @pytest.mark.parametrize("architecture", SAME_NAMES)
 def test_streamed_and_whole_give_the_same_bytes_and_perplexities(tmp_path, architecture):
     path = source(tmp_path / "dense", architecture)
-    whole, streamed = run(path, tmp_path / "whole", "never"), run(path, tmp_path / "streamed")
+    fields = {"evaluation": Evaluation(enabled=False)} if architecture in tiny.ENCODERS else {}
+    whole, streamed = run(path, tmp_path / "whole", "never", **fields), run(path, tmp_path / "streamed", **fields)
     assert_same(tmp_path / "whole", tmp_path / "streamed")
     for a, b in zip(whole.report["evaluation"], streamed.report["evaluation"]):
         assert a["dense"] == b["dense"] and a["pruned"] == b["pruned"]
