@@ -93,18 +93,19 @@ def hessian(x: Tensor, damping: float = 0.01) -> Tensor:
     return h + torch.diag(dead.double() + damping * mean)
 
 
-def sparsegpt(weight: Tensor, x: Tensor, sparsity: float, nm: tuple[int, int] | None) -> tuple[Tensor, Tensor]:
-    """The sweep, column by column, over at most 128 columns: new weights and keep mask."""
+def sparsegpt(weight: Tensor, x: Tensor, sparsity: float, nm: tuple[int, int] | None,
+              mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The sweep, column by column, over at most 128 columns: new weights and keep mask, which may be given."""
     w = weight.double().contiguous().clone()
     assert w.shape[1] <= 128
     w[:, x.square().sum(0) == 0] = 0
     r = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian(x)))).T
-    keep = torch.ones_like(w, dtype=torch.bool)
-    if nm is None:
+    keep = torch.ones_like(w, dtype=torch.bool) if mask is None else mask
+    if nm is None and mask is None:
         score = (w / r.diagonal()).square().flatten()
         keep.view(-1)[score.argsort(stable=True)[:round(sparsity * score.numel())]] = False
     for j in range(w.shape[1]):
-        if nm is not None and j % nm[1] == 0:
+        if nm is not None and mask is None and j % nm[1] == 0:
             score = (w[:, j:j + nm[1]] / r.diagonal()[j:j + nm[1]]).square()
             keep[:, j:j + nm[1]].scatter_(1, score.argsort(dim=1, stable=True)[:, :nm[1] - nm[0]], False)
         error = torch.where(keep[:, j], 0.0, w[:, j] / r[j, j])
