@@ -30,7 +30,7 @@ def family(name: str):
     return pytest.param(name, marks=pytest.mark.xfail(reason=WAITING[name])) if name in WAITING else name
 
 
-@pytest.fixture(params=[family(name) for name in zoo.FAMILIES])
+@pytest.fixture(params=[family(name) for name in zoo.HERE])
 def name(request):
     return request.param
 
@@ -61,6 +61,10 @@ def blocks_of(model, rows: list[dict]) -> list[list[str]]:
     missing = set(expected) - {name for block in names for name in block}
     assert all(name.endswith(("gate.weight", "router.weight")) for name in missing), missing
     return names
+
+
+def test_the_zoo_is_wide():
+    assert len(zoo.HERE) >= 50 and set(WAITING) <= set(zoo.FAMILIES)
 
 
 @pytest.mark.parametrize("method, pattern", [("wanda", "unstructured"), ("sparsegpt", "unstructured"),

@@ -97,6 +97,8 @@ FAMILIES: dict[str, tuple[str, str, dict]] = {
     "llama_classifier": (CLASSIFIER, "Llama", dict(GROUPED, num_labels=3)),
     "bert_masked": ("AutoModelForMaskedLM", "Bert", BASE),
 }
+HERE = [name for name, (_, config, _) in FAMILIES.items() if hasattr(hf, config + "Config")]
+"""Those that the installed transformers has."""
 
 
 def build(family: str) -> torch.nn.Module:
