@@ -19,7 +19,8 @@ from pyprune import effects
 METHODS = ("magnitude", "wanda", "sparsegpt")
 STRUCTURED_PATTERNS = ("neurons", "heads", "structured")
 CRITERIA = ("random", "magnitude", "activation", "wifv", "taylor", "fisher", "obs", "obs_greedy")
-WEIGHT_RECONSTRUCTIONS = ("none", "layer", "block", "cross_block")
+LAYERWISE = ("layer", "refit")
+WEIGHT_RECONSTRUCTIONS = ("none", *LAYERWISE, "block", "cross_block")
 STRUCTURED_RECONSTRUCTIONS = ("none", "bias", "mask_tuning", "liar")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 TOKEN_WEIGHTS = ("auto", "relative", "balanced", "uniform")
@@ -178,7 +179,8 @@ class Reconstruction:
     select: str = "last"
     """``last`` keeps the last step; ``validation`` keeps, per block, the step whose held-out error is lowest."""
     layerwise_target: str = "local"
-    """``local``: LR fits the layer's output on pruned inputs; ``dense``: on the dense stream's (cross Gram, GP)."""
+    """What the layer-wise step ahead of block training fits: ``local``, a layer's dense output on pruned inputs;
+    ``dense``, its output in the dense stream (cross Gram, GP)."""
 
     def __post_init__(self):
         self.betas = tuple(self.betas)
@@ -238,8 +240,9 @@ class PruneConfig:
     criterion: str = "wifv"
     """Structured: how neurons and heads are chosen."""
     reconstruct: str | None = None
-    """Masks: none, layer, block, cross_block (None: what the method says).
-    Structured: none, bias, mask_tuning, liar."""
+    """Masks: none; layer, a one-sided OBS sweep (a column's error is made up for by later columns only); refit, the
+    least-squares weights on the mask; block and cross_block, which sweep and then train (None: layer for sparsegpt,
+    else none). Structured: none, bias, mask_tuning, liar."""
     global_propagation: bool = False
     """Reconstruct against the dense model's own stream (paper R's GP)."""
     inputs: str = "propagated"

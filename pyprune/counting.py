@@ -16,6 +16,7 @@ from pyprune.effects import needs_factor, needs_sequences
 from pyprune.evaluate import POSITIONS, cpu_has_bfloat16
 from pyprune.group_criteria import NEEDS_MOMENTS
 from pyprune.model import ModelView, WeightRef, weights_of
+from pyprune.refit import NARROW, SYSTEM_ELEMENTS, USUAL_STEPS
 from pyprune.store import DEPTH
 from pyprune.stream import TARGET_TOKENS
 from pyprune.texts import sources
@@ -92,7 +93,7 @@ class Work:
     statistics: float
     """A token into the statistics: Gram matrices, or column norms."""
     solve: float
-    """Factorisations and sweeps, or the choice of masks alone."""
+    """Factorisations, sweeps and refits, or the choice of masks alone."""
     head: float
     """A token through the output layer."""
 
@@ -114,12 +115,26 @@ def work_of(view: ModelView, selected: list[list[WeightRef]], config: PruneConfi
             solve += len(alike) * x.count * 2 * x.width**3 if factors else 0
         solve += len(alike) * sum(2 * rows * columns * (columns if factors else 1)
                                   for rows, columns in shapes_of(block, refs))
+        if config.reconstruct == "refit":
+            solve += len(alike) * sum(refit_flops(rows, columns) for rows, columns in shapes_of(block, refs))
     model, blocks = view.model, view.distinct
     heads = getattr(model.config, "num_attention_heads", 0) or 0
     size = getattr(model.config, "head_dim", None) or (getattr(model.config, "hidden_size", 0) // max(heads, 1))
     head = getattr(model, "get_output_embeddings", lambda: None)()
     return Work(forward / blocks, 4.0 * heads * size, statistics / blocks, solve / blocks,
                 0.0 if head is None else 2.0 * head.weight.numel())
+
+
+def refit_flops(rows: int, columns: int) -> float:
+    """FLOPs of one matrix's exact refit."""
+    return rows * columns**3 / 3 if columns <= NARROW else 2 * rows * columns**2 * USUAL_STEPS
+
+
+def refit_bytes(rows: int, columns: int) -> int:
+    """Bytes of one matrix's exact refit: H and the factor, the matrix with its dense, swept and new weights, and the
+    search's four matrices; or the systems that are factored together, three times."""
+    systems = 12 * min(rows * columns**2, max(SYSTEM_ELEMENTS, columns**2))
+    return 8 * columns**2 + 16 * rows * columns + (systems if columns <= NARROW else 16 * rows * columns)
 
 
 def shapes_of(block: nn.Module, refs: list[WeightRef]) -> list[tuple[int, int]]:
@@ -202,6 +217,8 @@ def memory_of(view: ModelView, selected: list[list[WeightRef]], config: PruneCon
         largest_input = max((x.width for x in found), default=0) if factors else 0
         # a factorisation holds three matrices beside the Gram; a sweep the factor, and the matrix three times
         solve = max(solve, masks + max(12 * largest_input**2, 4 * largest_input**2 + 12 * matrix))
+        if config.reconstruct == "refit":
+            solve = max([solve, *(masks + refit_bytes(rows, columns) for rows, columns in shapes_of(one, refs))])
     kept = {"statistics": grams, "probes": probe_sequences(config) * calibration.tokens * inputs * compute.itemsize}
     ring = 2 * DEPTH * hidden if gpu else 0
     moments = [{**block, **kept, "batches": batch * (4 * widest + hidden + ring) * compute.itemsize},

@@ -63,7 +63,8 @@ def watches(config) -> bool:
 
 # ---- the table -----------------------------------------------------------------------------------------------------
 
-_FACTOR = "only the OBS sweep of masks uses it: method='sparsegpt', or reconstruct='layer', 'block' or 'cross_block'"
+_FACTOR = "only the OBS sweep of masks uses it: method='sparsegpt', or reconstruct='layer', 'refit', 'block' or " \
+          "'cross_block'"
 _DAMPED: Rule = (lambda c: not c.is_structured and needs_factor(c),
                  _FACTOR + " (the λ of structured patterns is structured.damping)")
 _TEXT = "only a run that looks at text uses it: method='wanda' or 'sparsegpt', a reconstruct that is not 'none', or " \
@@ -72,7 +73,7 @@ _READS: Rule = (reads_sequences, _TEXT)
 _TRAINING: Rule = (trains, "only training uses it: reconstruct='block' or 'cross_block' for masks, or pyprune refine")
 _STRUCTURED = "only structured patterns use it: pattern='neurons', 'heads' or 'structured'"
 _RECONSTRUCTED: Rule = (lambda c: not c.is_structured and c.reconstruct != "none",
-                        "only the reconstruction of masks uses it: reconstruct='layer', 'block' or 'cross_block'")
+                        "only the reconstruction of masks uses it: reconstruct='layer', 'refit', 'block' or 'cross_block'")
 _STATISTICS = "only a run that takes statistics of activations uses it: method='wanda' or 'sparsegpt', a criterion " \
               "such as 'wifv', or a reconstruct that is not 'none'"
 

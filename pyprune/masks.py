@@ -17,6 +17,10 @@ from pyprune.solvers import inverse_factor, solve
 from pyprune.statistics import Observer, Statistics, error_sums, find_non_finite, observe, ratio
 from pyprune.stream import Activations
 
+ERRORS = ("error", "error_sweep", "error_held_out", "error_held_out_sweep")
+"""Relative errors in a weight's row of the report: of the weights it ended with, and of the sweep's before a refit, on
+calibration and on held-out inputs."""
+
 
 def gather(run: Run, index: int, module: nn.Module, refs: list[WeightRef], fit: Activations,
            target: Activations | None = None, dense: Activations | None = None) -> Observer:
@@ -82,11 +86,15 @@ def prune_block(run: Run, index: int, module: nn.Module, observer: Observer | No
             solved = solve(before, group_config, statistics, factor)
             row = {"name": run.view.name(index, ref), "block": index, "shape": list(weight.shape),
                    "damping": solved.damping}
-            found = {key: error_sums(probe.sinks[probe.leader[ref.name]].x, before, solved.weight)
-                     for probe, key in zip(inputs, ("error", "error_held_out")) if ref.name in probe.leader}
+            results = {"": solved.weight} if solved.swept is None else {"": solved.weight, "_sweep": solved.swept}
+            found = {key + step: error_sums(probe.sinks[probe.leader[ref.name]].x, before, result)
+                     for probe, key in zip(inputs, ("error", "error_held_out")) if ref.name in probe.leader
+                     for step, result in results.items()}
             weight.copy_(solved.weight)
             if module is not block:
                 ref.view(module).copy_(weight)
+            if solved.refit and not solved.refit.converged:
+                run.warn(f"{row['name']}: the refit was stopped after {solved.refit.steps} steps, before its tolerance")
             sums += [torch.count_nonzero(solved.weight.to(weight.dtype)), *found.values()]
             own.append(row | dict.fromkeys(found))
             masks[ref] = solved.mask
@@ -107,7 +115,7 @@ def _fill(rows: list[dict], sums: list[Tensor]) -> None:
     flat = iter(torch.cat([t.double().reshape(-1) for t in sums]).tolist() if sums else [])
     for row in rows:
         row["sparsity"] = 1 - int(next(flat)) / math.prod(row["shape"])
-        for key in ("error", "error_held_out"):
+        for key in ERRORS:
             if key in row:
                 row[key] = ratio(next(flat), next(flat))
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pyprune.config import ConfigError, PruneConfig
+from pyprune.config import LAYERWISE, ConfigError, PruneConfig
 from pyprune.model import WeightRef
 from pyprune.reconstruct import Pairs, Trace, error_sums, train
 from pyprune.run import Probe, Run, stream_error
@@ -51,7 +51,7 @@ class Stream:
 def wanted(config: PruneConfig) -> bool:
     """Whether a run needs a :class:`Refiner`."""
     return config.reconstruct in ("block", "cross_block") or (
-        config.reconstruct == "layer" and (config.global_propagation or config.reconstruction.select == "validation"))
+        config.reconstruct in LAYERWISE and (config.global_propagation or config.reconstruction.select == "validation"))
 
 
 class Refiner:
@@ -61,7 +61,8 @@ class Refiner:
         """fit: the run's calibration stream; probes: its error probes."""
         config = run.config
         self.run, self.executor, self.settings = run, run.executor, config.reconstruction
-        self.trains = config.reconstruct != "layer"
+        self.trains = config.reconstruct not in LAYERWISE
+        self.first = "layer" if self.trains else config.reconstruct
         self.layerwise = config.global_propagation and (not self.trains or self.settings.layerwise_target == "dense")
         self.cross, self.last = config.reconstruct == "cross_block", len(run.view.blocks) - 1
         fits = [fit] if fit is not None else []
@@ -140,7 +141,7 @@ class Refiner:
         self._write(block, module, original, masks)
         masked = self._record(index, "mask", module)
         self._write(block, module, solved)
-        best, states = self._record(index, "layer", module), self._states(window)
+        best, states = self._record(index, self.first, module), self._states(window)
         if self.trains:
             best = self._improve(window, module, "cross_block 1" if self.cross else "block", best, states)
         if states and not self.cross and self._is_worse(best, masked):
@@ -275,7 +276,7 @@ class Refiner:
         worse = []
         for row in self.run.blocks:
             steps = [s for s in row.get("steps", []) if "held_out" in s and "calibration" in s]
-            base = next((s for s in steps if s["step"] == "layer"), steps[0] if steps else None)
+            base = next((s for s in steps if s["step"] == self.first), steps[0] if steps else None)
             if base and steps[-1]["calibration"] < base["calibration"] and steps[-1]["held_out"] > base["held_out"]:
                 worse.append((steps[-1]["held_out"] / base["held_out"], row["block"], base, steps[-1]))
         if worse:

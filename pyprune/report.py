@@ -49,6 +49,15 @@ def reconstruction_text(config: dict) -> str:
     return config["reconstruct"] + (" + GP" if config.get("global_propagation") else "")
 
 
+RECONSTRUCTIONS = {
+    "layer": "layer by layer, a one-sided OBS sweep: a column's error is made up for by later columns only",
+    "refit": "layer by layer, the kept weights are refitted by least squares on the mask",
+    "block": "an OBS sweep layer by layer, then each block is trained against the dense one",
+    "cross_block": "an OBS sweep layer by layer, then windows of two blocks are trained against the dense ones",
+}
+"""What a model card says of each reconstruction of masks."""
+
+
 def print_summary(report: dict, directory: str | Path | None = None, stream: TextIO | None = None) -> None:
     """The table at the end of a run: perplexity before and after, sparsity, seconds by phase, where everything lies."""
     from rich.table import Table
@@ -92,9 +101,22 @@ def summary_rows(report: dict) -> list[tuple[str, str]]:
                        if value >= 0.05)
     rows.append(("seconds", f"{sum(seconds.values()):.1f}: {phases}"))
     rows.append(("peak memory", f"{report['peak_memory_bytes'] / 2**30:.2f} GiB"))
+    if (refitted := refit_text(report)) is not None:
+        rows.append(("refit", refitted))
     rows.append(("calibration", report["calibration"]["description"]))
     rows += [("warning", text) for text in distinct(report.get("warnings") or [])]
     return rows
+
+
+def refit_text(report: dict) -> str | None:
+    """What the exact refit gained over the sweep, in the mean over the weights; None where none was measured."""
+    parts = []
+    for key, where in (("error", "calibration"), ("error_held_out", "held-out")):
+        pairs = [(w[key + "_sweep"], w[key]) for w in report.get("weights") or [] if key + "_sweep" in w]
+        if pairs:
+            swept, refitted = (sum(values) / len(pairs) for values in zip(*pairs))
+            parts.append(f"{number(swept)} → {number(refitted)} on {where} inputs")
+    return f"error of a weight's outputs, sweep → refit: {', '.join(parts)} (mean over weights)" if parts else None
 
 
 def distinct(warnings: list[str]) -> list[str]:
@@ -269,6 +291,9 @@ def model_card(report: dict, name: str, picture: str | None = None) -> str:
               "## How it was made", "",
               f"- calibration: {report['calibration']['description']} (token ids sha256 "
               f"`{report['calibration']['fingerprint'][:16]}…`)"]
+    if config["reconstruct"] in RECONSTRUCTIONS:
+        lines.append(f"- reconstruction: {RECONSTRUCTIONS[config['reconstruct']]}"
+                     + ("; the targets are the dense model's own stream" if config.get("global_propagation") else ""))
     lines += [f"- warning: {text}" for text in distinct(report.get("warnings") or [])]
     lines += ["- settings: `run.yaml` repeats the run (`pyprune prune --config run.yaml -o DIR`)",
               "- error of every weight and block, seconds by phase: `report.json`; per weight: `pruning.json`", ""]

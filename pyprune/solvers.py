@@ -1,4 +1,4 @@
-"""Masks and layer-wise reconstruction of one weight matrix: magnitude, Wanda, SparseGPT's OBS sweep, exact refit."""
+"""Masks and layer-wise reconstruction of one weight matrix: magnitude, Wanda, SparseGPT's one-sided OBS sweep."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pyprune import ops
 from pyprune.config import ConfigError, PruneConfig
+from pyprune.refit import Refit, damped, exact_refit
 from pyprune.statistics import Statistics
 
 DAMPING_TRIES = 4
@@ -34,6 +35,9 @@ class Solved:
     weight: Tensor
     mask: Tensor
     damping: float | None = None
+    swept: Tensor | None = None
+    """The sweep's weights, where a refit followed it."""
+    refit: Refit | None = None
 
 
 def inverse_factor(gram: Tensor, count: Tensor | int, damping: float, name: str = "layer") -> Factor:
@@ -86,6 +90,8 @@ def obs_prune(weight: Tensor, factor: Factor, *, sparsity: float | None = None, 
               mask: Tensor | None = None, column_block: int = 128) -> Tensor:
     """SparseGPT's sweep over a whole matrix, in place; returns the keep mask (arXiv 2301.00774).
 
+    One-sided: columns go from left to right, and a column's error is made up for by later columns only. The best
+    weights on the same mask are :func:`pyprune.refit.exact_refit`'s.
     weight: float32 ``[out, in]``. Exactly one of ``sparsity`` (chosen per column block over all rows), ``nm`` and
     ``mask``.
     Column blocks come in panels of ``PANEL_BLOCKS``: a block's errors update the rest of its panel, a panel's the
@@ -153,32 +159,14 @@ def solve(weight: Tensor, config: PruneConfig, statistics: Statistics | None, fa
                          column_block=config.column_block)
         if config.reconstruct == "none":
             updated = original.masked_fill(~mask, 0)
+    else:
+        mask = score_mask(original, config, statistics)
+        if config.reconstruct == "none":
+            return Solved(original.masked_fill(~mask, 0), mask)
+        updated = start.clone()
+        obs_prune(updated, factor, mask=mask, column_block=config.column_block)
+    if config.reconstruct != "refit":
         return Solved(updated, mask, factor.damping)
-    mask = score_mask(original, config, statistics)
-    if config.reconstruct == "none":
-        return Solved(original.masked_fill(~mask, 0), mask)
-    updated = start.clone()
-    obs_prune(updated, factor, mask=mask, column_block=config.column_block)
-    return Solved(updated, mask, factor.damping)
-
-
-def exact_refit(weight: Tensor, mask: Tensor, gram: Tensor, count: int, damping: float) -> Tensor:
-    """Best weights on a fixed mask: per row ``w_S = H_SS⁻¹ (H w)_S`` with the H of :func:`inverse_factor`.
-
-    weight float32 ``[out, in]``, mask bool; returns float32 ``[out, in]`` with exact zeros off the mask. Rows become
-    one batch of systems in which dropped coordinates are replaced by the identity.
-    """
-    h = gram / count
-    h.diagonal().add_(damping * h.diagonal().mean())
-    target = (weight @ h).masked_fill(~mask, 0)
-    out = torch.empty_like(weight)
-    step = max(1, 2**26 // h.numel())
-    for rows in torch.arange(len(weight)).split(step):
-        keep = mask[rows]
-        system = h * (keep[:, :, None] & keep[:, None, :])
-        system.diagonal(dim1=1, dim2=2).add_((~keep).to(h.dtype))
-        solution, info = ops.cholesky_solve(system, target[rows, :, None])
-        if int(info.max()):
-            raise ConfigError(f"the refit of row {int(rows[info.argmax()])} is singular; use a larger damping")
-        out[rows] = solution[:, :, 0].masked_fill(~keep, 0)
-    return out
+    h = damped(statistics.gram, statistics.count, factor.damping)
+    found = exact_refit(start.masked_fill(factor.dead, 0), mask, h, updated)
+    return Solved(found.weight, mask, factor.damping, updated, found)

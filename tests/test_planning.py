@@ -13,6 +13,7 @@ from pyprune.counting import Input, inputs_of, memory_of, passes_of, work_of
 from pyprune.model import ModelView, weights_of
 from pyprune.planning import rehearsal_model, rehearse
 from pyprune.prune import prune
+from pyprune.refit import USUAL_STEPS
 from pyprune.weights import skeleton
 
 
@@ -80,6 +81,9 @@ def test_statistics_and_solves_are_counted_as_the_mathematics_has_them():
     assert work.solve == pytest.approx(2 * (3 * h**3 + f**3) + sweep)
     _, device = memory_of(view, selected(view), PruneConfig(), torch.bfloat16, streamed=False, gpu=True)
     assert device["statistics"] == 4 * (3 * h * h + f * f)
+    refit = work_of(view, selected(view), PruneConfig(reconstruct="refit"))
+    rows = h + 2 * 32 + h + 2 * f  # 64 inputs: a Cholesky factor a row; 160: products with H
+    assert refit.solve - work.solve == pytest.approx(rows * h**3 / 3 + 2 * h * f * f * USUAL_STEPS)
     wanda = work_of(view, selected(view), PruneConfig(method="wanda"))
     assert wanda.statistics == 3 * h + f and wanda.solve == 2 * matrices, "norms and masks, no factorisation"
 

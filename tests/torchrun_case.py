@@ -23,6 +23,7 @@ FIELDS = {
     "wanda": dict(method="wanda", pattern="2:4"),
     "moe": dict(method="wanda"),
     "dense": dict(inputs="dense"),
+    "refit": dict(reconstruct="refit", pattern="2:4"),
     "block": dict(reconstruct="block", global_propagation=True,
                   reconstruction=Reconstruction(epochs=2, lr=1e-3, batch_size=4)),
     "liar": dict(pattern="structured", method="sparsegpt", sparsity=0.5, reconstruct="liar"),
