@@ -73,7 +73,8 @@ _READS: Rule = (reads_sequences, _TEXT)
 _TRAINING: Rule = (trains, "only training uses it: reconstruct='block' or 'cross_block' for masks, or pyprune refine")
 _STRUCTURED = "only structured patterns use it: pattern='neurons', 'heads' or 'structured'"
 _RECONSTRUCTED: Rule = (lambda c: not c.is_structured and c.reconstruct != "none",
-                        "only the reconstruction of masks uses it: reconstruct='layer', 'refit', 'block' or 'cross_block'")
+                        "only the reconstruction of masks uses it: reconstruct='layer', 'refit', 'block' or "
+                        "'cross_block'")
 _STATISTICS = "only a run that takes statistics of activations uses it: method='wanda' or 'sparsegpt', a criterion " \
               "such as 'wifv', or a reconstruct that is not 'none'"
 

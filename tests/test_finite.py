@@ -35,8 +35,9 @@ def poisoned(folder, name: str, place: tuple, value: float = math.nan) -> str:
 
 
 def run(model, **fields):
+    how = {} if "pattern" in fields else {"method": "magnitude"}
     return pyprune.prune(model, progress=False, **{
-        "method": "magnitude", "ignore": ["down_proj"], "calibration": tiny.ids(8, 24),
+        **how, "ignore": ["down_proj"], "calibration": tiny.ids(8, 24),
         "evaluation": Evaluation(enabled=False), **fields})
 
 

@@ -67,7 +67,8 @@ def dense(tmp_path_factory):
 
 
 def run(model, output, **fields):
-    fields = {"method": "magnitude", "calibration": tiny.ids(8, 24), "evaluation": Evaluation(enabled=False), **fields}
+    how = {} if "pattern" in fields else {"method": "magnitude"}
+    fields = {**how, "calibration": tiny.ids(8, 24), "evaluation": Evaluation(enabled=False), **fields}
     return pyprune.prune(str(model), output=str(output), progress=False, **fields)
 
 
