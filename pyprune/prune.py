@@ -99,23 +99,26 @@ def _prune(model, config: PruneConfig, tokenizer, in_place: bool, progress: bool
             add_generated(data, config.calibration, live, tokenizer)
     with clock("evaluation"):
         texts = windows_of(config.evaluation, tokenizer, view.is_encoder)
+    where = pick_device(config.device)
+    with ops.backend(config.backend), clock("back-ends"):
+        backends = world.same(world.lead(lambda: ops.settle(where.type, journal.header.get("backends"))))
     if config.output:
         with clock("load"):
             identity = {"settings": settings_of(config), "data": data_identity(data, texts),
                         "model": model_identity(live, weights.files.fingerprint() if weights.streamed else
                                                 weights_digest(live.state_dict().items()))}
-            world.lead(lambda: journal.begin(identity, len(view.blocks), streamed=weights.streamed))
+            world.lead(lambda: journal.begin(identity, len(view.blocks), streamed=weights.streamed, backends=backends))
             journal.entries, journal.notes = world.same((journal.entries, journal.notes))
             journal.total = len(view.blocks)
-    store = make_store(config.memory_budget_gb, journal.folder, pick_device(config.device))
-    measured = Meter(texts, config.evaluation, pick_device(config.device), store, world)
+    store = make_store(config.memory_budget_gb, journal.folder, where)
+    measured = Meter(texts, config.evaluation, where, store, world)
     with clock("evaluation"):
         dense = world.same(journal.kept("dense"))
         if dense is None:
             announce("measuring the dense model", progress and bool(texts))
             dense = measured(live, weights)
             world.lead(lambda: journal.keep("dense", dense))
-    executor = Executor(view, device=pick_device(config.device), compute_dtype=pick_dtype(config.compute_dtype),
+    executor = Executor(view, device=where, compute_dtype=pick_dtype(config.compute_dtype),
                         batch_size=config.batch_size, weights=weights, store=store)
     executor.world = world
     run = Run(config, view, executor, selected, data, clock, journal, world)
@@ -124,7 +127,7 @@ def _prune(model, config: PruneConfig, tokenizer, in_place: bool, progress: bool
     if executor.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(executor.device)
     with Progress(len(view.blocks), enabled=progress) as bar, ops.backend(config.backend), \
-            journal.interruptible(follow=world.size > 1):
+            ops.pinned(backends), journal.interruptible(follow=world.size > 1):
         if config.is_structured:
             models = prune_structured(run, bar)
             live = list(models.values())[-1]
@@ -139,7 +142,7 @@ def _prune(model, config: PruneConfig, tokenizer, in_place: bool, progress: bool
             entry["evaluation"] = compared(dense, pruned if member is live else measured(member))
     for text in measured.notes:
         run.warn(text)
-    report = build_report(run, live, dense, pruned)
+    report = {**build_report(run, live, dense, pruned), "backends": backends}
     if weights.streamed:
         result = StreamedResult(None, tokenizer, config, report)
         result.weights = weights
