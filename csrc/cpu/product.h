@@ -12,7 +12,11 @@
 namespace pyprune {
 namespace {
 
-constexpr int64_t ROWS = 12 * MR, DEPTH = 320;
+constexpr int64_t ROWS = 96;
+// A panel and its rows of x have to stay in the first-level cache while the rows pass. 320 deep they take 61 KiB with
+// AVX-512, whose tile reads each panel element for twice as many rows, so that the second level keeps up; with AVX2 they
+// would take 35 of the 32 KiB that AVX2 processors have, and every pass would begin with what was just thrown out.
+constexpr int64_t DEPTH = VL == 16 ? 320 : 192;
 
 // The second operand of out [m, n] (+)= x [m, k] · b: b is wᵀ with w [n, k] (linear), or −r with r [k, n] (trailing).
 struct Operand {
