@@ -121,9 +121,10 @@ def decide(names: list[str], record: dict) -> dict:
     for name in right[1:]:
         if _ratio(record["seconds"], taken, name) > MARGIN:
             taken = name
-    shown = ", ".join(f"{_ratio(record['seconds'], name, taken):.2f} times as fast as {name}"
-                      for name in right if name != taken)
-    return {**record, "takes": taken, "why": shown}
+    ratios = {name: _ratio(record["seconds"], name, taken) for name in right if name != taken}
+    shown = ", ".join(f"{ratio:.2f} times as fast as {name}" for name, ratio in ratios.items())
+    stays = f": the first in the list stays within a factor of {MARGIN}" if min(ratios.values()) < 1 else ""
+    return {**record, "takes": taken, "why": shown + stays}
 
 
 def _ratio(seconds: dict[str, list[float]], slow: str, fast: str) -> float:

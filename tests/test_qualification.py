@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 import tiny
 import torch
 
-from pyprune import native, ops, qualification
+from pyprune import native, ops, qualification, trials
 from pyprune.config import ConfigError, Evaluation
 from pyprune.journal import Interrupted, Journal
 from pyprune.prune import prune
@@ -64,6 +65,15 @@ def test_broken_candidates_are_out_and_the_next_one_is_taken(cache, monkeypatch,
     assert not found["select_mask"]["failed"] and found["select_mask"]["takes"] == "reference"
     assert "times as fast as own" in found["select_mask"]["why"]
     assert len(list(cache.glob("*.json"))) == 1 and not list(cache.glob("*.tmp"))
+
+
+def test_every_op_has_its_cases_and_what_is_right_passes_them():
+    assert set(trials.CASES) == {*ops.OPS, *ops.FORWARDS}
+    for op, candidates in ops.candidates("cpu").items():
+        for candidate in candidates:
+            implementation = getattr(importlib.import_module(candidate["module"]), candidate["function"])
+            assert trials.check(op, implementation, "cpu") <= 2e-2
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_a_default_is_left_only_for_what_is_clearly_faster():
