@@ -34,11 +34,20 @@ struct Operand {
             }
             return;
         }
-        for (int64_t i0 = 0; i0 < depth; i0 += 16)
-            for (int64_t o = 0; o < NR; ++o) {
-                const float* row = data + (first + o) * stride + k0;
-                for (int64_t i = i0; i < least(i0 + 16, depth); ++i) panel[i * NR + o] = o < width ? row[i] : 0.0f;
+        const int64_t whole = width == NR ? depth / VL * VL : 0;
+        for (int64_t i = 0; i < whole; i += VL)  // VL×VL at a time, transposed in registers
+            for (int64_t o = 0; o < NR; o += VL) {
+                vf block[VL];
+#pragma GCC unroll 16
+                for (int r = 0; r < VL; ++r) block[r] = load(data + (first + o + r) * stride + k0 + i);
+                transpose(block);
+#pragma GCC unroll 16
+                for (int r = 0; r < VL; ++r) store(panel + (i + r) * NR + o, block[r]);
             }
+        for (int64_t o = 0; o < NR; ++o) {
+            const float* row = data + (first + o) * stride + k0;
+            for (int64_t i = whole; i < depth; ++i) panel[i * NR + o] = o < width ? row[i] : 0.0f;
+        }
     }
 };
 
