@@ -190,11 +190,13 @@ def generate(
 
 
 @app.command()
-def env(as_json: Json = False):
-    """Versions, devices, native module, and which back-end each op would use."""
+def env(qualify: Annotated[bool, typer.Option("--qualify", help="Check and time the back-ends now, again if that was "
+                                              "done.")] = False,
+        as_json: Json = False):
+    """Versions, devices, native module, and which back-end each op takes here and why."""
     from pyprune.environment import environment, print_environment
 
-    found = environment()
+    found = environment(qualify)
     return _print_json(found) if as_json else print_environment(found)
 
 

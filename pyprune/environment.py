@@ -10,8 +10,9 @@ from typing import TextIO
 PACKAGES = ("torch", "transformers", "triton", "datasets", "numpy", "safetensors", "lm-eval")
 
 
-def environment() -> dict:
-    """Versions, CPU, GPUs and native module of this machine, and the state of every op's back-ends."""
+def environment(qualify: bool = False) -> dict:
+    """Versions, CPU, GPUs and native module of this machine, the state of every op's back-ends, and which one ``auto``
+    takes and why; ``qualify`` measures that now, else what is known is said."""
     import torch
 
     import pyprune
@@ -21,6 +22,7 @@ def environment() -> dict:
     gpus = [{"name": p.name, "capability": f"{p.major}.{p.minor}", "memory_bytes": p.total_memory}
             for p in map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))]
     devices = ["cpu", "cuda"] if gpus else ["cpu"]
+    verdicts = {device: ops.verdicts(device, measure=qualify, again=qualify) for device in devices}
     return {
         "pyprune": pyprune.__version__, "python": platform.python_version(), "platform": platform.platform(),
         "packages": {name: _version(name) for name in PACKAGES},
@@ -30,8 +32,9 @@ def environment() -> dict:
         "native": {"built": module is not None, "cuda": bool(module and module.with_cuda),
                    "cuda_architectures": getattr(module, "cuda_architectures", None) or None},
         "backends": {device: ops.status(device) for device in devices},
-        "chosen": {device: {op: next(n for n in ops.AUTO[device][op] if status[op][n] == "usable") for op in ops.OPS}
-                   for device in devices for status in [ops.status(device)]},
+        "chosen": {device: {op: verdict["takes"] for op, verdict in found.items()}
+                   for device, found in verdicts.items()},
+        "verdicts": verdicts,
     }
 
 
@@ -70,3 +73,25 @@ def print_environment(found: dict, stream: TextIO | None = None) -> None:
         console.print(table)
         for reason in sorted(reasons):
             console.print(f"  {reason}")
+        console.print(_why(found["verdicts"][device], device))
+
+
+def _why(verdicts: dict[str, dict], device: str):
+    """A table of what ``auto`` takes and why; one row where all have the same reason."""
+    from rich.table import Table
+
+    table = Table("op", "auto takes", "why", "milliseconds", "error", title=f"choice on {device}", title_justify="left")
+    reasons = {verdict["why"] for verdict in verdicts.values()}
+    if len(reasons) == 1:
+        table.add_row("every op", "see above", reasons.pop(), "", "")
+        return table
+    for op, verdict in verdicts.items():
+        failed = "".join(f"; not {name}: {reason}" for name, reason in verdict.get("failed", {}).items())
+        shown = ("; ".join(f"{name} " + ", ".join(f"{1e3 * s:.3g}" for s in seconds)
+                           for name, seconds in verdict.get("seconds", {}).items()))
+        error = verdict.get("errors", {}).get(verdict["takes"])
+        table.add_row(op, verdict["takes"], verdict["why"] + failed, shown, "" if error is None else f"{error:.0e}")
+    threads = {verdict["threads"] for verdict in verdicts.values() if "threads" in verdict}
+    table.caption = "; ".join("timed on one thread, in its CPU seconds" if n == 1 else f"timed on {n} threads"
+                              for n in sorted(threads))
+    return table

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 
 import torch  # before _C, so that both share torch's OpenMP runtime
 from torch import Tensor
 
 from pyprune import reference
+from pyprune.config import ConfigError
 
 try:
     from pyprune import _C
@@ -18,9 +20,21 @@ except ImportError as error:
 else:
     _missing = None
 
+_refused = None
+if _C is not None and os.environ.get("PYPRUNE_ISA"):
+    try:
+        _C.use_cpu_level(os.environ["PYPRUNE_ISA"])
+    except ValueError as error:
+        _refused = f"PYPRUNE_ISA={os.environ['PYPRUNE_ISA']}: {error}; unset it or name one of those"
+
 
 def unusable(name: str) -> str | None:
-    """None if the back-end ``name`` (``cpu`` or ``cuda``) can run at all, else the reason in a sentence."""
+    """None if the back-end ``name`` (``cpu`` or ``cuda``) can run at all, else the reason in a sentence.
+
+    Raises ConfigError where ``PYPRUNE_ISA`` asks for an instruction set that this processor does not have.
+    """
+    if _refused:
+        raise ConfigError(_refused)
     if _C is None:
         return _missing
     if name == "cuda" and not _C.with_cuda:

@@ -1,8 +1,8 @@
 """One function per op: arguments are validated here, once, and a back-end is picked here, once.
 
 Back-ends: ``cuda`` (``pyprune._C``, CUDA C++), ``triton`` (``pyprune.triton_kernels``), ``cpu`` (``pyprune._C``,
-OpenMP) and ``reference`` (plain PyTorch). ``auto`` takes the first usable one of the tensor's device in the order
-of ``AUTO``; a back-end the user names is used or refused, never replaced.
+OpenMP) and ``reference`` (plain PyTorch). ``auto`` takes the one that :mod:`pyprune.qualification` found right and
+fastest on this machine among those of ``AUTO``; a back-end the user names is used or refused, never replaced.
 
 All functions take float32, bfloat16 or float16 matrices and accumulate in float32. ``mask`` is True where a weight
 is kept, or a token counted.
@@ -19,12 +19,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyprune import qualification
+from pyprune.config import ConfigError
+
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 OPS = ("gram_update", "cross_gram_update", "column_moments", "select_mask", "nm_mask", "compress_24", "expand_24",
        "obs_sweep", "trailing_update", "cholesky", "cholesky_solve", "liar_update", "linear")
 
-# Order of preference by device type. A kernel enters the CUDA list only after its tests have passed on a GPU
+FORWARDS = ("forward_float32", "forward_bfloat16")
+"""Forward passes of blocks on a CPU, by type: ``pyprune`` (autograd.py's products and attention) or ``torch``."""
+
+# Candidates by device type, the default first. A kernel enters the CUDA list only after its tests have passed on a GPU
 # (benchmarks/GPU_QUEUE.md); until then it runs when named.
 AUTO: dict[str, dict[str, tuple[str, ...]]] = {
     "cpu": dict.fromkeys(OPS, ("cpu", "reference")),
@@ -44,6 +50,10 @@ class Backend:
 
     def load(self, op: str):
         return getattr(importlib.import_module(self.module), op + self.suffix, None)
+
+    def candidate(self, op: str) -> dict[str, str]:
+        """The implementation of ``op`` as plain data, for another process."""
+        return {"name": self.name, "module": self.module, "function": op + self.suffix}
 
     def why_not(self, op: str, device: torch.device | str) -> str | None:
         """None if usable for tensors on ``device``, else the reason in a sentence."""
@@ -89,16 +99,75 @@ def backend(name: str):
         _forced.reset(token)
 
 
+def candidates(device: str) -> qualification.Candidates:
+    """Op → what ``auto`` may take for tensors on a type of device, usable here; for a CPU the forward passes too."""
+    found = {op: [TABLE[name].candidate(op) for name in AUTO[device][op] if TABLE[name].why_not(op, device) is None]
+             for op in OPS}
+    if device == "cpu":
+        plain = {"name": "torch", "module": "contextlib", "function": "nullcontext"}
+        own = {"name": "pyprune", "module": "pyprune.autograd", "function": "ForwardMode"}
+        found |= {op: [own, plain] for op in FORWARDS}
+    return found
+
+
+def verdicts(device: str, *, measure: bool = True, again: bool = False) -> dict[str, dict]:
+    """What ``auto`` takes for tensors on a type of device, op by op, and why; see :func:`qualification.verdicts`."""
+    return qualification.verdicts(device, candidates(device), measure=measure, again=again)
+
+
+_pinned: contextvars.ContextVar[dict[str, dict[str, str]] | None] = contextvars.ContextVar("pyprune_pinned",
+                                                                                          default=None)
+_settled: dict[tuple[str, bool], dict[str, str]] = {}
+
+
+def taken(op: str, device: str) -> str:
+    """Name of the candidate that an op, or a forward pass of ``FORWARDS``, uses now for tensors on a type of device."""
+    name = _forced.get()
+    if name != "auto":
+        return name if op in OPS else "torch" if name == "reference" else "pyprune"
+    pinned = (_pinned.get() or {}).get(device)
+    if pinned is not None:
+        return pinned[op]
+    key = device, torch.get_num_threads() == 1
+    if key not in _settled:
+        _settled[key] = {op: verdict["takes"] for op, verdict in verdicts(device).items()}
+    return _settled[key][op]
+
+
+def settle(device: str, recorded: dict[str, dict[str, str]] | None = None) -> dict[str, dict[str, str]]:
+    """What a run on a type of device takes, device → op → name, for :func:`pinned`: what an interrupted one recorded,
+    else what is in force now, measured if need be. Raises ConfigError for a record that cannot be followed here."""
+    if not recorded:
+        usable = candidates(device)
+        return {device: {op: taken(op, device) for op in usable}}
+    for device, choices in recorded.items():
+        usable = candidates(device)
+        for op, name in choices.items():
+            if op not in usable or (op in OPS and (reason := TABLE[name].why_not(op, device)) is not None):
+                raise ConfigError(f"the interrupted run took the {name} back-end for {op}, which cannot run here: "
+                                  f"{reason if op in usable else 'there is no such op'}; resume it where it began, or "
+                                  "start anew in another folder")
+    return recorded
+
+
+@contextlib.contextmanager
+def pinned(choices: dict[str, dict[str, str]]):
+    """Inside the ``with`` block ``auto`` takes these, as :func:`settle` gave them."""
+    token = _pinned.set(choices)
+    try:
+        yield
+    finally:
+        _pinned.reset(token)
+
+
 _chosen: dict[tuple[str, str, str], object] = {}
 
 
 def _implementation(op: str, device: torch.device):
-    name = _forced.get()
+    name = taken(op, device.type)
     key = (op, device.type, name)
     if key not in _chosen:
-        if name == "auto":
-            name = next(n for n in AUTO[device.type][op] if TABLE[n].why_not(op, device) is None)
-        elif (reason := TABLE[name].why_not(op, device)) is not None:
+        if (reason := TABLE[name].why_not(op, device)) is not None:
             raise RuntimeError(f"back-end {name!r} was asked for {op} but cannot run: {reason}")
         _chosen[key] = TABLE[name].load(op)
     return _chosen[key]

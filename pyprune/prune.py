@@ -100,26 +100,29 @@ def _prune(model, config: PruneConfig, tokenizer, in_place: bool, progress: bool
         data = calibration_data(config, view, live, tokenizer)
     with clock("evaluation"):
         texts = windows_of(config.evaluation, tokenizer, view.is_encoder)
+    where = pick_device(config.device)
+    with ops.backend(config.backend), clock("back-ends"):
+        backends = world.same(world.lead(lambda: ops.settle(where.type, journal.header.get("backends"))))
     if config.output:
         with clock("load"):
             identity = {"settings": settings_of(config), "data": data_identity(data, texts),
                         "model": model_identity(live, weights.files.fingerprint() if weights.streamed else
                                                 weights_digest(live.state_dict().items()))}
-            world.lead(lambda: journal.begin(identity, len(view.blocks), streamed=weights.streamed))
+            world.lead(lambda: journal.begin(identity, len(view.blocks), streamed=weights.streamed, backends=backends))
             journal.entries, journal.notes = world.same((journal.entries, journal.notes))
             journal.total = len(view.blocks)
     if world.same(journal.complete):
         world.lead(journal.publish)
         return published(config, weights.streamed)
-    store = make_store(config.memory_budget_gb, journal.folder, pick_device(config.device))
-    measured = Meter(texts, config.evaluation, pick_device(config.device), store, world)
+    store = make_store(config.memory_budget_gb, journal.folder, where)
+    measured = Meter(texts, config.evaluation, where, store, world)
     with clock("evaluation"):
         dense = world.same(journal.kept("dense"))
         if dense is None:
             announce("measuring the dense model", progress and bool(texts))
             dense = measured(live, weights)
             world.lead(lambda: journal.keep("dense", dense))
-    executor = Executor(view, device=pick_device(config.device), compute_dtype=pick_dtype(config.compute_dtype),
+    executor = Executor(view, device=where, compute_dtype=pick_dtype(config.compute_dtype),
                         batch_size=config.batch_size, weights=weights, store=store)
     executor.world = world
     run = Run(config, view, executor, selected, data, clock, journal, world)
@@ -133,7 +136,7 @@ def _prune(model, config: PruneConfig, tokenizer, in_place: bool, progress: bool
     if executor.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(executor.device)
     with Progress(len(view.blocks), enabled=progress) as bar, ops.backend(config.backend), \
-            journal.interruptible(follow=world.size > 1):
+            ops.pinned(backends), journal.interruptible(follow=world.size > 1):
         if config.is_structured:
             models = prune_structured(run, bar)
             live = list(models.values())[-1]
@@ -152,7 +155,7 @@ def _prune(model, config: PruneConfig, tokenizer, in_place: bool, progress: bool
     for text in [*measured.notes, *(text for whose, rows in {"dense": dense, **(curve or {"pruned": pruned})}.items()
                                     for text in warnings_for(rows, whose))]:
         run.warn(text)
-    report = build_report(run, live, dense, pruned)
+    report = {**build_report(run, live, dense, pruned), "backends": backends}
     if weights.streamed:
         result = StreamedResult(None, tokenizer, config, report, origin=origin)
         result.weights = weights

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
-from pyprune import checkpoint
+from pyprune import checkpoint, ops
 from pyprune.blockwise import Meter
 from pyprune.comparison import read as read_report
 from pyprune.config import DTYPES, STREAMING, Calibration, ConfigError, Evaluation, Reconstruction, to_dict
@@ -111,9 +111,10 @@ def _refine(request: Request, world: World, journal: Journal, progress: bool) ->
     models = {name: model_identity(one.model, one.weights.files.fingerprint() if one.weights.streamed else
                                    weights_digest(one.model.state_dict().items()))
               for name, one in (("model", opened), ("dense", taught))}
+    backends = world.same(world.lead(lambda: ops.settle(where.type, journal.header.get("backends"))))
     world.lead(lambda: journal.begin({"settings": request.identity(), "data": data_identity(data, texts), **models},
                                      len(views[0].blocks), streamed=opened.weights.streamed,
-                                     dense_streamed=taught.weights.streamed))
+                                     dense_streamed=taught.weights.streamed, backends=backends))
     journal.entries, journal.notes = world.same((journal.entries, journal.notes))
     journal.total = len(views[0].blocks)
     if world.same(journal.complete):
@@ -132,7 +133,7 @@ def _refine(request: Request, world: World, journal: Journal, progress: bool) ->
     pupil.world = master.world = world
     work = Refinement(pupil, master, request.settings, request.cross_block, request.global_propagation, request.seed,
                       told.append, journal, request.output)
-    with Progress(len(views[0].blocks), label=LABEL, enabled=progress) as bar, \
+    with Progress(len(views[0].blocks), label=LABEL, enabled=progress) as bar, ops.pinned(backends), \
             journal.interruptible(follow=world.size > 1):
         rows = work.run(data, bar)
     announce("measuring the refined model", progress and bool(texts), LABEL)
@@ -140,9 +141,9 @@ def _refine(request: Request, world: World, journal: Journal, progress: bool) ->
     found = {"model": request.directory, "dense": request.dense, **request.asked(), "windows": rows,
              "evaluation": [{**rest, **{name: values[k]["perplexity"] for name, values in measured.items()}}
                             for k, rest in enumerate(measured["refined"])],
-             "seconds": time.perf_counter() - started, "warnings": [*told, *meter.notes,
-                                                                         *(text for whose, rows in measured.items()
-                                                                           for text in warnings_for(rows, whose))]}
+             "backends": backends, "seconds": time.perf_counter() - started,
+             "warnings": [*told, *meter.notes, *(text for whose, rows in measured.items()
+                                                 for text in warnings_for(rows, whose))]}
     source, name = Path(request.directory).expanduser(), Path(request.output).name
     world.lead(lambda: journal.finish(lambda folder: _fill(folder, opened, tokenizer, source, found, name)))
     return found

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from pyprune.autograd import ForwardMode
+from pyprune.autograd import forward_mode
 from pyprune.config import ConfigError
 from pyprune.distributed import World
 from pyprune.model import Arguments, ModelView, call_block
@@ -117,7 +117,9 @@ class Executor:
         """The processes that share the calibration sequences."""
         self.warn: Callable[[str], None] = lambda message: None
         """Told when a batch did not fit the device and was halved."""
-        self.mode: Callable = ForwardMode if self.device.type == "cpu" else contextlib.nullcontext
+        self.mode: Callable = contextlib.nullcontext
+        if self.device.type == "cpu":
+            self.mode = lambda: forward_mode(self.dtype)
         """What forward passes run under."""
         self._arguments: dict[tuple[int, int], list[Arguments]] = {}
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the Hub's client: no test may need the network
+os.environ["PYPRUNE_QUALIFY"] = "0"  # a fixed choice of back-ends, here and in the processes that tests start
 
 import numpy as np
 import pytest
@@ -63,6 +64,7 @@ def interpreter(monkeypatch):
 
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(ops, "_chosen", {})
+    monkeypatch.setattr(ops, "_settled", {})
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ namespace pyprune {
 namespace {
 
 constexpr int64_t CHUNK = 512;
+constexpr int64_t STEPS = VL == 16 ? CHUNK : 128;  // both panels' parts fit a first-level cache of 32 KiB (see product.h)
 
 inline void pack(const Tokens& x, const int64_t* rows, int64_t start, int64_t count, int64_t first, bool pairs,
                  bool round, float* panel) {
@@ -42,12 +43,13 @@ template <typename Dot>
 inline void add_panel(const float* a, const float* b, int64_t steps, float* out, int64_t stride, int64_t rows,
                       int64_t columns) {
     vf acc[MR][3];
-    for (int64_t i = 0; i < least(rows, NR); i += MR) {
-        const float* lanes[MR];
-        for (int r = 0; r < MR; ++r) lanes[r] = a + i + r;
-        tile<Dot, NR>(lanes, b, steps, acc);
-        store_tile<true>(acc, out + i * stride, stride, rows - i, columns, nullptr);
-    }
+    for (int64_t start = 0; start < steps; start += STEPS)
+        for (int64_t i = 0; i < least(rows, NR); i += MR) {
+            const float* lanes[MR];
+            for (int r = 0; r < MR; ++r) lanes[r] = a + start * NR + i + r;
+            tile<Dot, NR>(lanes, b + start * NR, least(STEPS, steps - start), acc);
+            store_tile<true>(acc, out + i * stride, stride, rows - i, columns, nullptr);
+        }
 }
 
 inline void add_panels(bool pairs, const float* a, const float* b, int64_t count, float* out, int64_t stride,

@@ -12,7 +12,11 @@
 namespace pyprune {
 namespace {
 
-constexpr int64_t ROWS = 12 * MR, DEPTH = 320;
+constexpr int64_t ROWS = 96;
+// A panel and its rows of x have to stay in the first-level cache while the rows pass. 320 deep they take 61 KiB with
+// AVX-512, whose tile reads each panel element for twice as many rows, so that the second level keeps up; with AVX2 they
+// would take 35 of the 32 KiB that AVX2 processors have, and every pass would begin with what was just thrown out.
+constexpr int64_t DEPTH = VL == 16 ? 320 : 192;
 
 // The second operand of out [m, n] (+)= x [m, k] · b: b is wᵀ with w [n, k] (linear), or −r with r [k, n] (trailing).
 struct Operand {
@@ -30,11 +34,20 @@ struct Operand {
             }
             return;
         }
-        for (int64_t i0 = 0; i0 < depth; i0 += 16)
-            for (int64_t o = 0; o < NR; ++o) {
-                const float* row = data + (first + o) * stride + k0;
-                for (int64_t i = i0; i < least(i0 + 16, depth); ++i) panel[i * NR + o] = o < width ? row[i] : 0.0f;
+        const int64_t whole = width == NR ? depth / VL * VL : 0;
+        for (int64_t i = 0; i < whole; i += VL)  // VL×VL at a time, transposed in registers
+            for (int64_t o = 0; o < NR; o += VL) {
+                vf block[VL];
+#pragma GCC unroll 16
+                for (int r = 0; r < VL; ++r) block[r] = load(data + (first + o + r) * stride + k0 + i);
+                transpose(block);
+#pragma GCC unroll 16
+                for (int r = 0; r < VL; ++r) store(panel + (i + r) * NR + o, block[r]);
             }
+        for (int64_t o = 0; o < NR; ++o) {
+            const float* row = data + (first + o) * stride + k0;
+            for (int64_t i = whole; i < depth; ++i) panel[i * NR + o] = o < width ? row[i] : 0.0f;
+        }
     }
 };
 
