@@ -22,7 +22,8 @@ import torch
 from common import ROOT, write
 from cuda_kernels import copy_bandwidth, microseconds
 
-from pyprune import ops, reference
+from pyprune import ops
+from pyprune.ops import reference
 
 TARGETS = {"gram_update": "≥ 1.5 over addmm at c ≥ 4096, ≥ 20 over the float32 product",
            "nm_mask": "≥ 0.8 of the floor", "select_mask": "≥ 10 over sort",

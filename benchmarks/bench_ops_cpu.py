@@ -24,8 +24,9 @@ from torch.nn import functional
 sys.path.insert(0, str(Path(__file__).parent))
 from common import fastest, write  # noqa: E402
 
-from pyprune import native, ops  # noqa: E402
-from pyprune.solvers import Factor, obs_prune  # noqa: E402
+from pyprune import ops  # noqa: E402
+from pyprune.masks.solvers import Factor, obs_prune  # noqa: E402
+from pyprune.ops import native  # noqa: E402
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ def environment() -> dict:
     import torch
     import transformers
 
-    from pyprune import native
+    from pyprune.ops import native
 
     def git(*arguments: str) -> str:
         found = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True)

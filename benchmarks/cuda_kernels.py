@@ -17,7 +17,8 @@ import sys
 import torch
 from common import ROOT, write
 
-from pyprune import ops, reference
+from pyprune import ops
+from pyprune.ops import reference
 
 REPEATS = 20
 FLOAT32_RATE = 60e12

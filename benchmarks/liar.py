@@ -28,22 +28,22 @@ import torch
 
 import pyprune
 from benchmarks.common import data, read
-from pyprune.allocation import choose, uniform_count
-from pyprune.calibration import CalibrationData, tokenize
 from pyprune.config import PruneConfig
+from pyprune.data.calibration import CalibrationData, tokenize
 from pyprune.effects import WEIGHTS_ALONE
-from pyprune.evaluate import window_losses
-from pyprune.evaluate_tasks import encode, fit_head, predict, read_pairs, spearman, token_ids
-from pyprune.group_criteria import NEEDS_GRADIENTS, NEEDS_MOMENTS, Scored, score
-from pyprune.layouts import add_biases
-from pyprune.liar import Problem, repair
-from pyprune.model import ModelView, weights_of
-from pyprune.prune import Run
-from pyprune.slicing import Pick, slice_block
-from pyprune.stream import Executor
-from pyprune.structured_block import has_slot, observe
-from pyprune.structured_plan import make_plan, twin
-from pyprune.taps import gradient_sequences, mask_gradients
+from pyprune.evaluation.perplexity import window_losses
+from pyprune.evaluation.tasks import encode, fit_head, predict, read_pairs, spearman, token_ids
+from pyprune.execution.executor import Executor
+from pyprune.model.blocks import ModelView, weights_of
+from pyprune.pipeline.prune import Run
+from pyprune.structured.allocation import choose, uniform_count
+from pyprune.structured.block import has_slot, observe
+from pyprune.structured.config_edits import add_biases
+from pyprune.structured.criteria import NEEDS_GRADIENTS, NEEDS_MOMENTS, Scored, score
+from pyprune.structured.liar import Problem, repair
+from pyprune.structured.preparation import make_plan, twin
+from pyprune.structured.slicing import Pick, slice_block
+from pyprune.structured.taps import gradient_sequences, mask_gradients
 
 CRITERIA = ("wifv", "obs_greedy", "activation", "obs", "taylor", "fisher", "magnitude", "random")
 METHODS = {

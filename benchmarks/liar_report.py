@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.common import data, result_path, write
-from pyprune.evaluate_tasks import paired_bootstrap, read_pairs, spearman
+from pyprune.evaluation.tasks import paired_bootstrap, read_pairs, spearman
 
 COLOURS = {"none": "#9a9a9a", "bias": "#3b7dd8", "mask_tuning": "#e0862f", "liar_uniform": "#a8d8b0",
            "liar": "#2a9d4a"}

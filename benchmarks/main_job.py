@@ -20,9 +20,9 @@ import torch
 import pyprune
 from benchmarks import common, published_loop
 from pyprune.config import Calibration, Evaluation, parse_nm
-from pyprune.evaluate import perplexity
-from pyprune.model import ModelView
-from pyprune.stream import Executor
+from pyprune.evaluation.perplexity import perplexity
+from pyprune.execution.executor import Executor
+from pyprune.model.blocks import ModelView
 
 NAME = "main_job"
 

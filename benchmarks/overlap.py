@@ -20,8 +20,8 @@ import torch
 import transformers
 
 from benchmarks.common import write
-from pyprune.model import ModelView
-from pyprune.stream import Executor
+from pyprune.execution.executor import Executor
+from pyprune.model.blocks import ModelView
 
 TARGET_GPU, TARGET_CPU = 1.1, 0.05
 

@@ -1,6 +1,6 @@
 """Rates of this machine that a run rests on, and what one block then takes on 1, 8 and 64 processes.
 
-Measured with the project's own code: forward passes, Gram products, solves (FLOP/s as :mod:`pyprune.counting` counts
+Measured with the project's own code: forward passes, Gram products, solves (FLOP/s as :mod:`pyprune.planning.costs` counts
 them), the activation store, shards on disk with their checksum, and sums and broadcasts between processes (gloo; NCCL
 where there are two GPUs or more). ``--again`` adds a run to the last result; of several the best counts, as what else
 the machine does only slows. ``--table`` computes the table of docs/scaling.md from the result, ``--sheet`` from the
@@ -28,15 +28,15 @@ import transformers
 from benchmarks.common import read, write
 from pyprune import ops
 from pyprune.config import PruneConfig
-from pyprune.counting import work_of
-from pyprune.distributed import World
-from pyprune.evaluate import cpu_has_bfloat16
-from pyprune.model import ModelView, weights_of
-from pyprune.planning import disk_rates
-from pyprune.solvers import inverse_factor, obs_prune
-from pyprune.store import Store
-from pyprune.stream import TARGET_TOKENS, Activations, Executor
-from pyprune.weights import skeleton
+from pyprune.evaluation.perplexity import cpu_has_bfloat16
+from pyprune.execution.activation_store import Store
+from pyprune.execution.distributed import World
+from pyprune.execution.executor import TARGET_TOKENS, Activations, Executor
+from pyprune.execution.weight_streaming import skeleton
+from pyprune.masks.solvers import inverse_factor, obs_prune
+from pyprune.model.blocks import ModelView, weights_of
+from pyprune.planning.costs import work_of
+from pyprune.planning.rehearsal import disk_rates
 
 SHEET = {"forward": 989e12, "gram": 989e12, "solve": 67e12, "copy_in": 64e9, "copy_out": 64e9, "reduce": 450e9,
          "broadcast": 450e9, "between": 50e9}

@@ -1,4 +1,4 @@
-// pyprune._C: raw pointers, shapes and strides in, from pyprune/native.py only. No libtorch.
+// pyprune._C: raw pointers, shapes and strides in, from pyprune/ops/native.py only. No libtorch.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -21,7 +21,7 @@
 
 namespace pyprune {
 
-// ---- element types: the codes pyprune/native.py passes -------------------------------------------------------------
+// ---- element types: the codes pyprune/ops/native.py passes -------------------------------------------------------------
 
 enum DType { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 

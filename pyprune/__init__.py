@@ -20,26 +20,26 @@ import typing
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "prune": "pyprune.prune", "plan": "pyprune.plan", "PruneResult": "pyprune.prune",
+    "prune": "pyprune.pipeline.prune", "plan": "pyprune.planning.plan", "PruneResult": "pyprune.pipeline.prune",
     "PruneConfig": "pyprune.config", "Calibration": "pyprune.config", "Evaluation": "pyprune.config",
     "Reconstruction": "pyprune.config", "Structured": "pyprune.config", "ConfigError": "pyprune.config",
-    "load": "pyprune.checkpoint", "inspect": "pyprune.inspection", "compare": "pyprune.comparison",
-    "evaluate": "pyprune.evaluate", "latency": "pyprune.evaluate", "generate": "pyprune.generate",
-    "backend": "pyprune.ops", "refine": "pyprune.refine_model",
+    "load": "pyprune.model.checkpoint", "inspect": "pyprune.reporting.inspection", "compare": "pyprune.reporting.comparison",
+    "evaluate": "pyprune.evaluation.perplexity", "latency": "pyprune.evaluation.perplexity", "generate": "pyprune.data.self_generated",
+    "backend": "pyprune.ops", "refine": "pyprune.pipeline.refine",
 }
 __all__ = [*_PUBLIC, "__version__"]
 
 if typing.TYPE_CHECKING:
-    from pyprune.checkpoint import load
-    from pyprune.comparison import compare
     from pyprune.config import Calibration, ConfigError, Evaluation, PruneConfig, Reconstruction, Structured
-    from pyprune.evaluate import evaluate, latency
-    from pyprune.generate import generate
-    from pyprune.inspection import inspect
+    from pyprune.data.self_generated import generate
+    from pyprune.evaluation.perplexity import evaluate, latency
+    from pyprune.model.checkpoint import load
     from pyprune.ops import backend
-    from pyprune.plan import plan
-    from pyprune.prune import PruneResult, prune
-    from pyprune.refine_model import refine
+    from pyprune.pipeline.prune import PruneResult, prune
+    from pyprune.pipeline.refine import refine
+    from pyprune.planning.plan import plan
+    from pyprune.reporting.comparison import compare
+    from pyprune.reporting.inspection import inspect
 
 
 def __getattr__(name: str):

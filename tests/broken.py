@@ -8,7 +8,7 @@ import time
 
 import torch
 
-from pyprune import reference
+from pyprune.ops import reference
 
 
 def wrong(gram, x, *, sums=None, count=None, mask=None, precision="float32"):

@@ -6,7 +6,7 @@ import tiny
 import torch
 
 from pyprune.config import Calibration, Evaluation, Reconstruction
-from pyprune.prune import prune
+from pyprune.pipeline.prune import prune
 
 FAST = Reconstruction(epochs=3, batch_size=4, lr=2e-3)
 

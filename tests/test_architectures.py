@@ -10,8 +10,8 @@ import torch
 import transformers as hf
 
 import pyprune
-from pyprune.model import ModelView, call_block, weights_of
-from pyprune.stream import Executor, expert_loop
+from pyprune.execution.executor import Executor, expert_loop
+from pyprune.model.blocks import ModelView, call_block, weights_of
 
 ALL = list(tiny.CONFIGS)
 
@@ -101,7 +101,7 @@ def test_prune_save_reload(architecture, method, pattern, tmp_path):
 @pytest.mark.parametrize("architecture", ["mixtral", "qwen3_moe"])
 def test_expert_statistics_see_only_their_tokens(architecture):
     """Each expert's Gram equals the one computed from the tokens the router sends it."""
-    from pyprune.statistics import Statistics, observe
+    from pyprune.masks.statistics import Statistics, observe
 
     model = tiny.model(architecture)
     view = ModelView(model)

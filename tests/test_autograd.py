@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from pyprune.autograd import ForwardMode, TrainingMode, _Attention, attention
+from pyprune.execution.cpu_forward import ForwardMode, TrainingMode, _Attention, attention
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import pyprune
-from pyprune import cli
+from pyprune.cli import commands
 from pyprune.config import ConfigError, Evaluation
 
 
@@ -106,7 +106,7 @@ def test_exit_code_two_one_sentence_nothing_written(name, place, monkeypatch, ca
     monkeypatch.chdir(place)
     before = sorted(place.iterdir())
     with pytest.raises(SystemExit) as stop:
-        cli.main(arguments)
+        commands.main(arguments)
     out, err = capsys.readouterr()
     assert stop.value.code == 2, err
     assert out == ""
@@ -132,4 +132,4 @@ def test_weights_are_untouched_by_a_refused_run():
 def test_unexpected_errors_keep_their_traceback(monkeypatch, folder, tmp_path):
     monkeypatch.setattr(pyprune, "evaluate", lambda *_, **__: json.loads("{"))
     with pytest.raises(json.JSONDecodeError):
-        cli.main(["eval", str(folder), "--text", "x.npy"])
+        commands.main(["eval", str(folder), "--text", "x.npy"])

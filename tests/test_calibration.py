@@ -9,9 +9,9 @@ import pytest
 import tiny
 import torch
 
-from pyprune import texts
-from pyprune.calibration import coerce, fingerprint, load, tokenize
 from pyprune.config import Calibration, ConfigError
+from pyprune.data import texts
+from pyprune.data.calibration import coerce, fingerprint, load, tokenize
 
 PROSE = "The quick brown fox jumps over the lazy dog, and nobody minds it.\n" * 200
 

@@ -13,9 +13,9 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 
 import pyprune
-from pyprune import checkpoint
 from pyprune.config import ConfigError, Evaluation, PruneConfig, from_yaml
-from pyprune.inspection import violations
+from pyprune.model import checkpoint
+from pyprune.reporting.inspection import violations
 
 NO_EVALUATION = Evaluation(enabled=False)
 

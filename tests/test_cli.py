@@ -12,14 +12,15 @@ import tiny
 from safetensors.torch import load_file
 
 import pyprune
-from pyprune import cli, report
-from pyprune.progress import Progress
+from pyprune.cli import commands
+from pyprune.pipeline.progress import Progress
+from pyprune.reporting import rendering
 
 
 def call(capsys, *arguments):
     """Exit code, standard output and standard error of one command, run in this process."""
     with pytest.raises(SystemExit) as stop:
-        cli.main([str(a) for a in arguments])
+        commands.main([str(a) for a in arguments])
     out, err = capsys.readouterr()
     return stop.value.code or 0, out, err
 
@@ -100,7 +101,7 @@ def test_inspect_and_compare(capsys, tmp_path, pruned, folder):
 
 
 def test_compare_says_what_does_not_compare(pruned):
-    from pyprune.comparison import compare, differences
+    from pyprune.reporting.comparison import compare, differences
 
     path, _, _ = pruned
     rows = compare([path, path])
@@ -179,4 +180,4 @@ def test_progress_in_a_log_and_on_a_terminal(monkeypatch):
 
 def test_warnings_that_differ_in_numbers_alone_are_shown_once():
     told = [f"model.layers.{i}.mlp.down_proj.weight norm grew {i}.5-fold" for i in range(30)] + ["something else"]
-    assert report.distinct(told) == [told[0] + " (and 29 like it, in report.json)", "something else"]
+    assert rendering.distinct(told) == [told[0] + " (and 29 like it, in rendering.json)", "something else"]

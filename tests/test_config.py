@@ -10,7 +10,7 @@ import typer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pyprune import cli, options
+from pyprune.cli import commands, options
 from pyprune.config import (
     CRITERIA,
     METHODS,
@@ -137,13 +137,13 @@ def test_override_changes_what_is_named_and_nothing_else():
 
 
 def test_the_command_line_has_every_field_once_and_documents_it():
-    signature = inspect.signature(cli.prune).parameters
+    signature = inspect.signature(commands.prune).parameters
     fields = options.configuration_fields()
     assert len(fields) == sum(len(dataclasses.fields(c)) for c in (
         PruneConfig, Calibration, Evaluation, Reconstruction, Structured)) - 4
     own = {"model", "config", "plan", "resume", "as_json"}
     assert len(signature) - len(own) == len(fields) - 1  # ``model`` is the argument
-    commands = typer.main.get_command(cli.app)
+    commands = typer.main.get_command(commands.app)
     flags = [flag for p in commands.commands["prune"].params for flag in (*p.opts, *p.secondary_opts)]
     assert len(flags) == len(set(flags)), "two options share a flag"
     assert all(p.help for p in commands.commands["prune"].params)

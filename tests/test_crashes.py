@@ -14,9 +14,9 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import tiny, torch
 from pyprune.config import Calibration, ConfigError, Evaluation, Reconstruction
-from pyprune.journal import journaled
-from pyprune.prune import prune
-from pyprune.refine_checkpoint import refine_checkpoint
+from pyprune.execution.journal import journaled
+from pyprune.pipeline.prune import prune
+from pyprune.pipeline.refine_checkpoint import refine_checkpoint
 
 root = Path(sys.argv[2])
 os.fsync = lambda handle: None  # a process that dies loses no written page

@@ -1,4 +1,4 @@
-"""``<op>_cuda`` of pyprune/native.py and the bindings under them, over the simulated kernels and CPU tensors.
+"""``<op>_cuda`` of pyprune/ops/native.py and the bindings under them, over the simulated kernels and CPU tensors.
 
 What is checked here is what lies between ops and the kernels: argument order, strides and copies, wide column blocks
 in pieces, and how faults of the data surface. The kernels' own tests are in test_cuda_sim.py.
@@ -12,7 +12,7 @@ import pytest
 import torch
 from simulated import factor_of_inverse, load_module, objects, strided
 
-from pyprune import native, reference
+from pyprune.ops import native, reference
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to compile the simulated kernels")
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pyprune import native, ops, reference
+from pyprune import ops
+from pyprune.ops import native, reference
 
 pytestmark = [pytest.mark.gpu,
               pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),

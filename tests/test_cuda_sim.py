@@ -24,7 +24,7 @@ from simulated import (
     strided,
 )
 
-from pyprune import reference
+from pyprune.ops import reference
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 RUNS = ["order 0", "order 1", "order 2", "asan"]

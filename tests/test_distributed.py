@@ -17,7 +17,7 @@ import torchrun_case
 
 import pyprune
 from pyprune.config import ConfigError
-from pyprune.distributed import FAILED, GONE, LOST, Pulse, World
+from pyprune.execution.distributed import FAILED, GONE, LOST, Pulse, World
 
 HERE = Path(__file__).parent
 MASKS = ("sparsegpt", "wanda", "moe", "dense", "refit", "block", "cross")
@@ -172,8 +172,8 @@ def test_perplexities_of_shares_make_the_perplexity_of_the_whole():
 
 
 def test_fewer_sequences_than_processes_are_refused():
-    from pyprune.model import ModelView
-    from pyprune.stream import Executor
+    from pyprune.execution.executor import Executor
+    from pyprune.model.blocks import ModelView
 
     executor = Executor(ModelView(tiny.model("llama")))
     executor.world.size = 3

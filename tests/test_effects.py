@@ -9,7 +9,8 @@ import tiny
 import torch
 
 import pyprune
-from pyprune import cli, effects
+from pyprune import effects
+from pyprune.cli import commands
 from pyprune.config import (
     Calibration,
     ConfigError,
@@ -22,7 +23,7 @@ from pyprune.config import (
     override,
     to_yaml,
 )
-from pyprune.group_criteria import NEEDS_GRADIENTS, NEEDS_MOMENTS
+from pyprune.structured.criteria import NEEDS_GRADIENTS, NEEDS_MOMENTS
 
 NOTHING = [
     ({"method": "wanda", "global_propagation": True}, "global_propagation=True", "reconstruct='layer'"),
@@ -129,7 +130,7 @@ def test_criteria_that_look_at_weights_alone_are_the_others():
 
 def test_the_command_line_and_the_python_api_refuse_alike(folder, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
-        cli.main(["prune", str(folder), "-o", str(tmp_path / "out"), "--method", "wanda", "--damping", "0.1"])
+        commands.main(["prune", str(folder), "-o", str(tmp_path / "out"), "--method", "wanda", "--damping", "0.1"])
     assert stop.value.code == 2 and "damping=0.1 would do nothing" in capsys.readouterr().err
     model = tiny.model("llama")
     with pytest.raises(ConfigError, match="damping=0.1 would do nothing"):
@@ -167,7 +168,7 @@ def test_commands_refuse_their_own_options_that_do_nothing(folder, tmp_path, cap
             (["eval", str(folder), "--latency", "--text", "x.txt"], "--text would do nothing"),
             (["eval", str(folder), "--latency", "--device", "cpu"], "--device would do nothing")]:
         with pytest.raises(SystemExit) as stop:
-            cli.main(arguments)
+            commands.main(arguments)
         err = capsys.readouterr().err
         assert stop.value.code == 2 and sentence in err, err
 

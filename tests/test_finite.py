@@ -14,10 +14,11 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 
 import pyprune
-from pyprune import cli, report
+from pyprune.cli import commands
 from pyprune.config import Calibration, ConfigError, Evaluation
-from pyprune.evaluate import NotFinite, perplexity_of
-from pyprune.refine_checkpoint import refine_checkpoint
+from pyprune.evaluation.perplexity import NotFinite, perplexity_of
+from pyprune.pipeline.refine_checkpoint import refine_checkpoint
+from pyprune.reporting import rendering
 
 LLAMA = {"model.embed_tokens.weight": (7, 3), "lm_head.weight": (0, 1), "model.norm.weight": (3,),
          "model.layers.2.input_layernorm.weight": (31,), "model.layers.2.mlp.down_proj.weight": (3, 63),
@@ -45,7 +46,7 @@ def run(model, **fields):
 @pytest.mark.parametrize("name", LLAMA)
 def test_nan_in_any_tensor_is_named_before_any_work(tmp_path, monkeypatch, name, stream):
     path = poisoned(tmp_path / "dense", name, LLAMA[name], -math.inf if "norm" in name else math.nan)
-    monkeypatch.setattr("pyprune.calibration.load", lambda *_, **__: pytest.fail("work has begun"))
+    monkeypatch.setattr("pyprune.data.calibration.load", lambda *_, **__: pytest.fail("work has begun"))
     value, place = "-inf" if "norm" in name else "nan", str(list(LLAMA[name]))
     with pytest.raises(ConfigError) as refusal:
         run(path, stream=stream, output=str(tmp_path / "out"))
@@ -96,7 +97,7 @@ def test_perplexity_of_losses_that_are_too_large_is_infinite():
     assert perplexity_of([800.0, 900.0]) == math.inf
     assert math.isnan(perplexity_of([1.0, math.nan])) and math.isnan(perplexity_of([1.0, math.inf]))
     for value in (math.inf, math.nan, None):
-        assert report.perplexity_text(value) == "not finite"
+        assert rendering.perplexity_text(value) == "not finite"
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +121,7 @@ def test_a_perplexity_that_is_not_finite_is_a_warning_in_every_output(hot, tmp_p
     assert [text.split("'s")[0] for text in told] == ["the dense model", "the pruned model"]
     assert "in float32" in told[0]
     assert set(told) <= set(json.loads((tmp_path / "out" / "report.json").read_text())["warnings"])
-    card, shown = (tmp_path / "out" / "README.md").read_text(), [text for _, text in report.summary_rows(result.report)]
+    card, shown = (tmp_path / "out" / "README.md").read_text(), [text for _, text in rendering.summary_rows(result.report)]
     assert all(f"warning: {text}" in card and text in shown for text in told)
     assert "| not finite | not finite |" in card
 
@@ -146,7 +147,7 @@ def test_a_refinement_says_it_too(hot, tmp_path):
 def test_eval_shows_what_it_found_and_fails(hot, tmp_path, capsys):
     def call(*arguments):
         with pytest.raises(SystemExit) as stop:
-            cli.main([str(a) for a in arguments])
+            commands.main([str(a) for a in arguments])
         return (stop.value.code, *capsys.readouterr())
 
     ids = hot.parent / "ids.npy"

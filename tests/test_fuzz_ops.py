@@ -8,7 +8,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pyprune import native, ops
+from pyprune import ops
+from pyprune.ops import native
 
 pytestmark = pytest.mark.skipif(native._C is None, reason=str(native.unusable("cpu")))
 GUARD = 97  # elements of a poisoned margin around every matrix

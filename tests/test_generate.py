@@ -8,7 +8,7 @@ import torch
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 from pyprune.config import ConfigError
-from pyprune.generate import fingerprint, generate, read
+from pyprune.data.self_generated import fingerprint, generate, read
 
 
 class Words:

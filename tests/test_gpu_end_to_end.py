@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 import pyprune
 from pyprune.config import Evaluation, Reconstruction
-from pyprune.prune import prune
+from pyprune.pipeline.prune import prune
 
 DEVICE = "cuda"
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")

@@ -8,8 +8,8 @@ import torch
 import transformers as hf
 
 from pyprune.config import ConfigError
-from pyprune.groups import find_groups
-from pyprune.model import ModelView
+from pyprune.model.blocks import ModelView
+from pyprune.structured.groups import find_groups
 
 # architecture: (heads, key/value groups, head size, neurons)
 SIZES = {"llama": (4, 2, 8, 64), "mistral": (4, 2, 8, 64), "qwen2": (4, 2, 8, 64), "qwen3": (4, 2, 16, 64),

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from pyprune import group_criteria
-from pyprune.allocation import Member, choose, global_counts, uniform_count
 from pyprune.config import ConfigError
-from pyprune.group_criteria import Scored, greedy_order, score
-from pyprune.groups import Coupled
-from pyprune.liar import GRID, Problem, repair
-from pyprune.model import WeightRef
-from pyprune.moments import Moments, Split, held_out_tokens
+from pyprune.model.blocks import WeightRef
+from pyprune.structured import criteria
+from pyprune.structured.allocation import Member, choose, global_counts, uniform_count
+from pyprune.structured.criteria import Scored, greedy_order, score
+from pyprune.structured.groups import Coupled
+from pyprune.structured.liar import GRID, Problem, repair
+from pyprune.structured.moments import Moments, Split, held_out_tokens
 
 
 def neurons(c: int) -> Coupled:
@@ -320,7 +320,7 @@ def test_first_order_criteria_from_mask_gradients():
 
 def damped(split: Split) -> torch.Tensor:
     h = split.second(True)
-    return h + group_criteria.OBS_DAMPING * h.diagonal().mean() * torch.eye(len(h), dtype=h.dtype)
+    return h + criteria.OBS_DAMPING * h.diagonal().mean() * torch.eye(len(h), dtype=h.dtype)
 
 
 def loss_without(w, h, gone) -> float:
@@ -358,8 +358,8 @@ def test_greedy_obs_is_brute_force(width):
 def test_blocks_of_removals_equal_one_at_a_time():
     s = scored(correlated(3000, 200, rank=60))
     inverse = torch.linalg.inv(damped(s.moments))
-    many, cost = group_criteria._greedy_columns(s.weight.double(), inverse.clone())
-    one, single = group_criteria._greedy_columns(s.weight.double(), inverse.clone(), pool=200, block=1)
+    many, cost = criteria._greedy_columns(s.weight.double(), inverse.clone())
+    one, single = criteria._greedy_columns(s.weight.double(), inverse.clone(), pool=200, block=1)
     assert many[:150].tolist() == one[:150].tolist()
     np.testing.assert_allclose(cost[:150].numpy(), single[:150].numpy(), rtol=1e-6)
 

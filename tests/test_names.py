@@ -6,10 +6,10 @@ import pytest
 import tiny
 
 import pyprune
-from pyprune import cli
+from pyprune.cli import commands
 from pyprune.config import ConfigError, PruneConfig
-from pyprune.model import ModelView, select_weights
-from pyprune.names import matches
+from pyprune.model.blocks import ModelView, select_weights
+from pyprune.model.names import matches
 
 
 @pytest.mark.parametrize(("pattern", "name", "found"), [
@@ -74,7 +74,7 @@ def test_the_plan_says_what_each_pattern_matched(folder, tmp_path, capsys):
         ("targets", "mlp"): 9, ("targets", "q_proj"): 3, ("ignore", "layers.1"): 7, ("ignore", "lm_head"): 0}
     assert rows["ignore", "layers.1"]["examples"][0] == "model.layers.1.self_attn.q_proj.weight"
     with pytest.raises(SystemExit):
-        cli.main(["prune", str(folder), "--plan", "--ignore", "layers.1", "--ignore", "lm_head"])
+        commands.main(["prune", str(folder), "--plan", "--ignore", "layers.1", "--ignore", "lm_head"])
     out = " ".join(capsys.readouterr().out.split())
     assert "ignore 'layers.1': 7 weights, model.layers.1.self_attn.q_proj.weight" in out
     assert "ignore 'lm_head': no weight of the blocks" in out

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pyprune import native, ops, reference
+from pyprune import ops
+from pyprune.ops import native, reference
 
 LEVELS = native._C.cpu_levels() if native._C else []
 pytestmark = pytest.mark.skipif(native._C is None, reason=str(native.unusable("cpu")))

@@ -9,7 +9,8 @@ import threading
 import pytest
 import torch
 
-from pyprune import native, ops, reference
+from pyprune import ops
+from pyprune.ops import native, reference
 
 HAS_CPU = native.unusable("cpu") is None
 BACKENDS = ["reference"] + (["cpu"] if HAS_CPU else [])

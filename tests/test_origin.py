@@ -15,10 +15,10 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 
 import pyprune
-from pyprune import checkpoint
 from pyprune.config import Calibration, ConfigError, Evaluation
-from pyprune.refine_checkpoint import refine_checkpoint
-from pyprune.report import model_card, summary_rows
+from pyprune.model import checkpoint
+from pyprune.pipeline.refine_checkpoint import refine_checkpoint
+from pyprune.reporting.rendering import model_card, summary_rows
 
 POOLING = {"word_embedding_dimension": 32, "pooling_mode_mean_tokens": True}
 SIDE = {

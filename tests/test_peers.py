@@ -11,8 +11,8 @@ import torch
 import transformers as hf
 
 import pyprune
-from pyprune import solvers
 from pyprune.config import Calibration, ConfigError, Evaluation
+from pyprune.masks import solvers
 
 METHODS = ["magnitude", "wanda", "sparsegpt"]
 NO_EVALUATION = Evaluation(enabled=False)
@@ -130,7 +130,7 @@ def test_a_failed_run_leaves_nothing_that_changes_the_next(monkeypatch):
 
     from pyprune import ops
 
-    engine = importlib.import_module("pyprune.masks")
+    engine = importlib.import_module("pyprune.masks.block")
     solve = engine.solve
     monkeypatch.setattr(engine, "solve", fail)
     with pytest.raises(RuntimeError, match="out of memory"):

@@ -15,9 +15,10 @@ import torch
 import transformers
 
 import pyprune
-from pyprune import cli, report
+from pyprune.cli import commands
 from pyprune.config import ConfigError, Evaluation, PruneConfig
-from pyprune.stream import Executor
+from pyprune.execution.executor import Executor
+from pyprune.reporting import rendering
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "mixtral", "bert", "phi3", "opt"])
@@ -58,13 +59,13 @@ def test_flops_are_those_of_the_passes(tmp_path):
 def test_command_prints_and_stops(tmp_path, folder, capsys):
     arguments = ["prune", str(folder), "-o", str(tmp_path / "out"), "--plan", "--pattern", "2:4", "--ignore", "v_proj"]
     with pytest.raises(SystemExit) as stop:
-        cli.main([*arguments, "--json"])
+        commands.main([*arguments, "--json"])
     found = json.loads(capsys.readouterr().out)
     assert not stop.value.code and not (tmp_path / "out").exists()
     assert found["coverage"]["skipped"] == [f"model.layers.{i}.self_attn.v_proj.weight" for i in range(3)]
     assert found["seconds"]["total"] > 0 and found["disk_bytes"]["free"] > 0
     with pytest.raises(SystemExit):
-        cli.main(arguments)
+        commands.main(arguments)
     out = capsys.readouterr().out
     for text in ("self_attn.v_proj.weight", "no: not among targets, or ignored", "64×32", "sparsegpt 2:4",
                  "loaded whole: they fit into memory", "2 a block (statistics, propagation), over 64 sequences",
@@ -76,22 +77,22 @@ def test_command_prints_and_stops(tmp_path, folder, capsys):
 def test_what_does_not_fit_is_said(folder, capsys):
     found = pyprune.plan({"model": str(folder), "evaluation": {"max_windows": None}})
     found["free_bytes"]["memory"], found["disk_bytes"]["free"] = 1000, 1000
-    lines = dict(report.plan_rows(found))
+    lines = dict(rendering.plan_rows(found))
     assert lines[""] == "not counted: measuring perplexity, as max_windows does not say on how much text"
-    warnings = [text for label, text in report.plan_rows(found) if label == "warning"]
+    warnings = [text for label, text in rendering.plan_rows(found) if label == "warning"]
     assert warnings == ["more host memory is needed than is free", "more disk is needed than is free"]
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0.44, "0.4 s"), (12.4, "12 s"), (60, "1 min"), (390, "6 min 30 s"),
                                                (3599.9, "60 min"), (7500, "2 h 5 min"), (155035, "43 h")])
 def test_times_are_readable(seconds, text):
-    assert report.duration_text(seconds) == text
+    assert rendering.duration_text(seconds) == text
 
 
 @pytest.mark.parametrize(("size", "text"), [(12, "12 B"), (300 * 2**20, "300 MiB"), (1023 * 2**20, "1.0 GiB"),
                                             (37.76 * 2**30, "37.8 GiB"), (131.4 * 2**30, "131 GiB")])
 def test_sizes_are_readable(size, text):
-    assert report.size_text(size) == text
+    assert rendering.size_text(size) == text
 
 
 @pytest.mark.parametrize("fields, reason", [

@@ -9,12 +9,12 @@ import torch
 import transformers
 
 from pyprune.config import Calibration, Evaluation, PruneConfig
-from pyprune.counting import Input, inputs_of, memory_of, passes_of, work_of
-from pyprune.model import ModelView, weights_of
-from pyprune.planning import rehearsal_model, rehearse
-from pyprune.prune import prune
-from pyprune.refit import USUAL_STEPS
-from pyprune.weights import skeleton
+from pyprune.execution.weight_streaming import skeleton
+from pyprune.masks.refit import USUAL_STEPS
+from pyprune.model.blocks import ModelView, weights_of
+from pyprune.pipeline.prune import prune
+from pyprune.planning.costs import Input, inputs_of, memory_of, passes_of, work_of
+from pyprune.planning.rehearsal import rehearsal_model, rehearse
 
 
 def view_of(config) -> ModelView:

@@ -10,8 +10,8 @@ import torch
 
 from pyprune import ops
 from pyprune.config import Calibration, ConfigError, Evaluation, PruneConfig
-from pyprune.model import ModelView, weights_of
-from pyprune.prune import prune
+from pyprune.model.blocks import ModelView, weights_of
+from pyprune.pipeline.prune import prune
 
 NO_EVALUATION = Evaluation(enabled=False)
 
@@ -123,7 +123,7 @@ def test_width_that_the_pattern_does_not_divide():
 
 
 def count_block_runs(monkeypatch):
-    from pyprune.stream import Executor
+    from pyprune.execution.executor import Executor
 
     calls = []
     forward = Executor.forward

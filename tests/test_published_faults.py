@@ -15,9 +15,9 @@ import tiny
 import torch
 
 from pyprune.config import Calibration, Evaluation, Reconstruction
-from pyprune.model import ModelView, weights_of
-from pyprune.prune import prune
-from pyprune.refine import Refiner
+from pyprune.model.blocks import ModelView, weights_of
+from pyprune.pipeline.prune import prune
+from pyprune.reconstruction.windows import Refiner
 
 
 def run(samples=12, model=None, epochs=1, batch_size=4, **fields):

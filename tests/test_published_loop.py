@@ -11,8 +11,8 @@ import tiny
 import torch
 
 from pyprune.config import Calibration, Evaluation, Reconstruction
-from pyprune.model import ModelView, weights_of
-from pyprune.prune import prune
+from pyprune.model.blocks import ModelView, weights_of
+from pyprune.pipeline.prune import prune
 
 _spec = importlib.util.spec_from_file_location(
     "published_loop", Path(__file__).parent.parent / "benchmarks" / "published_loop.py")

@@ -12,10 +12,11 @@ import pytest
 import tiny
 import torch
 
-from pyprune import native, ops, qualification, trials
+from pyprune import ops
 from pyprune.config import ConfigError, Evaluation
-from pyprune.journal import Interrupted, Journal
-from pyprune.prune import prune
+from pyprune.execution.journal import Interrupted, Journal
+from pyprune.ops import native, qualification, trials
+from pyprune.pipeline.prune import prune
 
 BREAKS = {"gram_update": ("wrong", "result 0 is off by"), "linear": ("unwritten", "not all of it was written"),
           "cross_gram_update": ("outside", "wrote outside"), "cholesky": ("fickle", "gave different bits"),
@@ -25,7 +26,7 @@ BREAKS = {"gram_update": ("wrong", "result 0 is off by"), "linear": ("unwritten"
 
 def pair(op: str, function: str) -> list[dict]:
     return [{"name": "own", "module": "broken", "function": function},
-            {"name": "reference", "module": "pyprune.reference", "function": op}]
+            {"name": "reference", "module": "pyprune.ops.reference", "function": op}]
 
 
 @pytest.fixture
@@ -133,7 +134,7 @@ def test_ops_take_the_verdict_a_name_and_the_switch_go_before_it(cache, measured
     cpu = torch.device("cpu")
     monkeypatch.setitem(ops.AUTO, "cpu", dict.fromkeys(ops.OPS, ("reference", "cpu")))
     if native._C is not None:
-        assert ops._implementation("linear", cpu).__module__ == "pyprune.reference"
+        assert ops._implementation("linear", cpu).__module__ == "pyprune.ops.reference"
         with ops.pinned({"cpu": dict.fromkeys([*ops.OPS, *ops.FORWARDS], "cpu")}):
             assert ops._implementation("linear", cpu) is native.linear_cpu
         with ops.backend("cpu"):
@@ -180,7 +181,7 @@ def test_a_record_that_cannot_be_followed_is_refused():
 
 
 def test_env_shows_the_verdicts_and_measures_when_asked(cache, measured, capsys):
-    from pyprune.cli import main
+    from pyprune.cli.commands import main
 
     with pytest.raises(SystemExit):
         main(["env", "--json"])

@@ -9,12 +9,12 @@ import tiny
 import torch
 from fast import FAST, equal, run, state
 
-from pyprune import cli
+from pyprune.cli import commands
 from pyprune.config import Calibration, ConfigError, Evaluation, Reconstruction
-from pyprune.journal import Interrupted, Journal
-from pyprune.model import ModelView, weights_of
-from pyprune.prune import prune
-from pyprune.refine import Refiner
+from pyprune.execution.journal import Interrupted, Journal
+from pyprune.model.blocks import ModelView, weights_of
+from pyprune.pipeline.prune import prune
+from pyprune.reconstruction.windows import Refiner
 
 
 @pytest.mark.parametrize("architecture", tiny.CONFIGS)
@@ -217,7 +217,7 @@ def test_gpu_training_gives_the_cpus_result():
 def test_command_line_reconstructs_generates_and_compares(folder, tmp_path, capsys):
     def main(arguments):
         with pytest.raises(SystemExit) as ended:
-            cli.main(arguments)
+            commands.main(arguments)
         assert ended.value.code == 0
 
     text = tmp_path / "text.txt"

@@ -10,11 +10,11 @@ import torch
 from fast import FAST, equal, run, state
 
 from pyprune.config import Calibration, ConfigError, Evaluation, Reconstruction
-from pyprune.prune import prune
-from pyprune.solvers import dense_target_start, inverse_factor
-from pyprune.statistics import Statistics
-from pyprune.stream import Executor
-from pyprune.student import Student
+from pyprune.execution.executor import Executor
+from pyprune.masks.solvers import dense_target_start, inverse_factor
+from pyprune.masks.statistics import Statistics
+from pyprune.pipeline.prune import prune
+from pyprune.reconstruction.student import Student
 
 # ---- passes ---------------------------------------------------------------------------------------------------------
 

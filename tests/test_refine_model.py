@@ -11,12 +11,12 @@ import torch
 from fast import FAST, equal, run, state
 
 import pyprune
-from pyprune import cli
+from pyprune.cli import commands
 from pyprune.config import Calibration, ConfigError, Evaluation, Reconstruction
-from pyprune.model import ModelView
-from pyprune.prune import prune
-from pyprune.reconstruct import Trace
-from pyprune.stream import Executor
+from pyprune.execution.executor import Executor
+from pyprune.model.blocks import ModelView
+from pyprune.pipeline.prune import prune
+from pyprune.reconstruction.training import Trace
 
 
 @pytest.mark.parametrize("cross, propagate", [(False, True), (True, True), (True, False), (False, False)])
@@ -85,7 +85,7 @@ def test_selection_by_validation_judges_the_weights_written(cross, monkeypatch):
                 master.mul_(1.5)
         return Trace(student.indices)
 
-    monkeypatch.setattr("pyprune.refine_model.train", spoil)
+    monkeypatch.setattr("pyprune.pipeline.refine.train", spoil)
     pruned = run(method="magnitude", reconstruct="none").model
     before = {name: p.detach().clone() for name, p in pruned.named_parameters()}
     rows = pyprune.refine(pruned, tiny.model("llama"), enough(), cross_block=cross,
@@ -139,7 +139,7 @@ def ids(tmp_path_factory):
 
 def command(*arguments):
     with pytest.raises(SystemExit) as ended:
-        cli.main([str(a) for a in arguments])
+        commands.main([str(a) for a in arguments])
     return ended.value.code or 0
 
 

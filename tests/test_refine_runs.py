@@ -14,13 +14,13 @@ from fast import FAST
 from test_structured_runs import assert_same, files, source, stop_after  # noqa: F401  stop_after is a fixture
 
 import pyprune
-from pyprune import cli
+from pyprune.cli import commands
 from pyprune.config import Calibration, ConfigError, Evaluation
-from pyprune.journal import Interrupted, Journal
-from pyprune.prune import prune
-from pyprune.refine_checkpoint import refine_checkpoint
-from pyprune.refine_model import Refinement
-from pyprune.weights import Streamed
+from pyprune.execution.journal import Interrupted, Journal
+from pyprune.execution.weight_streaming import Streamed
+from pyprune.pipeline.prune import prune
+from pyprune.pipeline.refine import Refinement
+from pyprune.pipeline.refine_checkpoint import refine_checkpoint
 
 KINDS = {"masked": dict(method="wanda", pattern="2:4"), "smaller": dict(pattern="neurons", sparsity=0.5)}
 WAYS = {"BR": dict(), "BR without GP": dict(global_propagation=False), "CR": dict(cross_block=True),
@@ -164,7 +164,7 @@ def test_ctrl_c_stops_between_blocks_and_the_command_goes_on(pruned, tmp_path, c
         return window(self, blocks)
     def command(*arguments):
         with pytest.raises(SystemExit) as ended:
-            cli.main([str(a) for a in arguments])
+            commands.main([str(a) for a in arguments])
         return ended.value.code or 0
     assert threading.current_thread() is threading.main_thread()
     monkeypatch.setattr(Refinement, "_window", interrupted)

@@ -10,12 +10,13 @@ from safetensors.torch import load_file
 from test_solvers import DAMPING, hessian, inputs, objective, statistics
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyprune import refit, report
 from pyprune.config import ConfigError, Evaluation, PruneConfig, from_yaml, to_yaml
-from pyprune.journal import Interrupted, Journal
-from pyprune.prune import prune
-from pyprune.refit import NARROW, damped, exact_refit
-from pyprune.solvers import inverse_factor, solve
+from pyprune.execution.journal import Interrupted, Journal
+from pyprune.masks import refit
+from pyprune.masks.refit import NARROW, damped, exact_refit
+from pyprune.masks.solvers import inverse_factor, solve
+from pyprune.pipeline.prune import prune
+from pyprune.reporting import rendering
 
 NARROW_COLUMNS, WIDE_COLUMNS = 48, NARROW + 32
 
@@ -221,9 +222,9 @@ def test_configuration_model_card_and_summary_name_the_refit():
     with pytest.raises(ConfigError, match="nothing would use the 3 self-generated"):
         PruneConfig(reconstruct="refit", calibration={"self_generated": 3})
     result = refitted()
-    assert "the kept weights are refitted by least squares on the mask" in report.model_card(result.report, "m")
-    (text,) = [text for label, text in report.summary_rows(result.report) if label == "refit"]
+    assert "the kept weights are refitted by least squares on the mask" in rendering.model_card(result.report, "m")
+    (text,) = [text for label, text in rendering.summary_rows(result.report) if label == "refit"]
     assert text.startswith("error of a weight's outputs, sweep → refit: ") and text.count("→") == 3
     swept = run(reconstruct="layer").report
-    assert "one-sided OBS sweep: a column's error is made up for by later columns only" in report.model_card(swept, "m")
-    assert "refit" not in dict(report.summary_rows(swept))
+    assert "one-sided OBS sweep: a column's error is made up for by later columns only" in rendering.model_card(swept, "m")
+    assert "refit" not in dict(rendering.summary_rows(swept))

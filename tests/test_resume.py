@@ -17,11 +17,11 @@ import pytest
 import tiny
 import torch
 
-from pyprune import shards
 from pyprune.config import ConfigError, Evaluation
-from pyprune.journal import FOLDER, Interrupted, Journal
-from pyprune.prune import prune
-from pyprune.shards import OutputError
+from pyprune.execution.journal import FOLDER, Interrupted, Journal
+from pyprune.model import shards
+from pyprune.model.shards import OutputError
+from pyprune.pipeline.prune import prune
 
 HERE = Path(__file__).parent
 
@@ -70,8 +70,8 @@ import os, random, shutil, signal, sys, time
 sys.path.insert(0, sys.argv[1])
 import tiny, torch
 from pathlib import Path
-from pyprune import shards
-from pyprune.prune import prune
+from pyprune.model import shards
+from pyprune.pipeline.prune import prune
 from pyprune.config import Evaluation
 from transformers import AutoModelForCausalLM
 

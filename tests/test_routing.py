@@ -12,10 +12,10 @@ from torch import nn
 
 import pyprune
 from pyprune.config import ConfigError, PruneConfig
-from pyprune.model import ModelView, select_weights, weights_of
-from pyprune.solvers import inverse_factor, solve
-from pyprune.statistics import Statistics, observe
-from pyprune.stream import Executor
+from pyprune.execution.executor import Executor
+from pyprune.masks.solvers import inverse_factor, solve
+from pyprune.masks.statistics import Statistics, observe
+from pyprune.model.blocks import ModelView, select_weights, weights_of
 
 COMMON = dict(vocab_size=tiny.VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
               num_key_value_heads=2, max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2)

@@ -11,9 +11,9 @@ from torch import nn
 
 import pyprune
 from pyprune.config import ConfigError
-from pyprune.model import ModelView, weights_of
-from pyprune.statistics import Statistics, observe
-from pyprune.stream import Executor
+from pyprune.execution.executor import Executor
+from pyprune.masks.statistics import Statistics, observe
+from pyprune.model.blocks import ModelView, weights_of
 
 QUIET = dict(progress=False, evaluation=pyprune.Evaluation(enabled=False))
 
@@ -149,7 +149,7 @@ def test_reconstruction_saves_and_reloads(name, reconstruct, tmp_path):
     ({"pattern": "neurons"}, "applied"), ({"pattern": "heads", "criterion": "magnitude"}, "applied")])
 @pytest.mark.parametrize("name", ["albert", "A A B"])
 def test_structured_pruning_of_shared_blocks_is_refused_before_any_work(name, fields, match, monkeypatch):
-    from pyprune import calibration
+    from pyprune.data import calibration
 
     monkeypatch.setattr(calibration, "load", lambda *a, **k: pytest.fail("work was begun"))
     with pytest.raises(ConfigError, match=match):
@@ -180,7 +180,7 @@ def test_refine_trains_every_application():
 
 
 def test_resumed_run_of_shared_blocks_is_the_same(tmp_path, monkeypatch):
-    from pyprune.journal import Interrupted, Journal
+    from pyprune.execution.journal import Interrupted, Journal
 
     fields = dict(method="sparsegpt", reconstruct="block", reconstruction=pyprune.Reconstruction(epochs=1))
     whole = prune(shared((0, 0, 1)), output=str(tmp_path / "whole"), **fields)

@@ -8,13 +8,13 @@ import pytest
 import tiny
 import torch
 
-from pyprune import layouts, slicing
-from pyprune.allocation import choose
 from pyprune.config import ConfigError
-from pyprune.groups import find_groups
-from pyprune.model import ModelView
-from pyprune.slicing import Pick, mask_units, slice_block
-from pyprune.stream import expert_loop
+from pyprune.execution.executor import expert_loop
+from pyprune.model.blocks import ModelView
+from pyprune.structured import config_edits, slicing
+from pyprune.structured.allocation import choose
+from pyprune.structured.groups import find_groups
+from pyprune.structured.slicing import Pick, mask_units, slice_block
 
 ALL = list(tiny.CONFIGS)
 GROUPED = [a for a in ALL if a not in ("opt", "gpt2", "gpt_neox", "bert", "roberta")]
@@ -110,7 +110,7 @@ def test_config_field_is_found_by_shape(architecture, field):
     for block, chosen in zip(ModelView(model).blocks, picks):
         slice_block(block, [p for p in chosen if p.group.kind == "neurons"])
     neurons = next(p.group for p in picks[0] if p.group.kind == "neurons")
-    assert layouts.standard_edits(model, {"neurons": neurons}, {"neurons": neurons.units // 2}, {}) == {
+    assert config_edits.standard_edits(model, {"neurons": neurons}, {"neurons": neurons.units // 2}, {}) == {
         field: neurons.units // 2}
 
 
@@ -121,20 +121,20 @@ def test_fewer_heads_without_head_dim_have_no_stock_config(architecture):
         slice_block(block, [p for p in chosen if p.group.kind == "heads"])
     heads = picks[0][0].group
     with pytest.raises(ConfigError, match="num_attention_heads=2.*the pruned model has"):
-        layouts.standard_edits(model, {"heads": heads}, {"heads": 2}, {})
+        config_edits.standard_edits(model, {"heads": heads}, {"heads": 2}, {})
 
 
 def test_head_count_that_the_config_refuses():
     """LLaMA's config wants the hidden size divisible by the heads, whatever head_dim says."""
     with pytest.raises(ConfigError, match="not a multiple"):
-        layouts.empty_like(tiny.model("llama"), {"num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": 8})
+        config_edits.empty_like(tiny.model("llama"), {"num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": 8})
 
 
 def test_bias_flags_are_found_where_the_architecture_has_them():
     def flags(architecture):
         model = tiny.model(architecture)
         groups = find_groups(ModelView(model), "structured")[0]
-        return layouts.bias_flags(model, {g.kind: layouts.consumer_path("model.layers", 0, g.consumer) for g in groups})
+        return config_edits.bias_flags(model, {g.kind: config_edits.consumer_path("model.layers", 0, g.consumer) for g in groups})
 
     assert flags("llama") == {"heads": "attention_bias", "neurons": "mlp_bias"}
     assert flags("qwen3") == {"heads": "attention_bias"}
@@ -152,8 +152,8 @@ def test_layout_builds_the_same_model_again(architecture):
             if pick.group.kind == "neurons":
                 pick.kept = torch.arange(10 + i)
         attributes.append(slice_block(block, chosen))
-    sizes = layouts.layout(model, view.path, attributes, [])
-    again = layouts.build_from_sizes(model.config, sizes)
+    sizes = config_edits.layout(model, view.path, attributes, [])
+    again = config_edits.build_from_sizes(model.config, sizes)
     assert type(again) is type(model)
     again.load_state_dict(model.state_dict())
     assert torch.equal(logits(again), logits(model))
@@ -161,4 +161,4 @@ def test_layout_builds_the_same_model_again(architecture):
 
 def test_unknown_architecture_in_a_layout():
     with pytest.raises(ConfigError, match="NoSuchModel"):
-        layouts.build_from_sizes(None, {"architecture": "NoSuchModel", "shapes": {}, "attributes": {}})
+        config_edits.build_from_sizes(None, {"architecture": "NoSuchModel", "shapes": {}, "attributes": {}})

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from pyprune.config import ConfigError, PruneConfig
-from pyprune.refit import damped, exact_refit
-from pyprune.solvers import inverse_factor, obs_prune, solve
-from pyprune.statistics import Statistics
+from pyprune.masks.refit import damped, exact_refit
+from pyprune.masks.solvers import inverse_factor, obs_prune, solve
+from pyprune.masks.statistics import Statistics
 
 DAMPING = 0.01
 

@@ -10,8 +10,8 @@ import tiny
 from typer.testing import CliRunner
 
 import pyprune
-from pyprune import speed
 from pyprune.config import ConfigError
+from pyprune.evaluation import gain
 
 
 @pytest.fixture(scope="module")
@@ -25,9 +25,9 @@ def pair(tmp_path_factory):
 
 
 def test_latency_of_dense_and_pruned_in_one_run(pair, tmp_path, monkeypatch):
-    from pyprune.cli import app
+    from pyprune.cli.commands import app
 
-    monkeypatch.setattr(speed, "compare", functools.partial(speed.compare, tokens=64, new_tokens=4, rounds=1))
+    monkeypatch.setattr(gain, "compare", functools.partial(gain.compare, tokens=64, new_tokens=4, rounds=1))
     done = CliRunner().invoke(app, ["eval", str(pair[1]), "--latency", "--plot", str(tmp_path / "gain.png"), "--json"])
     assert done.exit_code == 0, done.output
     dense, pruned = json.loads(done.output)
@@ -49,16 +49,16 @@ def test_latency_of_dense_and_pruned_in_one_run(pair, tmp_path, monkeypatch):
 
 
 def test_the_dense_model_is_found_or_asked_for(pair):
-    assert speed.dense_of(pair[1]) == str(pair[0])
+    assert gain.dense_of(pair[1]) == str(pair[0])
     with pytest.raises(ConfigError, match="--against"):
-        speed.dense_of(pair[0])
+        gain.dense_of(pair[0])
     with pytest.raises(ConfigError, match="no-such-model"):
-        speed.compare(["./no-such-model"])
+        gain.compare(["./no-such-model"])
 
 
 def test_a_folder_without_a_report_is_left_alone(pair):
     before = sorted(pair[0].iterdir())
-    assert speed.record([{"model": "x", "ratios": {}}], pair[0]) == [] and sorted(pair[0].iterdir()) == before
+    assert gain.record([{"model": "x", "ratios": {}}], pair[0]) == [] and sorted(pair[0].iterdir()) == before
 
 
 def test_model_card_says_how_to_load(pair, tmp_path):

@@ -14,11 +14,11 @@ import tiny
 import torch
 
 from pyprune.config import ConfigError, Evaluation, Reconstruction
-from pyprune.model import ModelView
-from pyprune.prune import prune
-from pyprune.shards import OutputError
-from pyprune.store import DEPTH, Ring, Store, available_memory
-from pyprune.stream import Activations, Executor
+from pyprune.execution.activation_store import DEPTH, Ring, Store, available_memory
+from pyprune.execution.executor import Activations, Executor
+from pyprune.model.blocks import ModelView
+from pyprune.model.shards import OutputError
+from pyprune.pipeline.prune import prune
 
 
 def run(model=None, **fields):
@@ -229,8 +229,8 @@ def test_blocks_run_no_more_than_the_method_needs(monkeypatch, fields, whole, st
 @pytest.mark.parametrize("architecture", ["mixtral", "qwen3_moe"])
 @pytest.mark.parametrize("batch_size", [1, 5, 13])
 def test_experts_see_every_token_routed_to_them_whatever_the_batch(architecture, batch_size):
-    from pyprune.model import weights_of
-    from pyprune.statistics import Statistics, observe
+    from pyprune.masks.statistics import Statistics, observe
+    from pyprune.model.blocks import weights_of
 
     view = ModelView(tiny.model(architecture))
     executor = Executor(view, batch_size=batch_size)
@@ -283,7 +283,7 @@ def test_one_sequence_that_does_not_fit_says_what_would():
 
 
 def test_statistics_that_do_not_fit_are_not_counted_twice(monkeypatch):
-    from pyprune.statistics import Statistics
+    from pyprune.masks.statistics import Statistics
 
     def refuse(self, x):
         raise torch.OutOfMemoryError("simulated")

@@ -11,9 +11,9 @@ import transformers as hf
 
 import pyprune
 from pyprune.config import CRITERIA, ConfigError
-from pyprune.evaluate_tasks import fit_head, paired_bootstrap, predict, spearman, sts_spearman
-from pyprune.group_criteria import NEEDS_MOMENTS
-from pyprune.stream import expert_loop
+from pyprune.evaluation.tasks import fit_head, paired_bootstrap, predict, spearman, sts_spearman
+from pyprune.execution.executor import expert_loop
+from pyprune.structured.criteria import NEEDS_MOMENTS
 
 ALL = list(tiny.CONFIGS)
 STOCK_HEADS = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "mixtral", "qwen3_moe")
@@ -280,9 +280,9 @@ def test_first_order_criteria_refuse_fused_experts():
 
 def test_mask_gradients_are_derivatives_of_the_loss():
     """A unit's mask multiplies its columns of the consumer, so its derivative is Σ W ∘ ∂loss/∂W over them."""
-    from pyprune.groups import find_groups
-    from pyprune.model import ModelView
-    from pyprune.taps import mask_gradients
+    from pyprune.model.blocks import ModelView
+    from pyprune.structured.groups import find_groups
+    from pyprune.structured.taps import mask_gradients
 
     model = tiny.model("llama")
     view = ModelView(model)
@@ -312,7 +312,7 @@ def test_spearman_is_scipys():
 
 def test_sentence_vectors_do_not_depend_on_company():
     """Mean pooling over real tokens only: a short sentence beside a long one equals the same one alone."""
-    from pyprune.evaluate_tasks import encode
+    from pyprune.evaluation.tasks import encode
 
     model = tiny.model("bert")
     rows = [tiny.ids(1, n, seed=n)[0] for n in (5, 9, 5, 12)]

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 
 import pyprune
 from pyprune.config import ConfigError, Evaluation
-from pyprune.journal import Interrupted, Journal
-from pyprune.moments import Split
-from pyprune.prune import prune
+from pyprune.execution.journal import Interrupted, Journal
+from pyprune.pipeline.prune import prune
+from pyprune.structured.moments import Split
 
 
 def run(model, output, **fields):

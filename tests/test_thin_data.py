@@ -8,10 +8,10 @@ import tiny
 import torch
 
 import pyprune
-from pyprune import report
-from pyprune.calibration import coerce, load
 from pyprune.config import Calibration, ConfigError, Evaluation, from_yaml
-from pyprune.evaluate import windows
+from pyprune.data.calibration import coerce, load
+from pyprune.evaluation.perplexity import windows
+from pyprune.reporting import rendering
 
 OFF = Evaluation(enabled=False)
 
@@ -88,7 +88,7 @@ def test_weights_alone_need_no_text(fields):
     said = " ".join(found["warnings"])
     assert "no perplexity: " in said and "tokenizer" in said
     assert "block errors were not measured" in said
-    labels = [label for label, _ in report.summary_rows(found)]
+    labels = [label for label, _ in rendering.summary_rows(found)]
     assert "block error" not in labels and "perplexity" not in labels
 
 
@@ -108,7 +108,7 @@ def test_a_folder_without_a_tokenizer_is_pruned_by_magnitude(tmp_path):
 
 
 def test_no_probes_and_magnitude_read_nothing(monkeypatch, tokenizer):
-    monkeypatch.setattr("pyprune.calibration.load", lambda *_, **__: pytest.fail("the text was read"))
+    monkeypatch.setattr("pyprune.data.calibration.load", lambda *_, **__: pytest.fail("the text was read"))
     run(method="magnitude", probe_samples=0, tokenizer=tokenizer)
 
 
@@ -123,9 +123,9 @@ def test_text_that_was_named_still_needs_a_tokenizer():
 
 def warned(**fields) -> str:
     result = run(**fields)
-    shown = " ".join(text for label, text in report.summary_rows(result.report) if label == "warning")
-    card = report.model_card(result.report, "pruned")
-    for text in report.distinct(result.report["warnings"]):
+    shown = " ".join(text for label, text in rendering.summary_rows(result.report) if label == "warning")
+    card = rendering.model_card(result.report, "pruned")
+    for text in rendering.distinct(result.report["warnings"]):
         assert text in shown and text in card
     return " ".join(result.report["warnings"])
 

@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from pyprune import student as student_module
 from pyprune.config import ConfigError, Reconstruction
-from pyprune.distributed import World
-from pyprune.model import Arguments
-from pyprune.reconstruct import relative_error, schedule, train
-from pyprune.store import transfers
-from pyprune.stream import Activations, Executor
-from pyprune.student import Student
+from pyprune.execution.activation_store import transfers
+from pyprune.execution.distributed import World
+from pyprune.execution.executor import Activations, Executor
+from pyprune.model.blocks import Arguments
+from pyprune.reconstruction import student as student_module
+from pyprune.reconstruction.student import Student
+from pyprune.reconstruction.training import relative_error, schedule, train
 
 
 class Bench(Executor):

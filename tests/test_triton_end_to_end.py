@@ -9,7 +9,7 @@ import torch
 
 from pyprune import ops
 from pyprune.config import Evaluation
-from pyprune.prune import prune
+from pyprune.pipeline.prune import prune
 
 pytestmark = pytest.mark.usefixtures("interpreter")
 

@@ -12,7 +12,8 @@ import json
 import pytest
 import torch
 
-from pyprune import ops, reference
+from pyprune import ops
+from pyprune.ops import reference
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pyprune import ops, reference
+from pyprune import ops
+from pyprune.ops import reference
 from pyprune.triton_kernels import nm_compress_24
 
 pytestmark = pytest.mark.usefixtures("interpreter")

@@ -15,8 +15,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from pyprune.config import ConfigError, Evaluation, PruneConfig, Reconstruction
-from pyprune.prune import prune
-from pyprune.weights import Resident, open_model, skeleton
+from pyprune.execution.weight_streaming import Resident, open_model, skeleton
+from pyprune.pipeline.prune import prune
 
 HERE = Path(__file__).parent
 SAME_NAMES = [name for name in tiny.CONFIGS if name not in ("mixtral", "qwen3_moe", "gpt_neox")]
@@ -70,7 +70,7 @@ def test_every_way_of_pruning_streams(tmp_path, fields):
 
 
 def test_a_streamed_run_resumes_to_the_same_bytes(tmp_path, monkeypatch):
-    from pyprune.journal import Interrupted, Journal
+    from pyprune.execution.journal import Interrupted, Journal
 
     path = source(tmp_path / "dense", tie_word_embeddings=True)
     run(path, tmp_path / "whole")
@@ -99,7 +99,7 @@ def test_the_skeleton_has_no_weights_but_every_buffer():
 
 
 def test_only_two_blocks_are_ever_present(tmp_path, monkeypatch):
-    from pyprune.weights import Streamed
+    from pyprune.execution.weight_streaming import Streamed
 
     most = 0
     acquire = Streamed.acquire
@@ -140,7 +140,7 @@ LIMITED = """
 import resource, sys, time
 sys.path.insert(0, sys.argv[1])
 import tiny, torch
-from pyprune.prune import prune
+from pyprune.pipeline.prune import prune
 from pyprune.config import Evaluation
 folder, stream = sys.argv[2], sys.argv[3]
 
@@ -254,7 +254,7 @@ def test_a_shard_that_the_index_names_but_nobody_has(tmp_path):
 
 
 def test_a_block_that_changes_between_two_halves_of_a_run_is_noticed(tmp_path, monkeypatch):
-    from pyprune.journal import Interrupted, Journal
+    from pyprune.execution.journal import Interrupted, Journal
 
     path = Path(source(tmp_path / "dense"))
     point = Journal.safe_point

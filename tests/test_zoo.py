@@ -12,7 +12,7 @@ import zoo
 import zoo_reference as reference
 
 import pyprune
-from pyprune.model import ModelView
+from pyprune.model.blocks import ModelView
 
 WAITING: dict[str, str] = {
     "deberta_v2": "its encoder unpacks two values from each block, and the recorder returns one",

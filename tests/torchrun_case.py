@@ -13,10 +13,10 @@ import tiny
 import torch
 
 import pyprune
-from pyprune import distributed
 from pyprune.config import Calibration, ConfigError, Evaluation, Reconstruction
-from pyprune.journal import Journal
-from pyprune.prune import prune
+from pyprune.execution import distributed
+from pyprune.execution.journal import Journal
+from pyprune.pipeline.prune import prune
 
 FIELDS = {
     "sparsegpt": {},

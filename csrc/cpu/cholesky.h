@@ -2,7 +2,7 @@
 //
 // FLOPs: batch·n³/3 for the factor, 2·batch·n²·k for the solve; bytes: batch·(n² + 2nk)·4, once in and out. VL systems
 // are transposed into a packed lower triangle of vectors, n(n+1)/2 · 4·VL bytes, which should stay in the second-level
-// cache: pyprune/native.py sends larger n to LAPACK.
+// cache: pyprune/ops/native.py sends larger n to LAPACK.
 #pragma once
 
 #include "cpu/simd.h"

@@ -1,0 +1,212 @@
+"""The command line: reads options, calls the library, prints. Exit code 2 and one sentence for bad input."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import pyprune
+from pyprune.cli.options import configuration_fields, option_of, with_fields
+from pyprune.config import Calibration, ConfigError, Evaluation, Reconstruction, from_dict, override
+from pyprune.evaluation import gain
+from pyprune.reporting import comparison, rendering
+
+app = typer.Typer(name="pyprune", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+                  help="One-shot pruning of transformers: what it does, what it costs, on CPU and GPU.")
+Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on standard output.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run in the same folder.")]
+RUN_FIELDS = [path for path in configuration_fields() if path != "model"]
+EVALUATION_FIELDS = [path for path in configuration_fields() if path.startswith("evaluation.")
+                     and path != "evaluation.enabled"]
+
+REFINE_FIELDS = ["output", "dtype", "compute_dtype", "device", "seed", "stream", "memory_budget_gb",
+                 "global_propagation",
+                 *(path for path in configuration_fields()
+                   if path.startswith(("calibration.", "reconstruction.", "evaluation."))
+                   and path not in ("calibration.self_generated_for", "reconstruction.layerwise_target"))]
+
+
+def _print_json(value) -> None:
+    from pyprune.model.checkpoint import plain
+
+    print(json.dumps(plain(value), indent=1, allow_nan=False))
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """A run that was stopped says what is safe on disk and how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        print(f"\n{stop or 'interrupted'}", file=sys.stderr)
+        raise typer.Exit(130) from None
+
+
+def silent() -> bool:
+    """Under torchrun one process speaks."""
+    return int(os.environ.get("RANK", "0")) > 0
+
+
+@app.command()
+@with_fields(RUN_FIELDS)
+def prune(
+    model: Annotated[str | None, typer.Argument(help="Hub id, local folder, .gguf file or packaged name.")] = None,
+    config: Annotated[Path | None, typer.Option("--config", help="run.yaml to repeat; options override it.")] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Estimate memory, time, disk; list every weight; stop.")] = False,
+    resume: Resume = False,
+    as_json: Json = False,
+    fields: dict = None,
+):
+    """Prune MODEL, evaluate it, and write a Hugging Face model and a report."""
+    settings = override(config, {**fields, **({"model": model} if model else {})})
+    if plan and resume:
+        raise ConfigError("--resume would do nothing: --plan runs nothing")
+    if plan:
+        found = pyprune.plan(settings)
+        return _print_json(found) if as_json else rendering.print_plan(found)
+    if settings.output is None:
+        raise ConfigError("no output folder: name one with -o, or ask for the --plan only")
+    with interruptible():
+        result = pyprune.prune(config=settings, resume=resume)
+    if silent():
+        return None
+    if as_json:
+        return _print_json(result.report)
+    return rendering.print_summary(result.report, settings.output)
+
+
+@app.command()
+@with_fields(REFINE_FIELDS)
+def refine(
+    model: Annotated[str, typer.Argument(help="Folder of a pruned model, masked or structured.")],
+    dense: Annotated[str | None, typer.Option(help="The model it was pruned from; else what its pruning.json "
+                                              "names.")] = None,
+    cross_block: Annotated[bool, typer.Option("--cross-block", help="Train windows of two blocks (CR).")] = False,
+    resume: Resume = False,
+    as_json: Json = False,
+    fields: dict = None,
+):
+    """Train a pruned MODEL block by block to give the dense model's outputs (paper R); its zeros stay zeros.
+
+    Targets are the dense model's own stream (GP) unless --no-global-propagation.
+    """
+    from pyprune.pipeline.refine_checkpoint import print_refinement, refine_checkpoint
+
+    output = fields.pop("output", None)
+    if output is None:
+        raise ConfigError("no output folder: name one with -o")
+    sections = {name: from_dict(cls, fields.pop(section, {}), section) for name, section, cls in (
+        ("calibration", "calibration", Calibration), ("evaluation", "evaluation", Evaluation),
+        ("settings", "reconstruction", Reconstruction))}
+    with interruptible():
+        found = refine_checkpoint(model, output, dense=dense, cross_block=cross_block, resume=resume, **sections,
+                                  **fields)
+    if silent():
+        return None
+    return _print_json(found) if as_json else print_refinement(found, output)
+
+
+@app.command(name="eval")
+@with_fields(EVALUATION_FIELDS)
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Folder, Hub id, .gguf file or packaged name.")],
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto takes a GPU if there is one.")] = "auto",
+    latency: Annotated[bool, typer.Option("--latency", help="Measure size, peak memory and tokens a second beside the "
+                                          "dense model's instead.")] = False,
+    against: Annotated[str | None, typer.Option(help="The dense model for --latency; else the one MODEL was pruned "
+                                                "from.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Picture (.png) to draw the --latency comparison in.")] = None,
+    as_json: Json = False,
+    fields: dict = None,
+):
+    """Perplexity of a model on a text: windows do not overlap, each is seen by itself."""
+    asked = fields.get("evaluation", {})
+    if latency:
+        idle = [option_of(f"evaluation.{name}", EVALUATION_FIELDS) for name in asked]
+        for option in idle if device == "auto" else [*idle, "--device"]:
+            raise ConfigError(f"{option} would do nothing: --latency reads no text and runs where the model is loaded")
+        rows = gain.compare([against or gain.dense_of(model), model])
+        if plot:
+            gain.plot(rows, plot)
+        written = gain.record(rows, model)
+        if as_json:
+            return _print_json(rows)
+        gain.print_comparison(rows)
+        return print("added to " + ", ".join(map(str, written))) if written else None
+    for name, value in (("--against", against), ("--plot", plot)):
+        if value is not None:
+            raise ConfigError(f"{name} would do nothing: only --latency compares with the dense model")
+    from pyprune.evaluation.perplexity import NotFinite
+
+    show = _print_json if as_json else rendering.print_evaluation
+    try:
+        show(pyprune.evaluate(model, device=device, **asked))
+    except NotFinite as error:
+        show(error.found)
+        raise
+
+
+@app.command()
+def inspect(directory: Annotated[Path, typer.Argument(help="Folder of a safetensors or .bin checkpoint.")],
+            as_json: Json = False):
+    """True sparsity, N:M violations and coverage of a checkpoint, read from its files."""
+    found = pyprune.inspect(directory)
+    return _print_json(found) if as_json else rendering.print_inspection(found)
+
+
+@app.command()
+def compare(directories: Annotated[list[Path], typer.Argument(help="Folders that pyprune wrote.")],
+            as_json: Json = False):
+    """Runs side by side: settings, perplexity, reconstruction error, time."""
+    rows = pyprune.compare(directories)
+    if as_json:
+        return _print_json({"runs": rows, "notes": comparison.differences(rows)})
+    return comparison.print_comparison(rows)
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="Folder, Hub id, .gguf file or packaged name.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="jsonl to write, or to extend.")],
+    num_samples: Annotated[int, typer.Option("--num-samples", "-n", help="Sequences.")] = 64,
+    seq_len: Annotated[int, typer.Option(help="Tokens a sequence.")] = 512,
+    seed: Annotated[int, typer.Option(help="Seed of every draw.")] = 0,
+    batch_size: Annotated[int, typer.Option(help="Sequences sampled together.")] = 32,
+    language: Annotated[str | None, typer.Option(help="Keep text in this language (ISO code).")] = None,
+    dtype: Annotated[str, typer.Option(help="Type the weights are loaded in.")] = "auto",
+):
+    """Sample calibration sequences from MODEL itself (paper R), for --self-generated-path."""
+    live, tokenizer = pyprune.load(model, dtype)
+    rows = pyprune.generate(live, tokenizer, num_samples, seq_len=seq_len, seed=seed, batch_size=batch_size,
+                            language=language, path=output,
+                            progress=lambda done, total: print(f"generated {done}/{total}", file=sys.stderr))
+    print(f"{len(rows)} sequences of {seq_len} tokens in {output}")
+
+
+@app.command()
+def env(qualify: Annotated[bool, typer.Option("--qualify", help="Check and time the back-ends now, again if that was "
+                                              "done.")] = False,
+        as_json: Json = False):
+    """Versions, devices, native module, and which back-end each op takes here and why."""
+    from pyprune.cli.environment import environment, print_environment
+
+    found = environment(qualify)
+    return _print_json(found) if as_json else print_environment(found)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of ``pyprune`` and ``python -m pyprune``."""
+    try:
+        app(args=arguments)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:
+        sys.exit(1)

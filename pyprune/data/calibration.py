@@ -1,0 +1,239 @@
+"""Calibration sequences: text or token ids → the very sequences to fit on, and others set aside.
+
+Decoders get pieces of equal length, cut from the concatenated text and chosen by seed. Encoders get one text a
+sequence, with special tokens and at its own length: there is no padding anywhere, so none can be counted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyprune.config import Calibration, ConfigError, from_dict
+from pyprune.data import texts, thin
+
+POOL = 8
+"""Tokens to choose from for each token asked; a larger source is read no further."""
+
+
+@dataclass(kw_only=True)
+class CalibrationData:
+    """What :func:`load` returns; every sequence is a 1-D int64 tensor on the host."""
+
+    sequences: list[Tensor]
+    """To fit on."""
+    held_out: list[Tensor] = field(default_factory=list)
+    """From the same source where it has enough, disjoint from ``sequences``: to measure generalisation only."""
+    generated: list[Tensor] = field(default_factory=list)
+    """Sampled from the model itself, for the reconstruction alone (``self_generated_for="reconstruction"``)."""
+    fingerprint: str
+    """SHA-256 of the token ids of ``sequences``, lengths and order included."""
+    description: str
+    """Source, counts and anything a reader of the report should know about them."""
+    warnings: list[str] = field(default_factory=list)
+    """Where the data are too thin, or not what they seem."""
+
+
+def fingerprint(sequences: Iterable[Tensor]) -> str:
+    """SHA-256 of token ids: equal if and only if the sequences, their lengths and their order are."""
+    digest = hashlib.sha256()
+    for row in sequences:
+        digest.update(len(row).to_bytes(8, "little"))
+        digest.update(row.long().contiguous().numpy().astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
+def named(source: Any) -> dict | Calibration:
+    """What callers pass for a calibration, as a :class:`Calibration` or a mapping of its fields: either of them
+    already, or a bare source."""
+    fields = isinstance(source, dict) and "input_ids" not in source
+    return source if isinstance(source, Calibration) or fields else {"source": source}
+
+
+def coerce(source: Any) -> Calibration:
+    """A :class:`Calibration` whose number and length of sequences are known, from what callers pass for one.
+
+    Unless they were asked for, token ids are taken whole, all rows and all tokens. Raises ConfigError where
+    token ids cannot meet what was asked for.
+    """
+    calibration, rows = _resolve(source)
+    if rows is not None:
+        _check_rows(rows, calibration)
+    return calibration
+
+
+def _resolve(source: Any) -> tuple[Calibration, list[Tensor] | None]:
+    calibration = named(source)
+    if isinstance(calibration, dict):
+        calibration = from_dict(Calibration, calibration, "calibration")
+    rows = None if calibration.num_samples == 0 else texts.token_rows(calibration.source)
+    count, length = calibration.samples, calibration.tokens
+    if rows is not None:
+        count = len(rows) if calibration.num_samples is None else count
+        length = calibration.seq_len or max(2, *map(len, rows))
+    return dataclasses.replace(calibration, num_samples=count, seq_len=length), rows
+
+
+def _check_rows(rows: list[Tensor], calibration: Calibration, vocab_size: int | None = None) -> None:
+    """Refuse token ids that are fewer, shorter or others than asked for."""
+    name, asked = texts.describe(calibration.source), calibration.num_samples
+    if len(rows) < asked:
+        raise ConfigError(f"{asked} calibration samples were asked for, but {name} has {len(rows)} rows; give more, or "
+                          f"set num_samples={len(rows)}")
+    texts.check_rows(rows[:asked + calibration.held_out], name, "a sequence")
+    texts.check_vocabulary(rows[:asked + calibration.held_out], vocab_size)
+    texts.check_length(rows, name, "seq_len", calibration.seq_len)
+
+
+def load(calibration: Calibration, tokenizer=None, *, encoder: bool = False, vocab_size: int | None = None,
+         model_config: Any = None, measures: bool = True) -> CalibrationData:
+    """Sequences to fit on and held-out sequences.
+
+    model_config: names the padding id where the tokenizer does not. measures: whether anything is measured on held-out
+    sequences, so that their absence is worth a word.
+    Raises :class:`ConfigError` if there are fewer than asked, if the text is shorter than one sequence, if an id lies
+    outside the vocabulary, or if text is given without a tokenizer.
+    """
+    calibration, rows = _resolve(calibration)
+    if calibration.num_samples == 0:
+        return CalibrationData(sequences=[], fingerprint=fingerprint([]), description="no corpus text: 0 sequences")
+    if rows is not None:
+        data = _from_rows(rows, calibration, tokenizer, encoder, vocab_size)
+        data.warnings += thin.padding(data.sequences, texts.describe(calibration.source), calibration.source, tokenizer,
+                                      model_config)
+    else:
+        data = _from_text(calibration, tokenizer, encoder, vocab_size)
+    data.warnings += thin.repetition(data.sequences, data.held_out)
+    if measures and calibration.held_out and not data.held_out:
+        data.warnings.append(f"there is no held-out measure: {texts.describe(calibration.source)} has no sequence that "
+                             "is not fitted on; give more, or a smaller num_samples")
+    return data
+
+
+def _from_text(calibration: Calibration, tokenizer, encoder: bool, vocab_size: int | None) -> CalibrationData:
+    need_tokenizer(tokenizer, "calibration text")
+    asked, name = calibration.num_samples, texts.describe(calibration.source)
+    pieces = _pieces(_documents(calibration, encoder), tokenizer, calibration.seq_len, asked + calibration.held_out,
+                     encoder)
+    _check_count(len(pieces), calibration, encoder)
+    texts.check_vocabulary(pieces, vocab_size)
+    order = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(calibration.seed or 0)).tolist()
+    chosen = [pieces[i] for i in order]
+    fit = chosen[:asked]
+    held_out = thin.others(chosen[asked:], fit, calibration.held_out)
+    missing = len(held_out) < calibration.held_out
+    return _assemble(fit, held_out, name, f"; {len(held_out)} of the {calibration.held_out} held-out sequences asked "
+                     "for, as it has no more" if missing else "")
+
+
+def _from_rows(rows: list[Tensor], calibration: Calibration, tokenizer, encoder: bool,
+               vocab_size: int | None) -> CalibrationData:
+    _check_rows(rows, calibration, vocab_size)
+    name, asked, longest = texts.describe(calibration.source), calibration.num_samples, max(map(len, rows))
+    how = "rows as given" if calibration.seq_len >= longest else \
+        f"the first {calibration.seq_len} of their {longest} tokens"
+    rows = [row[:calibration.seq_len] for row in rows]
+    fit = rows[:asked]
+    held_out = thin.others(rows[asked:], fit, calibration.held_out)
+    texts.check_vocabulary(held_out, vocab_size)
+    data = _assemble(fit, held_out, f"{name}, {how}")
+    missing = calibration.held_out - len(held_out)
+    if missing and tokenizer is not None:
+        pieces = _pieces(texts.builtin("calibration"), tokenizer, max(map(len, fit)), missing, encoder)[:missing]
+        texts.check_vocabulary(pieces, vocab_size)
+        data.held_out += pieces
+        data.description += f"; {len(pieces)} of the held-out sequences are from {texts.BUILTIN}"
+    elif missing:
+        data.description += f"; {len(data.held_out)} held-out sequences, as all rows but those are fitted on"
+    return data
+
+
+def _assemble(fit: list[Tensor], held_out: list[Tensor], source: str, rest: str = "") -> CalibrationData:
+    lengths = sorted({len(row) for row in fit})
+    width = f"{lengths[0]}" if len(lengths) == 1 else f"{lengths[0]} to {lengths[-1]}"
+    return CalibrationData(sequences=fit, held_out=held_out, fingerprint=fingerprint(fit),
+                           description=f"{source}: {len(fit)} sequences of {width} tokens{rest}")
+
+
+def need_tokenizer(tokenizer, what: str) -> None:
+    """Raise ConfigError if there is none."""
+    if tokenizer is None:
+        raise ConfigError(f"{what} needs a tokenizer: pass tokenizer=, or give token ids instead of text")
+
+
+def _documents(calibration: Calibration, encoder: bool = False) -> Iterable[str]:
+    """Texts of the source; for an encoder a plain text file is one text a line."""
+    if calibration.source is None:
+        return texts.builtin("calibration")
+    found = texts.read(calibration.source, split=calibration.split, subset=calibration.subset,
+                       text_column=calibration.text_column)
+    if encoder and str(calibration.source).endswith(".txt"):
+        return (line for text in found for line in text.splitlines())
+    return found
+
+
+def _pieces(documents: Iterable[str], tokenizer, length: int, wanted: int, encoder: bool) -> list[Tensor]:
+    if encoder:
+        return list(itertools.islice(_sentences(documents, tokenizer, length), POOL * wanted))
+    prefix = bos_prefix(tokenizer)
+    content = length - len(prefix)
+    ids = tokenize(documents, tokenizer, POOL * wanted * content)
+    return [torch.cat([prefix, ids[i:i + content]]) for i in range(0, len(ids) - content + 1, content)]
+
+
+def _sentences(documents: Iterable[str], tokenizer, longest: int) -> Iterator[Tensor]:
+    """One sequence a text, truncated, special tokens included; a text seen before is left out."""
+    empty, seen = len(tokenizer("")["input_ids"]), set()
+    for text in documents:
+        ids = tuple(tokenizer(" ".join(text.split()), truncation=True, max_length=longest)["input_ids"])
+        if len(ids) > empty and ids not in seen:
+            seen.add(ids)
+            yield torch.tensor(ids)
+
+
+def bos_prefix(tokenizer) -> Tensor:
+    """The BOS token if the tokenizer itself starts a text with one, else nothing; as a 1-D tensor."""
+    bos = getattr(tokenizer, "bos_token_id", None)
+    ids = tokenizer("a")["input_ids"] if bos is not None else []
+    return torch.tensor(ids[:1] if ids[:1] == [bos] else [], dtype=torch.long)
+
+
+def tokenize(documents: Iterable[str], tokenizer, enough: int | None = None) -> Tensor:
+    """Ids of the documents joined by blank lines, without special tokens; reads on until there are ``enough``.
+
+    The last tokens before a cut may differ from those of the whole text, so a few more are made than are kept.
+    """
+    documents, parts, length, exhausted = iter(documents), [], 0, False
+    budget = math.inf if enough is None else 4 * enough + 4096
+    while True:
+        while length <= budget and not exhausted:
+            text = next(documents, None)
+            exhausted = text is None
+            if not exhausted:
+                parts.append(text)
+                length += len(text) + 2
+        whole = "\n\n".join(parts)
+        cut = whole if enough is None else whole[:budget]
+        ids = tokenizer(cut, add_special_tokens=False, verbose=False)["input_ids"]
+        if (exhausted and len(cut) == len(whole)) or (enough is not None and len(ids) >= enough + 64):
+            return torch.tensor(ids[:enough], dtype=torch.long)
+        budget *= 2
+
+
+def _check_count(found: int, calibration: Calibration, encoder: bool) -> None:
+    if found >= calibration.num_samples:
+        return
+    name = texts.describe(calibration.source)
+    if found == 0:
+        raise ConfigError(f"calibration text from {name} is " + ("empty" if encoder else "shorter than one sequence of "
+                          f"{calibration.seq_len} tokens; give more text or a smaller seq_len"))
+    raise ConfigError(f"{calibration.num_samples} calibration samples of {calibration.seq_len} tokens were asked for, "
+                      f"but {name} has only {found}; give more text, or set num_samples={found} or a smaller seq_len")

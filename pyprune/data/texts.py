@@ -1,0 +1,240 @@
+"""Where text and token ids come from: files, Hub data sets, lists, tensors, the Python documentation.
+
+Calibration and evaluation read through this one file, so that the same source means the same text in both.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyprune.config import ConfigError
+from pyprune.data.sources import DATA_FILES
+
+TEXT_COLUMNS = ("text", "content", "sentence", "document", "body", "article", "question", "sentence1", "sentence2")
+BUILTIN = "the Python documentation of this interpreter (pydoc_data.topics)"
+
+
+def describe(source: Any) -> str:
+    """A source in a few words, for reports."""
+    if source is None:
+        return BUILTIN
+    if isinstance(source, (str, Path)):
+        return str(source)
+    if isinstance(source, Tensor):
+        return f"a tensor of token ids {list(source.shape)}"
+    return f"{len(source)} texts given in Python" if _is_texts(source) else "token ids given in Python"
+
+
+def _is_texts(source: Any) -> bool:
+    return isinstance(source, (list, tuple)) and bool(source) and all(isinstance(s, str) for s in source)
+
+
+def sources(text: Any) -> list:
+    """The sources in ``Evaluation.text``: itself, or each entry of a list of paths, data sets or arrays.
+
+    A list of prose is one source, and so is a list of 1-D tensors; an entry that is a file or has no white space in it
+    is the name of a source.
+    """
+    if not isinstance(text, list) or not text or all(isinstance(t, Tensor) and t.ndim == 1 for t in text):
+        return [text]
+    if all(isinstance(t, str) for t in text) and not all(_is_name(t) for t in text):
+        return [text]
+    return list(text)
+
+
+def _is_name(text: str) -> bool:
+    return bool(text) and (not re.search(r"\s", text) or (len(text) < 1024 and Path(text).exists()))
+
+
+# ---- token ids -----------------------------------------------------------------------------------------------------
+
+def token_rows(source: Any) -> list[Tensor] | None:
+    """The sequences of a source that already is token ids, in order and without padding; None for any other source.
+
+    Ids are a ``.npy`` path, a tensor or array ``[samples, tokens]``, a list of 1-D tensors (ragged lengths), or a pair
+    ``(ids, mask)`` or mapping with ``input_ids`` and ``attention_mask``, whose masked positions are dropped.
+    """
+    mask = None
+    if isinstance(source, Mapping):
+        if "input_ids" not in source:
+            raise ConfigError(f"a mapping of token ids needs input_ids, got the keys {', '.join(map(str, source))}")
+        source, mask = source["input_ids"], source.get("attention_mask")
+    elif isinstance(source, tuple) and len(source) == 2 and all(getattr(s, "ndim", 0) == 2 for s in source):
+        source, mask = source
+    if isinstance(source, (str, Path)) and Path(source).suffix == ".npy":
+        source = _load_npy(Path(source))
+    if isinstance(source, list) and source and all(isinstance(s, Tensor) for s in source):
+        return [_ids(s.reshape(-1), f"sequence {i}") for i, s in enumerate(source)]
+    if not hasattr(source, "ndim"):
+        return None
+    ids = _ids(torch.as_tensor(source), "token ids")
+    if ids.ndim != 2 or 0 in ids.shape:
+        raise ConfigError(f"token ids must be a matrix [samples, tokens], got shape {list(ids.shape)}")
+    if mask is None:
+        return list(ids)
+    mask = torch.as_tensor(mask)
+    if mask.shape != ids.shape:
+        raise ConfigError(f"the attention mask has shape {list(mask.shape)}, the token ids {list(ids.shape)}")
+    return [row[keep.bool()] for row, keep in zip(ids, mask)]
+
+
+def _load_npy(path: Path):
+    import numpy
+
+    if not path.is_file():
+        raise ConfigError(f"no such file: {path}")
+    try:
+        return numpy.load(path, allow_pickle=False)
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"{path} is not a .npy array of token ids: {error}") from error
+
+
+def _ids(ids: Tensor, name: str) -> Tensor:
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise ConfigError(f"{name} must be integers, got {str(ids.dtype)[6:]}")
+    return ids.detach().cpu().long()
+
+
+def check_rows(rows: list[Tensor], name: str, what: str) -> None:
+    """Raise ConfigError at the first row that is no sequence: fewer than two tokens."""
+    if (short := next((i for i, row in enumerate(rows) if len(row) < 2), None)) is not None:
+        raise ConfigError(f"row {short} of {name} has {len(rows[short])} tokens; {what} needs at least 2")
+
+
+def check_length(rows: list[Tensor], name: str, field: str, asked: int) -> None:
+    """Raise ConfigError if no row has as many tokens as the field asks for."""
+    longest = max(map(len, rows))
+    if asked > longest:
+        raise ConfigError(f"{field} is {asked}, but {name} has rows of {longest} tokens; leave {field} out or set "
+                          f"{field}={longest}")
+
+
+def check_vocabulary(sequences: list[Tensor], vocab_size: int | None) -> None:
+    """Raise ConfigError at the first id outside ``[0, vocab_size)``: a GPU would only abort on it."""
+    if vocab_size is None:
+        return
+    for i, row in enumerate(sequences):
+        wrong = row[(row < 0) | (row >= vocab_size)]
+        if wrong.numel():
+            raise ConfigError(f"token id {wrong[0].item()} in sequence {i} is outside the model's vocabulary of "
+                              f"{vocab_size}; were these ids made with another tokenizer?")
+
+
+# ---- texts ---------------------------------------------------------------------------------------------------------
+
+def read(source: Any, *, split: str, subset: str | None, text_column: str | None) -> Iterator[str]:
+    """The texts of a source, one document at a time.
+
+    ``.txt`` is one document, except WikiText's tokenised form, which gives the rows of the Hub data set, so that joined
+    with blank lines it is the very text that published perplexities are measured on.
+    """
+    if isinstance(source, (list, tuple)):
+        if not _is_texts(source):
+            kinds = ", ".join(sorted({type(s).__name__ for s in source})) or "nothing"
+            raise ConfigError(f"a list as a source must hold texts, got {kinds}")
+        return iter(source)
+    if not isinstance(source, (str, Path)):
+        raise ConfigError(f"a source is a path, a Hub data set, a list of texts or token ids, got "
+                          f"{type(source).__name__}")
+    if str(source).startswith("<"):
+        raise ConfigError(f"the source {source} was in memory when this configuration was written; put a path to the "
+                          "same data in its place")
+    path = Path(source)
+    if path.is_file() and path.suffix in (".txt", ".md", ".rst", ""):
+        return iter(_text_rows(path))
+    return _columns(_dataset(str(source), path, split, subset), str(source), text_column)
+
+
+def _text_rows(path: Path) -> list[str]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+    if re.match(r"\s* = [^=\n]+ = \n", text) and " @-@ " in text:
+        return [line if line.strip() else "" for line in text.splitlines(keepends=True)]
+    return [text]
+
+
+def _dataset(source: str, path: Path, split: str, subset: str | None) -> Iterable[dict]:
+    """Rows of a local or Hub data set, streamed: a data set far larger than what is needed is not downloaded whole."""
+    import datasets
+
+    try:
+        if path.is_file():
+            if path.suffix not in DATA_FILES:
+                raise ConfigError(f"{path}: cannot read {path.suffix!r} files; give .txt, .npy, "
+                                  f"{', '.join(DATA_FILES)}")
+            options = {"sep": "\t"} if path.suffix == ".tsv" else {}
+            return datasets.load_dataset(DATA_FILES[path.suffix], data_files=str(path), split="train", streaming=True,
+                                         **options)
+        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+            found = datasets.load_from_disk(str(path))
+            return found[split] if isinstance(found, datasets.DatasetDict) else found
+        local = path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1
+        if (local or path.suffix in (*DATA_FILES, ".txt")) and not path.is_dir():
+            raise ConfigError(f"no such file or folder: {source}")
+        return datasets.load_dataset(source, subset, split=split, streaming=True)
+    except ConfigError:
+        raise
+    except KeyError as error:
+        raise ConfigError(f"data set {source!r} has no split {split!r}") from error
+    except Exception as error:  # the data set library raises a dozen types for a name it cannot find or reach
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(f"cannot load the data set {source!r} (split {split!r}, subset {subset!r}): {reason}; it is "
+                          "neither a local file nor a data set that can be reached") from error
+
+
+def _columns(rows: Iterable[dict], source: str, text_column: str | None) -> Iterator[str]:
+    columns: list[str] | None = None
+    try:
+        for row in rows:
+            columns = columns or _find_columns(row, source, text_column)
+            yield from (row[c] for c in columns if isinstance(row.get(c), str))
+    except ConfigError:
+        raise
+    except Exception as error:  # streaming reads lazily: a broken line or a lost connection shows up here
+        raise ConfigError(f"cannot read {source}: {' '.join(str(error).split())}") from error
+
+
+def _find_columns(row: dict, source: str, text_column: str | None) -> list[str]:
+    strings = [name for name, value in row.items() if isinstance(value, str)]
+    if text_column is not None:
+        wanted = [name.strip() for name in text_column.split(",")]
+        missing = [name for name in wanted if name not in strings]
+        if missing:
+            raise ConfigError(f"text_column {missing[0]!r} is no text column of {source}; its text columns are "
+                              f"{', '.join(strings) or 'none'}")
+        return wanted
+    if {"sentence1", "sentence2"} <= set(strings) and "text" not in strings:
+        return ["sentence1", "sentence2"]
+    known = [name for name in TEXT_COLUMNS if name in strings]
+    if not (known or strings):
+        raise ConfigError(f"{source} has no text column: its columns are {', '.join(row)}")
+    return [known[0]] if known else [max(strings, key=lambda name: len(row[name]))]
+
+
+def builtin(part: str) -> list[str]:
+    """Paragraphs of the Python documentation that every Python carries, for ``calibration`` or ``evaluation``.
+
+    Topics repeat each other, so paragraphs are taken once and then cut in two: the parts share none.
+    """
+    from pydoc_data import topics
+
+    seen, paragraphs = set(), []
+    for text in topics.topics.values():
+        for paragraph in text.split("\n\n"):
+            key = " ".join(paragraph.split())
+            if key and key not in seen:
+                seen.add(key)
+                paragraphs.append(paragraph.strip("\n"))
+    half, total = 0, sum(map(len, paragraphs)) * 3 // 5
+    while total > 0:
+        total -= len(paragraphs[half])
+        half += 1
+    return paragraphs[:half] if part == "calibration" else paragraphs[half:]

@@ -1,0 +1,107 @@
+"""Perplexity during a run: of a model in memory, or of one that never is, whose windows pass one block at a time.
+
+Block by block: the same windows, types and losses as :func:`pyprune.evaluation.perplexity.measure`, one reading of the weights for
+all texts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from pyprune.config import Evaluation
+from pyprune.evaluation.perplexity import check_causal, forward_dtype, measure, perplexity_of, placed, window_losses
+from pyprune.execution.activation_store import Store
+from pyprune.execution.distributed import World
+from pyprune.execution.executor import Executor, Resident
+from pyprune.execution.weight_streaming import Streamed
+from pyprune.model.blocks import ModelView
+
+
+class Meter:
+    """Measures every model of a run on the same windows: on the device where it fits, block by block where its weights
+    are streamed, each process its share of the windows."""
+
+    def __init__(self, texts: list[tuple[str, list[Tensor]]], evaluation: Evaluation, device: torch.device,
+                 store: Store, world: World):
+        self.texts, self.evaluation, self.device, self.store, self.world = texts, evaluation, device, store, world
+        self.notes: list[str] = []
+        """What the user should know of where it was measured."""
+
+    def __call__(self, model: nn.Module, weights: Resident | None = None) -> list[dict]:
+        """One row a text, as :func:`pyprune.evaluation.perplexity.measure` returns them; ``weights``: how the model's are held."""
+        world, texts = self.world, self.texts
+        if not texts:
+            return []
+        split = all(len(windows) >= world.size for _, windows in texts)
+        own = [(name, windows[world.rank::world.size] if split else windows) for name, windows in texts]
+        if weights is not None and weights.streamed:
+            rows = measure_streamed(weights.view, weights, own, self.evaluation, self.store, self.device)
+        else:
+            with placed(model, self.device, self.evaluation) as fits:
+                rows = measure(model, own, self.evaluation)
+            note = (f"perplexity was measured on the CPU: the whole model does not fit on {self.device}; "
+                    "stream='always' measures block by block there")
+            if not fits and note not in self.notes:
+                self.notes.append(note)
+        return world.mean_perplexity(rows, [len(windows) for _, windows in texts]) if split else rows
+
+
+@torch.no_grad()
+def measure_streamed(view: ModelView, weights: Streamed, named: list[tuple[str, list[Tensor]]], evaluation: Evaluation,
+                     store: Store, device: torch.device) -> list[dict]:
+    """One row a text, as :func:`pyprune.evaluation.perplexity.measure` returns them."""
+    if not named:
+        return []
+    check_causal(view.model)
+    start, dtype = time.perf_counter(), forward_dtype(view.model, evaluation.dtype)
+    executor = Executor(view, device=device, compute_dtype=dtype, batch_size=evaluation.batch_size, weights=weights,
+                        store=store)
+    executor.mode = contextlib.nullcontext  # torch's own products, as in the evaluation of a model in memory
+    rows = [window for _, windows in named for window in windows]
+    losses = [0.0] * len(rows)
+    with rest_in(view, dtype):
+        activations = executor.embed(rows)
+        last = len(view.blocks) - 1
+        for index in range(last):
+            with executor.compute(index) as module:
+                executor.run(index, module, activations, activations)
+            weights.release(index)
+        with executor.compute(last) as module:
+            for batch, hidden in executor.stream(activations):
+                arguments = executor.arguments(last, batch.length, batch.size)
+                out = module(hidden, *arguments.args, **arguments.kwargs)
+                ids = activations.ids[batch.length][batch.start:batch.stop]
+                home = view.model.get_input_embeddings().weight.device
+                out = (out[0].to(home), *out[1:]) if isinstance(out, tuple) else out.to(home)
+                found = window_losses(view.complete(ids.to(home), out).logits, ids.to(home)).tolist()
+                for row, loss in zip(activations.rows[batch.length][batch.start:batch.stop], found):
+                    losses[row] = loss
+        weights.release(last)
+    seconds = time.perf_counter() - start
+    result = []
+    for name, windows in named:
+        own, losses = losses[:len(windows)], losses[len(windows):]
+        result.append({"text": name, "perplexity": perplexity_of(own), "windows": len(windows),
+                       "window": len(windows[0]), "dtype": str(dtype)[6:],
+                       "seconds": seconds * len(windows) / len(rows)})
+    return result
+
+
+@contextlib.contextmanager
+def rest_in(view: ModelView, dtype: torch.dtype) -> Iterator[None]:
+    """Embeddings, final norm and head in another type for the duration; blocks and buffers are left alone."""
+    rest: list[nn.Parameter] = [p for p in view.model.parameters() if not p.is_meta and p.is_floating_point()
+                                and p.dtype != dtype]
+    before = [p.data for p in rest]
+    for parameter in rest:
+        parameter.data = parameter.data.to(dtype)
+    try:
+        yield
+    finally:
+        for parameter, data in zip(rest, before):
+            parameter.data = data

@@ -1,0 +1,338 @@
+"""Perplexity and speed of a model: the same code for dense and pruned ones.
+
+Perplexity is ``exp(mean over windows of (mean over the window's predictions of −log p))``: windows do not overlap and
+each is seen by itself, so a window of t tokens makes t − 1 predictions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import resource
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pyprune.config import ConfigError, Evaluation, from_dict
+from pyprune.data import texts
+from pyprune.data.calibration import bos_prefix, need_tokenizer, tokenize
+from pyprune.data.sources import kinds
+from pyprune.effects import shown
+from pyprune.model.blocks import ModelView, not_finite
+
+POSITIONS = 256
+"""Logits of this many positions are widened to float32 at a time: the vocabulary is wide."""
+
+
+def windows(evaluation: Evaluation, tokenizer=None, *, source: Any = ...,
+            vocab_size: int | None = None) -> list[Tensor]:
+    """Windows of one source: rows of token ids as given, or the text cut from its beginning.
+
+    source: one of ``evaluation.text``; left out, ``evaluation.text`` itself. Rows are cut to ``evaluation.window``; one
+    that no row is as long as is refused, unless another of the sources is text.
+    A tokenizer that starts texts with BOS starts every window with it, unless ``evaluation.bos`` says otherwise.
+    Raises :class:`ConfigError` if the text is shorter than one window.
+    """
+    source = evaluation.text if source is ... else source
+    found = texts.token_rows(source)
+    if found is not None:
+        found = found[:evaluation.max_windows]
+        texts.check_rows(found, texts.describe(source), "a window")
+        if evaluation.window is not None:
+            if kinds(evaluation.text) == {"ids"}:
+                texts.check_length(found, texts.describe(source), "window", evaluation.window)
+            found = [row[:evaluation.window] for row in found]
+    else:
+        need_tokenizer(tokenizer, "evaluation text")
+        documents = texts.builtin("evaluation") if source is None else texts.read(
+            source, split=evaluation.split, subset=evaluation.subset, text_column=evaluation.text_column)
+        found = _cut(documents, evaluation, tokenizer, texts.describe(source))
+    texts.check_vocabulary(found, vocab_size)
+    return found
+
+
+def _cut(documents: Iterable[str], evaluation: Evaluation, tokenizer, name: str) -> list[Tensor]:
+    prefix = bos_prefix(tokenizer) if evaluation.bos else torch.empty(0, dtype=torch.long)
+    content = evaluation.tokens - len(prefix)
+    enough = None if evaluation.max_windows is None else evaluation.max_windows * content
+    ids = tokenize(documents, tokenizer, enough)
+    if len(ids) < content:
+        raise ConfigError(f"evaluation text from {name} has {len(ids)} tokens, fewer than one window of "
+                          f"{evaluation.tokens}; give more text or a smaller window")
+    return [torch.cat([prefix, ids[i:i + content]]) for i in range(0, len(ids) - content + 1, content)]
+
+
+@torch.no_grad()
+def perplexity(model: nn.Module, windows: list[Tensor], *, dtype: torch.dtype | str = "auto", batch_size: int = 1,
+               progress=None) -> float:
+    """Perplexity of a causal language model over windows of token ids; NaN or inf if its logits are.
+
+    dtype: type of the weights and activations in the forward passes; the model's own parameters stay as they are.
+    progress: called with (windows done, windows in all).
+    """
+    check_causal(model)
+    if not windows:
+        raise ConfigError("there are no windows to evaluate")
+    device, training, losses = _device(model), model.training, []
+    model.eval()
+    with _forward_in(model, forward_dtype(model, dtype)) as forward:
+        for batch in _batches(windows, batch_size):
+            ids = torch.stack(batch).to(device)
+            logits = forward(input_ids=ids, use_cache=False).logits
+            losses += window_losses(logits, ids).tolist()
+            if progress is not None:
+                progress(len(losses), len(windows))
+    model.train(training)
+    return perplexity_of(losses)
+
+
+def perplexity_of(losses: list[float]) -> float:
+    """exp of the mean over windows; NaN where a loss is not finite, infinity where the exponential is too large."""
+    if not all(map(math.isfinite, losses)):
+        return math.nan
+    mean = math.fsum(losses) / len(losses)
+    return math.exp(mean) if mean < 700 else math.inf
+
+
+class NotFinite(ConfigError):
+    """A perplexity is not finite; ``found`` is what :func:`evaluate` would have returned, with its ``warnings``."""
+
+    def __init__(self, found: dict):
+        super().__init__("; ".join(found["warnings"]))
+        self.found = found
+
+
+def warnings_for(rows: list[dict], whose: str) -> list[str]:
+    """A sentence for every text on which the perplexity is not finite. whose: ``dense``, ``pruned``, …"""
+    return [f"the {whose} model's perplexity on {row['text']} is not finite: its weights or activations overflow or "
+            f"hold NaN in {row['dtype']}" for row in rows
+            if row["perplexity"] is None or not math.isfinite(row["perplexity"])]
+
+
+def _batches(windows: list[Tensor], batch_size: int) -> Iterable[list[Tensor]]:
+    """Consecutive windows of equal length, at most ``batch_size`` at a time."""
+    batch: list[Tensor] = []
+    for row in windows:
+        if batch and (len(batch) == batch_size or len(row) != len(batch[0])):
+            yield batch
+            batch = []
+        batch.append(row)
+    yield batch
+
+
+def window_losses(logits: Tensor, ids: Tensor) -> Tensor:
+    """Mean −log p of each window's next tokens, in float64: logits ``[windows, tokens, vocabulary]``."""
+    total = torch.zeros(len(ids), dtype=torch.float64, device=logits.device)
+    last = ids.shape[1] - 1
+    for start in range(0, last, POSITIONS):
+        stop = min(start + POSITIONS, last)
+        part = logits[:, start:stop].float()
+        total += F.cross_entropy(part.flatten(0, 1), ids[:, start + 1:stop + 1].flatten(), reduction="none").view(
+            len(ids), -1).double().sum(1)
+    return total / last
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def check_causal(model: nn.Module) -> None:
+    """Raise ConfigError for a model that does not predict the next token."""
+    if not is_causal(model):
+        raise ConfigError(f"{type(model).__name__} does not predict the next token, so it has no perplexity; evaluate "
+                          "it on its own task, or set evaluation.enabled=False")
+
+
+def is_causal(model: nn.Module) -> bool:
+    """True for decoder-only models with a language-modelling head."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    return head is not None and "MaskedLM" not in type(model).__name__ and not getattr(
+        getattr(model, "config", None), "is_encoder_decoder", False)
+
+
+def forward_dtype(model: nn.Module, dtype: torch.dtype | str = "auto") -> torch.dtype:
+    """The type of forward passes: ``auto`` is the model's own, except float32 on a CPU with bfloat16 products."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    parameter = next(model.parameters())
+    if parameter.dtype == torch.float32 and parameter.device.type == "cpu" and cpu_has_bfloat16():
+        return torch.bfloat16
+    return parameter.dtype
+
+
+def pick_device(name: str) -> torch.device:
+    """``auto`` is the GPU if there is one. Raises :class:`ConfigError` for a device that cannot be used."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+
+
+def cpu_has_bfloat16() -> bool:
+    """True if this CPU multiplies bfloat16 in hardware (AVX-512 BF16 or AMX), several times as fast as float32."""
+    return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
+
+
+@contextlib.contextmanager
+def _forward_in(model: nn.Module, dtype: torch.dtype):
+    """A forward function that sees the parameters in ``dtype``; the copy is shared where they are that already.
+
+    Only parameters are cast: buffers such as rotary frequencies keep their precision, as after ``from_pretrained``.
+    """
+    if all(p.dtype == dtype for p in model.parameters() if p.is_floating_point()):
+        yield model
+        return
+    cast = {name: p.detach().to(dtype) for name, p in model.named_parameters() if p.is_floating_point()}
+    yield lambda **inputs: torch.func.functional_call(model, cast, (), inputs)
+
+
+def evaluate(model: Any, evaluation: Any = None, *, tokenizer=None, device: str | None = None, progress=None,
+             **fields) -> dict:
+    """Perplexity of a model on one or several texts.
+
+    model: a live causal model with its ``tokenizer``, or what :func:`pyprune.load` takes.
+    evaluation: an :class:`Evaluation`, or its ``text``: a path, a Hub data set, a list of texts, token ids, or a list
+    of such sources. fields: further fields of :class:`Evaluation`.
+    device: where to run; ``auto`` takes a GPU if there is one. None leaves a live model where it is.
+    Returns ``{"perplexity", "text", "windows", "window", "dtype", "seconds"}`` of the first text, and the same of every
+    text under ``"texts"`` when there are several. Raises :class:`ConfigError` on bad input, and :class:`NotFinite`,
+    which has the rows of all texts, where a perplexity is not finite.
+    """
+    evaluation = _settings(evaluation, fields)
+    if isinstance(model, (str, Path)):
+        from pyprune.model.checkpoint import load
+
+        model, tokenizer = load(model)
+        device = device or "auto"
+    check_causal(model)
+    if device is not None:
+        model.to(pick_device(device))
+    rows = measure(model, [(texts.describe(source), windows(evaluation, tokenizer, source=source,
+                                                            vocab_size=vocabulary(model)))
+                           for source in texts.sources(evaluation.text)], evaluation, progress)
+    found = {**rows[0], "texts": rows} if len(rows) > 1 else rows[0]
+    bad = [row for row in rows if not math.isfinite(row["perplexity"])]
+    if bad:
+        cause = not_finite(model.state_dict().items())
+        raise NotFinite({**found, "warnings": [
+            f"the perplexity on {row['text']} is {row['perplexity']}: the model's weights or activations hold NaN or "
+            f"inf in {row['dtype']}" + (f", {cause}" if cause else "") for row in bad]})
+    return found
+
+
+def windows_of(evaluation: Evaluation, tokenizer=None, encoder: bool = False, *,
+               vocab_size: int | None = None) -> list[tuple[str, list[Tensor]]]:
+    """Name and windows of every text of ``evaluation``, to be measured on the dense and on the pruned model.
+
+    Empty for encoders, when disabled, and when no text was named and there is no tokenizer to read the default with.
+    """
+    if encoder or not evaluation.enabled or (evaluation.text is None and tokenizer is None):
+        return []
+    return [(texts.describe(source), windows(evaluation, tokenizer, source=source, vocab_size=vocab_size))
+            for source in texts.sources(evaluation.text)]
+
+
+def refuse_text(evaluation: Evaluation, view: ModelView) -> None:
+    """Raise ConfigError for an evaluation text that was named for a model that has no perplexity."""
+    if view.is_encoder and evaluation.text is not None:
+        raise ConfigError(f"evaluation.text={shown(evaluation.text)} would do nothing: {type(view.model).__name__} "
+                          "does not predict the next token, so it has no perplexity; leave it out")
+
+
+def measure(model: nn.Module, named: list[tuple[str, list[Tensor]]], evaluation: Evaluation,
+            progress=None) -> list[dict]:
+    """One row a text: perplexity (NaN where the logits are not finite) and its conditions."""
+    rows = []
+    for name, found in named:
+        dtype, start = forward_dtype(model, evaluation.dtype), time.perf_counter()
+        value = perplexity(model, found, dtype=dtype, batch_size=evaluation.batch_size, progress=progress)
+        rows.append({"text": name, "perplexity": value, "windows": len(found), "window": len(found[0]),
+                     "dtype": str(dtype)[6:], "seconds": time.perf_counter() - start})
+    return rows
+
+
+@contextlib.contextmanager
+def placed(model: nn.Module, device: torch.device, evaluation: Evaluation) -> Iterator[bool]:
+    """The model on ``device`` for the duration; yields False, and leaves it where it is, if it does not fit there."""
+    home = _device(model)
+    if device.type != "cuda" or home.type == "cuda":
+        yield True
+        return
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    logits = evaluation.batch_size * evaluation.tokens * (vocabulary(model) or 0) * 6
+    if 1.2 * weights + 2 * logits > torch.cuda.mem_get_info(device)[0]:
+        yield False
+        return
+    try:
+        model.to(device)
+        yield True
+    finally:
+        model.to(home)
+        torch.cuda.empty_cache()
+
+
+def _settings(evaluation: Any, fields: dict) -> Evaluation:
+    given = {f.name: getattr(evaluation, f.name) for f in dataclasses.fields(Evaluation)} if isinstance(
+        evaluation, Evaluation) else {"text": evaluation}
+    return from_dict(Evaluation, {**given, **fields}, "evaluation")
+
+
+def vocabulary(model: nn.Module) -> int | None:
+    """Rows of the input embedding, None if the model does not say."""
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    weight = getattr(embedding, "weight", None)
+    return None if weight is None else weight.shape[0]
+
+
+@torch.no_grad()
+def latency(model: nn.Module, *, tokens: int = 512, new_tokens: int = 32, batch_size: int = 1, repeats: int = 3,
+            directory: str | Path | None = None) -> dict:
+    """Size and speed: parameters, bytes on disk, peak memory, tokens a second in prefill and in decode.
+
+    Prefill is one forward pass over ``tokens`` random ids; decode feeds one token at a time after it, with the cache.
+    Speeds are of the fastest of ``repeats`` runs after one that is not counted. ``peak_memory_bytes`` is the device's
+    during the runs, on a CPU the process's so far.
+    """
+    check_causal(model)
+    device = _device(model)
+    ids = torch.randint(vocabulary(model), (batch_size, tokens), generator=torch.Generator().manual_seed(0)).to(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    runs = [_timed_run(model, ids, new_tokens) for _ in range(repeats + 1)][1:]
+    prefill, decode = (min(column) for column in zip(*runs))
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else \
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    size = None if directory is None else sum(f.stat().st_size for f in Path(directory).iterdir()
+                                              if f.suffix in (".safetensors", ".bin"))
+    return {"parameters": sum(p.numel() for p in model.parameters()), "file_bytes": size, "peak_memory_bytes": peak,
+            "prefill_tokens_per_second": batch_size * tokens / prefill,
+            "decode_tokens_per_second": batch_size * new_tokens / decode,
+            "tokens": tokens, "new_tokens": new_tokens, "batch_size": batch_size,
+            "dtype": str(next(model.parameters()).dtype)[6:], "device": str(device)}
+
+
+def _timed_run(model: nn.Module, ids: Tensor, new_tokens: int) -> tuple[float, float]:
+    """Seconds of one prefill and of ``new_tokens`` decode steps after it."""
+    start = _now(ids.device)
+    out = model(input_ids=ids, use_cache=True)
+    between = _now(ids.device)
+    for _ in range(new_tokens):
+        out = model(input_ids=out.logits[:, -1:].argmax(-1), past_key_values=out.past_key_values, use_cache=True)
+    return between - start, _now(ids.device) - between
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

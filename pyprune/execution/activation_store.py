@@ -1,0 +1,213 @@
+"""Where activations live, and how they reach a GPU and come back.
+
+Two back-ends behind one allocator: host memory (pinned for a GPU), and above a byte budget memory-mapped files that are
+deleted from the start, so nothing outlives the process. A GPU sees them through a ring of fixed device buffers: batch
+i+1 is copied in and batch i−1 out on streams of their own while batch i computes, ordered by events alone.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import math
+import os
+import resource
+import tempfile
+import weakref
+from collections.abc import Hashable, Iterable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pyprune.model.shards import output_error
+
+DEPTH = 3
+"""Device buffers of a ring: one being filled, one computed with, one that the next copy may take at once."""
+
+
+def available_memory() -> int:
+    """Bytes of host memory this process may still take: free memory, or less under a cgroup or a resource limit."""
+    with open("/proc/meminfo") as file:
+        fields = dict(line.split(":") for line in file)
+    free = int(fields["MemAvailable"].split()[0]) * 1024
+    for used, limit in (("/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory.max"),
+                        ("/sys/fs/cgroup/memory/memory.usage_in_bytes", "/sys/fs/cgroup/memory/memory.limit_in_bytes")):
+        with contextlib.suppress(OSError, ValueError):
+            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
+    data = resource.getrlimit(resource.RLIMIT_DATA)[0]
+    if data != resource.RLIM_INFINITY:
+        with open("/proc/self/status") as file:
+            used = next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmData"))
+        free = min(free, data - used)
+    return max(free, 0)
+
+
+class Store:
+    """Allocates host tensors for activations within a budget; what does not fit is mapped from a file."""
+
+    def __init__(self, budget: int | None = None, folder: Path | str | None = None, pin: bool = False):
+        """budget: bytes of host memory (None: half of what is free now). folder: for the files; None: the system's
+        temporary one. pin: page-lock the memory, for a GPU to copy from."""
+        self.budget = available_memory() // 2 if budget is None else budget
+        self.folder, self.pin = folder, pin
+        self.in_memory = self.in_files = 0
+        self.peak_in_memory = self.peak_in_files = 0
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """An uninitialised host tensor. Raises OutputError if the folder has no room for its file."""
+        size = math.prod(shape) * dtype.itemsize
+        if self.in_memory + size <= self.budget or size == 0:
+            tensor = torch.empty(shape, dtype=dtype, pin_memory=self.pin)
+            kind = "in_memory"
+        else:
+            tensor, kind = self._mapped(shape, dtype, size), "in_files"
+        setattr(self, kind, getattr(self, kind) + size)
+        setattr(self, "peak_" + kind, max(getattr(self, "peak_" + kind), getattr(self, kind)))
+        weakref.finalize(tensor, self._forget, kind, size)
+        return tensor
+
+    def _forget(self, kind: str, size: int) -> None:
+        setattr(self, kind, getattr(self, kind) - size)
+
+    def _mapped(self, shape: tuple[int, ...], dtype: torch.dtype, size: int) -> Tensor:
+        handle, name = tempfile.mkstemp(prefix="activations-", dir=self.folder)
+        try:
+            os.posix_fallocate(handle, 0, size)  # a full disk is an error here, not a bus error later
+            return torch.from_file(name, shared=True, size=math.prod(shape), dtype=dtype).view(shape)
+        except OSError as error:
+            raise output_error(error, Path(name), size) from error
+        finally:
+            os.close(handle)
+            os.unlink(name)  # the mapping keeps the bytes; the file is gone with the process
+
+
+class Plain:
+    """The same interface as :class:`Ring` where the device is the host: views of the store, plain copies."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype):
+        self.device, self.dtype = device, dtype
+
+    def read(self, items: Iterable[tuple[Hashable, Tensor]]) -> Iterator[tuple[Hashable, Tensor]]:
+        for key, host in items:
+            yield key, host.to(self.device, self.dtype)
+
+    def write(self, host: Tensor, value: Tensor) -> None:
+        host.copy_(value)
+
+    def drain(self) -> None:
+        """All writes have happened."""
+
+
+class _Slot:
+    """One device buffer, the pinned buffer in front of it where the store is not pinned, and its events."""
+
+    def __init__(self, api):
+        self.device: Tensor | None = None
+        self.staging: Tensor | None = None
+        self.filled, self.used = api.Event(), api.Event()
+        self.busy = False
+        """A copy from the staging buffer may still be under way."""
+
+
+class Ring:
+    """Batches to and from a GPU: ``DEPTH`` buffers in, ``DEPTH`` staging buffers out, one stream each way."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, api=torch.cuda):
+        """api: what provides streams and events; ``torch.cuda`` but in tests."""
+        self.device, self.dtype, self.api = device, dtype, api
+        self.into, self.out = api.Stream(device), api.Stream(device)
+        self.slots = [_Slot(api) for _ in range(DEPTH)]
+        self.turn = 0
+        self._late: collections.deque[tuple[object, Tensor, Tensor]] = collections.deque()
+
+    def read(self, items: Iterable[tuple[Hashable, Tensor]]) -> Iterator[tuple[Hashable, Tensor]]:
+        """Each batch on the device, copied in while its predecessors compute. A yielded tensor is valid until
+        ``DEPTH − 1`` more were asked for."""
+        compute = self.api.current_stream(self.device)
+        self.into.wait_stream(self.out)  # what earlier passes wrote is what this one reads
+        self._flush()
+        items, queue = iter(items), collections.deque()
+
+        def issue() -> None:
+            for key, host in items:
+                slot = self.slots[self.turn]
+                self.turn = (self.turn + 1) % DEPTH
+                queue.append((key, slot, self._copy_in(slot, host)))
+                return
+
+        for _ in range(DEPTH - 1):
+            issue()
+        while queue:
+            key, slot, buffer = queue.popleft()
+            compute.wait_event(slot.filled)
+            yield key, buffer
+            slot.used.record(compute)
+            issue()
+
+    def _copy_in(self, slot: _Slot, host: Tensor) -> Tensor:
+        if slot.device is None or slot.device.numel() < host.numel():
+            slot.device = torch.empty(host.numel(), dtype=self.dtype, device=self.device)
+        buffer = slot.device[:host.numel()].view(host.shape)
+        if not self._pinned(host):
+            if slot.busy:
+                slot.filled.synchronize()
+            if slot.staging is None or slot.staging.numel() < host.numel():
+                slot.staging = self._pin(host.numel(), host.dtype)
+            staging = slot.staging[:host.numel()].view(host.shape)
+            staging.copy_(host)
+            host, slot.busy = staging, True
+        self.into.wait_event(slot.used)
+        with self.api.stream(self.into):
+            self._copy(buffer, host)
+        slot.filled.record(self.into)
+        return buffer
+
+    def write(self, host: Tensor, value: Tensor) -> None:
+        """Copy a batch's result to the store, behind the computation that makes it."""
+        value = value.to(host.dtype)
+        ready = self.api.Event()
+        ready.record(self.api.current_stream(self.device))
+        self.out.wait_event(ready)
+        target = host if self._pinned(host) else self._pin(host.numel(), host.dtype).view(host.shape)
+        with self.api.stream(self.out):
+            self._copy(target, value)
+        self._keep(value)
+        if target is not host:
+            done = self.api.Event()
+            done.record(self.out)
+            self._late.append((done, target, host))
+            if len(self._late) > DEPTH:
+                self._land()
+
+    def _land(self) -> None:
+        done, staging, host = self._late.popleft()
+        done.synchronize()
+        host.copy_(staging)
+
+    def _flush(self) -> None:
+        while self._late:
+            self._land()
+
+    def drain(self) -> None:
+        """All writes have happened: the host may read the store."""
+        self.out.synchronize()
+        self._flush()
+
+    # one line each, so that a test can stand in for the device
+    def _pinned(self, host: Tensor) -> bool:
+        return host.is_pinned()
+
+    def _pin(self, count: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(count, dtype=dtype, pin_memory=True)
+
+    def _keep(self, value: Tensor) -> None:
+        value.record_stream(self.out)  # its memory is not given away before the copy is done
+
+    def _copy(self, target: Tensor, source: Tensor) -> None:
+        target.copy_(source, non_blocking=True)
+
+
+def transfers(device: torch.device, dtype: torch.dtype) -> Plain | Ring:
+    """How batches reach a device: the ring on a GPU, plain copies elsewhere."""
+    return Ring(device, dtype) if device.type == "cuda" else Plain(device, dtype)

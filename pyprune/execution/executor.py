@@ -1,0 +1,289 @@
+"""Block-by-block executor: how activations pass through one block at a time (:mod:`pyprune.execution.activation_store` keeps them).
+
+Sequences of equal length are stored together, ``[sequences, tokens, hidden]``, so a batch is a view of the store,
+nothing is ever padded, and a block's arguments depend on the batch's shape alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from pyprune.config import ConfigError
+from pyprune.execution.activation_store import Store, transfers
+from pyprune.execution.cpu_forward import forward_mode
+from pyprune.execution.distributed import World
+from pyprune.model.blocks import Arguments, ModelView, call_block
+
+TARGET_TOKENS = 2048 if not torch.cuda.is_available() else 16384
+"""Tokens a batch: on a CPU what stays in cache, on a GPU what fills it."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows ``start:stop`` of the sequences that are ``length`` tokens long."""
+
+    length: int
+    start: int
+    stop: int
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
+
+
+class Activations:
+    """One stream of hidden states for a fixed list of sequences.
+
+    ``data[length]`` is ``[sequences, length, hidden]``; ``rows[length]`` are the sequences' places in the original
+    order.
+    """
+
+    def __init__(self, sequences: Sequence[Tensor], hidden: int, dtype: torch.dtype, store: Store | None = None):
+        self.store = store or Store()
+        self.ids: dict[int, Tensor] = {}
+        self.rows: dict[int, list[int]] = {}
+        for row, ids in enumerate(sequences):
+            self.rows.setdefault(len(ids), []).append(row)
+        self.rows = dict(sorted(self.rows.items()))
+        for length, rows in self.rows.items():
+            self.ids[length] = torch.stack([sequences[row].long() for row in rows])
+        self.hidden, self.dtype = hidden, dtype
+        self.span = {length: (len(rows), 0) for length, rows in self.rows.items()}
+        """Per length, sequences of all processes together and the place of the first one here among them."""
+        self.data = {length: self.store.empty((len(rows), length, hidden), dtype) for length, rows in self.rows.items()}
+
+    def batches(self, size: int | None = None) -> list[Batch]:
+        """Consecutive batches of ``size`` sequences (None: about ``TARGET_TOKENS`` tokens)."""
+        out = []
+        for length, rows in self.rows.items():
+            step = size or max(1, TARGET_TOKENS // length)
+            out += [Batch(length, s, min(s + step, len(rows))) for s in range(0, len(rows), step)]
+        return out
+
+    def read(self, batch: Batch) -> Tensor:
+        return self.data[batch.length][batch.start:batch.stop]
+
+    def write(self, batch: Batch, hidden: Tensor) -> None:
+        self.data[batch.length][batch.start:batch.stop].copy_(hidden)
+
+    def like(self) -> Activations:
+        """A second stream over the same sequences, its values a copy of this one's."""
+        other = copy.copy(self)
+        other.data = {length: self.store.empty(tuple(data.shape), data.dtype).copy_(data)
+                      for length, data in self.data.items()}
+        return other
+
+    @property
+    def sequences(self) -> int:
+        return sum(map(len, self.rows.values()))
+
+    @property
+    def tokens(self) -> int:
+        return sum(length * len(rows) for length, rows in self.rows.items())
+
+
+class Resident:
+    """All weights in memory: nothing comes, nothing goes."""
+
+    streamed = False
+
+    def acquire(self, index: int) -> None:
+        """Make the parameters of a block real."""
+
+    def release(self, index: int, saved: Path | None = None) -> None:
+        """Let go of a block; ``saved`` holds it as it is now, otherwise it was not changed."""
+
+
+class Executor:
+    """Runs single blocks of a model over stored activations, in ``compute_dtype`` on ``device``."""
+
+    def __init__(self, view: ModelView, *, device: torch.device | str = "cpu", compute_dtype: torch.dtype | None = None,
+                 batch_size: int | None = None, weights: Resident | None = None, store: Store | None = None):
+        """weights: how the blocks come and go (None: they are in memory). store: where activations live."""
+        self.view, self.device, self.batch_size = view, torch.device(device), batch_size
+        own = next(p.dtype for p in view.blocks[0].parameters() if p.is_floating_point())
+        self.dtype = compute_dtype or own
+        self.weights = weights or Resident()
+        self.store = store or Store(pin=self.device.type == "cuda")
+        self.transfers = transfers(self.device, self.dtype)
+        self.world = World()
+        """The processes that share the calibration sequences."""
+        self.warn: Callable[[str], None] = lambda message: None
+        """Told when a batch did not fit the device and was halved."""
+        self.mode: Callable = contextlib.nullcontext
+        if self.device.type == "cpu":
+            self.mode = lambda: forward_mode(self.dtype)
+        """What forward passes run under."""
+        self._arguments: dict[tuple[int, int], list[Arguments]] = {}
+
+    def embed(self, sequences: Sequence[Tensor], shared: bool = False) -> Activations | None:
+        """Inputs of the first block for token sequences (1-D id tensors of any lengths); None for none.
+
+        shared: with several processes each takes its part. Raises ConfigError if there is none for one of them.
+        """
+        if not sequences:
+            return None
+        if shared and self.world.size > 1:
+            return self._embed_part(list(sequences))
+        activations = None
+        shell = Activations(sequences, 0, self.dtype)
+        for batch in shell.batches(self.batch_size):
+            ids = shell.ids[batch.length][batch.start:batch.stop]
+            hidden, arguments = self._record(ids)
+            if activations is None:
+                activations = Activations(sequences, hidden.shape[-1], self.dtype, self.store)
+            activations.write(batch, hidden)
+            self._arguments.setdefault((batch.length, batch.size), arguments)
+        return activations
+
+    def _embed_part(self, sequences: list[Tensor]) -> Activations:
+        if len(sequences) < self.world.size:
+            raise ConfigError(f"{self.world.size} processes cannot share {len(sequences)} calibration sequences; start "
+                              "fewer, or calibrate on more")
+        first, stop = self.world.span(len(sequences))
+        own = self.embed(sequences[first:stop])
+        own.span = {length: (sum(len(s) == length for s in sequences), sum(len(s) == length for s in sequences[:first]))
+                    for length in sorted({len(s) for s in sequences})}
+        return own
+
+    def _record(self, ids: Tensor) -> tuple[Tensor, list[Arguments]]:
+        home = next(self.view.model.get_input_embeddings().parameters()).device
+        hidden, arguments = self.view.record(ids.to(home))
+        memo: dict[int, object] = {}
+        return hidden, [a.to(self.device, self.dtype, memo) for a in arguments]
+
+    def arguments(self, index: int, length: int, size: int) -> Arguments:
+        """What the model hands block ``index`` beside ``[size, length, hidden]`` states (recorded once a shape)."""
+        if (length, size) not in self._arguments:
+            vocabulary = self.view.model.get_input_embeddings().num_embeddings
+            # any ids do, except the padding id, from which some encoders derive positions
+            token = 1 + (getattr(self.view.model.config, "pad_token_id", None) or 0)
+            ids = torch.full((size, length), min(token, vocabulary - 1), dtype=torch.long)
+            self._arguments[length, size] = self._record(ids)[1]
+        return self._arguments[length, size][index]
+
+    @contextlib.contextmanager
+    def compute(self, index: int) -> Iterator[nn.Module]:
+        """Block ``index`` ready to run: itself where type and device already fit, else a copy for the duration."""
+        self.weights.acquire(index)
+        block = self.view.blocks[index]
+        fits = all(p.device == self.device and (p.dtype == self.dtype or not p.is_floating_point())
+                   for p in block.parameters())
+        module = block if fits else moved(block, self.device, self.dtype)
+        try:
+            with expert_loop(self.view.model.config):
+                yield module
+        finally:
+            if module is not block:  # whoever still holds the copy must not hold its memory
+                for tensor in (*module.parameters(), *module.buffers()):
+                    tensor.data = tensor.data.new_empty(0)
+
+    @torch.no_grad()
+    def forward(self, index: int, module: nn.Module, hidden: Tensor) -> Tensor:
+        """Output of ``module``, standing in for block ``index``, on ``[batch, tokens, hidden]``."""
+        hidden = hidden.to(self.device, self.dtype, non_blocking=True)
+        arguments = self.arguments(index, hidden.shape[1], hidden.shape[0])
+        with self.mode():
+            return call_block(module, hidden, arguments)
+
+    def stream(self, source: Activations) -> Iterator[tuple[Batch, Tensor]]:
+        """Every batch of a stream on the device, the next ones on their way while one is used."""
+        return self.transfers.read((batch, source.read(batch)) for batch in source.batches(self.batch_size))
+
+    def write(self, target: Activations, batch: Batch, hidden: Tensor) -> None:
+        """Send a batch's result to a stream; it is there after :meth:`drain`."""
+        self.transfers.write(target.read(batch), hidden)
+
+    def drain(self) -> None:
+        self.transfers.drain()
+
+    def run(self, index: int, module: nn.Module, source: Activations, target: Activations | None = None,
+            each: Callable[[Batch, Tensor | None], None] | None = None,
+            through: Callable[[Callable[[], Tensor]], Tensor | None] | None = None) -> None:
+        """Pass ``source`` through a block; outputs go to ``target`` (may be ``source``) and to ``each``.
+
+        through: makes each pass, given it as a function; it may end it early and return None.
+        """
+        for batch, hidden in self.stream(source):
+            parts = [(batch, hidden)]
+            while parts:
+                part, x = parts.pop(0)
+                forward = lambda x=x: self.forward(index, module, x)  # noqa: E731
+                out = self.attempt(forward if through is None else lambda forward=forward: through(forward))
+                if out is NO_ROOM:
+                    parts[:0] = self.halve(part, x, index)
+                    continue
+                if target is not None:
+                    self.write(target, part, out)
+                if each is not None:
+                    each(part, out)
+        self.drain()
+
+    def attempt(self, forward: Callable[[], Tensor | None]) -> Tensor | None:
+        """``forward()``, or ``NO_ROOM`` if the device's memory did not suffice."""
+        with contextlib.suppress(torch.OutOfMemoryError):
+            return forward()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return NO_ROOM
+
+    def halve(self, batch: Batch, hidden: Tensor, index: int) -> list[tuple[Batch, Tensor]]:
+        """The two halves of a batch that did not fit, and smaller batches from here on.
+
+        Raises ConfigError for a single sequence, saying what would fit.
+        """
+        if batch.size == 1:
+            raise ConfigError(f"one sequence of {batch.length} tokens does not fit on {self.device} beside block "
+                              f"{index} ({block_bytes(self.view.blocks[index]) / 1e9:.2f} GB); use a shorter seq_len "
+                              f"(about {batch.length // 2}), a 16-bit compute_dtype, or device='cpu'")
+        middle = batch.size // 2
+        if self.batch_size is None or self.batch_size > middle:
+            self.batch_size = middle
+            self.warn(f"block {index} ran out of memory on {self.device} with {batch.size} sequences of {batch.length} "
+                      f"tokens: batches of {middle} from there on; set batch_size={middle} to begin with that")
+        first = Batch(batch.length, batch.start, batch.start + middle)
+        second = Batch(batch.length, first.stop, batch.stop)
+        return [(first, hidden[:middle]), (second, hidden[middle:])]
+
+    def release(self, index: int, saved: Path | None = None) -> None:
+        """Let go of a block's weights where they are streamed; ``saved`` is the shard that holds what it became."""
+        self.weights.release(index, saved)
+
+
+NO_ROOM = object()
+"""Result of a forward pass that ran out of device memory."""
+
+
+def moved(block: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """A copy of a block on a device, in a type; its parameters are copied once, straight to where they belong."""
+    memo = {}
+    for tensor in (*block.parameters(), *block.buffers()):
+        copied = tensor.detach().to(device, dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
+        memo[id(tensor)] = nn.Parameter(copied, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copied
+    return copy.deepcopy(block, memo)
+
+
+def block_bytes(block: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in block.parameters())
+
+
+@contextlib.contextmanager
+def expert_loop(config) -> Iterator[None]:
+    """Run fused experts one by one for the duration, so that each expert's inputs can be seen."""
+    name = "_experts_implementation"
+    before = getattr(config, name, None)
+    if before is None or before == "eager":
+        yield
+        return
+    setattr(config, name, "eager")
+    try:
+        yield
+    finally:
+        setattr(config, name, before)

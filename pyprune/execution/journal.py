@@ -1,0 +1,394 @@
+"""Crash-safe progress of a run: finished blocks in ``OUTPUT/.pyprune/``, from which ``--resume`` goes on.
+
+A step is one shard of a block's tensors and one entry that names it with its checksum; both are written to a
+temporary name, fsynced and renamed, the entry last, so whatever moment a process dies at, a step is there whole or not
+at all. The final checkpoint is assembled beside them; a mark, which names the run and every file, says that it is
+complete. Then it is moved out and the folder goes, the mark last: as long as anything of a run is left here, it is
+known whose it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from pyprune.config import ConfigError
+from pyprune.execution import distributed
+from pyprune.model import checkpoint
+from pyprune.model.shards import OutputError, Shard, checksum, output_error, sync, write_bytes, write_shard
+
+FOLDER = ".pyprune"
+MARK = "complete"
+RESUME = "continue with --resume (resume=True)"
+
+
+class Interrupted(KeyboardInterrupt):
+    """The run was asked to stop and did so between two blocks; says how to go on."""
+
+
+class Journal:
+    """Progress of one run on disk; with ``output=None`` it keeps nothing and refuses nothing."""
+
+    def __init__(self, output: str | Path | None, resume: bool = False):
+        """Take the output folder: refuse one that is in use, unusable, or holds what ``resume`` does not fit to."""
+        self.entries: list[dict] = []
+        self.notes: list[str] = []
+        """What was found wrong and repaired, for the report."""
+        self.header: dict = {}
+        self.total = 0
+        self._stopping = False
+        self._lock = None
+        self._pending: dict[str, Future] = {}
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="pyprune-journal")
+        self.folder: Path | None = None
+        self.output: Path | None = None
+        if output is None:
+            if resume:
+                raise ConfigError("resume needs the output folder of the interrupted run")
+            return
+        self.output = Path(output).expanduser().absolute()
+        self.folder = self.output / FOLDER
+        self._admit(resume)
+        self._created = not self.output.exists()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.folder / "lock", "a+")  # noqa: SIM115  held as long as the run
+        except OSError as error:
+            raise output_error(error, self.folder) from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.seek(0)
+            owner = self._lock.read().strip()
+            self._lock.close()
+            raise ConfigError(f"another run (process {owner or 'unknown'}) is writing to {self.output}; wait for it, "
+                              "or choose another output folder") from None
+        self._lock.truncate(0)
+        self._lock.write(str(os.getpid()))
+        self._lock.flush()
+        try:
+            self._admit(resume)  # another run may have ended in the meantime
+            self._read(resume)
+        except ConfigError:
+            self.release()
+            raise
+
+    def _admit(self, resume: bool) -> None:
+        """Refuse an output folder that holds anything but an interrupted run."""
+        if self.complete:
+            return
+        if resume and any(self.output.glob("pruning.json")) or any(self.output.glob("sparsity-*/pruning.json")):
+            raise ConfigError(f"{self.output} holds a finished checkpoint: there is nothing to resume; choose another "
+                              "output folder")
+        checkpoint.check_output(self.output, allow=FOLDER)
+
+    def _read(self, resume: bool) -> None:
+        if self.complete:
+            self._read_mark(resume)
+            return
+        path = self.folder / "run.json"
+        if not path.is_file():
+            self._clear()  # what belongs to no run known is no use to this one
+            return
+        self.header = json.loads(path.read_text())
+        found = sorted(self.folder.glob("block-*.json"))
+        if not resume:
+            raise ConfigError(f"{self.output} holds an interrupted run with {len(found)} of {self.header['blocks']} "
+                              f"blocks done; {RESUME}, or remove {self.folder}")
+        for index, path in enumerate(found):
+            if path.name != f"block-{index:05}.json":
+                break
+            self.entries.append(json.loads(path.read_text()))
+
+    def _read_mark(self, resume: bool) -> None:
+        """Take up a run whose checkpoint was assembled, if all its files are there as they were."""
+        if not resume:
+            raise ConfigError(f"{self.output} holds a finished run that was not moved out whole; {RESUME}, or remove "
+                              f"{self.folder}")
+        try:
+            mark = json.loads((self.folder / MARK).read_text())
+            files = mark.pop("files")
+            mark["identity"]["settings"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{self.folder / MARK} does not say whose checkpoint lies there; remove {self.folder} "
+                              "and whatever was moved out of it, and run again") from error
+        for name, known in files.items():
+            if known not in (_stamp(folder / name) for folder in (self.folder / "checkpoint", self.output)):
+                raise ConfigError(f"{name} of the finished run in {self.output} is missing or was changed; empty that "
+                                  "folder and run again")
+        self.header = mark
+
+    def _clear(self) -> None:
+        """Remove everything but the lock and the mark, ``run.json`` first: without it nothing else counts."""
+        (self.folder / "run.json").unlink(missing_ok=True)
+        for path in self.folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name not in (MARK, "lock"):
+                path.unlink()
+
+    # ---- what the run is ---------------------------------------------------------------------------------------
+
+    @property
+    def complete(self) -> bool:
+        """The final checkpoint was assembled: only moving it out is left. Whose it is, :meth:`begin` compares."""
+        return self.folder is not None and (self.folder / MARK).exists()
+
+    def check_settings(self, settings: dict) -> None:
+        """Raise ConfigError naming the settings that differ from the interrupted run's."""
+        if self.header:
+            self._refuse(_differences(self.header["identity"]["settings"], settings))
+
+    def begin(self, identity: dict, blocks: int, **header) -> None:
+        """Record what this run is, or compare it with the interrupted one.
+
+        identity: ``settings``, ``model`` and ``data``, plain nested dicts. Raises ConfigError that names every
+        difference.
+        """
+        self.total = blocks
+        if self.folder is None:
+            return
+        if not self.header:
+            self.header = {"identity": identity, "blocks": blocks, **header}
+            write_bytes(self.folder / "run.json", json.dumps(self.header, indent=1).encode())
+            return
+        self._refuse(_differences(self.header["identity"], identity))
+        if not self.complete:
+            self._drop_damaged()
+
+    def _refuse(self, found: list[str]) -> None:
+        if found:
+            raise ConfigError(f"the interrupted run in {self.output} was another one: " + "; ".join(found)
+                              + f". Give what it was given, or remove {self.folder} to start anew")
+
+    def _drop_damaged(self) -> None:
+        """Forget steps from the first whose files are missing or not what was written."""
+        intact = len(self.entries)
+        for step, entry in enumerate(self.entries):
+            if not all(self._intact(file, digest) for file, digest in entry["files"].items() if _final(file)):
+                intact = step
+                break
+        while intact and not all(self._intact(*item) for item in self.entries[intact - 1]["files"].items()):
+            intact -= 1  # the drafts a step leaves for the next one are part of it
+        if intact < len(self.entries):
+            self.notes.append(f"files of the interrupted run were damaged: blocks from {intact} on were done again")
+            for later in range(len(self.entries) - 1, intact - 1, -1):
+                (self.folder / f"block-{later:05}.json").unlink(missing_ok=True)
+            self.entries = self.entries[:intact]
+
+    def _intact(self, file: str, digest: str) -> bool:
+        path = self.folder / file
+        return path.is_file() and checksum(path) == digest
+
+    def kept(self, name: str) -> Any:
+        """A plain value that the interrupted run worked out, None if it did not."""
+        path = None if self.folder is None else self.folder / f"{name}.json"
+        return json.loads(path.read_text()) if path is not None and path.is_file() else None
+
+    def keep(self, name: str, value: Any) -> None:
+        if self.folder is not None:
+            write_bytes(self.folder / f"{name}.json", json.dumps(checkpoint.plain(value)).encode())
+
+    # ---- steps -------------------------------------------------------------------------------------------------
+
+    def shard(self, index: int) -> Path:
+        """Where the finished tensors of a block lie."""
+        return shard_path(self.output, index)
+
+    def write(self, index: int, tensors: dict[str, Tensor], *, draft: bool = False) -> None:
+        """Start writing a block's tensors; they must not change until :meth:`commit`. A draft is a block that a later
+        step changes again; it is kept until that step is committed."""
+        if self.folder is not None:
+            name = f"draft-{index:05}.safetensors" if draft else self.shard(index).name
+            self._pending[name] = self._writer.submit(write_shard, self.folder / name, tensors)
+
+    def commit(self, index: int, record: dict) -> None:
+        """Finish the step of a block: its files are safe and ``record`` (plain JSON values) is kept with them."""
+        if self.folder is None:
+            self.entries.append({"block": index})
+            return
+        files = {name: future.result() for name, future in self._pending.items()}
+        self._pending = {}
+        entry = {"block": index, "files": files, **record}
+        write_bytes(self.folder / f"block-{index:05}.json", json.dumps(checkpoint.plain(entry)).encode())
+        old = [name for e in self.entries[:-1] for name in e["files"] if not _final(name) and name not in files]
+        self.entries.append(entry)
+        for name in old:
+            (self.folder / name).unlink(missing_ok=True)
+
+    def read(self, index: int, *, draft: bool = False) -> dict[str, Tensor]:
+        """Tensors of a block as a committed step left them (checksums were compared at the start)."""
+        shard = Shard(self.folder / f"draft-{index:05}.safetensors" if draft else self.shard(index))
+        return {name: shard.read(name) for name in shard.entries}
+
+    # ---- stopping ----------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def interruptible(self, follow: bool = False) -> Iterator[None]:
+        """The first SIGINT or SIGTERM stops at the next :meth:`safe_point`, the second at once.
+
+        Without an output folder there is nothing to save and signals act as always; the same outside the main thread.
+        follow: another process keeps the journal.
+        """
+        if (self.folder is None and not follow) or threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+        def handle(number, frame):
+            if self._stopping:
+                raise KeyboardInterrupt
+            self._stopping = True
+            print(f"\npyprune: stopping after this block; once more stops at once, and loses it ({RESUME})",
+                  file=sys.stderr, flush=True)
+
+        for number in before:
+            signal.signal(number, handle)
+        try:
+            yield
+        finally:
+            for number, old in before.items():
+                signal.signal(number, old)
+
+    @property
+    def stopping(self) -> bool:
+        """A signal asked for an end."""
+        return self._stopping
+
+    def stop(self) -> None:
+        """End at the next :meth:`safe_point`."""
+        self._stopping = True
+
+    def safe_point(self) -> None:
+        """Between two blocks: raise :class:`Interrupted` if a signal asked for it."""
+        if self._stopping:
+            where = self.output or "the output folder"
+            raise Interrupted(f"stopped with {len(self.entries)} of {self.total} blocks done, safe in {where}; "
+                              f"{RESUME}")
+
+    def explain(self, error: OutputError) -> OutputError:
+        """Add to an error what is kept and how to go on."""
+        if self.entries and RESUME not in str(error):
+            error.args = (f"{error}. {len(self.entries)} of {self.total} blocks are safe; mend that and {RESUME}",)
+        return error
+
+    # ---- the end -----------------------------------------------------------------------------------------------
+
+    def finish(self, fill: Callable[[Path], None]) -> None:
+        """Assemble the final checkpoint with ``fill(folder)``, move it out, remove the journal."""
+        if self.folder is None:
+            return
+        staging = self.folder / "checkpoint"
+        shutil.rmtree(staging, ignore_errors=True)
+        try:
+            staging.mkdir()
+            fill(staging)
+            checkpoint.settle(staging)
+            files = {path.relative_to(staging).as_posix(): _stamp(path) for path in sorted(staging.rglob("*"))
+                     if path.is_file()}
+            write_bytes(self.folder / MARK, json.dumps({**self.header, "files": files}, indent=1).encode())
+        except Exception as error:
+            (self.folder / MARK).unlink(missing_ok=True)
+            shutil.rmtree(staging, ignore_errors=True)
+            if isinstance(error, OSError):
+                raise self.explain(output_error(error, staging)) from error
+            if type(error).__name__ == "SafetensorError":
+                raise self.explain(OutputError(f"cannot write {staging}: {' '.join(str(error).split())}")) from error
+            raise
+        self.publish()
+
+    def publish(self) -> None:
+        """Move an assembled checkpoint out; ``config.json`` last, so that a partial move is no loadable model."""
+        staging = self.folder / "checkpoint"
+        files = sorted(staging.iterdir(), key=lambda p: (p.name == "config.json", p.name)) if staging.is_dir() else []
+        try:
+            for file in files:
+                os.replace(file, self.output / file.name)
+            sync(self.output)
+        except OSError as error:
+            raise self.explain(output_error(error, self.output)) from error
+        with contextlib.suppress(OSError):  # the checkpoint is out; what stays behind is known by its mark
+            self._clear()
+            sync(self.folder)
+            (self.folder / MARK).unlink()
+            shutil.rmtree(self.folder)
+        self.release()
+
+    def close(self) -> None:
+        """Let go of the folder; one that holds no step yet disappears, unless it was there before."""
+        if self.folder is None:
+            return
+        for future in self._pending.values():
+            future.exception()
+        self._pending = {}
+        if self._lock is not None and not self.entries and not self.complete:
+            with contextlib.suppress(OSError):
+                self._clear()
+                shutil.rmtree(self.folder)
+                if self._created:
+                    self.output.rmdir()
+        self.release()
+
+    def release(self) -> None:
+        self._writer.shutdown()
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+
+@contextlib.contextmanager
+def journaled(output: str | Path | None, resume: bool) -> Iterator[tuple[distributed.World, Journal]]:
+    """The processes of a run and its journal, which process 0 keeps; left in order however the run ends."""
+    world, journal, failed = distributed.start(), Journal(None), True
+    try:
+        journal = world.lead(lambda: Journal(output, resume)) or journal
+        yield world, journal
+        failed = False
+    except OutputError as error:
+        journal.explain(error)
+        raise
+    finally:
+        journal.close()
+        world.close(failed)
+
+
+def shard_path(output: str | Path, index: int) -> Path:
+    """Where the finished tensors of a block of the run in ``output`` lie."""
+    return Path(output).expanduser().absolute() / FOLDER / f"block-{index:05}.safetensors"
+
+
+def _stamp(path: Path) -> list[int] | None:
+    """Size and time of the last change, which a move does not touch; None if there is no such file."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return [found.st_size, found.st_mtime_ns]
+
+
+def _final(file: str) -> bool:
+    return not file.startswith("draft-")
+
+
+def _differences(before, now, path: str = "") -> list[str]:
+    """``sparsity was 0.5, now 0.6`` for every leaf that differs."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        return [text for key in sorted({*before, *now})
+                for text in _differences(before.get(key), now.get(key), f"{path}.{key}" if path else key)]
+    before, now = (json.loads(json.dumps(value)) for value in (before, now))
+    if before == now:
+        return []
+    shown = [value[:12] + "…" if isinstance(value, str) and len(value) > 40 else value for value in (before, now)]
+    return [f"{path} was {shown[0]!r}, now {shown[1]!r}"]

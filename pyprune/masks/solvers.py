@@ -1,0 +1,172 @@
+"""Masks and layer-wise reconstruction of one weight matrix: magnitude, Wanda, SparseGPT's one-sided OBS sweep."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyprune import ops
+from pyprune.config import ConfigError, PruneConfig
+from pyprune.masks.refit import Refit, damped, exact_refit
+from pyprune.masks.statistics import Statistics
+
+DAMPING_TRIES = 4
+PANEL_BLOCKS = 4
+
+
+@dataclass
+class Factor:
+    """Upper Cholesky factor of the inverse Hessian of one input group."""
+
+    r: Tensor
+    """float32 ``[c, c]``, upper, ``RᵀR = H⁻¹``."""
+    dead: Tensor
+    """bool ``[c]``: columns whose input is always zero."""
+    damping: float
+    """λ that succeeded, relative to the mean diagonal."""
+
+
+@dataclass
+class Solved:
+    """A pruned matrix, its keep mask, and the damping used (None where no Hessian was needed)."""
+
+    weight: Tensor
+    mask: Tensor
+    damping: float | None = None
+    swept: Tensor | None = None
+    """The sweep's weights, where a refit followed it."""
+    refit: Refit | None = None
+
+
+def inverse_factor(gram: Tensor, count: Tensor | int, damping: float, name: str = "layer") -> Factor:
+    """``R`` with ``RᵀR = H⁻¹``, ``H = G/n + λ·mean(diag G/n)·I``, by one factorisation.
+
+    With J the index reversal and ``J H J = L Lᵀ``, ``R = J L⁻¹ J``. A failed factorisation raises λ tenfold, at most
+    to ``DAMPING_TRIES`` values, then ConfigError with the layer's name. Dead columns get ``H_jj = 1``.
+    """
+    diagonal = gram.diagonal() / count
+    dead = diagonal == 0
+    mean = diagonal.mean()
+    diagonal = torch.where(dead, 1, diagonal).flip(0)
+    flipped = gram.flip(0, 1).div_(count)  # freed as soon as it is factored: wide layers make these matrices large
+    for attempt in range(DAMPING_TRIES):
+        used = damping * 10**attempt
+        flipped.diagonal().copy_(diagonal + used * mean)
+        factor, info = torch.linalg.cholesky_ex(flipped)
+        if int(info) == 0:
+            del flipped
+            return Factor(invert_lower(factor).flip(0, 1), dead, used)
+    raise ConfigError(f"the Hessian of {name} has no Cholesky factor with damping up to {used:g} of its mean diagonal; "
+                      "use more calibration tokens or a larger damping")
+
+
+def invert_lower(factor: Tensor, leaf: int = 128) -> Tensor:
+    """Inverse of a lower triangular matrix ``[n, n]`` by halves, so that nearly all of it is matrix products.
+
+    A triangular solve against the identity does three times the work, most of it on zeros.
+    """
+    out = torch.zeros_like(factor)
+    _invert_lower(factor, out, 0, len(factor), leaf)
+    return out
+
+
+def _invert_lower(factor: Tensor, out: Tensor, start: int, stop: int, leaf: int) -> None:
+    # a function of its own: a closure that calls itself is a reference cycle and would keep every factor alive
+    if stop - start <= leaf:
+        identity = torch.eye(stop - start, dtype=factor.dtype, device=factor.device)
+        out[start:stop, start:stop] = torch.linalg.solve_triangular(factor[start:stop, start:stop], identity,
+                                                                    upper=False)
+        return
+    middle = (start + stop) // 2
+    _invert_lower(factor, out, start, middle, leaf)
+    _invert_lower(factor, out, middle, stop, leaf)
+    below = factor[middle:stop, start:middle] @ out[start:middle, start:middle]
+    torch.mm(out[middle:stop, middle:stop], below, out=out[middle:stop, start:middle]).neg_()
+
+
+def obs_prune(weight: Tensor, factor: Factor, *, sparsity: float | None = None, nm: tuple[int, int] | None = None,
+              mask: Tensor | None = None, column_block: int = 128) -> Tensor:
+    """SparseGPT's sweep over a whole matrix, in place; returns the keep mask (arXiv 2301.00774).
+
+    One-sided: columns go from left to right, and a column's error is made up for by later columns only. The best
+    weights on the same mask are :func:`pyprune.masks.refit.exact_refit`'s.
+    weight: float32 ``[out, in]``. Exactly one of ``sparsity`` (chosen per column block over all rows), ``nm`` and
+    ``mask``.
+    Column blocks come in panels of ``PANEL_BLOCKS``: a block's errors update the rest of its panel, a panel's the
+    columns right of it by one product, so that these are read and written once a panel.
+    """
+    rows, columns = weight.shape
+    keep = torch.empty(rows, columns, dtype=torch.bool, device=weight.device)
+    weight.masked_fill_(factor.dead, 0)  # an index by a bool mask would wait for the device
+    if nm is not None:
+        column_block = max(nm[1], column_block // nm[1] * nm[1])
+    panel = PANEL_BLOCKS * column_block
+    errors = torch.empty(rows, min(panel, columns), device=weight.device)
+    dropped = 0
+    for start in range(0, columns, column_block):
+        stop = min(start + column_block, columns)
+        first = start // panel * panel
+        last = min(first + panel, columns)
+        block = weight[:, start:stop]
+        choice: dict = {"nm": nm} if nm else {}
+        if mask is not None:
+            choice = {"mask": mask[:, start:stop]}
+        elif sparsity is not None:
+            # the running total keeps the matrix's count exact whatever the blocks round to
+            k = min(round(sparsity * rows * stop) - dropped, block.numel())
+            dropped += k
+            choice = {"k": k}
+        kept, error, _ = ops.obs_sweep(block, factor.r[start:stop, start:stop].contiguous(), **choice)
+        keep[:, start:stop] = kept
+        errors[:, start - first:stop - first] = error
+        if stop < last:
+            ops.trailing_update(weight[:, stop:last], error, factor.r[start:stop, stop:last])
+        elif stop < columns:
+            ops.trailing_update(weight[:, stop:], errors[:, :stop - first], factor.r[first:stop, stop:])
+    return keep
+
+
+def score_mask(weight: Tensor, config: PruneConfig, statistics: Statistics | None) -> Tensor:
+    """Keep mask by magnitude (whole matrix) or Wanda (per output row), unstructured or N:M."""
+    wanda = config.method == "wanda"
+    scale = statistics.norm if wanda else None
+    if config.nm:
+        return ops.nm_mask(weight, *config.nm, scale=scale)
+    size = weight.shape[1] if wanda else weight.numel()
+    return ops.select_mask(weight, round(config.sparsity * size), scale=scale, scope="row" if wanda else "matrix")
+
+
+def dense_target_start(weight: Tensor, statistics: Statistics, factor: Factor) -> Tensor:
+    """Best dense weights for ``X̄ Wᵀ ≈ X W'ᵀ``: ``W' = W + W (C − G) (G + λ)⁻¹``, ``C = X̄ᵀX`` (paper R's GP).
+
+    The sweep that starts from W' fits the dense stream's outputs. The ridge pulls towards W, so equal streams give W.
+    """
+    difference = (statistics.cross - statistics.gram) / statistics.count
+    return weight + (weight @ difference) @ factor.r.T @ factor.r
+
+
+def solve(weight: Tensor, config: PruneConfig, statistics: Statistics | None, factor: Factor | None) -> Solved:
+    """Prune one matrix ``[out, in]`` as the configuration says; the input tensor is left alone."""
+    original = weight.float().contiguous()
+    start = original
+    if statistics is not None and statistics.cross is not None:
+        start = dense_target_start(original, statistics, factor)
+    if config.method == "sparsegpt":
+        updated = start.clone()
+        mask = obs_prune(updated, factor, sparsity=None if config.nm else config.sparsity, nm=config.nm,
+                         column_block=config.column_block)
+        if config.reconstruct == "none":
+            updated = original.masked_fill(~mask, 0)
+    else:
+        mask = score_mask(original, config, statistics)
+        if config.reconstruct == "none":
+            return Solved(original.masked_fill(~mask, 0), mask)
+        updated = start.clone()
+        obs_prune(updated, factor, mask=mask, column_block=config.column_block)
+    if config.reconstruct != "refit":
+        return Solved(updated, mask, factor.damping)
+    h = damped(statistics.gram, statistics.count, factor.damping)
+    found = exact_refit(start.masked_fill(factor.dead, 0), mask, h, updated)
+    return Solved(found.weight, mask, factor.damping, updated, found)

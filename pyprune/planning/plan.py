@@ -1,0 +1,187 @@
+"""What a run would take, before it is run: every weight and whether it is pruned, memory, disk, time.
+
+Nothing is loaded: the model is built from its configuration without memory. Bytes are counted
+(:mod:`pyprune.planning.costs`), seconds scaled from a rehearsal (:mod:`pyprune.planning.rehearsal`).
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+
+from pyprune.config import ConfigError, PruneConfig, override
+from pyprune.data import calibration
+from pyprune.evaluation.perplexity import pick_device, refuse_text
+from pyprune.execution.activation_store import available_memory
+from pyprune.model import checkpoint
+from pyprune.model.blocks import ModelView, WeightRef, select_weights, uncovered, weights_of
+from pyprune.model.names import matches
+from pyprune.model.shards import Files
+from pyprune.pipeline.prune import pick_dtype
+from pyprune.planning.costs import (
+    activation_bytes,
+    disk_of,
+    evaluation_windows,
+    flops_of,
+    kinds,
+    memory_of,
+    passes_of,
+    shapes_of,
+    tokens_of,
+    work_of,
+)
+from pyprune.planning.rehearsal import rehearsal_model, rehearse
+from pyprune.structured.preparation import group_paths
+
+
+def plan(config: PruneConfig | dict) -> dict:
+    """What :func:`pyprune.prune` would do with this configuration, which names its model.
+
+    Returns ``model``, ``settings``, ``weights`` (name, shape, ``prune``, ``why`` not), ``coverage``, ``patterns``
+    (what each of ``targets`` and ``ignore`` names); ``memory_bytes``
+    and, with a GPU, ``device_memory_bytes``, by part at the moment of the peak; ``free_bytes`` of both; ``disk_bytes``;
+    ``calibration``, ``passes``, ``streamed`` and ``streamed_because``; ``flops`` and ``seconds`` by phase;
+    ``not_counted``, what the seconds leave out.
+    Raises :class:`ConfigError` as :func:`pyprune.prune` would for everything that can be known without reading weights
+    or data.
+    """
+    config = override(config, {}) if isinstance(config, PruneConfig) else override(None, config)
+    config.calibration = calibration.coerce(config.calibration)
+    if config.model is None:
+        raise ConfigError("no model: give a Hub id, a local folder or a .gguf file")
+    if config.output:
+        checkpoint.check_output(config.output, allow=".pyprune")
+    view = ModelView(_skeleton(config))
+    refuse_text(config.evaluation, view)
+    selected = targeted = select_weights(view, config.targets, config.ignore)
+    device = pick_device(config.device)
+    gpu = device.type == "cuda"
+    dtype = next(view.blocks.parameters()).dtype
+    compute = pick_dtype(config.compute_dtype) or dtype
+    small = ModelView(rehearsal_model(view.model.config, dtype)[0])
+    if config.is_structured:
+        paths = group_paths(small, config)
+        selected = [[ref for ref in refs if ref.path in paths] for refs in targeted]
+    weights, work = _weights(view, selected, targeted, config), work_of(view, selected, config)
+    free = {"memory": available_memory(), "device": torch.cuda.mem_get_info(device)[0] if gpu else None}
+    streamed, why = will_stream(config, view, free["memory"])
+    budget = free["memory"] / 2 if config.memory_budget_gb is None else config.memory_budget_gb * 1e9
+    hidden = view.model.get_input_embeddings().weight.shape[1]
+    spilled = max(0, int(activation_bytes(config, hidden, compute) - budget))
+    host, on_device = memory_of(view, selected, config, compute, streamed, gpu, budget)
+    seconds = rehearse(config, view, work, small, streamed)
+    return {
+        "model": {"name": config.model, "architecture": type(view.model).__name__, "blocks": len(view.blocks),
+                  "parameters": sum(p.numel() for p in view.model.parameters()), "dtype": str(dtype)[6:]},
+        "settings": {name: getattr(config, name) for name in ("method", "criterion", "pattern", "sparsity",
+                                                              "reconstruct", "global_propagation")},
+        "device": str(device), "compute_dtype": str(compute)[6:],
+        "weights": weights, "coverage": view.coverage(selected), "patterns": _patterns(view, config),
+        "memory_bytes": {**host, "total": sum(host.values())},
+        "device_memory_bytes": {**on_device, "total": sum(on_device.values())} if gpu else None,
+        "free_bytes": free,
+        "calibration": {"sequences": config.calibration.samples + config.calibration.self_generated,
+                        "tokens": tokens_of(config)},
+        "passes": passes_of(config), "streamed": streamed, "streamed_because": why,
+        "disk_bytes": {**disk_of(view, config, streamed, spilled), "free": _free_disk(config)},
+        "flops": flops_of(view, work, config), "seconds": {**seconds, "total": sum(seconds.values())},
+        "not_counted": _not_counted(view, config),
+    }
+
+
+def _skeleton(config: PruneConfig) -> torch.nn.Module:
+    from pyprune.execution.weight_streaming import skeleton
+
+    source = checkpoint.resolve(config.model)
+    found = checkpoint.load_config(config.model)
+    if source.gguf_file and not found.architectures:
+        import transformers
+
+        found.architectures = [transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(found)].__name__]
+    named = getattr(found, "dtype", None) if config.dtype == "auto" else getattr(torch, config.dtype)
+    origin = checkpoint.find_origin(source) if source.local else None  # of a Hub id the configuration is enough
+    return skeleton(found, named if isinstance(named, torch.dtype) else torch.float32, origin)
+
+
+def _weights(view: ModelView, selected: list[list[WeightRef]], targeted: list[list[WeightRef]],
+             config: PruneConfig) -> list[dict]:
+    found: list[list[dict]] = [[] for _ in view.blocks]
+    for block, refs, alike in kinds(view, selected):
+        everything, plain, chosen = weights_of(block, routers=True), set(weights_of(block)), set(refs)
+        shapes = shapes_of(block, everything)
+        rest = [(name, list(block.get_parameter(name).shape)) for name in uncovered(block, everything)]
+        for i in alike:
+            for ref, shape in zip(everything, shapes):
+                prune = ref in chosen
+                if prune and config.nm and shape[1] % config.nm[1]:
+                    raise ConfigError(f"pattern {config.pattern} does not divide the {shape[1]} inputs of "
+                                      f"{view.name(i, ref)}; choose another pattern or ignore that weight")
+                found[i].append({"name": view.name(i, ref), "shape": list(shape), "prune": prune,
+                                 "why": None if prune else f"no part of its {config.pattern}" if ref in targeted[i] else
+                                 "not among targets, or ignored" if ref in plain else
+                                 "routes to experts: pruned if a target names such layers alone"})
+            found[i] += [{"name": view.full_name(i, name), "shape": shape, "prune": False,
+                          "why": "no matrix that a linear layer multiplies by"} for name, shape in rest]
+    return [row for rows in found for row in rows]
+
+
+def _patterns(view: ModelView, config: PruneConfig) -> list[dict]:
+    """What each pattern of ``targets`` and ``ignore`` names: how many weights of the blocks, and some of them."""
+    names = [view.name(i, ref) for i, block in enumerate(view.blocks) for ref in weights_of(block)]
+    rows = []
+    for field in ("targets", "ignore"):
+        for pattern in getattr(config, field):
+            found = [name for name in names if matches(name, [pattern])]
+            rows.append({"field": field, "pattern": pattern, "weights": len(found),
+                         "examples": found if len(found) < 4 else [*found[:2], found[-1]]})
+    return rows
+
+
+def will_stream(config: PruneConfig, view: ModelView, free: int) -> tuple[bool, str]:
+    """Whether the weights would be streamed, and why. Raises ConfigError where ``stream="always"`` cannot."""
+    from pyprune.execution.weight_streaming import SHARE
+
+    stored = sum(p.numel() * p.element_size() for p in view.model.parameters())
+    if config.stream == "never":
+        return False, "stream is never"
+    if config.stream == "auto" and stored < SHARE * free:
+        return False, "they fit into memory"
+    obstacle, known = _obstacle(config, view)
+    if obstacle is not None:
+        if config.stream == "always":
+            raise ConfigError(f"{config.model} cannot be streamed: {obstacle}")
+        return False, obstacle
+    why = "stream is always" if config.stream == "always" else \
+        f"their {stored / 2**30:.1f} GiB are more than half of the {free / 2**30:.1f} GiB that are free"
+    return True, why + ("" if known else "; if the names in their files, which are not here, are the model's")
+
+
+def _obstacle(config: PruneConfig, view: ModelView) -> tuple[str | None, bool]:
+    """What keeps the weights from being streamed, and whether their files are there to tell."""
+    from pyprune.execution import weight_streaming
+
+    source = checkpoint.resolve(config.model)
+    if (reason := weight_streaming._obstacle(config)) is not None:
+        return reason, True
+    if source.gguf_file or not source.local:
+        return "only a local folder of safetensors files can be read block by block", True
+    if not any(Path(source.path).glob("*.safetensors")):
+        return None, False
+    return weight_streaming.why_whole(config.model, view.model, view, Files(source.path)), True
+
+
+def _free_disk(config: PruneConfig) -> int:
+    place = Path(config.output or ".").expanduser().absolute()
+    return shutil.disk_usage(next(p for p in (place, *place.parents) if p.is_dir())).free
+
+
+def _not_counted(view: ModelView, config: PruneConfig) -> list[str]:
+    found = []
+    settings = config.calibration
+    if settings.self_generated and not (settings.self_generated_path and Path(settings.self_generated_path).is_file()):
+        found.append(f"generating {settings.self_generated} sequences")
+    if config.evaluation.enabled and not view.is_encoder and not evaluation_windows(view, config):
+        found.append("measuring perplexity, as max_windows does not say on how much text")
+    return found

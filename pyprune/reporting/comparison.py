@@ -1,0 +1,89 @@
+"""Runs side by side: what each was, what it cost, and what makes their numbers not comparable."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TextIO
+
+from pyprune.config import ConfigError
+from pyprune.reporting.rendering import number, open_console, perplexity_text, reconstruction_text
+
+
+def read(directory: str | Path) -> dict:
+    """``report.json`` of a run's folder. Raises :class:`ConfigError` if there is none."""
+    path = Path(directory).expanduser() / "report.json"
+    if not path.is_file():
+        raise ConfigError(f"{directory} has no report.json: no finished run of pyprune wrote it")
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path} is not valid JSON: {error}") from error
+
+
+def compare(directories: list[str | Path]) -> list[dict]:
+    """One row a folder: settings, perplexity dense and pruned per text, block error, seconds, memory, parameters; of a
+    refined model what it became, its seconds added."""
+    if not directories:
+        raise ConfigError("compare needs at least one folder")
+    rows = []
+    for directory in directories:
+        report = read(directory)
+        config, last = report["config"], (report.get("blocks") or [{}])[-1]
+        error, held_out, seconds = last.get("error"), last.get("error_held_out"), sum(report["seconds"].values())
+        if (refined := report.get("refinement")) is not None:
+            window, seconds = refined["windows"][-1], seconds + refined["seconds"]
+            error, held_out = window["after_calibration"], window.get("after_held_out")
+        rows.append({
+            "directory": str(directory), "model": report["model"]["name"],
+            **{name: config.get(name) for name in ("method", "criterion", "pattern", "reconstruct",
+                                                   "global_propagation")},
+            "refined": None if refined is None else {
+                "reconstruct": "cross_block" if refined["cross_block"] else "block",
+                "global_propagation": refined["global_propagation"]},
+            "sparsity": report["sparsity"], "coverage": report["coverage"]["fraction"],
+            "evaluation": [{name: e.get(name) for name in ("text", "windows", "window", "dense", "pruned")}
+                           for e in report.get("evaluation") or []],
+            "block_error": error, "block_error_held_out": held_out, "seconds": seconds,
+            "peak_memory_bytes": report["peak_memory_bytes"],
+            "parameters": report["model"]["parameters"],
+            "calibration": report["calibration"]["fingerprint"][:12],
+        })
+    return rows
+
+
+def print_comparison(rows: list[dict], stream: TextIO | None = None) -> None:
+    """:func:`compare`'s rows as a table, and what makes them not comparable, if anything does."""
+    from rich.table import Table
+
+    console = open_console(stream)
+    table = Table()
+    for heading in ("folder", "pruned by", "pattern", "sparsity", "perplexity", "dense", "block error", "held out",
+                    "seconds"):
+        table.add_column(heading, overflow="fold", justify="left" if heading in ("folder", "pruned by", "pattern")
+                         else "right")
+    for row in rows:
+        structured = row["pattern"] in ("neurons", "heads", "structured")
+        how = f"{row['criterion' if structured else 'method']} + {reconstruction_text(row)}"
+        if row["refined"]:
+            how += f", refined: {reconstruction_text(row['refined'])}"
+        table.add_row(row["directory"], how, row["pattern"], f"{row['sparsity']:.3f}",
+                      "\n".join(perplexity_text(e["pruned"]) for e in row["evaluation"]),
+                      "\n".join(perplexity_text(e["dense"]) for e in row["evaluation"]),
+                      number(row["block_error"], 3), number(row["block_error_held_out"], 3), f"{row['seconds']:.1f}")
+    console.print(table)
+    for text in differences(rows):
+        console.print(f"note: {text}")
+
+
+def differences(rows: list[dict]) -> list[str]:
+    """Reasons why the numbers of two rows should not be compared, in sentences."""
+    found = []
+    conditions = {tuple((e["text"], e["windows"], e["window"]) for e in row["evaluation"]) for row in rows}
+    if len(conditions) > 1:
+        found.append("the runs were evaluated on different text or windows: their perplexities do not compare")
+    if len({row["model"] for row in rows}) > 1:
+        found.append("the runs start from different models")
+    if len({row["calibration"] for row in rows}) > 1:
+        found.append("the runs were calibrated on different tokens")
+    return found

@@ -1,0 +1,323 @@
+"""A run's report as people read it: the table after a run, the plan before it, the model card."""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TextIO
+
+
+def open_console(stream: TextIO | None = None):
+    """A rich console; wide where it is no terminal, so that logs and pipes hold whole lines."""
+    from rich.console import Console
+
+    stream = stream or sys.stdout
+    return Console(file=stream, highlight=False, width=None if stream.isatty() else 140)
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    return "–" if value is None else f"{value:.{digits}g}"
+
+
+def _kind(name: str) -> str:
+    """A weight's name with its block's and expert's numbers left open."""
+    return re.sub(r"\[\d+\]", "[*]", re.sub(r"(^|\.)\d+\.", r"\1*.", name))
+
+
+def perplexity_text(value: float | None) -> str:
+    """Two decimals while they mean something."""
+    if value is None or not math.isfinite(value):
+        return "not finite"
+    return f"{value:.2f}" if value < 1000 else f"{value:,.0f}"
+
+
+def headline(report: dict) -> str:
+    """What was done, in one line: ``sparsegpt 2:4, sparsity 0.5, reconstruct layer``."""
+    config = report["config"]
+    sparsity = config["sparsity"]
+    shown = ", ".join(f"{s:g}" for s in sparsity) if isinstance(sparsity, list) else f"{sparsity:g}"
+    structured = config["pattern"] in ("neurons", "heads", "structured")
+    return f"{config['criterion'] if structured else config['method']} {config['pattern']}, sparsity {shown}, " \
+           f"reconstruct {reconstruction_text(config)}"
+
+
+def reconstruction_text(config: dict) -> str:
+    """``block + GP``."""
+    return config["reconstruct"] + (" + GP" if config.get("global_propagation") else "")
+
+
+RECONSTRUCTIONS = {
+    "layer": "layer by layer, a one-sided OBS sweep: a column's error is made up for by later columns only",
+    "refit": "layer by layer, the kept weights are refitted by least squares on the mask",
+    "block": "an OBS sweep layer by layer, then each block is trained against the dense one",
+    "cross_block": "an OBS sweep layer by layer, then windows of two blocks are trained against the dense ones",
+}
+"""What a model card says of each reconstruction of masks."""
+
+
+def print_summary(report: dict, directory: str | Path | None = None, stream: TextIO | None = None) -> None:
+    """The table at the end of a run: perplexity before and after, sparsity, seconds by phase, where everything lies."""
+    from rich.table import Table
+
+    console = open_console(stream)
+    table = Table(title=f"{report['model']['name']}: {headline(report)}", show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for label, text in summary_rows(report):
+        table.add_row(label, text)
+    if directory is not None:
+        table.add_row("model", str(directory))
+        table.add_row("report", str(Path(directory) / "report.json"))
+    console.print(table)
+
+
+def summary_rows(report: dict) -> list[tuple[str, str]]:
+    """Label and text of each line of the summary."""
+    rows = []
+    curve = (report.get("structured") or {}).get("curve", [])
+    for entry in curve:
+        shown = ", ".join(perplexity_text(row["pruned"]) for row in entry.get("evaluation", []))
+        rows.append((f"at {entry['sparsity']:g}", f"{entry['parameters']:,} parameters"
+                     + (f", perplexity {shown}" if shown else "")))
+    for row in (report.get("evaluation") or []) if len(curve) < 2 else []:
+        rows.append(("perplexity", f"{perplexity_text(row['dense'])} dense → {perplexity_text(row['pruned'])} pruned  "
+                     f"({row['windows']} windows of {row['window']} tokens, {row['text']})"))
+    coverage = report["coverage"]
+    rows.append(("sparsity", f"{report['sparsity']:.4f} of the pruned weights; they are {coverage['fraction']:.1%} of "
+                 "the blocks' matrix weights"))
+    last = report["blocks"][-1] if report.get("blocks") else {}
+    if last.get("error") is not None:
+        held = "" if last.get("error_held_out") is None else f", {number(last['error_held_out'])} on held-out text"
+        rows.append(("block error", f"{number(last.get('error'))} after the last block{held} (relative to dense)"))
+        if last.get("steps"):
+            rows.append(("last block", " → ".join(
+                f"{s['step']} {number(s.get('calibration'), 3)} / {number(s.get('held_out'), 3)}"
+                for s in last["steps"]) + " (calibration / held out)"))
+    seconds = report["seconds"]
+    phases = ", ".join(f"{phase} {value:.1f}" for phase, value in sorted(seconds.items(), key=lambda p: -p[1])
+                       if value >= 0.05)
+    rows.append(("seconds", f"{sum(seconds.values()):.1f}: {phases}"))
+    rows.append(("peak memory", f"{report['peak_memory_bytes'] / 2**30:.2f} GiB"))
+    if (refitted := refit_text(report)) is not None:
+        rows.append(("refit", refitted))
+    rows.append(("calibration", report["calibration"]["description"]))
+    rows += [("warning", text) for text in distinct(report.get("warnings") or [])]
+    return rows
+
+
+def refit_text(report: dict) -> str | None:
+    """What the exact refit gained over the sweep, in the mean over the weights; None where none was measured."""
+    parts = []
+    for key, where in (("error", "calibration"), ("error_held_out", "held-out")):
+        pairs = [(w[key + "_sweep"], w[key]) for w in report.get("weights") or [] if key + "_sweep" in w]
+        if pairs:
+            swept, refitted = (sum(values) / len(pairs) for values in zip(*pairs))
+            parts.append(f"{number(swept)} → {number(refitted)} on {where} inputs")
+    return f"error of a weight's outputs, sweep → refit: {', '.join(parts)} (mean over weights)" if parts else None
+
+
+def distinct(warnings: list[str]) -> list[str]:
+    """One of each kind: warnings that differ in their numbers alone say the same of other weights."""
+    kinds: dict[str, list[str]] = {}
+    for text in warnings:
+        kinds.setdefault(re.sub(r"\d+(\.\d+)?", "0", text), []).append(text)
+    return [texts[0] + (f" (and {len(texts) - 1} like it, in report.json)" if len(texts) > 1 else "")
+            for texts in kinds.values()]
+
+
+def print_evaluation(found: dict, stream: TextIO | None = None) -> None:
+    """One line a text whose perplexity is a number; the others are errors."""
+    for row in found.get("texts", [found]):
+        if not math.isfinite(row["perplexity"]):
+            continue
+        print(f"perplexity {perplexity_text(row['perplexity'])}  ({row['windows']} windows of {row['window']} tokens, "
+              f"{row['dtype']}, {row['seconds']:.1f} s, {row['text']})", file=stream or sys.stdout)
+
+
+def print_inspection(found: dict, stream: TextIO | None = None) -> None:
+    """What :func:`pyprune.inspect` found, the matrices of a kind in one line."""
+    from rich.table import Table
+
+    console = open_console(stream)
+    console.print(f"{found['path']}: {found['parameters']:,} parameters, {found['bytes'] / 2**20:.1f} MiB of "
+                  f"{found['format']}")
+    coverage = found["coverage"]
+    console.print(f"sparsity {found['sparsity']:.4f} of the blocks' matrices, {found['sparsity_of_model']:.4f} of all "
+                  f"parameters; {coverage['pruned']} of {coverage['matrices']} matrices are pruned, "
+                  f"{coverage['fraction']:.1%} of their weights, to {found['sparsity_of_pruned']:.4f}")
+    for name, row in found["patterns"].items():
+        console.print(f"{name}: {row['violations']:,} violations in {row['groups']:,} groups of the pruned matrices")
+    if found["non_finite"]:
+        console.print(f"{found['non_finite']:,} values are NaN or infinite")
+    kinds: dict[str, list[dict]] = {}
+    for row in found["weights"]:
+        kinds.setdefault(_kind(row["name"]), []).append(row)
+    table = Table("matrices", "number", "shape", "sparsity", *found["patterns"])
+    for kind, rows in kinds.items():
+        spread = [row["sparsity"] for row in rows]
+        broken = [[row["violations"][name] for row in rows] for name in found["patterns"]]
+        table.add_row(kind, str(len(rows)), "×".join(map(str, rows[0]["shape"])),
+                      f"{min(spread):.3f}" if max(spread) - min(spread) < 5e-4 else
+                      f"{min(spread):.3f} … {max(spread):.3f}",
+                      *("–" if None in counts else f"{sum(counts):,}" for counts in broken))
+    console.print(table)
+
+
+def print_plan(found: dict, stream: TextIO | None = None) -> None:
+    """What :func:`pyprune.plan` found: every kind of weight, then device, passes, memory, disk and time."""
+    from rich.table import Table
+
+    console, model = open_console(stream), found["model"]
+    console.print(f"{model['name']}: {model['architecture']}, {model['blocks']} blocks, {model['parameters']:,} "
+                  f"parameters in {model['dtype']}\n{headline({'config': found['settings']})}")
+    kinds: dict[tuple, list[dict]] = {}
+    for row in found["weights"]:
+        kinds.setdefault((_kind(row["name"]), row["prune"], row["why"], tuple(row["shape"])), []).append(row)
+    table = Table("weights", "number", "shape", "pruned")
+    for (kind, prune, why, shape), rows in kinds.items():
+        table.add_row(kind, str(len(rows)), "×".join(map(str, shape)), "yes" if prune else f"no: {why}")
+    console.print(table)
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for label, text in plan_rows(found):
+        table.add_row(label, text)
+    console.print(table)
+
+
+def plan_rows(found: dict) -> list[tuple[str, str]]:
+    """Label and text of each line below a plan's weights."""
+    calibration, disk, free = found["calibration"], found["disk_bytes"], found["free_bytes"]
+    passes = {name: count for name, count in found["passes"].items() if count and name != "training"}
+    training = f", {found['passes']['training']} to train" if found["passes"].get("training") else ""
+    rows = [
+        *((row["field"], _pattern_text(row)) for row in found["patterns"]),
+        ("coverage", f"{found['coverage']['fraction']:.1%} of the blocks' matrix weights; the embedding and the head "
+                     "stay dense"),
+        ("device", f"{found['device']}, forward passes in {found['compute_dtype']}"),
+        ("weights", f"{'streamed block by block' if found['streamed'] else 'loaded whole'}: "
+                    f"{found['streamed_because']}"),
+        ("passes", f"{sum(passes.values())} a block ({', '.join(passes)}){training}, "
+                   f"over {calibration['sequences']} sequences, {calibration['tokens']:,} tokens" if passes else
+                   "none: no calibration data is needed"),
+        ("host memory", _parts(found["memory_bytes"], size_text, f", {size_text(free['memory'])} free")),
+        ("device memory", "none: everything is computed on the CPU" if found["device_memory_bytes"] is None else
+         _parts(found["device_memory_bytes"], size_text, f", {size_text(free['device'])} free")),
+        ("disk", f"{size_text(disk['while_running'])} while running, {size_text(disk['checkpoint'])} at the end, "
+                 f"{size_text(disk['free'])} free"),
+        ("time", "about " + _parts(found["seconds"], duration_text)),
+    ]
+    if found["not_counted"]:
+        rows.append(("", "not counted: " + "; ".join(found["not_counted"])))
+    for what, needed, there in (
+            ("host memory", found["memory_bytes"]["total"] - found["memory_bytes"]["process"], free["memory"]),
+            ("device memory", (found["device_memory_bytes"] or {}).get("total", 0), free["device"]),
+            ("disk", disk["while_running"], disk["free"])):
+        if there is not None and needed > there:
+            rows.append(("warning", f"more {what} is needed than is free"))
+    return rows
+
+
+def _pattern_text(row: dict) -> str:
+    """``'layers.1': 7 weights, model.layers.1.self_attn.q_proj.weight, …``."""
+    examples = row["examples"]
+    if not examples:
+        return f"{row['pattern']!r}: no weight of the blocks, only what stays dense anyway"
+    shown = ", ".join(examples) if len(examples) == row["weights"] else \
+        f"{', '.join(examples[:-1])} … {examples[-1]}"
+    return f"{row['pattern']!r}: {row['weights']} weight{'s' if row['weights'] > 1 else ''}, {shown}"
+
+
+def _parts(values: dict, text: Callable[[float], str], free: str = "") -> str:
+    """The total, then what it is made of, largest first; what is below a hundredth of it is left out."""
+    parts = {name: value for name, value in values.items() if name != "total" and value >= values["total"] / 100}
+    shown = ", ".join(f"{name.replace('_', ' ')} {text(value)}" for name, value in
+                      sorted(parts.items(), key=lambda part: -part[1]))
+    return f"{text(values['total'])}{free}: {shown}"
+
+
+def size_text(size: float) -> str:
+    """``37.8 GiB``."""
+    unit, name = next((u, n) for u, n in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (1, "B"))
+                      if size >= 0.995 * u or u == 1)
+    return f"{size / unit:.{0 if name == 'B' or size >= 100 * unit else 1}f} {name}"
+
+
+def duration_text(seconds: float) -> str:
+    """``43 h``, ``2 h 5 min``, ``6 min 30 s``, ``12 s``, ``0.4 s``: two figures that mean something."""
+    if seconds < 60:
+        return f"{seconds:.{1 if seconds < 9.95 else 0}f} s"
+    unit, names = (60, ("min", "s")) if seconds < 3600 else (3600, ("h", "min"))
+    large, small = divmod(round(seconds / (unit / 60)), 60)
+    return f"{large} {names[0]}" + (f" {small} {names[1]}" if small and large < 10 else "")
+
+
+# ---- model card ----------------------------------------------------------------------------------------------------
+
+def model_card(report: dict, name: str, picture: str | None = None) -> str:
+    """README.md of a pruned checkpoint: what it is, what it costs, how to load it.
+
+    picture: file beside it that draws the measured gain (``report["gain"]``, if ``pyprune eval --latency`` ran).
+    """
+    config, model = report["config"], report["model"]
+    encoder = not report.get("evaluation") and not model["architecture"].endswith(("ForCausalLM", "LMHeadModel"))
+    auto = "AutoModel" if encoder else "AutoModelForCausalLM"
+    lines = ["---", "library_name: transformers", "tags: [pyprune, pruning, sparsity]", "---", "",
+             f"# {name}", "",
+             f"{model['name']} ({model['architecture']}, {model['parameters']:,} parameters, {model['dtype']}) pruned "
+             f"in one shot with pyprune: {headline(report)}. " + _outcome(report)
+             + " Embeddings and the head are as they were.", ""]
+    if report.get("evaluation"):
+        lines += ["| text | windows | dense perplexity | pruned perplexity |", "|---|---|---|---|"]
+        lines += [f"| {row['text']} | {row['windows']} × {row['window']} tokens, {row.get('dtype', '')} | "
+                  f"{perplexity_text(row['dense'])} | {perplexity_text(row['pruned'])} |"
+                  for row in report["evaluation"]]
+        lines += ["", "Windows do not overlap; each is seen by itself. The same code measures both columns.", ""]
+    lines += _gain(report.get("gain"), picture)
+    own = bool((report.get("structured") or {}).get("layout"))
+    lines += ["## Use", "", "```python", *(
+                  ["import pyprune", "", f'model, tokenizer = pyprune.load("{name}")'] if own else
+                  [f"from transformers import {auto}, AutoTokenizer", "",
+                   f'model = {auto}.from_pretrained("{name}", dtype="auto")',
+                   f'tokenizer = AutoTokenizer.from_pretrained("{name}")']), "```", "",
+              *([f"Only pyprune loads this model, a stock config cannot say its sizes: "
+                 f"{report['structured']['reason']}.", ""] if own else []),
+              "The file stores zeros like any other number: it is not smaller, and by itself not faster, than the "
+              "dense one." if config["pattern"] not in ("neurons", "heads", "structured") else
+              "The matrices themselves are smaller, so every runtime gains.", "",
+              "## How it was made", "",
+              f"- calibration: {report['calibration']['description']} (token ids sha256 "
+              f"`{report['calibration']['fingerprint'][:16]}…`)"]
+    if config["reconstruct"] in RECONSTRUCTIONS:
+        lines.append(f"- reconstruction: {RECONSTRUCTIONS[config['reconstruct']]}"
+                     + ("; the targets are the dense model's own stream" if config.get("global_propagation") else ""))
+    lines += [f"- warning: {text}" for text in distinct(report.get("warnings") or [])]
+    lines += ["- settings: `run.yaml` repeats the run (`pyprune prune --config run.yaml -o DIR`)",
+              "- error of every weight and block, seconds by phase: `report.json`; per weight: `pruning.json`", ""]
+    return "\n".join(lines)
+
+
+def _gain(rows: list[dict] | None, picture: str | None) -> list[str]:
+    """Size, memory and speed beside the dense model's, as a table."""
+    if not rows:
+        return []
+    from pyprune.evaluation.gain import LABELS, cell
+
+    base, own = rows[0], rows[-1]
+    lines = ["| | dense | pruned |", "|---|---|---|"]
+    lines += [f"| {label} | {cell(base, key, base)} | {cell(own, key, base)} |"
+              for key, (label, _, _) in LABELS.items() if own.get(key)]
+    lines += ["", f"Measured by `pyprune eval --latency` on {own['device']}, {own['dtype']}, {own['tokens']} tokens, "
+              f"batch size {own['batch_size']}, each model in a process of its own.", ""]
+    return [*lines, *([f"![gain]({picture})", ""] if picture else [])]
+
+
+def _outcome(report: dict) -> str:
+    """What became of the pruned matrices, in a sentence."""
+    share = f"{report['coverage']['fraction']:.1%} of the matrix weights of its blocks"
+    if report.get("structured"):
+        return f"{report['sparsity']:.2%} of the pruned matrices' weights are gone; what is left of them is {share}."
+    return f"{report['sparsity']:.2%} of the pruned weights are exactly zero; they are {share}."

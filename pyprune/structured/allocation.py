@@ -1,0 +1,89 @@
+"""How many units each block keeps, and which: one sparsity, uniform or spent where it costs least."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyprune.structured.groups import Coupled
+
+
+def _expert_width(kept: int, dense: int) -> int:
+    """Grouped expert products want rows of whole 16 bytes: a width divisible by 8, or by 4 where the dense one is."""
+    step = next((m for m in (8, 4) if dense % m == 0), 1)
+    return min(dense, max(step, round(kept / step) * step))
+
+
+@dataclass(eq=False)
+class Member:
+    """One coupled group with its place and, for global allocation, its scores and the size of a unit."""
+
+    block: int
+    group: Coupled
+    scores: Tensor | None = None
+    unit_size: int = 1
+
+
+def _pools(group: Coupled) -> list[Tensor]:
+    return [(group.pools == p).nonzero()[:, 0] for p in group.pools.unique()]
+
+
+def uniform_count(group: Coupled, sparsity: float) -> int:
+    """Units kept at a fraction ``sparsity`` dropped: the same from every pool, at least one each."""
+    pools = group.pools.unique()
+    each = group.units // len(pools)
+    kept = max(1, each - round(sparsity * each))
+    if group.consumer.expert is not None:
+        kept = _expert_width(kept, each)
+    return kept * len(pools)
+
+
+def choose(group: Coupled, scores: Tensor, count: int) -> Tensor:
+    """The ``count`` highest scores, equally many from every pool; ties keep the lower index. int64, ascending."""
+    pools = _pools(group)
+    kept = []
+    for pool in pools:
+        order = scores[pool].sort(descending=True, stable=True).indices[:count // len(pools)]
+        kept.append(pool[order])
+    return torch.cat(kept).sort().values
+
+
+def global_counts(members: list[Member], sparsity: float) -> list[int]:
+    """Units kept per member so that a fraction ``sparsity`` of all prunable parameters goes (FLAP's AL-AM).
+
+    Scores are standardised within each member (arXiv 2312.11983) and units of all of them dropped in ascending order,
+    each counting its parameters, heads and neurons alike. A step drops one unit from every pool of a member, and from
+    every expert of a layer, so that their sizes stay equal; each keeps at least one.
+    """
+    stacks: dict[tuple, list[int]] = {}
+    for i, member in enumerate(members):
+        stacks.setdefault((member.block, member.group.consumer.path), []).append(i)
+    steps = []  # score, size, stack
+    for key, rows in stacks.items():
+        standard, size = [], 0
+        for i in rows:
+            member = members[i]
+            scores = member.scores.double()
+            z = (scores - scores.mean()) / scores.std().clamp(min=1e-12) if len(scores) > 1 else scores * 0
+            standard += [z[pool].sort().values for pool in _pools(member.group)]
+            size += member.unit_size * len(_pools(member.group))
+        tiers = torch.stack(standard).mean(0)[:-1]
+        steps += [(float(z), size, key) for z in tiers]
+    total = sum(m.unit_size * m.group.units for m in members)
+    dropped, gone = dict.fromkeys(stacks, 0), 0
+    for _, size, key in sorted(steps, key=lambda s: s[0]):
+        if gone + size / 2 > sparsity * total:
+            break
+        dropped[key] += 1
+        gone += size
+    counts = []
+    for member in members:
+        group, pools = member.group, len(_pools(member.group))
+        each = group.units // pools
+        kept = each - dropped[member.block, group.consumer.path]
+        if group.consumer.expert is not None:
+            kept = _expert_width(kept, each)
+        counts.append(kept * pools)
+    return counts

@@ -1,0 +1,324 @@
+"""One block of a structured run: observe the consumers' inputs, score, choose, repair, slice."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from pyprune.config import ConfigError
+from pyprune.execution.executor import Activations, Batch
+from pyprune.execution.run import Run
+from pyprune.structured.allocation import choose
+from pyprune.structured.criteria import NEEDS_MOMENTS, Scored, score
+from pyprune.structured.groups import Coupled
+from pyprune.structured.liar import Problem, Repair, repair
+from pyprune.structured.moments import HELD_OUT_EVERY, Split, balanced_weights, held_out_tokens, token_weights
+from pyprune.structured.slicing import Pick, slice_block
+from pyprune.structured.taps import Taps
+
+T = TypeVar("T")
+SAMPLED = 8
+"""Sequences that tell the mean power of a block's residual stream, at most."""
+
+
+@dataclass(eq=False)
+class Target:
+    """One sparsity: the model it becomes and how."""
+
+    sparsity: float
+    model: nn.Module
+    blocks: nn.ModuleList
+    counts: list[list[int]]
+    """Units kept, per block and group."""
+    padded: list[list[int]] | None = None
+    edits: dict | None = None
+    """Config edits that make it a standard checkpoint; None if it is none."""
+    reason: str | None = None
+    """Why it is none."""
+    layout: dict | None = None
+    """What ``pyprune.load`` needs where a config does not say it."""
+    rows: list[dict] = field(default_factory=list)
+    attributes: list[dict] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class Plan:
+    """What is known before the first pass."""
+
+    groups: list[list[Coupled]]
+    gradients: list[list[Tensor]] | None
+    flags: dict[str, str]
+    """``{kind: config flag}`` of biases that are added."""
+    targets: list[Target]
+    notes: list[str]
+    biases: list[list[str]]
+    """Per block, biases that the flags add to its other layers, which stay zero."""
+
+
+def observe(run: Run, index: int, module: nn.Module, groups: list[Coupled], stream: Activations, *,
+            target: Activations | None = None, dense: list[Activations | None] | None = None) -> list[Split]:
+    """Moments of the groups' inputs over a stream; outputs go to ``target``, errors are taken against ``dense``.
+
+    With several processes each passes its own sequences, and all get the moments of all.
+    """
+    weights = [g.consumer.view(run.view.blocks[index]) for g in groups]
+    precision = "bfloat16" if run.executor.dtype == torch.bfloat16 else "float32"
+    errors = [dense is not None and dense[i] is not None for i in range(len(groups))]
+    splits = [Split.make(w.shape[1], w.shape[0] if e else 0, run.executor.device, precision)
+              for w, e in zip(weights, errors)]
+    kinds = [weighting(run.config.structured.token_weights, g) for g in groups]
+    columns = [w.float().square().sum(0).to(run.executor.device) if kind == "relative" else None
+               for w, kind in zip(weights, kinds)]
+    means = mean_powers(run, index, module, groups, stream) if "balanced" in kinds else None
+    taps = Taps(module, groups, sums=any(errors) or means is not None, powers="relative" in kinds, stop=target is None)
+    first, total = run.world.span(len(run.data.sequences))[0], len(run.data.sequences)
+
+    def take(batch: Batch, _) -> None:
+        with run.clock("statistics"):
+            held = _held(stream, batch, first, total).to(run.executor.device)
+            for i, split in enumerate(splits):
+                x = taps.inputs.get(i)
+                if x is None:
+                    continue  # an expert that no token of this batch reached
+                mark = held if len(x) == len(held) else torch.arange(len(x), device=x.device) % HELD_OUT_EVERY == 4
+                e = None
+                if errors[i]:
+                    want = dense[i].read(batch)
+                    want = want.reshape(-1, want.shape[-1]).to(x.device, non_blocking=True)
+                    e = want.float() - taps.sums[i].float()
+                w = None
+                if kinds[i] == "balanced":
+                    w = balanced_weights(taps.sums[i].float().square().sum(1), means[i])
+                elif kinds[i] == "relative":
+                    power = taps.powers.get(i)
+                    if power is None:  # an expert
+                        power = (x.float() @ weights[i].to(x.device).float().T).square().sum(1)
+                    w = token_weights(power, x.float().square() @ columns[i])
+                split.update(x, mark, e, w)
+
+    try:
+        with run.clock("forward"):
+            run.executor.run(index, module, stream, target, take, taps.run)
+    finally:
+        taps.close()
+    with run.clock("statistics"):
+        for split in splits:
+            split.sum_over(run.world)
+    for split, group in zip(splits, groups):
+        if not split.finite():
+            raise ConfigError(f"the inputs of {run.view.path}.{index}.{group.name} are not finite on the calibration "
+                              "data; check the checkpoint, or load it in a wider dtype")
+    return splits
+
+
+def weighting(asked: str, group: Coupled) -> str:
+    """How tokens count for a group: ``relative`` (:func:`pyprune.structured.moments.token_weights`), ``balanced``
+    (:func:`pyprune.structured.moments.balanced_weights`) or ``uniform``. What experts add to the residual stream is not seen
+    token by token, so they are not balanced."""
+    kind = asked if asked != "auto" else "relative" if group.normed else "balanced"
+    return "uniform" if kind == "balanced" and group.consumer.expert is not None else kind
+
+
+def mean_powers(run: Run, index: int, module: nn.Module, groups: list[Coupled], stream: Activations) -> Tensor:
+    """Mean over tokens of ``‖s‖²``, s being the sum that each group's output lands in, on the first sequences; float32
+    ``[groups]``, zero for experts. Only its order of magnitude matters; which sequences these are depends on neither
+    batches nor processes."""
+    wanted = min(SAMPLED, max(1, len(run.data.sequences) // 16))
+    sums = torch.zeros(2, len(groups), device=run.executor.device)
+    if run.world.leads:  # it has the first sequences
+        taps = Taps(module, groups, stop=True)
+        try:
+            for batch in (Batch(length, k, k + 1) for length, rows in stream.rows.items()
+                          for k, row in enumerate(rows) if row < wanted):
+                taps.run(lambda batch=batch: run.executor.forward(index, module, stream.read(batch)))
+                for i, total in taps.sums.items():
+                    sums[0, i] += total.float().square().sum()
+                    sums[1, i] += len(total)
+        finally:
+            taps.close()
+    run.world.send_(sums, 0)
+    return sums[0] / sums[1].clamp(min=1)
+
+
+def _held(stream: Activations, batch: Batch, first: int, total: int) -> Tensor:
+    """Tokens of a batch that are set aside; ``first``: place of this process's first sequence among all ``total``."""
+    if total >= 2 * HELD_OUT_EVERY:
+        rows = torch.tensor(stream.rows[batch.length][batch.start:batch.stop]) + first
+        return (rows % HELD_OUT_EVERY == HELD_OUT_EVERY - 1).repeat_interleave(batch.length)
+    return held_out_tokens(batch.size, batch.length, batch.start, total)
+
+
+def _dense_pass(run: Run, index: int, module: nn.Module, groups: list[Coupled], stream: Activations,
+                sums: list[Activations | None]) -> None:
+    """Advance the dense stream by one block and keep what each consumer's output should add up to."""
+    taps = Taps(module, groups)
+
+    def keep(batch: Batch, out: Tensor) -> None:
+        for i, store in enumerate(sums):
+            if store is not None and store is not stream:
+                run.executor.write(store, batch, taps.sums[i].reshape(out.shape))
+
+    try:
+        run.executor.run(index, module, stream, stream, keep, taps.run)
+    finally:
+        taps.close()
+
+
+def dealt(run: Run, costs: list[float], work: Callable[[int], T]) -> list[tuple[int, T]]:
+    """``work(k)`` for every k, each done by one of the processes and known to all; with the process that did it."""
+    owners = run.world.deal(costs)
+    own = {k: work(k) for k, owner in enumerate(owners) if owner == run.world.rank}
+    found = {k: value for part in run.world.everyone(own) for k, value in part.items()}
+    return [(owner, found[k]) for k, owner in enumerate(owners)]
+
+
+def needs_split(run: Run) -> bool:
+    """Whether anything in this run looks at activations."""
+    return run.config.reconstruct != "none" or run.config.criterion in NEEDS_MOMENTS
+
+
+def score_group(run: Run, plan: Plan, index: int, i: int, split: Split | None) -> Tensor:
+    group, block = plan.groups[index][i], run.view.blocks[index]
+    criterion = run.config.criterion
+    if criterion in NEEDS_MOMENTS and split.count == 0:
+        criterion = "magnitude"
+        run.warn(f"{run.view.path}.{index}.{group.name} saw no calibration token: chosen by magnitude")
+    layer = Scored(group, group.consumer.view(block).to(run.executor.device).float(), split,
+                   centred=has_slot(run, plan, index, group), block=block,
+                   seed=hash((run.config.seed, index, i)) % 2**31,
+                   gradients=None if plan.gradients is None else plan.gradients[index][i])
+    with run.clock("score"):
+        return score(criterion, layer)
+
+
+def has_bias(block: nn.Module, group: Coupled) -> bool:
+    if group.consumer.expert is not None:
+        return False
+    return getattr(block.get_submodule(group.consumer.module_path), "bias", None) is not None
+
+
+def has_slot(run: Run, plan: Plan, index: int, group: Coupled) -> bool:
+    return group.kind in plan.flags and group.consumer.expert is None or has_bias(run.view.blocks[index], group)
+
+
+def repair_group(run: Run, plan: Plan, target: Target, index: int, i: int, split: Split | None,
+                 scores: Tensor) -> tuple[Pick, dict]:
+    """Choose and repair one consumer for one sparsity; with its row of the target's report."""
+    config, block = run.config, run.view.blocks[index]
+    group, count = plan.groups[index][i], target.counts[index][i]
+    weight = group.consumer.view(block).to(run.executor.device).float().contiguous()
+    bias = None
+    if has_slot(run, plan, index, group):
+        own = getattr(block.get_submodule(group.consumer.module_path), "bias", None)
+        bias = torch.zeros(len(weight), device=weight.device) if own is None else own.data.to(weight.device).float()
+    kept = choose(group, scores, count)
+    s = config.structured
+    with run.clock("solve"):
+        if split is None:
+            columns = group.columns_of(kept).to(weight.device)
+            done = Repair(weight[:, columns], bias, "none")
+        else:
+            done = repair(Problem(weight, bias, group, split), kept, config.reconstruct, damping=s.damping,
+                          interpolate=s.interpolate, interpolate_weights=s.interpolate_weights)
+    name = run.view.name(index, group.consumer)
+    for warning in done.warnings:
+        run.warn(f"{name} {warning}")
+    row = {
+        "name": name, "block": index, "shape": list(weight.shape), "kind": group.kind, "units": group.units,
+        "kept": count, "method": done.method, "damping": done.damping, "error_held_out": done.error, "error": None,
+        "errors": done.errors, "norm_ratio": done.norm_ratio, "warnings": done.warnings,
+        "tokens": 0 if split is None else split.count,
+        "sparsity": 1 - count / group.units}
+    # a bias that was a slot only stays absent where nothing was put in it
+    return Pick(group, kept, done.weight, done.bias, None if target.padded is None else target.padded[index][i]), row
+
+
+def refresh(block: nn.Module, module: nn.Module) -> None:
+    """Give a compute copy the sliced block's sizes and values."""
+    if module is block:
+        return
+    fresh = copy.deepcopy(block)
+    like = next(p for p in module.parameters() if p.is_floating_point())
+    fresh.to(like.device, like.dtype)
+    module.__dict__.update(fresh.__dict__)
+
+
+def dense_block(run: Run, plan: Plan, index: int, module: nn.Module, stream: Activations | None) -> None:
+    """Prune one block for every target, on the inputs that the dense model gives it."""
+    groups = plan.groups[index]
+    splits: list = [None] * len(groups)
+    if stream is not None:
+        splits = observe(run, index, module, groups, stream, target=stream)
+    picks = _picks(run, plan, index, range(len(groups)), splits)
+    for target, chosen in zip(plan.targets, picks):
+        with run.clock("slice"):
+            target.attributes.append(slice_block(target.blocks[index], chosen))
+
+
+def propagated_block(run: Run, plan: Plan, index: int, module: nn.Module, student: Activations | None,
+                     dense: Activations | None) -> None:
+    """Heads, then neurons, each on the input that the pruned prefix and the pruned attention leave them."""
+    groups, target = plan.groups[index], plan.targets[0]
+    sums: list[Activations | None] = [None] * len(groups)
+    if dense is not None:
+        own = [g.consumer.expert is None for g in groups]
+        sums = [None if not o else dense if g.target == "" else dense.like() for g, o in zip(groups, own)]
+        with run.clock("forward"):
+            _dense_pass(run, index, module, groups, dense, sums)
+    attributes: dict[str, dict] = {}
+    for kind in ("heads", "neurons"):
+        stage = [i for i, g in enumerate(groups) if g.kind == kind]
+        if not stage:
+            continue
+        splits: list = [None] * len(stage)
+        if student is not None:
+            splits = observe(run, index, module, [groups[i] for i in stage], student, dense=[sums[i] for i in stage])
+        [picks] = _picks(run, plan, index, stage, splits)
+        with run.clock("slice"):
+            for path, values in slice_block(target.blocks[index], picks).items():
+                attributes.setdefault(path, {}).update(values)
+            refresh(target.blocks[index], module)
+    target.attributes.append(attributes)
+
+
+def _picks(run: Run, plan: Plan, index: int, stage: Sequence[int], splits: list[Split | None]) -> list[list[Pick]]:
+    """What every target keeps of the groups ``stage``; each group is scored and solved by one of the processes."""
+    block, targets = run.view.blocks[index], plan.targets
+    groups = plan.groups[index]
+    solved: dict[tuple[int, int], Pick] = {}
+
+    def solve(k: int) -> list[tuple]:
+        scores = score_group(run, plan, index, stage[k], splits[k])
+        told = []
+        for t, target in enumerate(targets):
+            pick, row = repair_group(run, plan, target, index, stage[k], splits[k], scores)
+            solved[k, t] = pick
+            told.append((pick.kept, pick.weight is not None, pick.bias is not None, row))
+        return told
+
+    costs = [float(groups[i].consumer.view(block).shape[1]) ** 3 for i in stage]
+    device = run.executor.device
+    for k, (owner, told) in enumerate(dealt(run, costs, solve)):
+        for t, (kept, weighs, biased, row) in enumerate(told):
+            target, group = targets[t], groups[stage[k]]
+            target.rows.append(row)
+            if run.world.size == 1:
+                continue
+            rows = group.consumer.view(block).shape[0]
+            if (k, t) not in solved:
+                padded = None if target.padded is None else target.padded[index][stage[k]]
+                solved[k, t] = Pick(group, kept, padded_to=padded)
+            pick = solved[k, t]
+            if weighs:
+                pick.weight = run.world.share(pick.weight, (rows, len(kept) * group.width), owner, device)
+            if biased:
+                pick.bias = run.world.share(pick.bias, (rows,), owner, device)
+    for part in run.world.everyone(run.warnings) if run.world.size > 1 else []:
+        for text in part:
+            run.warn(text)
+    return [[solved[k, t] for k in range(len(stage))] for t in range(len(targets))]

@@ -1,0 +1,189 @@
+"""Sizes of a sliced model: as edits of its config, or as a layout that only pyprune reads.
+
+A uniform result becomes a plain checkpoint: the config is edited and an empty model built from it must have exactly the
+sliced shapes, else stock transformers would drop or re-initialise weights without an error. What a stock config cannot
+say is described by :func:`layout`, from which :func:`build_from_sizes` makes the same model again.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+from pyprune.config import ConfigError
+from pyprune.model.blocks import WeightRef
+from pyprune.structured.groups import Coupled
+from pyprune.structured.slicing import NEURON_ATTRIBUTES, apply_attributes, set_parameter
+
+BIAS_FLAGS = ("mlp_bias", "attention_bias", "use_bias", "enable_bias")
+
+
+def empty_like(model: nn.Module, edits: dict) -> nn.Module:
+    """A weightless model of the same class from the edited config; ConfigError if the config refuses the edits."""
+    config = copy.deepcopy(model.config)
+    for key, value in edits.items():
+        setattr(config, key, value)
+    try:
+        config = type(config).from_dict(config.to_dict())  # as a reload would read it, checks included
+        with torch.device("meta"):
+            return type(model)(config)
+    except Exception as error:  # each architecture has its own way to refuse sizes, all of them end here
+        raise ConfigError(f"{type(config).__name__} refuses {_said(edits)}: {str(error).strip()}") from error
+
+
+def bias_flags(model: nn.Module, consumers: dict[str, str]) -> dict[str, str]:
+    """Config flags that give a consumer without bias one: ``{kind: flag}`` for ``{kind: full module path}``."""
+    found = {}
+    for kind, path in consumers.items():
+        if getattr(model.get_submodule(path), "bias", None) is not None:
+            continue
+        for flag in BIAS_FLAGS:
+            if getattr(model.config, flag, None) is False and \
+                    getattr(empty_like(model, {flag: True}).get_submodule(path), "bias", None) is not None:
+                found[kind] = flag
+                break
+    return found
+
+
+def candidate_edits(model: nn.Module, dense: dict[str, Coupled], units: dict[str, int]) -> list[dict]:
+    """Config edits worth trying for uniform sizes ``{kind: units}``."""
+    head: dict = {}
+    if "heads" in units:
+        group = dense["heads"]
+        heads, groups = group.heads_left(units["heads"])
+        head = {"num_attention_heads": heads, "head_dim": group.columns.numel() // group.heads}
+        if hasattr(model.config, "num_key_value_heads"):
+            head["num_key_value_heads"] = groups
+    if "neurons" not in units:
+        return [head]
+    size = dense["neurons"].units
+    fields = [n for n in NEURON_ATTRIBUTES if hasattr(model.config, n) and getattr(model.config, n) in (size, None)]
+    if dense["neurons"].consumer.expert is not None:
+        fields.sort(key=lambda n: n != "moe_intermediate_size")
+    return [{**head, f: units["neurons"]} for f in fields] or [head]
+
+
+def standard_edits(model: nn.Module, dense: dict[str, Coupled], units: dict[str, int], flags: dict) -> dict:
+    """Config edits under which the stock class has exactly the sliced model's shapes.
+
+    Raises ConfigError with the reason if there are none. The model must be sliced already.
+    """
+    reason = ""
+    for edits in candidate_edits(model, dense, units):
+        edits = {**edits, **flags}
+        try:
+            shell = empty_like(model, edits)
+        except ConfigError as error:
+            reason = reason or str(error)
+            continue
+        want = {n: tuple(p.shape) for n, p in shell.named_parameters()}
+        have = {n: tuple(p.shape) for n, p in model.named_parameters()}
+        wrong = [n for n in have if want.get(n) != have[n]]
+        missing = [n for n in want if n not in have and not n.endswith("bias")]
+        if not wrong and not missing:
+            return edits
+        if wrong:
+            reason = reason or (f"a {type(model.config).__name__} with {_said(edits)} makes {wrong[0]} "
+                                f"{list(want.get(wrong[0], ()))}, the pruned model has {list(have[wrong[0]])}")
+    raise ConfigError(reason or f"{type(model.config).__name__} has no field for these sizes")
+
+
+def apply_edits(model: nn.Module, edits: dict) -> None:
+    """Edit the config all modules share, and give every bias that its flags add an explicit zero."""
+    shared = model.config
+    for module in model.modules():
+        own = module.__dict__.get("config")
+        if own is not None and own is not shared and type(own) is type(shared):
+            module.config = shared
+    for key, value in edits.items():
+        setattr(shared, key, value)
+    add_biases(model, edits)
+
+
+def add_biases(model: nn.Module, edits: dict) -> None:
+    """Zeros for biases that exist under the edited config and not yet in the model."""
+    if not any(edits.get(flag) for flag in BIAS_FLAGS):
+        return
+    shell = empty_like(model, edits)
+    have = dict(model.named_parameters())
+    for name in [n for n, _ in shell.named_parameters() if n.endswith("bias") and n not in have]:
+        module = model.get_submodule(name.rpartition(".")[0])
+        module.bias = nn.Parameter(torch.zeros(module.weight.shape[0]).to(module.weight), requires_grad=False)
+
+
+def _said(edits: dict) -> str:
+    return ", ".join(f"{k}={v}" for k, v in edits.items())
+
+
+# ---- sizes a stock config cannot say -------------------------------------------------------------------------------
+
+def layout(model: nn.Module, path: str, attributes: list[dict[str, dict]], blocks: list[dict]) -> dict:
+    """Plain description of a model whose blocks differ from its config, for ``pruning.json``.
+
+    path: of the block list; attributes: what :func:`slice_block` returned per block; blocks: sizes for the reader.
+    """
+    dense = {n: tuple(p.shape) for n, p in empty_like(model, {}).named_parameters()}
+    return {
+        "architecture": type(model).__name__,
+        "blocks": blocks,
+        "shapes": {n: list(p.shape) for n, p in model.named_parameters() if dense.get(n) != tuple(p.shape)},
+        "attributes": {f"{path}.{i}.{m}" if m else f"{path}.{i}": values
+                       for i, changed in enumerate(attributes) for m, values in changed.items()},
+    }
+
+
+def sized_class(cls: type, sizes: dict) -> type:
+    """A subclass of a Hugging Face model class whose instances have the shapes of ``sizes`` (a :func:`layout`)."""
+    def init(self, config, *args, **kwargs):
+        cls.__init__(self, config, *args, **kwargs)
+        _resize(self, sizes)
+
+    return type(cls.__name__, (cls,), {"__init__": init, "__module__": cls.__module__})
+
+
+def _resize(model: nn.Module, sizes: dict) -> None:
+    for name, shape in sizes["shapes"].items():
+        owner, _, key = name.rpartition(".")
+        module = model.get_submodule(owner)
+        like = getattr(module, key, None)
+        value = torch.empty(shape, dtype=(module.weight if like is None else like).dtype)
+        if like is None:
+            setattr(module, key, nn.Parameter(value))
+        else:
+            set_parameter(module, key, value)
+    for path, values in sizes["attributes"].items():
+        apply_attributes(model.get_submodule(path), values)
+
+
+def build_from_sizes(config, sizes: dict) -> nn.Module:
+    """The model that ``sizes`` (a :func:`layout`) describes, on the CPU with uninitialised weights.
+
+    config: the Hugging Face config saved beside it. Raises ConfigError for an unknown architecture.
+    """
+    from transformers.initialization import no_init_weights
+
+    with no_init_weights():
+        model = sized_class(class_of(sizes), sizes)(config)
+    model.__class__ = class_of(sizes)
+    return model.eval()
+
+
+def class_of(sizes: dict) -> type:
+    """The transformers class that a :func:`layout` was made from."""
+    import transformers
+
+    cls = getattr(transformers, sizes["architecture"], None)
+    if cls is None:
+        raise ConfigError(f"this transformers has no {sizes['architecture']}, which the checkpoint was saved as")
+    return cls
+
+
+def dense_groups(groups: list[Coupled]) -> dict[str, Coupled]:
+    """One representative group a kind."""
+    return {g.kind: g for g in reversed(groups)}
+
+
+def consumer_path(blocks_path: str, index: int, ref: WeightRef) -> str:
+    return f"{blocks_path}.{index}.{ref.module_path}"

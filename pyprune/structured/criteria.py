@@ -1,0 +1,207 @@
+"""Scores of neurons and heads: higher is kept (LIAR, arXiv 2407.13331).
+
+One function a criterion, from a :class:`Scored` layer to float64 ``[units]``. Any of them goes with any reconstruction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pyprune.config import ConfigError
+from pyprune.structured.groups import Coupled
+from pyprune.structured.moments import Split
+
+POOL = 128
+BLOCK = 32
+SHRINK = 7 / 8
+"""Greedy OBS goes on with smaller matrices whenever less than this share of their columns is left."""
+OBS_DAMPING = 1e-2
+
+
+@dataclass(eq=False)
+class Scored:
+    """What a criterion may look at: a consumer's weight, its inputs' moments, mask gradients, its producers."""
+
+    group: Coupled
+    weight: Tensor
+    """float32 ``[out, c]``."""
+    moments: Split | None = None
+    centred: bool = True
+    """Whether a bias takes up the mean, so that only the variance is at stake (OBS)."""
+    gradients: Tensor | None = None
+    """float32 ``[sequences, units]``: derivative of each sequence's loss by each unit's mask."""
+    block: nn.Module | None = None
+    seed: int = 0
+
+    def per_unit(self, columns: Tensor) -> Tensor:
+        """Sum of a column score ``[c]`` over each unit."""
+        return columns.double()[self.group.columns.to(columns.device)].sum(1)
+
+
+
+def random(layer: Scored) -> Tensor:
+    """Uniform numbers from the run's seed."""
+    generator = torch.Generator().manual_seed(layer.seed)
+    return torch.rand(layer.group.units, generator=generator, dtype=torch.float64)
+
+
+def magnitude(layer: Scored) -> Tensor:
+    """Norm of the unit's rows in its producers and of its columns in the consumer."""
+    total = layer.per_unit(layer.weight.square().sum(0))
+    for slot in layer.group.slots:
+        value = layer.block.get_parameter(slot.path).data
+        value = (value if slot.expert is None else value[slot.expert]).float().transpose(0, slot.dim)
+        rows = value.square().reshape(len(value), -1).sum(1).double()
+        total = total + rows[slot.rows.to(rows.device)].sum(1).to(total.device)
+    return total.sqrt()
+
+
+def activation(layer: Scored) -> Tensor:
+    """Column norm times input norm, ``‖W_·j‖ ‖X_j‖`` (Wanda, arXiv 2306.11695, for columns); root sum of squares over a
+    head."""
+    return layer.per_unit(layer.moments.mean_square * layer.weight.double().square().sum(0)).sqrt()
+
+
+def wifv(layer: Scored) -> Tensor:
+    """FLAP's weighted input feature variance ``Σ_jj ‖W_·j‖²`` (arXiv 2312.11983)."""
+    return layer.per_unit(layer.moments.variance * layer.weight.double().square().sum(0))
+
+
+def taylor(layer: Scored) -> Tensor:
+    """First-order effect of masking the unit, ``|Σ g·w|`` of each sequence, averaged (SNIP; Molchanov et al.)."""
+    return layer.gradients.double().abs().mean(0)
+
+
+def fisher(layer: Scored) -> Tensor:
+    """Mean squared mask gradient (Kwon et al., arXiv 2204.09656)."""
+    return layer.gradients.double().square().mean(0)
+
+
+def _inverse(layer: Scored) -> Tensor:
+    """Damped inverse of the second moments, float64 ``[c, c]``."""
+    h = layer.moments.second(layer.centred)
+    mean = float(h.diagonal().mean()) or 1.0
+    h = h + OBS_DAMPING * mean * torch.eye(len(h), dtype=h.dtype, device=h.device)
+    return torch.cholesky_inverse(torch.linalg.cholesky(h))
+
+
+def obs(layer: Scored) -> Tensor:
+    """Error that dropping a unit leaves after the others have compensated: ``tr(W_u [(H⁻¹)_uu]⁻¹ W_uᵀ)``."""
+    inverse = _inverse(layer)
+    if layer.group.width == 1:
+        return layer.weight.double().square().sum(0) / inverse.diagonal()
+    return _block_scores(layer.weight.double(), inverse, layer.group.columns.to(inverse.device))
+
+
+def _block_scores(weight: Tensor, inverse: Tensor, columns: Tensor) -> Tensor:
+    """``tr(W_u [(H⁻¹)_uu]⁻¹ W_uᵀ)`` for units of several columns ``[units, width]``."""
+    blocks = inverse[columns[:, :, None], columns[:, None, :]]
+    w = weight.T[columns]  # [units, width, out]
+    return (w * torch.linalg.solve(blocks, w)).sum((1, 2))
+
+
+def obs_greedy(layer: Scored) -> Tensor:
+    """Joint OBS: drop the least harmful unit, downdate ``H⁻¹`` and W, repeat; the score is the order of removal.
+
+    Neurons go in blocks of ``BLOCK``, chosen one at a time with exact updates inside a pool of the ``POOL`` cheapest,
+    then applied to the whole matrix by one product (a refactorisation per removal would cost c⁴).
+    """
+    order, _ = greedy_order(layer.weight.double(), _inverse(layer), layer.group)
+    score = torch.empty(len(order), dtype=torch.float64)
+    score[order] = torch.arange(len(order), dtype=torch.float64)
+    return score
+
+
+def greedy_order(weight: Tensor, inverse: Tensor, group: Coupled) -> tuple[Tensor, Tensor]:
+    """Units in order of removal, int64 ``[units]``, and the error each adds, float64. Both inputs are overwritten."""
+    if group.width == 1:
+        return _greedy_columns(weight, inverse)
+    columns = group.columns.to(weight.device)
+    left = torch.ones(group.units, dtype=torch.bool, device=weight.device)
+    order, losses = [], []
+    for _ in range(group.units):
+        alive = left.nonzero()[:, 0]
+        scores = _block_scores(weight, inverse, columns[alive])
+        best = int(alive[scores.argmin()])
+        order.append(best)
+        losses.append(float(scores.min()))
+        left[best] = False
+        _downdate(weight, inverse, columns[best])
+    return torch.tensor(order), torch.tensor(losses, dtype=torch.float64)
+
+
+def _downdate(weight: Tensor, inverse: Tensor, gone: Tensor) -> None:
+    """Remove columns: ``W −= W_S (H⁻¹_SS)⁻¹ H⁻¹_S·`` and the same for H⁻¹; removed entries become inert."""
+    factor = torch.linalg.cholesky(inverse[gone][:, gone])
+    half = torch.linalg.solve_triangular(factor, inverse[gone], upper=False)  # [S, c]
+    part = torch.linalg.solve_triangular(factor, weight[:, gone].T, upper=False)  # [S, out]
+    weight.addmm_(part.T, half, alpha=-1)
+    inverse.addmm_(half.T, half, alpha=-1)
+    inverse[gone] = 0
+    inverse[:, gone] = 0
+    inverse[gone, gone] = 1
+    weight[:, gone] = 0
+
+
+def _greedy_columns(weight: Tensor, inverse: Tensor, pool: int = POOL, block: int = BLOCK) -> tuple[Tensor, Tensor]:
+    c = len(inverse)
+    left = torch.ones(c, dtype=torch.bool, device=weight.device)
+    place = torch.arange(c, device=weight.device)
+    order, losses = [], []
+    while len(order) < c:
+        if c - len(order) < SHRINK * len(left):  # what is gone costs no more work: 2.6 times fewer operations
+            kept = left.nonzero()[:, 0]
+            weight, inverse, place = weight[:, kept], inverse[kept][:, kept], place[kept]
+            left = torch.ones_like(place, dtype=torch.bool)
+        scores = (weight.square().sum(0) / inverse.diagonal()).masked_fill(~left, torch.inf)
+        remaining = c - len(order)
+        candidates = scores.topk(min(pool, remaining), largest=False).indices
+        chosen, cost = _greedy_in_pool(weight[:, candidates], inverse[candidates][:, candidates],
+                                       min(block, remaining))
+        gone = candidates[chosen]
+        order += place[gone].tolist()
+        losses += cost
+        left[gone] = False
+        _downdate(weight, inverse, gone)
+    return torch.tensor(order), torch.tensor(losses, dtype=torch.float64)
+
+
+def _greedy_in_pool(weight: Tensor, inverse: Tensor, count: int) -> tuple[Tensor, list[float]]:
+    """Exact greedy removal of ``count`` columns among the pool's, from ``WᵀW`` and ``H⁻¹`` of the pool alone."""
+    gram, inverse = (weight.T @ weight).cpu().numpy(), inverse.cpu().numpy().copy()
+    import numpy as np
+
+    dead = np.zeros(len(gram), dtype=bool)
+    chosen, cost = [], []
+    for _ in range(count):
+        score = np.where(dead, np.inf, gram.diagonal() / np.where(dead, 1, inverse.diagonal()))
+        j = int(score.argmin())
+        chosen.append(j)
+        cost.append(max(float(score[j]), 0.0))
+        dead[j] = True
+        u = inverse[j] / inverse[j, j]
+        # W_p −= w_j u_p changes WᵀW by rank two
+        g = gram[j].copy()
+        gram += np.outer(u, u) * g[j] - np.outer(g, u) - np.outer(u, g)
+        inverse -= np.outer(inverse[j], u)
+    return torch.tensor(chosen, device=weight.device), cost
+
+
+CRITERIA: dict[str, Callable[[Scored], Tensor]] = {
+    "random": random, "magnitude": magnitude, "activation": activation, "wifv": wifv, "taylor": taylor,
+    "fisher": fisher, "obs": obs, "obs_greedy": obs_greedy,
+}
+NEEDS_GRADIENTS = ("taylor", "fisher")
+NEEDS_MOMENTS = ("activation", "wifv", "obs", "obs_greedy")
+
+
+def score(criterion: str, layer: Scored) -> Tensor:
+    """Scores float64 ``[units]`` on the host. Raises ConfigError if they are not finite."""
+    out = CRITERIA[criterion](layer).double().cpu()
+    if not bool(torch.isfinite(out).all()):
+        raise ConfigError(f"{criterion} scores of {layer.group.name} are not finite; check the calibration data")
+    return out

@@ -1,0 +1,221 @@
+"""What structured pruning decides before its first pass: groups, sizes, bias slots, whether stock tools can load it."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from pyprune.config import ConfigError, PruneConfig
+from pyprune.execution.executor import expert_loop
+from pyprune.execution.run import Run
+from pyprune.model.blocks import ModelView
+from pyprune.structured import config_edits, slicing
+from pyprune.structured.allocation import Member, choose, global_counts, uniform_count
+from pyprune.structured.block import Plan, Target, dealt, has_bias, observe, score_group
+from pyprune.structured.criteria import NEEDS_GRADIENTS, NEEDS_MOMENTS
+from pyprune.structured.groups import PROBE_TOKENS, Coupled, find_groups
+from pyprune.structured.slicing import Pick, slice_block
+from pyprune.structured.taps import gradient_sequences, mask_gradients
+
+
+def make_plan(run: Run) -> Plan:
+    """Groups, gradients, sizes and whether they can be said in a stock config; nothing is changed yet."""
+    config, view = run.config, run.view
+    groups = find_groups(view, config.pattern, config.structured.head_scope, run.executor.weights)
+    groups = [[g for g in block if _selected(g, refs)] for block, refs in zip(groups, run.selected)]
+    if not any(groups):
+        raise ConfigError(f"targets and ignore leave no whole {config.pattern} to prune: a group goes only if its "
+                          "consumer and all its producers are selected")
+    for block in groups:
+        for g in block:
+            if len(g.pools.unique()) == g.units:
+                raise ConfigError(_single(g))
+    _verify(run, groups)
+    run.selected = [[r for r in refs if r.path in _paths(block)] for block, refs in zip(groups, run.selected)]
+    gradients = None
+    if config.criterion in NEEDS_GRADIENTS:
+        if any(g.consumer.expert is not None for block in groups for g in block):
+            raise ConfigError(f"criterion {config.criterion!r} does not see fused experts; choose wifv or obs")
+        with run.clock("gradients"):
+            gradients = _gradients(run, groups)
+    flags, notes = _flags(run, groups)
+    if config.reconstruct == "none" and config.criterion in ("wifv", "obs", "obs_greedy") and any(
+            g.kind == "heads" for block in groups for g in block):
+        notes.append(f"{config.criterion} chooses heads for a repair that takes up their mean; without reconstruction "
+                     "it can be worse than random")
+    plan = Plan(groups, gradients, flags, [], notes, _biases(run, flags))
+    sparsities = config.sparsity if isinstance(config.sparsity, list) else [config.sparsity]
+    counts = _allocate(run, plan, sparsities)
+    for sparsity, count in zip(sparsities, counts):
+        model = view.model if len(sparsities) == 1 else twin(view.model, view.path)
+        target = Target(sparsity, model, model.get_submodule(view.path), count)
+        _decide(run, plan, target)
+        plan.targets.append(target)
+    return plan
+
+
+def _gradients(run: Run, groups: list[list[Coupled]]) -> list[list[Tensor]]:
+    """Mask gradients of every sequence; each process differentiates its own."""
+    chosen = gradient_sequences(run.data.sequences)
+    alone = len(chosen) < run.world.size
+    first, stop = (0, len(chosen)) if alone else run.world.span(len(chosen))
+    own = mask_gradients(run.view, groups, chosen[first:stop], first, dtype=run.executor.dtype,
+                         device=next(run.view.model.parameters()).device, seed=run.config.seed)
+    parts = [own] if alone else run.world.everyone(own)
+    return [[torch.cat([part[i][j] for part in parts]) for j in range(len(block))] for i, block in enumerate(groups)]
+
+
+def _biases(run: Run, flags: dict[str, str]) -> list[list[str]]:
+    """Per block, biases that a model with these flags has and the model at hand has not."""
+    out: list[list[str]] = [[] for _ in run.view.blocks]
+    if flags:
+        shell = config_edits.empty_like(run.view.model, dict.fromkeys(flags.values(), True))
+        for names, block, dense in zip(out, shell.get_submodule(run.view.path), run.view.blocks):
+            have = {name for name, _ in dense.named_parameters()}
+            names += [name for name, _ in block.named_parameters() if name.endswith("bias") and name not in have]
+    return out
+
+
+def group_paths(view: ModelView, config: PruneConfig) -> set[str]:
+    """Parameters, by their path in a block, that a structured run would make smaller."""
+    return set().union(*map(_paths, find_groups(view, config.pattern, config.structured.head_scope)))
+
+
+def _paths(block: list[Coupled]) -> set[str]:
+    return {g.consumer.path for g in block} | {s.path for g in block for s in g.slots}
+
+
+def _selected(group: Coupled, refs: list) -> bool:
+    chosen = {r.path for r in refs}
+    matrices = {s.path for s in group.slots if not s.path.endswith("bias")}
+    return group.consumer.path in chosen and matrices <= chosen
+
+
+def _single(group: Coupled) -> str:
+    if group.heads and group.units == group.heads and group.groups == group.heads:
+        return "head_scope='queries' needs several query heads a group; this model has one, use head_scope='groups'"
+    return (f"{group.name} has a single key/value group, which cannot be dropped; use head_scope='queries' to drop "
+            "query heads inside it")
+
+
+def _verify(run: Run, groups: list[list[Coupled]]) -> None:
+    vocabulary = run.view.model.get_input_embeddings().num_embeddings
+    device = next(run.view.model.get_input_embeddings().parameters()).device
+    ids = (torch.arange(PROBE_TOKENS)[None] * 5 + 2) % vocabulary
+    hidden, arguments = run.view.record(ids.to(device))
+    seen = set()
+    with expert_loop(run.view.model.config):
+        for index, (block, found) in enumerate(zip(run.view.blocks, groups)):
+            if found and id(found[0].columns) not in seen:
+                seen.add(id(found[0].columns))
+                run.executor.weights.acquire(index)
+                slicing.verify(block, found, hidden, arguments[index], f"{run.view.path}.{index}")
+                run.executor.weights.release(index)
+
+
+def _flags(run: Run, groups: list[list[Coupled]]) -> tuple[dict[str, str], list[str]]:
+    """Bias flags to set, and what the plan says about kinds without a slot."""
+    config = run.config
+    wants = config.reconstruct == "bias" or (config.reconstruct == "liar" and config.structured.interpolate != "weight")
+    if not wants:
+        return {}, []
+    index = next(i for i, block in enumerate(groups) if block)
+    dense = config_edits.dense_groups(groups[index])
+    flags = config_edits.bias_flags(run.view.model, {
+        kind: config_edits.consumer_path(run.view.path, index, g.consumer) for kind, g in dense.items()
+        if g.consumer.expert is None})
+    notes = []
+    for kind, group in dense.items():
+        if kind in flags:
+            notes.append(f"{flags[kind]}=True gives {group.name} the bias of the reconstruction; the other biases it "
+                         "adds are zeros")
+        elif not has_bias(run.view.blocks[index], group):
+            notes.append(f"{type(run.view.model).__name__} has no bias slot at {group.name}: the bias-free solution on "
+                         "uncentred moments is used")
+    return flags, notes
+
+
+def _allocate(run: Run, plan: Plan, sparsities: list[float]) -> list[list[list[int]]]:
+    """Units kept per sparsity, block and group."""
+    if run.config.structured.allocation == "uniform":
+        return [[[uniform_count(g, s) for g in block] for block in plan.groups] for s in sparsities]
+    members = [[Member(i, g, None, g.unit_size(run.view.blocks[i])) for g in block]
+               for i, block in enumerate(plan.groups)]
+    with run.clock("allocation"), expert_loop(run.view.model.config), torch.no_grad():
+        stream = run.executor.embed(run.data.sequences, shared=True) if run.config.criterion in NEEDS_MOMENTS else None
+        for index, block in enumerate(members):
+            with run.executor.compute(index) as module:
+                splits = observe(run, index, module, plan.groups[index], stream, target=stream) if stream else None
+                scores = dealt(run, [float(m.group.units) for m in block], lambda i, index=index, splits=splits:
+                               score_group(run, plan, index, i, splits[i] if splits else None))
+            for member, (_, found) in zip(block, scores):
+                member.scores = found
+            run.executor.release(index)
+    flat = [m for block in members for m in block]
+    out = []
+    for s in sparsities:
+        counts = iter(global_counts(flat, s))
+        out.append([[next(counts) for _ in block] for block in members])
+    return out
+
+
+def twin(model: nn.Module, path: str) -> nn.Module:
+    """A copy of the model that shares every parameter outside the blocks."""
+    blocks = model.get_submodule(path)
+    inside = {id(p) for p in blocks.parameters()}
+    return copy.deepcopy(model, {id(p): p for p in model.parameters() if id(p) not in inside})
+
+
+def _decide(run: Run, plan: Plan, target: Target) -> None:
+    """Whether a stock config can say the target's sizes; refuse, pad or go on as the configuration asks."""
+    mode = run.config.structured.nonstandard
+    flags = dict.fromkeys(plan.flags.values(), True)
+    try:
+        target.edits = _edits(run, plan, target.counts, flags)
+        return
+    except ConfigError as error:
+        target.reason = str(error)
+    if mode == "refuse":
+        raise ConfigError(f"sparsity {target.sparsity:g} makes a model that stock tools cannot load: {target.reason}. "
+                          "Choose another sparsity or pattern, or structured.nonstandard='save' (for pyprune.load) or "
+                          "'pad' (zeros, stock tools, no smaller)")
+    if mode == "save":
+        return
+    widest = {k: max(c for b, cs in zip(plan.groups, target.counts) for g, c in zip(b, cs) if g.kind == k)
+              for k in {g.kind for b in plan.groups for g in b}}
+    dense = {g.kind: g.units for b in plan.groups for g in b}
+    tries = [widest, {**widest, "heads": dense.get("heads")}, {**widest, "neurons": dense.get("neurons")}, dense]
+    for sizes in tries:
+        padded = [[sizes[g.kind] for g in block] for block in plan.groups]
+        try:
+            target.edits = _edits(run, plan, padded, flags)
+        except ConfigError:
+            continue
+        target.padded = padded
+        return
+    raise ConfigError(f"even zero-padded sizes do not fit a stock config: {target.reason}")
+
+
+def _edits(run: Run, plan: Plan, counts: list[list[int]], flags: dict) -> dict:
+    """Config edits for these sizes, checked on a weightless model that is sliced like the real one."""
+    model = run.view.model
+    units: dict[str, set[int]] = {}
+    for i, (block, sizes) in enumerate(zip(plan.groups, counts)):
+        for g, n in zip(block, sizes):
+            units.setdefault(g.kind, set()).add(n)
+        for kind in {g.kind for b in plan.groups for g in b} - {g.kind for g in block}:
+            units.setdefault(kind, set()).add(-i - 1)  # a block that keeps its dense size
+    for kind, sizes in units.items():
+        if len(sizes) > 1:
+            shown = ", ".join(str(s) for s in sorted(s for s in sizes if s > 0)[:4])
+            raise ConfigError(f"a {type(model.config).__name__} has one size for all blocks, these differ in {kind} "
+                              f"({shown}{'' if min(sizes) > 0 else ', others dense'})")
+    shell = config_edits.empty_like(model, {})
+    for block, found, sizes in zip(shell.get_submodule(run.view.path), plan.groups, counts):
+        slice_block(block, [Pick(g, choose(g, -torch.arange(g.units).double(), n)) for g, n in zip(found, sizes)])
+    dense = config_edits.dense_groups(next(b for b in plan.groups if b))
+    return config_edits.standard_edits(shell, dense, {k: next(iter(v)) for k, v in units.items()}, flags)
+
+
