@@ -1,6 +1,6 @@
 """Triton kernels against PyTorch on one GPU, at the shapes of LLaMA-2-7B, LLaMA-2-70B and BERT-base.
 
-    python benchmarks/bench_kernels_gpu.py                     # runs tests/test_triton_gpu.py first
+    python benchmarks/bench_kernels_gpu.py                     # runs tests/ops/test_triton_gpu.py first
     python benchmarks/bench_kernels_gpu.py --junit tests.xml   # takes the result of an earlier run of them
 
 Each row: µs (median of 20, L2 flushed), the first call's seconds (compilation included), the ratio to each PyTorch
@@ -120,7 +120,7 @@ def failed_tests(junit: Path | None) -> set[str]:
         path = junit or Path(folder) / "tests.xml"
         if junit is None:
             subprocess.run([sys.executable, "-m", "pytest", "-q", f"--junitxml={path}",
-                            str(ROOT / "tests" / "test_triton_gpu.py")], cwd=ROOT, check=False)
+                            str(ROOT / "tests" / "tests/ops/test_triton_gpu.py")], cwd=ROOT, check=False)
         if not path.is_file():
             sys.exit("the GPU tests left no report: no figures")
         cases = list(ElementTree.parse(path).iter("testcase"))
@@ -132,7 +132,7 @@ def failed_tests(junit: Path | None) -> set[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--junit", type=Path, help="report of tests/test_triton_gpu.py")
+    parser.add_argument("--junit", type=Path, help="report of tests/ops/test_triton_gpu.py")
     parser.add_argument("--only", default="", help="ops whose name contains this")
     parser.add_argument("--peak", type=float, default=800, help="bfloat16 TFLOP/s of the chip, the floor of products")
     options = parser.parse_args()

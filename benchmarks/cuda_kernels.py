@@ -1,6 +1,6 @@
 """CUDA kernels against PyTorch on one GPU: µs, GB/s or GFLOP/s, share of the floor, ratio to the baseline of that run.
 
-    python benchmarks/cuda_kernels.py            # runs tests/test_cuda_gpu.py first; no figure over a red test
+    python benchmarks/cuda_kernels.py            # runs tests/ops/test_cuda_gpu.py first; no figure over a red test
     python benchmarks/cuda_kernels.py --only obs_sweep
 
 The L2 is flushed before every repetition, the median of 20 is reported, with the quartiles. The floor of a memory-bound
@@ -110,9 +110,9 @@ def main() -> None:
     if not torch.cuda.is_available():
         sys.exit("cuda_kernels.py needs an NVIDIA GPU")
     if not options.untested:
-        tests = [sys.executable, "-m", "pytest", "-q", "-x", str(ROOT / "tests/test_cuda_gpu.py")]
+        tests = [sys.executable, "-m", "pytest", "-q", "-x", str(ROOT / "tests/ops/test_cuda_gpu.py")]
         if subprocess.run(tests).returncode:
-            sys.exit("tests/test_cuda_gpu.py fails: no figures")
+            sys.exit("tests/ops/test_cuda_gpu.py fails: no figures")
     bandwidth, rows = copy_bandwidth(), []
     print(f"copy: {bandwidth / 1e12:.2f} TB/s")
     for make in (sweeps, selections, groups, systems):

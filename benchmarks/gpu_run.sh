@@ -32,11 +32,11 @@ if ! PYPRUNE_CUDA_ARCHS="${PYPRUNE_CUDA_ARCHS:-native}" step build 80 "$python" 
     ln -s ../triton_kernels pyprune/triton_kernels && trap 'rm -f pyprune/triton_kernels' EXIT
     export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 fi
-step run_tests 60 "$python" -m pytest -q --junitxml="$OUT/run_tests.xml" tests/test_gpu_end_to_end.py
-step triton_tests 150 "$python" -m pytest -q --junitxml="$OUT/triton_tests.xml" tests/test_triton_gpu.py
+step run_tests 60 "$python" -m pytest -q --junitxml="$OUT/run_tests.xml" tests/pipeline/test_gpu_end_to_end.py
+step triton_tests 150 "$python" -m pytest -q --junitxml="$OUT/triton_tests.xml" tests/ops/test_triton_gpu.py
 step triton_bench 100 "$python" benchmarks/bench_kernels_gpu.py --junit "$OUT/triton_tests.xml"
 # no figure over a red test
-step cuda_tests 90 "$python" -m pytest -q --junitxml="$OUT/cuda_tests.xml" tests/test_cuda_gpu.py &&
+step cuda_tests 90 "$python" -m pytest -q --junitxml="$OUT/cuda_tests.xml" tests/ops/test_cuda_gpu.py &&
     step cuda_bench 90 "$python" benchmarks/cuda_kernels.py --untested
 printf "%s" "$summary" | tee -a "$log"
 exit $failed

@@ -6,7 +6,7 @@ one float32 Gram matrix per linear layer, Cholesky → inverse → Cholesky, a P
 thresholds; for reconstruction masked copies of the weights in every forward, an unfused AdamW, the loss read back every
 step, the error measured over all samples before and after. It is deliberately not improved. What differs from the
 scripts: today's transformers (with its fused attention, which favours the baseline), the CPU, and their known faults
-(tests/test_published_faults.py names them).
+(tests/pipeline/test_published_faults.py names them).
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 ``TRITON_INTERPRET`` has to be set before Triton itself is imported, so it is set here, around the import, and taken
 away again: other tests and the processes they start do not see it. The ``interpreter`` fixture sets it for the tests
-that run kernels. On a GPU machine nothing is interpreted and ``test_triton_gpu.py`` runs instead.
+that run kernels. On a GPU machine nothing is interpreted and ``tests/ops/test_triton_gpu.py`` runs instead.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ if INTERPRETED:
 def interpreter(monkeypatch):
     """Run Triton kernels on CPU tensors, through ops too."""
     if not INTERPRETED:
-        pytest.skip("this machine has a GPU: test_triton_gpu.py runs the kernels on it")
+        pytest.skip("this machine has a GPU: tests/ops/test_triton_gpu.py runs the kernels on it")
     from pyprune import ops
 
     monkeypatch.setenv("TRITON_INTERPRET", "1")

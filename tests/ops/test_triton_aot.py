@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parent / "aot.py"
+SCRIPT = Path(__file__).parents[1] / "aot.py"
 
 
 @pytest.fixture(scope="module")

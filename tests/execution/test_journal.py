@@ -23,7 +23,7 @@ from pyprune.model import shards
 from pyprune.model.shards import OutputError
 from pyprune.pipeline.prune import prune
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 
 
 def run(output, model=None, **fields):

@@ -1,7 +1,7 @@
 """``<op>_cuda`` of pyprune/ops/native.py and the bindings under them, over the simulated kernels and CPU tensors.
 
 What is checked here is what lies between ops and the kernels: argument order, strides and copies, wide column blocks
-in pieces, and how faults of the data surface. The kernels' own tests are in test_cuda_sim.py.
+in pieces, and how faults of the data surface. The kernels' own tests are in tests/ops/test_cuda_sim.py.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from pyprune.config import ConfigError, Evaluation, PruneConfig, Reconstruction
 from pyprune.execution.weight_streaming import Resident, open_model, skeleton
 from pyprune.pipeline.prune import prune
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 SAME_NAMES = [name for name in tiny.CONFIGS if name not in ("mixtral", "qwen3_moe", "gpt_neox")]
 
 

@@ -19,7 +19,7 @@ import pyprune
 from pyprune.config import ConfigError
 from pyprune.execution.distributed import FAILED, GONE, LOST, Pulse, World
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 MASKS = ("sparsegpt", "wanda", "moe", "dense", "refit", "block", "cross")
 STRUCTURED = ("liar", "taylor")
 CASES = (*MASKS, *STRUCTURED, "refine")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 ARCHITECTURES = ("80", "86", "89", "90a", "100", "120")
 KERNELS = ("obs_sweep", "select_mask", "nm_mask", "compress_24", "cholesky", "cholesky_solve", "device")
 EXPECTED = {"obs_sweep": 4, "select_mask": 12, "nm_mask": 15, "compress_24": 2, "cholesky": 6, "cholesky_solve": 2,

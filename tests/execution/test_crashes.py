@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 COMMON = """
 import builtins, io, os, shutil, sys
 from pathlib import Path

@@ -15,7 +15,7 @@ from pyprune.model.blocks import ModelView, weights_of
 from pyprune.pipeline.prune import prune
 
 _spec = importlib.util.spec_from_file_location(
-    "published_loop", Path(__file__).parent.parent / "benchmarks" / "published_loop.py")
+    "published_loop", Path(__file__).parents[2] / "benchmarks" / "published_loop.py")
 published_loop = importlib.util.module_from_spec(_spec)
 sys.modules[_spec.name] = published_loop  # dataclasses look their module up
 _spec.loader.exec_module(published_loop)
