@@ -1,8 +1,8 @@
 """Rates of this machine that a run rests on, and what one block then takes on 1, 8 and 64 processes.
 
-Measured with the project's own code: forward passes, Gram products, solves (FLOP/s as :mod:`pyprune.planning.costs` counts
-them), the activation store, shards on disk with their checksum, and sums and broadcasts between processes (gloo; NCCL
-where there are two GPUs or more). ``--again`` adds a run to the last result; of several the best counts, as what else
+Measured with the project's own code: forward passes, Gram products, solves (FLOP/s as :mod:`pyprune.planning.costs`
+counts them), the activation store, shards on disk with their checksum, and sums and broadcasts between processes (gloo;
+NCCL where there are two GPUs or more). ``--again`` adds a run to the last result; of several the best counts, as what else
 the machine does only slows. ``--table`` computes the table of docs/scaling.md from the result, ``--sheet`` from the
 data sheet of an H100 instead: peaks, a bound and no prediction.
 

@@ -143,11 +143,11 @@ def test_the_command_line_has_every_field_once_and_documents_it():
         PruneConfig, Calibration, Evaluation, Reconstruction, Structured)) - 4
     own = {"model", "config", "plan", "resume", "as_json"}
     assert len(signature) - len(own) == len(fields) - 1  # ``model`` is the argument
-    commands = typer.main.get_command(commands.app)
-    flags = [flag for p in commands.commands["prune"].params for flag in (*p.opts, *p.secondary_opts)]
+    group = typer.main.get_command(commands.app)
+    flags = [flag for p in group.commands["prune"].params for flag in (*p.opts, *p.secondary_opts)]
     assert len(flags) == len(set(flags)), "two options share a flag"
-    assert all(p.help for p in commands.commands["prune"].params)
-    evaluation = {flag for p in commands.commands["eval"].params for flag in p.opts}
+    assert all(p.help for p in group.commands["prune"].params)
+    evaluation = {flag for p in group.commands["eval"].params for flag in p.opts}
     assert {"--text", "--window", "--max-windows", "--dtype", "--device", "--json"} <= evaluation
     assert {"--method", "--sparsity", "--pattern", "--calibration", "--num-samples", "--seq-len", "--seed", "--config",
             "--plan", "--json", "--resume", "--text", "--window", "--max-windows", "--damping", "--criterion",

@@ -1,7 +1,7 @@
 """Perplexity during a run: of a model in memory, or of one that never is, whose windows pass one block at a time.
 
-Block by block: the same windows, types and losses as :func:`pyprune.evaluation.perplexity.measure`, one reading of the weights for
-all texts.
+Block by block: the same windows, types and losses as :func:`pyprune.evaluation.perplexity.measure`, one reading of the
+weights for all texts.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Meter:
         """What the user should know of where it was measured."""
 
     def __call__(self, model: nn.Module, weights: Resident | None = None) -> list[dict]:
-        """One row a text, as :func:`pyprune.evaluation.perplexity.measure` returns them; ``weights``: how the model's are held."""
+        """One row per text, as :func:`~pyprune.evaluation.perplexity.measure` returns them; ``weights``: how they are held."""
         world, texts = self.world, self.texts
         if not texts:
             return []

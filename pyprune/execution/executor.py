@@ -1,4 +1,4 @@
-"""Block-by-block executor: how activations pass through one block at a time (:mod:`pyprune.execution.activation_store` keeps them).
+"""Block-by-block executor: how activations pass through one block at a time.
 
 Sequences of equal length are stored together, ``[sequences, tokens, hidden]``, so a batch is a view of the store,
 nothing is ever padded, and a block's arguments depend on the batch's shape alone.
