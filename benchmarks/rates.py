@@ -28,8 +28,8 @@ import transformers
 from benchmarks.common import read, write
 from pyprune import ops
 from pyprune.config import PruneConfig
-from pyprune.evaluation.perplexity import cpu_has_bfloat16
 from pyprune.execution.activation_store import Store
+from pyprune.execution.device import cpu_has_bfloat16
 from pyprune.execution.distributed import World
 from pyprune.execution.executor import TARGET_TOKENS, Activations, Executor
 from pyprune.execution.weight_streaming import skeleton

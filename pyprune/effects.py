@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from pyprune.data.sources import kinds
+from pyprune.sources import kinds
 
 WEIGHTS_ALONE = ("random", "magnitude")
 """Structured criteria that look at no input."""

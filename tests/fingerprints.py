@@ -230,7 +230,7 @@ def main() -> None:
         options.file.write_text(json.dumps(result, indent=1) + "\n")
         return
     before = json.loads(options.file.read_text())
-    before = {name: value for name, value in before.items() if name in result}
+    before = {name: numbers(value) for name, value in before.items() if name in result}
     lines = differences(before, json.loads(json.dumps(result)))
     print("\n".join(lines[:60]) or f"{len(result)} runs: the same weights and the same numbers")
     sys.exit(1 if lines else 0)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pyprune.config import ConfigError
-from pyprune.data.sources import DATA_FILES
+from pyprune.sources import DATA_FILES
 
 TEXT_COLUMNS = ("text", "content", "sentence", "document", "body", "article", "question", "sentence1", "sentence2")
 BUILTIN = "the Python documentation of this interpreter (pydoc_data.topics)"

@@ -17,7 +17,11 @@ import torch
 from torch import nn
 
 from pyprune.config import ConfigError
-from pyprune.model.checkpoint import plain
+from pyprune.evaluation.latency import latency
+from pyprune.evaluation.perplexity import is_causal
+from pyprune.model.checkpoint import load, plain
+from pyprune.model.shards import write_bytes
+from pyprune.reporting.rendering import LABELS, cell, model_card
 
 
 def dense_of(name: str | Path, option: str = "--against") -> str:
@@ -62,10 +66,7 @@ def _in_a_process(name: str, tokens: int, new_tokens: int, batch_size: int, dtyp
 
 
 def measure(name: str, *, tokens: int, new_tokens: int, batch_size: int, dtype: str) -> dict:
-    """One model, in this process: :func:`pyprune.evaluation.perplexity.latency` for decoders, forward passes for encoders."""
-    from pyprune.evaluation.perplexity import is_causal, latency
-    from pyprune.model.checkpoint import load
-
+    """One model, in this process: :func:`pyprune.evaluation.latency.latency` for decoders, forward passes for encoders."""
     model, _ = load(name, dtype)
     directory = Path(name) if Path(name).is_dir() else None
     if is_causal(model):
@@ -99,9 +100,6 @@ def record(rows: list[dict], directory: str | Path) -> list[Path]:
     """Add a comparison to the report, the model card and, where matplotlib is installed, a picture in the folder of a
     pruned model; returns the files written. A folder without a report, or one that cannot be written, is left alone.
     """
-    from pyprune.model.shards import write_bytes
-    from pyprune.reporting.rendering import model_card
-
     folder = Path(directory)
     path = folder / "report.json"
     if not path.is_file() or not os.access(folder, os.W_OK):
@@ -115,21 +113,6 @@ def record(rows: list[dict], directory: str | Path) -> list[Path]:
     write_bytes(folder / "README.md", model_card(report, folder.resolve().name, picture.name if picture.is_file() else
                                                  None).encode())
     return [path, folder / "README.md", *([picture] if picture.is_file() else [])]
-
-
-def cell(row: dict, key: str, base: dict) -> str:
-    """A measure as text, with its ratio to the base's."""
-    _, unit, name = LABELS[key]
-    value, ratio = row.get(key), row["ratios"].get(key)
-    beside = f"  ×{ratio:.2f}" if ratio and row is not base else ""
-    return f"{value / unit:,.1f} {name}{beside}" if value else "–"
-
-
-LABELS = {"parameters": ("parameters", 1e6, "M"), "weight_bytes": ("weights", 2**20, "MiB"),
-          "file_bytes": ("file", 2**20, "MiB"), "peak_memory_bytes": ("peak memory", 2**20, "MiB"),
-          "forward_tokens_per_second": ("forward", 1, "tokens/s"),
-          "prefill_tokens_per_second": ("prefill", 1, "tokens/s"),
-          "decode_tokens_per_second": ("decode", 1, "tokens/s")}
 
 
 def print_comparison(rows: list[dict], stream: TextIO | None = None) -> None:

@@ -9,8 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import resource
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -23,9 +21,11 @@ from torch import Tensor, nn
 from pyprune.config import ConfigError, Evaluation, from_dict
 from pyprune.data import texts
 from pyprune.data.calibration import bos_prefix, need_tokenizer, tokenize
-from pyprune.data.sources import kinds
 from pyprune.effects import shown
+from pyprune.execution.device import cpu_has_bfloat16, pick_device
 from pyprune.model.blocks import ModelView, not_finite
+from pyprune.model.checkpoint import load
+from pyprune.sources import kinds
 
 POSITIONS = 256
 """Logits of this many positions are widened to float32 at a time: the vocabulary is wide."""
@@ -80,7 +80,7 @@ def perplexity(model: nn.Module, windows: list[Tensor], *, dtype: torch.dtype | 
     check_causal(model)
     if not windows:
         raise ConfigError("there are no windows to evaluate")
-    device, training, losses = _device(model), model.training, []
+    device, training, losses = device_of(model), model.training, []
     model.eval()
     with _forward_in(model, forward_dtype(model, dtype)) as forward:
         for batch in _batches(windows, batch_size):
@@ -139,7 +139,7 @@ def window_losses(logits: Tensor, ids: Tensor) -> Tensor:
     return total / last
 
 
-def _device(model: nn.Module) -> torch.device:
+def device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
@@ -169,21 +169,6 @@ def forward_dtype(model: nn.Module, dtype: torch.dtype | str = "auto") -> torch.
     return parameter.dtype
 
 
-def pick_device(name: str) -> torch.device:
-    """``auto`` is the GPU if there is one. Raises :class:`ConfigError` for a device that cannot be used."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
-
-
-def cpu_has_bfloat16() -> bool:
-    """True if this CPU multiplies bfloat16 in hardware (AVX-512 BF16 or AMX), several times as fast as float32."""
-    return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
-
-
 @contextlib.contextmanager
 def _forward_in(model: nn.Module, dtype: torch.dtype):
     """A forward function that sees the parameters in ``dtype``; the copy is shared where they are that already.
@@ -211,8 +196,6 @@ def evaluate(model: Any, evaluation: Any = None, *, tokenizer=None, device: str 
     """
     evaluation = _settings(evaluation, fields)
     if isinstance(model, (str, Path)):
-        from pyprune.model.checkpoint import load
-
         model, tokenizer = load(model)
         device = device or "auto"
     check_causal(model)
@@ -265,7 +248,7 @@ def measure(model: nn.Module, named: list[tuple[str, list[Tensor]]], evaluation:
 @contextlib.contextmanager
 def placed(model: nn.Module, device: torch.device, evaluation: Evaluation) -> Iterator[bool]:
     """The model on ``device`` for the duration; yields False, and leaves it where it is, if it does not fit there."""
-    home = _device(model)
+    home = device_of(model)
     if device.type != "cuda" or home.type == "cuda":
         yield True
         return
@@ -293,46 +276,3 @@ def vocabulary(model: nn.Module) -> int | None:
     embedding = getattr(model, "get_input_embeddings", lambda: None)()
     weight = getattr(embedding, "weight", None)
     return None if weight is None else weight.shape[0]
-
-
-@torch.no_grad()
-def latency(model: nn.Module, *, tokens: int = 512, new_tokens: int = 32, batch_size: int = 1, repeats: int = 3,
-            directory: str | Path | None = None) -> dict:
-    """Size and speed: parameters, bytes on disk, peak memory, tokens a second in prefill and in decode.
-
-    Prefill is one forward pass over ``tokens`` random ids; decode feeds one token at a time after it, with the cache.
-    Speeds are of the fastest of ``repeats`` runs after one that is not counted. ``peak_memory_bytes`` is the device's
-    during the runs, on a CPU the process's so far.
-    """
-    check_causal(model)
-    device = _device(model)
-    ids = torch.randint(vocabulary(model), (batch_size, tokens), generator=torch.Generator().manual_seed(0)).to(device)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    runs = [_timed_run(model, ids, new_tokens) for _ in range(repeats + 1)][1:]
-    prefill, decode = (min(column) for column in zip(*runs))
-    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else \
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    size = None if directory is None else sum(f.stat().st_size for f in Path(directory).iterdir()
-                                              if f.suffix in (".safetensors", ".bin"))
-    return {"parameters": sum(p.numel() for p in model.parameters()), "file_bytes": size, "peak_memory_bytes": peak,
-            "prefill_tokens_per_second": batch_size * tokens / prefill,
-            "decode_tokens_per_second": batch_size * new_tokens / decode,
-            "tokens": tokens, "new_tokens": new_tokens, "batch_size": batch_size,
-            "dtype": str(next(model.parameters()).dtype)[6:], "device": str(device)}
-
-
-def _timed_run(model: nn.Module, ids: Tensor, new_tokens: int) -> tuple[float, float]:
-    """Seconds of one prefill and of ``new_tokens`` decode steps after it."""
-    start = _now(ids.device)
-    out = model(input_ids=ids, use_cache=True)
-    between = _now(ids.device)
-    for _ in range(new_tokens):
-        out = model(input_ids=out.logits[:, -1:].argmax(-1), past_key_values=out.past_key_values, use_cache=True)
-    return between - start, _now(ids.device) - between
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

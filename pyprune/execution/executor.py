@@ -105,18 +105,18 @@ class Executor:
     """Runs single blocks of a model over stored activations, in ``compute_dtype`` on ``device``."""
 
     def __init__(self, view: ModelView, *, device: torch.device | str = "cpu", compute_dtype: torch.dtype | None = None,
-                 batch_size: int | None = None, weights: Resident | None = None, store: Store | None = None):
-        """weights: how the blocks come and go (None: they are in memory). store: where activations live."""
+                 batch_size: int | None = None, weights: Resident | None = None, store: Store | None = None,
+                 world: World | None = None, warn: Callable[[str], None] = lambda message: None):
+        """weights: how the blocks come and go (None: they are in memory). store: where activations live. world: the
+        processes that share the calibration sequences. warn: hears when a batch did not fit the device and was halved.
+        """
         self.view, self.device, self.batch_size = view, torch.device(device), batch_size
         own = next(p.dtype for p in view.blocks[0].parameters() if p.is_floating_point())
         self.dtype = compute_dtype or own
         self.weights = weights or Resident()
         self.store = store or Store(pin=self.device.type == "cuda")
         self.transfers = transfers(self.device, self.dtype)
-        self.world = World()
-        """The processes that share the calibration sequences."""
-        self.warn: Callable[[str], None] = lambda message: None
-        """Told when a batch did not fit the device and was halved."""
+        self.world, self.warn = world or World(), warn
         self.mode: Callable = contextlib.nullcontext
         if self.device.type == "cpu":
             self.mode = lambda: forward_mode(self.dtype)

@@ -6,10 +6,11 @@ disk, and comes back from there. Embeddings, final norm, head and rotary tables 
 
 from __future__ import annotations
 
-import contextlib
+import hashlib
+import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,16 +18,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from pyprune.config import Calibration, ConfigError, PruneConfig
+from pyprune.config import ConfigError
 from pyprune.execution.activation_store import available_memory
 from pyprune.execution.executor import Resident
 from pyprune.model import checkpoint
 from pyprune.model.blocks import ModelView, check_finite
 from pyprune.model.origin import Origin
 from pyprune.model.shards import Files, Shard, write_shard
-from pyprune.structured.criteria import NEEDS_GRADIENTS
+from pyprune.model.skeleton import skeleton
 
 SHARE = 0.5
 """``stream="auto"`` streams a model that needs more than this share of the free memory."""
@@ -114,47 +114,6 @@ def _parameters(module: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
     return [(m, name, p) for m in module.modules() for name, p in m._parameters.items() if p is not None]
 
 
-@contextlib.contextmanager
-def parameters_on_meta() -> Iterator[None]:
-    """Modules built inside have parameters without memory but real buffers: rotary tables are computed, not stored."""
-    plain = nn.Module.register_parameter
-
-    def register(self, name, parameter):
-        plain(self, name, parameter)
-        if parameter is not None:
-            self._parameters[name] = nn.Parameter(parameter.data.to("meta"), requires_grad=False)
-
-    nn.Module.register_parameter = register
-    try:
-        with _EmptyOnMeta():
-            yield
-    finally:
-        nn.Module.register_parameter = plain
-
-
-class _EmptyOnMeta(TorchFunctionMode):
-    """``torch.empty``, from which modules make their matrices, takes no memory either, not even for a moment."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
-        if func is torch.empty:
-            kwargs["device"] = "meta"
-        return func(*args, **kwargs)
-
-
-def skeleton(config: Any, dtype: torch.dtype | None = None, origin: Origin | None = None) -> nn.Module:
-    """The model of a Hugging Face config with parameters on the meta device, ties in place, in eval mode.
-
-    origin: whose tensors decide where the config names no class.
-    """
-    cls = checkpoint.model_class(config, origin=origin)
-    build = cls._from_config if hasattr(cls, "_from_config") else cls.from_config
-    with parameters_on_meta():
-        model = build(config, **({"dtype": dtype} if dtype else {}))
-    model.tie_weights()
-    return model.eval()
-
-
 @dataclass
 class Opened:
     """A model and how its weights are held."""
@@ -162,7 +121,27 @@ class Opened:
     model: nn.Module
     tokenizer: Any
     weights: Resident
+    view: ModelView
     origin: Origin = field(default_factory=Origin)
+
+    def identity(self) -> dict:
+        """What tells this model from another: its class, its type and a digest of its weights or of its files."""
+        digest = self.weights.files.fingerprint() if isinstance(self.weights, Streamed) else \
+            weights_digest(self.model.state_dict().items())
+        return {"architecture": type(self.model).__name__, "weights": digest,
+                "dtype": str(next(self.model.parameters()).dtype)[6:]}
+
+
+def weights_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 over name, type, shape and a sum of every tensor's bits: any single change shows, at memory speed."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors:
+        flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        whole = len(flat) // 8 * 8
+        bits = int(flat[:whole].view(torch.int64).sum()) if whole else 0
+        head = flat[:256].numpy().tobytes() + flat[whole:].numpy().tobytes()
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape), bits]).encode() + head)
+    return digest.hexdigest()
 
 
 def why_whole(name: str, model: nn.Module, view: ModelView, files: Files) -> str | None:
@@ -187,11 +166,6 @@ def why_whole(name: str, model: nn.Module, view: ModelView, files: Files) -> str
                 raise ConfigError(f"{key} in {name} has shape {list(files.info(key)[1])}, its architecture needs "
                                   f"{list(shapes[key])}")
     return None
-
-
-def open_model(config: PruneConfig, streamed: bool | None = None, pin: bool = False) -> Opened:
-    """Open the model of a run as :func:`open_checkpoint` does."""
-    return open_checkpoint(config.model, config.dtype, config.stream, _obstacle(config), streamed, pin)
 
 
 def open_checkpoint(name: str, dtype: str = "auto", stream: str = "auto", obstacle: str | None = None,
@@ -223,25 +197,7 @@ def whole(name: str, dtype: str = "auto") -> Opened:
     """The model loaded into memory. Raises ConfigError for a tensor that is not finite."""
     loaded, origin = checkpoint.load_with_origin(name, dtype)
     check_finite(loaded.model.state_dict().items())
-    return Opened(*loaded, Resident(), origin)
-
-
-def _obstacle(config: PruneConfig) -> str | None:
-    if config.output is None:
-        return "finished blocks are written as the run goes on, so it needs an output folder"
-    if isinstance(config.sparsity, list):
-        return "several sparsities make several models at once"
-    if config.is_structured and config.criterion in NEEDS_GRADIENTS:
-        return f"criterion {config.criterion!r} differentiates the whole model"
-    return samples_itself(config.calibration)
-
-
-def samples_itself(calibration: Calibration) -> str | None:
-    """Why the dense model must be whole for self-generated calibration, None if it is not asked for or written."""
-    path = calibration.self_generated_path
-    if calibration.self_generated and not (path and Path(path).is_file()):
-        return "self-generated calibration samples from the whole model; write it to a file with pyprune generate first"
-    return None
+    return Opened(*loaded, Resident(), ModelView(loaded.model), origin)
 
 
 def _open(name: str, dtype: str, folder: Path, wanted: bool, pin: bool) -> Opened | str:
@@ -284,7 +240,7 @@ def _open(name: str, dtype: str, folder: Path, wanted: bool, pin: bool) -> Opene
             check_finite([(key, tensor.to(kind) if tensor.is_floating_point() else tensor)])
     origin.keep(set(files.where) - known, model)
     tokenizer = checkpoint.load_tokenizer(checkpoint.resolve(name))
-    return Opened(model, tokenizer, Streamed(view, files, kind, pin), origin)
+    return Opened(model, tokenizer, Streamed(view, files, kind, pin), view, origin)
 
 
 def checkpoint_dtype(config: Any, files: Files) -> torch.dtype:
@@ -293,5 +249,3 @@ def checkpoint_dtype(config: Any, files: Files) -> torch.dtype:
     if isinstance(named, torch.dtype):
         return named
     return next(dtype for name in files.where for dtype, _ in [files.info(name)] if dtype.is_floating_point)
-
-

@@ -11,11 +11,18 @@ from torch import Tensor, nn
 from pyprune import ops
 from pyprune.config import ConfigError
 from pyprune.effects import needs_factor, needs_sequences
-from pyprune.execution import distributed
 from pyprune.execution.executor import Activations
-from pyprune.execution.run import Run
+from pyprune.execution.run import Clock, Findings, Run
 from pyprune.masks.solvers import inverse_factor, solve
-from pyprune.masks.statistics import Observer, Statistics, error_sums, find_non_finite, observe, ratio
+from pyprune.masks.statistics import (
+    Observer,
+    Statistics,
+    error_sums,
+    find_non_finite,
+    observe,
+    ratio,
+    reduce_statistics,
+)
 from pyprune.model.blocks import WeightRef
 
 ERRORS = ("error", "error_sweep", "error_held_out", "error_held_out_sweep")
@@ -23,7 +30,7 @@ ERRORS = ("error", "error_sweep", "error_held_out", "error_held_out_sweep")
 calibration and on held-out inputs."""
 
 
-def gather(run: Run, index: int, module: nn.Module, refs: list[WeightRef], fit: Activations,
+def gather(run: Run, clock: Clock, index: int, module: nn.Module, refs: list[WeightRef], fit: Activations,
            target: Activations | None = None, dense: Activations | None = None) -> Observer:
     """Statistics pass over one block; finite or a ConfigError that names weight, sequence and token.
 
@@ -36,11 +43,11 @@ def gather(run: Run, index: int, module: nn.Module, refs: list[WeightRef], fit: 
 
     def sink(columns: int, device: torch.device) -> Statistics:
         return Statistics(columns, device, want_gram=gram, want_moments=config.method == "wanda" and not gram,
-                          precision=precision, clock=run.clock)
+                          precision=precision, clock=clock)
 
     observer = observe(run.executor, index, module, refs, fit, sink, dense=dense,
                        target=fit if config.inputs == "dense" else target)
-    distributed.reduce_statistics(run.world, observer)
+    reduce_statistics(run.world, observer)
     if not all(s.finite() for s in observer.sinks.values()):
         find_non_finite(run.executor, index, module, refs, fit, lambda ref: run.view.name(index, ref))
         raise ConfigError(f"the statistics of block {index} are not finite" + (
@@ -49,7 +56,7 @@ def gather(run: Run, index: int, module: nn.Module, refs: list[WeightRef], fit: 
     return observer
 
 
-def prune_block(run: Run, index: int, module: nn.Module, observer: Observer | None,
+def prune_block(run: Run, found: Findings, index: int, module: nn.Module, observer: Observer | None,
                 inputs: list[Observer]) -> dict[WeightRef, Tensor]:
     """Solve every selected weight of a block; each input group is factored once. Writes block and compute copy, and
     returns the keep masks."""
@@ -71,13 +78,13 @@ def prune_block(run: Run, index: int, module: nn.Module, observer: Observer | No
             group_config = copy.copy(config)  # not replace(): its other fields need have no effect here
             group_config.method, group_config.reconstruct = "magnitude", "none"
             for ref in refs:
-                run.warn(f"{run.view.name(index, ref)} saw no calibration token: pruned by magnitude")
+                found.warn(f"{run.view.name(index, ref)} saw no calibration token: pruned by magnitude")
         factor = None
         if statistics is not None and needs_factor(group_config):
             name = run.view.name(index, refs[0])
             factor = inverse_factor(statistics.gram, statistics.count, config.damping, name)
             if factor.damping != config.damping:
-                run.warn(f"{name}: damping raised to {factor.damping:g} for the factorisation to succeed")
+                found.warn(f"{name}: damping raised to {factor.damping:g} for the factorisation to succeed")
         for ref in refs:
             weight = ref.view(block)
             if ref.expert is not None and statistics is not None and statistics.count < weight.shape[1]:
@@ -88,25 +95,24 @@ def prune_block(run: Run, index: int, module: nn.Module, observer: Observer | No
             row = {"name": run.view.name(index, ref), "block": index, "shape": list(weight.shape),
                    "damping": solved.damping}
             results = {"": solved.weight} if solved.swept is None else {"": solved.weight, "_sweep": solved.swept}
-            found = {key + step: error_sums(probe.sinks[probe.leader[ref.name]].x, before, result)
-                     for probe, key in zip(inputs, ("error", "error_held_out")) if ref.name in probe.leader
-                     for step, result in results.items()}
+            errors = {key + step: error_sums(probe.sinks[probe.leader[ref.name]].x, before, result)
+                      for probe, key in zip(inputs, ("error", "error_held_out")) if ref.name in probe.leader
+                      for step, result in results.items()}
             weight.copy_(solved.weight)
             if module is not block:
                 ref.view(module).copy_(weight)
             if solved.refit and not solved.refit.converged:
-                run.warn(f"{row['name']}: the refit was stopped after {solved.refit.steps} steps, before its tolerance")
-            sums += [torch.count_nonzero(solved.weight.to(weight.dtype)), *found.values()]
-            own.append(row | dict.fromkeys(found))
+                found.warn(f"{row['name']}: the refit was stopped after {solved.refit.steps} steps, before its "
+                           "tolerance")
+            sums += [torch.count_nonzero(solved.weight.to(weight.dtype)), *errors.values()]
+            own.append(row | dict.fromkeys(errors))
             masks[ref] = solved.mask
     _fill(own, sums)
     ops.raise_faults(run.executor.device)
     exchange_solved(run, module, block, owners, list(groups.values()), masks)
     rows = {row["name"]: row for part in run.world.everyone(own) for row in part}
-    run.weights += [rows[run.view.name(index, ref)] for ref in run.selected[index]]
-    for part in run.world.everyone(run.warnings) if run.world.size > 1 else []:
-        for text in part:
-            run.warn(text)
+    found.weights += [rows[run.view.name(index, ref)] for ref in run.selected[index]]
+    found.share_warnings(run.world)
     return masks
 
 

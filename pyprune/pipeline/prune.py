@@ -1,10 +1,12 @@
-"""The orchestrator: per block observe → score → mask → solve → reconstruct → propagate, then evaluate and write."""
+"""One run of :func:`prune`: open the model, measure it, prune it block by block, measure it again, report and write."""
 
 from __future__ import annotations
 
 import copy
-import time
+import dataclasses
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -12,34 +14,29 @@ from torch import nn
 from pyprune import ops
 from pyprune.config import Calibration, ConfigError, Evaluation, PruneConfig, from_dict, override
 from pyprune.data import calibration
+from pyprune.data.self_generated import generate
 from pyprune.effects import needs_sequences, reads_sequences, watches
 from pyprune.evaluation.block_by_block import Meter
-from pyprune.evaluation.perplexity import pick_device, refuse_text, warnings_for, windows_of
+from pyprune.evaluation.perplexity import refuse_text, warnings_for, windows_of
 from pyprune.execution import distributed
 from pyprune.execution.activation_store import Store
-from pyprune.execution.executor import Activations, Executor, Resident
+from pyprune.execution.device import pick_device, pick_dtype
+from pyprune.execution.executor import Executor, Resident
 from pyprune.execution.journal import Journal, journaled
-from pyprune.execution.run import Clock, Probe, PruneResult, Run, StreamedResult, make_probes, seed_all
-from pyprune.execution.weight_streaming import open_model
-from pyprune.masks.block import gather, prune_block
-from pyprune.masks.statistics import Inputs, observe
+from pyprune.execution.run import Findings, Run, seed_all
+from pyprune.execution.weight_streaming import Opened, Streamed
 from pyprune.model import checkpoint
 from pyprune.model.blocks import ModelView, WeightRef, check_finite, refuse_shared, select_weights
-from pyprune.model.origin import Origin
-from pyprune.pipeline.block_loop import (
-    block_row,
-    commit_block,
-    enter_block,
-    leave_block,
-    restore_block,
-    settled_by,
-    write_block,
-)
+from pyprune.pipeline.block_loop import Loop, run_blocks
+from pyprune.pipeline.mask_work import MaskWork
+from pyprune.pipeline.opening import open_model
 from pyprune.pipeline.progress import Progress, announce
-from pyprune.pipeline.structured import prune_structured
-from pyprune.reconstruction.windows import Refiner, wanted
+from pyprune.pipeline.result import PruneResult, StreamedResult
+from pyprune.pipeline.structured_work import StructuredWork
 from pyprune.reporting.comparison import read as read_report
-from pyprune.reporting.record import build_report, compared, data_identity, model_identity, settings_of, weights_digest
+from pyprune.reporting.record import build_report, compared, data_identity, settings_of
+
+T = TypeVar("T")
 
 
 def make_config(config: PruneConfig | dict | None, fields: dict) -> PruneConfig:
@@ -83,122 +80,132 @@ def prune(model: str | Path | nn.Module | None = None, config: PruneConfig | dic
 
 def _prune(model, config: PruneConfig, tokenizer, in_place: bool, progress: bool, journal: Journal,
            world: distributed.World) -> PruneResult:
-    clock = Clock()
+    found, device = Findings(), pick_device(config.device)
     world.lead(lambda: journal.check_settings(settings_of(config)))
     seed_all(config.seed)
-    weights, origin = Resident(), Origin()
-    with clock("load"):
-        if isinstance(model, nn.Module):
-            check_finite(model.state_dict().items())
-            live = model if in_place else copy.deepcopy(model)
-            live.eval()
-        else:
-            if in_place:
-                raise ConfigError("in_place=True would do nothing: only a live nn.Module can be pruned where it is")
-            if config.model is None:
-                raise ConfigError("no model: give a Hub id, a local folder, a .gguf file or a live nn.Module")
-            checkpoint.resolve(config.model)  # one that is not there is refused before anything is said
-            announce(f"loading {config.model}", progress)
-            opened = open_model(config, world.same(journal.header.get("streamed")),
-                                pin=pick_device(config.device).type == "cuda")
-            live, weights, origin = opened.model, opened.weights, opened.origin
-            tokenizer = opened.tokenizer if tokenizer is None else tokenizer
-    view = weights.view if weights.streamed else ModelView(live)
+    with found.clock("load"):
+        opened = _open(model, config, tokenizer, in_place, progress, world.same(journal.header.get("streamed")), device)
+    view, tokenizer = opened.view, opened.tokenizer
     selected = select_weights(view, config.targets, config.ignore)
     check_weights(view, selected, config)
     refuse_text(config.evaluation, view)
-    with clock("calibration"):
-        data = calibration_data(config, view, live, tokenizer)
-    with clock("evaluation"):
+    with found.clock("calibration"):
+        data = calibration_data(config, view, tokenizer)
+    with found.clock("evaluation"):
         texts = windows_of(config.evaluation, tokenizer, view.is_encoder)
-    where = pick_device(config.device)
-    with ops.backend(config.backend), clock("back-ends"):
-        backends = world.same(world.lead(lambda: ops.settle(where.type, journal.header.get("backends"))))
+    with ops.backend(config.backend), found.clock("back-ends"):
+        backends = settle_backends(journal, world, device)
     if config.output:
-        with clock("load"):
-            identity = {"settings": settings_of(config), "data": data_identity(data, texts),
-                        "model": model_identity(live, weights.files.fingerprint() if weights.streamed else
-                                                weights_digest(live.state_dict().items()))}
-            world.lead(lambda: journal.begin(identity, len(view.blocks), streamed=weights.streamed, backends=backends))
-            journal.entries, journal.notes = world.same((journal.entries, journal.notes))
-            journal.total = len(view.blocks)
+        with found.clock("load"):
+            identity = {"settings": settings_of(config), "data": data_identity(data, texts), "model": opened.identity()}
+            begin(journal, world, identity, len(view.blocks), streamed=opened.weights.streamed, backends=backends)
     if world.same(journal.complete):
         world.lead(journal.publish)
-        return published(config, weights.streamed)
-    store = make_store(config.memory_budget_gb, journal.folder, where)
-    measured = Meter(texts, config.evaluation, where, store, world)
-    with clock("evaluation"):
-        dense = world.same(journal.kept("dense"))
-        if dense is None:
-            announce("measuring the dense model", progress and bool(texts))
-            dense = measured(live, weights)
-            world.lead(lambda: journal.keep("dense", dense))
-    executor = Executor(view, device=where, compute_dtype=pick_dtype(config.compute_dtype),
-                        batch_size=config.batch_size, weights=weights, store=store)
-    executor.world = world
-    run = Run(config, view, executor, selected, data, clock, journal, world)
-    executor.warn = run.warn
-    for text in [*origin.notes, *data.warnings, *thin_statistics(run)]:
-        run.warn(text)
-    if config.evaluation.enabled and not texts and not view.is_encoder:
-        run.warn("no perplexity: the text that it is measured on by default needs a tokenizer; pass tokenizer=, or "
-                 "give token ids as evaluation text")
-    models: dict[float, nn.Module] = {}
-    if executor.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(executor.device)
-    with Progress(len(view.blocks), enabled=progress) as bar, ops.backend(config.backend), \
-            ops.pinned(backends), journal.interruptible(follow=world.size > 1):
-        if config.is_structured:
-            models = prune_structured(run, bar)
-            live = list(models.values())[-1]
-        else:
-            prune_blocks(run, bar)
-    if executor.device.type == "cuda":
-        run.peak_device = torch.cuda.max_memory_allocated(executor.device)
-    with clock("evaluation"):
+        return published(config, opened.weights)
+    store = make_store(config.memory_budget_gb, journal.folder, device)
+    measured = Meter(texts, config.evaluation, device, store, world)
+    with found.clock("evaluation"):
+        dense = kept(journal, world, "dense", lambda: measured(view.model, opened.weights),
+                     "measuring the dense model", progress and bool(texts))
+    executor = Executor(view, device=device, compute_dtype=pick_dtype(config.compute_dtype),
+                        batch_size=config.batch_size, weights=opened.weights, store=store, world=world, warn=found.warn)
+    run = Run(config, view, executor, selected, data, world)
+    for text in [*opened.origin.notes, *data.warnings, *thin_statistics(run), *unmeasured(config, view, texts)]:
+        found.warn(text)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with Progress(len(view.blocks), enabled=progress) as bar, ops.backend(config.backend), ops.pinned(backends), \
+            journal.interruptible(follow=world.size > 1):
+        work = (StructuredWork if config.is_structured else MaskWork)(run, found, journal)
+        run_blocks(Loop(executor, journal, found, world, config.seed, config.output), work, bar)
+    peak_device = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    models, structured = work.models(), work.entry()
+    live = list(models.values())[-1]
+    with found.clock("evaluation"):
         announce("measuring the pruned model", progress and bool(texts))
-        pruned = measured(live, weights)
-        for entry, member in zip((run.structured or {}).get("curve", []), models.values()):
-            entry["evaluation"] = compared(dense, pruned if member is live else measured(member))
-        curve = {f"pruned (sparsity {entry['sparsity']:g})": [{**row, "perplexity": row["pruned"]} for row in
-                                                             entry["evaluation"]]
-                 for entry in (run.structured or {}).get("curve", []) if "evaluation" in entry and len(models) > 1}
-    for text in [*measured.notes, *(text for whose, rows in {"dense": dense, **(curve or {"pruned": pruned})}.items()
-                                    for text in warnings_for(rows, whose))]:
-        run.warn(text)
-    report = {**build_report(run, live, dense, pruned), "backends": backends}
-    if weights.streamed:
-        result = StreamedResult(None, tokenizer, config, report, origin=origin)
-        result.weights = weights
+        pruned = {sparsity: measured(member, opened.weights) for sparsity, member in models.items()}
+    for entry in (structured or {}).get("curve", []):
+        entry["evaluation"] = compared(dense, pruned[entry["sparsity"]])
+    rows = {"dense": dense, **{"pruned" if len(models) == 1 else f"pruned (sparsity {sparsity:g})": found_rows
+                               for sparsity, found_rows in pruned.items()}}
+    for text in [*measured.notes, *(text for whose, row in rows.items() for text in warnings_for(row, whose))]:
+        found.warn(text)
+    report = build_report(run, found, live, compared(dense, list(pruned.values())[-1]), work.coverage(), structured,
+                          peak_device, backends)
+    if isinstance(opened.weights, Streamed):
+        result = StreamedResult(opened.weights, tokenizer, config, report, opened.origin)
     else:
-        result = PruneResult(live, tokenizer, config, report, models, origin)
+        result = PruneResult(live, tokenizer, config, report, models if structured else {}, opened.origin)
     if config.output:
-        with clock("write"):
+        with found.clock("write"):
             world.lead(lambda: journal.finish(result.fill))
     return result
 
 
-def published(config: PruneConfig, streamed: bool) -> PruneResult:
+def _open(model, config: PruneConfig, tokenizer, in_place: bool, progress: bool, streamed: bool | None,
+          device: torch.device) -> Opened:
+    """The model of a run: the live one or a copy of it, or the one that the configuration names."""
+    if isinstance(model, nn.Module):
+        check_finite(model.state_dict().items())
+        live = (model if in_place else copy.deepcopy(model)).eval()
+        return Opened(live, tokenizer, Resident(), ModelView(live))
+    if in_place:
+        raise ConfigError("in_place=True would do nothing: only a live nn.Module can be pruned where it is")
+    if config.model is None:
+        raise ConfigError("no model: give a Hub id, a local folder, a .gguf file or a live nn.Module")
+    checkpoint.resolve(config.model)  # one that is not there is refused before anything is said
+    announce(f"loading {config.model}", progress)
+    opened = open_model(config, streamed, pin=device.type == "cuda")
+    return opened if tokenizer is None else dataclasses.replace(opened, tokenizer=tokenizer)
+
+
+def settle_backends(journal: Journal, world: distributed.World, device: torch.device) -> dict:
+    """The back-end that each op takes in this run, the same in all processes: what an interrupted run took, else what
+    this machine's measurements say."""
+    return world.same(world.lead(lambda: ops.settle(device.type, journal.header.get("backends"))))
+
+
+def begin(journal: Journal, world: distributed.World, identity: dict, blocks: int, **header) -> None:
+    """Record in the journal what this run is, or compare it with the interrupted one; all processes know its steps."""
+    world.lead(lambda: journal.begin(identity, blocks, **header))
+    journal.entries, journal.notes = world.same((journal.entries, journal.notes))
+    journal.total = blocks
+
+
+def kept(journal: Journal, world: distributed.World, name: str, work: Callable[[], T], doing: str, progress: bool,
+         label: str = "pruning") -> T:
+    """What an interrupted run worked out under this name, else ``work()``, kept for the next."""
+    value = world.same(journal.kept(name))
+    if value is None:
+        announce(doing, progress, label)
+        value = work()
+        world.lead(lambda: journal.keep(name, value))
+    return value
+
+
+def unmeasured(config: PruneConfig, view: ModelView, texts: list) -> list[str]:
+    """A sentence if perplexity was to be measured and cannot be."""
+    if not config.evaluation.enabled or texts or view.is_encoder:
+        return []
+    return ["no perplexity: the text that it is measured on by default needs a tokenizer; pass tokenizer=, or give token "
+            "ids as evaluation text"]
+
+
+def published(config: PruneConfig, weights: Resident) -> PruneResult:
     """The result of a run that had only its checkpoint left to move out."""
-    if streamed:
+    if isinstance(weights, Streamed):
         tokenizer = checkpoint.load_tokenizer(checkpoint.resolve(config.output))
-        return StreamedResult(None, tokenizer, config, read_report(config.output))
-    many = isinstance(config.sparsity, list)
-    folders = {s: f"{config.output}/sparsity-{s:g}" if many else config.output for s in
-               (config.sparsity if many else [config.sparsity])}
+        return StreamedResult(weights, tokenizer, config, read_report(config.output))
+    folders = {s: f"{config.output}/sparsity-{s:g}" if config.is_curve else config.output for s in config.sparsities}
     loaded = {s: checkpoint.load(folder) for s, folder in folders.items()}
     last = list(loaded)[-1]
     return PruneResult(*loaded[last], config, read_report(folders[last]),
-                       {s: found.model for s, found in loaded.items()} if many else {})
+                       {s: found.model for s, found in loaded.items()} if config.is_curve else {})
 
 
 def make_store(budget_gb: float | None, folder: Path | None, device: torch.device) -> Store:
     """Activations in host memory within the budget, above it in files in ``folder``."""
     return Store(None if budget_gb is None else int(budget_gb * 1e9), folder, pin=device.type == "cuda")
-
-
-def pick_dtype(name: str) -> torch.dtype | None:
-    return None if name == "auto" else getattr(torch, name)
 
 
 def check_weights(view: ModelView, selected: list[list[WeightRef]], config: PruneConfig) -> None:
@@ -213,9 +220,9 @@ def check_weights(view: ModelView, selected: list[list[WeightRef]], config: Prun
                                   f"{view.name(i, ref)}; choose another pattern or ignore that weight")
 
 
-def calibration_data(config: PruneConfig, view: ModelView, model: nn.Module, tokenizer) -> calibration.CalibrationData:
+def calibration_data(config: PruneConfig, view: ModelView, tokenizer) -> calibration.CalibrationData:
     """The sequences of a run; none where the weights alone decide and nothing could be read to measure errors on."""
-    settings, decides = config.calibration, needs_sequences(config)
+    settings, decides, model = config.calibration, needs_sequences(config), view.model
     if not reads_sequences(config) or (not decides and settings.source is None and tokenizer is None):
         data = calibration.CalibrationData(sequences=[], fingerprint=calibration.fingerprint([]),
                                            description="none: masks come from the weights alone")
@@ -248,8 +255,6 @@ def thin_statistics(run: Run) -> list[str]:
 
 def add_generated(data: calibration.CalibrationData, settings: Calibration, model: nn.Module, tokenizer) -> None:
     """Sequences sampled from the dense model join the corpus samples, or wait for the reconstruction."""
-    from pyprune.data.self_generated import generate
-
     calibration.need_tokenizer(tokenizer, "self-generated calibration")
     settings = calibration.coerce(settings)
     sequences = generate(model, tokenizer, settings.self_generated, seq_len=settings.seq_len, seed=settings.seed,
@@ -264,75 +269,3 @@ def add_generated(data: calibration.CalibrationData, settings: Calibration, mode
     else:
         data.generated = sequences
         data.description += " for the reconstruction"
-
-
-def prune_blocks(run: Run, bar: Progress) -> None:
-    """Unstructured and N:M pruning, block by block, in place on the run's model; finished blocks are journaled, and
-    those of an interrupted run only run again, to bring the activations to where it stopped."""
-    config, executor, clock, journal = run.config, run.executor, run.clock, run.journal
-    with clock("forward"):
-        fit = executor.embed(run.data.sequences, shared=True) if needs_sequences(config) else None
-        probes = make_probes(run)
-        refiner = Refiner(run, fit, probes) if wanted(config) else None
-    last = len(run.view.blocks) - 1
-    done = len(journal.entries)
-    run.warnings += journal.notes
-    for index in range(last + 1):
-        started = time.perf_counter()
-        seed_all(config.seed + index)
-        with executor.compute(index) as module, torch.no_grad():
-            enter_block(run, index, module, probes)
-            if index < done:
-                if fit is not None and config.inputs == "dense" and index < last:
-                    with clock("forward"):
-                        executor.run(index, module, fit, fit)
-                if refiner:
-                    refiner.dense(index, module, training=False)
-                restore_block(run, index, module, refiner)
-                bar.update(phase="resume")
-            else:
-                solve_block(run, bar, index, module, fit, probes, refiner)
-            bar.update(phase="propagate")
-            with clock("forward"):
-                if refiner:
-                    refiner.advance(index, module)
-                elif fit is not None and config.inputs == "propagated" and index < last:
-                    executor.run(index, module, fit, fit)
-            with clock("probe"):
-                for probe in [] if refiner else probes:
-                    executor.run(index, module, probe.student, probe.student)
-        if index >= done:
-            run.blocks.append({**block_row(index, probes, started), **(refiner.row(index) if refiner else {})})
-            commit_block(run, index)
-        leave_block(run, bar, index, settled_by(run, index, refiner))
-    if refiner:
-        refiner.finish()
-
-
-def solve_block(run: Run, bar: Progress, index: int, module: nn.Module, fit: Activations | None,
-                probes: list[Probe], refiner: Refiner | None = None) -> None:
-    """Statistics, masks and new weights of one block, and their way to the disk begun."""
-    refs, config = run.selected[index], run.config
-    inputs = []
-    if refs:
-        with run.clock("probe"):
-            inputs = [observe(run.executor, index, module, refs, probe.student, lambda c, d: Inputs())
-                      for probe in probes]
-    observer = None
-    if fit is not None and (refs or config.inputs == "dense"):
-        bar.update(phase="statistics")
-        with run.clock("forward"):
-            observer = gather(run, index, module, refs, fit, **(refiner.beside(index) if refiner else {}))
-    if refiner:
-        bar.update(phase="dense targets")
-        with run.clock("forward"):
-            refiner.dense(index, module, gathered=observer is not None)
-        original = {ref: ref.view(run.view.blocks[index]).clone() for ref in refs}
-    bar.update(phase="solve")
-    with run.clock("solve"):
-        masks = prune_block(run, index, module, observer, inputs)
-    if refiner:
-        bar.update(phase="reconstruct")
-        with run.clock("reconstruct"):
-            refiner.refine(index, module, original, masks)
-    write_block(run, index, refiner)

@@ -15,18 +15,22 @@ from pyprune import ops
 from pyprune.config import DTYPES, STREAMING, Calibration, ConfigError, Evaluation, Reconstruction, to_dict
 from pyprune.evaluation.block_by_block import Meter
 from pyprune.evaluation.gain import dense_of
-from pyprune.evaluation.perplexity import pick_device, refuse_text, warnings_for, windows_of
+from pyprune.evaluation.perplexity import refuse_text, warnings_for, windows_of
+from pyprune.execution.device import pick_device, pick_dtype
 from pyprune.execution.distributed import World
 from pyprune.execution.executor import Executor
 from pyprune.execution.journal import Journal, journaled
-from pyprune.execution.weight_streaming import Opened, open_checkpoint, samples_itself
+from pyprune.execution.run import Findings
+from pyprune.execution.weight_streaming import Opened, open_checkpoint
 from pyprune.model import checkpoint
-from pyprune.model.blocks import ModelView
+from pyprune.pipeline.block_loop import Loop, run_blocks
+from pyprune.pipeline.opening import samples_itself
 from pyprune.pipeline.progress import Progress, announce
-from pyprune.pipeline.prune import make_store, pick_dtype
-from pyprune.pipeline.refine import Refinement, sequences_for
+from pyprune.pipeline.prune import begin, kept, make_store, settle_backends
+from pyprune.pipeline.refine import sequences_for
+from pyprune.pipeline.refine_work import RefineWork
 from pyprune.reporting.comparison import read as read_report
-from pyprune.reporting.record import CALIBRATION_PLACES, data_identity, model_identity, weights_digest
+from pyprune.reporting.record import CALIBRATION_PLACES, data_identity
 from pyprune.reporting.rendering import distinct, model_card, perplexity_text
 
 LABEL = "refining"
@@ -97,57 +101,55 @@ def refine_checkpoint(directory: str | Path, output: str | Path, *, resume: bool
 
 def _refine(request: Request, world: World, journal: Journal, progress: bool) -> dict:
     """Open both models, measure them, refine one, measure it again, write it."""
-    started, told = time.perf_counter(), []
+    started, found = time.perf_counter(), Findings()
     where, dtype = pick_device(request.device), pick_dtype(request.compute_dtype)
     header, pin = world.same(journal.header), where.type == "cuda"
     announce(f"loading {request.directory} and {request.dense}", progress, LABEL)
-    opened = open_checkpoint(request.directory, request.dtype, request.stream, None, header.get("streamed"), pin)
-    taught = open_checkpoint(request.dense, request.dtype, request.stream, samples_itself(request.calibration),
-                             header.get("dense_streamed"), pin)
-    views = [one.weights.view if one.weights.streamed else ModelView(one.model) for one in (opened, taught)]
-    tokenizer = opened.tokenizer or taught.tokenizer
-    data = sequences_for(*views, request.calibration, tokenizer, request.settings, request.seed)
-    refuse_text(request.evaluation, views[0])
-    texts = windows_of(request.evaluation, tokenizer, views[0].is_encoder)
-    models = {name: model_identity(one.model, one.weights.files.fingerprint() if one.weights.streamed else
-                                   weights_digest(one.model.state_dict().items()))
-              for name, one in (("model", opened), ("dense", taught))}
-    backends = world.same(world.lead(lambda: ops.settle(where.type, journal.header.get("backends"))))
-    world.lead(lambda: journal.begin({"settings": request.identity(), "data": data_identity(data, texts), **models},
-                                     len(views[0].blocks), streamed=opened.weights.streamed,
-                                     dense_streamed=taught.weights.streamed, backends=backends))
-    journal.entries, journal.notes = world.same((journal.entries, journal.notes))
-    journal.total = len(views[0].blocks)
+    with found.clock("load"):
+        pruned = open_checkpoint(request.directory, request.dtype, request.stream, None, header.get("streamed"), pin)
+        dense = open_checkpoint(request.dense, request.dtype, request.stream, samples_itself(request.calibration),
+                                header.get("dense_streamed"), pin)
+    tokenizer = pruned.tokenizer or dense.tokenizer
+    with found.clock("calibration"):
+        data = sequences_for(pruned.view, dense.view, request.calibration, tokenizer, request.settings, request.seed)
+        refuse_text(request.evaluation, pruned.view)
+        texts = windows_of(request.evaluation, tokenizer, pruned.view.is_encoder)
+    backends = settle_backends(journal, world, where)
+    identity = {"settings": request.identity(), "data": data_identity(data, texts), "model": pruned.identity(),
+                "dense": dense.identity()}
+    begin(journal, world, identity, len(pruned.view.blocks), streamed=pruned.weights.streamed,
+          dense_streamed=dense.weights.streamed, backends=backends)
     if world.same(journal.complete):
         world.lead(journal.publish)
         return json.loads((Path(request.output).expanduser() / RECORD).read_text())
-    told += [*journal.notes, *opened.origin.notes, *data.warnings]
+    found.warnings += [*pruned.origin.notes, *data.warnings]
     store = make_store(request.memory_budget_gb, journal.folder, where)
     meter = Meter(texts, request.evaluation, where, store, world)
-    measured = world.same(journal.kept("measured"))
-    if measured is None:
-        announce("measuring the dense and the pruned model", progress and bool(texts), LABEL)
-        measured = {"dense": meter(taught.model, taught.weights), "pruned": meter(opened.model, opened.weights)}
-        world.lead(lambda: journal.keep("measured", measured))
-    pupil, master = (Executor(view, device=where, compute_dtype=dtype, weights=one.weights, store=store)
-                     for view, one in zip(views, (opened, taught)))
-    pupil.world = master.world = world
-    work = Refinement(pupil, master, request.settings, request.cross_block, request.global_propagation, request.seed,
-                      told.append, journal, request.output)
-    with Progress(len(views[0].blocks), label=LABEL, enabled=progress) as bar, ops.pinned(backends), \
+    with found.clock("evaluation"):
+        measured = kept(journal, world, "measured", lambda: {"dense": meter(dense.model, dense.weights),
+                                                             "pruned": meter(pruned.model, pruned.weights)},
+                        "measuring the dense and the pruned model", progress and bool(texts), LABEL)
+    executors = [Executor(one.view, device=where, compute_dtype=dtype, weights=one.weights, store=store, world=world,
+                          warn=found.warn) for one in (pruned, dense)]
+    with Progress(len(pruned.view.blocks), label=LABEL, enabled=progress) as bar, ops.pinned(backends), \
             journal.interruptible(follow=world.size > 1):
-        rows = work.run(data, bar)
+        work = RefineWork(*executors, data, request.settings, cross_block=request.cross_block,
+                          global_propagation=request.global_propagation, seed=request.seed, found=found,
+                          journal=journal)
+        run_blocks(Loop(executors[0], journal, found, world, request.seed, request.output), work, bar)
     announce("measuring the refined model", progress and bool(texts), LABEL)
-    measured = {**measured, "refined": meter(opened.model, opened.weights)}
-    found = {"model": request.directory, "dense": request.dense, **request.asked(), "windows": rows,
-             "evaluation": [{**rest, **{name: values[k]["perplexity"] for name, values in measured.items()}}
-                            for k, rest in enumerate(measured["refined"])],
-             "backends": backends, "seconds": time.perf_counter() - started,
-             "warnings": [*told, *meter.notes, *(text for whose, rows in measured.items()
-                                                 for text in warnings_for(rows, whose))]}
+    with found.clock("evaluation"):
+        measured = {**measured, "refined": meter(pruned.model, pruned.weights)}
+    result = {"model": request.directory, "dense": request.dense, **request.asked(),
+              "windows": [row for rows in work.windows for row in rows],
+              "evaluation": [{**rest, **{name: values[k]["perplexity"] for name, values in measured.items()}}
+                             for k, rest in enumerate(measured["refined"])],
+              "backends": backends, "seconds": time.perf_counter() - started,
+              "warnings": [*found.warnings, *meter.notes, *(text for whose, rows in measured.items()
+                                                            for text in warnings_for(rows, whose))]}
     source, name = Path(request.directory).expanduser(), Path(request.output).name
-    world.lead(lambda: journal.finish(lambda folder: _fill(folder, opened, tokenizer, source, found, name)))
-    return found
+    world.lead(lambda: journal.finish(lambda folder: _fill(folder, pruned, tokenizer, source, result, name)))
+    return result
 
 
 def _named(calibration: Calibration) -> dict:

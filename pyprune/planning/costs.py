@@ -14,8 +14,9 @@ from torch import nn
 from pyprune.config import PruneConfig
 from pyprune.data.texts import sources
 from pyprune.effects import needs_factor, needs_sequences
-from pyprune.evaluation.perplexity import POSITIONS, cpu_has_bfloat16
+from pyprune.evaluation.perplexity import POSITIONS
 from pyprune.execution.activation_store import DEPTH
+from pyprune.execution.device import cpu_has_bfloat16
 from pyprune.execution.executor import TARGET_TOKENS
 from pyprune.masks.refit import NARROW, SYSTEM_ELEMENTS, USUAL_STEPS
 from pyprune.model.blocks import ModelView, WeightRef, weights_of

@@ -13,13 +13,16 @@ import torch
 
 from pyprune.config import ConfigError, PruneConfig, override
 from pyprune.data import calibration
-from pyprune.evaluation.perplexity import pick_device, refuse_text
+from pyprune.evaluation.perplexity import refuse_text
 from pyprune.execution.activation_store import available_memory
+from pyprune.execution.device import pick_device, pick_dtype
+from pyprune.execution.weight_streaming import SHARE, why_whole
 from pyprune.model import checkpoint
 from pyprune.model.blocks import ModelView, WeightRef, select_weights, uncovered, weights_of
 from pyprune.model.names import matches
 from pyprune.model.shards import Files
-from pyprune.pipeline.prune import pick_dtype
+from pyprune.model.skeleton import skeleton
+from pyprune.pipeline.opening import why_not_streamed
 from pyprune.planning.costs import (
     activation_bytes,
     disk_of,
@@ -92,8 +95,6 @@ def plan(config: PruneConfig | dict) -> dict:
 
 
 def _skeleton(config: PruneConfig) -> torch.nn.Module:
-    from pyprune.execution.weight_streaming import skeleton
-
     source = checkpoint.resolve(config.model)
     found = checkpoint.load_config(config.model)
     if source.gguf_file and not found.architectures:
@@ -141,8 +142,6 @@ def _patterns(view: ModelView, config: PruneConfig) -> list[dict]:
 
 def will_stream(config: PruneConfig, view: ModelView, free: int) -> tuple[bool, str]:
     """Whether the weights would be streamed, and why. Raises ConfigError where ``stream="always"`` cannot."""
-    from pyprune.execution.weight_streaming import SHARE
-
     stored = sum(p.numel() * p.element_size() for p in view.model.parameters())
     if config.stream == "never":
         return False, "stream is never"
@@ -160,16 +159,14 @@ def will_stream(config: PruneConfig, view: ModelView, free: int) -> tuple[bool, 
 
 def _obstacle(config: PruneConfig, view: ModelView) -> tuple[str | None, bool]:
     """What keeps the weights from being streamed, and whether their files are there to tell."""
-    from pyprune.execution import weight_streaming
-
     source = checkpoint.resolve(config.model)
-    if (reason := weight_streaming._obstacle(config)) is not None:
+    if (reason := why_not_streamed(config)) is not None:
         return reason, True
     if source.gguf_file or not source.local:
         return "only a local folder of safetensors files can be read block by block", True
     if not any(Path(source.path).glob("*.safetensors")):
         return None, False
-    return weight_streaming.why_whole(config.model, view.model, view, Files(source.path)), True
+    return why_whole(config.model, view.model, view, Files(source.path)), True
 
 
 def _free_disk(config: PruneConfig) -> int:

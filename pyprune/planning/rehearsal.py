@@ -22,6 +22,9 @@ from pyprune.config import Calibration, Evaluation, PruneConfig
 from pyprune.effects import measures_errors, reads_sequences, trains
 from pyprune.execution.executor import TARGET_TOKENS
 from pyprune.model.blocks import ModelView, weights_of
+from pyprune.model.shards import Shard, write_shard
+from pyprune.model.skeleton import skeleton
+from pyprune.pipeline.prune import prune
 from pyprune.planning.costs import Work, evaluation_windows, passes_of, probe_sequences, tokens_of, work_of
 
 LARGEST = 4e6
@@ -36,8 +39,6 @@ def rehearse(config: PruneConfig, view: ModelView, work: Work, own: ModelView,
 
     work: of the model of ``view``, which may be without weights. own: its :func:`rehearsal_model`.
     """
-    from pyprune.pipeline.prune import prune
-
     calibration = config.calibration
     longest = getattr(view.model.config, "max_position_embeddings", None) or max(calibration.tokens,
                                                                                  config.evaluation.tokens)
@@ -115,8 +116,6 @@ def forward_units(steps: int, blocks: int, view: ModelView, config: PruneConfig)
 
 def rehearsal_model(config: Any, dtype: torch.dtype) -> tuple[nn.Module, bool]:
     """Two blocks of an architecture with random weights, and whether they are narrower than the real ones."""
-    from pyprune.execution.weight_streaming import skeleton
-
     small, narrowed = copy.deepcopy(config), False
     small.num_hidden_layers = 2
     if getattr(small, "layer_types", None):
@@ -154,7 +153,6 @@ def rehearsal_model(config: Any, dtype: torch.dtype) -> tuple[nn.Module, bool]:
 def disk_rates(folder: str | Path | None, size: int = 32 * 2**20) -> dict[str, float]:
     """Bytes a second at which shards are written and read where the output goes: checksum and fsync included, and the
     page cache asked to forget what was written."""
-    from pyprune.model.shards import Shard, write_shard
 
     place = Path(folder or tempfile.gettempdir()).expanduser().absolute()
     place = next(p for p in (place, *place.parents) if p.is_dir())

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from pyprune.config import LAYERWISE, ConfigError, PruneConfig
+from pyprune.execution.error_probes import ErrorProbe, stream_error
 from pyprune.execution.executor import Activations, Executor
-from pyprune.execution.run import Probe, Run, stream_error
+from pyprune.execution.run import Findings, Run
 from pyprune.masks.statistics import ratio
 from pyprune.model.blocks import WeightRef
 from pyprune.reconstruction.student import Student
@@ -57,10 +58,10 @@ def wanted(config: PruneConfig) -> bool:
 class Refiner:
     """Trains the windows of one run and measures every step on probes."""
 
-    def __init__(self, run: Run, fit: Activations | None, probes: list[Probe]):
+    def __init__(self, run: Run, found: Findings, fit: Activations | None, probes: list[ErrorProbe]):
         """fit: the run's calibration stream; probes: its error probes."""
         config = run.config
-        self.run, self.executor, self.settings = run, run.executor, config.reconstruction
+        self.run, self.found, self.executor, self.settings = run, found, run.executor, config.reconstruction
         self.trains = config.reconstruct not in LAYERWISE
         self.first = "layer" if self.trains else config.reconstruct
         self.layerwise = config.global_propagation and (not self.trains or self.settings.layerwise_target == "dense")
@@ -196,7 +197,7 @@ class Refiner:
         if trace.micro_batch_size:  # the next window will not fit either
             self.settings = dataclasses.replace(self.settings, micro_batch_size=trace.micro_batch_size)
         if trace.diverged:
-            self.run.warn(f"training of blocks {window} met a loss that is not finite and "
+            self.found.warn(f"training of blocks {window} met a loss that is not finite and "
                           + (f"was undone to epoch {trace.kept}" if trace.kept else "was undone") + "; lower lr")
 
     def _inputs(self, stream: Stream) -> Activations:
@@ -229,8 +230,8 @@ class Refiner:
                 with self.executor.compute(index - 1) as before:
                     self.executor.run(index - 1, before, stream.behind, stream.behind)
         for probe in self.probes if index > 0 else []:
-            final = stream_error(Probe(probe.name, probe.behind, self._probe_targets[probe.name]))
-            row = self.run.blocks[index - 1]
+            final = stream_error(probe.behind, self._probe_targets[probe.name])
+            row = self.found.blocks[index - 1]
             key = {"calibration": "error", "held_out": "error_held_out"}[probe.name]
             row[key] = final
             if not row["steps"] or row["steps"][-1]["step"] != "cross_block 2":
@@ -274,7 +275,7 @@ class Refiner:
     def finish(self) -> None:
         """Warn where calibration error fell while held-out error rose."""
         worse = []
-        for row in self.run.blocks:
+        for row in self.found.blocks:
             steps = [s for s in row.get("steps", []) if "held_out" in s and "calibration" in s]
             base = next((s for s in steps if s["step"] == self.first), steps[0] if steps else None)
             if base and steps[-1]["calibration"] < base["calibration"] and steps[-1]["held_out"] > base["held_out"]:
@@ -282,7 +283,7 @@ class Refiner:
         if worse:
             _, block, base, final = max(worse, key=lambda item: item[0])
             where = f"block {block}" if len(worse) == 1 else f"{len(worse)} of {self.last + 1} blocks, most in {block}"
-            self.run.warn(f"reconstruction overfits in {where}: calibration error fell from "
+            self.found.warn(f"reconstruction overfits in {where}: calibration error fell from "
                           f"{base['calibration']:.4g} to {final['calibration']:.4g} while held-out error rose from "
                           f"{base['held_out']:.4g} to {final['held_out']:.4g}; give more or self-generated sequences, "
                           "or select='validation'")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pyprune.config import ConfigError
+from pyprune.model.blocks import ModelView, weights_of
 
 PATTERNS = {"2:4": (2, 4), "4:8": (4, 8)}
 PRUNED = 0.01
@@ -117,7 +118,6 @@ def _transposed(folder: Path) -> set[str]:
         return set()
     import transformers
 
-    from pyprune.model.blocks import ModelView, weights_of
 
     try:
         config = transformers.AutoConfig.from_pretrained(folder)

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import hashlib
-import json
 import platform
 import resource
 import sys
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
-from pyprune.config import PruneConfig, to_dict
+from pyprune.config import ConfigError, PruneConfig, to_dict, to_yaml
 from pyprune.data.calibration import CalibrationData, fingerprint
+from pyprune.execution.run import Findings, Run
 
 PLACES = ("model", "output", "stream", "memory_budget_gb", "evaluation")
 """Fields that say where things are or what is measured, not what comes out; data and model have fingerprints."""
@@ -37,37 +35,25 @@ def data_identity(data: CalibrationData, texts: list[tuple[str, list[Tensor]]]) 
             "evaluation": [fingerprint(windows) for _, windows in texts]}
 
 
-def model_identity(model: nn.Module, digest: str) -> dict:
-    return {"architecture": type(model).__name__, "weights": digest,
-            "dtype": str(next(model.parameters()).dtype)[6:]}
-
-
-def weights_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """SHA-256 over name, type, shape and a sum of every tensor's bits: any single change shows, at memory speed."""
-    digest = hashlib.sha256()
-    for name, tensor in tensors:
-        flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        whole = len(flat) // 8 * 8
-        bits = int(flat[:whole].view(torch.int64).sum()) if whole else 0
-        head = flat[:256].numpy().tobytes() + flat[whole:].numpy().tobytes()
-        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape), bits]).encode() + head)
-    return digest.hexdigest()
-
-
 def compared(dense: list[dict], pruned: list[dict]) -> list[dict]:
     """One row a text: perplexity of the dense and of the pruned model."""
     return [{**d, "dense": d["perplexity"], "pruned": p["perplexity"]} for d, p in zip(dense, pruned)]
 
 
-def build_report(run, model: nn.Module, dense: list[dict], pruned: list[dict]) -> dict:
-    """The run as one plain dict: what ``report.json`` holds."""
-    coverage = run.coverage or run.view.coverage(run.selected)
-    pruned_weights = sum(w["sparsity"] * w["shape"][0] * w["shape"][1] for w in run.weights)
-    targeted = sum(w["shape"][0] * w["shape"][1] for w in run.weights)
+def build_report(run: Run, found: Findings, model: nn.Module, evaluation: list[dict], coverage: dict,
+                 structured: dict | None, peak_device: int | None, backends: dict) -> dict:
+    """The run as one plain dict: what ``report.json`` holds.
+
+    model: as it is now. evaluation: perplexity of the dense and the pruned model, one row per text. coverage: share of
+    the dense model that was selected. structured: what structured pruning adds. peak_device: bytes allocated on the GPU
+    at most between the two evaluations, None without one. backends: what each op took.
+    """
+    pruned_weights = sum(w["sparsity"] * w["shape"][0] * w["shape"][1] for w in found.weights)
+    targeted = sum(w["shape"][0] * w["shape"][1] for w in found.weights)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     if coverage["fraction"] < 1:
-        run.warn(f"{1 - coverage['fraction']:.1%} of the blocks' matrix weights were left dense: "
-                 + ", ".join(coverage["skipped"][:4]) + (" …" if len(coverage["skipped"]) > 4 else ""))
+        found.warn(f"{1 - coverage['fraction']:.1%} of the blocks' matrix weights were left dense: "
+                   + ", ".join(coverage["skipped"][:4]) + (" …" if len(coverage["skipped"]) > 4 else ""))
     return {
         "version": 1,
         "config": config_for_report(run.config),
@@ -76,19 +62,20 @@ def build_report(run, model: nn.Module, dense: list[dict], pruned: list[dict]) -
                   "dtype": str(next(model.parameters()).dtype)[6:]},
         "sparsity": pruned_weights / targeted if targeted else 0.0,
         "coverage": coverage,
-        "evaluation": compared(dense, pruned),
-        "weights": run.weights,
-        "blocks": run.blocks,
-        **({"structured": run.structured} if run.structured else {}),
-        "seconds": run.clock.seconds,
+        "evaluation": evaluation,
+        "weights": found.weights,
+        "blocks": found.blocks,
+        **({"structured": structured} if structured else {}),
+        "seconds": found.clock.seconds,
         "peak_memory_bytes": peak,
-        "peak_device_memory_bytes": run.peak_device,
+        "peak_device_memory_bytes": peak_device,
         "calibration": {"description": run.data.description, "fingerprint": run.data.fingerprint,
                         "samples": len(run.data.sequences), "tokens": sum(map(len, run.data.sequences))},
-        "warnings": run.warnings,
+        "warnings": found.warnings,
         "versions": versions(),
         "machine": {"platform": platform.platform(), "threads": torch.get_num_threads(),
                     "device": str(run.executor.device)},
+        "backends": backends,
     }
 
 
@@ -113,3 +100,27 @@ def versions() -> dict:
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
     return found
+
+
+def pruning_record(report: dict) -> dict:
+    """What ``pruning.json`` keeps of a report: how each weight was pruned and from what."""
+    config = report.get("config", {})
+    names = ("method", "pattern", "sparsity", "reconstruct", "criterion", "seed")
+    structured = report.get("structured")
+    kept = {} if not structured else {"structured": {name: value for name, value in structured.items()
+                                                     if name not in ("layers", "curve")}}
+    return {"format": 1, **{name: config.get(name) for name in names}, "settings": config, **kept,
+            **{name: report.get(name) for name in ("model", "weights", "coverage", "calibration", "versions")}}
+
+
+def run_yaml(report: dict, config: PruneConfig) -> str:
+    """``run.yaml``: repeats the run. Data given in memory is described there, and refused."""
+    import yaml
+
+    try:
+        return to_yaml(config)
+    except ConfigError:
+        note = ("# The run took its calibration or evaluation data from memory; put a path to the same data in\n"
+                "# place of the <…> below to repeat it. Calibration token ids: sha256\n"
+                f"# {report['calibration']['fingerprint']}\n")
+        return note + yaml.safe_dump(report["config"], sort_keys=False)

@@ -300,12 +300,26 @@ def model_card(report: dict, name: str, picture: str | None = None) -> str:
     return "\n".join(lines)
 
 
+def cell(row: dict, key: str, base: dict) -> str:
+    """A measure as text, with its ratio to the base's."""
+    _, unit, name = LABELS[key]
+    value, ratio = row.get(key), row["ratios"].get(key)
+    beside = f"  ×{ratio:.2f}" if ratio and row is not base else ""
+    return f"{value / unit:,.1f} {name}{beside}" if value else "–"
+
+
+LABELS = {"parameters": ("parameters", 1e6, "M"), "weight_bytes": ("weights", 2**20, "MiB"),
+          "file_bytes": ("file", 2**20, "MiB"), "peak_memory_bytes": ("peak memory", 2**20, "MiB"),
+          "forward_tokens_per_second": ("forward", 1, "tokens/s"),
+          "prefill_tokens_per_second": ("prefill", 1, "tokens/s"),
+          "decode_tokens_per_second": ("decode", 1, "tokens/s")}
+"""Measure → its label, unit and the unit's name."""
+
+
 def _gain(rows: list[dict] | None, picture: str | None) -> list[str]:
     """Size, memory and speed beside the dense model's, as a table."""
     if not rows:
         return []
-    from pyprune.evaluation.gain import LABELS, cell
-
     base, own = rows[0], rows[-1]
     lines = ["| | dense | pruned |", "|---|---|---|"]
     lines += [f"| {label} | {cell(base, key, base)} | {cell(own, key, base)} |"

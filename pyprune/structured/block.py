@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from pyprune.config import ConfigError
 from pyprune.execution.executor import Activations, Batch
-from pyprune.execution.run import Run
+from pyprune.execution.run import Clock, Findings, Run
+from pyprune.model.blocks import WeightRef
 from pyprune.structured.allocation import choose
 from pyprune.structured.criteria import NEEDS_MOMENTS, Scored, score
 from pyprune.structured.groups import Coupled
@@ -46,21 +47,38 @@ class Target:
     attributes: list[dict] = field(default_factory=list)
 
 
-@dataclass(eq=False)
-class Plan:
+@dataclass(frozen=True, eq=False)
+class Preparation:
     """What is known before the first pass."""
 
     groups: list[list[Coupled]]
     gradients: list[list[Tensor]] | None
     flags: dict[str, str]
     """``{kind: config flag}`` of biases that are added."""
-    targets: list[Target]
     notes: list[str]
     biases: list[list[str]]
     """Per block, biases that the flags add to its other layers, which stay zero."""
+    selected: list[list[WeightRef]]
+    """Per block, the weights that belong to a group."""
+    coverage: dict
+    """What of the dense model that is."""
 
 
-def observe(run: Run, index: int, module: nn.Module, groups: list[Coupled], stream: Activations, *,
+@dataclass(frozen=True, eq=False)
+class StructuredRun:
+    """One structured run: what it is, what it finds, what was prepared, and the models it makes."""
+
+    run: Run
+    found: Findings
+    prepared: Preparation
+    targets: list[Target]
+
+    @property
+    def clock(self) -> Clock:
+        return self.found.clock
+
+
+def observe(run: Run, clock: Clock, index: int, module: nn.Module, groups: list[Coupled], stream: Activations, *,
             target: Activations | None = None, dense: list[Activations | None] | None = None) -> list[Split]:
     """Moments of the groups' inputs over a stream; outputs go to ``target``, errors are taken against ``dense``.
 
@@ -79,7 +97,7 @@ def observe(run: Run, index: int, module: nn.Module, groups: list[Coupled], stre
     first, total = run.world.span(len(run.data.sequences))[0], len(run.data.sequences)
 
     def take(batch: Batch, _) -> None:
-        with run.clock("statistics"):
+        with clock("statistics"):
             held = _held(stream, batch, first, total).to(run.executor.device)
             for i, split in enumerate(splits):
                 x = taps.inputs.get(i)
@@ -102,11 +120,11 @@ def observe(run: Run, index: int, module: nn.Module, groups: list[Coupled], stre
                 split.update(x, mark, e, w)
 
     try:
-        with run.clock("forward"):
+        with clock("forward"):
             run.executor.run(index, module, stream, target, take, taps.run)
     finally:
         taps.close()
-    with run.clock("statistics"):
+    with clock("statistics"):
         for split in splits:
             split.sum_over(run.world)
     for split, group in zip(splits, groups):
@@ -182,17 +200,19 @@ def needs_split(run: Run) -> bool:
     return run.config.reconstruct != "none" or run.config.criterion in NEEDS_MOMENTS
 
 
-def score_group(run: Run, plan: Plan, index: int, i: int, split: Split | None) -> Tensor:
-    group, block = plan.groups[index][i], run.view.blocks[index]
+def score_group(work: StructuredRun, index: int, i: int, split: Split | None) -> Tensor:
+    """Scores float32 ``[units]`` of one group: the least important first to go."""
+    run, prepared = work.run, work.prepared
+    group, block = prepared.groups[index][i], run.view.blocks[index]
     criterion = run.config.criterion
     if criterion in NEEDS_MOMENTS and split.count == 0:
         criterion = "magnitude"
-        run.warn(f"{run.view.path}.{index}.{group.name} saw no calibration token: chosen by magnitude")
+        work.found.warn(f"{run.view.path}.{index}.{group.name} saw no calibration token: chosen by magnitude")
     layer = Scored(group, group.consumer.view(block).to(run.executor.device).float(), split,
-                   centred=has_slot(run, plan, index, group), block=block,
+                   centred=has_slot(work, index, group), block=block,
                    seed=hash((run.config.seed, index, i)) % 2**31,
-                   gradients=None if plan.gradients is None else plan.gradients[index][i])
-    with run.clock("score"):
+                   gradients=None if prepared.gradients is None else prepared.gradients[index][i])
+    with work.clock("score"):
         return score(criterion, layer)
 
 
@@ -202,23 +222,26 @@ def has_bias(block: nn.Module, group: Coupled) -> bool:
     return getattr(block.get_submodule(group.consumer.module_path), "bias", None) is not None
 
 
-def has_slot(run: Run, plan: Plan, index: int, group: Coupled) -> bool:
-    return group.kind in plan.flags and group.consumer.expert is None or has_bias(run.view.blocks[index], group)
+def has_slot(work: StructuredRun, index: int, group: Coupled) -> bool:
+    """Whether the pruned model can hold a bias at the group's consumer."""
+    flagged = group.kind in work.prepared.flags and group.consumer.expert is None
+    return flagged or has_bias(work.run.view.blocks[index], group)
 
 
-def repair_group(run: Run, plan: Plan, target: Target, index: int, i: int, split: Split | None,
+def repair_group(work: StructuredRun, target: Target, index: int, i: int, split: Split | None,
                  scores: Tensor) -> tuple[Pick, dict]:
     """Choose and repair one consumer for one sparsity; with its row of the target's report."""
+    run = work.run
     config, block = run.config, run.view.blocks[index]
-    group, count = plan.groups[index][i], target.counts[index][i]
+    group, count = work.prepared.groups[index][i], target.counts[index][i]
     weight = group.consumer.view(block).to(run.executor.device).float().contiguous()
     bias = None
-    if has_slot(run, plan, index, group):
+    if has_slot(work, index, group):
         own = getattr(block.get_submodule(group.consumer.module_path), "bias", None)
         bias = torch.zeros(len(weight), device=weight.device) if own is None else own.data.to(weight.device).float()
     kept = choose(group, scores, count)
     s = config.structured
-    with run.clock("solve"):
+    with work.clock("solve"):
         if split is None:
             columns = group.columns_of(kept).to(weight.device)
             done = Repair(weight[:, columns], bias, "none")
@@ -227,7 +250,7 @@ def repair_group(run: Run, plan: Plan, target: Target, index: int, i: int, split
                           interpolate=s.interpolate, interpolate_weights=s.interpolate_weights)
     name = run.view.name(index, group.consumer)
     for warning in done.warnings:
-        run.warn(f"{name} {warning}")
+        work.found.warn(f"{name} {warning}")
     row = {
         "name": name, "block": index, "shape": list(weight.shape), "kind": group.kind, "units": group.units,
         "kept": count, "method": done.method, "damping": done.damping, "error_held_out": done.error, "error": None,
@@ -248,28 +271,28 @@ def refresh(block: nn.Module, module: nn.Module) -> None:
     module.__dict__.update(fresh.__dict__)
 
 
-def dense_block(run: Run, plan: Plan, index: int, module: nn.Module, stream: Activations | None) -> None:
+def dense_block(work: StructuredRun, index: int, module: nn.Module, stream: Activations | None) -> None:
     """Prune one block for every target, on the inputs that the dense model gives it."""
-    groups = plan.groups[index]
+    groups = work.prepared.groups[index]
     splits: list = [None] * len(groups)
     if stream is not None:
-        splits = observe(run, index, module, groups, stream, target=stream)
-    picks = _picks(run, plan, index, range(len(groups)), splits)
-    for target, chosen in zip(plan.targets, picks):
-        with run.clock("slice"):
+        splits = observe(work.run, work.clock, index, module, groups, stream, target=stream)
+    picks = _picks(work, index, range(len(groups)), splits)
+    for target, chosen in zip(work.targets, picks):
+        with work.clock("slice"):
             target.attributes.append(slice_block(target.blocks[index], chosen))
 
 
-def propagated_block(run: Run, plan: Plan, index: int, module: nn.Module, student: Activations | None,
+def propagated_block(work: StructuredRun, index: int, module: nn.Module, student: Activations | None,
                      dense: Activations | None) -> None:
     """Heads, then neurons, each on the input that the pruned prefix and the pruned attention leave them."""
-    groups, target = plan.groups[index], plan.targets[0]
+    groups, target = work.prepared.groups[index], work.targets[0]
     sums: list[Activations | None] = [None] * len(groups)
     if dense is not None:
         own = [g.consumer.expert is None for g in groups]
         sums = [None if not o else dense if g.target == "" else dense.like() for g, o in zip(groups, own)]
-        with run.clock("forward"):
-            _dense_pass(run, index, module, groups, dense, sums)
+        with work.clock("forward"):
+            _dense_pass(work.run, index, module, groups, dense, sums)
     attributes: dict[str, dict] = {}
     for kind in ("heads", "neurons"):
         stage = [i for i, g in enumerate(groups) if g.kind == kind]
@@ -277,26 +300,27 @@ def propagated_block(run: Run, plan: Plan, index: int, module: nn.Module, studen
             continue
         splits: list = [None] * len(stage)
         if student is not None:
-            splits = observe(run, index, module, [groups[i] for i in stage], student, dense=[sums[i] for i in stage])
-        [picks] = _picks(run, plan, index, stage, splits)
-        with run.clock("slice"):
+            splits = observe(work.run, work.clock, index, module, [groups[i] for i in stage], student,
+                             dense=[sums[i] for i in stage])
+        [picks] = _picks(work, index, stage, splits)
+        with work.clock("slice"):
             for path, values in slice_block(target.blocks[index], picks).items():
                 attributes.setdefault(path, {}).update(values)
             refresh(target.blocks[index], module)
     target.attributes.append(attributes)
 
 
-def _picks(run: Run, plan: Plan, index: int, stage: Sequence[int], splits: list[Split | None]) -> list[list[Pick]]:
+def _picks(work: StructuredRun, index: int, stage: Sequence[int], splits: list[Split | None]) -> list[list[Pick]]:
     """What every target keeps of the groups ``stage``; each group is scored and solved by one of the processes."""
-    block, targets = run.view.blocks[index], plan.targets
-    groups = plan.groups[index]
+    run, targets = work.run, work.targets
+    block, groups = run.view.blocks[index], work.prepared.groups[index]
     solved: dict[tuple[int, int], Pick] = {}
 
     def solve(k: int) -> list[tuple]:
-        scores = score_group(run, plan, index, stage[k], splits[k])
+        scores = score_group(work, index, stage[k], splits[k])
         told = []
         for t, target in enumerate(targets):
-            pick, row = repair_group(run, plan, target, index, stage[k], splits[k], scores)
+            pick, row = repair_group(work, target, index, stage[k], splits[k], scores)
             solved[k, t] = pick
             told.append((pick.kept, pick.weight is not None, pick.bias is not None, row))
         return told
@@ -318,7 +342,5 @@ def _picks(run: Run, plan: Plan, index: int, stage: Sequence[int], splits: list[
                 pick.weight = run.world.share(pick.weight, (rows, len(kept) * group.width), owner, device)
             if biased:
                 pick.bias = run.world.share(pick.bias, (rows,), owner, device)
-    for part in run.world.everyone(run.warnings) if run.world.size > 1 else []:
-        for text in part:
-            run.warn(text)
+    work.found.share_warnings(run.world)
     return [[solved[k, t] for k in range(len(stage))] for t in range(len(targets))]

@@ -2,7 +2,7 @@
 
 A uniform result becomes a plain checkpoint: the config is edited and an empty model built from it must have exactly the
 sliced shapes, else stock transformers would drop or re-initialise weights without an error. What a stock config cannot
-say is described by :func:`layout`, from which :func:`build_from_sizes` makes the same model again.
+say is described by :func:`layout`, from which :mod:`pyprune.model.sizes` makes the same model again.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import nn
 from pyprune.config import ConfigError
 from pyprune.model.blocks import WeightRef
 from pyprune.structured.groups import Coupled
-from pyprune.structured.slicing import NEURON_ATTRIBUTES, apply_attributes, set_parameter
+from pyprune.structured.slicing import NEURON_ATTRIBUTES
 
 BIAS_FLAGS = ("mlp_bias", "attention_bias", "use_bias", "enable_bias")
 
@@ -132,52 +132,6 @@ def layout(model: nn.Module, path: str, attributes: list[dict[str, dict]], block
         "attributes": {f"{path}.{i}.{m}" if m else f"{path}.{i}": values
                        for i, changed in enumerate(attributes) for m, values in changed.items()},
     }
-
-
-def sized_class(cls: type, sizes: dict) -> type:
-    """A subclass of a Hugging Face model class whose instances have the shapes of ``sizes`` (a :func:`layout`)."""
-    def init(self, config, *args, **kwargs):
-        cls.__init__(self, config, *args, **kwargs)
-        _resize(self, sizes)
-
-    return type(cls.__name__, (cls,), {"__init__": init, "__module__": cls.__module__})
-
-
-def _resize(model: nn.Module, sizes: dict) -> None:
-    for name, shape in sizes["shapes"].items():
-        owner, _, key = name.rpartition(".")
-        module = model.get_submodule(owner)
-        like = getattr(module, key, None)
-        value = torch.empty(shape, dtype=(module.weight if like is None else like).dtype)
-        if like is None:
-            setattr(module, key, nn.Parameter(value))
-        else:
-            set_parameter(module, key, value)
-    for path, values in sizes["attributes"].items():
-        apply_attributes(model.get_submodule(path), values)
-
-
-def build_from_sizes(config, sizes: dict) -> nn.Module:
-    """The model that ``sizes`` (a :func:`layout`) describes, on the CPU with uninitialised weights.
-
-    config: the Hugging Face config saved beside it. Raises ConfigError for an unknown architecture.
-    """
-    from transformers.initialization import no_init_weights
-
-    with no_init_weights():
-        model = sized_class(class_of(sizes), sizes)(config)
-    model.__class__ = class_of(sizes)
-    return model.eval()
-
-
-def class_of(sizes: dict) -> type:
-    """The transformers class that a :func:`layout` was made from."""
-    import transformers
-
-    cls = getattr(transformers, sizes["architecture"], None)
-    if cls is None:
-        raise ConfigError(f"this transformers has no {sizes['architecture']}, which the checkpoint was saved as")
-    return cls
 
 
 def dense_groups(groups: list[Coupled]) -> dict[str, Coupled]:

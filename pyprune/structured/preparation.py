@@ -9,18 +9,18 @@ from torch import Tensor, nn
 
 from pyprune.config import ConfigError, PruneConfig
 from pyprune.execution.executor import expert_loop
-from pyprune.execution.run import Run
+from pyprune.execution.run import Findings, Run
 from pyprune.model.blocks import ModelView
 from pyprune.structured import config_edits, slicing
 from pyprune.structured.allocation import Member, choose, global_counts, uniform_count
-from pyprune.structured.block import Plan, Target, dealt, has_bias, observe, score_group
+from pyprune.structured.block import Preparation, StructuredRun, Target, dealt, has_bias, observe, score_group
 from pyprune.structured.criteria import NEEDS_GRADIENTS, NEEDS_MOMENTS
 from pyprune.structured.groups import PROBE_TOKENS, Coupled, find_groups
 from pyprune.structured.slicing import Pick, slice_block
 from pyprune.structured.taps import gradient_sequences, mask_gradients
 
 
-def make_plan(run: Run) -> Plan:
+def prepare(run: Run, found: Findings) -> StructuredRun:
     """Groups, gradients, sizes and whether they can be said in a stock config; nothing is changed yet."""
     config, view = run.config, run.view
     groups = find_groups(view, config.pattern, config.structured.head_scope, run.executor.weights)
@@ -33,27 +33,27 @@ def make_plan(run: Run) -> Plan:
             if len(g.pools.unique()) == g.units:
                 raise ConfigError(_single(g))
     _verify(run, groups)
-    run.selected = [[r for r in refs if r.path in _paths(block)] for block, refs in zip(groups, run.selected)]
+    selected = [[r for r in refs if r.path in _paths(block)] for block, refs in zip(groups, run.selected)]
     gradients = None
     if config.criterion in NEEDS_GRADIENTS:
         if any(g.consumer.expert is not None for block in groups for g in block):
             raise ConfigError(f"criterion {config.criterion!r} does not see fused experts; choose wifv or obs")
-        with run.clock("gradients"):
+        with found.clock("gradients"):
             gradients = _gradients(run, groups)
     flags, notes = _flags(run, groups)
     if config.reconstruct == "none" and config.criterion in ("wifv", "obs", "obs_greedy") and any(
             g.kind == "heads" for block in groups for g in block):
         notes.append(f"{config.criterion} chooses heads for a repair that takes up their mean; without reconstruction "
                      "it can be worse than random")
-    plan = Plan(groups, gradients, flags, [], notes, _biases(run, flags))
+    prepared = Preparation(groups, gradients, flags, notes, _biases(run, flags), selected, view.coverage(selected))
     sparsities = config.sparsity if isinstance(config.sparsity, list) else [config.sparsity]
-    counts = _allocate(run, plan, sparsities)
-    for sparsity, count in zip(sparsities, counts):
+    targets = []
+    for sparsity, counts in zip(sparsities, _allocate(StructuredRun(run, found, prepared, []), sparsities)):
         model = view.model if len(sparsities) == 1 else twin(view.model, view.path)
-        target = Target(sparsity, model, model.get_submodule(view.path), count)
-        _decide(run, plan, target)
-        plan.targets.append(target)
-    return plan
+        target = Target(sparsity, model, model.get_submodule(view.path), counts)
+        _decide(run, prepared, target)
+        targets.append(target)
+    return StructuredRun(run, found, prepared, targets)
 
 
 def _gradients(run: Run, groups: list[list[Coupled]]) -> list[list[Tensor]]:
@@ -116,7 +116,7 @@ def _verify(run: Run, groups: list[list[Coupled]]) -> None:
 
 
 def _flags(run: Run, groups: list[list[Coupled]]) -> tuple[dict[str, str], list[str]]:
-    """Bias flags to set, and what the plan says about kinds without a slot."""
+    """Bias flags to set, and notes on kinds without a slot."""
     config = run.config
     wants = config.reconstruct == "bias" or (config.reconstruct == "liar" and config.structured.interpolate != "weight")
     if not wants:
@@ -137,19 +137,20 @@ def _flags(run: Run, groups: list[list[Coupled]]) -> tuple[dict[str, str], list[
     return flags, notes
 
 
-def _allocate(run: Run, plan: Plan, sparsities: list[float]) -> list[list[list[int]]]:
+def _allocate(work: StructuredRun, sparsities: list[float]) -> list[list[list[int]]]:
     """Units kept per sparsity, block and group."""
+    run, groups = work.run, work.prepared.groups
     if run.config.structured.allocation == "uniform":
-        return [[[uniform_count(g, s) for g in block] for block in plan.groups] for s in sparsities]
-    members = [[Member(i, g, None, g.unit_size(run.view.blocks[i])) for g in block]
-               for i, block in enumerate(plan.groups)]
-    with run.clock("allocation"), expert_loop(run.view.model.config), torch.no_grad():
+        return [[[uniform_count(g, s) for g in block] for block in groups] for s in sparsities]
+    members = [[Member(i, g, None, g.unit_size(run.view.blocks[i])) for g in block] for i, block in enumerate(groups)]
+    with work.clock("allocation"), expert_loop(run.view.model.config), torch.no_grad():
         stream = run.executor.embed(run.data.sequences, shared=True) if run.config.criterion in NEEDS_MOMENTS else None
         for index, block in enumerate(members):
             with run.executor.compute(index) as module:
-                splits = observe(run, index, module, plan.groups[index], stream, target=stream) if stream else None
+                splits = observe(run, work.clock, index, module, groups[index], stream, target=stream) if stream else \
+                    [None] * len(block)
                 scores = dealt(run, [float(m.group.units) for m in block], lambda i, index=index, splits=splits:
-                               score_group(run, plan, index, i, splits[i] if splits else None))
+                               score_group(work, index, i, splits[i]))
             for member, (_, found) in zip(block, scores):
                 member.scores = found
             run.executor.release(index)
@@ -168,12 +169,12 @@ def twin(model: nn.Module, path: str) -> nn.Module:
     return copy.deepcopy(model, {id(p): p for p in model.parameters() if id(p) not in inside})
 
 
-def _decide(run: Run, plan: Plan, target: Target) -> None:
+def _decide(run: Run, prepared: Preparation, target: Target) -> None:
     """Whether a stock config can say the target's sizes; refuse, pad or go on as the configuration asks."""
     mode = run.config.structured.nonstandard
-    flags = dict.fromkeys(plan.flags.values(), True)
+    flags = dict.fromkeys(prepared.flags.values(), True)
     try:
-        target.edits = _edits(run, plan, target.counts, flags)
+        target.edits = _edits(run, prepared, target.counts, flags)
         return
     except ConfigError as error:
         target.reason = str(error)
@@ -183,14 +184,14 @@ def _decide(run: Run, plan: Plan, target: Target) -> None:
                           "'pad' (zeros, stock tools, no smaller)")
     if mode == "save":
         return
-    widest = {k: max(c for b, cs in zip(plan.groups, target.counts) for g, c in zip(b, cs) if g.kind == k)
-              for k in {g.kind for b in plan.groups for g in b}}
-    dense = {g.kind: g.units for b in plan.groups for g in b}
+    widest = {k: max(c for b, cs in zip(prepared.groups, target.counts) for g, c in zip(b, cs) if g.kind == k)
+              for k in {g.kind for b in prepared.groups for g in b}}
+    dense = {g.kind: g.units for b in prepared.groups for g in b}
     tries = [widest, {**widest, "heads": dense.get("heads")}, {**widest, "neurons": dense.get("neurons")}, dense]
     for sizes in tries:
-        padded = [[sizes[g.kind] for g in block] for block in plan.groups]
+        padded = [[sizes[g.kind] for g in block] for block in prepared.groups]
         try:
-            target.edits = _edits(run, plan, padded, flags)
+            target.edits = _edits(run, prepared, padded, flags)
         except ConfigError:
             continue
         target.padded = padded
@@ -198,24 +199,22 @@ def _decide(run: Run, plan: Plan, target: Target) -> None:
     raise ConfigError(f"even zero-padded sizes do not fit a stock config: {target.reason}")
 
 
-def _edits(run: Run, plan: Plan, counts: list[list[int]], flags: dict) -> dict:
+def _edits(run: Run, prepared: Preparation, counts: list[list[int]], flags: dict) -> dict:
     """Config edits for these sizes, checked on a weightless model that is sliced like the real one."""
     model = run.view.model
-    units: dict[str, set[int]] = {}
-    for i, (block, sizes) in enumerate(zip(plan.groups, counts)):
-        for g, n in zip(block, sizes):
-            units.setdefault(g.kind, set()).add(n)
-        for kind in {g.kind for b in plan.groups for g in b} - {g.kind for g in block}:
-            units.setdefault(kind, set()).add(-i - 1)  # a block that keeps its dense size
-    for kind, sizes in units.items():
-        if len(sizes) > 1:
-            shown = ", ".join(str(s) for s in sorted(s for s in sizes if s > 0)[:4])
+    units: dict[str, int] = {}
+    for kind in sorted({g.kind for block in prepared.groups for g in block}):
+        sizes = {n for block, kept in zip(prepared.groups, counts) for g, n in zip(block, kept) if g.kind == kind}
+        some_dense = any(all(g.kind != kind for g in block) for block in prepared.groups)
+        if len(sizes) > 1 or some_dense:
+            shown = ", ".join(map(str, sorted(sizes)[:4])) + (", others dense" if some_dense else "")
             raise ConfigError(f"a {type(model.config).__name__} has one size for all blocks, these differ in {kind} "
-                              f"({shown}{'' if min(sizes) > 0 else ', others dense'})")
+                              f"({shown})")
+        units[kind] = sizes.pop()
     shell = config_edits.empty_like(model, {})
-    for block, found, sizes in zip(shell.get_submodule(run.view.path), plan.groups, counts):
+    for block, found, sizes in zip(shell.get_submodule(run.view.path), prepared.groups, counts):
         slice_block(block, [Pick(g, choose(g, -torch.arange(g.units).double(), n)) for g, n in zip(found, sizes)])
-    dense = config_edits.dense_groups(next(b for b in plan.groups if b))
-    return config_edits.standard_edits(shell, dense, {k: next(iter(v)) for k, v in units.items()}, flags)
+    dense = config_edits.dense_groups(next(b for b in prepared.groups if b))
+    return config_edits.standard_edits(shell, dense, units, flags)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pyprune.config import ConfigError
 from pyprune.model.blocks import Arguments, call_block
+from pyprune.model.sizes import apply_attributes, set_parameter
 from pyprune.structured.groups import Coupled
 
 # Names under which Hugging Face modules and configs keep sizes; everything else is discovered.
@@ -115,19 +116,6 @@ def _collect(changes: dict, stacks: dict, path: str, expert: int | None, value: 
         stacks.setdefault(path, {})[expert] = value
 
 
-def set_parameter(block: nn.Module, path: str, value: Tensor) -> None:
-    owner, _, key = path.rpartition(".")
-    module = block.get_submodule(owner)
-    old = getattr(module, key)
-    setattr(module, key, nn.Parameter(value.contiguous(), requires_grad=old.requires_grad))
-    if key != "weight":
-        return
-    if isinstance(module, nn.Linear):
-        module.out_features, module.in_features = value.shape
-    elif hasattr(module, "nf"):
-        module.nx, module.nf = value.shape
-
-
 def _set_attributes(block: nn.Module, group: Coupled, units: int, changed: dict[str, dict]) -> None:
     """Sizes that the modules around the sliced parameters keep for their forward pass."""
     owners = {slot.path.rpartition(".")[0] for slot in group.slots} | {group.consumer.module_path}
@@ -159,18 +147,6 @@ def _new_sizes(module: nn.Module, group: Coupled, units: int) -> dict:
         if hasattr(module.config, "num_key_value_heads"):
             values["config"]["num_key_value_heads"] = groups
     return values
-
-
-def apply_attributes(module: nn.Module, values: dict) -> None:
-    """Write sizes to a module; those of its config go to a copy that only this module sees."""
-    for name, value in values.items():
-        if name == "config":
-            own = copy.copy(module.config)
-            for key, size in value.items():
-                setattr(own, key, size)
-            module.config = own
-        else:
-            setattr(module, name, value)
 
 
 @torch.no_grad()

@@ -12,7 +12,8 @@ import torch
 
 import pyprune
 from pyprune.config import ConfigError, Evaluation
-from pyprune.evaluation.perplexity import is_causal, latency, measure, perplexity, windows, windows_of
+from pyprune.evaluation.latency import latency
+from pyprune.evaluation.perplexity import is_causal, measure, perplexity, windows, windows_of
 
 PROSE = "The quick brown fox jumps over the lazy dog, and nobody minds it.\n" * 60
 

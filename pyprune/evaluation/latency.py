@@ -1,0 +1,56 @@
+"""Size and speed of a model: prefill and decode."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from pyprune.evaluation.perplexity import check_causal, device_of, vocabulary
+
+
+@torch.no_grad()
+def latency(model: nn.Module, *, tokens: int = 512, new_tokens: int = 32, batch_size: int = 1, repeats: int = 3,
+            directory: str | Path | None = None) -> dict:
+    """Size and speed: parameters, bytes on disk, peak memory, tokens a second in prefill and in decode.
+
+    Prefill is one forward pass over ``tokens`` random ids; decode feeds one token at a time after it, with the cache.
+    Speeds are of the fastest of ``repeats`` runs after one that is not counted. ``peak_memory_bytes`` is the device's
+    during the runs, on a CPU the process's so far.
+    """
+    check_causal(model)
+    device = device_of(model)
+    ids = torch.randint(vocabulary(model), (batch_size, tokens), generator=torch.Generator().manual_seed(0)).to(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    runs = [_timed_run(model, ids, new_tokens) for _ in range(repeats + 1)][1:]
+    prefill, decode = (min(column) for column in zip(*runs))
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else \
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    size = None if directory is None else sum(f.stat().st_size for f in Path(directory).iterdir()
+                                              if f.suffix in (".safetensors", ".bin"))
+    return {"parameters": sum(p.numel() for p in model.parameters()), "file_bytes": size, "peak_memory_bytes": peak,
+            "prefill_tokens_per_second": batch_size * tokens / prefill,
+            "decode_tokens_per_second": batch_size * new_tokens / decode,
+            "tokens": tokens, "new_tokens": new_tokens, "batch_size": batch_size,
+            "dtype": str(next(model.parameters()).dtype)[6:], "device": str(device)}
+
+
+def _timed_run(model: nn.Module, ids: Tensor, new_tokens: int) -> tuple[float, float]:
+    """Seconds of one prefill and of ``new_tokens`` decode steps after it."""
+    start = _now(ids.device)
+    out = model(input_ids=ids, use_cache=True)
+    between = _now(ids.device)
+    for _ in range(new_tokens):
+        out = model(input_ids=out.logits[:, -1:].argmax(-1), past_key_values=out.past_key_values, use_cache=True)
+    return between - start, _now(ids.device) - between
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

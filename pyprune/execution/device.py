@@ -1,0 +1,27 @@
+"""Where a run computes, and in which types: the one place that turns names into devices and dtypes."""
+
+from __future__ import annotations
+
+import torch
+
+from pyprune.config import ConfigError
+
+
+def pick_device(name: str) -> torch.device:
+    """``auto`` is the GPU if there is one. Raises :class:`ConfigError` for a device that cannot be used."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+
+
+def cpu_has_bfloat16() -> bool:
+    """True if this CPU multiplies bfloat16 in hardware (AVX-512 BF16 or AMX), several times as fast as float32."""
+    return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
+
+
+def pick_dtype(name: str) -> torch.dtype | None:
+    """The type of that name; None for ``auto``."""
+    return None if name == "auto" else getattr(torch, name)

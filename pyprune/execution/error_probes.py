@@ -1,0 +1,67 @@
+"""A few sequences carried through the dense and the pruned model side by side, to measure what pruning costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from pyprune.config import PruneConfig
+from pyprune.data.calibration import CalibrationData
+from pyprune.execution.executor import Activations, Executor
+
+
+@dataclass(eq=False)
+class ErrorProbe:
+    """The same sequences in both models: ``student`` follows the pruned prefix, ``dense`` the dense one."""
+
+    name: str
+    """``calibration`` or ``held_out``."""
+    student: Activations
+    dense: Activations
+
+    def error(self) -> float:
+        """``‖f̄(x̄) − f(x)‖² / ‖f̄(x̄)‖²``, pruned stream against dense stream, where they now stand."""
+        return stream_error(self.student, self.dense)
+
+
+def make_probes(executor: Executor, config: PruneConfig, data: CalibrationData) -> list[ErrorProbe]:
+    """Calibration and held-out probes, as far as there are sequences for them; what a choice is made by is measured on
+    every held-out sequence."""
+    n = config.probe_samples
+    chooses = config.reconstruction.select == "validation" or config.reconstruction.early_stop
+    held_out = data.held_out[: None if chooses else n]
+    probes = []
+    for name, sequences in (("calibration", data.sequences[:n]), ("held_out", held_out)):
+        if sequences:
+            student = executor.embed(sequences)
+            probes.append(ErrorProbe(name, student, student.like()))
+    return probes
+
+
+def pass_dense(executor: Executor, index: int, module: nn.Module, probes: list[ErrorProbe]) -> None:
+    """The dense streams pass a block that is not pruned yet."""
+    for probe in probes:
+        executor.run(index, module, probe.dense, probe.dense)
+
+
+def pass_student(executor: Executor, index: int, module: nn.Module, probes: list[ErrorProbe]) -> None:
+    """The pruned streams pass the finished block."""
+    for probe in probes:
+        executor.run(index, module, probe.student, probe.student)
+
+
+def errors_of(probes: list[ErrorProbe]) -> dict[str, float | None]:
+    """A block's errors as its row of the report holds them."""
+    errors = {probe.name: probe.error() for probe in probes}
+    return {"error": errors.get("calibration"), "error_held_out": errors.get("held_out")}
+
+
+def stream_error(student: Activations, dense: Activations) -> float:
+    """``‖dense − student‖² / ‖dense‖²`` of two streams over the same sequences."""
+    lost = total = 0.0
+    for batch in dense.batches():
+        target = dense.read(batch).float()
+        lost += (target - student.read(batch).float()).square().sum().item()
+        total += target.square().sum().item()
+    return lost / total if total else 0.0

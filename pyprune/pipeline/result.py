@@ -1,0 +1,103 @@
+"""What a run hands back: the pruned model, what was asked, what it cost, and how to write it."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import nn
+
+from pyprune.config import PruneConfig
+from pyprune.execution.weight_streaming import Streamed
+from pyprune.model import checkpoint
+from pyprune.model.origin import Origin
+from pyprune.reporting.record import pruning_record, run_yaml
+from pyprune.reporting.rendering import model_card
+
+
+@dataclass
+class PruneResult:
+    """A pruned model, what was asked, and what it cost."""
+
+    model: nn.Module
+    tokenizer: object
+    config: PruneConfig
+    report: dict
+    models: dict[float, nn.Module] = field(default_factory=dict)
+    """Structured pruning: by sparsity; ``model`` is the last one asked for."""
+    origin: Origin | None = None
+    """What the dense checkpoint holds beside the model."""
+
+    def save(self, directory: str) -> None:
+        """Write a Hugging Face checkpoint with ``pruning.json``, ``report.json``, ``run.yaml`` and a model card; of
+        several sparsities, each in a folder of its own, ``sparsity-0.3``."""
+        if len(self.models) < 2:
+            with checkpoint.staged(directory) as folder:
+                self._write(folder, Path(directory).name)
+        for single in self.singles():
+            single.save(f"{directory}/sparsity-{single.config.sparsity:g}")
+
+    def fill(self, folder: Path) -> None:
+        """Write the same files into a folder that exists."""
+        if len(self.models) < 2:
+            self._write(folder, Path(self.config.output).name)
+        for single in self.singles():
+            name = f"sparsity-{single.config.sparsity:g}"
+            (folder / name).mkdir()
+            single._write(folder / name, name)
+
+    def singles(self) -> list[PruneResult]:
+        """One result per sparsity, where several were asked for."""
+        if len(self.models) < 2:
+            return []
+        return [PruneResult(model, self.tokenizer, dataclasses.replace(self.config, sparsity=sparsity),
+                            report_of(self.report, sparsity), origin=self.origin)
+                for sparsity, model in self.models.items()]
+
+    def _write(self, folder: Path, name: str) -> None:
+        checkpoint.save_model(self.model, folder)
+        checkpoint.save_extras(self.tokenizer, folder, self.origin)
+        write_records(folder, self.report, self.config, name)
+
+
+class StreamedResult(PruneResult):
+    """The result of a run that never held the whole model: it lies in the output folder and is loaded if asked for."""
+
+    def __init__(self, weights: Streamed, tokenizer, config: PruneConfig, report: dict, origin: Origin | None = None):
+        self.weights, self.tokenizer, self.config, self.report = weights, tokenizer, config, report
+        self.models, self.origin = {}, origin
+        self._model: nn.Module | None = None
+
+    @property
+    def model(self) -> nn.Module:
+        """The pruned model, loaded whole on first use."""
+        if self._model is None:
+            self._model = checkpoint.load(self.config.output).model
+        return self._model
+
+    def fill(self, folder: Path) -> None:
+        """Write the checkpoint from the shards of the finished blocks."""
+        self.weights.save(folder)
+        checkpoint.save_extras(self.tokenizer, folder, self.origin)
+        write_records(folder, self.report, self.config, Path(self.config.output).name)
+
+
+def write_records(folder: Path, report: dict, config: PruneConfig, name: str) -> None:
+    """Write what was done: records, report, configuration and model card, which calls the model ``name``."""
+    checkpoint.write_json(folder / "report.json", report)
+    checkpoint.write_json(folder / "pruning.json", pruning_record(report))
+    (folder / "run.yaml").write_text(run_yaml(report, config))
+    (folder / "README.md").write_text(model_card(report, name))
+
+
+def report_of(report: dict, sparsity: float) -> dict:
+    """The report of one of several sparsities, as if it had been pruned alone."""
+    whole = report["structured"]
+    entry = next(e for e in whole["curve"] if e["sparsity"] == sparsity)
+    total = sum(r["shape"][0] * r["shape"][1] for r in entry["layers"])
+    dropped = sum(r["sparsity"] * r["shape"][0] * r["shape"][1] for r in entry["layers"])
+    return {**report, "config": {**report["config"], "sparsity": sparsity}, "weights": entry["layers"],
+            "model": {**report["model"], "parameters": entry["parameters"]}, "sparsity": dropped / total,
+            "evaluation": entry.get("evaluation", []),
+            "structured": {"notes": whole["notes"], "inputs": whole["inputs"], **entry}}

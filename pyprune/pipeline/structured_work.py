@@ -1,0 +1,158 @@
+"""Structured pruning of one block: observe, score, choose, repair, slice; the loop propagates and writes.
+
+``inputs="propagated"`` follows the pruned prefix and repairs towards the dense stream: per block one dense pass, one
+pass for each of heads and neurons, one to go on. ``inputs="dense"`` needs one pass in all and serves many sparsities.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from pyprune.execution.error_probes import ErrorProbe, errors_of, make_probes, pass_dense, pass_student
+from pyprune.execution.executor import Activations
+from pyprune.execution.journal import Journal
+from pyprune.execution.run import Findings, Run
+from pyprune.pipeline.block_loop import Written
+from pyprune.pipeline.progress import Progress
+from pyprune.structured import config_edits, slicing
+from pyprune.structured.block import StructuredRun, Target, dense_block, needs_split, propagated_block, refresh
+from pyprune.structured.preparation import prepare
+
+
+class StructuredWork:
+    """The work of one run that removes heads and neurons; one sparsity is pruned in place."""
+
+    def __init__(self, run: Run, found: Findings, journal: Journal):
+        """Raises ConfigError before any pass if the result could not be loaded as asked (``structured.nonstandard``)."""
+        self.run, self.found, self.journal, self.executor = run, found, journal, run.executor
+        self.last = len(run.view.blocks) - 1
+        self.inputs = run.config.inputs
+        if isinstance(run.config.sparsity, list) and self.inputs == "propagated":
+            self.inputs = "dense"
+            found.warn("several sparsities share one pass over the dense stream; prune one at a time for "
+                       "inputs='propagated'")
+        with found.clock("groups"):
+            self.structured: StructuredRun = prepare(run, found)
+        self.prepared, self.targets = self.structured.prepared, self.structured.targets
+        for note in self.prepared.notes:
+            found.warn(note)
+        self.student: Activations | None = None
+        self.dense: Activations | None = None
+        self.probes: list[ErrorProbe] = []
+
+    def start(self) -> None:
+        config = self.run.config
+        if needs_split(self.run):
+            self.student = self.executor.embed(self.run.data.sequences, shared=True)
+            if self.inputs == "propagated" and config.reconstruct != "none":
+                self.dense = self.student.like()
+        if len(self.targets) == 1:
+            self.probes = make_probes(self.executor, config, self.run.data)
+
+    def enter(self, index: int, module: nn.Module, done: bool) -> None:
+        with self.found.clock("probe"):
+            pass_dense(self.executor, index, module, self.probes)
+        if done:
+            with self.found.clock("forward"):
+                for stream in (self.student if self.inputs == "dense" else None, self.dense):
+                    if stream is not None:
+                        self.executor.run(index, module, stream, stream)
+
+    def work(self, index: int, module: nn.Module, bar: Progress) -> None:
+        bar.update(phase="statistics")
+        if self.inputs == "dense":
+            dense_block(self.structured, index, module, self.student)
+        else:
+            propagated_block(self.structured, index, module, self.student, self.dense)
+        self._refresh(index, module)
+        self._add_biases(index)
+
+    def restore(self, index: int, module: nn.Module, entry: dict) -> None:
+        """Give a block the sizes and values that an interrupted run gave it."""
+        world = self.run.world
+        stored = world.tensors(world.lead(lambda: self.journal.read(index)), torch.device("cpu"))
+        for target, kept in zip(self.targets, entry["targets"]):
+            start = f"{self._prefix(target)}{self.run.view.path}.{index}."
+            tensors = {name.removeprefix(start): t for name, t in stored.items() if name.startswith(start)}
+            slicing.set_block(target.blocks[index], tensors, kept["attributes"])
+            target.rows += kept["rows"]
+            target.attributes.append(kept["attributes"])
+        self._refresh(index, module)
+
+    def advance(self, index: int, module: nn.Module) -> None:
+        if self.inputs == "propagated" and self.student is not None and index < self.last:
+            with self.found.clock("forward"):
+                self.executor.run(index, module, self.student, self.student)
+        with self.found.clock("probe"):
+            pass_student(self.executor, index, module, self.probes)
+
+    def tensors(self, index: int) -> list[Written]:
+        view = self.run.view
+        return [Written(index, {f"{self._prefix(target)}{view.path}.{index}.{name}": tensor for target in self.targets
+                                for name, tensor in target.blocks[index].state_dict().items()})]
+
+    def row(self, index: int) -> dict:
+        return errors_of(self.probes)
+
+    def record(self, index: int) -> dict:
+        return {"targets": [{"rows": [row for row in t.rows if row["block"] == index],
+                             "attributes": t.attributes[index]} for t in self.targets]}
+
+    def settled(self, index: int) -> list[int]:
+        return [index]
+
+    def finish(self) -> None:
+        for target in self.targets:
+            _finish(self.structured, target)
+        self.found.weights += self.targets[-1].rows
+
+    def coverage(self) -> dict:
+        """What of the dense model was selected."""
+        return self.prepared.coverage
+
+    def entry(self) -> dict:
+        """What the report says of the structure; of several sparsities, one entry each in ``curve``."""
+        entries = [{"sparsity": t.sparsity, "standard": t.edits is not None, "reason": t.reason, "edits": t.edits,
+                    "parameters": sum(p.numel() for p in t.model.parameters()), "layers": t.rows, "layout": t.layout}
+                   for t in self.targets]
+        curve = {"curve": entries} if isinstance(self.run.config.sparsity, list) else {}
+        return {"notes": self.prepared.notes, "inputs": self.inputs, **entries[-1], **curve}
+
+    def models(self) -> dict[float, nn.Module]:
+        """The pruned models by sparsity, in the order asked."""
+        return {t.sparsity: t.model for t in self.targets}
+
+    def _refresh(self, index: int, module: nn.Module) -> None:
+        """The compute copy follows the one model there is."""
+        if len(self.targets) == 1:
+            refresh(self.run.view.blocks[index], module)
+
+    def _add_biases(self, index: int) -> None:
+        """Explicit zeros for the biases that the config's flags add beside the reconstruction's."""
+        for target in self.targets:
+            for name in self.prepared.biases[index]:
+                module = target.blocks[index].get_submodule(name.rpartition(".")[0])
+                if module.bias is None:
+                    module.bias = nn.Parameter(module.weight.new_zeros(len(module.weight)), requires_grad=False)
+
+    def _prefix(self, target: Target) -> str:
+        """Sets the tensors of several models apart in one shard."""
+        return f"{target.sparsity:g}/" if len(self.targets) > 1 else ""
+
+
+def _finish(work: StructuredRun, target: Target) -> None:
+    """Config and leftovers of one pruned model: a plain checkpoint, or a layout that ``pyprune.load`` reads."""
+    flags = dict.fromkeys(work.prepared.flags.values(), True)
+    if target.edits is not None:
+        config_edits.apply_edits(target.model, target.edits)
+        if target.padded is not None:
+            target.reason = f"zero-padded to a stock config, no smaller in memory: {target.reason}"
+    else:
+        for key, value in flags.items():
+            setattr(target.model.config, key, value)
+        config_edits.add_biases(target.model, flags)
+        sizes = [{g.name: n for g, n in zip(block, counts)}
+                 for block, counts in zip(work.prepared.groups, target.counts)]
+        target.layout = config_edits.layout(target.model, work.run.view.path, target.attributes, sizes)
+    target.model.eval()
