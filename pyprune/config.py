@@ -235,7 +235,7 @@ class PruneConfig:
     """How weights are chosen: magnitude, wanda, sparsegpt (unstructured and N:M)."""
     pattern: str = "unstructured"
     """``unstructured``, ``N:M``, or structured: ``neurons``, ``heads``, ``structured`` (both)."""
-    sparsity: typing.Any = None
+    sparsity: float | typing.Sequence[float] | None = None
     """Fraction of zeros (structured: of the groups dropped; a list gives the curve). None: 0.5, or 1 − N/M."""
     criterion: str = "wifv"
     """Structured: how neurons and heads are chosen."""
@@ -357,7 +357,18 @@ class PruneConfig:
                 raise ConfigError(f"sparsity must be in [0, 1), the fraction of zeros, got {value!r}"
                                   + (f"; did you mean {value / 100:g}?" if isinstance(value, (int, float))
                                      and 5 <= value < 100 else ""))
-        self.sparsity = [float(v) for v in values] if isinstance(self.sparsity, (list, tuple)) else float(self.sparsity)
+        many = isinstance(self.sparsity, (list, tuple))
+        self.sparsity = tuple(float(v) for v in values) if many else float(self.sparsity)
+
+    @property
+    def sparsities(self) -> tuple[float, ...]:
+        """Every sparsity asked for; usually one."""
+        return self.sparsity if self.is_curve else (self.sparsity,)
+
+    @property
+    def is_curve(self) -> bool:
+        """Several sparsities were asked for, in a list, even if it holds one."""
+        return isinstance(self.sparsity, tuple)
 
     @property
     def nm(self) -> tuple[int, int] | None:

@@ -46,7 +46,7 @@ def trains(config) -> bool:
 
 
 def _curve(config) -> bool:
-    return isinstance(config.sparsity, list) and len(config.sparsity) > 1
+    return len(config.sparsities) > 1
 
 
 def _observes(config) -> bool:

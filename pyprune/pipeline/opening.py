@@ -18,7 +18,7 @@ def why_not_streamed(config: PruneConfig) -> str | None:
     """Why a run needs its model whole, None if it does not."""
     if config.output is None:
         return "finished blocks are written as the run goes on, so it needs an output folder"
-    if isinstance(config.sparsity, list):
+    if config.is_curve:
         return "several sparsities make several models at once"
     if config.is_structured and config.criterion in NEEDS_GRADIENTS:
         return f"criterion {config.criterion!r} differentiates the whole model"

@@ -28,7 +28,7 @@ class StructuredWork:
         self.run, self.found, self.journal, self.executor = run, found, journal, run.executor
         self.last = len(run.view.blocks) - 1
         self.inputs = run.config.inputs
-        if isinstance(run.config.sparsity, list) and self.inputs == "propagated":
+        if run.config.is_curve and self.inputs == "propagated":
             self.inputs = "dense"
             found.warn("several sparsities share one pass over the dense stream; prune one at a time for "
                        "inputs='propagated'")
@@ -116,7 +116,7 @@ class StructuredWork:
         entries = [{"sparsity": t.sparsity, "standard": t.edits is not None, "reason": t.reason, "edits": t.edits,
                     "parameters": sum(p.numel() for p in t.model.parameters()), "layers": t.rows, "layout": t.layout}
                    for t in self.targets]
-        curve = {"curve": entries} if isinstance(self.run.config.sparsity, list) else {}
+        curve = {"curve": entries} if self.run.config.is_curve else {}
         return {"notes": self.prepared.notes, "inputs": self.inputs, **entries[-1], **curve}
 
     def models(self) -> dict[float, nn.Module]:

@@ -151,7 +151,7 @@ def passes_of(config: PruneConfig) -> dict[str, int]:
     """Forward passes of the calibration data through every block."""
     if config.is_structured:
         looks = config.reconstruct != "none" or config.criterion in NEEDS_MOMENTS
-        follows = looks and config.inputs == "propagated" and not isinstance(config.sparsity, list)
+        follows = looks and config.inputs == "propagated" and not config.is_curve
         kinds_of_units = 2 if config.pattern == "structured" and follows else 1
         return {"statistics": looks * kinds_of_units, "propagation": int(follows),
                 "dense": int(follows and config.reconstruct != "none")}

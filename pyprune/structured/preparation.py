@@ -46,7 +46,7 @@ def prepare(run: Run, found: Findings) -> StructuredRun:
         notes.append(f"{config.criterion} chooses heads for a repair that takes up their mean; without reconstruction "
                      "it can be worse than random")
     prepared = Preparation(groups, gradients, flags, notes, _biases(run, flags), selected, view.coverage(selected))
-    sparsities = config.sparsity if isinstance(config.sparsity, list) else [config.sparsity]
+    sparsities = config.sparsities
     targets = []
     for sparsity, counts in zip(sparsities, _allocate(StructuredRun(run, found, prepared, []), sparsities)):
         model = view.model if len(sparsities) == 1 else twin(view.model, view.path)
@@ -137,7 +137,7 @@ def _flags(run: Run, groups: list[list[Coupled]]) -> tuple[dict[str, str], list[
     return flags, notes
 
 
-def _allocate(work: StructuredRun, sparsities: list[float]) -> list[list[list[int]]]:
+def _allocate(work: StructuredRun, sparsities: tuple[float, ...]) -> list[list[list[int]]]:
     """Units kept per sparsity, block and group."""
     run, groups = work.run, work.prepared.groups
     if run.config.structured.allocation == "uniform":
