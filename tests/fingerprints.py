@@ -2,7 +2,7 @@
 
     python tests/fingerprints.py write before.json             # tiny models
     python tests/fingerprints.py write before.json --smollm2   # and SmolLM2-135M (pip install 'pyprune[demo]')
-    python tests/fingerprints.py compare before.json           # runs again; exit status 1 and a list if anything differs
+    python tests/fingerprints.py compare before.json           # runs again; lists what differs, exit status 1
 
 A change that should change nothing (a new layout, a faster path that rounds the same) shows the same fingerprints.
 Times, memory, versions and paths are left out. Only public names and the command line are used, so the script runs on
@@ -179,7 +179,8 @@ def cases(place: Path) -> dict[str, Callable[[], Path]]:
     shared("llama-neurons-two-processes", "--pattern", "neurons", "--sparsity", "0.25", "--reconstruct", "liar")
 
     def curve() -> Path:
-        run(llama, place / "curve", pattern="neurons", sparsity=[0.25, 0.5], reconstruct="liar", **data)
+        run(llama, place / "curve", pattern="neurons", sparsity=[0.25, 0.5], reconstruct="liar", probe_samples=2,
+            calibration={"source": str(text), "num_samples": 8, "seq_len": 24})
         return place / "curve" / "sparsity-0.5"
 
     made["llama-curve"] = curve

@@ -38,7 +38,7 @@ def headline(report: dict) -> str:
     """What was done, in one line: ``sparsegpt 2:4, sparsity 0.5, reconstruct layer``."""
     config = report["config"]
     sparsity = config["sparsity"]
-    shown = ", ".join(f"{s:g}" for s in sparsity) if isinstance(sparsity, list) else f"{sparsity:g}"
+    shown = ", ".join(f"{s:g}" for s in sparsity) if isinstance(sparsity, (list, tuple)) else f"{sparsity:g}"
     structured = config["pattern"] in ("neurons", "heads", "structured")
     return f"{config['criterion'] if structured else config['method']} {config['pattern']}, sparsity {shown}, " \
            f"reconstruct {reconstruction_text(config)}"
