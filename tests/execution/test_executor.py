@@ -18,6 +18,7 @@ from pyprune.execution.activation_store import DEPTH, Ring, Store, available_mem
 from pyprune.execution.executor import Activations, Executor
 from pyprune.model.blocks import ModelView
 from pyprune.model.shards import OutputError
+from pyprune.pipeline import mask_work
 from pyprune.pipeline.prune import prune
 
 
@@ -257,15 +258,14 @@ def limited(most: int, where: str):
 @pytest.mark.parametrize("where", ["model.layers.1.self_attn.q_proj", "model.layers.1.mlp.down_proj"])
 @pytest.mark.parametrize("inputs", ["propagated", "dense"])
 def test_a_batch_that_does_not_fit_is_halved_and_counted_once(where, inputs, monkeypatch):
-    import sys
-
+    
     counts = []
-    gather = sys.modules["pyprune.prune"].gather
+    gather = mask_work.gather
     def counting(run, index, *args):
         observer = gather(run, index, *args)
         counts.append({name: s.tokens for name, s in observer.sinks.items()})
         return observer
-    monkeypatch.setattr(sys.modules["pyprune.prune"], "gather", counting)
+    monkeypatch.setattr(mask_work, "gather", counting)
     result = run(limited(3, where), batch_size=12, inputs=inputs)
     assert [set(c.values()) for c in counts] == [{12 * 24}] * 3
     assert "ran out of memory" in " ".join(result.report["warnings"]) and "batch_size=3" in " ".join(

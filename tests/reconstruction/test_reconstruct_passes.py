@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import tiny
 import torch
@@ -13,6 +11,7 @@ from pyprune.config import Calibration, ConfigError, Evaluation, Reconstruction
 from pyprune.execution.executor import Executor
 from pyprune.masks.solvers import dense_target_start, inverse_factor
 from pyprune.masks.statistics import Statistics
+from pyprune.pipeline import mask_work
 from pyprune.pipeline.prune import prune
 from pyprune.reconstruction.student import Student
 
@@ -94,7 +93,7 @@ def test_both_streams_count_once_where_one_of_them_does_not_fit(where, call, mon
     """The dense stream's pass fails, or the other's behind it, in the first batch or the second."""
     def statistics(fails):
         found, model = {}, tiny.model("llama")
-        gather = sys.modules["pyprune.prune"].gather
+        gather = mask_work.gather
 
         def watched(run, index, *args, **streams):
             calls = iter(range(100))
@@ -111,7 +110,7 @@ def test_both_streams_count_once_where_one_of_them_does_not_fit(where, call, mon
             return observer
 
         with monkeypatch.context() as patch:
-            patch.setattr(sys.modules["pyprune.prune"], "gather", watched)
+            patch.setattr(mask_work, "gather", watched)
             result = prune(model, calibration=tiny.ids(16, 24), evaluation=Evaluation(enabled=False), progress=False,
                            reconstruct="layer", global_propagation=True, probe_samples=0, batch_size=8, in_place=True)
         return found, result.report["warnings"]
