@@ -9,6 +9,7 @@ import torch  # before _C, so that both share torch's OpenMP runtime
 from torch import Tensor
 
 from pyprune import reference
+from pyprune.devices import indexed
 
 try:
     from pyprune import _C
@@ -217,8 +218,7 @@ _faults: dict[torch.device, Tensor] = {}
 
 def check_cuda(device: torch.device | str = "cuda") -> None:
     """Wait for ``device`` and raise ``ValueError`` for bad data that CUDA ops have met since the last look."""
-    device = torch.device(device)
-    device = torch.device("cuda", torch.cuda.current_device()) if device.index is None else device
+    device = indexed(device)
     torch.cuda.synchronize(device)
     _raise_faults(device)
 

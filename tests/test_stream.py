@@ -389,6 +389,20 @@ def test_a_moved_block_is_a_copy_in_the_compute_type():
         assert module.self_attn.config is not None and type(module) is type(view.blocks[1])
 
 
+def test_cuda_and_cuda_0_are_one_device(monkeypatch):
+    """Where a block lies already it is not copied, whichever of the GPU's names was given."""
+    from pyprune.evaluate import pick_device
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("pyprune.stream.transfers", lambda device, dtype: device)
+    view, here = ModelView(tiny.model("llama")), torch.device("cuda:1")
+    for name in ("cuda", "cuda:1", torch.device("cuda")):
+        executor = Executor(view, device=name, store=Store())
+        assert executor.device == executor.transfers == here
+    assert pick_device("auto") == here and Executor(view).device == torch.device("cpu")
+
+
 def test_a_copy_of_a_block_goes_with_its_turn():
     model = tiny.model("llama")
     before = [p.clone() for p in model.parameters()]
