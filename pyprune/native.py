@@ -27,6 +27,8 @@ def unusable(name: str) -> str | None:
     if name == "cuda" and not _C.with_cuda:
         return "this build has no CUDA kernels (PYPRUNE_CUDA_ARCHS was off or unset when it was built)"
     if name == "cuda" and torch.cuda.is_available():
+        if reason := _C.cuda_unusable():  # torch may come with an older toolkit than this build's
+            return reason
         major, minor = torch.cuda.get_device_capability()
         if not _has_image(_C.cuda_architectures, major, minor):
             return (f"this build has kernels for {_C.cuda_architectures}, not for this GPU's compute capability "

@@ -206,6 +206,24 @@ def test_bad_data_is_reported_by_the_next_call(triton_backend):
     assert torch.equal(w.nan_to_num(7.0), before.nan_to_num(7.0))
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_tensor_on_another_gpu():
+    """Other than the current one, and on a stream of its own there."""
+    w, x = rand(100, 64).to("cuda:1"), rand(500, 64).to("cuda:1")
+    expected, gram = w.clone(), torch.zeros(64, 64, device="cuda:1")
+    keep = reference.nm_mask(expected, 2, 4, apply=True)
+    stream = torch.cuda.Stream("cuda:1")
+    stream.wait_stream(torch.cuda.current_stream("cuda:1"))
+    with torch.cuda.device("cuda:1"), torch.cuda.stream(stream):
+        torch.cuda._sleep(200_000_000)
+        w.mul_(1)
+    with torch.cuda.stream(stream), torch.cuda.device("cuda:0"):
+        assert torch.equal(ops.nm_mask(w, 2, 4, apply=True), keep) and torch.equal(w, expected)
+        ops.gram_update(gram, x)
+        assert relative(gram, x.double().T @ x.double()) < 1e-5
+        assert torch.cuda.current_device() == 0
+
+
 def test_tuning_is_kept_on_disk_and_changes_no_result(monkeypatch, tmp_path):
     monkeypatch.setenv("PYPRUNE_AUTOTUNE", "1")
     monkeypatch.setenv("PYPRUNE_CACHE", str(tmp_path))

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pyprune.triton_kernels.guard import on_device
 from pyprune.triton_kernels.tuning import config, multiprocessors, pick
 
 TOKENS_PER_ACCUMULATOR = {torch.bfloat16: 16384, torch.float16: 16384, torch.float32: 8192}
@@ -292,6 +293,7 @@ def _launch_gram(cfg, gram, x, sums, count, mask, rounded):
                 **REDUCE.launch())
 
 
+@on_device
 def gram_update(gram: Tensor, x: Tensor, *, sums: Tensor | None = None, count: Tensor | None = None,
                 mask: Tensor | None = None, precision: str = "float32") -> None:
     if x.numel() == 0:
@@ -324,6 +326,7 @@ def _launch_cross(cfg, cross, y, x, mask):
                                                                num_warps=4, enable_fp_fusion=True)
 
 
+@on_device
 def cross_gram_update(cross: Tensor, y: Tensor, x: Tensor, *, mask: Tensor | None = None) -> None:
     if len(x) == 0 or cross.numel() == 0:
         return
