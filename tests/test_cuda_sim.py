@@ -216,6 +216,22 @@ def test_nm_mask(simulate, run):
     assert broken("keep", cases[-1]["w"].bool())[2, 8:12].all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_group_size_in_every_type(simulate, dtype):
+    """1:M, half and all but one of M, for M from 2 to 16; one group, and rows that do and do not begin aligned."""
+    cases = []
+    for m in range(2, 17):
+        for seed, n in enumerate(sorted({1, m // 2, m - 1})):
+            for groups, extra, tied in ((1, 0, False), (4, 0, True), (5, 1, False)):
+                case = selection(seed, 3, groups * m, groups * m + extra, dtype, 0, "row", bool(seed), True, tied)
+                cases.append({**case, "n": n, "m": m})
+    for case, result in zip(cases, simulate("nm_mask", cases, "asan")):
+        w = case["w"].clone()
+        keep = reference.nm_mask(w, case["n"], case["m"], scale=case["scale"], apply=True)
+        assert torch.equal(result("keep", keep), keep), f"{case['n']}:{case['m']}"
+        assert torch.equal(result("w", case["w"]), w) and result("fault", case["fault"]).item() == 0
+
+
 # ---- compress_24, expand_24 ----------------------------------------------------------------------------------------
 
 def sparse_24(rows: int, columns: int, dtype: torch.dtype, seed: int) -> torch.Tensor:

@@ -49,3 +49,10 @@ def test_products_run_on_tensor_cores(compiled):
     checked = [row for row in compiled if "matrix" in row]
     assert {row["arch"] for row in checked} == {80, 90, 100, 120}
     assert [row for row in checked if not row["matrix"]] == []
+
+
+def test_wide_tiles_are_loaded_by_the_copy_engine(compiled):
+    """TMA from compute capability 9.0 on, asynchronous copies before."""
+    checked = [row for row in compiled if "loads" in row]
+    assert {row["arch"] for row in checked} == {80, 90, 100, 120}
+    assert [row for row in checked if not row["loads"]] == []

@@ -59,6 +59,25 @@ def test_gram(tokens, c, dtype, masked):
     assert count.item() == 7 + len(kept)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("tokens, c", [(1, 520), (513, 1000), (3000, 4096), (20000, 1288), (18000, 11008)])
+def test_gram_by_persistent_programs(tokens, c, dtype):
+    module = importlib.import_module("pyprune.triton_kernels.gram_persistent")
+    tuning = importlib.import_module("pyprune.triton_kernels.tuning")
+    x = rand(tokens, c, dtype=dtype)
+    want = x.double().T @ x.double()
+    shared = torch.cuda.get_device_properties(0).shared_memory_per_block_optin
+    for cfg in tuning.usable(module.configs(x, None), shared):
+        results = []
+        for _ in range(2):
+            gram, sums, count = torch.zeros(c, c, device="cuda"), torch.zeros(c, device="cuda"), torch.tensor(0).cuda()
+            module.launch_gram(cfg, gram, x, sums, count)
+            results.append(gram)
+        assert relative(gram, want) < 3e-5 and torch.equal(gram, gram.T) and torch.equal(*results)
+        assert torch.allclose(sums.double(), x.double().sum(0), rtol=1e-4, atol=1e-4 * tokens ** 0.5)
+        assert count.item() == tokens
+
+
 def test_gram_is_bitwise_repeatable():
     x = rand(30000, 384, dtype=torch.bfloat16)
     results = []
