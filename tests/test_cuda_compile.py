@@ -113,6 +113,8 @@ def test_the_sweeps_loads_wait_for_nothing(compiled):
         assert len(loads) == 8
         between = code[loads[0]:loads[-1]]
         assert not [line for line in between if line.startswith(("F", "MUFU", "SHFL", "BAR", "DEPBAR", "STS"))]
+        # the compiler knows that a warp stays together: its shuffles have no second version for when it does not
+        assert not [line for line in code if line.startswith("BRA.DIV")], f"{kernel} on sm_{arch}"
 
 
 def test_row_selection_reads_its_row_once(compiled):

@@ -351,7 +351,11 @@ def test_an_access_out_of_bounds_is_caught(parts, tmp_path, kernel, old, new):
 
 
 @pytest.mark.parametrize("old, new", [
-    ("    wait_for_copies();\n", ""), ("!__syncthreads_or(probe != 0.f)", "probe == 0.f")], ids=["wait", "barrier"])
+    ("    wait_for_copies();\n", ""),
+    ("""    __syncthreads();
+    if (probe != 0.f) atomicOr(&f->bad, 1u);
+    __syncthreads();
+""", "")], ids=["wait", "barrier"])
 def test_a_copy_that_is_not_waited_for_is_caught(parts, tmp_path, old, new):
     """Without the wait, or without the barrier behind it, somebody reads what is not there yet."""
     driver = planted(tmp_path, parts[False], "obs_sweep", old, new, False)

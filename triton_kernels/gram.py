@@ -270,7 +270,8 @@ def configs(c: int, dtype: torch.dtype):
 
 def _launch_gram(cfg, gram, x, sums, count, mask, rounded):
     if "BM" in dict(cfg.blocks):
-        return gram_persistent.launch_gram(cfg, gram, x, sums, count)
+        gram_persistent.launch_gram(cfg, gram, x, sums, count)
+        return
     tokens, c = x.shape
     tiles = triton.cdiv(c, cfg["BC"])
     group = L2_GROUP if tiles > L2_GROUP else 1

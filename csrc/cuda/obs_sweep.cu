@@ -33,10 +33,11 @@ __host__ __device__ constexpr int packed_row(int j) {
 }
 constexpr int FACTOR = packed_row(COLUMNS);
 
-// The factor in shared memory: the strict upper triangle, zero elsewhere (a zero leaves finished columns alone), and the
-// diagonal's reciprocals. Keys: a row of each warp, for obs_sweep_any_kernel only.
+// The factor in shared memory: the strict upper triangle, zero elsewhere (a zero leaves finished columns alone), the
+// diagonal's reciprocals, and whether r is unusable. Keys: a row of each warp, for obs_sweep_any_kernel only.
 struct Factor {
     float packed[FACTOR], inverse[COLUMNS];
+    uint32_t bad;
     uint32_t keys[ROWS_ANY][COLUMNS];
 };
 constexpr size_t SHARED_ANY = sizeof(Factor), SHARED = offsetof(Factor, keys);
@@ -56,7 +57,7 @@ struct Sweep {
 
 // ---- kernels -------------------------------------------------------------------------------------------------------
 
-// Four columns of the factor a lane, a row a warp, four rows at a time: calls body(place in shared memory, row and first
+// Four columns of the factor a lane, a row a warp, four rows at a time: calls body(place in shared memory; row and first
 // column of r). Rolled over the chunks: the loop waits for nothing, and the code of the sweep itself is long enough.
 template <class Body>
 __device__ __forceinline__ void each_quad(Factor* f, Body body) {
@@ -76,7 +77,7 @@ __device__ __forceinline__ void request_factor(Factor* f, const Sweep& a) {
     const int columns = a.columns;
     if (a.whole_r)
         each_quad(f, [&](float* to, int j, int k) {
-            copy_async<16>(to, a.r + j * a.r_stride + k, j < columns ? min(max(columns - k, 0), 4) * 4 : 0);
+            copy_async<16>(to, a.r + j * a.r_stride + k, j < columns && k < columns ? 16 : 0);
         });
     else
         each_quad(f, [&](float* to, int j, int k) {
@@ -91,6 +92,7 @@ __device__ __forceinline__ void request_factor(Factor* f, const Sweep& a) {
 __device__ __forceinline__ bool receive_factor(Factor* f, const Sweep& a) {
     const int lane = threadIdx.x % WARP;
     float probe = 0.f;
+    if (threadIdx.x == 0) f->bad = 0;
     wait_for_copies();
     each_quad(f, [&](float* at, int j, int first) {
         float r[4];
@@ -109,7 +111,10 @@ __device__ __forceinline__ bool receive_factor(Factor* f, const Sweep& a) {
         PYPRUNE_UNROLL
         for (int t = 0; t < 4; ++t) probe += 0.f * r[t];
     });
-    return !__syncthreads_or(probe != 0.f);
+    __syncthreads();
+    if (probe != 0.f) atomicOr(&f->bad, 1u);
+    __syncthreads();
+    return f->bad == 0;  // a word of shared memory: the compiler sees that it is the same for all, unlike a vote
 }
 
 // Four elements a chunk: all loads are under way before the first is used. `whole`: vectors, all inside or all outside.
@@ -324,7 +329,7 @@ void obs_sweep(float* w, int64_t rows, int64_t columns, int64_t w_stride, const 
         launch.refuse("without a mask, M must divide the columns");
     const Sweep a{w, r, mask, keep, error, loss, fault, w_stride, r_stride, out_stride, int(rows), int(columns), int(n),
                   int(m), columns % 4 == 0 && aligned(w, w_stride * int64_t(sizeof(float)), 16),
-                  aligned(r, r_stride * int64_t(sizeof(float)), 16),
+                  columns % 4 == 0 && aligned(r, r_stride * int64_t(sizeof(float)), 16),
                   columns % 4 == 0 && aligned(error, out_stride * int64_t(sizeof(float)), 16) &&
                       aligned(keep, out_stride, 4) && aligned(mask, out_stride, 4)};
     const int64_t blocks = (rows + ROWS - 1) / ROWS;

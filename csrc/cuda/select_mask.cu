@@ -1,8 +1,9 @@
 // Exact selection of the k lowest scores |w|·scale, per row or over a matrix, without a sort: radix selection from the
 // top, 11 + 10 + 10 bits of the 31-bit key. Counts are integers, so the result does not depend on the order of atomics.
 //
-// Bytes: w is read once, the mask and (apply) the weights written: 5 a bfloat16 weight. Rows of up to 16,384 columns are
-// held in registers, weights and keys; wider rows, and matrices, are read three times more, from cache.
+// Bytes: w is read once, the mask and (apply) the weights written: 5 a bfloat16 weight. Rows of up to 16,384 columns
+// (float32: 12,288) are held in registers, weights and keys; wider rows, and matrices, are read three times more, from
+// cache.
 // Ties: after three digits the threshold key is known, with the number of equal keys and how many of them go. Only
 // when not all of them go are they numbered, in row-major order, by prefix sums.
 //
@@ -18,7 +19,7 @@ namespace pyprune::cuda {
 // ---- traits --------------------------------------------------------------------------------------------------------
 
 constexpr int THREADS = 256, BINS = 2048, PASSES = 3, MAX_BLOCKS = 1024;
-constexpr int MOST_THREADS = 1024, HELD = 16;  // of select_held_kernel: threads a block, keys a thread
+constexpr int MOST_THREADS = 1024;  // of select_held_kernel
 
 __host__ __device__ constexpr int digit_shift(int pass) { return pass == 0 ? 20 : pass == 1 ? 10 : 0; }
 __host__ __device__ constexpr int digit_bins(int pass) { return pass == 0 ? BINS : 1024; }
@@ -46,6 +47,7 @@ struct Scratch {  // shared memory
 template <class T>
 struct Select {
     static constexpr int VECTOR = 16 / sizeof(T);  // elements of one 16-byte access
+    static constexpr int HELD = sizeof(T) == 2 ? 16 : 12;  // keys a thread of select_held_kernel: 64 registers in all
     T* w;
     const float* scale;
     uint8_t* keep;
@@ -222,11 +224,11 @@ __global__ void __launch_bounds__(THREADS) select_rows_kernel(const Select<T> a)
     }
 }
 
-// A row of up to blockDim.x · HELD columns in registers: all of it is loaded before the first key is looked at, and only
+// A row of up to HELD columns a thread in registers: all of it is loaded before the first key is looked at, and only
 // written afterwards. Keys past the end are above every other.
 template <class T>
 __global__ void __launch_bounds__(MOST_THREADS) select_held_kernel(const Select<T> a) {
-    constexpr int V = Select<T>::VECTOR, PARTS = HELD / V;
+    constexpr int V = Select<T>::VECTOR, PARTS = Select<T>::HELD / V;
     PYPRUNE_SHARED(Scratch, s);
     const int64_t row = blockIdx.x;
     T w[PARTS][V];
@@ -422,8 +424,8 @@ void select_rows(void* w, int dtype, int64_t rows, int64_t columns, int64_t w_st
         using T = decltype(type);
         const Select<T> a = arguments<T>(launch, w, rows, columns, w_stride, scale, k, apply, keep, fault);
         int threads = THREADS;  // a power of two, so that few barriers wait for many
-        while (threads < MOST_THREADS && threads * HELD < columns) threads *= 2;
-        if (threads * HELD >= columns)
+        while (threads < MOST_THREADS && threads * a.HELD < columns) threads *= 2;
+        if (threads * a.HELD >= columns)
             launch(select_held_kernel<T>, rows, threads, sizeof(Scratch), a);
         else
             launch(select_rows_kernel<T>, rows, THREADS, sizeof(Scratch), a);
