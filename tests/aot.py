@@ -68,9 +68,9 @@ def cases() -> list[Case]:
     pointers = "mask:u8 cross:fp32 partial:fp32"
     descriptors = "x_rows:tensordesc<bf16[{BT},{BM}]> x_columns:tensordesc<bf16[{BT},{BN}]>"
     case("gram persistent", persistent.gram_persistent_kernel, f"x:bf16 partial:fp32 {descriptors}", persistent.TMA,
-         True, (90, 100, 120), "UTMALDG", USE_TMA=True, GROUP=4)
+         True, (90, 100), "UTMALDG", USE_TMA=True, GROUP=4)
     case("gram persistent pointers", persistent.gram_persistent_kernel,
-         "x:bf16 partial:fp32 x_rows:bf16 x_columns:bf16", persistent.POINTERS, True, (80,), "LDGSTS", USE_TMA=False,
+         "x:bf16 partial:fp32 x_rows:bf16 x_columns:bf16", persistent.POINTERS, True, (80, 120), "LDGSTS", USE_TMA=False,
          GROUP=4)
     case("gram persistent add", persistent.gram_persistent_add_kernel, "gram:fp32 partial:fp32", [persistent.ADD],
          BM=128, BN=256)

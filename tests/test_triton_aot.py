@@ -53,7 +53,7 @@ def test_products_run_on_tensor_cores(compiled):
 
 
 def test_wide_tiles_are_loaded_by_the_copy_engine(compiled):
-    """TMA from compute capability 9.0 on, asynchronous copies before."""
+    """TMA on compute capability 9 and 10, asynchronous copies on the others."""
     checked = [row for row in compiled if "loads" in row]
     assert {row["arch"] for row in checked} == {80, 90, 100, 120}
     assert [row for row in checked if not row["loads"]] == []

@@ -122,6 +122,12 @@ def test_persistent_programs_are_tried_where_they_can_run():
     assert gram_persistent.splits_of(1892, 256, 132) == 1
 
 
+@pytest.mark.parametrize("capability, expected", [((8, 0), False), ((9, 0), True), ((10, 3), True), ((12, 0), False)])
+def test_descriptors_are_for_the_chips_that_gain_by_them(monkeypatch, capability, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert gram_persistent.with_tma(torch.device("cuda:0")) is expected
+
+
 def test_empty_batch_changes_nothing():
     gram, count = torch.ones(8, 8), torch.tensor(3)
     with ops.backend("triton"):

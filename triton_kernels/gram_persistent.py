@@ -1,7 +1,7 @@
 """Gram matrix of 16-bit inputs for wide layers: tiles of 128 × 256 by programs that stay, one a multiprocessor.
 
 Against gram.py: 1.33 times the products per byte from L2 (64·128·256 multiply-adds for 48 KB a step), and on compute
-capability 9.0 and newer loads by TMA descriptors, which take no registers and no address arithmetic. A tile is computed
+capability 9 and 10 loads by TMA descriptors, which take no registers and no address arithmetic. A tile is computed
 where any part of it is on or below the diagonal, so half of c/256 tiles is wasted: 6 % at c = 4096.
 
 The accumulator leaves no registers for adding to gram and mirroring, so tiles go to a scratch buffer of half gram's
@@ -113,9 +113,12 @@ def gram_persistent_add_kernel(gram, partial, c, squares, splits, BM: tl.constex
 
 
 def with_tma(device: torch.device) -> bool:
-    """Whether tiles are loaded through descriptors on ``device``; the interpreter knows them too."""
+    """Whether tiles are loaded through descriptors on ``device``; the interpreter knows them too.
+
+    12.x has TMA, but its products take operands from registers, as 8.x's do, and Triton 3.6 needs a stack there.
+    """
     return TensorDescriptor is not None and (device.type != "cuda"
-                                             or torch.cuda.get_device_capability(device)[0] >= 9)
+                                             or 9 <= torch.cuda.get_device_capability(device)[0] < 12)
 
 
 def configs(x: Tensor, mask: Tensor | None) -> tuple[Config, ...]:
