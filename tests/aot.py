@@ -70,8 +70,8 @@ def cases() -> list[Case]:
     case("gram persistent", persistent.gram_persistent_kernel, f"x:bf16 partial:fp32 {descriptors}", persistent.TMA,
          True, (90, 100), "UTMALDG", USE_TMA=True, GROUP=4)
     case("gram persistent pointers", persistent.gram_persistent_kernel,
-         "x:bf16 partial:fp32 x_rows:bf16 x_columns:bf16", persistent.POINTERS, True, (80, 120), "LDGSTS", USE_TMA=False,
-         GROUP=4)
+         "x:bf16 partial:fp32 x_rows:bf16 x_columns:bf16", persistent.POINTERS, True, (80, 120), "LDGSTS",
+         USE_TMA=False, GROUP=4)
     case("gram persistent add", persistent.gram_persistent_add_kernel, "gram:fp32 partial:fp32", [persistent.ADD],
          BM=128, BN=256)
     case("cross wide", gram.cross_kernel, f"y:bf16 x:bf16 {pointers}", gram.WIDE, True, PARTS=1, **cross)
