@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from pyprune import texts
 from pyprune.calibration import bos_prefix, need_tokenizer, tokenize
 from pyprune.config import ConfigError, Evaluation, from_dict
+from pyprune.devices import indexed
 from pyprune.effects import shown
 from pyprune.model import ModelView, not_finite
 from pyprune.sources import kinds
@@ -172,7 +173,7 @@ def forward_dtype(model: nn.Module, dtype: torch.dtype | str = "auto") -> torch.
 def pick_device(name: str) -> torch.device:
     """``auto`` is the GPU if there is one. Raises :class:`ConfigError` for a device that cannot be used."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return indexed("cuda" if torch.cuda.is_available() else "cpu")
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:

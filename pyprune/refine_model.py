@@ -56,10 +56,10 @@ def refine(model: nn.Module, dense: nn.Module, calibration=None, *, tokenizer=No
     data = sequences_for(student, teacher, calibration, tokenizer, settings, seed)
     for text in data.warnings:
         warn(text)
-    where = pick_device(device)
-    pupil, master = (Executor(view, device=where, compute_dtype=compute_dtype) for view in (student, teacher))
     world, failed = distributed.start(), True
     try:
+        where = pick_device(device)  # after the processes have taken a GPU each
+        pupil, master = (Executor(view, device=where, compute_dtype=compute_dtype) for view in (student, teacher))
         pupil.world = master.world = world
         work = Refinement(pupil, master, settings, cross_block, global_propagation, seed, tell=warn)
         with Progress(len(student.blocks), enabled=False) as bar:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from pyprune.autograd import forward_mode
 from pyprune.config import ConfigError
+from pyprune.devices import indexed
 from pyprune.distributed import World
 from pyprune.model import Arguments, ModelView, call_block
 from pyprune.store import Store, transfers
@@ -107,7 +108,7 @@ class Executor:
     def __init__(self, view: ModelView, *, device: torch.device | str = "cpu", compute_dtype: torch.dtype | None = None,
                  batch_size: int | None = None, weights: Resident | None = None, store: Store | None = None):
         """weights: how the blocks come and go (None: they are in memory). store: where activations live."""
-        self.view, self.device, self.batch_size = view, torch.device(device), batch_size
+        self.view, self.device, self.batch_size = view, indexed(device), batch_size
         own = next(p.dtype for p in view.blocks[0].parameters() if p.is_floating_point())
         self.dtype = compute_dtype or own
         self.weights = weights or Resident()
