@@ -35,6 +35,9 @@ class Case:
     configs: tuple
     matrix: bool = False
     """The 16-bit products must become tensor core instructions of the architecture."""
+    archs: tuple = ARCHS
+    loads: str | None = None
+    """Opcode that the loads must become."""
 
 
 def cases() -> list[Case]:
@@ -44,12 +47,13 @@ def cases() -> list[Case]:
     from pyprune.triton_kernels.tuning import config
 
     gram, nm, select, sweep = module("gram"), module("nm"), module("select"), module("sweep")
+    persistent = module("gram_persistent")
     cholesky, liar, moments, compress = module("cholesky"), module("liar"), module("moments"), module("compress")
     found = []
 
-    def case(name, kernel, pointers, configs, matrix=False, **flags):
+    def case(name, kernel, pointers, configs, matrix=False, archs=ARCHS, loads=None, **flags):
         types = dict(item.split(":") for item in pointers.split())
-        found.append(Case(name, kernel, types, flags, tuple(configs), matrix))
+        found.append(Case(name, kernel, types, flags, tuple(configs), matrix, archs, loads))
 
     # Gram: the flags of the hot path (no mask, sums and count in the pass) and of the masked, split one
     accumulators = "mask:u8 gram:fp32 sums:fp32 count:i64 partial:fp32 partial_sums:fp32"
@@ -62,6 +66,14 @@ def cases() -> list[Case]:
          [config(8, BC=128), config(8, BC=64)], HAS_SUMS=True)
     cross = dict(HAS_MASK=False, SPLIT=False, GROUP=8, stride_xc=1, stride_yc=1)
     pointers = "mask:u8 cross:fp32 partial:fp32"
+    descriptors = "x_rows:tensordesc<bf16[{BT},{BM}]> x_columns:tensordesc<bf16[{BT},{BN}]>"
+    case("gram persistent", persistent.gram_persistent_kernel, f"x:bf16 partial:fp32 {descriptors}", persistent.TMA,
+         True, (90, 100), "UTMALDG", USE_TMA=True, GROUP=4)
+    case("gram persistent pointers", persistent.gram_persistent_kernel,
+         "x:bf16 partial:fp32 x_rows:bf16 x_columns:bf16", persistent.POINTERS, True, (80, 120), "LDGSTS",
+         USE_TMA=False, GROUP=4)
+    case("gram persistent add", persistent.gram_persistent_add_kernel, "gram:fp32 partial:fp32", [persistent.ADD],
+         BM=128, BN=256)
     case("cross wide", gram.cross_kernel, f"y:bf16 x:bf16 {pointers}", gram.WIDE, True, PARTS=1, **cross)
     case("cross narrow", gram.cross_kernel, f"y:fp16 x:fp16 {pointers}", gram.NARROW_CROSS, True, PARTS=1, **cross)
     case("cross float32", gram.cross_kernel, f"y:fp32 x:fp32 {pointers}", gram.FLOAT32, True, PARTS=2, **cross)
@@ -132,11 +144,19 @@ def compile_one(case: Case, cfg, arch: int, opcodes: bool = False) -> dict:
 
     constants = case.flags | dict(cfg.blocks)
     names = case.kernel.arg_names
-    types = {n: "constexpr" if n in constants else f"*{case.pointers[n]}" if n in case.pointers else "i32"
-             for n in names}
+
+    def type_of(name: str) -> str:
+        if name in constants:
+            return "constexpr"
+        given = case.pointers.get(name, "")
+        return given.format(**constants) if given.startswith("tensordesc") else f"*{given}" if given else "i32"
+
+    types = {n: type_of(n) for n in names}
     # what the launcher sees on real shapes: aligned pointers, sizes and strides that are multiples of 16
-    attributes = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if types[n] != "constexpr"
-                  and n not in ("tokens", "rows", "k", "n_drop", "splits", "i_k", "b", "d", "r")}
+    attributes = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names)
+                  if types[n] != "constexpr" and not types[n].startswith("tensordesc")
+                  and n not in ("tokens", "rows", "k", "n_drop", "splits", "i_k", "b", "d", "r", "units", "walked",
+                                "squares")}
     source = ASTSource(case.kernel, types, constexprs=constants, attrs=attributes)
     kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32),
                             options=dict(num_warps=cfg.warps, num_stages=cfg.stages, enable_fp_fusion=True))
@@ -147,7 +167,10 @@ def compile_one(case: Case, cfg, arch: int, opcodes: bool = False) -> dict:
         row = dict(kernel=case.name, config=str(cfg), arch=arch, registers=int(usage[1]), stack=int(usage[2]),
                    shared=kernel.metadata.shared, limit=SHARED_LIMIT[arch])
         if opcodes and case.matrix:
-            row["matrix"] = MATRIX_OPCODE[arch] in _tool("cuobjdump", "-sass", file.name)
+            code = _tool("cuobjdump", "-sass", file.name)
+            row["matrix"] = MATRIX_OPCODE[arch] in code
+            if case.loads:
+                row["loads"] = case.loads in code
     return row
 
 
@@ -156,6 +179,8 @@ def jobs(short: bool) -> list[tuple[Case, object, int]]:
 
     listed, seen = [], set()
     for case, arch in itertools.product(cases(), ARCHS):
+        if arch not in case.archs:
+            continue
         allowed = usable(case.configs, SHARED_LIMIT[arch])
         if short and arch != 90:
             # the first configuration of the first case of a kernel stands for the kernel
@@ -171,13 +196,16 @@ def main() -> None:
     parser.add_argument("--shard", default="0/1")
     parser.add_argument("--only", default="", help="kernels whose name contains this")
     options = parser.parse_args()
+    from pyprune.triton_kernels.tuning import usable
+
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("unset TRITON_INTERPRET: interpreted kernels cannot be compiled")
     index, count = map(int, options.shard.split("/"))
     for case, cfg, arch in jobs(options.short)[index::count]:
         if options.only in case.name:
             # disassembly costs as much as compiling: once per product kernel and architecture
-            print(json.dumps(compile_one(case, cfg, arch, opcodes=cfg == case.configs[0])), flush=True)
+            first = cfg == usable(case.configs, SHARED_LIMIT[arch])[0]
+            print(json.dumps(compile_one(case, cfg, arch, opcodes=first)), flush=True)
 
 
 if __name__ == "__main__":

@@ -10,10 +10,11 @@
 //     first, blocks too), so a warp that should have waited reads what the others have not written yet. CUSIM_ORDER=0,
 //     round robin over threads, hides this and finds the opposite: reliance on a warp being ahead;
 //   - reads of unwritten memory: shared memory starts as NaN in every block;
+//   - reads of what an asynchronous copy has not brought yet: it happens when its thread waits for it;
 //   - threads waiting at different barriers, shuffles without the whole warp, and deadlocks: std::runtime_error;
 //   - accesses out of bounds, in shared memory too (its allocation is exact), under -fsanitize=address, with the line.
 //
-// What it cannot show: tensor cores, asynchronous copies, memory ordering between running blocks, and speed. Shared
+// What it cannot show: tensor cores, TMA, memory ordering between running blocks, and speed. Shared
 // memory is the dynamic one only (static __shared__ is left undefined, and so does not compile).
 #pragma once
 
@@ -77,6 +78,8 @@ struct Fiber {
     ucontext_t context;
     dim3 index;
     int number = 0, shuffles = 0;
+    size_t votes = 0;
+    std::vector<std::function<void()>> copies;  // under way
     bool done = false;
     const uint64_t* waits_for = nullptr;
     uint64_t seen = 0;
@@ -92,6 +95,7 @@ struct State {
     std::unique_ptr<char[]> shared;
     std::vector<uint64_t> slots;  // two words a thread: what it shows to its warp, alternating
     Barrier block_barrier;
+    std::vector<int> votes;
     std::vector<Barrier> warp_barriers;
     std::function<void()> body;
     std::string error;
@@ -126,6 +130,30 @@ inline void wait(Barrier& barrier, int members, int line, const char* what) {
 }
 
 inline void block_barrier(int line) { wait(S.block_barrier, int(S.fibers.size()), line, "__syncthreads"); }
+
+// Whether any thread of the block came with a value that is not zero.
+inline int block_or(int value, int line) {
+    const size_t turn = self().votes++;
+    if (S.votes.size() <= turn) S.votes.resize(turn + 1);
+    S.votes[turn] |= value != 0;
+    block_barrier(line);
+    return S.votes[turn];
+}
+
+// An asynchronous copy happens as late as it may, when its thread waits: who reads before finds the NaN of shared memory.
+template <int BYTES>
+void copy_async(void* to, const void* from, int inside) {
+    if (uintptr_t(to) % BYTES || uintptr_t(from) % BYTES) fail("cusim: an asynchronous copy is not aligned");
+    self().copies.push_back([=] {
+        memset(to, 0, BYTES);
+        memcpy(to, from, inside);
+    });
+}
+
+inline void wait_for_copies() {
+    for (const auto& copy : self().copies) copy();
+    self().copies.clear();
+}
 
 inline void warp_barrier(unsigned mask, int line) {
     if (mask != 0xffffffffu) fail("cusim: only the full warp mask is simulated, line " + std::to_string(line));
@@ -188,6 +216,7 @@ inline void start_block(int threads, size_t shared_bytes) {
     memset(S.shared.get(), 0xff, shared_bytes);  // NaN
     S.slots.assign(2 * threads, 0);
     S.block_barrier = {};
+    S.votes.clear();
     S.warp_barriers.assign(threads / WARP, {});
     S.fibers.clear();
     S.fibers.resize(threads);
@@ -259,6 +288,7 @@ void launch(dim3 grid, dim3 block, size_t shared_bytes, Body body) {
 #define blockDim (cusim::S.block)
 #define gridDim (cusim::S.grid)
 #define __syncthreads() cusim::block_barrier(__LINE__)
+#define __syncthreads_or(value) cusim::block_or(value, __LINE__)
 #define __syncwarp() cusim::warp_barrier(0xffffffffu, __LINE__)
 #define __shfl_sync(mask, v, source, width) cusim::shuffle(v, source, width, mask, __LINE__)
 #define __shfl_xor_sync(mask, v, bits, width) cusim::shuffle_to(v, cusim::lane() ^ (bits), width, mask, __LINE__)
@@ -284,10 +314,36 @@ using std::min;
 // ---- the little of the runtime that host code uses -----------------------------------------------------------------
 
 using cudaStream_t = void*;
-enum cudaError_t { cudaSuccess = 0 };
+enum cudaError_t { cudaSuccess = 0, cudaErrorInsufficientDriver = 35, cudaErrorSystemDriverMismatch = 803 };
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
-inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
+inline const char* cudaGetErrorString(cudaError_t status) {
+    return status == cudaErrorSystemDriverMismatch ? "system has unsupported display driver / cuda driver combination"
+                                                   : "no error";
+}
+
+// The machine, by CUSIM_DRIVER (the CUDA version of the driver; 0 for none), CUSIM_DEVICES and CUSIM_STATUS, the code
+// that counting devices returns.
+namespace cusim {
+inline int machine(const char* name, int otherwise) {
+    const char* text = getenv(name);
+    return text ? atoi(text) : otherwise;
+}
+}  // namespace cusim
+constexpr int CUSIM_TOOLKIT = 13000;
+inline cudaError_t cudaRuntimeGetVersion(int* version) {
+    *version = CUSIM_TOOLKIT;
+    return cudaSuccess;
+}
+inline cudaError_t cudaDriverGetVersion(int* version) {
+    *version = cusim::machine("CUSIM_DRIVER", CUSIM_TOOLKIT);
+    return cudaSuccess;
+}
+inline cudaError_t cudaGetDeviceCount(int* count) {
+    *count = cusim::machine("CUSIM_DEVICES", 1);
+    if (cusim::machine("CUSIM_DRIVER", CUSIM_TOOLKIT) / 1000 < CUSIM_TOOLKIT / 1000) return cudaErrorInsufficientDriver;
+    return cudaError_t(cusim::machine("CUSIM_STATUS", cudaSuccess));
+}
 inline cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t) {
     memset(p, value, bytes);
     return cudaSuccess;

@@ -159,7 +159,7 @@ def test_options_become_the_configuration_they_name():
     given = {"sparsity": "0.1,0.3", "pattern": "neurons", "calibration.source": "x.txt", "evaluation.text": ["a.npy"],
              "global_propagation": False}
     config = override(None, options.nested(given))
-    assert (config.sparsity, config.calibration.source, config.evaluation.text) == ([0.1, 0.3], "x.txt", "a.npy")
+    assert (config.sparsity, config.calibration.source, config.evaluation.text) == ((0.1, 0.3), "x.txt", "a.npy")
     trained = override(None, options.nested({"reconstruct": "block", "reconstruction.betas": (0.5, 0.6)}))
     assert trained.reconstruction.betas == (0.5, 0.6)
     with pytest.raises(ConfigError, match="sparsity must be a number.* got 'half'"):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+import re
 import runpy
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ import setuptools
 
 ROOT = Path(__file__).resolve().parent.parent
 COMPILER = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
+NVCC = shutil.which("nvcc") or shutil.which(os.environ.get("CUDA_HOME", "/usr/local/cuda") + "/bin/nvcc")
 MISSING = [tool for tool in ("cmake", "ninja") if shutil.which(tool) is None]
 MISSING += [module for module in ("pybind11", "build") if importlib.util.find_spec(module) is None]
 
@@ -122,6 +124,34 @@ def test_pure_python_wheel(tmp_path):
     wheel = next(tmp_path.glob("*.whl"))
     assert wheel.name.endswith("-py3-none-any.whl")
     assert not [name for name in names(wheel) if name.endswith(".so")]
+
+
+def cubins(module):
+    """Architectures of the machine code in a module."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return set(re.findall(r"\.sm_(\w+)\.cubin", run(tool, "--list-elf", module, cwd=ROOT)))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(MISSING), reason=f"needs the dev extra: {', '.join(MISSING)} not installed")
+@pytest.mark.skipif(NVCC is None, reason="needs nvcc (the CUDA toolkit) to build the kernels")
+def test_a_build_for_two_architectures(tmp_path):
+    """It compiles, it imports without a driver and says for which GPUs it is, and the machine code of both is in it."""
+    (tmp_path / "tree").mkdir()
+    tree = source_tree(tmp_path / "tree")
+    run(sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(tmp_path / "lib"), cwd=tree, MAX_JOBS="2",
+        CUDA_HOME=str(Path(NVCC).resolve().parent.parent), PYPRUNE_CUDA_ARCHS="90a;120+PTX")
+    module = next((tmp_path / "lib").glob("pyprune/_C.*"))
+    assert cubins(module) == {"90a", "120"}
+    code = ("import importlib.util, torch\n"
+            f"spec = importlib.util.spec_from_file_location('_C', {str(module)!r})\n"
+            "module = importlib.util.module_from_spec(spec)\n"
+            "spec.loader.exec_module(module)\n"
+            "print(module.with_cuda, module.cuda_architectures)")
+    out = run(sys.executable, "-c", code, cwd=tmp_path, CUDA_VISIBLE_DEVICES="")
+    assert out.strip() == "True 90a-real,120-real,120-virtual"
 
 
 @pytest.mark.slow

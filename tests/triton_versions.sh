@@ -25,7 +25,7 @@ for version in 3.6.0 3.9.0; do
     cp -r triton_kernels "$sources/pyprune/triton_kernels"
     export PYTHONPATH=$sources
     echo "== Triton $version: interpreter"
-    tests=$(ls "$root"/tests/test_triton_*.py | grep -v -e _aot -e _gpu)
+    tests=$(ls "$root"/tests/ops/test_triton_*.py | grep -v -e _aot -e _gpu)
     # from elsewhere: -m puts the working folder first on the path, and the sources there have no triton_kernels inside
     (cd "$folder" && "$venv/bin/python" -m pytest -q -p no:cacheprovider -c "$root/pyproject.toml" $tests)
     echo "== Triton $version: every kernel, configuration and architecture"

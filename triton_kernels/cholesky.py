@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pyprune.triton_kernels.guard import on_device
 from pyprune.triton_kernels.tuning import config, pick
 
 FUSED = 256
@@ -203,6 +204,7 @@ def _factor_config(a: Tensor, damping: Tensor | None):
     return pick("cholesky", tuple(a.shape[:2]), FACTOR, a.device, lambda c: _factorise(a, damping, c))
 
 
+@on_device
 def cholesky(a: Tensor, *, damping: Tensor | None = None) -> tuple[Tensor, Tensor]:
     batch, n, _ = a.shape
     if batch == 0 or n == 0:
@@ -218,6 +220,7 @@ def _substitute(cfg, factor, inverse, info, b, x):
                                                      NB=NB, **cfg.launch())
 
 
+@on_device
 def cholesky_solve(a: Tensor, b: Tensor, *, damping: Tensor | None = None) -> tuple[Tensor, Tensor]:
     batch, n, k = b.shape
     x = torch.empty(batch, n, k, device=a.device)

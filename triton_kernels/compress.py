@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pyprune.triton_kernels import faults
+from pyprune.triton_kernels.guard import on_device
 from pyprune.triton_kernels.nm import _keep
 from pyprune.triton_kernels.tuning import config
 
@@ -135,10 +136,12 @@ def _compress(w: Tensor, scale: Tensor | None, keep: Tensor | None, apply: bool)
     return values, meta
 
 
+@on_device
 def compress_24(w: Tensor) -> tuple[Tensor, Tensor]:
     return _compress(w, None, None, False)
 
 
+@on_device
 def nm_compress_24(w: Tensor, *, scale: Tensor | None = None, apply: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """``nm_mask(w, 2, 4)`` and ``compress_24`` of the result in one read of w.
 
@@ -153,6 +156,7 @@ def nm_compress_24(w: Tensor, *, scale: Tensor | None = None, apply: bool = Fals
     return keep, values, meta
 
 
+@on_device
 def expand_24(values: Tensor, meta: Tensor) -> Tensor:
     rows, c = values.shape[0], 2 * values.shape[1]
     if c % 32:

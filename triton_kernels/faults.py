@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pyprune.devices import indexed
+
 REASONS = {
     "select_mask": "w has NaN scores, so there is no order to select by; rows that have them (scope 'matrix': all "
                    "rows) are unchanged",
@@ -47,8 +49,7 @@ def after(device: torch.device) -> None:
 
 def check(device: torch.device | str = "cuda") -> None:
     """Wait for ``device`` and raise ``ValueError`` for bad data that its Triton kernels have met."""
-    device = torch.device(device)
+    device = indexed(device)
     if device.type == "cuda":
-        device = torch.device("cuda", torch.cuda.current_device()) if device.index is None else device
         torch.cuda.synchronize(device)
     raise_met(device)

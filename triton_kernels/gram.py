@@ -19,6 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pyprune.triton_kernels import gram_persistent
+from pyprune.triton_kernels.guard import on_device
 from pyprune.triton_kernels.tuning import config, multiprocessors, pick
 
 TOKENS_PER_ACCUMULATOR = {torch.bfloat16: 16384, torch.float16: 16384, torch.float32: 8192}
@@ -267,6 +269,9 @@ def configs(c: int, dtype: torch.dtype):
 
 
 def _launch_gram(cfg, gram, x, sums, count, mask, rounded):
+    if "BM" in dict(cfg.blocks):
+        gram_persistent.launch_gram(cfg, gram, x, sums, count)
+        return
     tokens, c = x.shape
     tiles = triton.cdiv(c, cfg["BC"])
     group = L2_GROUP if tiles > L2_GROUP else 1
@@ -292,6 +297,7 @@ def _launch_gram(cfg, gram, x, sums, count, mask, rounded):
                 **REDUCE.launch())
 
 
+@on_device
 def gram_update(gram: Tensor, x: Tensor, *, sums: Tensor | None = None, count: Tensor | None = None,
                 mask: Tensor | None = None, precision: str = "float32") -> None:
     if x.numel() == 0:
@@ -301,7 +307,8 @@ def gram_update(gram: Tensor, x: Tensor, *, sums: Tensor | None = None, count: T
     rounded = precision == "bfloat16" and x.dtype == torch.float32
     mask = None if mask is None else mask.contiguous().view(torch.uint8)
     shape = (triton.next_power_of_2(len(x)), x.shape[1], str(x.dtype), rounded, mask is not None)
-    cfg = pick("gram_update", shape, configs(x.shape[1], x.dtype), x.device,
+    choices = configs(x.shape[1], x.dtype) + gram_persistent.configs(x, mask)
+    cfg = pick("gram_update", shape, choices, x.device,
                lambda c: _launch_gram(c, torch.empty_like(gram), x, None if sums is None else sums.clone(),
                                       None if count is None else count.clone(), mask, rounded))
     _launch_gram(cfg, gram, x, sums, count, mask, rounded)
@@ -324,6 +331,7 @@ def _launch_cross(cfg, cross, y, x, mask):
                                                                num_warps=4, enable_fp_fusion=True)
 
 
+@on_device
 def cross_gram_update(cross: Tensor, y: Tensor, x: Tensor, *, mask: Tensor | None = None) -> None:
     if len(x) == 0 or cross.numel() == 0:
         return

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pyprune.triton_kernels.gram import _multiply_add
+from pyprune.triton_kernels.guard import on_device
 from pyprune.triton_kernels.tuning import config, pick
 
 CONFIGS = (config(8, 1, BR=64, BK=64, BD=32), config(4, 2, BR=32, BK=64, BD=32))
@@ -80,6 +81,7 @@ def _launch(cfg, weight, keep, drop, q, shift, bias, updated, new_bias):
                       HAS_SHIFT=shift is not None, HAS_BIAS=bias is not None, **cfg.launch())
 
 
+@on_device
 def liar_update(weight: Tensor, keep: Tensor, drop: Tensor, q: Tensor, *, bias: Tensor | None = None,
                 mean: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     r, k, d = len(weight), len(keep), len(drop)

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pyprune.triton_kernels.guard import on_device
 from pyprune.triton_kernels.tuning import config, multiprocessors, pick
 
 CONFIGS = (config(4, BT=32, BC=128), config(8, BT=64, BC=128))
@@ -100,6 +101,7 @@ def _launch(cfg, x, mask):
     return count, out[0], out[1]
 
 
+@on_device
 def column_moments(x: Tensor, *, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     if x.numel() == 0:
         count = torch.tensor(len(x), device=x.device) if mask is None else mask.sum()

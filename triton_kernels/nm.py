@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pyprune.triton_kernels import faults
+from pyprune.triton_kernels.guard import on_device
 from pyprune.triton_kernels.tuning import config, pick
 
 CONFIGS = (config(4, TILE=1024), config(4, TILE=2048), config(8, TILE=4096))
@@ -82,6 +83,7 @@ def _launch(cfg, w, n, m, scale, apply, keep, fault):
         N=n, M=m, MP=padded, BR=br, BC=bc, num_warps=cfg.warps, num_stages=cfg.stages, enable_fp_fusion=True)
 
 
+@on_device
 def nm_mask(w: Tensor, n: int, m: int, *, scale: Tensor | None = None, apply: bool = False) -> Tensor:
     keep = torch.empty(w.shape, dtype=torch.bool, device=w.device)
     if w.numel() == 0:

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pyprune.triton_kernels import faults
+from pyprune.triton_kernels.guard import on_device
 from pyprune.triton_kernels.nm import _key
 
 ROW_LIMIT = 16384
@@ -167,6 +168,7 @@ def _select_in_memory(w: Tensor, k: int, scale: Tensor | None, keep: Tensor, per
     mask_kernel[grid](w, given, state, before, nans, keep, rows, c, *w.stride(), APPLY=apply, **shape)
 
 
+@on_device
 def select_mask(w: Tensor, k: int, *, scale: Tensor | None = None, scope: str = "row", apply: bool = False) -> Tensor:
     keep = torch.empty(w.shape, dtype=torch.bool, device=w.device)
     if w.numel() == 0:

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pyprune.triton_kernels import faults
+from pyprune.triton_kernels.guard import on_device
 from pyprune.triton_kernels.nm import _key
 from pyprune.triton_kernels.select import select_mask
 from pyprune.triton_kernels.tuning import config, pick
@@ -97,6 +98,7 @@ def _launch(cfg, w, r, mask, nm, keep, error, loss, fault):
         m - n, GROUP=m, BB=max(16, triton.next_power_of_2(b)), **cfg.launch())
 
 
+@on_device
 def obs_sweep(w: Tensor, r: Tensor, *, mask: Tensor | None = None, k: int | None = None,
               nm: tuple[int, int] | None = None) -> tuple[Tensor, Tensor, Tensor]:
     rows, b = w.shape

@@ -76,6 +76,7 @@ void bind_cuda(py::module_& m) {
     const py::call_guard<py::gil_scoped_release> unlocked;  // a full launch queue makes a launch wait
     m.attr("cuda_sweep_columns") = cuda::SWEEP_COLUMNS;
     m.attr("cuda_select_workspace") = cuda::SELECT_WORKSPACE;
+    m.def("cuda_unusable", &cuda::why_unusable, unlocked);
     m.def("obs_sweep_cuda", &obs_sweep, unlocked);
     m.def("select_mask_cuda", &select_mask, unlocked);
     m.def("nm_mask_cuda", &nm_mask, unlocked);

@@ -127,6 +127,26 @@ __device__ __forceinline__ void store(T* p, const T (&from)[N], int count, bool 
     }
 }
 
+#ifdef PYPRUNE_SIM
+using cusim::copy_async;
+using cusim::wait_for_copies;
+#else
+// BYTES (4, 8 or 16, both sides aligned to it) from global to shared memory without a register or a wait; only the first
+// `inside` of them are read, if any, the rest become zero. cp.async, compute capability 8.0.
+template <int BYTES>
+__device__ __forceinline__ void copy_async(void* to, const void* from, int inside) {
+    const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+    if (BYTES == 16)  // past the first-level cache
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(inside) : "memory");
+    else
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %3, %2;" ::"r"(address), "l"(from), "r"(inside), "n"(BYTES)
+                     : "memory");
+}
+
+// The calling thread's own copies have arrived; those of others have after a barrier behind their wait.
+__device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+#endif
+
 // ---- sums ----------------------------------------------------------------------------------------------------------
 
 // Exclusive prefix sum over the block and its total; `scratch` holds one word per warp and one more.

@@ -9,7 +9,8 @@
 // constant. Lane q holds columns 16c + 4q … 16c + 4q + 3 of chunk c = 0 … 7: global loads are 16 bytes, a
 // 2:4 group lies within a lane, the factor is read from shared memory in its natural order, and finished chunks cost
 // nothing. A weight that is dropped leaves its register to its error: one of the two is always zero.
-// The factor is packed by chunks (row j starts at column 16·(j / 16)): 36 KB, two blocks a multiprocessor at least.
+// The factor is packed by chunks (row j starts at column 16·(j / 16)): 36 KB, two blocks a multiprocessor at least. It
+// arrives by asynchronous copies, which are under way while w and the mask are: one memory latency in all.
 //
 // obs_sweep_any_kernel: any N:M; a warp a row, 4 columns a lane, a loop of b steps.
 #include <cstddef>
@@ -51,30 +52,89 @@ struct Sweep {
     int* fault;
     int64_t w_stride, r_stride, out_stride;  // out: mask, keep and error
     int rows, columns, n, m;
-    bool whole_w, whole_out;  // 16-byte accesses to w; to error, and 4-byte ones to the masks
+    bool whole_w, whole_r, whole_out;  // 16-byte accesses to w; to r; to error, and 4-byte ones to the masks
 };
 
 // ---- kernels -------------------------------------------------------------------------------------------------------
 
-// All threads call it; it ends with a barrier. The sum of 0·x is NaN if any x is not finite.
-__device__ __forceinline__ void load_factor(Factor* f, const Sweep& a) {
+// Four columns of the factor a lane, a row a warp, four rows at a time: calls body(place in shared memory; row and first
+// column of r). Rolled over the chunks: the loop waits for nothing, and the code of the sweep itself is long enough.
+template <class Body>
+__device__ __forceinline__ void each_quad(Factor* f, Body body) {
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    PYPRUNE_ROLL
+    for (int c = 0; c < CHUNKS && lane < (COLUMNS - c * CHUNK) / 4; ++c) {
+        const int pitch = COLUMNS - c * CHUNK;
+        float* at = f->packed + packed_row(c * CHUNK) + warp * pitch + lane * 4;
+        PYPRUNE_UNROLL
+        for (int i = 0; i < CHUNK; i += THREADS / WARP)
+            body(at + i * pitch, c * CHUNK + i + warp, c * CHUNK + lane * 4);
+    }
+}
+
+// Starts the factor's copy; what is past the end becomes zero.
+__device__ __forceinline__ void request_factor(Factor* f, const Sweep& a) {
+    const int columns = a.columns;
+    if (a.whole_r)
+        each_quad(f, [&](float* to, int j, int k) {
+            copy_async<16>(to, a.r + j * a.r_stride + k, j < columns && k < columns ? 16 : 0);
+        });
+    else
+        each_quad(f, [&](float* to, int j, int k) {
+            PYPRUNE_UNROLL
+            for (int t = 0; t < 4; ++t)
+                copy_async<4>(to + t, a.r + j * a.r_stride + k + t, j < columns && k + t < columns ? 4 : 0);
+        });
+}
+
+// All threads call it; it ends with a barrier, and returns whether r is usable. A thread completes what it has copied:
+// what lies on and below the diagonal becomes zero. The sum of 0·x is NaN if any x is not finite.
+__device__ __forceinline__ bool receive_factor(Factor* f, const Sweep& a) {
     const int lane = threadIdx.x % WARP;
-    if (threadIdx.x == 0) f->bad = 0;
     float probe = 0.f;
-    for (int j = threadIdx.x / WARP; j < COLUMNS; j += THREADS / WARP) {
-        const int first = j / CHUNK * CHUNK;
-        for (int k = first + lane; k < COLUMNS; k += WARP) {
-            const float r = k > j && k < a.columns ? a.r[j * a.r_stride + k] : 0.f;
-            f->packed[packed_row(j) + k - first] = r;
-            probe += 0.f * r;
+    if (threadIdx.x == 0) f->bad = 0;
+    wait_for_copies();
+    each_quad(f, [&](float* at, int j, int first) {
+        float r[4];
+        load(r, at, 4, true);
+        if (lane < CHUNK / 4) {  // the square on the diagonal
+            float diagonal = 1.f;
+            PYPRUNE_UNROLL
+            for (int t = 0; t < 4; ++t) {
+                if (first + t == j && j < a.columns) diagonal = r[t];
+                if (first + t <= j) r[t] = 0.f;
+            }
+            if (first / 4 == j / 4) f->inverse[j] = 1.f / diagonal;
+            probe += diagonal > 0.f ? 0.f * diagonal : __builtin_nanf("");
+            store(at, r, 4, true);
+        }
+        PYPRUNE_UNROLL
+        for (int t = 0; t < 4; ++t) probe += 0.f * r[t];
+    });
+    __syncthreads();
+    if (probe != 0.f) atomicOr(&f->bad, 1u);
+    __syncthreads();
+    return f->bad == 0;  // a word of shared memory: the compiler sees that it is the same for all, unlike a vote
+}
+
+// Four elements a chunk: all loads are under way before the first is used. `whole`: vectors, all inside or all outside.
+template <class T>
+__device__ __forceinline__ void load_row(T (&to)[HELD], const T* from, int lane, int width, bool whole) {
+    if (whole) {
+        PYPRUNE_UNROLL
+        for (int c = 0; c < CHUNKS; ++c) {
+            typename Word<4 * sizeof(T)>::type word{};
+            const int column = c * CHUNK + lane * 4;
+            if (column < width) word = *reinterpret_cast<const decltype(word)*>(from + column);
+            memcpy(&to[c * 4], &word, sizeof word);
+        }
+    } else {
+        PYPRUNE_UNROLL
+        for (int i = 0; i < HELD; ++i) {
+            const int column = i / 4 * CHUNK + lane * 4 + i % 4;
+            to[i] = column < width ? from[column] : T{};
         }
     }
-    const int j = threadIdx.x;
-    const float diagonal = j < a.columns ? a.r[j * a.r_stride + j] : 1.f;
-    f->inverse[j] = 1.f / diagonal;
-    __syncthreads();
-    if (!(probe + 0.f * diagonal == 0.f && diagonal > 0.f)) atomicOr(&f->bad, 1u);
-    __syncthreads();
 }
 
 // Keep bits of the M columns that start in chunk c with lane `owner`, chosen by |w|/r_jj by the lanes that hold them.
@@ -107,30 +167,23 @@ __global__ void __launch_bounds__(THREADS, 4) obs_sweep_kernel(const Sweep a) {
     const int64_t row = int64_t(blockIdx.x) * ROWS + threadIdx.x / LANES;
     const int width = row < a.rows ? a.columns : 0;  // a row past the end holds zeros and stores nothing
 
+    request_factor(f, a);
     float x[HELD], probe = 0.f;
+    load_row(x, a.w + row * a.w_stride, lane, width, a.whole_w);
     uint32_t keep = FULL;  // bit i: the column in x[i] is kept
-    PYPRUNE_UNROLL
-    for (int c = 0; c < CHUNKS; ++c) {
-        const int column = c * CHUNK + lane * 4;
-        float v[4];
-        load(v, a.w + row * a.w_stride + column, width - column, a.whole_w);
+    if constexpr (M == 0) {
+        uint8_t bits[HELD];
+        load_row(bits, a.mask + row * a.out_stride, lane, width, a.whole_out);
+        keep = 0;
         PYPRUNE_UNROLL
-        for (int t = 0; t < 4; ++t) {
-            x[c * 4 + t] = v[t];
-            probe += 0.f * v[t];
-        }
-        if (M == 0) {
-            uint8_t bits[4];
-            load(bits, a.mask + row * a.out_stride + column, width - column, a.whole_out);
-            PYPRUNE_UNROLL
-            for (int t = 0; t < 4; ++t)
-                if (bits[t] == 0 && column + t < width) keep &= ~(1u << (c * 4 + t));
-        }
+        for (int i = 0; i < HELD; ++i) keep |= uint32_t(bits[i] != 0) << i;
     }
-    load_factor(f, a);
+    const bool sound = receive_factor(f, a);
+    PYPRUNE_UNROLL
+    for (int i = 0; i < HELD; ++i) probe += 0.f * x[i];
     probe += __shfl_xor_sync(FULL, probe, 1, LANES);
     probe += __shfl_xor_sync(FULL, probe, 2, LANES);
-    const int steps = f->bad ? 0 : a.columns;
+    const int steps = sound ? a.columns : 0;
     const bool usable = steps > 0 && probe == 0.f;
     if (!usable) {
         if (width > 0) *a.fault = 1;
@@ -201,6 +254,7 @@ __global__ void __launch_bounds__(THREADS) obs_sweep_any_kernel(const Sweep a) {
     const int width = row < a.rows ? a.columns : 0;
     constexpr int PARTS = COLUMNS / WARP;  // lane l holds columns l, l + 32, …
 
+    request_factor(f, a);
     float x[PARTS], probe = 0.f;
     uint32_t keep = FULL;
     PYPRUNE_UNROLL
@@ -209,10 +263,10 @@ __global__ void __launch_bounds__(THREADS) obs_sweep_any_kernel(const Sweep a) {
         x[p] = column < width ? a.w[row * a.w_stride + column] : 0.f;
         probe += 0.f * x[p];
     }
-    load_factor(f, a);
+    const bool sound = receive_factor(f, a);
     PYPRUNE_UNROLL
     for (int d = 1; d < WARP; d *= 2) probe += __shfl_xor_sync(FULL, probe, d, WARP);
-    const int steps = f->bad || probe != 0.f ? 0 : a.columns;  // uniform in the warp, which is one row
+    const int steps = sound && probe == 0.f ? a.columns : 0;  // uniform in the warp, which is one row
     if (steps == 0 && width > 0) *a.fault = 1;
 
     PYPRUNE_UNROLL
@@ -274,9 +328,10 @@ void obs_sweep(float* w, int64_t rows, int64_t columns, int64_t w_stride, const 
     if (mask == nullptr && (m < 1 || columns % m != 0))
         launch.refuse("without a mask, M must divide the columns");
     const Sweep a{w, r, mask, keep, error, loss, fault, w_stride, r_stride, out_stride, int(rows), int(columns), int(n),
-                  int(m), aligned(w, w_stride * int64_t(sizeof(float)), 16),
-                  aligned(error, out_stride * int64_t(sizeof(float)), 16) && aligned(keep, out_stride, 4) &&
-                      aligned(mask, out_stride, 4)};
+                  int(m), columns % 4 == 0 && aligned(w, w_stride * int64_t(sizeof(float)), 16),
+                  columns % 4 == 0 && aligned(r, r_stride * int64_t(sizeof(float)), 16),
+                  columns % 4 == 0 && aligned(error, out_stride * int64_t(sizeof(float)), 16) &&
+                      aligned(keep, out_stride, 4) && aligned(mask, out_stride, 4)};
     const int64_t blocks = (rows + ROWS - 1) / ROWS;
     if (mask != nullptr) return launch(obs_sweep_kernel<0>, blocks, THREADS, SHARED, a);
     if (m == 4) return launch(obs_sweep_kernel<4>, blocks, THREADS, SHARED, a);

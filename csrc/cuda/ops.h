@@ -8,8 +8,12 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 namespace pyprune::cuda {
+
+// Empty if kernels can be launched on this machine, else the reason as a sentence without a capital or a full stop.
+std::string why_unusable();
 
 // Makes the device current for the calling thread; every call below launches there.
 void use_device(int device);

@@ -126,6 +126,7 @@ class Ring:
         ``DEPTH − 1`` more were asked for."""
         compute = self.api.current_stream(self.device)
         self.into.wait_stream(self.out)  # what earlier passes wrote is what this one reads
+        self.into.wait_stream(compute)  # a pass that was abandoned has not said what it used
         self._flush()
         items, queue = iter(items), collections.deque()
 
@@ -147,7 +148,11 @@ class Ring:
 
     def _copy_in(self, slot: _Slot, host: Tensor) -> Tensor:
         if slot.device is None or slot.device.numel() < host.numel():
-            slot.device = torch.empty(host.numel(), dtype=self.dtype, device=self.device)
+            slot.device = self._allocate(host.numel())
+            # The allocator follows the computing stream alone: kernels that wait there may still read this memory, and
+            # it may be given away again while a copy is under way.
+            self.into.wait_stream(self.api.current_stream(self.device))
+            self._keep(slot.device, self.into)
         buffer = slot.device[:host.numel()].view(host.shape)
         if not self._pinned(host):
             if slot.busy:
@@ -172,7 +177,7 @@ class Ring:
         target = host if self._pinned(host) else self._pin(host.numel(), host.dtype).view(host.shape)
         with self.api.stream(self.out):
             self._copy(target, value)
-        self._keep(value)
+        self._keep(value, self.out)
         if target is not host:
             done = self.api.Event()
             done.record(self.out)
@@ -201,8 +206,11 @@ class Ring:
     def _pin(self, count: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(count, dtype=dtype, pin_memory=True)
 
-    def _keep(self, value: Tensor) -> None:
-        value.record_stream(self.out)  # its memory is not given away before the copy is done
+    def _allocate(self, count: int) -> Tensor:
+        return torch.empty(count, dtype=self.dtype, device=self.device)
+
+    def _keep(self, value: Tensor, stream) -> None:
+        value.record_stream(stream)  # its memory is not given away before what the stream has queued is done
 
     def _copy(self, target: Tensor, source: Tensor) -> None:
         target.copy_(source, non_blocking=True)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 
 from pyprune.config import ConfigError
+from pyprune.devices import indexed
 
 
 def pick_device(name: str) -> torch.device:
     """``auto`` is the GPU if there is one. Raises :class:`ConfigError` for a device that cannot be used."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return indexed("cuda" if torch.cuda.is_available() else "cpu")
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pyprune.config import ConfigError
+from pyprune.devices import indexed
 from pyprune.execution.activation_store import Store, transfers
 from pyprune.execution.cpu_forward import forward_mode
 from pyprune.execution.distributed import World
@@ -110,7 +111,7 @@ class Executor:
         """weights: how the blocks come and go (None: they are in memory). store: where activations live. world: the
         processes that share the calibration sequences. warn: hears when a batch did not fit the device and was halved.
         """
-        self.view, self.device, self.batch_size = view, torch.device(device), batch_size
+        self.view, self.device, self.batch_size = view, indexed(device), batch_size
         own = next(p.dtype for p in view.blocks[0].parameters() if p.is_floating_point())
         self.dtype = compute_dtype or own
         self.weights = weights or Resident()

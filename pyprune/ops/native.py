@@ -10,6 +10,7 @@ import torch  # before _C, so that both share torch's OpenMP runtime
 from torch import Tensor
 
 from pyprune.config import ConfigError
+from pyprune.devices import indexed
 from pyprune.ops import reference
 
 try:
@@ -40,6 +41,8 @@ def unusable(name: str) -> str | None:
     if name == "cuda" and not _C.with_cuda:
         return "this build has no CUDA kernels (PYPRUNE_CUDA_ARCHS was off or unset when it was built)"
     if name == "cuda" and torch.cuda.is_available():
+        if reason := _C.cuda_unusable():  # torch may come with an older toolkit than this build's
+            return reason
         major, minor = torch.cuda.get_device_capability()
         if not _has_image(_C.cuda_architectures, major, minor):
             return (f"this build has kernels for {_C.cuda_architectures}, not for this GPU's compute capability "
@@ -231,8 +234,7 @@ _faults: dict[torch.device, Tensor] = {}
 
 def check_cuda(device: torch.device | str = "cuda") -> None:
     """Wait for ``device`` and raise ``ValueError`` for bad data that CUDA ops have met since the last look."""
-    device = torch.device(device)
-    device = torch.device("cuda", torch.cuda.current_device()) if device.index is None else device
+    device = indexed(device)
     torch.cuda.synchronize(device)
     _raise_faults(device)
 

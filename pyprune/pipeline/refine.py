@@ -46,9 +46,10 @@ def refine(model: nn.Module, dense: nn.Module, calibration=None, *, tokenizer=No
         check_finite(live.state_dict().items())
     views = ModelView(model), ModelView(dense)
     data = sequences_for(*views, calibration, tokenizer, settings, seed)
-    where, world, failed = pick_device(device), distributed.start(), True
+    world, failed = distributed.start(), True
     found = Findings(warnings=list(data.warnings))
     try:
+        where = pick_device(device)  # after the processes have taken a GPU each
         executors = [Executor(view, device=where, compute_dtype=compute_dtype, world=world, warn=found.warn)
                      for view in views]
         work = RefineWork(*executors, data, settings, cross_block=cross_block, global_propagation=global_propagation,

@@ -8,7 +8,9 @@ import errno
 import gc
 import os
 import random
+import weakref
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -78,11 +80,15 @@ def test_sequences_of_different_length_are_never_padded():
 # ---- the ring, on a device whose streams run as late and as unordered as their events allow ------------------------
 
 class Device:
-    """Streams and events with ``torch.cuda``'s meaning: work is queued, and done in any order that events permit."""
+    """Streams, events and memory with ``torch.cuda``'s meaning: work is queued, and done in any order that events
+    permit; memory that the host lets go is given away at once, as the caching allocator does within a stream."""
 
     def __init__(self, seed: int):
         self.random, self.streams, self.done = random.Random(seed), [], set()
         self.compute = self.current = self.Stream()
+        self.blocks: dict[int, np.ndarray] = {}
+        self.free: list[tuple[int, list]] = []
+        self.kept: dict[int, list] = {}
 
     def Stream(self, device=None):
         return _Stream(self)
@@ -109,6 +115,41 @@ class Device:
         if ready:
             self.random.choice(ready).queue.popleft()[0]()
         return bool(ready)
+
+    def empty(self, count: int) -> torch.Tensor:
+        """Memory for the compute stream: the smallest block that is free and no recorded stream still uses."""
+        for place in sorted(range(len(self.free)), key=lambda i: self.blocks[self.free[i][0]].size):
+            address, uses = self.free[place]
+            if self.blocks[address].size >= count and all(event.token in self.done for event in uses):
+                del self.free[place]
+                break
+        else:
+            block = np.full(count, np.nan, np.float32)
+            address = block.ctypes.data
+            self.blocks[address] = block
+        handle = torch.from_numpy(self.blocks[address][:count])
+        self.kept[address] = []
+        weakref.finalize(handle, self._let_go, address)
+        return handle
+
+    def _let_go(self, address: int) -> None:
+        events = []
+        for stream in self.kept[address]:
+            events.append(self.Event())
+            events[-1].record(stream)
+        self.free.append((address, events))
+
+    def memory(self, tensor: torch.Tensor) -> torch.Tensor:
+        """What work on the device sees of a tensor: its memory, which it does not keep from being given away."""
+        block = self.blocks.get(tensor.untyped_storage().data_ptr())
+        if block is None:  # the host's
+            return tensor
+        return torch.from_numpy(block).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+    def copy(self, stream, target: torch.Tensor, source: torch.Tensor, work=lambda x: x) -> None:
+        """``target.copy_(work(source))`` when its turn comes."""
+        target, source = self.memory(target), self.memory(source)
+        self.put(stream, lambda: target.copy_(work(source)))
 
 
 class _Stream:
@@ -155,51 +196,98 @@ class SimulatedRing(Ring):
     def _pin(self, count, dtype):
         return torch.full((count,), float("nan"), dtype=dtype)
 
-    def _keep(self, value):
-        pass
+    def _allocate(self, count):
+        return self.simulated.empty(count)
+
+    def _keep(self, value, stream):
+        self.simulated.kept[value.untyped_storage().data_ptr()].append(stream)
 
     def _copy(self, target, source):
-        self.simulated.put(self.simulated.current, lambda: target.copy_(source))
+        self.simulated.copy(self.simulated.current, target, source)
 
 
-def passes(ring: SimulatedRing, device: Device, batches: int = 7, rounds: int = 3) -> bool:
-    """In-place passes ``x ← 2x + 1`` over a store; whether it ends as it must."""
-    store = torch.arange(batches * 4.0).view(batches, 4)
-    wanted = store.clone()
+def passes(ring: SimulatedRing, device: Device, batches: int = 7, rounds: int = 3, abandon: bool = False) -> bool:
+    """In-place passes ``x ← 2x + 1`` over a store of longer and longer batches, by way of a temporary tensor each;
+    whether it ends as it must. abandon: every pass is begun once in vain, and its first batch still used."""
+    store = [torch.arange(4.0 * (1 + k // 3)) + k for k in range(batches)]
+    wanted = [x.clone() for x in store]
+    used, expected = [], []
     for _ in range(rounds):
-        for key, x in ring.read((k, store[k]) for k in range(batches)):
-            out = torch.full_like(x, float("nan"))
-            device.put(device.compute, lambda x=x, out=out: out.copy_(2 * x + 1))
+        if abandon:
+            items = ring.read(enumerate(store))
+            used.append(torch.empty_like(store[0]))
+            expected.append(wanted[0].clone())
+            device.copy(device.compute, used[-1], next(items)[1])
+            items.close()
+        for key, x in ring.read(enumerate(store)):
+            doubled, out = device.empty(x.numel()), device.empty(x.numel())
+            device.copy(device.compute, doubled, x, lambda x: 2 * x)
+            device.copy(device.compute, out, doubled, lambda x: x + 1)
+            del doubled
             ring.write(store[key], out)
-        wanted = 2 * wanted + 1
+            del out
+        wanted = [2 * x + 1 for x in wanted]
     ring.drain()
-    return torch.equal(store, wanted)
+    device.compute.synchronize()
+    return all(map(torch.equal, [*store, *used], [*wanted, *expected]))
 
 
+def leaves_in_order(ring: SimulatedRing, device: Device) -> bool:
+    """A ring that goes in the middle of a pass; whether its memory is given to others after its last copy only."""
+    items = ring.read(enumerate([torch.zeros(4), torch.zeros(4)]))
+    next(items)
+    items.close()
+    ring.slots.clear()
+    found = []
+    for value in (torch.ones(4), torch.full((4,), 2.0)):
+        other, seen = device.empty(4), torch.zeros(4)
+        device.copy(device.compute, other, value)
+        device.copy(device.compute, seen, other)
+        found.append((seen, value))
+    device.compute.synchronize()
+    return all(torch.equal(seen, value) for seen, value in found)
+
+
+@pytest.mark.parametrize("abandon", [False, True])
 @pytest.mark.parametrize("pinned", [True, False])
-def test_the_ring_is_right_under_every_schedule(pinned):
+def test_the_ring_is_right_under_every_schedule(pinned, abandon):
     for seed in range(150):
         device = Device(seed)
         ring = SimulatedRing(device, pinned)
-        assert passes(ring, device), seed
+        assert passes(ring, device, abandon=abandon), seed
         assert len(ring.slots) == DEPTH and sum(s.device is not None for s in ring.slots) == DEPTH
 
 
-@pytest.mark.parametrize("missing", ["filled", "used", "ready", "between passes"])
+@pytest.mark.parametrize("pinned", [True, False])
+def test_a_ring_that_goes_takes_its_copies_along(pinned):
+    for seed in range(150):
+        device = Device(seed)
+        assert leaves_in_order(SimulatedRing(device, pinned), device), seed
+
+
+@pytest.mark.parametrize("missing", ["filled", "used", "ready", "between passes", "allocated", "kept in", "kept out"])
 def test_a_missing_event_would_be_caught(missing, monkeypatch):
     """The simulated device finds each ordering mistake that the ring could make."""
     wrong = 0
     for seed in range(150):
         device = Device(seed)
         ring = SimulatedRing(device, True)
+        wait, keep = ring.into.wait_stream, ring._keep
         if missing in ("filled", "used"):
             for slot in ring.slots:
                 getattr(slot, missing).record = lambda stream: None
         elif missing == "ready":
             ring.out.wait_event = lambda event: None
+        elif missing in ("between passes", "allocated"):
+            unseen = ring.out if missing == "between passes" else device.compute
+            ring.into.wait_stream = lambda other, wait=wait, unseen=unseen: other is unseen or wait(other)
         else:
-            ring.into.wait_stream = lambda other: None
-        wrong += not passes(ring, device, batches=2 if missing == "between passes" else 7, rounds=5)
+            unseen = ring.into if missing == "kept in" else ring.out
+            ring._keep = lambda value, stream, keep=keep, unseen=unseen: stream is unseen or keep(value, stream)
+        if missing == "kept in":
+            wrong += not leaves_in_order(ring, device)
+        else:
+            wrong += not passes(ring, device, batches=2 if missing == "between passes" else 7, rounds=5)
     assert wrong > 0
 
 
@@ -258,7 +346,7 @@ def limited(most: int, where: str):
 @pytest.mark.parametrize("where", ["model.layers.1.self_attn.q_proj", "model.layers.1.mlp.down_proj"])
 @pytest.mark.parametrize("inputs", ["propagated", "dense"])
 def test_a_batch_that_does_not_fit_is_halved_and_counted_once(where, inputs, monkeypatch):
-    
+
     counts = []
     gather = mask_work.gather
     def counting(run, index, *args):
@@ -300,6 +388,20 @@ def test_a_moved_block_is_a_copy_in_the_compute_type():
         for p, q in zip(module.parameters(), view.blocks[1].parameters()):
             assert torch.equal(p, q.bfloat16()) and p.data_ptr() != q.data_ptr()
         assert module.self_attn.config is not None and type(module) is type(view.blocks[1])
+
+
+def test_cuda_and_cuda_0_are_one_device(monkeypatch):
+    """Where a block lies already it is not copied, whichever of the GPU's names was given."""
+    from pyprune.evaluate import pick_device
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("pyprune.execution.executor.transfers", lambda device, dtype: device)
+    view, here = ModelView(tiny.model("llama")), torch.device("cuda:1")
+    for name in ("cuda", "cuda:1", torch.device("cuda")):
+        executor = Executor(view, device=name, store=Store())
+        assert executor.device == executor.transfers == here
+    assert pick_device("auto") == here and Executor(view).device == torch.device("cpu")
 
 
 def test_a_copy_of_a_block_goes_with_its_turn():

@@ -7,14 +7,18 @@ in pieces, and how faults of the data surface. The kernels' own tests are in tes
 from __future__ import annotations
 
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from simulated import factor_of_inverse, load_module, objects, strided
 
+from pyprune import ops
 from pyprune.ops import native, reference
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to compile the simulated kernels")
+
+LAUNCH = native._launch
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +141,57 @@ def test_errors_name_the_op_and_its_sizes(module):
         native.compress_24_cuda(torch.zeros(32, 48, dtype=torch.bfloat16))
     with pytest.raises(ValueError, match=r"obs_sweep on the cuda back-end \(rows = 2, columns = 129, N = 2, M = 4\)"):
         module.obs_sweep_cuda(0, 0, 2, 129, 129, 0, 129, 0, 2, 4, 0, 0, 129, 0, 0, 0)
+
+
+def test_launches_name_the_device_and_the_stream_of_their_tensors(monkeypatch):
+    current, calls = [], []
+
+    class Current:
+        def __init__(self, device):
+            self.device = device
+
+        def __enter__(self):
+            current.append(self.device)
+
+        def __exit__(self, *error):
+            current.pop()
+
+    def stream(device):
+        assert current == [device]
+        return SimpleNamespace(cuda_stream=42)
+
+    monkeypatch.setattr(torch.cuda, "device", Current)
+    monkeypatch.setattr(torch.cuda, "current_stream", stream)
+    monkeypatch.setattr(native, "_C", SimpleNamespace(nm_mask_cuda=lambda *given: calls.append((*given, *current))))
+    device = torch.device("cuda:1")
+    LAUNCH("nm_mask", device, 7, 8)
+    assert calls == [(1, 7, 8, 42, device)] and current == []
+
+
+@pytest.mark.parametrize("machine, reason", [
+    ({}, None), ({"CUSIM_DRIVER": 13020}, None),
+    ({"CUSIM_DRIVER": 12040}, "made with CUDA 13.0, newer than the driver's 12.4: update the NVIDIA driver, or rebuild "
+                              "with a toolkit of CUDA 12"),
+    ({"CUSIM_DRIVER": 0}, "no NVIDIA driver"), ({"CUSIM_DEVICES": 0}, "CUDA finds no GPU"),
+    ({"CUSIM_STATUS": 803}, "CUDA reports: system has unsupported display driver"),
+])
+def test_a_build_that_the_driver_cannot_run_says_so(module, monkeypatch, machine, reason):
+    """And ``auto`` takes the next back-end."""
+    for name, value in machine.items():
+        monkeypatch.setenv(name, str(value))
+    complete = SimpleNamespace(with_cuda=True, cuda_architectures="90a-real", cuda_unusable=module.cuda_unusable)
+    monkeypatch.setattr(native, "_C", complete)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setitem(ops.AUTO["cuda"], "nm_mask", ("cuda", "reference"))
+    monkeypatch.setattr(ops, "_chosen", {})
+    chosen = ops._implementation("nm_mask", torch.device("cuda:0"))
+    if reason is None:
+        assert native.unusable("cuda") is None and chosen is native.nm_mask_cuda
+    else:
+        assert reason in native.unusable("cuda") and chosen is reference.nm_mask
+        with ops.backend("cuda"), pytest.raises(RuntimeError, match="'cuda' was asked for nm_mask but cannot run"):
+            ops._implementation("nm_mask", torch.device("cuda:0"))
 
 
 @pytest.mark.parametrize("architectures, runs, does_not", [

@@ -74,11 +74,12 @@ def test_obs_sweep(simulate, run):
     cases, expected = [], []
     for seed, (rows, columns, stride, nm) in enumerate(SWEEPS):
         w, r = strided(rows, columns, stride, seed), factor_of_inverse(columns, seed)
-        wide = torch.full((columns, columns + 3), torch.nan)  # r is a view into the whole factor
-        wide[:, :columns] = r
+        # r is a view into the whole factor, of which only the upper triangle counts; aligned for vectors or not
+        wide = torch.full((columns, columns // 4 * 4 + 4 + seed % 2), torch.nan)
+        wide[:, :columns] = r.where(torch.ones_like(r).triu().bool(), torch.nan)
         mask = None if nm else torch.rand(rows, columns, generator=torch.Generator().manual_seed(seed)) < 0.4
         n, m = nm or (0, 0)
-        cases.append({"rows": rows, "columns": columns, "w_stride": stride, "r_stride": columns + 3, "n": n, "m": m,
+        cases.append({"rows": rows, "columns": columns, "w_stride": stride, "r_stride": wide.stride(0), "n": n, "m": m,
                       "out_stride": columns, "w": w, "r": wide[:, :columns], "mask": mask,
                       "fault": torch.zeros(1, dtype=torch.int32)})
         exact = w.double()
@@ -129,6 +130,9 @@ SELECTIONS = [
     (3, 5, 5, torch.float32, 0.0, "row", False, True, True),
     (3, 5, 5, torch.float32, 1.0, "row", True, True, True),
     (1, 1, 1, torch.float16, 1.0, "row", False, False, False),
+    (2, 5000, 5003, torch.float32, 0.6, "row", True, True, False),  # 512 threads a row
+    (2, 9000, 9000, torch.bfloat16, 0.5, "row", False, True, False),  # 1,024, and ties
+    (2, 16640, 16640, torch.bfloat16, 0.5, "row", True, True, False),  # wider than registers hold
     (50, 128, 150, torch.float32, 0.5, "matrix", True, True, False),
     (97, 63, 63, torch.bfloat16, 0.6, "matrix", True, True, False),
     (90, 96, 96, torch.float16, 0.5, "matrix", False, False, True),
@@ -210,6 +214,22 @@ def test_nm_mask(simulate, run):
         assert result("fault", case["fault"]).item() == 0
     assert broken("fault", cases[-1]["fault"]).item() == 1
     assert broken("keep", cases[-1]["w"].bool())[2, 8:12].all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_group_size_in_every_type(simulate, dtype):
+    """1:M, half and all but one of M, for M from 2 to 16; one group, and rows that do and do not begin aligned."""
+    cases = []
+    for m in range(2, 17):
+        for seed, n in enumerate(sorted({1, m // 2, m - 1})):
+            for groups, extra, tied in ((1, 0, False), (4, 0, True), (5, 1, False)):
+                case = selection(seed, 3, groups * m, groups * m + extra, dtype, 0, "row", bool(seed), True, tied)
+                cases.append({**case, "n": n, "m": m})
+    for case, result in zip(cases, simulate("nm_mask", cases, "asan")):
+        w = case["w"].clone()
+        keep = reference.nm_mask(w, case["n"], case["m"], scale=case["scale"], apply=True)
+        assert torch.equal(result("keep", keep), keep), f"{case['n']}:{case['m']}"
+        assert torch.equal(result("w", case["w"]), w) and result("fault", case["fault"]).item() == 0
 
 
 # ---- compress_24, expand_24 ----------------------------------------------------------------------------------------
@@ -328,6 +348,24 @@ def test_an_access_out_of_bounds_is_caught(parts, tmp_path, kernel, old, new):
     with pytest.raises(RuntimeError, match="heap-buffer-overflow") as error:
         execute(driver, kernel, tmp_path / "case", [case])
     assert f"{kernel}.cu" in str(error.value)  # with the line
+
+
+@pytest.mark.parametrize("old, new", [
+    ("    wait_for_copies();\n", ""),
+    ("""    __syncthreads();
+    if (probe != 0.f) atomicOr(&f->bad, 1u);
+    __syncthreads();
+""", "")], ids=["wait", "barrier"])
+def test_a_copy_that_is_not_waited_for_is_caught(parts, tmp_path, old, new):
+    """Without the wait, or without the barrier behind it, somebody reads what is not there yet."""
+    driver = planted(tmp_path, parts[False], "obs_sweep", old, new, False)
+    w, r = torch.ones(40, 128), factor_of_inverse(128, 0)
+    case = {"rows": 40, "columns": 128, "w_stride": 128, "r_stride": 128, "n": 2, "m": 4, "out_stride": 128, "w": w,
+            "r": r, "fault": torch.zeros(1, dtype=torch.int32)}
+    expected = w.double()
+    reference.obs_sweep(expected, r.double(), nm=(2, 4))
+    [folder] = execute(driver, "obs_sweep", tmp_path / "case", [case], 1)
+    assert not torch.allclose(read(folder / "w", w).double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_threads_at_different_barriers_are_caught(parts, tmp_path):

@@ -200,7 +200,7 @@ def test_env_shows_the_verdicts_and_measures_when_asked(cache, measured, capsys)
 
 @pytest.mark.skipif(native._C is None, reason="no native module")
 def test_an_instruction_set_is_forced_or_refused():
-    code = ("from pyprune import native, ops\n"
+    code = ("from pyprune import ops\nfrom pyprune.ops import native\n"
             "assert native._C.cpu_level() == 'portable' and ops.taken('linear', 'cpu') == 'cpu'\n")
     subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYPRUNE_ISA": "portable"}, check=True)
     code = "from pyprune import ops; ops.taken('linear', 'cpu')"

@@ -34,7 +34,8 @@ def compiled(tmp_path_factory):
 def test_every_architecture_was_compiled_for(compiled):
     kernels = {row["kernel"] for row in compiled}
     assert {row["arch"] for row in compiled} == {80, 90, 100, 120}
-    assert {row["kernel"] for row in compiled if row["arch"] == 90} == kernels and len(kernels) >= 25
+    assert {row["kernel"] for row in compiled if row["arch"] == 90} == kernels - {"gram persistent pointers"}
+    assert len(kernels) >= 25
 
 
 def test_no_kernel_spills(compiled):
@@ -49,3 +50,10 @@ def test_products_run_on_tensor_cores(compiled):
     checked = [row for row in compiled if "matrix" in row]
     assert {row["arch"] for row in checked} == {80, 90, 100, 120}
     assert [row for row in checked if not row["matrix"]] == []
+
+
+def test_wide_tiles_are_loaded_by_the_copy_engine(compiled):
+    """TMA on compute capability 9 and 10, asynchronous copies on the others."""
+    checked = [row for row in compiled if "loads" in row]
+    assert {row["arch"] for row in checked} == {80, 90, 100, 120}
+    assert [row for row in checked if not row["loads"]] == []

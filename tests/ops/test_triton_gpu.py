@@ -60,6 +60,25 @@ def test_gram(tokens, c, dtype, masked):
     assert count.item() == 7 + len(kept)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("tokens, c", [(1, 520), (513, 1000), (3000, 4096), (20000, 1288), (18000, 11008)])
+def test_gram_by_persistent_programs(tokens, c, dtype):
+    module = importlib.import_module("pyprune.triton_kernels.gram_persistent")
+    tuning = importlib.import_module("pyprune.triton_kernels.tuning")
+    x = rand(tokens, c, dtype=dtype)
+    want = x.double().T @ x.double()
+    shared = torch.cuda.get_device_properties(0).shared_memory_per_block_optin
+    for cfg in tuning.usable(module.configs(x, None), shared):
+        results = []
+        for _ in range(2):
+            gram, sums, count = torch.zeros(c, c, device="cuda"), torch.zeros(c, device="cuda"), torch.tensor(0).cuda()
+            module.launch_gram(cfg, gram, x, sums, count)
+            results.append(gram)
+        assert relative(gram, want) < 3e-5 and torch.equal(gram, gram.T) and torch.equal(*results)
+        assert torch.allclose(sums.double(), x.double().sum(0), rtol=1e-4, atol=1e-4 * tokens ** 0.5)
+        assert count.item() == tokens
+
+
 def test_gram_is_bitwise_repeatable():
     x = rand(30000, 384, dtype=torch.bfloat16)
     results = []
@@ -205,6 +224,24 @@ def test_bad_data_is_reported_by_the_next_call(triton_backend):
     with pytest.raises(ValueError, match="NaN"):
         triton_backend.check()
     assert torch.equal(w.nan_to_num(7.0), before.nan_to_num(7.0))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_tensor_on_another_gpu():
+    """Other than the current one, and on a stream of its own there."""
+    w, x = rand(100, 64).to("cuda:1"), rand(500, 64).to("cuda:1")
+    expected, gram = w.clone(), torch.zeros(64, 64, device="cuda:1")
+    keep = reference.nm_mask(expected, 2, 4, apply=True)
+    stream = torch.cuda.Stream("cuda:1")
+    stream.wait_stream(torch.cuda.current_stream("cuda:1"))
+    with torch.cuda.device("cuda:1"), torch.cuda.stream(stream):
+        torch.cuda._sleep(200_000_000)
+        w.mul_(1)
+    with torch.cuda.stream(stream), torch.cuda.device("cuda:0"):
+        assert torch.equal(ops.nm_mask(w, 2, 4, apply=True), keep) and torch.equal(w, expected)
+        ops.gram_update(gram, x)
+        assert relative(gram, x.double().T @ x.double()) < 1e-5
+        assert torch.cuda.current_device() == 0
 
 
 def test_tuning_is_kept_on_disk_and_changes_no_result(monkeypatch, tmp_path):

@@ -7,6 +7,7 @@ import torch
 
 from pyprune import ops
 from pyprune.triton_kernels import gram as module
+from pyprune.triton_kernels import gram_persistent
 from pyprune.triton_kernels.tuning import config
 
 pytestmark = pytest.mark.usefixtures("interpreter")
@@ -84,6 +85,47 @@ def test_gram_is_bitwise_repeatable_and_split_over_launches(monkeypatch):
         results.append(gram)
     assert torch.equal(*results)
     assert relative(results[0], x.double().T @ x.double()) < 1e-6 and count.item() == 1000
+
+
+@pytest.mark.parametrize("tma", [True, False])
+@pytest.mark.parametrize("tokens, c, dtype, splits", [(40, 72, torch.bfloat16, 1), (100, 100, torch.float16, 3),
+                                                      (16, 16, torch.bfloat16, 2)])
+def test_persistent_programs_match_float64(monkeypatch, tma, tokens, c, dtype, splits):
+    """Tiles of 128 × 256 in small: parts of tokens, launches, groups of squares, edges; unwritten memory is NaN."""
+    monkeypatch.setattr(gram_persistent, "with_tma", lambda device: tma)
+    monkeypatch.setattr(gram_persistent, "MOST_TOKENS", 64)
+    monkeypatch.setattr(gram_persistent, "L2_GROUP", 2)
+    monkeypatch.setattr(gram_persistent, "splits_of", lambda *sizes: splits)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)
+    x = inputs(tokens, (c + 7) // 8 * 8, dtype)[:, :c]
+    start = torch.eye(c) * 3
+    gram, sums, count = start.clone(), torch.ones(c), torch.tensor(5)
+    try:
+        gram_persistent.launch_gram(config(4, 1, BT=16, BM=16, BN=32), gram, x, sums, count)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert relative(gram, start.double() + x.double().T @ x.double()) < 1e-6
+    assert torch.equal(gram, gram.T)
+    assert relative(sums, 1 + x.double().sum(0)) < 1e-5 and count.item() == 5 + tokens
+
+
+def test_persistent_programs_are_tried_where_they_can_run():
+    x = torch.empty(64, 1024, dtype=torch.bfloat16)
+    assert gram_persistent.configs(x, None) == gram_persistent.TMA
+    assert gram_persistent.configs(x[:, 1:], None) == gram_persistent.POINTERS, "descriptors are aligned"
+    for other in (x.float(), x[:, :512], x[:, ::2], torch.empty(1024, 64, dtype=x.dtype).T):
+        assert gram_persistent.configs(other, None) == ()
+    assert gram_persistent.configs(x, torch.ones(64)) == ()
+    # 272 tiles on 132 programs are 2.06 waves of whole tiles; thirds fill the last one better
+    assert gram_persistent.splits_of(272, 256, 132) == 3
+    assert gram_persistent.splits_of(1892, 256, 132) == 1
+
+
+@pytest.mark.parametrize("capability, expected", [((8, 0), False), ((9, 0), True), ((10, 3), True), ((12, 0), False)])
+def test_descriptors_are_for_the_chips_that_gain_by_them(monkeypatch, capability, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert gram_persistent.with_tma(torch.device("cuda:0")) is expected
 
 
 def test_empty_batch_changes_nothing():

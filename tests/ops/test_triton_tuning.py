@@ -75,6 +75,28 @@ def test_every_op_of_the_contract_has_a_triton_function():
     assert set(ops.OPS) <= set(kernels.__all__)
 
 
+def test_ops_launch_on_the_device_of_their_tensors(monkeypatch):
+    """Triton takes the current device and its stream, so every op makes its tensors' device current before anything."""
+    class Elsewhere(torch.Tensor):
+        device = property(lambda self: torch.device("cuda:1"))
+
+    class Current:
+        def __init__(self, device):
+            assert device == torch.device("cuda:1")
+
+        def __enter__(self):
+            raise InterruptedError
+
+        def __exit__(self, *error):
+            pass
+
+    monkeypatch.setattr(torch.cuda, "device", Current)
+    for name in kernels.__all__:
+        if name not in ("linear", "trailing_update"):  # torch's own products
+            with pytest.raises(InterruptedError):
+                getattr(kernels, name)(torch.empty(4, 4).as_subclass(Elsewhere))
+
+
 def test_the_top_level_name_is_refused():
     source = Path(kernels.__file__)
     with pytest.raises(ImportError, match="pyprune.triton_kernels"):

@@ -15,6 +15,12 @@ DEVICE = "cuda"
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
 
+@pytest.fixture(autouse=True)
+def several_batches_a_pass(monkeypatch):
+    """More batches than the ring has buffers: 3 sequences of 24 tokens each, where a GPU would take all at once."""
+    monkeypatch.setattr("pyprune.execution.executor.TARGET_TOKENS", 3 * 24)
+
+
 def run(device, architecture="llama", **fields):
     texts = {} if architecture in tiny.ENCODERS else {"evaluation": Evaluation(text=tiny.ids(3, 24), dtype="float32")}
     settings = {"calibration": tiny.ids(15, 24), **texts, **fields}
@@ -82,6 +88,19 @@ def test_a_model_is_refined_to_the_cpus_error(cross):
                                        settings=settings)
     for a, b in zip(found["cpu"], found[DEVICE]):
         assert b["after_calibration"] == pytest.approx(a["after_calibration"], rel=2e-2)
+
+
+def test_the_ring_goes_round_in_these_runs(monkeypatch):
+    from pyprune.execution.activation_store import DEPTH, Ring
+
+    read, counts = Ring.read, []
+    def counting(self, items):
+        items = list(items)
+        counts.append(len(items))
+        return read(self, items)
+    monkeypatch.setattr(Ring, "read", counting)
+    run(DEVICE)
+    assert counts and max(counts) > DEPTH
 
 
 def test_nothing_stays_on_the_device():

@@ -85,7 +85,7 @@ def test_selection_by_validation_judges_the_weights_written(cross, monkeypatch):
                 master.mul_(1.5)
         return Trace(student.indices)
 
-    monkeypatch.setattr("pyprune.pipeline.refine.train", spoil)
+    monkeypatch.setattr("pyprune.pipeline.refine_work.train", spoil)
     pruned = run(method="magnitude", reconstruct="none").model
     before = {name: p.detach().clone() for name, p in pruned.named_parameters()}
     rows = pyprune.refine(pruned, tiny.model("llama"), enough(), cross_block=cross,

@@ -19,8 +19,8 @@ from pyprune.config import Calibration, ConfigError, Evaluation
 from pyprune.execution.journal import Interrupted, Journal
 from pyprune.execution.weight_streaming import Streamed
 from pyprune.pipeline.prune import prune
-from pyprune.pipeline.refine import Refinement
 from pyprune.pipeline.refine_checkpoint import refine_checkpoint
+from pyprune.pipeline.refine_work import RefineWork
 
 KINDS = {"masked": dict(method="wanda", pattern="2:4"), "smaller": dict(pattern="neurons", sparsity=0.5)}
 WAYS = {"BR": dict(), "BR without GP": dict(global_propagation=False), "CR": dict(cross_block=True),
@@ -73,9 +73,9 @@ def test_an_interrupted_refinement_resumes_to_the_same_bytes(way, stopped, prune
     assert not (output / "config.json").exists(), "nothing that looks like a model yet"
     stop_after(-1)
     trained = []
-    window = Refinement._window
+    window = RefineWork._window
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Refinement, "_window", lambda self, blocks: (trained.append(blocks), window(self, blocks))[1])
+        patch.setattr(RefineWork, "_window", lambda self, blocks: (trained.append(blocks), window(self, blocks))[1])
         found = refined(pruned, output, resume=True, **WAYS[way])
     folder, reference = whole("masked", way)
     assert_same(folder, output)
@@ -140,7 +140,7 @@ def test_a_run_that_died_after_its_last_block_only_moves_out(pruned, whole, tmp_
     with pytest.raises(KeyboardInterrupt):
         refined(pruned, tmp_path / "out")
     monkeypatch.setattr(Journal, "publish", publish)
-    monkeypatch.setattr(Refinement, "run", lambda *_: pytest.fail("all blocks are done"))
+    monkeypatch.setattr(RefineWork, "work", lambda *_: pytest.fail("all blocks are done"))
     found = refined(pruned, tmp_path / "out", resume=True)
     folder, reference = whole("masked", "BR")
     assert_same(folder, tmp_path / "out")
@@ -158,7 +158,7 @@ def test_ctrl_c_stops_between_blocks_and_the_command_goes_on(pruned, tmp_path, c
     arguments = ["refine", pruned / "masked", "-o", tmp_path / "out", "--calibration", tmp_path / "ids.npy",
                  "--num-samples", 12, "--seq-len", 24, "--no-evaluation", "--epochs", 2, "--lr", 2e-3,
                  "--memory-budget-gb", 1e-6]
-    window = Refinement._window
+    window = RefineWork._window
     def interrupted(self, blocks):
         os.kill(os.getpid(), signal.SIGINT)
         return window(self, blocks)
@@ -167,10 +167,10 @@ def test_ctrl_c_stops_between_blocks_and_the_command_goes_on(pruned, tmp_path, c
             commands.main([str(a) for a in arguments])
         return ended.value.code or 0
     assert threading.current_thread() is threading.main_thread()
-    monkeypatch.setattr(Refinement, "_window", interrupted)
+    monkeypatch.setattr(RefineWork, "_window", interrupted)
     assert command(*arguments) == 130
     assert "stopped with 1 of 3 blocks done" in capsys.readouterr().err
-    monkeypatch.setattr(Refinement, "_window", window)
+    monkeypatch.setattr(RefineWork, "_window", window)
     assert command(*arguments) == 2
     assert "--resume" in capsys.readouterr().err
     assert command(*arguments, "--resume") == 0

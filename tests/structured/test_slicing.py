@@ -11,6 +11,7 @@ import torch
 from pyprune.config import ConfigError
 from pyprune.execution.executor import expert_loop
 from pyprune.model.blocks import ModelView
+from pyprune.model.sizes import sized_class
 from pyprune.structured import config_edits, slicing
 from pyprune.structured.allocation import choose
 from pyprune.structured.groups import find_groups
@@ -153,12 +154,6 @@ def test_layout_builds_the_same_model_again(architecture):
                 pick.kept = torch.arange(10 + i)
         attributes.append(slice_block(block, chosen))
     sizes = config_edits.layout(model, view.path, attributes, [])
-    again = config_edits.build_from_sizes(model.config, sizes)
-    assert type(again) is type(model)
+    again = sized_class(type(model), sizes)(model.config).eval()
     again.load_state_dict(model.state_dict())
     assert torch.equal(logits(again), logits(model))
-
-
-def test_unknown_architecture_in_a_layout():
-    with pytest.raises(ConfigError, match="NoSuchModel"):
-        config_edits.build_from_sizes(None, {"architecture": "NoSuchModel", "shapes": {}, "attributes": {}})
