@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from pyprune.config import ConfigError
-from pyprune.model import ModelView
+from pyprune.model import predicts_next_token
 
 KIND = "pyprune self-generated calibration"
 GREEDY_TOKENS = 5
@@ -92,8 +92,9 @@ def _check(model, n: int, seq_len: int, batch_size: int) -> None:
     for name, value, least in (("n", n, 1), ("seq_len", seq_len, 2), ("batch_size", batch_size, 1)):
         if value < least:
             raise ConfigError(f"{name} must be at least {least}, got {value}")
-    if ModelView(model).is_encoder:
-        raise ConfigError(f"{type(model).__name__} is an encoder and cannot generate text; calibrate it on a corpus")
+    if not predicts_next_token(model):
+        raise ConfigError(f"{type(model).__name__} does not predict the next token (as encoders, classifiers and "
+                          "embedding models do not), so it cannot generate text; calibrate it on a corpus")
     longest = getattr(model.config, "max_position_embeddings", None)
     if longest and seq_len > longest:
         raise ConfigError(f"seq_len {seq_len} is above the model's {longest} positions")

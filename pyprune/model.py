@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
-from collections.abc import Iterable
+import functools
+import inspect
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from pyprune.arguments import Arguments, Tokenwise, find_tokenwise, probe_batches, tidy
 from pyprune.config import ConfigError
 
 
@@ -133,10 +136,11 @@ class _Stop(Exception):
 class _Recorder(nn.Module):
     """Stands in for a block: keeps the arguments it was called with and passes the hidden states through."""
 
-    def __init__(self, block: nn.Module, calls: list, last: bool = False, given=None):
-        """last: end the forward pass here. given: returned in place of the hidden states."""
+    def __init__(self, block: nn.Module, calls: list, last: bool = False, given=None, disturbed: bool = False):
+        """last: end the forward pass here. given: returned in place of the hidden states. disturbed: return other
+        states than came in."""
         super().__init__()
-        self.given = given
+        self.given, self.disturbed = given, disturbed
         object.__setattr__(self, "_block", block)  # not a submodule: the model must not see it twice
         self.calls, self.last = calls, last
 
@@ -154,33 +158,9 @@ class _Recorder(nn.Module):
         self.calls.append((hidden, args, kwargs))
         if self.last:
             raise _Stop(hidden)
+        if self.disturbed:
+            return 2 * hidden.flip(-1) + 1
         return hidden if self.given is None else self.given
-
-
-@dataclass
-class Arguments:
-    """Everything but the hidden states that the model hands to one block."""
-
-    args: tuple
-    kwargs: dict
-
-    def to(self, device, dtype, memo: dict) -> Arguments:
-        """Floating tensors cast to ``dtype``, all tensors moved, tuples and dicts walked; a tensor that several
-        blocks share stays shared through ``memo``."""
-        return Arguments(_cast(self.args, device, dtype, memo), _cast(self.kwargs, device, dtype, memo))
-
-
-def _cast(value, device, dtype, memo):
-    if isinstance(value, Tensor):
-        if id(value) not in memo:
-            cast = value.to(device, dtype if value.is_floating_point() else value.dtype)
-            memo[id(value)] = (cast, value)  # the original stays alive, so its id stays its own
-        return memo[id(value)][0]
-    if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
-        return type(value)(_cast(v, device, dtype, memo) for v in value)
-    if isinstance(value, dict):
-        return {k: _cast(v, device, dtype, memo) for k, v in value.items()}
-    return value
 
 
 def call_block(block: nn.Module, hidden: Tensor, arguments: Arguments) -> Tensor:
@@ -195,7 +175,9 @@ class ModelView:
     def __init__(self, model: nn.Module):
         self.model = model
         self.path, self.blocks = find_blocks(model)
-        self.is_encoder = not _is_causal(model)
+        self.is_encoder = not predicts_next_token(model)
+        """It reads whole texts: an encoder, but also a classifier, reward or embedding model on a decoder's blocks. Its
+        calibration text is not packed into pieces of equal length, and it has no perplexity."""
 
     def name(self, index: int, ref: WeightRef) -> str:
         """Full name of a weight in the model, ``model.layers.3.self_attn.q_proj.weight``."""
@@ -213,21 +195,32 @@ class ModelView:
             skipped += [f"{self.path}.{i}.{name}" for name in uncovered(block, weights_of(block))]
         return {"fraction": pruned / max(total, 1), "pruned": pruned, "total": total, "skipped": skipped}
 
+    @functools.cached_property
+    def tokenwise(self) -> Tokenwise:
+        """Which arguments of the blocks depend on the tokens, found by recording different ones; costs three small
+        embeddings. Raises ConfigError for a model whose blocks cannot be run apart from it."""
+        embedding = self.model.get_input_embeddings()
+        device = next(embedding.parameters()).device
+        batches = probe_batches(self.model.config, embedding.num_embeddings)
+        return find_tokenwise(type(self.model).__name__, self.record, tuple(ids.to(device) for ids in batches))
+
     @torch.no_grad()
-    def record(self, input_ids: Tensor) -> tuple[Tensor, list[Arguments]]:
+    def record(self, input_ids: Tensor, disturbed: bool = False) -> tuple[Tensor, list[Arguments]]:
         """First-block input ``[batch, tokens, hidden]`` and each block's arguments, for unpadded ids of one length.
 
         Runs the model's own forward with recorders in place of the blocks, so masks, rotary embeddings and per-layer
-        attention kinds are the model's own; costs the embedding only.
+        attention kinds are the model's own; costs the embedding only. disturbed: the stand-ins change the states, so
+        that arguments computed from earlier blocks show.
         """
         calls: list = []
-        last = len(self.blocks) - 1
+        last, name = len(self.blocks) - 1, type(self.model).__name__
         with contextlib.suppress(_Stop):
-            self._forward(input_ids, [_Recorder(block, calls, last=i == last) for i, block in enumerate(self.blocks)])
+            self._forward(input_ids, [_Recorder(block, calls, last=i == last, disturbed=disturbed)
+                                      for i, block in enumerate(self.blocks)])
         if len(calls) != len(self.blocks):
-            raise ConfigError(f"{type(self.model).__name__} called {len(calls)} of its {len(self.blocks)} blocks in "
-                              "one forward pass; its block order cannot be followed")
-        return calls[0][0], [Arguments(args, kwargs) for _, args, kwargs in calls]
+            raise ConfigError(f"{name} called {len(calls)} of its {len(self.blocks)} blocks in one forward pass; its "
+                              "block order cannot be followed")
+        return calls[0][0], [tidy(name, i, Arguments(args, kwargs)) for i, (_, args, kwargs) in enumerate(calls)]
 
     @torch.no_grad()
     def complete(self, input_ids: Tensor, outputs):
@@ -242,18 +235,54 @@ class ModelView:
         try:
             for i, module in enumerate(stand_ins):
                 self.blocks[i] = module
-            return self.model(input_ids, **({} if self.is_encoder else {"use_cache": False}))
+            with uncached(self.model) as options:
+                return self.model(input_ids, **options)
         finally:
             for i, block in enumerate(originals):
                 self.blocks[i] = block
 
 
-def _is_causal(model: nn.Module) -> bool:
-    """Whether the model generates text (decoder) or encodes it."""
-    name = type(model).__name__
-    return name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")) and not name.startswith(
-        ("Bert", "Roberta")) or any(a.endswith(("ForCausalLM", "LMHeadModel")) and not a.startswith(("Bert", "Roberta"))
-                                    for a in getattr(model.config, "architectures", None) or [])
+@contextlib.contextmanager
+def uncached(model: nn.Module) -> Iterator[dict]:
+    """The model makes no cache for the duration, whatever its head: its configurations say so, and so do the options
+    yielded, to be passed to its forward where that has the parameter."""
+    configs = {id(m.config): m.config for m in model.modules()
+               if getattr(getattr(m, "config", None), "use_cache", False)}
+    try:
+        for config in configs.values():
+            config.use_cache = False
+        yield {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    finally:
+        for config in configs.values():
+            config.use_cache = True
+
+
+def predicts_next_token(model: nn.Module) -> bool:
+    """Whether the model is a causal language model: its tokens see none after them, and its head gives logits over the
+    vocabulary. Calibration text, perplexity, generation and gradients go by this."""
+    return is_causal(model) and getattr(model, "get_output_embeddings", lambda: None)() is not None
+
+
+def is_causal(model: nn.Module) -> bool:
+    """Whether a token sees only itself and those before it.
+
+    The attention modules say it themselves. Where none does (recurrent models, a few old ones) the configuration or the
+    kinds of models made of it do.
+    """
+    config = getattr(model, "config", None)
+    texts = [config, getattr(config, "get_text_config", lambda: None)()]
+    if getattr(config, "is_encoder_decoder", False) or any(getattr(c, "is_causal", None) is False for c in texts):
+        return False
+    said = [module.is_causal for module in model.modules() if isinstance(getattr(module, "is_causal", None), bool)]
+    if said:
+        return any(said)
+    import transformers
+
+    if getattr(config, "is_decoder", False):
+        return True
+    if type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        return type(config) not in transformers.MODEL_FOR_MASKED_LM_MAPPING
+    return type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
 
 
 def check_finite(view: ModelView, index: int, refs: list[WeightRef]) -> None:

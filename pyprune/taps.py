@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from pyprune.groups import Coupled
-from pyprune.model import ModelView, _Stop
+from pyprune.model import ModelView, _Stop, uncached
 from pyprune.stream import Activations
 
 MAX_GRADIENT_TOKENS = 16384
@@ -146,14 +146,14 @@ def mask_gradients(view: ModelView, groups: list[list[Coupled]], sequences: list
         for i, group in enumerate(block):
             module = view.blocks[index].get_submodule(group.consumer.module_path)
             handles.append(module.register_forward_pre_hook(watch(out[index][i], group)))
-    options = {} if view.is_encoder else {"use_cache": False}
     try:
         for batch in shell.batches(None):
             for start in range(batch.start, batch.stop, step := max(1, 2048 // batch.length)):
                 ids = shell.ids[batch.length][start:min(start + step, batch.stop)].to(device)
                 size = len(ids)
                 places = [first + row for row in shell.rows[batch.length][start:start + size]]
-                with torch.enable_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                with torch.enable_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32), \
+                        uncached(model) as options:
                     result = model(ids, **options)
                     loss = _probe_loss(result, places, seed) if view.is_encoder else _token_loss(result.logits, ids)
                 loss.backward()
