@@ -215,10 +215,14 @@ class Beside:
     """Arguments that depend on the tokens, by number, ``[sequences, …]``."""
     left: dict[tuple, Tensor] = field(default_factory=dict)
     """By key and place in the tuple under that key: what blocks left for later ones; blocks write here."""
+    written: set[tuple] = field(default_factory=set)
+    """What of it was written since."""
+    origin: object = None
+    """Where the rest of it was read from."""
 
     def fill(self, arguments: Arguments) -> Arguments:
         """Arguments with this batch's own tensors in their places."""
-        left = Left(self.left)
+        left = Left(self)
 
         def change(path: Path, value):
             if isinstance(value, Slot):
@@ -233,8 +237,8 @@ class Beside:
 class Left(MutableMapping):
     """The mapping as blocks see it: key → tuple of tensors, kept as one tensor per key and place."""
 
-    def __init__(self, store: dict[tuple, Tensor]):
-        self.store = store
+    def __init__(self, beside: Beside):
+        self.store, self.written = beside.left, beside.written
 
     def __getitem__(self, key):
         found = [self.store[k] for k in sorted(k for k in self.store if k[0] == key)]
@@ -248,6 +252,7 @@ class Left(MutableMapping):
                               "tensors can be stored with the sequences")
         for i, tensor in enumerate(value):
             self.store[key, i] = tensor
+            self.written.add((key, i))
 
     def __delitem__(self, key) -> None:
         for k in [k for k in self.store if k[0] == key]:

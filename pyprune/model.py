@@ -285,6 +285,12 @@ def is_causal(model: nn.Module) -> bool:
     return type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
 
 
+def check_apart(*views: ModelView) -> None:
+    """Refuse models whose blocks cannot be run apart from them (:attr:`ModelView.tokenwise`)."""
+    for view in views:
+        view.tokenwise.numbers([])
+
+
 def check_finite(view: ModelView, index: int, refs: list[WeightRef]) -> None:
     """Refuse a weight that holds NaN or infinity, with its place."""
     for ref in refs:

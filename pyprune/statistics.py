@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from pyprune import ops
+from pyprune.arguments import Beside
 from pyprune.config import ConfigError
 from pyprune.model import WeightRef, _Stop
 from pyprune.stream import NO_ROOM, Activations, Batch, Executor
@@ -227,10 +228,14 @@ def observe(executor: Executor, index: int, module: nn.Module, refs: list[Weight
     """
     observer = Observer(module, refs, sink)
 
-    def both(part: Batch, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        ahead = None if dense is None else observer.run_dense(
-            lambda: executor.forward(index, module, dense.read(part)))
-        return ahead, observer.run(lambda: executor.forward(index, module, x), stop_early=target is None)
+    def both(part: Batch, x: Tensor) -> list[tuple[Activations | None, Tensor | None, Beside]]:
+        own = executor.beside([index], activations, part)
+        ahead, beyond = None, Beside()
+        if dense is not None:
+            beyond = executor.beside([index], dense, part)
+            ahead = observer.run_dense(lambda: executor.forward(index, module, dense.read(part), beyond))
+        out = observer.run(lambda: executor.forward(index, module, x, own), stop_early=target is None)
+        return [(dense, ahead, beyond), (target, out, own)]
 
     try:
         for batch, hidden in executor.stream(activations):
@@ -241,9 +246,9 @@ def observe(executor: Executor, index: int, module: nn.Module, refs: list[Weight
                 if outs is NO_ROOM:
                     parts[:0] = _again(executor, index, observer, part, x)
                     continue
-                for stream, out in ((dense, outs[0]), (target, outs[1])):
+                for stream, out, beside in outs:
                     if stream is not None:
-                        executor.write(stream, part, out)
+                        executor.write(stream, part, out, beside)
         executor.drain()
     finally:
         observer.close()
@@ -267,7 +272,9 @@ def find_non_finite(executor: Executor, index: int, module: nn.Module, refs: lis
     for batch in activations.batches(1):
         observer = Observer(module, refs, lambda columns, device: Inputs())
         try:
-            observer.run(functools.partial(executor.forward, index, module, activations.read(batch)), stop_early=False)
+            beside = executor.beside([index], activations, batch)
+            observer.run(functools.partial(executor.forward, index, module, activations.read(batch), beside),
+                         stop_early=False)
         finally:
             observer.close()
         for name, sink in observer.sinks.items():
