@@ -146,9 +146,11 @@ def mask_gradients(view: ModelView, groups: list[list[Coupled]], sequences: list
         for i, group in enumerate(block):
             module = view.blocks[index].get_submodule(group.consumer.module_path)
             handles.append(module.register_forward_pre_hook(watch(out[index][i], group)))
+    # classifiers look for the last token that is no padding, and take one sequence at a time without a padding id
+    alone = view.is_encoder and getattr(model.config.get_text_config(), "pad_token_id", None) is None
     try:
         for batch in shell.batches(None):
-            for start in range(batch.start, batch.stop, step := max(1, 2048 // batch.length)):
+            for start in range(batch.start, batch.stop, step := 1 if alone else max(1, 2048 // batch.length)):
                 ids = shell.ids[batch.length][start:min(start + step, batch.stop)].to(device)
                 size = len(ids)
                 places = [first + row for row in shell.rows[batch.length][start:start + size]]
@@ -185,7 +187,9 @@ def _token_loss(logits: Tensor, ids: Tensor) -> Tensor:
 def _probe_loss(result, places: list[int], seed: int) -> Tensor:
     hidden = getattr(result, "last_hidden_state", None)
     hidden = result[0] if hidden is None else hidden
-    pooled = nn.functional.normalize(hidden.float().mean(1) if hidden.ndim == 3 else hidden.float(), dim=-1)
+    pooled = hidden.float().mean(1) if hidden.ndim == 3 else hidden.float()
+    if pooled.shape[1] > 1:  # one number, a reward, has a size and no direction
+        pooled = nn.functional.normalize(pooled, dim=-1)
     directions = [torch.randn(pooled.shape[1], generator=torch.Generator().manual_seed((seed << 20) + place))
                   for place in places]
     return (pooled * torch.stack(directions).to(pooled)).sum()

@@ -13,8 +13,10 @@ import pyprune
 from pyprune.config import ConfigError, Evaluation, Reconstruction
 from pyprune.evaluate import evaluate
 from pyprune.generate import generate
+from pyprune.groups import find_groups
 from pyprune.model import ModelView, predicts_next_token
 from pyprune.stream import Executor
+from pyprune.taps import mask_gradients
 
 NONE = Evaluation(enabled=False)
 
@@ -161,12 +163,28 @@ def test_a_classifier_is_calibrated_on_whole_texts(tokenizer):
     assert "3 sequences of 7 to 30 tokens" in result.report["calibration"]["description"]
 
 
-def test_gradients_of_a_classifier_come_from_what_it_gives_not_from_a_next_token_loss():
-    model = build("LlamaForSequenceClassification")
-    model.config.pad_token_id = 0
-    result = pyprune.prune(model, pattern="neurons", sparsity=0.25, criterion="fisher", calibration=tiny.ids(12, 16),
-                           evaluation=NONE, progress=False)
-    assert result.model.config.intermediate_size == 48
+@pytest.mark.parametrize("labels", [1, 3])
+def test_gradients_of_a_classifier_without_padding_id_are_those_of_its_output(labels):
+    """Against differences: a mask on one neuron moved a little, through the whole model."""
+    torch.manual_seed(0)
+    model = hf.LlamaForSequenceClassification(hf.LlamaConfig(**{**tiny._GROUPED, "pad_token_id": None},
+                                                             num_labels=labels)).double().eval()
+    view, ids = ModelView(model), list(tiny.ids(3, 12))
+    groups = find_groups(view, "neurons")
+    found = mask_gradients(view, groups, ids, dtype=torch.float32, device=torch.device("cpu"), seed=5)[1][0]
+    down, unit, step = view.blocks[1].mlp.down_proj, 7, 0.02  # norms round to float32
+    for row, sequence in enumerate(ids):
+        direction = torch.randn(labels, generator=torch.Generator().manual_seed((5 << 20) + row)).double()
+        values = []
+        for factor in (1 + step, 1 - step):
+            handle = down.register_forward_pre_hook(lambda m, a, f=factor: torch.cat(
+                [a[0][..., :unit], a[0][..., unit:unit + 1] * f, a[0][..., unit + 1:]], -1))
+            with torch.no_grad():
+                out = model(sequence[None]).logits[0]
+            handle.remove()
+            values.append((out / (out.norm() if labels > 1 else 1)) @ direction)
+        want = ((values[0] - values[1]) / (2 * step)).item()
+        assert abs(want) > 1e-6 and found[row, unit].item() == pytest.approx(want, rel=1e-2, abs=1e-5)
 
 
 def test_a_cache_that_is_made_all_the_same_is_refused():

@@ -18,10 +18,11 @@ import pyprune
 from pyprune.blockwise import measure_streamed
 from pyprune.config import ConfigError, Evaluation, Reconstruction
 from pyprune.evaluate import measure
+from pyprune.journal import Interrupted, Journal
 from pyprune.model import ModelView, weights_of
 from pyprune.reconstruct import relative_error, train
 from pyprune.store import Store
-from pyprune.stream import Executor
+from pyprune.stream import Executor, Resident
 from pyprune.student import Student
 
 NONE = Evaluation(enabled=False)
@@ -263,8 +264,6 @@ def test_perplexity_block_by_block_is_that_of_the_whole_model(name):
     windows = [("text", list(tiny.ids(5, 12))), ("other", list(tiny.ids(3, 20, seed=1)))]
     evaluation = Evaluation(dtype="float32", batch_size=2)
     whole = measure(model, windows, evaluation)
-    from pyprune.stream import Resident
-
     apart = measure_streamed(ModelView(model), Resident(), windows, evaluation, Store(), torch.device("cpu"))
     for a, b in zip(whole, apart):
         assert b["perplexity"] == pytest.approx(a["perplexity"], rel=1e-5)
@@ -280,6 +279,24 @@ def test_a_streamed_run_gives_the_model_of_a_run_in_memory(tmp_path):
     assert all(torch.equal(p, q) for p, q in zip(one.model.state_dict().values(), other.model.state_dict().values()))
     for a, b in zip(one.report["evaluation"], other.report["evaluation"]):
         assert a["pruned"] == pytest.approx(b["pruned"], rel=1e-5)
+
+
+def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path, monkeypatch):
+    fields = dict(method="wanda", reconstruct="cross_block", global_propagation=True, calibration=tiny.ids(8, 12),
+                  reconstruction=Reconstruction(epochs=1, lr=1e-3, batch_size=4), evaluation=NONE, progress=False)
+    whole = pyprune.prune(build("gemma4 with shared keys"), **fields).model
+    point = Journal.safe_point
+
+    def stopping(self):
+        self._stopping = len(self.entries) == 3
+        point(self)
+
+    monkeypatch.setattr(Journal, "safe_point", stopping)
+    with pytest.raises(Interrupted, match="3 of 4 blocks done"):
+        pyprune.prune(build("gemma4 with shared keys"), output=str(tmp_path / "out"), **fields)
+    monkeypatch.undo()
+    resumed = pyprune.prune(build("gemma4 with shared keys"), output=str(tmp_path / "out"), resume=True, **fields).model
+    assert all(torch.equal(p, q) for p, q in zip(whole.state_dict().values(), resumed.state_dict().values()))
 
 
 # ---- refusals ------------------------------------------------------------------------------------------------------
