@@ -76,6 +76,11 @@ def gemma4(shared):
     return hf.Gemma4ForCausalLM(hf.Gemma4TextConfig(**LAYERED, global_head_dim=8, num_kv_shared_layers=shared))
 
 
+def gemma3n():
+    return hf.Gemma3nForCausalLM(hf.Gemma3nTextConfig(**LAYERED, num_kv_shared_layers=2, laurel_rank=4,
+                                                      activation_sparsity_pattern=[0.0] * 4))
+
+
 def zamba2():
     return hf.Zamba2ForCausalLM(hf.Zamba2Config(
         vocab_size=tiny.VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
@@ -84,8 +89,17 @@ def zamba2():
         adapter_rank=4, pad_token_id=0, bos_token_id=1, eos_token_id=2))
 
 
+def gemma4_with_images():
+    text = hf.Gemma4TextConfig(**LAYERED, global_head_dim=8, num_kv_shared_layers=2)
+    vision = hf.Gemma4VisionConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+                                   num_key_value_heads=2, head_dim=8)
+    return hf.Gemma4ForConditionalGeneration(hf.Gemma4Config(
+        text_config=text, vision_config=vision, audio_config=None, image_token_id=90, video_token_id=91,
+        audio_token_id=92, boi_token_id=93, eoi_token_id=94))
+
+
 MODELS = {"gemma4": lambda: gemma4(0), "gemma4 with shared keys": lambda: gemma4(2), "zamba2": zamba2,
-          "synthetic": Synthetic}
+          "gemma4 with images": gemma4_with_images, "synthetic": Synthetic}
 
 
 def build(name: str) -> nn.Module:
@@ -302,9 +316,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path, monkeypatch):
 # ---- refusals ------------------------------------------------------------------------------------------------------
 
 def test_what_cannot_be_right_is_refused_before_any_work():
-    gemma3n = hf.Gemma3nForCausalLM(hf.Gemma3nTextConfig(**LAYERED, num_kv_shared_layers=2, laurel_rank=4,
-                                                         activation_sparsity_pattern=[0.0] * 4))
-    cases = {"states of shape .* between its blocks": gemma3n}
+    cases = {"states of shape .* between its blocks": gemma3n()}
     for kind, sentence in (("earlier blocks", r"extra\['tokens'\] of block 1 of Synthetic is computed from the output"),
                            ("whole batch", r"extra\['tokens'\] of block 0 of Synthetic depends on the tokens of the")):
         cases[sentence] = Synthetic()
@@ -316,6 +328,14 @@ def test_what_cannot_be_right_is_refused_before_any_work():
         with pytest.raises(ConfigError, match=sentence):
             pyprune.refine(model, copy.deepcopy(model), tiny.ids(4, 12))
         assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_a_plan_says_what_the_run_would(tmp_path):
+    build("gemma4 with shared keys").save_pretrained(tmp_path / "shared")
+    assert pyprune.plan({"model": str(tmp_path / "shared"), "evaluation": {"enabled": False}})["seconds"]["forward"] > 0
+    gemma3n().save_pretrained(tmp_path / "gemma3n")
+    with pytest.raises(ConfigError, match="states of shape .* between its blocks"):
+        pyprune.plan({"model": str(tmp_path / "gemma3n"), "evaluation": {"enabled": False}})
 
 
 def test_structured_pruning_of_shared_keys_is_refused():
