@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from pyprune.config import ConfigError
-from pyprune.model import predicts_next_token
+from pyprune.model import predicts_next_token, read_on, uncached
 
 KIND = "pyprune self-generated calibration"
 GREEDY_TOKENS = 5
@@ -122,9 +122,8 @@ def _greedy(model, vocabulary: Tensor, seed: int, candidates: range, length: int
     tokens = ids[torch.tensor(first, device=ids.device)][:, None]
     cache = None
     for _ in range(length - 1):
-        out = model(tokens[:, -1:], past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
-        best = out.logits[:, -1].masked_fill(~vocabulary, -torch.inf).argmax(-1)
+        logits, cache = _read(model, tokens, cache)
+        best = logits.masked_fill(~vocabulary, -torch.inf).argmax(-1)
         tokens = torch.cat([tokens, best[:, None]], 1)
     return tokens
 
@@ -140,16 +139,24 @@ def _sample(model, vocabulary: Tensor, seed: int, candidates: list[int], starts:
     draws = torch.tensor(np.stack(draws), device=starts.device)
     tokens = torch.empty(len(starts), seq_len, dtype=torch.int64, device=starts.device)
     tokens[:, : starts.shape[1]] = starts
-    step, cache = starts, None
+    cache = None
     for t in range(starts.shape[1], seq_len):
-        out = model(step, past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
-        logits = out.logits[:, -1].float().masked_fill(~vocabulary, -torch.inf)
+        logits, cache = _read(model, tokens[:, :t], cache)
+        logits = logits.float().masked_fill(~vocabulary, -torch.inf)
         cdf = logits.softmax(-1).double().cumsum(-1)
         u = draws[:, t : t + 1] * cdf[:, -1:]
-        step = torch.searchsorted(cdf, u, right=True).clamp_(max=cdf.shape[1] - 1)
-        tokens[:, t : t + 1] = step
+        tokens[:, t : t + 1] = torch.searchsorted(cdf, u, right=True).clamp_(max=cdf.shape[1] - 1)
     return tokens
+
+
+def _read(model, tokens: Tensor, cache) -> tuple[Tensor, object]:
+    """Logits after ``tokens [batch, t]``, ``[batch, vocabulary]``, and the cache that holds them. cache: of all but the
+    last; None: of none. A model that gives no cache back reads all its tokens every time."""
+    logits, cache = read_on(model, tokens if cache is None else tokens[:, -1:], cache)
+    if cache is None:  # it may keep a state of its own, which must not come from another batch
+        with uncached(model) as options:
+            logits = model(tokens, **options).logits
+    return logits[:, -1], cache
 
 
 def _detector() -> Callable[[str], str]:

@@ -257,6 +257,15 @@ def uncached(model: nn.Module) -> Iterator[dict]:
             config.use_cache = True
 
 
+def read_on(model: nn.Module, tokens: Tensor, cache=None) -> tuple[Tensor, object]:
+    """Logits ``[batch, tokens, vocabulary]`` of tokens that follow those in ``cache`` (None: there are none), and the
+    cache with them in it; None of a model that gives no cache back."""
+    parameters = inspect.signature(model.forward).parameters
+    name = next((n for n in ("cache", "past_key_values", "cache_params") if n in parameters), None)
+    out = model(tokens, use_cache=True, **({name: cache} if name else {}))
+    return out.logits, getattr(out, name or "cache", None)
+
+
 def predicts_next_token(model: nn.Module) -> bool:
     """Whether the model is a causal language model: its tokens see none after them, and its head gives logits over the
     vocabulary. Calibration text, perplexity, generation and gradients go by this."""

@@ -11,7 +11,7 @@ from torch import nn
 
 import pyprune
 from pyprune.config import ConfigError, Evaluation, Reconstruction
-from pyprune.evaluate import evaluate
+from pyprune.evaluate import evaluate, latency
 from pyprune.generate import generate
 from pyprune.groups import find_groups
 from pyprune.model import ModelView, predicts_next_token
@@ -145,13 +145,23 @@ def test_one_place_says_what_predicts_the_next_token(name, tokenizer):
     assert predicts_next_token(model) == language
     if language:
         assert 1 < evaluate(model, list(tiny.ids(2, 12)))["perplexity"] < 1e6
-        if name != "RecurrentGemmaForCausalLM":  # its forward gives no cache back
-            assert [len(row) for row in generate(model, tokenizer, 2, seq_len=8)] == [8, 8]
+        first, _ = rows = generate(model, tokenizer, 2, seq_len=8)
+        assert [len(row) for row in rows] == [8, 8]
+        with torch.no_grad():  # the second to fifth tokens are the greedy ones, with or without a cache
+            logits = model(first[None], use_cache=False).logits[0]
+        logits[:, [0, 1, 2, 3]] = -torch.inf
+        assert logits[:4].argmax(1).tolist() == first[1:5].tolist()
         return
     with pytest.raises(ConfigError, match="does not predict the next token"):
         evaluate(model, list(tiny.ids(2, 12)))
     with pytest.raises(ConfigError, match="does not predict the next token"):
         generate(model, tokenizer, 1, seq_len=8)
+
+
+def test_decoding_is_timed_with_a_cache_or_not_at_all():
+    assert latency(build("MambaForCausalLM"), tokens=8, new_tokens=2, repeats=1)["decode_tokens_per_second"] > 0
+    with pytest.raises(ConfigError, match="RecurrentGemmaForCausalLM gives no cache back"):
+        latency(build("RecurrentGemmaForCausalLM"), tokens=8, new_tokens=2, repeats=1)
 
 
 def test_a_classifier_is_calibrated_on_whole_texts(tokenizer):

@@ -222,8 +222,6 @@ def test_a_window_in_training_in_another_type_gets_its_arguments_in_it():
 
 @pytest.mark.parametrize("name", MODELS)
 def test_masks_are_those_of_the_whole_model(name):
-    if name == "zamba2":
-        pytest.skip("its blocks share a transformer, whose masks depend on the order of the blocks")
     model, ids = build(name), tiny.ids(12, 12)
     masks = hooked.wanda_masks(model, hooked.run_whole(model, list(ids))[1])
     for batch_size in (1, 5):
