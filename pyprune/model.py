@@ -289,9 +289,9 @@ def is_causal(model: nn.Module) -> bool:
 
     if getattr(config, "is_decoder", False):
         return True
-    if type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
-        return type(config) not in transformers.MODEL_FOR_MASKED_LM_MAPPING
-    return type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
+    if type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING:
+        return False
+    return type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING or type(model).__name__.endswith("ForCausalLM")
 
 
 def check_apart(*views: ModelView) -> None:
