@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from pyprune import texts
 from pyprune.calibration import bos_prefix, need_tokenizer, tokenize
 from pyprune.config import ConfigError, Evaluation, from_dict
+from pyprune.model import predicts_next_token, read_on
+from pyprune.recording import uncached
 
 POSITIONS = 256
 """Logits of this many positions are widened to float32 at a time: the vocabulary is wide."""
@@ -76,10 +78,10 @@ def perplexity(model: nn.Module, windows: list[Tensor], *, dtype: torch.dtype | 
         raise ConfigError("there are no windows to evaluate")
     device, training, losses = _device(model), model.training, []
     model.eval()
-    with _forward_in(model, forward_dtype(model, dtype)) as forward:
+    with _forward_in(model, forward_dtype(model, dtype)) as forward, uncached(model) as options:
         for batch in _batches(windows, batch_size):
             ids = torch.stack(batch).to(device)
-            logits = forward(input_ids=ids, use_cache=False).logits
+            logits = forward(input_ids=ids, **options).logits
             losses += window_losses(logits, ids).tolist()
             if progress is not None:
                 progress(len(losses), len(windows))
@@ -122,16 +124,9 @@ def _device(model: nn.Module) -> torch.device:
 
 def check_causal(model: nn.Module) -> None:
     """Raise ConfigError for a model that does not predict the next token."""
-    if not is_causal(model):
+    if not predicts_next_token(model):
         raise ConfigError(f"{type(model).__name__} does not predict the next token, so it has no perplexity; evaluate "
                           "it on its own task, or set evaluation.enabled=False")
-
-
-def is_causal(model: nn.Module) -> bool:
-    """True for decoder-only models with a language-modelling head."""
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    return head is not None and "MaskedLM" not in type(model).__name__ and not getattr(
-        getattr(model, "config", None), "is_encoder_decoder", False)
 
 
 def forward_dtype(model: nn.Module, dtype: torch.dtype | str = "auto") -> torch.dtype:
@@ -291,10 +286,12 @@ def latency(model: nn.Module, *, tokens: int = 512, new_tokens: int = 32, batch_
 def _timed_run(model: nn.Module, ids: Tensor, new_tokens: int) -> tuple[float, float]:
     """Seconds of one prefill and of ``new_tokens`` decode steps after it."""
     start = _now(ids.device)
-    out = model(input_ids=ids, use_cache=True)
+    logits, cache = read_on(model, ids)
+    if cache is None:
+        raise ConfigError(f"{type(model).__name__} gives no cache back, so its decoding cannot be timed")
     between = _now(ids.device)
     for _ in range(new_tokens):
-        out = model(input_ids=out.logits[:, -1:].argmax(-1), past_key_values=out.past_key_values, use_cache=True)
+        logits, cache = read_on(model, logits[:, -1:].argmax(-1), cache)
     return between - start, _now(ids.device) - between
 
 

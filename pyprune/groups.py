@@ -17,9 +17,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from pyprune.arguments import Arguments
 from pyprune.block_probe import Probe, landing, normed
 from pyprune.config import ConfigError
-from pyprune.model import Arguments, ModelView, WeightRef, call_block, refuse_shared, weights_of
+from pyprune.model import ModelView, WeightRef, refuse_shared, weights_of
+from pyprune.recording import call_block
 from pyprune.stream import Resident, expert_loop
 
 PROBE_TOKENS = 12

@@ -26,7 +26,7 @@ from pyprune.counting import (
     work_of,
 )
 from pyprune.evaluate import pick_device
-from pyprune.model import ModelView, WeightRef, select_weights, uncovered, weights_of
+from pyprune.model import ModelView, WeightRef, check_apart, select_weights, uncovered, weights_of
 from pyprune.planning import rehearsal_model, rehearse
 from pyprune.prune import pick_dtype
 from pyprune.shards import Files
@@ -56,6 +56,7 @@ def plan(config: PruneConfig | dict) -> dict:
     dtype = next(view.blocks.parameters()).dtype
     compute = pick_dtype(config.compute_dtype) or dtype
     small = ModelView(rehearsal_model(view.model.config, dtype)[0])
+    check_apart(small)
     if config.is_structured:
         paths = group_paths(small, config)
         selected = [[ref for ref in refs if ref.path in paths] for refs in targeted]

@@ -17,7 +17,7 @@ from pyprune.config import Calibration, ConfigError, Evaluation, PruneConfig, fr
 from pyprune.evaluate import pick_device, windows_of
 from pyprune.journal import Journal, journaled
 from pyprune.masks import gather, needs_calibration, prune_block
-from pyprune.model import ModelView, WeightRef, check_finite, refuse_shared, select_weights
+from pyprune.model import ModelView, WeightRef, check_apart, check_finite, refuse_shared, select_weights
 from pyprune.progress import Progress, announce
 from pyprune.record import build_report, compared, data_identity, model_identity, settings_of, weights_digest
 from pyprune.refine import Refiner, wanted
@@ -92,6 +92,7 @@ def _prune(model, config: PruneConfig, tokenizer, in_place: bool, progress: bool
     view = weights.view if weights.streamed else ModelView(live)
     selected = select_weights(view, config.targets, config.ignore)
     check_weights(view, selected, config)
+    check_apart(view)
     with clock("calibration"):
         data = calibration.load(config.calibration, tokenizer, encoder=view.is_encoder,
                                 vocab_size=live.get_input_embeddings().num_embeddings)

@@ -20,7 +20,7 @@ from pyprune.calibration import CalibrationData
 from pyprune.config import Calibration, ConfigError, Reconstruction
 from pyprune.evaluate import pick_device
 from pyprune.journal import Journal, shard_path
-from pyprune.model import ModelView, weights_of
+from pyprune.model import ModelView, check_apart, weights_of
 from pyprune.progress import Progress
 from pyprune.prune import add_generated
 from pyprune.reconstruct import Trace, error_sums, train
@@ -72,6 +72,7 @@ def sequences_for(student: ModelView, teacher: ModelView, calibration, tokenizer
     if sizes[0] != sizes[1]:
         raise ConfigError("the pruned and the dense model must have the same blocks, vocabulary and hidden size, got "
                           f"{sizes[0]} and {sizes[1]}")
+    check_apart(student, teacher)
     chosen: Calibration = calibration_data.coerce(calibration)
     if chosen.seed is None:
         chosen = dataclasses.replace(chosen, seed=seed)
@@ -176,7 +177,7 @@ class Refinement:
 
     def _errors(self, net: Student) -> list[float]:
         """Relative error on calibration sequences, of which each process has its share, and on held-out ones."""
-        sums = [error_sums(self.pupil, net.indices[0], net, x, t) for x, t in zip(self.streams, self.targets)]
+        sums = [error_sums(self.pupil, net.indices, net, x, t) for x, t in zip(self.streams, self.targets)]
         self.world.sum_(sums[0])
         return [ratio(*pair) for pair in torch.stack(sums).tolist()]
 

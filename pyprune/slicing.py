@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from pyprune.arguments import Arguments
 from pyprune.config import ConfigError
 from pyprune.groups import Coupled
-from pyprune.model import Arguments, call_block
+from pyprune.recording import call_block
 
 # Names under which Hugging Face modules and configs keep sizes; everything else is discovered.
 HEAD_ATTRIBUTES = ("num_heads", "num_attention_heads", "n_heads", "n_head")

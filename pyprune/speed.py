@@ -64,11 +64,12 @@ def _in_a_process(name: str, tokens: int, new_tokens: int, batch_size: int, dtyp
 def measure(name: str, *, tokens: int, new_tokens: int, batch_size: int, dtype: str) -> dict:
     """One model, in this process: :func:`pyprune.evaluate.latency` for decoders, forward passes for encoders."""
     from pyprune.checkpoint import load
-    from pyprune.evaluate import is_causal, latency
+    from pyprune.evaluate import latency
+    from pyprune.model import predicts_next_token
 
     model, _ = load(name, dtype)
     directory = Path(name) if Path(name).is_dir() else None
-    if is_causal(model):
+    if predicts_next_token(model):
         row = latency(model, tokens=tokens, new_tokens=new_tokens, batch_size=batch_size, directory=directory)
     else:
         row = _encoder(model, min(tokens, model.config.max_position_embeddings - 2), batch_size, directory)

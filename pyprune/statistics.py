@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from pyprune import ops
+from pyprune.arguments import Beside
 from pyprune.config import ConfigError
 from pyprune.expert_products import Experts
-from pyprune.model import WeightRef, _Stop
+from pyprune.model import WeightRef
+from pyprune.recording import Stop
 from pyprune.routing import expert_lists
 from pyprune.stream import NO_ROOM, Activations, Batch, Executor
 
@@ -183,7 +185,7 @@ class Observer:
                 self.sinks[name].update(rows, *([self.held[call]] if call in self.held else []))
                 self.updating = None
         if call == self._last:
-            raise _Stop
+            raise Stop
 
     def run(self, forward: Callable[[], Tensor], length: int | None = None) -> Tensor | None:
         """One forward pass under observation. With the ``length`` of its sequences it ends before the last observed
@@ -193,7 +195,7 @@ class Observer:
         try:
             with torch.no_grad():
                 out = forward()
-        except _Stop:
+        except Stop:
             return None
         if length is not None:
             self._ends[length] = self._end()
@@ -248,11 +250,14 @@ def observe(executor: Executor, index: int, module: nn.Module, refs: list[Weight
     """
     observer = Observer(module, refs, sink)
 
-    def both(part: Batch, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        ahead = None if dense is None else observer.run_dense(
-            lambda: executor.forward(index, module, dense.read(part)))
-        return ahead, observer.run(lambda: executor.forward(index, module, x),
-                                   part.length if target is None else None)
+    def both(part: Batch, x: Tensor) -> list[tuple[Activations | None, Tensor | None, Beside]]:
+        own = executor.beside([index], activations, part)
+        ahead, beyond = None, Beside()
+        if dense is not None:
+            beyond = executor.beside([index], dense, part)
+            ahead = observer.run_dense(lambda: executor.forward(index, module, dense.read(part), beyond))
+        out = observer.run(lambda: executor.forward(index, module, x, own), part.length if target is None else None)
+        return [(dense, ahead, beyond), (target, out, own)]
 
     try:
         for batch, hidden in executor.stream(activations):
@@ -263,9 +268,9 @@ def observe(executor: Executor, index: int, module: nn.Module, refs: list[Weight
                 if outs is NO_ROOM:
                     parts[:0] = _again(executor, index, observer, part, x)
                     continue
-                for stream, out in ((dense, outs[0]), (target, outs[1])):
+                for stream, out, beside in outs:
                     if stream is not None:
-                        executor.write(stream, part, out)
+                        executor.write(stream, part, out, beside)
         executor.drain()
     finally:
         observer.close()
@@ -289,7 +294,8 @@ def find_non_finite(executor: Executor, index: int, module: nn.Module, refs: lis
     for batch in activations.batches(1):
         observer = Observer(module, refs, lambda columns, device: Inputs())
         try:
-            observer.run(functools.partial(executor.forward, index, module, activations.read(batch)))
+            beside = executor.beside([index], activations, batch)
+            observer.run(functools.partial(executor.forward, index, module, activations.read(batch), beside))
         finally:
             observer.close()
         for name, sink in observer.sinks.items():

@@ -12,7 +12,8 @@ import torch
 
 import pyprune
 from pyprune.config import ConfigError, Evaluation
-from pyprune.evaluate import is_causal, latency, measure, perplexity, windows, windows_of
+from pyprune.evaluate import latency, measure, perplexity, windows, windows_of
+from pyprune.model import predicts_next_token
 
 PROSE = "The quick brown fox jumps over the lazy dog, and nobody minds it.\n" * 60
 
@@ -140,7 +141,7 @@ def test_refusals(model, tokenizer, text, sentence):
 
 def test_models_and_fields_that_cannot_be_evaluated(model):
     encoder = tiny.model("bert")
-    assert not is_causal(encoder) and is_causal(model)
+    assert not predicts_next_token(encoder) and predicts_next_token(model)
     with pytest.raises(ConfigError, match="BertModel does not predict the next token"):
         pyprune.evaluate(encoder, tiny.ids(2, 9))
     with pytest.raises(ConfigError, match="evaluation text needs a tokenizer"):

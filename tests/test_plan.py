@@ -192,9 +192,9 @@ def test_a_structured_plan_names_what_the_run_cuts_and_its_passes(tmp_path, monk
     found = pyprune.plan({"model": str(tmp_path / "model"), **fields})
     counts = Counter()
     forward = Executor.forward
-    def counting(self, index, module, hidden):
+    def counting(self, index, module, hidden, beside):
         counts[index, len(hidden)] += 1
-        return forward(self, index, module, hidden)
+        return forward(self, index, module, hidden, beside)
     monkeypatch.setattr(Executor, "forward", counting)
     result = pyprune.prune(str(tmp_path / "model"), calibration=tiny.ids(4, 16), evaluation={"enabled": False},
                            batch_size=4, progress=False, **fields)
