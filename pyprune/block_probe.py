@@ -34,7 +34,7 @@ class Probe(TorchFunctionMode):
         leaf = torch.randn(output.shape, generator=self.generator).to(output).requires_grad_()
         if ref not in self.inputs and x.numel():
             self.inputs[ref], self.leaves[ref] = x, leaf
-        return leaf
+        return leaf.clone()  # some blocks add to it in place, which a leaf does not allow
 
     def first_expert(self, ref: WeightRef) -> int | None:
         return min((r.expert for r in self.inputs if r.path == ref.path), default=None)

@@ -7,6 +7,7 @@ the input in the forward pass. Every accumulator carries its own token count and
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import math
 from collections.abc import Callable
@@ -21,6 +22,8 @@ from pyprune.config import ConfigError
 from pyprune.model import WeightRef, _Stop
 from pyprune.stream import NO_ROOM, Activations, Batch, Executor
 
+AGAIN = "#"
+"""Ends the name of a layer's second call in a pass (DeBERTa's query and key also read the relative positions)."""
 ERROR_TOKENS = 512
 """Inputs a weight's error is measured on; more changes its third digit and costs as much as the solve."""
 
@@ -78,6 +81,20 @@ class Statistics:
         else:
             self.count += x.shape[0]
 
+    def plus(self, other: Statistics) -> Statistics:
+        """Statistics of both inputs together."""
+        both = copy.copy(self)
+        both.count = self.count + other.count
+        for name in ("gram", "sums", "cross"):
+            if getattr(self, name) is not None:
+                setattr(both, name, getattr(self, name) + getattr(other, name))
+        if self.want_moments:
+            share = other.count / both.count.clamp(min=1).double()
+            delta = other.mean - self.mean
+            both.m2 = self.m2 + other.m2 + delta.square() * (self.count * share)
+            both.mean = self.mean + delta * share
+        return both
+
     @property
     def norm(self) -> Tensor:
         """``‖X_·j‖₂`` per column, float32 ``[c]`` (Wanda's scale)."""
@@ -103,6 +120,12 @@ class Inputs:
     def update(self, x: Tensor) -> None:
         self.chunks.append(x.clone() if x.is_cuda else x)  # on a GPU it may lie in a buffer of the ring
 
+    def plus(self, other: Inputs) -> Inputs:
+        """Both inputs together."""
+        both = Inputs()
+        both.chunks = self.chunks + other.chunks
+        return both
+
     @property
     def x(self) -> Tensor:
         return torch.cat(self.chunks)
@@ -120,6 +143,8 @@ class Observer:
         self.skip: frozenset[str] = frozenset()
         """Names whose sinks have this batch already (it ran out of memory behind them and comes again in halves)."""
         self.updating: str | None = None
+        self.batch = 1
+        """Sequences of the batch at hand."""
         self.holding = False
         """The pass is the dense stream's: its inputs are held for the cross Gram, none is counted."""
         self.held: dict[str, Tensor] = {}
@@ -147,6 +172,8 @@ class Observer:
     def see(self, name: str, x: Tensor) -> None:
         if self.holding and name not in self._plain:
             return  # the two streams send different tokens to an expert
+        while name in self._order:
+            name += AGAIN
         if name not in self.leader:
             same = [leader for leader, seen in self._recent if seen is x]
             self.leader[name] = same[0] if same else name
@@ -154,6 +181,8 @@ class Observer:
                 self.sinks[name] = self._make(x.shape[-1], x.device)
         if self.leader[name] == name:
             self._recent.append((name, x))
+            if x.ndim == 3 and len(x) == 1:
+                x = x.expand(self.batch, -1, -1)  # positions that every sequence of the batch reads: a copy for each
             rows = x.reshape(-1, x.shape[-1])
             if self.holding:
                 self.held[name] = rows
@@ -190,6 +219,23 @@ class Observer:
     def close(self) -> None:
         for handle in self._handles:
             handle.remove()
+
+    def gather(self) -> None:
+        """Give layers that a pass calls several times one sink of all that they read."""
+        if not any(name.endswith(AGAIN) for name in self.leader):
+            return
+        groups: dict[tuple[str, ...], str] = {}
+        sinks, leader = {}, {}
+        for name in [name for name in self.leader if not name.endswith(AGAIN)]:
+            calls = [name]
+            while calls[-1] + AGAIN in self.leader:
+                calls.append(calls[-1] + AGAIN)
+            parts = tuple(self.leader[call] for call in calls)
+            leader[name] = groups.setdefault(parts, name)
+            if leader[name] == name:
+                first, *rest = (self.sinks[part] for part in parts)
+                sinks[name] = functools.reduce(lambda one, other: one.plus(other), rest, first)
+        self.sinks, self.leader = sinks, leader
 
 
 def _hook(observer: Observer, name: str):
@@ -228,6 +274,7 @@ def observe(executor: Executor, index: int, module: nn.Module, refs: list[Weight
     observer = Observer(module, refs, sink)
 
     def both(part: Batch, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        observer.batch = len(x)
         ahead = None if dense is None else observer.run_dense(
             lambda: executor.forward(index, module, dense.read(part)))
         return ahead, observer.run(lambda: executor.forward(index, module, x), stop_early=target is None)
@@ -247,6 +294,7 @@ def observe(executor: Executor, index: int, module: nn.Module, refs: list[Weight
         executor.drain()
     finally:
         observer.close()
+    observer.gather()
     return observer
 
 
@@ -270,6 +318,7 @@ def find_non_finite(executor: Executor, index: int, module: nn.Module, refs: lis
             observer.run(functools.partial(executor.forward, index, module, activations.read(batch)), stop_early=False)
         finally:
             observer.close()
+        observer.gather()
         for name, sink in observer.sinks.items():
             bad = (~torch.isfinite(sink.x)).nonzero()
             if len(bad):
