@@ -353,10 +353,15 @@ class ModelView:
             return hidden if give is None else give(hidden, given)
 
         calls: list = []
-        with contextlib.suppress(_Stop):
+        try:
             self._forward(ids, [_Recorder(block, calls, last=i == len(self.blocks) - 1,
                                           give=functools.partial(learn, i, block))
                                 for i, block in enumerate(self.blocks)])
+        except _Stop:
+            pass
+        except Exception as error:  # as above
+            raise ConfigError(f"{name} cannot be run block by block on token ids: "
+                              f"{' '.join(str(error).split())[:300]}") from error
         if (reason := _passed_on(calls, ids)) is not None:
             raise ConfigError(f"{name} {reason}: pruning block by block would not follow its forward pass")
         if not any(form and COMPUTED in form for form in forms):

@@ -69,11 +69,13 @@ def measure(name: str, *, tokens: int, new_tokens: int, batch_size: int, dtype: 
 
     model, _ = load(name, dtype)
     directory = Path(name) if Path(name).is_dir() else None
+    positions = of_any(model)
+    if positions:
+        tokens = min(tokens, max(2, positions.count - new_tokens))
     if is_causal(model):
         row = latency(model, tokens=tokens, new_tokens=new_tokens, batch_size=batch_size, directory=directory)
     else:
-        positions = of_any(model)
-        row = _encoder(model, min(tokens, positions.count) if positions else tokens, batch_size, directory)
+        row = _encoder(model, tokens, batch_size, directory)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     return {"model": name, "weight_bytes": weights, **row}
 
