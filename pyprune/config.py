@@ -23,6 +23,8 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 TOKEN_WEIGHTS = ("auto", "relative", "balanced", "uniform")
 MAX_COLUMN_BLOCK = 1024
 """Columns that :func:`pyprune.ops.obs_sweep` takes, on every back-end."""
+WINDOW = 1024
+"""Tokens of an evaluation window where none were asked for."""
 STREAMING = ("auto", "always", "never")
 
 
@@ -112,6 +114,11 @@ class Evaluation:
     """Column that holds the text (several: comma-separated); None finds it."""
     enabled: bool = True
     """Measure perplexity before and after."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens a window has if the model has so many positions."""
+        return WINDOW if self.window is None else self.window
 
     def __post_init__(self):
         _positive(self, "window", minimum=2)

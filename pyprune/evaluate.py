@@ -23,13 +23,11 @@ from torch import Tensor, nn
 
 from pyprune import texts
 from pyprune.calibration import bos_prefix, need_tokenizer, tokenize
-from pyprune.config import ConfigError, Evaluation, from_dict
+from pyprune.config import WINDOW, ConfigError, Evaluation, from_dict
 from pyprune.positions import Positions, of_any
 
 POSITIONS = 256
 """Logits of this many positions are widened to float32 at a time: the vocabulary is wide."""
-WINDOW = 1024
-"""Tokens of a window where none were asked for and the model has as many positions."""
 
 
 def windows(evaluation: Evaluation, tokenizer=None, *, source: Any = ...,
@@ -58,13 +56,12 @@ def windows(evaluation: Evaluation, tokenizer=None, *, source: Any = ...,
 
 def _cut(documents: Iterable[str], evaluation: Evaluation, tokenizer, name: str) -> list[Tensor]:
     prefix = bos_prefix(tokenizer) if evaluation.bos else torch.empty(0, dtype=torch.long)
-    window = evaluation.window or WINDOW
-    content = window - len(prefix)
+    content = evaluation.tokens - len(prefix)
     enough = None if evaluation.max_windows is None else evaluation.max_windows * content
     ids = tokenize(documents, tokenizer, enough)
     if len(ids) < content:
         raise ConfigError(f"evaluation text from {name} has {len(ids)} tokens, fewer than one window of "
-                          f"{window}; give more text or a smaller window")
+                          f"{evaluation.tokens}; give more text or a smaller window")
     return [torch.cat([prefix, ids[i:i + content]]) for i in range(0, len(ids) - content + 1, content)]
 
 
@@ -263,7 +260,7 @@ def placed(model: nn.Module, device: torch.device, evaluation: Evaluation) -> It
         yield True
         return
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    logits = evaluation.batch_size * (evaluation.window or WINDOW) * (vocabulary(model) or 0) * 6
+    logits = evaluation.batch_size * evaluation.tokens * (vocabulary(model) or 0) * 6
     if 1.2 * weights + 2 * logits > torch.cuda.mem_get_info(device)[0]:
         yield False
         return

@@ -3,7 +3,8 @@
 Structure is discovered, not tabulated: the blocks are the module list that holds most of the parameters, the
 prunable weights of a block are the 2-D weights of its linear layers and the slices of its 3-D expert parameters, and
 whatever the model's own forward hands to a block (masks, position embeddings, per-layer attention kinds) is recorded
-by running that forward with every block replaced by a recorder.
+by running that forward with every block replaced by a recorder. A recorder returns what the block would beside its
+hidden states (T5's position bias), learnt from a pass over a few tokens.
 """
 
 from __future__ import annotations
@@ -237,7 +238,7 @@ def _same(one, other) -> bool:
     """Whether two values that hold tensors in tuples, lists and dicts are equal."""
     if isinstance(one, Tensor) or isinstance(other, Tensor):
         return type(one) is type(other) and one.shape == other.shape and torch.allclose(
-            one.double(), other.double(), rtol=0, atol=0, equal_nan=True)
+            one.double(), other.to(one.device).double(), rtol=0, atol=0, equal_nan=True)
     if isinstance(one, dict):
         return isinstance(other, dict) and one.keys() == other.keys() and all(_same(one[k], other[k]) for k in one)
     if isinstance(one, (tuple, list)):
@@ -283,7 +284,8 @@ class ModelView:
         """First-block input ``[batch, tokens, hidden]`` and each block's arguments, for unpadded ids of one length.
 
         Runs the model's own forward with recorders in place of the blocks, so masks, rotary embeddings and per-layer
-        attention kinds are the model's own; costs the embedding only.
+        attention kinds are the model's own; costs the embedding only, and the blocks that make arguments of later ones
+        (T5's first). Raises ConfigError where a pass block by block would not be the model's own.
         """
         if self._forms is None:
             self._forms = self._learn()
@@ -331,12 +333,10 @@ class ModelView:
 
     def _learn(self) -> list[tuple | None]:
         """What each block returns beside its hidden states (see :func:`_form`), from the model's own forward pass over
-        a few tokens. Nearly always that is nothing that matters, and no block has to run.
-
-        Raises ConfigError where a pass block by block would not be the model's own.
-        """
+        a few tokens. Nearly always that is nothing that matters, and no block has to run."""
         name, device = type(self.model).__name__, next(self.model.get_input_embeddings().parameters()).device
-        ids = torch.full((2, 5), any_token(self.model), device=device)
+        ids = any_token(self.model) + torch.arange(10, device=device).view(2, 5)
+        ids = ids.clamp(max=self.model.get_input_embeddings().num_embeddings - 1)
         plain = [None] * len(self.blocks)
         with contextlib.suppress(Exception):  # each architecture has its own way to miss what a block returns
             if _passed_on(self._calls(ids, plain), ids) is None:
@@ -400,6 +400,8 @@ class ModelView:
 def _passed_on(calls: list[tuple], input_ids: Tensor) -> str | None:
     """None if every block was called with what the one before it returned, as ``[sequences, tokens, hidden]``; else
     what the model does instead."""
+    if not calls:
+        return "calls none of its blocks"
     first = calls[0][0]
     if first.shape[:-1] != input_ids.shape:
         return f"hands its blocks states {list(first.shape)} for token ids {list(input_ids.shape)}"

@@ -60,7 +60,8 @@ def plan(config: PruneConfig | dict) -> dict:
     small = ModelView(rehearsal_model(view.model.config, dtype)[0])
     positions = positions_of(small)
     config = dataclasses.replace(config, evaluation=settled(config.evaluation, positions))
-    if positions and not view.is_encoder:
+    source = config.calibration.source
+    if positions and not view.is_encoder and (source is None or isinstance(source, str) and source[-4:] != ".npy"):
         positions.check([config.calibration.seq_len], "calibration sequences", "seq_len", lambda message: None)
     if config.is_structured:
         paths = group_paths(small, config)
