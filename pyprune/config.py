@@ -21,6 +21,10 @@ WEIGHT_RECONSTRUCTIONS = ("none", "layer", "block", "cross_block")
 STRUCTURED_RECONSTRUCTIONS = ("none", "bias", "mask_tuning", "liar")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 TOKEN_WEIGHTS = ("auto", "relative", "balanced", "uniform")
+MAX_COLUMN_BLOCK = 1024
+"""Columns that :func:`pyprune.ops.obs_sweep` takes, on every back-end."""
+WINDOW = 1024
+"""Tokens of an evaluation window where none were asked for."""
 STREAMING = ("auto", "always", "never")
 
 
@@ -92,8 +96,8 @@ class Evaluation:
 
     text: typing.Any = None
     """One source or a list of sources, as ``Calibration.source``; None: the held-out part of the Python docs."""
-    window: int = 1024
-    """Tokens a window; windows do not overlap."""
+    window: int | None = None
+    """Tokens a window; windows do not overlap. None: 1,024, or as many as the model has positions."""
     max_windows: int | None = 24
     """At most this many windows a text; None takes all."""
     dtype: str = "auto"
@@ -110,6 +114,11 @@ class Evaluation:
     """Column that holds the text (several: comma-separated); None finds it."""
     enabled: bool = True
     """Measure perplexity before and after."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens a window has if the model has so many positions."""
+        return WINDOW if self.window is None else self.window
 
     def __post_init__(self):
         _positive(self, "window", minimum=2)
@@ -254,6 +263,9 @@ class PruneConfig:
         _choose("backend", self.backend, ("auto", "cuda", "triton", "cpu", "reference"))
         _choose("stream", self.stream, STREAMING)
         _positive(self, "batch_size", "column_block")
+        if self.column_block > MAX_COLUMN_BLOCK:
+            raise ConfigError(f"column_block must be at most {MAX_COLUMN_BLOCK}, what a sweep takes at once, got "
+                              f"{self.column_block}")
         _positive(self, "probe_samples", "seed", minimum=0)
         if not self.damping > 0:
             raise ConfigError(f"damping must be above 0, got {self.damping!r}")

@@ -157,7 +157,7 @@ def flops_of(view: ModelView, work: Work, config: PruneConfig) -> dict[str, floa
     if config.is_structured or needs_factor(config):
         found |= {"gram": blocks * tokens * work.statistics, "solve": view.distinct * work.solve}
     found["reconstruct"] = 3 * passes.get("training", 0) * tokens * forward
-    found["evaluation"] = 2 * evaluation_windows(view, config) * config.evaluation.window * (forward + work.head)
+    found["evaluation"] = 2 * evaluation_windows(view, config) * config.evaluation.tokens * (forward + work.head)
     return {phase: count for phase, count in found.items() if count}
 
 
@@ -236,13 +236,13 @@ def evaluation_bytes(view: ModelView, config: PruneConfig, streamed: bool, wides
         torch.bfloat16 if own == torch.float32 and cpu_has_bfloat16() else own
     embedding = view.model.get_input_embeddings().weight
     vocabulary, hidden = embedding.shape
-    tokens = config.evaluation.batch_size * config.evaluation.window
+    tokens = config.evaluation.batch_size * config.evaluation.tokens
     everything = sum(p.numel() for p in view.model.parameters())
     blocks = sum(p.numel() for p in view.blocks.parameters())
     cast = 0 if dtype == own else (everything if not streamed else everything - blocks + 2 * blocks // len(view.blocks))
-    kept = evaluation_windows(view, config) * config.evaluation.window * hidden if streamed else 0
+    kept = evaluation_windows(view, config) * config.evaluation.tokens * hidden if streamed else 0
     return (cast + kept + tokens * max(vocabulary, 4 * widest + hidden)) * dtype.itemsize \
-        + 8 * config.evaluation.batch_size * min(POSITIONS, config.evaluation.window) * vocabulary
+        + 8 * config.evaluation.batch_size * min(POSITIONS, config.evaluation.tokens) * vocabulary
 
 
 def disk_of(view: ModelView, config: PruneConfig, streamed: bool, activations: int = 0) -> dict[str, int]:

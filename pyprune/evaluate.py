@@ -12,7 +12,8 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ from torch import Tensor, nn
 
 from pyprune import texts
 from pyprune.calibration import bos_prefix, need_tokenizer, tokenize
-from pyprune.config import ConfigError, Evaluation, from_dict
+from pyprune.config import WINDOW, ConfigError, Evaluation, from_dict
 from pyprune.model import predicts_next_token, read_on
+from pyprune.positions import Positions, of_any
 from pyprune.recording import uncached
 
 POSITIONS = 256
@@ -56,12 +58,12 @@ def windows(evaluation: Evaluation, tokenizer=None, *, source: Any = ...,
 
 def _cut(documents: Iterable[str], evaluation: Evaluation, tokenizer, name: str) -> list[Tensor]:
     prefix = bos_prefix(tokenizer) if evaluation.bos else torch.empty(0, dtype=torch.long)
-    content = evaluation.window - len(prefix)
+    content = evaluation.tokens - len(prefix)
     enough = None if evaluation.max_windows is None else evaluation.max_windows * content
     ids = tokenize(documents, tokenizer, enough)
     if len(ids) < content:
         raise ConfigError(f"evaluation text from {name} has {len(ids)} tokens, fewer than one window of "
-                          f"{evaluation.window}; give more text or a smaller window")
+                          f"{evaluation.tokens}; give more text or a smaller window")
     return [torch.cat([prefix, ids[i:i + content]]) for i in range(0, len(ids) - content + 1, content)]
 
 
@@ -189,9 +191,8 @@ def evaluate(model: Any, evaluation: Any = None, *, tokenizer=None, device: str 
     check_causal(model)
     if device is not None:
         model.to(pick_device(device))
-    rows = measure(model, [(texts.describe(source), windows(evaluation, tokenizer, source=source,
-                                                            vocab_size=vocabulary(model)))
-                           for source in texts.sources(evaluation.text)], evaluation, progress)
+    named = _windows(evaluation, tokenizer, vocabulary(model), of_any(model), warnings.warn)
+    rows = measure(model, named, evaluation, progress)
     for row in rows:
         if not math.isfinite(row["perplexity"]):
             raise ConfigError(f"the perplexity on {row['text']} is {row['perplexity']}: the model's weights or "
@@ -200,15 +201,38 @@ def evaluate(model: Any, evaluation: Any = None, *, tokenizer=None, device: str 
 
 
 def windows_of(evaluation: Evaluation, tokenizer=None, encoder: bool = False, *,
-               vocab_size: int | None = None) -> list[tuple[str, list[Tensor]]]:
+               vocab_size: int | None = None, positions: Positions | None = None,
+               warn: Callable[[str], None] = warnings.warn) -> list[tuple[str, list[Tensor]]]:
     """Name and windows of every text of ``evaluation``, to be measured on the dense and on the pruned model.
 
+    positions: of the model; ``warn`` is told where they made windows shorter, or where windows exceed them.
     Empty for encoders, when disabled, and when no text was named and there is no tokenizer to read the default with.
     """
     if encoder or not evaluation.enabled or (evaluation.text is None and tokenizer is None):
         return []
-    return [(texts.describe(source), windows(evaluation, tokenizer, source=source, vocab_size=vocab_size))
-            for source in texts.sources(evaluation.text)]
+    return _windows(evaluation, tokenizer, vocab_size, positions, warn)
+
+
+def settled(evaluation: Evaluation, positions: Positions | None) -> Evaluation:
+    """The same with the tokens a window has, where that was left to the model's positions."""
+    if evaluation.window is not None:
+        return evaluation
+    return dataclasses.replace(evaluation, window=min(WINDOW, positions.count) if positions else WINDOW)
+
+
+def _windows(evaluation: Evaluation, tokenizer, vocab_size: int | None, positions: Positions | None,
+             warn: Callable[[str], None]) -> list[tuple[str, list[Tensor]]]:
+    found = settled(evaluation, positions)
+    if positions and evaluation.window:
+        positions.check([evaluation.window], "evaluation windows", "window", lambda message: None)
+    named = [(texts.describe(source), windows(found, tokenizer, source=source, vocab_size=vocab_size))
+             for source in texts.sources(evaluation.text)]
+    lengths = {len(row) for _, rows in named for row in rows}
+    if found.window < WINDOW and evaluation.window is None and found.window in lengths:
+        warn(f"evaluation windows have {found.window} tokens, not {WINDOW}: {positions.model} has no more positions")
+    if positions:
+        positions.check(lengths, "evaluation windows", "window", warn)
+    return named
 
 
 def measure(model: nn.Module, named: list[tuple[str, list[Tensor]]], evaluation: Evaluation,
@@ -231,7 +255,7 @@ def placed(model: nn.Module, device: torch.device, evaluation: Evaluation) -> It
         yield True
         return
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    logits = evaluation.batch_size * evaluation.window * (vocabulary(model) or 0) * 6
+    logits = evaluation.batch_size * evaluation.tokens * (vocabulary(model) or 0) * 6
     if 1.2 * weights + 2 * logits > torch.cuda.mem_get_info(device)[0]:
         yield False
         return

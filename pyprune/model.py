@@ -21,6 +21,8 @@ from pyprune.recording import Recorded
 from pyprune.routing import expert_matrices
 from pyprune.routing import routers as routing_layers
 
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
 
 def _is_conv1d(module: nn.Module) -> bool:
     """GPT-2's ``Conv1D``: a linear layer whose weight is stored ``[in, out]``."""
@@ -96,16 +98,42 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
     Raises ConfigError if the model has no such list, or is an encoder–decoder.
     """
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+    if not hasattr(model, "config") or token_embedding(model) is None:
+        raise ConfigError(f"{type(model).__name__} is no Hugging Face model that reads token ids: pyprune prunes "
+                          "decoder-only and encoder-only language models")
+    if any(hasattr(module, "_rescale_layers") for module in model.modules()):
+        raise ConfigError(f"{type(model).__name__} rescales its own weights during its forward pass, so that what is "
+                          "saved would not be what was pruned; pyprune does not prune it")
+    # T5's and its kin's encoders alone keep the flag of the whole model
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and any(
+            name.rpartition(".")[2] == "decoder" for name, _ in model.named_modules()):
         raise ConfigError(f"{type(model).__name__} is an encoder–decoder; pyprune prunes decoder-only and encoder-only "
                           "models")
     found = [(sum(p.numel() for p in module.parameters()), name, module) for name, module in model.named_modules()
              if isinstance(module, nn.ModuleList) and len(module) and all(map(weights_of, module))]
     if not found:
+        if is_quantised(model):
+            raise ConfigError(f"{type(model).__name__} is quantised; prune it in float32, bfloat16 or float16, then "
+                              "quantise the result")
         raise ConfigError(f"{type(model).__name__} has no list of transformer blocks with linear layers; give a "
                           "Hugging Face decoder or encoder")
     _, name, blocks = max(found, key=lambda item: item[0])
     return name, blocks
+
+
+def token_embedding(model: nn.Module) -> nn.Module | None:
+    """The table of a model's token ids; None for a model that has none (images, sound, modules of one's own)."""
+    try:
+        found = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+    return found if hasattr(found, "num_embeddings") else None
+
+
+def is_quantised(model: nn.Module) -> bool:
+    """Whether a model's config or the classes of its layers say so."""
+    return getattr(model.config, "quantization_config", None) is not None or any(
+        "quant" in f"{type(module).__module__}.{type(module).__name__}".lower() for module in model.modules())
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
@@ -215,6 +243,27 @@ def check_apart(*views: ModelView) -> None:
     """Refuse models whose blocks cannot be run apart from them (:attr:`ModelView.tokenwise`)."""
     for view in views:
         view.tokenwise.numbers([])
+
+
+def check_usable(view: ModelView, streamed: bool = False) -> None:
+    """Refuse weights that are not there or not plain floating-point matrices, with the first one's name.
+
+    streamed: those of the blocks come later.
+    """
+    for name, parameter in view.model.named_parameters():
+        if parameter.is_meta and not (streamed and name.startswith(f"{view.path}.")):
+            raise ConfigError(f"{name} is on the meta device: {type(view.model).__name__} has no weights yet; load "
+                              "them first, or name the checkpoint instead")
+    for index, block in enumerate(view.blocks):
+        for ref in weights_of(block):
+            weight = ref.parameter(block)
+            if weight.dtype == torch.float64:
+                raise ConfigError(f"{view.name(index, ref)} is float64; convert the model with model.float(), or load "
+                                  "it with dtype='float32'")
+            if weight.dtype not in FLOATS or type(weight.data) is not Tensor:
+                kind = str(weight.dtype)[6:] if type(weight.data) is Tensor else type(weight.data).__name__
+                raise ConfigError(f"{view.name(index, ref)} is {kind}: the model is quantised or packed; prune it in "
+                                  "float32, bfloat16 or float16, then quantise the result")
 
 
 def check_finite(view: ModelView, index: int, refs: list[WeightRef]) -> None:

@@ -6,6 +6,7 @@ Nothing is loaded: the model is built from its configuration without memory. Byt
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -25,9 +26,10 @@ from pyprune.counting import (
     tokens_of,
     work_of,
 )
-from pyprune.evaluate import pick_device
+from pyprune.evaluate import pick_device, settled
 from pyprune.model import ModelView, WeightRef, check_apart, select_weights, uncovered, weights_of
 from pyprune.planning import rehearsal_model, rehearse
+from pyprune.positions import positions_of
 from pyprune.prune import pick_dtype
 from pyprune.shards import Files
 from pyprune.store import available_memory
@@ -57,6 +59,11 @@ def plan(config: PruneConfig | dict) -> dict:
     compute = pick_dtype(config.compute_dtype) or dtype
     small = ModelView(rehearsal_model(view.model.config, dtype)[0])
     check_apart(small)
+    positions = positions_of(small)
+    config = dataclasses.replace(config, evaluation=settled(config.evaluation, positions))
+    source = config.calibration.source
+    if positions and not view.is_encoder and (source is None or isinstance(source, str) and source[-4:] != ".npy"):
+        positions.check([config.calibration.seq_len], "calibration sequences", "seq_len", lambda message: None)
     if config.is_structured:
         paths = group_paths(small, config)
         selected = [[ref for ref in refs if ref.path in paths] for refs in targeted]

@@ -39,8 +39,8 @@ def rehearse(config: PruneConfig, view: ModelView, work: Work, own: ModelView,
 
     calibration = config.calibration
     longest = getattr(view.model.config, "max_position_embeddings", None) or max(calibration.seq_len,
-                                                                                 config.evaluation.window)
-    length, window = min(calibration.seq_len, longest), min(config.evaluation.window, longest)
+                                                                                 config.evaluation.tokens)
+    length, window = min(calibration.seq_len, longest), min(config.evaluation.tokens, longest)
     total = max(tokens_of(config) // calibration.seq_len, 1)
     batch = config.batch_size or max(1, TARGET_TOKENS // length)
     count = min(total, BATCHES * batch)
@@ -82,7 +82,7 @@ def rehearse(config: PruneConfig, view: ModelView, work: Work, own: ModelView,
     outside = ("evaluation", "load", "write", "calibration")
     seconds = {phase: value * scale.get(phase, wider) for phase, value in found.items() if phase not in outside}
     seconds["evaluation"] = found.get("evaluation", 0.0) * evaluation_windows(view, config) * (
-        config.evaluation.window / window) * (blocks * work.passing(window) + work.head) / (
+        config.evaluation.tokens / window) * (blocks * work.passing(window) + work.head) / (
         2 * small.passing(window) + small.head)
     stored = sum(p.numel() * p.element_size() for p in view.model.parameters())
     rates = disk_rates(config.output)

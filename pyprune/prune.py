@@ -17,7 +17,16 @@ from pyprune.config import Calibration, ConfigError, Evaluation, PruneConfig, fr
 from pyprune.evaluate import pick_device, windows_of
 from pyprune.journal import Journal, journaled
 from pyprune.masks import gather, needs_calibration, prune_block
-from pyprune.model import ModelView, WeightRef, check_apart, check_finite, refuse_shared, select_weights
+from pyprune.model import (
+    ModelView,
+    WeightRef,
+    check_apart,
+    check_finite,
+    check_usable,
+    refuse_shared,
+    select_weights,
+)
+from pyprune.positions import positions_of
 from pyprune.progress import Progress, announce
 from pyprune.record import build_report, compared, data_identity, model_identity, settings_of, weights_digest
 from pyprune.refine import Refiner, wanted
@@ -90,16 +99,20 @@ def _prune(model, config: PruneConfig, tokenizer, in_place: bool, progress: bool
                                 pin=pick_device(config.device).type == "cuda")
             live, tokenizer, weights = opened.model, opened.tokenizer, opened.weights
     view = weights.view if weights.streamed else ModelView(live)
+    check_usable(view, weights.streamed)
     selected = select_weights(view, config.targets, config.ignore)
     check_weights(view, selected, config)
     check_apart(view)
+    positions, notes = positions_of(view), []
     with clock("calibration"):
         data = calibration.load(config.calibration, tokenizer, encoder=view.is_encoder,
                                 vocab_size=live.get_input_embeddings().num_embeddings)
+        if positions:
+            positions.check(lengths_of(data, config.calibration), "calibration sequences", "seq_len", notes.append)
         if config.calibration.self_generated:
             add_generated(data, config.calibration, live, tokenizer)
     with clock("evaluation"):
-        texts = windows_of(config.evaluation, tokenizer, view.is_encoder)
+        texts = windows_of(config.evaluation, tokenizer, view.is_encoder, positions=positions, warn=notes.append)
     if config.output:
         with clock("load"):
             identity = {"settings": settings_of(config), "data": data_identity(data, texts),
@@ -121,6 +134,8 @@ def _prune(model, config: PruneConfig, tokenizer, in_place: bool, progress: bool
     executor.world = world
     run = Run(config, view, executor, selected, data, clock, journal, world)
     executor.warn = run.warn
+    for text in notes:
+        run.warn(text)
     models: dict[float, nn.Module] = {}
     if executor.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(executor.device)
@@ -184,6 +199,11 @@ def check_weights(view: ModelView, selected: list[list[WeightRef]], config: Prun
                                   f"{view.name(i, ref)}; choose another pattern or ignore that weight")
         if not any(p.is_meta for p in block.parameters()):
             check_finite(view, i, refs)
+
+
+def lengths_of(data: calibration.CalibrationData, settings: Calibration) -> list[int]:
+    """Tokens of all sequences, those still to be generated too."""
+    return [len(row) for row in data.sequences + data.held_out] + [settings.seq_len] * bool(settings.self_generated)
 
 
 def add_generated(data: calibration.CalibrationData, settings: Calibration, model: nn.Module, tokenizer) -> None:

@@ -191,7 +191,7 @@ class Recorded:
         Raises ConfigError where a pass block by block would not be the model's own.
         """
         forms: list[Form] = [None] * len(self.slots)
-        if self._plain:
+        if self._plain or self._applied()[1]:  # a streamed model's embeddings come after the view was made
             return forms
         ids, calls = self._probes[0], []
         known: dict[tuple, Form] = {}

@@ -20,9 +20,10 @@ from pyprune.calibration import CalibrationData
 from pyprune.config import Calibration, ConfigError, Reconstruction
 from pyprune.evaluate import pick_device
 from pyprune.journal import Journal, shard_path
-from pyprune.model import ModelView, check_apart, weights_of
+from pyprune.model import ModelView, check_apart, check_usable, weights_of
+from pyprune.positions import positions_of
 from pyprune.progress import Progress
-from pyprune.prune import add_generated
+from pyprune.prune import add_generated, lengths_of
 from pyprune.reconstruct import Trace, error_sums, train
 from pyprune.refine import parameter_masks, training_dtype
 from pyprune.statistics import ratio
@@ -50,6 +51,8 @@ def refine(model: nn.Module, dense: nn.Module, calibration=None, *, tokenizer=No
     """
     settings = settings or Reconstruction()
     student, teacher = ModelView(model), ModelView(dense)
+    check_usable(student)
+    check_usable(teacher)
     data = sequences_for(student, teacher, calibration, tokenizer, settings, seed)
     where = pick_device(device)
     pupil, master = (Executor(view, device=where, compute_dtype=compute_dtype) for view in (student, teacher))
@@ -77,6 +80,8 @@ def sequences_for(student: ModelView, teacher: ModelView, calibration, tokenizer
     if chosen.seed is None:
         chosen = dataclasses.replace(chosen, seed=seed)
     data = calibration_data.load(chosen, tokenizer, encoder=student.is_encoder, vocab_size=sizes[0][1])
+    if positions := positions_of(student):
+        positions.check(lengths_of(data, chosen), "calibration sequences", "seq_len", warnings.warn)
     if chosen.self_generated:
         add_generated(data, chosen, teacher.model, tokenizer)
     if (settings.select == "validation" or settings.early_stop) and not data.held_out:

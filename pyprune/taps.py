@@ -129,7 +129,16 @@ def mask_gradients(view: ModelView, groups: list[list[Coupled]], sequences: list
     required = {n: p.requires_grad for n, p in model.named_parameters()}
     model.requires_grad_(False)
     size = 1
-    handles = [model.get_input_embeddings().register_forward_hook(lambda m, a, o: o.detach().requires_grad_())]
+
+    def start(module, args, kwargs):
+        """Gradients begin at the first block's input."""
+        first = args[0] if args else kwargs["hidden_states"]
+        if first.requires_grad:
+            return None
+        first = first.detach().requires_grad_()
+        return ((first, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": first})
+
+    handles = [view.blocks[0].register_forward_pre_hook(start, with_kwargs=True)]
 
     def watch(store: list[Tensor], group: Coupled):
         def hook(module, args):

@@ -129,7 +129,7 @@ def test_non_finite_logits(folder):
 
 
 @pytest.mark.parametrize(("text", "sentence"), [
-    (["too short"], "has 9 tokens, fewer than one window of 1024"),
+    (["too short"], "has 9 tokens, fewer than one window of 128"),
     (tiny.ids(2, 9) + 100, "outside the model's vocabulary of 104"),
     (tiny.ids(2, 1), "row 0 .* has 1 tokens"),
     ("missing.npy", "no such file: missing.npy"),

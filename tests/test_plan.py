@@ -16,7 +16,7 @@ import transformers
 
 import pyprune
 from pyprune import cli, report
-from pyprune.config import ConfigError, Evaluation, PruneConfig
+from pyprune.config import Calibration, ConfigError, Evaluation, PruneConfig
 from pyprune.stream import Executor
 
 
@@ -25,7 +25,7 @@ def test_the_plan_names_what_the_run_prunes(tmp_path, architecture):
     model = tiny.model(architecture)
     model.save_pretrained(tmp_path)
     ignore = ["*.1.*"]  # the second block
-    found = pyprune.plan(PruneConfig(model=str(tmp_path), ignore=ignore))
+    found = pyprune.plan(PruneConfig(model=str(tmp_path), ignore=ignore, calibration=Calibration(seq_len=24)))
     result = pyprune.prune(str(tmp_path), calibration=tiny.ids(6, 24), evaluation=Evaluation(enabled=False),
                            method="magnitude", progress=False, ignore=ignore)
     planned = {row["name"]: row["shape"] for row in found["weights"] if row["prune"]}
