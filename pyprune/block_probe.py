@@ -6,8 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from pyprune.arguments import Arguments
 from pyprune.expert_products import Experts
-from pyprune.model import Arguments, WeightRef, call_block
+from pyprune.model import WeightRef
+from pyprune.recording import call_block
 
 
 class Probe(TorchFunctionMode):

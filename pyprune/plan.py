@@ -6,6 +6,7 @@ Nothing is loaded: the model is built from its configuration without memory. Byt
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -25,12 +26,15 @@ from pyprune.counting import (
     tokens_of,
     work_of,
 )
-from pyprune.evaluate import pick_device, refuse_text
-from pyprune.model import ModelView, WeightRef, select_weights, uncovered, weights_of
+from pyprune.effects import reads_sequences
+from pyprune.evaluate import pick_device, refuse_text, window_tokens
+from pyprune.model import ModelView, WeightRef, check_apart, select_weights, uncovered, weights_of
 from pyprune.names import matches
 from pyprune.planning import rehearsal_model, rehearse
+from pyprune.positions import positions_of
 from pyprune.prune import pick_dtype
 from pyprune.shards import Files
+from pyprune.sources import kinds as kinds_of
 from pyprune.store import available_memory
 from pyprune.structured_plan import group_paths
 
@@ -60,6 +64,13 @@ def plan(config: PruneConfig | dict) -> dict:
     dtype = next(view.blocks.parameters()).dtype
     compute = pick_dtype(config.compute_dtype) or dtype
     small = ModelView(rehearsal_model(view.model.config, dtype)[0])
+    check_apart(small)
+    positions = positions_of(small)
+    if config.evaluation.enabled and not view.is_encoder:
+        tokens = window_tokens(config.evaluation, positions)
+        config = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, window=tokens))
+    if positions and not view.is_encoder and reads_sequences(config) and kinds_of(config.calibration.source) != {"ids"}:
+        positions.check([config.calibration.tokens], "calibration sequences", "seq_len", lambda message: None)
     if config.is_structured:
         paths = group_paths(small, config)
         selected = [[ref for ref in refs if ref.path in paths] for refs in targeted]

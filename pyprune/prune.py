@@ -17,8 +17,17 @@ from pyprune.effects import needs_sequences, reads_sequences, watches
 from pyprune.evaluate import pick_device, refuse_text, warnings_for, windows_of
 from pyprune.journal import Journal, journaled
 from pyprune.masks import gather, prune_block
-from pyprune.model import ModelView, WeightRef, check_finite, refuse_shared, select_weights
+from pyprune.model import (
+    ModelView,
+    WeightRef,
+    check_apart,
+    check_finite,
+    check_usable,
+    refuse_shared,
+    select_weights,
+)
 from pyprune.origin import Origin
+from pyprune.positions import Positions, positions_of
 from pyprune.progress import Progress, announce
 from pyprune.record import build_report, compared, data_identity, model_identity, settings_of, weights_digest
 from pyprune.refine import Refiner, wanted
@@ -93,13 +102,16 @@ def _prune(model, config: PruneConfig, tokenizer, in_place: bool, progress: bool
             live, weights, origin = opened.model, opened.weights, opened.origin
             tokenizer = opened.tokenizer if tokenizer is None else tokenizer
     view = weights.view if weights.streamed else ModelView(live)
+    check_usable(view, weights.streamed)
     selected = select_weights(view, config.targets, config.ignore)
     check_weights(view, selected, config)
+    check_apart(view)
     refuse_text(config.evaluation, view)
+    positions, notes = positions_of(view), []
     with clock("calibration"):
-        data = calibration_data(config, view, live, tokenizer)
+        data = calibration_data(config, view, live, tokenizer, positions)
     with clock("evaluation"):
-        texts = windows_of(config.evaluation, tokenizer, view.is_encoder)
+        texts = windows_of(config.evaluation, tokenizer, view.is_encoder, positions=positions, warn=notes.append)
     where = pick_device(config.device)
     with ops.backend(config.backend), clock("back-ends"):
         backends = world.same(world.lead(lambda: ops.settle(where.type, journal.header.get("backends"))))
@@ -127,7 +139,7 @@ def _prune(model, config: PruneConfig, tokenizer, in_place: bool, progress: bool
     executor.world = world
     run = Run(config, view, executor, selected, data, clock, journal, world)
     executor.warn = run.warn
-    for text in [*origin.notes, *data.warnings, *thin_statistics(run)]:
+    for text in [*origin.notes, *data.warnings, *thin_statistics(run), *notes]:
         run.warn(text)
     if config.evaluation.enabled and not texts and not view.is_encoder:
         run.warn("no perplexity: the text that it is measured on by default needs a tokenizer; pass tokenizer=, or "
@@ -202,7 +214,8 @@ def check_weights(view: ModelView, selected: list[list[WeightRef]], config: Prun
                                   f"{view.name(i, ref)}; choose another pattern or ignore that weight")
 
 
-def calibration_data(config: PruneConfig, view: ModelView, model: nn.Module, tokenizer) -> calibration.CalibrationData:
+def calibration_data(config: PruneConfig, view: ModelView, model: nn.Module, tokenizer,
+                     positions: Positions | None) -> calibration.CalibrationData:
     """The sequences of a run; none where the weights alone decide and nothing could be read to measure errors on."""
     settings, decides = config.calibration, needs_sequences(config)
     if not reads_sequences(config) or (not decides and settings.source is None and tokenizer is None):
@@ -214,6 +227,9 @@ def calibration_data(config: PruneConfig, view: ModelView, model: nn.Module, tok
         return data
     data = calibration.load(settings, tokenizer, encoder=view.is_encoder, model_config=model.config,
                             vocab_size=model.get_input_embeddings().num_embeddings, measures=watches(config))
+    if positions:
+        positions.check(lengths_of(data, calibration.coerce(settings)), "calibration sequences", "seq_len",
+                        data.warnings.append)
     if settings.self_generated:
         add_generated(data, settings, model, tokenizer)
     return data
@@ -233,6 +249,11 @@ def thin_statistics(run: Run) -> list[str]:
     more = f" and of {len(found) - 1} more matrices" if len(found) > 1 else ""
     return [f"{tokens} calibration tokens are fewer than the {width} inputs of {name}{more}: what is chosen there "
             "rests on too little data; give more or longer sequences"]
+
+
+def lengths_of(data: calibration.CalibrationData, settings: Calibration) -> list[int]:
+    """Tokens of all sequences, those still to be generated too."""
+    return [len(row) for row in data.sequences + data.held_out] + [settings.tokens] * bool(settings.self_generated)
 
 
 def add_generated(data: calibration.CalibrationData, settings: Calibration, model: nn.Module, tokenizer) -> None:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from pyprune.arguments import Beside
 from pyprune.config import LAYERWISE, ConfigError, PruneConfig
 from pyprune.model import WeightRef
 from pyprune.reconstruct import Pairs, Trace, error_sums, train
@@ -251,12 +252,12 @@ class Refiner:
         the window where its other block was just trained too."""
         through = step == "cross_block 1" and index > 0
         with self.executor.compute(index - 1) if through else contextlib.nullcontext() as before:
-            def forward(hidden: Tensor) -> Tensor:
+            def forward(hidden: Tensor, beside: Beside) -> Tensor:
                 if through:
-                    hidden = self.executor.forward(index - 1, before, hidden)
-                return self.executor.forward(index, module, hidden)
+                    hidden = self.executor.forward(index - 1, before, hidden, beside)
+                return self.executor.forward(index, module, hidden, beside)
 
-            sums = [error_sums(self.executor, index, forward,
+            sums = [error_sums(self.executor, [index - 1, index] if through else [index], forward,
                                probe.behind if through or step == "cross_block 2" else probe.student, probe.dense)
                     for probe in self.probes]
         found = torch.stack(sums).tolist() if sums else []

@@ -19,6 +19,7 @@ from pyprune.distributed import World
 from pyprune.evaluate import pick_device, refuse_text, warnings_for, windows_of
 from pyprune.journal import Journal, journaled
 from pyprune.model import ModelView
+from pyprune.positions import positions_of
 from pyprune.progress import Progress, announce
 from pyprune.prune import make_store, pick_dtype
 from pyprune.record import CALIBRATION_PLACES, data_identity, model_identity, weights_digest
@@ -107,7 +108,8 @@ def _refine(request: Request, world: World, journal: Journal, progress: bool) ->
     tokenizer = opened.tokenizer or taught.tokenizer
     data = sequences_for(*views, request.calibration, tokenizer, request.settings, request.seed)
     refuse_text(request.evaluation, views[0])
-    texts = windows_of(request.evaluation, tokenizer, views[0].is_encoder)
+    texts = windows_of(request.evaluation, tokenizer, views[0].is_encoder, positions=positions_of(views[0]),
+                       warn=told.append)
     models = {name: model_identity(one.model, one.weights.files.fingerprint() if one.weights.streamed else
                                    weights_digest(one.model.state_dict().items()))
               for name, one in (("model", opened), ("dense", taught))}

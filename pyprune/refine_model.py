@@ -20,9 +20,10 @@ from pyprune.calibration import CalibrationData
 from pyprune.config import Calibration, ConfigError, Reconstruction, check_effects
 from pyprune.evaluate import pick_device
 from pyprune.journal import Journal, shard_path
-from pyprune.model import ModelView, check_finite, weights_of
+from pyprune.model import ModelView, check_apart, check_finite, check_usable, weights_of
+from pyprune.positions import positions_of
 from pyprune.progress import Progress
-from pyprune.prune import add_generated
+from pyprune.prune import add_generated, lengths_of
 from pyprune.reconstruct import Trace, error_sums, train
 from pyprune.refine import parameter_masks, training_dtype
 from pyprune.statistics import ratio
@@ -51,6 +52,8 @@ def refine(model: nn.Module, dense: nn.Module, calibration=None, *, tokenizer=No
     """
     settings = settings or Reconstruction()
     student, teacher = ModelView(model), ModelView(dense)
+    check_usable(student)
+    check_usable(teacher)
     for live in (model, dense):
         check_finite(live.state_dict().items())
     data = sequences_for(student, teacher, calibration, tokenizer, settings, seed)
@@ -77,6 +80,7 @@ def sequences_for(student: ModelView, teacher: ModelView, calibration, tokenizer
     if sizes[0] != sizes[1]:
         raise ConfigError("the pruned and the dense model must have the same blocks, vocabulary and hidden size, got "
                           f"{sizes[0]} and {sizes[1]}")
+    check_apart(student, teacher)
     chosen: Calibration = calibration_data.coerce(calibration)
     if chosen.seed is None:
         chosen = dataclasses.replace(chosen, seed=seed)
@@ -84,6 +88,8 @@ def sequences_for(student: ModelView, teacher: ModelView, calibration, tokenizer
     check_effects(settings, {"layerwise_target": NO_EFFECT}, "reconstruction")
     data = calibration_data.load(chosen, tokenizer, encoder=student.is_encoder, vocab_size=sizes[0][1],
                                  model_config=student.model.config)
+    if positions := positions_of(student):
+        positions.check(lengths_of(data, chosen), "calibration sequences", "seq_len", data.warnings.append)
     if chosen.self_generated:
         add_generated(data, chosen, teacher.model, tokenizer)
     if (settings.select == "validation" or settings.early_stop) and not data.held_out:
@@ -184,7 +190,7 @@ class Refinement:
 
     def _errors(self, net: Student) -> list[float]:
         """Relative error on calibration sequences, of which each process has its share, and on held-out ones."""
-        sums = [error_sums(self.pupil, net.indices[0], net, x, t) for x, t in zip(self.streams, self.targets)]
+        sums = [error_sums(self.pupil, net.indices, net, x, t) for x, t in zip(self.streams, self.targets)]
         self.world.sum_(sums[0])
         return [ratio(*pair) for pair in torch.stack(sums).tolist()]
 

@@ -64,14 +64,19 @@ def _in_a_process(name: str, tokens: int, new_tokens: int, batch_size: int, dtyp
 def measure(name: str, *, tokens: int, new_tokens: int, batch_size: int, dtype: str) -> dict:
     """One model, in this process: :func:`pyprune.evaluate.latency` for decoders, forward passes for encoders."""
     from pyprune.checkpoint import load
-    from pyprune.evaluate import is_causal, latency
+    from pyprune.evaluate import latency
+    from pyprune.model import predicts_next_token
+    from pyprune.positions import of_any
 
     model, _ = load(name, dtype)
     directory = Path(name) if Path(name).is_dir() else None
-    if is_causal(model):
+    positions = of_any(model)
+    if positions:
+        tokens = min(tokens, max(2, positions.count - new_tokens))
+    if predicts_next_token(model):
         row = latency(model, tokens=tokens, new_tokens=new_tokens, batch_size=batch_size, directory=directory)
     else:
-        row = _encoder(model, min(tokens, model.config.max_position_embeddings - 2), batch_size, directory)
+        row = _encoder(model, tokens, batch_size, directory)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     return {"model": name, "weight_bytes": weights, **row}
 

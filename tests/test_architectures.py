@@ -10,7 +10,8 @@ import torch
 import transformers as hf
 
 import pyprune
-from pyprune.model import ModelView, call_block, weights_of
+from pyprune.model import ModelView, weights_of
+from pyprune.recording import call_block
 from pyprune.stream import Executor, expert_loop
 
 ALL = list(tiny.CONFIGS)

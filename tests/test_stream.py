@@ -302,9 +302,9 @@ def test_blocks_run_no_more_than_the_method_needs(monkeypatch, fields, whole, st
     """12 sequences in 4 batches; calls of a block that reach its end, and that stop before its last product."""
     started, ended = collections.Counter(), collections.Counter()
     forward = Executor.forward
-    def counting(self, index, module, hidden):
+    def counting(self, index, module, hidden, beside):
         started[index] += 1
-        out = forward(self, index, module, hidden)
+        out = forward(self, index, module, hidden, beside)
         ended[index] += 1
         return out
     monkeypatch.setattr(Executor, "forward", counting)

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from pyprune import student as student_module
+from pyprune.arguments import Arguments
 from pyprune.config import ConfigError, Reconstruction
 from pyprune.distributed import World
-from pyprune.model import Arguments
 from pyprune.reconstruct import relative_error, schedule, train
 from pyprune.store import transfers
 from pyprune.stream import Activations, Executor
