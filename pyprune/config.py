@@ -24,6 +24,10 @@ WEIGHT_RECONSTRUCTIONS = ("none", *LAYERWISE, "block", "cross_block")
 STRUCTURED_RECONSTRUCTIONS = ("none", "bias", "mask_tuning", "liar")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 TOKEN_WEIGHTS = ("auto", "relative", "balanced", "uniform")
+MAX_COLUMN_BLOCK = 1024
+"""Columns that :func:`pyprune.ops.obs_sweep` takes, on every back-end."""
+WINDOW = 1024
+"""Tokens of an evaluation window where none were asked for."""
 STREAMING = ("auto", "always", "never")
 SAMPLES, TOKENS, WINDOW = 64, 512, 1024
 """Sequences of calibration text, tokens of each, tokens of an evaluation window, where nothing else is asked."""
@@ -124,8 +128,8 @@ class Evaluation:
     text: typing.Any = None
     """One source or a list of sources, as ``Calibration.source``; None: the held-out part of the Python docs."""
     window: int | None = None
-    """Tokens a window; windows do not overlap. None: 1024, of token ids whole rows; rows are cut to fewer, and more
-    than they have is an error."""
+    """Tokens a window; windows do not overlap. None: 1,024, or as many as the model has positions; of token ids whole
+    rows. Rows are cut to fewer, and more than they have is an error."""
     max_windows: int | None = 24
     """At most this many windows a text; None takes all."""
     dtype: str = "auto"
@@ -295,6 +299,9 @@ class PruneConfig:
         _choose("backend", self.backend, ("auto", "cuda", "triton", "cpu", "reference"))
         _choose("stream", self.stream, STREAMING)
         _positive(self, "batch_size", "column_block")
+        if self.column_block > MAX_COLUMN_BLOCK:
+            raise ConfigError(f"column_block must be at most {MAX_COLUMN_BLOCK}, what a sweep takes at once, got "
+                              f"{self.column_block}")
         _positive(self, "probe_samples", "seed", minimum=0)
         if not self.damping > 0:
             raise ConfigError(f"damping must be above 0, got {self.damping!r}")

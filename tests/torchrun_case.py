@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import test_token_arguments
 import tiny
 import torch
 
@@ -29,12 +30,14 @@ FIELDS = {
     "liar": dict(pattern="structured", method="sparsegpt", sparsity=0.5, reconstruct="liar"),
     "taylor": dict(pattern="neurons", sparsity=0.25, criterion="taylor", reconstruct="bias", inputs="dense",
                    structured={"allocation": "global", "nonstandard": "save"}),
+    "shared_keys": dict(reconstruct="block", reconstruction=Reconstruction(epochs=1, lr=1e-3, batch_size=4)),
     "cross": dict(reconstruct="cross_block", reconstruction=Reconstruction(epochs=1, lr=1e-3, batch_size=4)),
 }
 
 
 def case(name: str, **fields):
-    model = tiny.model("qwen3_moe" if name == "moe" else "llama")
+    model = test_token_arguments.build("gemma4 with shared keys") if name == "shared_keys" else \
+        tiny.model("qwen3_moe" if name == "moe" else "llama")
     sequences = [*tiny.ids(10, 24), *tiny.ids(3, 17, seed=1)]
     settings = {"calibration": {"source": sequences, "num_samples": 13, "seq_len": 24},
                 "evaluation": Evaluation(text=tiny.ids(6, 24), dtype="float32"), **FIELDS[name], **fields}

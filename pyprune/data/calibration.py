@@ -1,7 +1,8 @@
 """Calibration sequences: text or token ids → the very sequences to fit on, and others set aside.
 
-Decoders get pieces of equal length, cut from the concatenated text and chosen by seed. Encoders get one text a
-sequence, with special tokens and at its own length: there is no padding anywhere, so none can be counted.
+Models that predict the next token get pieces of equal length, cut from the concatenated text and chosen by seed. Others
+(encoders; classifiers, reward and embedding models on any blocks) get one text a sequence, with special tokens and at
+its own length: there is no padding anywhere, so none can be counted.
 """
 
 from __future__ import annotations

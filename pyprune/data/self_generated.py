@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from pyprune.config import ConfigError
-from pyprune.model.blocks import ModelView
+from pyprune.model.blocks import predicts_next_token, read_on
+from pyprune.model.recording import uncached
 
 KIND = "pyprune self-generated calibration"
 GREEDY_TOKENS = 5
@@ -92,8 +93,9 @@ def _check(model, n: int, seq_len: int, batch_size: int) -> None:
     for name, value, least in (("n", n, 1), ("seq_len", seq_len, 2), ("batch_size", batch_size, 1)):
         if value < least:
             raise ConfigError(f"{name} must be at least {least}, got {value}")
-    if ModelView(model).is_encoder:
-        raise ConfigError(f"{type(model).__name__} is an encoder and cannot generate text; calibrate it on a corpus")
+    if not predicts_next_token(model):
+        raise ConfigError(f"{type(model).__name__} does not predict the next token (as encoders, classifiers and "
+                          "embedding models do not), so it cannot generate text; calibrate it on a corpus")
     longest = getattr(model.config, "max_position_embeddings", None)
     if longest and seq_len > longest:
         raise ConfigError(f"seq_len {seq_len} is above the model's {longest} positions")
@@ -121,9 +123,8 @@ def _greedy(model, vocabulary: Tensor, seed: int, candidates: range, length: int
     tokens = ids[torch.tensor(first, device=ids.device)][:, None]
     cache = None
     for _ in range(length - 1):
-        out = model(tokens[:, -1:], past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
-        best = out.logits[:, -1].masked_fill(~vocabulary, -torch.inf).argmax(-1)
+        logits, cache = _read(model, tokens, cache)
+        best = logits.masked_fill(~vocabulary, -torch.inf).argmax(-1)
         tokens = torch.cat([tokens, best[:, None]], 1)
     return tokens
 
@@ -139,16 +140,24 @@ def _sample(model, vocabulary: Tensor, seed: int, candidates: list[int], starts:
     draws = torch.tensor(np.stack(draws), device=starts.device)
     tokens = torch.empty(len(starts), seq_len, dtype=torch.int64, device=starts.device)
     tokens[:, : starts.shape[1]] = starts
-    step, cache = starts, None
+    cache = None
     for t in range(starts.shape[1], seq_len):
-        out = model(step, past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
-        logits = out.logits[:, -1].float().masked_fill(~vocabulary, -torch.inf)
+        logits, cache = _read(model, tokens[:, :t], cache)
+        logits = logits.float().masked_fill(~vocabulary, -torch.inf)
         cdf = logits.softmax(-1).double().cumsum(-1)
         u = draws[:, t : t + 1] * cdf[:, -1:]
-        step = torch.searchsorted(cdf, u, right=True).clamp_(max=cdf.shape[1] - 1)
-        tokens[:, t : t + 1] = step
+        tokens[:, t : t + 1] = torch.searchsorted(cdf, u, right=True).clamp_(max=cdf.shape[1] - 1)
     return tokens
+
+
+def _read(model, tokens: Tensor, cache) -> tuple[Tensor, object]:
+    """Logits after ``tokens [batch, t]``, ``[batch, vocabulary]``, and the cache that holds them. cache: of all but the
+    last; None: of none. A model that gives no cache back reads all its tokens every time."""
+    logits, cache = read_on(model, tokens if cache is None else tokens[:, -1:], cache)
+    if cache is None:  # it may keep a state of its own, which must not come from another batch
+        with uncached(model) as options:
+            logits = model(tokens, **options).logits
+    return logits[:, -1], cache
 
 
 def _detector() -> Callable[[str], str]:

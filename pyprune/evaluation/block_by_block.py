@@ -73,7 +73,8 @@ def measure_streamed(view: ModelView, weights: Streamed, named: list[tuple[str, 
             weights.release(index)
         with executor.compute(last) as module:
             for batch, hidden in executor.stream(activations):
-                arguments = executor.arguments(last, batch.length, batch.size)
+                beside = executor.beside([last], activations, batch)
+                arguments = beside.fill(executor.arguments(last, batch.length, batch.size))
                 out = module(hidden, *arguments.args, **arguments.kwargs)
                 ids = activations.ids[batch.length][batch.start:batch.stop]
                 home = view.model.get_input_embeddings().weight.device

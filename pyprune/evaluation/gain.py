@@ -18,8 +18,9 @@ from torch import nn
 
 from pyprune.config import ConfigError
 from pyprune.evaluation.latency import latency
-from pyprune.evaluation.perplexity import is_causal
+from pyprune.model.blocks import predicts_next_token
 from pyprune.model.checkpoint import load, plain
+from pyprune.model.positions import of_any
 from pyprune.model.shards import write_bytes
 from pyprune.reporting.rendering import LABELS, cell, model_card
 
@@ -69,10 +70,13 @@ def measure(name: str, *, tokens: int, new_tokens: int, batch_size: int, dtype: 
     """One model, in this process: :func:`pyprune.evaluation.latency.latency` for decoders, forward passes for encoders."""
     model, _ = load(name, dtype)
     directory = Path(name) if Path(name).is_dir() else None
-    if is_causal(model):
+    positions = of_any(model)
+    if positions:
+        tokens = min(tokens, max(2, positions.count - new_tokens))
+    if predicts_next_token(model):
         row = latency(model, tokens=tokens, new_tokens=new_tokens, batch_size=batch_size, directory=directory)
     else:
-        row = _encoder(model, min(tokens, model.config.max_position_embeddings - 2), batch_size, directory)
+        row = _encoder(model, tokens, batch_size, directory)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     return {"model": name, "weight_bytes": weights, **row}
 

@@ -10,7 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from pyprune.config import ConfigError
 from pyprune.evaluation.perplexity import check_causal, device_of, vocabulary
+from pyprune.model.blocks import read_on
 
 
 @torch.no_grad()
@@ -43,10 +45,12 @@ def latency(model: nn.Module, *, tokens: int = 512, new_tokens: int = 32, batch_
 def _timed_run(model: nn.Module, ids: Tensor, new_tokens: int) -> tuple[float, float]:
     """Seconds of one prefill and of ``new_tokens`` decode steps after it."""
     start = _now(ids.device)
-    out = model(input_ids=ids, use_cache=True)
+    logits, cache = read_on(model, ids)
+    if cache is None:
+        raise ConfigError(f"{type(model).__name__} gives no cache back, so its decoding cannot be timed")
     between = _now(ids.device)
     for _ in range(new_tokens):
-        out = model(input_ids=out.logits[:, -1:].argmax(-1), past_key_values=out.past_key_values, use_cache=True)
+        logits, cache = read_on(model, logits[:, -1:].argmax(-1), cache)
     return between - start, _now(ids.device) - between
 
 

@@ -10,7 +10,8 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,25 +19,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyprune.config import ConfigError, Evaluation, from_dict
+from pyprune.config import WINDOW, ConfigError, Evaluation, from_dict
 from pyprune.data import texts
 from pyprune.data.calibration import bos_prefix, need_tokenizer, tokenize
 from pyprune.effects import shown
 from pyprune.execution.device import cpu_has_bfloat16, pick_device
-from pyprune.model.blocks import ModelView, not_finite
+from pyprune.model.blocks import ModelView, not_finite, predicts_next_token
 from pyprune.model.checkpoint import load
+from pyprune.model.positions import Positions, of_any
+from pyprune.model.recording import uncached
 from pyprune.sources import kinds
 
 POSITIONS = 256
 """Logits of this many positions are widened to float32 at a time: the vocabulary is wide."""
 
 
-def windows(evaluation: Evaluation, tokenizer=None, *, source: Any = ...,
-            vocab_size: int | None = None) -> list[Tensor]:
+def windows(evaluation: Evaluation, tokenizer=None, *, source: Any = ..., vocab_size: int | None = None,
+            tokens: int | None = None) -> list[Tensor]:
     """Windows of one source: rows of token ids as given, or the text cut from its beginning.
 
     source: one of ``evaluation.text``; left out, ``evaluation.text`` itself. Rows are cut to ``evaluation.window``; one
-    that no row is as long as is refused, unless another of the sources is text.
+    that no row is as long as is refused, unless another of the sources is text. Text is cut into windows of ``tokens``
+    (None: ``evaluation.tokens``).
     A tokenizer that starts texts with BOS starts every window with it, unless ``evaluation.bos`` says otherwise.
     Raises :class:`ConfigError` if the text is shorter than one window.
     """
@@ -53,19 +57,19 @@ def windows(evaluation: Evaluation, tokenizer=None, *, source: Any = ...,
         need_tokenizer(tokenizer, "evaluation text")
         documents = texts.builtin("evaluation") if source is None else texts.read(
             source, split=evaluation.split, subset=evaluation.subset, text_column=evaluation.text_column)
-        found = _cut(documents, evaluation, tokenizer, texts.describe(source))
+        found = _cut(documents, evaluation, tokenizer, texts.describe(source), tokens or evaluation.tokens)
     texts.check_vocabulary(found, vocab_size)
     return found
 
 
-def _cut(documents: Iterable[str], evaluation: Evaluation, tokenizer, name: str) -> list[Tensor]:
+def _cut(documents: Iterable[str], evaluation: Evaluation, tokenizer, name: str, tokens: int) -> list[Tensor]:
     prefix = bos_prefix(tokenizer) if evaluation.bos else torch.empty(0, dtype=torch.long)
-    content = evaluation.tokens - len(prefix)
+    content = tokens - len(prefix)
     enough = None if evaluation.max_windows is None else evaluation.max_windows * content
     ids = tokenize(documents, tokenizer, enough)
     if len(ids) < content:
         raise ConfigError(f"evaluation text from {name} has {len(ids)} tokens, fewer than one window of "
-                          f"{evaluation.tokens}; give more text or a smaller window")
+                          f"{tokens}; give more text or a smaller window")
     return [torch.cat([prefix, ids[i:i + content]]) for i in range(0, len(ids) - content + 1, content)]
 
 
@@ -82,10 +86,10 @@ def perplexity(model: nn.Module, windows: list[Tensor], *, dtype: torch.dtype | 
         raise ConfigError("there are no windows to evaluate")
     device, training, losses = device_of(model), model.training, []
     model.eval()
-    with _forward_in(model, forward_dtype(model, dtype)) as forward:
+    with _forward_in(model, forward_dtype(model, dtype)) as forward, uncached(model) as options:
         for batch in _batches(windows, batch_size):
             ids = torch.stack(batch).to(device)
-            logits = forward(input_ids=ids, use_cache=False).logits
+            logits = forward(input_ids=ids, **options).logits
             losses += window_losses(logits, ids).tolist()
             if progress is not None:
                 progress(len(losses), len(windows))
@@ -145,16 +149,9 @@ def device_of(model: nn.Module) -> torch.device:
 
 def check_causal(model: nn.Module) -> None:
     """Raise ConfigError for a model that does not predict the next token."""
-    if not is_causal(model):
+    if not predicts_next_token(model):
         raise ConfigError(f"{type(model).__name__} does not predict the next token, so it has no perplexity; evaluate "
                           "it on its own task, or set evaluation.enabled=False")
-
-
-def is_causal(model: nn.Module) -> bool:
-    """True for decoder-only models with a language-modelling head."""
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    return head is not None and "MaskedLM" not in type(model).__name__ and not getattr(
-        getattr(model, "config", None), "is_encoder_decoder", False)
 
 
 def forward_dtype(model: nn.Module, dtype: torch.dtype | str = "auto") -> torch.dtype:
@@ -201,9 +198,8 @@ def evaluate(model: Any, evaluation: Any = None, *, tokenizer=None, device: str 
     check_causal(model)
     if device is not None:
         model.to(pick_device(device))
-    rows = measure(model, [(texts.describe(source), windows(evaluation, tokenizer, source=source,
-                                                            vocab_size=vocabulary(model)))
-                           for source in texts.sources(evaluation.text)], evaluation, progress)
+    rows = measure(model, _windows(evaluation, tokenizer, vocabulary(model), of_any(model), warnings.warn), evaluation,
+                   progress)
     found = {**rows[0], "texts": rows} if len(rows) > 1 else rows[0]
     bad = [row for row in rows if not math.isfinite(row["perplexity"])]
     if bad:
@@ -215,15 +211,38 @@ def evaluate(model: Any, evaluation: Any = None, *, tokenizer=None, device: str 
 
 
 def windows_of(evaluation: Evaluation, tokenizer=None, encoder: bool = False, *,
-               vocab_size: int | None = None) -> list[tuple[str, list[Tensor]]]:
+               vocab_size: int | None = None, positions: Positions | None = None,
+               warn: Callable[[str], None] = warnings.warn) -> list[tuple[str, list[Tensor]]]:
     """Name and windows of every text of ``evaluation``, to be measured on the dense and on the pruned model.
 
+    positions: of the model; ``warn`` is told where they made windows shorter, or where windows exceed them.
     Empty for encoders, when disabled, and when no text was named and there is no tokenizer to read the default with.
     """
     if encoder or not evaluation.enabled or (evaluation.text is None and tokenizer is None):
         return []
-    return [(texts.describe(source), windows(evaluation, tokenizer, source=source, vocab_size=vocab_size))
-            for source in texts.sources(evaluation.text)]
+    return _windows(evaluation, tokenizer, vocab_size, positions, warn)
+
+
+def window_tokens(evaluation: Evaluation, positions: Positions | None) -> int:
+    """Tokens of a window of text: what is asked, else the usual number or what the model has positions for."""
+    if evaluation.window is not None:
+        return evaluation.window
+    return min(WINDOW, positions.count) if positions else WINDOW
+
+
+def _windows(evaluation: Evaluation, tokenizer, vocab_size: int | None, positions: Positions | None,
+             warn: Callable[[str], None]) -> list[tuple[str, list[Tensor]]]:
+    tokens = window_tokens(evaluation, positions)
+    if positions and evaluation.window:
+        positions.check([evaluation.window], "evaluation windows", "window", lambda message: None)
+    named = [(texts.describe(source), windows(evaluation, tokenizer, source=source, vocab_size=vocab_size,
+                                              tokens=tokens))
+             for source in texts.sources(evaluation.text)]
+    if positions and evaluation.window is None and tokens < WINDOW and kinds(evaluation.text) != {"ids"}:
+        warn(f"evaluation windows have {tokens} tokens, not {WINDOW}: {positions.model} has no more positions")
+    if positions:
+        positions.check({len(row) for _, rows in named for row in rows}, "evaluation windows", "window", warn)
+    return named
 
 
 def refuse_text(evaluation: Evaluation, view: ModelView) -> None:

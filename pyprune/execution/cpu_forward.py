@@ -29,7 +29,8 @@ MAX_PROBABILITIES = 2**26
 
 
 class _Linear(torch.autograd.Function):
-    """``x Wᵀ + b``; the weight's gradient goes to ``buffer`` (float32, shaped like W), not to ``weight.grad``."""
+    """``x Wᵀ + b`` of ``x [rows, in]``; the weight's gradient goes to ``buffer`` (float32, shaped like W), not to
+    ``weight.grad``."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, buffer):
@@ -40,12 +41,11 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        rows = grad.reshape(-1, grad.shape[-1])
-        ops.cross_gram_update(ctx.buffer, rows, x.reshape(-1, x.shape[-1]))
+        rows = grad.contiguous()
+        ops.cross_gram_update(ctx.buffer, rows, x)
         dx = None
         if ctx.needs_input_grad[0]:
             dx = rows @ weight if weight.dtype != torch.float32 else ops.linear(rows, weight.T.contiguous())
-            dx = dx.reshape(x.shape)
         db = rows.sum(0, dtype=torch.float32).to(rows.dtype) if ctx.has_bias else None
         return dx, None, db, None
 
@@ -126,7 +126,10 @@ class TrainingMode(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is functional.linear and not kwargs.keys() - {"bias"} and id(args[1]) in self.buffers:
             bias = args[2] if len(args) > 2 else kwargs.get("bias")
-            return _Linear.apply(args[0], args[1], bias, self.buffers[id(args[1])])
+            x = args[0]
+            # shaped out here: what a function returns as a view may not be changed in place, as DeBERTa does
+            out = _Linear.apply(x.reshape(-1, x.shape[-1]), args[1], bias, self.buffers[id(args[1])])
+            return out.view(*x.shape[:-1], len(args[1]))
         if (func is functional.scaled_dot_product_attention and len(args) == 3 and _plain_attention(*args, **kwargs)
                 and ops.taken("forward_bfloat16", "cpu") == "pyprune"):
             scale = kwargs.get("scale") or args[0].shape[-1] ** -0.5

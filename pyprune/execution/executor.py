@@ -1,14 +1,15 @@
 """Block-by-block executor: how activations pass through one block at a time.
 
 Sequences of equal length are stored together, ``[sequences, tokens, hidden]``, so a batch is a view of the store,
-nothing is ever padded, and a block's arguments depend on the batch's shape alone.
+nothing is ever padded, and most of a block's arguments depend on the batch's shape alone. Those that depend on the
+tokens, and what blocks leave for later ones, are stored with the sequences (:mod:`pyprune.arguments`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +21,9 @@ from pyprune.devices import indexed
 from pyprune.execution.activation_store import Store, transfers
 from pyprune.execution.cpu_forward import forward_mode
 from pyprune.execution.distributed import World
-from pyprune.model.blocks import Arguments, ModelView, call_block
+from pyprune.model.arguments import Arguments, Beside
+from pyprune.model.blocks import ModelView
+from pyprune.model.recording import any_token, call_block
 
 TARGET_TOKENS = 2048 if not torch.cuda.is_available() else 16384
 """Tokens a batch: on a CPU what stays in cache, on a GPU what fills it."""
@@ -59,6 +62,12 @@ class Activations:
         self.span = {length: (len(rows), 0) for length, rows in self.rows.items()}
         """Per length, sequences of all processes together and the place of the first one here among them."""
         self.data = {length: self.store.empty((len(rows), length, hidden), dtype) for length, rows in self.rows.items()}
+        self.beside: dict[int, dict[int, Tensor]] = {}
+        """Arguments that depend on the tokens: number → length → ``[sequences, …]``."""
+        self.left: dict[tuple, dict[int, Tensor]] = {}
+        """What the blocks so far left for later ones, by key and place: → length → ``[sequences, …]``."""
+        self._leavers: dict[tuple, dict[int, Tensor]] = {}
+        """Sequences whose blocks have left it: in a pass from a stream to itself the others have not, yet."""
 
     def batches(self, size: int | None = None) -> list[Batch]:
         """Consecutive batches of ``size`` sequences (None: about ``TARGET_TOKENS`` tokens)."""
@@ -77,9 +86,32 @@ class Activations:
     def like(self) -> Activations:
         """A second stream over the same sequences, its values a copy of this one's."""
         other = copy.copy(self)
-        other.data = {length: self.store.empty(tuple(data.shape), data.dtype).copy_(data)
-                      for length, data in self.data.items()}
+        other.data = self._copies(self.data)
+        other.left = {key: self._copies(tensors) for key, tensors in self.left.items()}
+        other._leavers = copy.deepcopy(self._leavers)
         return other
+
+    def _copies(self, tensors: dict[int, Tensor]) -> dict[int, Tensor]:
+        return {length: self.store.empty(tuple(data.shape), data.dtype).copy_(data) for length, data in tensors.items()}
+
+    def room(self, tensors: dict[int, Tensor], length: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """The tensor for all sequences of a length among ``tensors``, made if it is missing; shape: of one row."""
+        if length not in tensors:
+            tensors[length] = self.store.empty((len(self.rows[length]), *shape), dtype)
+        return tensors[length]
+
+    def left_for(self, batch: Batch) -> dict[tuple, Tensor]:
+        """What blocks left for later ones in these sequences."""
+        rows = slice(batch.start, batch.stop)
+        return {key: self.left[key][batch.length][rows] for key, done in self._leavers.items()
+                if batch.length in done and done[batch.length][rows].all()}
+
+    def room_left(self, batch: Batch, key: tuple, tensor: Tensor) -> Tensor:
+        """Where what a block leaves in these sequences goes."""
+        rows = slice(batch.start, batch.stop)
+        done = self._leavers.setdefault(key, {})
+        done.setdefault(batch.length, torch.zeros(len(self.rows[batch.length]), dtype=torch.bool))[rows] = True
+        return self.room(self.left.setdefault(key, {}), batch.length, tensor.shape[1:], tensor.dtype)[rows]
 
     @property
     def sequences(self) -> int:
@@ -137,10 +169,15 @@ class Executor:
         shell = Activations(sequences, 0, self.dtype)
         for batch in shell.batches(self.batch_size):
             ids = shell.ids[batch.length][batch.start:batch.stop]
-            hidden, arguments = self._record(ids)
+            hidden, arguments, own = self._record(ids)
             if activations is None:
                 activations = Activations(sequences, hidden.shape[-1], self.dtype, self.store)
             activations.write(batch, hidden)
+            for number, tensor in own.items():
+                dtype = self.dtype if tensor.is_floating_point() else tensor.dtype
+                rows = activations.room(activations.beside.setdefault(number, {}), batch.length, tensor.shape[1:],
+                                        dtype)
+                rows[batch.start:batch.stop].copy_(tensor)
             self._arguments.setdefault((batch.length, batch.size), arguments)
         return activations
 
@@ -154,21 +191,32 @@ class Executor:
                     for length in sorted({len(s) for s in sequences})}
         return own
 
-    def _record(self, ids: Tensor) -> tuple[Tensor, list[Arguments]]:
+    def _record(self, ids: Tensor) -> tuple[Tensor, list[Arguments], dict[int, Tensor]]:
+        """First-block input, the blocks' arguments on the device, and the sequences' own tensors where they are."""
         home = next(self.view.model.get_input_embeddings().parameters()).device
-        hidden, arguments = self.view.record(ids.to(home))
+        hidden, recorded = self.view.record(ids.to(home))
+        arguments, own = self.view.tokenwise.split(recorded)
         memo: dict[int, object] = {}
-        return hidden, [a.to(self.device, self.dtype, memo) for a in arguments]
+        return hidden, [a.to(self.device, self.dtype, memo) for a in arguments], own
 
     def arguments(self, index: int, length: int, size: int) -> Arguments:
-        """What the model hands block ``index`` beside ``[size, length, hidden]`` states (recorded once a shape)."""
+        """What the model hands block ``index`` beside ``[size, length, hidden]`` states (recorded once a shape); what
+        belongs to the sequences themselves is filled in by :meth:`beside`."""
         if (length, size) not in self._arguments:
-            vocabulary = self.view.model.get_input_embeddings().num_embeddings
-            # any ids do, except the padding id, from which some encoders derive positions
-            token = 1 + (getattr(self.view.model.config, "pad_token_id", None) or 0)
-            ids = torch.full((size, length), min(token, vocabulary - 1), dtype=torch.long)
+            ids = torch.full((size, length), any_token(self.view.model), dtype=torch.long)
             self._arguments[length, size] = self._record(ids)[1]
         return self._arguments[length, size][index]
+
+    def beside(self, window: Iterable[int], source: Activations, batch: Batch) -> Beside:
+        """What belongs to the sequences of a batch and the blocks of a window need, on the device."""
+        rows, beside = slice(batch.start, batch.stop), Beside()
+        if source.beside:
+            for number in self.view.tokenwise.numbers(window):
+                beside.tensors[number] = source.beside[number][batch.length][rows]
+        beside.left = source.left_for(batch)
+        beside = beside.map(lambda t: t.to(self.device, non_blocking=True))
+        beside.origin = source.left
+        return beside
 
     @contextlib.contextmanager
     def compute(self, index: int) -> Iterator[nn.Module]:
@@ -187,10 +235,11 @@ class Executor:
                     tensor.data = tensor.data.new_empty(0)
 
     @torch.no_grad()
-    def forward(self, index: int, module: nn.Module, hidden: Tensor) -> Tensor:
-        """Output of ``module``, standing in for block ``index``, on ``[batch, tokens, hidden]``."""
+    def forward(self, index: int, module: nn.Module, hidden: Tensor, beside: Beside | None = None) -> Tensor:
+        """Output of ``module``, standing in for block ``index``, on ``[batch, tokens, hidden]``; what the block leaves
+        for later ones is then in ``beside``."""
         hidden = hidden.to(self.device, self.dtype, non_blocking=True)
-        arguments = self.arguments(index, hidden.shape[1], hidden.shape[0])
+        arguments = (beside or Beside()).fill(self.arguments(index, hidden.shape[1], hidden.shape[0]))
         with self.mode():
             return call_block(module, hidden, arguments)
 
@@ -198,9 +247,17 @@ class Executor:
         """Every batch of a stream on the device, the next ones on their way while one is used."""
         return self.transfers.read((batch, source.read(batch)) for batch in source.batches(self.batch_size))
 
-    def write(self, target: Activations, batch: Batch, hidden: Tensor) -> None:
-        """Send a batch's result to a stream; it is there after :meth:`drain`."""
+    def write(self, target: Activations, batch: Batch, hidden: Tensor, beside: Beside | None = None) -> None:
+        """Send a batch's result, and what blocks left beside it, to a stream; it is there after :meth:`drain`."""
         self.transfers.write(target.read(batch), hidden)
+        for key, tensor in beside.left.items() if beside else ():
+            if target.left is beside.origin and key not in beside.written:
+                continue
+            if len(tensor) != batch.size:
+                raise ConfigError(f"a block leaves a tensor of shape {list(tensor.shape)} under {key[0]!r} for later "
+                                  f"blocks, which has no row for each of {batch.size} sequences; it cannot be stored "
+                                  "with them")
+            self.transfers.write(target.room_left(batch, key, tensor), tensor)
 
     def drain(self) -> None:
         self.transfers.drain()
@@ -216,13 +273,15 @@ class Executor:
             parts = [(batch, hidden)]
             while parts:
                 part, x = parts.pop(0)
-                forward = lambda x=x: self.forward(index, module, x)  # noqa: E731
-                out = self.attempt(forward if through is None else lambda forward=forward: through(forward))
+                beside = self.attempt(lambda part=part: self.beside([index], source, part))
+                forward = lambda x=x, beside=beside: self.forward(index, module, x, beside)  # noqa: E731
+                out = beside if beside is NO_ROOM else self.attempt(
+                    forward if through is None else lambda forward=forward: through(forward))
                 if out is NO_ROOM:
                     parts[:0] = self.halve(part, x, index)
                     continue
                 if target is not None:
-                    self.write(target, part, out)
+                    self.write(target, part, out, beside)
                 if each is not None:
                     each(part, out)
         self.drain()

@@ -6,11 +6,12 @@ disk, and comes back from there. Embeddings, final norm, head and rotary tables 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,6 +47,7 @@ class Streamed(Resident):
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="pyprune-weights")
         self._ahead: dict[int, Future] = {}
         self._present: set[int] = set()
+        view.hold = self.hold
 
     def acquire(self, index: int) -> None:
         if index not in self._present:
@@ -57,6 +59,17 @@ class Streamed(Resident):
             for stale in list(self._ahead):
                 self._ahead.pop(stale).cancel()
             self._ahead[after] = self._reader.submit(self._read, after)
+
+    @contextlib.contextmanager
+    def hold(self, index: int) -> Iterator[None]:
+        """A block's weights for the duration, whatever they were before."""
+        present = index in self._present
+        self.acquire(index)
+        try:
+            yield
+        finally:
+            if not present:
+                self.release(index)
 
     def _read(self, index: int) -> dict[str, Tensor]:
         prefix = f"{self.view.path}.{index}."

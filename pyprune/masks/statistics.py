@@ -7,6 +7,7 @@ the input in the forward pass. Every accumulator carries its own token count and
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import math
 from collections import Counter
@@ -21,10 +22,15 @@ from pyprune import ops
 from pyprune.config import ConfigError
 from pyprune.execution.distributed import World
 from pyprune.execution.executor import NO_ROOM, Activations, Batch, Executor
-from pyprune.model.blocks import WeightRef, _Stop
+from pyprune.model.arguments import Beside
+from pyprune.model.blocks import WeightRef
 from pyprune.model.expert_products import Experts
+from pyprune.model.recording import Stop
 from pyprune.model.routing import expert_lists
 
+AGAIN = "#"
+"""Ends the name of a weight where its later products in an application of the block are meant, apart from the first:
+DeBERTa's query and key also read the relative positions, which its value, with the same first input, does not."""
 ERROR_TOKENS = 512
 """Inputs a weight's error is measured on; more changes its third digit and costs as much as the solve."""
 
@@ -82,6 +88,20 @@ class Statistics:
         else:
             self.count += x.shape[0]
 
+    def plus(self, other: Statistics) -> Statistics:
+        """Statistics of both inputs together."""
+        both = copy.copy(self)
+        both.count = self.count + other.count
+        for name in ("gram", "sums", "cross"):
+            if getattr(self, name) is not None:
+                setattr(both, name, getattr(self, name) + getattr(other, name))
+        if self.want_moments:
+            share = other.count / both.count.clamp(min=1).double()
+            delta = other.mean - self.mean
+            both.m2 = self.m2 + other.m2 + delta.square() * (self.count * share)
+            both.mean = self.mean + delta * share
+        return both
+
     @property
     def norm(self) -> Tensor:
         """``‖X_·j‖₂`` per column, float32 ``[c]`` (Wanda's scale)."""
@@ -107,6 +127,12 @@ class Inputs:
     def update(self, x: Tensor) -> None:
         self.chunks.append(x.clone() if x.is_cuda else x)  # on a GPU it may lie in a buffer of the ring
 
+    def plus(self, other: Inputs) -> Inputs:
+        """Both inputs together."""
+        both = Inputs()
+        both.chunks = self.chunks + other.chunks
+        return both
+
     @property
     def x(self) -> Tensor:
         return torch.cat(self.chunks)
@@ -125,6 +151,8 @@ class Observer:
         self.skip: frozenset[Call] = frozenset()
         """Calls whose sinks have this batch already (it ran out of memory behind them and comes again in halves)."""
         self.updating: str | None = None
+        self.batch = 1
+        """Sequences of the batch at hand."""
         self.holding = False
         """The pass is the dense stream's: its inputs are held for the cross Gram, none is counted."""
         self.held: dict[Call, Tensor] = {}
@@ -165,26 +193,30 @@ class Observer:
     def see(self, name: str, x: Tensor) -> None:
         if not x.numel() or (self.holding and name in self._routed):
             return
-        if name not in self.leader:
-            same = [leader for leader, seen in self._recent if seen is x and not {leader, name} & self._alone]
-            self.leader[name] = same[0] if same else name
-            if not same:
-                self.sinks[name] = self._make(x.shape[-1], x.device)
         step = getattr(self._module, "step", 0)
         self._times[step, name] += 1
         call = (step, name, self._times[step, name] - 1)
         self._order.append(call)
-        if self.leader[name] == name:
-            self._recent.append((name, x))
+        key = name + AGAIN if call[2] else name
+        if key not in self.leader:
+            same = [leader for leader, seen in self._recent
+                    if seen is x and not {leader.removesuffix(AGAIN), name} & self._alone]
+            self.leader[key] = same[0] if same else key
+            if not same:
+                self.sinks[key] = self._make(x.shape[-1], x.device)
+        if self.leader[key] == key:
+            self._recent.append((key, x))
+            if x.ndim == 3 and len(x) == 1:
+                x = x.expand(self.batch, -1, -1)  # positions that every sequence of the batch reads: a copy for each
             rows = x.reshape(-1, x.shape[-1])
             if self.holding:
                 self.held[call] = rows
             elif call not in self.skip:
                 self.updating = name
-                self.sinks[name].update(rows, *([self.held[call]] if call in self.held else []))
+                self.sinks[key].update(rows, *([self.held[call]] if call in self.held else []))
                 self.updating = None
         if call == self._last:
-            raise _Stop
+            raise Stop
 
     def run(self, forward: Callable[[], Tensor], length: int | None = None) -> Tensor | None:
         """One forward pass under observation. With the ``length`` of its sequences it ends before the last observed
@@ -194,11 +226,23 @@ class Observer:
         try:
             with torch.no_grad():
                 out = forward()
-        except _Stop:
+        except Stop:
             return None
         if length is not None:
             self._ends[length] = self._end()
+        self._check_groups()
         return out
+
+    def _check_groups(self) -> None:
+        """Weights with one sink must have read the same in this pass too, as far as counts tell."""
+        counts: Counter[tuple[int, str]] = Counter()
+        for step, name, again in self._order:
+            counts[step, name + AGAIN if again else name] += 1
+        for (step, key), count in counts.items():
+            if counts[step, self.leader[key]] != count:
+                one, other = (part.removesuffix(AGAIN) for part in (key, self.leader[key]))
+                raise ConfigError(f"{one} and {other} read the same input at first, then different ones; name one of "
+                                  "them among the weights to ignore")
 
     def _end(self) -> Call | None:
         """The last call of the pass that was just made, if every other pass makes the same calls: no weight has been
@@ -217,6 +261,20 @@ class Observer:
     def close(self) -> None:
         for handle in self._handles:
             handle.remove()
+
+    def gather(self) -> None:
+        """Give weights that are multiplied by several times one sink of all that they read."""
+        if not any(name.endswith(AGAIN) for name in self.leader):
+            return
+        groups: dict[tuple[str, ...], str] = {}
+        sinks, leader = {}, {}
+        for name in [name for name in self.leader if not name.endswith(AGAIN)]:
+            parts = tuple(self.leader[key] for key in (name, name + AGAIN) if key in self.leader)
+            leader[name] = groups.setdefault(parts, name)
+            if leader[name] == name:
+                first, *rest = (self.sinks[part] for part in parts)
+                sinks[name] = functools.reduce(lambda one, other: one.plus(other), rest, first)
+        self.sinks, self.leader = sinks, leader
 
 
 def _hook(observer: Observer, name: str):
@@ -249,11 +307,15 @@ def observe(executor: Executor, index: int, module: nn.Module, refs: list[Weight
     """
     observer = Observer(module, refs, sink)
 
-    def both(part: Batch, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        ahead = None if dense is None else observer.run_dense(
-            lambda: executor.forward(index, module, dense.read(part)))
-        return ahead, observer.run(lambda: executor.forward(index, module, x),
-                                   part.length if target is None else None)
+    def both(part: Batch, x: Tensor) -> list[tuple[Activations | None, Tensor | None, Beside]]:
+        observer.batch = len(x)
+        own = executor.beside([index], activations, part)
+        ahead, beyond = None, Beside()
+        if dense is not None:
+            beyond = executor.beside([index], dense, part)
+            ahead = observer.run_dense(lambda: executor.forward(index, module, dense.read(part), beyond))
+        out = observer.run(lambda: executor.forward(index, module, x, own), part.length if target is None else None)
+        return [(dense, ahead, beyond), (target, out, own)]
 
     try:
         for batch, hidden in executor.stream(activations):
@@ -264,12 +326,13 @@ def observe(executor: Executor, index: int, module: nn.Module, refs: list[Weight
                 if outs is NO_ROOM:
                     parts[:0] = _again(executor, index, observer, part, x)
                     continue
-                for stream, out in ((dense, outs[0]), (target, outs[1])):
+                for stream, out, beside in outs:
                     if stream is not None:
-                        executor.write(stream, part, out)
+                        executor.write(stream, part, out, beside)
         executor.drain()
     finally:
         observer.close()
+    observer.gather()
     return observer
 
 
@@ -318,9 +381,11 @@ def find_non_finite(executor: Executor, index: int, module: nn.Module, refs: lis
     for batch in activations.batches(1):
         observer = Observer(module, refs, lambda columns, device: Inputs())
         try:
-            observer.run(functools.partial(executor.forward, index, module, activations.read(batch)))
+            beside = executor.beside([index], activations, batch)
+            observer.run(functools.partial(executor.forward, index, module, activations.read(batch), beside))
         finally:
             observer.close()
+        observer.gather()
         for name, sink in observer.sinks.items():
             bad = (~torch.isfinite(sink.x)).nonzero()
             if len(bad):

@@ -1,15 +1,14 @@
-"""The only file that knows Hugging Face architectures: embeddings, blocks, prunable weights.
+"""What pyprune knows of Hugging Face architectures: embeddings, blocks, prunable weights.
 
 Structure is discovered, not tabulated: the blocks are the module list that holds most of the parameters, the
 prunable weights of a block are the 2-D weights of its linear layers and the slices of its 3-D expert parameters
-(:mod:`pyprune.model.routing` tells what routes to them), and whatever the model's own forward hands to a block (masks,
-position embeddings, per-layer attention kinds) is recorded by running that forward with every block replaced by a
-recorder. The same tells in which order the blocks are applied, and how often.
+(:mod:`pyprune.model.routing` tells what routes to them), and what the model's own forward hands to its blocks, in which
+order, is recorded (:mod:`pyprune.model.recording`).
 """
 
 from __future__ import annotations
 
-import contextlib
+import inspect
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -19,8 +18,11 @@ from torch import Tensor, nn
 
 from pyprune.config import ConfigError
 from pyprune.model.names import matches
+from pyprune.model.recording import Recorded
 from pyprune.model.routing import expert_matrices
 from pyprune.model.routing import routers as routing_layers
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _is_conv1d(module: nn.Module) -> bool:
@@ -97,16 +99,42 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
     Raises ConfigError if the model has no such list, or is an encoder–decoder.
     """
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+    if not hasattr(model, "config") or token_embedding(model) is None:
+        raise ConfigError(f"{type(model).__name__} is no Hugging Face model that reads token ids: pyprune prunes "
+                          "decoder-only and encoder-only language models")
+    if any(hasattr(module, "_rescale_layers") for module in model.modules()):
+        raise ConfigError(f"{type(model).__name__} rescales its own weights during its forward pass, so that what is "
+                          "saved would not be what was pruned; pyprune does not prune it")
+    # T5's and its kin's encoders alone keep the flag of the whole model
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and any(
+            name.rpartition(".")[2] == "decoder" for name, _ in model.named_modules()):
         raise ConfigError(f"{type(model).__name__} is an encoder–decoder; pyprune prunes decoder-only and encoder-only "
                           "models")
     found = [(sum(p.numel() for p in module.parameters()), name, module) for name, module in model.named_modules()
              if isinstance(module, nn.ModuleList) and len(module) and all(map(weights_of, module))]
     if not found:
+        if is_quantised(model):
+            raise ConfigError(f"{type(model).__name__} is quantised; prune it in float32, bfloat16 or float16, then "
+                              "quantise the result")
         raise ConfigError(f"{type(model).__name__} has no list of transformer blocks with linear layers; give a "
                           "Hugging Face decoder or encoder")
     _, name, blocks = max(found, key=lambda item: item[0])
     return name, blocks
+
+
+def token_embedding(model: nn.Module) -> nn.Module | None:
+    """The table of a model's token ids; None for a model that has none (images, sound, modules of one's own)."""
+    try:
+        found = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+    return found if hasattr(found, "num_embeddings") else None
+
+
+def is_quantised(model: nn.Module) -> bool:
+    """Whether a model's config or the classes of its layers say so."""
+    return getattr(model.config, "quantization_config", None) is not None or any(
+        "quant" in f"{type(module).__module__}.{type(module).__name__}".lower() for module in model.modules())
 
 
 def select_weights(view: ModelView, targets: list[str], ignore: list[str]) -> list[list[WeightRef]]:
@@ -136,166 +164,19 @@ def select_weights(view: ModelView, targets: list[str], ignore: list[str]) -> li
     return [[ref for ref in block if chosen(view.name(i, ref))] for i, block in enumerate(refs)]
 
 
-class _Stop(Exception):
-    """Ends a forward pass early; carries what was reached."""
-
-    def __init__(self, value=None):
-        self.value = value
-
-
-class _Recorder(nn.Module):
-    """Stands in for a block: keeps the arguments it was called with and passes the hidden states through."""
-
-    def __init__(self, block: nn.Module, place: int, calls: list, end: int | None = None, given=None):
-        """place: in the list of blocks. calls: of all recorders, to which each call is added. end: the number of calls
-        with which the forward pass ends here, or goes on with what is ``given``."""
-        super().__init__()
-        object.__setattr__(self, "_block", block)  # not a submodule: the model must not see it twice
-        self.place, self.calls, self.end, self.given = place, calls, end, given
-
-    def __getattr__(self, name):
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self._block, name)  # models read attributes such as ``attention_type`` off their blocks
-
-    def forward(self, *args, **kwargs):
-        if args:
-            hidden, args = args[0], args[1:]
-        else:
-            hidden = kwargs.pop("hidden_states")
-        self.calls.append((self.place, hidden, Arguments(args, kwargs)))
-        if len(self.calls) != self.end:
-            return hidden
-        if self.given is None:
-            raise _Stop(hidden)
-        return self.given
-
-
-class _Follower(_Recorder):
-    """Hands on new hidden states each time, so that it shows whether they are what the next block gets."""
-
-    def __init__(self, block: nn.Module, place: int, calls: list, outputs: list):
-        super().__init__(block, place, calls)
-        self.outputs = outputs
-
-    def forward(self, *args, **kwargs):
-        self.outputs.append(super().forward(*args, **kwargs).clone())
-        return self.outputs[-1]
-
-
-@dataclass
-class Arguments:
-    """Everything but the hidden states that the model hands to one block."""
-
-    args: tuple
-    kwargs: dict
-
-    def to(self, device, dtype, memo: dict) -> Arguments:
-        """Floating tensors cast to ``dtype``, all tensors moved, tuples and dicts walked; a tensor that several
-        blocks share stays shared through ``memo``."""
-        return Arguments(_cast(self.args, device, dtype, memo), _cast(self.kwargs, device, dtype, memo))
-
-
-def _cast(value, device, dtype, memo):
-    if isinstance(value, Tensor):
-        if id(value) not in memo:
-            cast = value.to(device, dtype if value.is_floating_point() else value.dtype)
-            memo[id(value)] = (cast, value)  # the original stays alive, so its id stays its own
-        return memo[id(value)][0]
-    if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
-        return type(value)(_cast(v, device, dtype, memo) for v in value)
-    if isinstance(value, dict):
-        return {k: _cast(v, device, dtype, memo) for k, v in value.items()}
-    if isinstance(value, Arguments):
-        return value.to(device, dtype, memo)
-    return value
-
-
-def call_block(block: nn.Module, hidden: Tensor, arguments: Arguments) -> Tensor:
-    """Output hidden states of a block, whatever it wraps them in."""
-    out = block(hidden, *arguments.args, **arguments.kwargs)
-    return out[0] if isinstance(out, tuple) else out
-
-
-class Repeated(nn.Module):
-    """Blocks that one forward pass applies more than once, with all that lies between, as one block.
-
-    Its arguments are those of every application; parts have their places in the model's list for names.
-    """
-
-    def __init__(self, blocks: nn.ModuleList, places: list[int]):
-        super().__init__()
-        first = {id(blocks[place]): str(place) for place in reversed(places)}
-        self.order = [first[id(blocks[place])] for place in places]
-        self.step = 0
-        """The application at work."""
-        for name in dict.fromkeys(self.order):
-            self.add_module(name, blocks[int(name)])
-
-    def forward(self, hidden: Tensor, steps: tuple[Arguments, ...]) -> Tensor:
-        for step, (name, arguments) in enumerate(zip(self.order, steps, strict=True)):
-            self.step = step
-            hidden = call_block(self._modules[name], hidden, arguments)
-        return hidden
-
-
-def _units(blocks: nn.ModuleList, order: list[int]) -> list[list[int]]:
-    """The applications cut into the shortest runs such that no parameter is used in two of them."""
-    last = {id(p): k for k, place in enumerate(order) for p in blocks[place].parameters()}
-    units, end = [[]], 0
-    for k, place in enumerate(order):
-        units[-1].append(place)
-        end = max([end, *(last[id(p)] for p in blocks[place].parameters())])
-        if k == end < len(order) - 1:
-            units.append([])
-            end = k + 1
-    return units
-
-
-class ModelView:
+class ModelView(Recorded):
     """A Hugging Face model seen as embeddings, a list of blocks, and the rest."""
 
     def __init__(self, model: nn.Module):
-        self.model = model
-        self.path, self.slots = find_blocks(model)
-        self.is_encoder = not _is_causal(model)
-        self.order = self._applied()
-        """Places in the model's own list ``slots`` as one forward pass calls them."""
-        units = _units(self.slots, self.order)
-        self.shared = self.order != list(range(len(units)))
-        """Whether the blocks are not simply those of the list, one by one; then every block is a :class:`Repeated`."""
-        self.blocks = nn.ModuleList(Repeated(self.slots, unit) for unit in units) if self.shared else self.slots
+        super().__init__(model, *find_blocks(model), lambda block: [ref.view(block) for ref in weights_of(block)])
+        self.is_encoder = not predicts_next_token(model)
+        """It reads whole texts: an encoder, but also a classifier, reward or embedding model on a decoder's blocks. Its
+        calibration text is not packed into pieces of equal length, and it has no perplexity."""
 
     @property
     def distinct(self) -> int:
         """Blocks that are not the same module."""
         return len({id(block) for block in self.slots})
-
-    @torch.no_grad()
-    def _applied(self) -> list[int]:
-        """The order of the blocks in a forward pass over two tokens, in which recorders stand in for them.
-
-        What cannot be followed so (a model without weights, say) is taken for a plain list; :meth:`record`, which
-        calibration cannot do without, refuses what is none. Raises ConfigError if blocks are applied several times, but
-        not each to the output of the one before.
-        """
-        calls: list = []
-        outputs: list[Tensor] = []
-        plain = list(range(len(self.slots)))
-        weight = next(self.model.get_input_embeddings().parameters())
-        device = next((b.device for b in self.model.buffers()), None) if weight.is_meta else weight.device
-        token = min(1 + (getattr(self.model.config, "pad_token_id", None) or 0), len(weight) - 1)
-        ids = torch.full((1, 2), token, device=device)
-        with contextlib.suppress(RuntimeError, IndexError, TypeError, ValueError, NotImplementedError, AttributeError):
-            self._forward(ids, [_Follower(block, place, calls, outputs) for place, block in enumerate(self.slots)])
-        order = [place for place, _, _ in calls]
-        if order == plain or set(order) != set(plain):
-            return plain
-        if any(hidden is not before for (_, hidden, _), before in zip(calls[1:], outputs)):
-            raise ConfigError(f"{type(self.model).__name__} applies the blocks of {self.path} {len(order)} times in a "
-                              "forward pass, but not each to the output of the one before; such loops cannot be pruned")
-        return order
 
     def name(self, index: int, ref: WeightRef) -> str:
         """Full name of a weight in the model, ``model.layers.3.self_attn.q_proj.weight``."""
@@ -318,50 +199,69 @@ class ModelView:
             skipped += [self.full_name(i, name) for name in uncovered(block, everything)]
         return {"fraction": pruned / max(total, 1), "pruned": pruned, "total": total, "skipped": skipped}
 
-    @torch.no_grad()
-    def record(self, input_ids: Tensor) -> tuple[Tensor, list[Arguments]]:
-        """First-block input ``[batch, tokens, hidden]`` and each block's arguments, for unpadded ids of one length.
 
-        Runs the model's own forward with recorders in place of the blocks, so masks, rotary embeddings and per-layer
-        attention kinds are the model's own; costs the embedding only.
-        """
-        calls: list = []
-        with contextlib.suppress(_Stop):
-            self._forward(input_ids, [_Recorder(block, place, calls, end=len(self.order))
-                                      for place, block in enumerate(self.slots)])
-        if [place for place, _, _ in calls] != self.order:
-            raise ConfigError(f"{type(self.model).__name__} called {len(calls)} of its {len(self.order)} blocks in "
-                              "one forward pass; its block order cannot be followed")
-        steps = iter([arguments for _, _, arguments in calls])
-        if not self.shared:
-            return calls[0][1], list(steps)
-        return calls[0][1], [Arguments((tuple(next(steps) for _ in block.order),), {}) for block in self.blocks]
-
-    @torch.no_grad()
-    def complete(self, input_ids: Tensor, outputs):
-        """The model's output when its last block returns ``outputs``: final norm and head, no block runs."""
-        calls: list = []
-        return self._forward(input_ids, [_Recorder(block, place, calls, end=len(self.order), given=outputs)
-                                         for place, block in enumerate(self.slots)])
-
-    def _forward(self, input_ids: Tensor, stand_ins: list[nn.Module]):
-        """The model's own forward with others in place of its blocks."""
-        originals = list(self.slots)
-        try:
-            for i, module in enumerate(stand_ins):
-                self.slots[i] = module
-            return self.model(input_ids, **({} if self.is_encoder else {"use_cache": False}))
-        finally:
-            for i, block in enumerate(originals):
-                self.slots[i] = block
+def read_on(model: nn.Module, tokens: Tensor, cache=None) -> tuple[Tensor, object]:
+    """Logits ``[batch, tokens, vocabulary]`` of tokens that follow those in ``cache`` (None: there are none), and the
+    cache with them in it; None of a model that gives no cache back."""
+    parameters = inspect.signature(model.forward).parameters
+    name = next((n for n in ("cache", "past_key_values", "cache_params") if n in parameters), None)
+    out = model(tokens, use_cache=True, **({name: cache} if name else {}))
+    return out.logits, getattr(out, name or "cache", None)
 
 
-def _is_causal(model: nn.Module) -> bool:
-    """Whether the model generates text (decoder) or encodes it."""
-    name = type(model).__name__
-    return name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")) and not name.startswith(
-        ("Bert", "Roberta")) or any(a.endswith(("ForCausalLM", "LMHeadModel")) and not a.startswith(("Bert", "Roberta"))
-                                    for a in getattr(model.config, "architectures", None) or [])
+def predicts_next_token(model: nn.Module) -> bool:
+    """Whether the model is a causal language model: its tokens see none after them, and its head gives logits over the
+    vocabulary. Calibration text, perplexity, generation and gradients go by this."""
+    return is_causal(model) and getattr(model, "get_output_embeddings", lambda: None)() is not None
+
+
+def is_causal(model: nn.Module) -> bool:
+    """Whether a token sees only itself and those before it.
+
+    The attention modules say it themselves. Where none does (recurrent models, a few old ones) the configuration or the
+    kinds of models made of it do.
+    """
+    config = getattr(model, "config", None)
+    texts = [config, getattr(config, "get_text_config", lambda: None)()]
+    if getattr(config, "is_encoder_decoder", False) or any(getattr(c, "is_causal", None) is False for c in texts):
+        return False
+    said = [module.is_causal for module in model.modules() if isinstance(getattr(module, "is_causal", None), bool)]
+    if said:
+        return any(said)
+    import transformers
+
+    if getattr(config, "is_decoder", False):
+        return True
+    if type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING:
+        return False
+    return type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING or type(model).__name__.endswith("ForCausalLM")
+
+
+def check_apart(*views: ModelView) -> None:
+    """Refuse models whose blocks cannot be run apart from them (:attr:`ModelView.tokenwise`)."""
+    for view in views:
+        view.tokenwise.numbers([])
+
+
+def check_usable(view: ModelView, streamed: bool = False) -> None:
+    """Refuse weights that are not there or not plain floating-point matrices, with the first one's name.
+
+    streamed: those of the blocks come later.
+    """
+    for name, parameter in view.model.named_parameters():
+        if parameter.is_meta and not (streamed and name.startswith(f"{view.path}.")):
+            raise ConfigError(f"{name} is on the meta device: {type(view.model).__name__} has no weights yet; load "
+                              "them first, or name the checkpoint instead")
+    for index, block in enumerate(view.blocks):
+        for ref in weights_of(block):
+            weight = ref.parameter(block)
+            if weight.dtype == torch.float64:
+                raise ConfigError(f"{view.name(index, ref)} is float64; convert the model with model.float(), or load "
+                                  "it with dtype='float32'")
+            if weight.dtype not in FLOATS or type(weight.data) is not Tensor:
+                kind = str(weight.dtype)[6:] if type(weight.data) is Tensor else type(weight.data).__name__
+                raise ConfigError(f"{view.name(index, ref)} is {kind}: the model is quantised or packed; prune it in "
+                                  "float32, bfloat16 or float16, then quantise the result")
 
 
 def check_finite(tensors: Iterable[tuple[str, Tensor]]) -> None:

@@ -21,6 +21,12 @@ def set_parameter(block: nn.Module, path: str, value: Tensor) -> None:
         module.nx, module.nf = value.shape
 
 
+def settable(config, name: str) -> bool:
+    """Whether a config takes a value for a name: some compute it from others (Falcon's ``head_dim``)."""
+    found = getattr(type(config), name, None)
+    return not isinstance(found, property) or found.fset is not None
+
+
 def apply_attributes(module: nn.Module, values: dict) -> None:
     """Write sizes to a module; those of its config go to a copy that only this module sees."""
     for name, value in values.items():

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyprune.config import ConfigError
+from pyprune.config import MAX_COLUMN_BLOCK, ConfigError
 from pyprune.ops import qualification
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
@@ -354,8 +354,8 @@ def obs_sweep(w: Tensor, r: Tensor, *, mask: Tensor | None = None, k: int | None
     _written("w", w)
     _like("r", r, (w.shape[1], w.shape[1]), torch.float32, w.device)
     _like("mask", mask, tuple(w.shape), torch.bool, w.device)
-    if w.shape[1] > 1024:
-        raise ValueError(f"a column block has at most 1024 columns, got {w.shape[1]}")
+    if w.shape[1] > MAX_COLUMN_BLOCK:
+        raise ValueError(f"a column block has at most {MAX_COLUMN_BLOCK} columns, got {w.shape[1]}")
     if w.shape[1] > 1 and w.stride(1) != 1:
         raise ValueError(f"w needs unit column stride, got strides {w.stride()}")
     if (mask is not None) + (k is not None) + (nm is not None) != 1:

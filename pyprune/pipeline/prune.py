@@ -26,7 +26,16 @@ from pyprune.execution.journal import Journal, journaled
 from pyprune.execution.run import Findings, Run, seed_all
 from pyprune.execution.weight_streaming import Opened, Streamed
 from pyprune.model import checkpoint
-from pyprune.model.blocks import ModelView, WeightRef, check_finite, refuse_shared, select_weights
+from pyprune.model.blocks import (
+    ModelView,
+    WeightRef,
+    check_apart,
+    check_finite,
+    check_usable,
+    refuse_shared,
+    select_weights,
+)
+from pyprune.model.positions import Positions, positions_of
 from pyprune.pipeline.block_loop import Loop, run_blocks
 from pyprune.pipeline.mask_work import MaskWork
 from pyprune.pipeline.opening import open_model
@@ -86,13 +95,16 @@ def _prune(model, config: PruneConfig, tokenizer, in_place: bool, progress: bool
     with found.clock("load"):
         opened = _open(model, config, tokenizer, in_place, progress, world.same(journal.header.get("streamed")), device)
     view, tokenizer = opened.view, opened.tokenizer
+    check_usable(view, opened.weights.streamed)
     selected = select_weights(view, config.targets, config.ignore)
     check_weights(view, selected, config)
+    check_apart(view)
     refuse_text(config.evaluation, view)
+    positions = positions_of(view)
     with found.clock("calibration"):
-        data = calibration_data(config, view, tokenizer)
+        data = calibration_data(config, view, tokenizer, positions)
     with found.clock("evaluation"):
-        texts = windows_of(config.evaluation, tokenizer, view.is_encoder)
+        texts = windows_of(config.evaluation, tokenizer, view.is_encoder, positions=positions, warn=found.warn)
     with ops.backend(config.backend), found.clock("back-ends"):
         backends = settle_backends(journal, world, device)
     if config.output:
@@ -220,7 +232,8 @@ def check_weights(view: ModelView, selected: list[list[WeightRef]], config: Prun
                                   f"{view.name(i, ref)}; choose another pattern or ignore that weight")
 
 
-def calibration_data(config: PruneConfig, view: ModelView, tokenizer) -> calibration.CalibrationData:
+def calibration_data(config: PruneConfig, view: ModelView, tokenizer,
+                     positions: Positions | None) -> calibration.CalibrationData:
     """The sequences of a run; none where the weights alone decide and nothing could be read to measure errors on."""
     settings, decides, model = config.calibration, needs_sequences(config), view.model
     if not reads_sequences(config) or (not decides and settings.source is None and tokenizer is None):
@@ -232,6 +245,9 @@ def calibration_data(config: PruneConfig, view: ModelView, tokenizer) -> calibra
         return data
     data = calibration.load(settings, tokenizer, encoder=view.is_encoder, model_config=model.config,
                             vocab_size=model.get_input_embeddings().num_embeddings, measures=watches(config))
+    if positions:
+        positions.check(lengths_of(data, calibration.coerce(settings)), "calibration sequences", "seq_len",
+                        data.warnings.append)
     if settings.self_generated:
         add_generated(data, settings, model, tokenizer)
     return data
@@ -251,6 +267,11 @@ def thin_statistics(run: Run) -> list[str]:
     more = f" and of {len(found) - 1} more matrices" if len(found) > 1 else ""
     return [f"{tokens} calibration tokens are fewer than the {width} inputs of {name}{more}: what is chosen there "
             "rests on too little data; give more or longer sequences"]
+
+
+def lengths_of(data: calibration.CalibrationData, settings: Calibration) -> list[int]:
+    """Tokens of all sequences, those still to be generated too."""
+    return [len(row) for row in data.sequences + data.held_out] + [settings.tokens] * bool(settings.self_generated)
 
 
 def add_generated(data: calibration.CalibrationData, settings: Calibration, model: nn.Module, tokenizer) -> None:

@@ -17,10 +17,11 @@ from pyprune.execution.device import pick_device
 from pyprune.execution.executor import Executor
 from pyprune.execution.journal import Journal
 from pyprune.execution.run import Findings
-from pyprune.model.blocks import ModelView, check_finite
+from pyprune.model.blocks import ModelView, check_apart, check_finite, check_usable
+from pyprune.model.positions import positions_of
 from pyprune.pipeline.block_loop import Loop, run_blocks
 from pyprune.pipeline.progress import Progress
-from pyprune.pipeline.prune import add_generated
+from pyprune.pipeline.prune import add_generated, lengths_of
 from pyprune.pipeline.refine_work import RefineWork
 
 NO_EFFECT = (lambda _: False, "refining solves no layers, it trains; only pyprune prune uses it")
@@ -42,9 +43,10 @@ def refine(model: nn.Module, dense: nn.Module, calibration=None, *, tokenizer=No
     Raises ConfigError if the two models have not the same blocks, hidden size and vocabulary.
     """
     settings = settings or Reconstruction()
-    for live in (model, dense):
-        check_finite(live.state_dict().items())
     views = ModelView(model), ModelView(dense)
+    for view in views:
+        check_usable(view)
+        check_finite(view.model.state_dict().items())
     data = sequences_for(*views, calibration, tokenizer, settings, seed)
     world, failed = distributed.start(), True
     found = Findings(warnings=list(data.warnings))
@@ -71,6 +73,7 @@ def sequences_for(student: ModelView, teacher: ModelView, calibration, tokenizer
     if sizes[0] != sizes[1]:
         raise ConfigError("the pruned and the dense model must have the same blocks, vocabulary and hidden size, got "
                           f"{sizes[0]} and {sizes[1]}")
+    check_apart(student, teacher)
     chosen: Calibration = calibration_data.coerce(calibration)
     if chosen.seed is None:
         chosen = dataclasses.replace(chosen, seed=seed)
@@ -78,6 +81,8 @@ def sequences_for(student: ModelView, teacher: ModelView, calibration, tokenizer
     check_effects(settings, {"layerwise_target": NO_EFFECT}, "reconstruction")
     data = calibration_data.load(chosen, tokenizer, encoder=student.is_encoder, vocab_size=sizes[0][1],
                                  model_config=student.model.config)
+    if positions := positions_of(student):
+        positions.check(lengths_of(data, chosen), "calibration sequences", "seq_len", data.warnings.append)
     if chosen.self_generated:
         add_generated(data, chosen, teacher.model, tokenizer)
     if (settings.select == "validation" or settings.early_stop) and not data.held_out:

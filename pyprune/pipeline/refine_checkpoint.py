@@ -23,6 +23,7 @@ from pyprune.execution.journal import Journal, journaled
 from pyprune.execution.run import Findings
 from pyprune.execution.weight_streaming import Opened, open_checkpoint
 from pyprune.model import checkpoint
+from pyprune.model.positions import positions_of
 from pyprune.pipeline.block_loop import Loop, run_blocks
 from pyprune.pipeline.opening import samples_itself
 from pyprune.pipeline.progress import Progress, announce
@@ -113,7 +114,8 @@ def _refine(request: Request, world: World, journal: Journal, progress: bool) ->
     with found.clock("calibration"):
         data = sequences_for(pruned.view, dense.view, request.calibration, tokenizer, request.settings, request.seed)
         refuse_text(request.evaluation, pruned.view)
-        texts = windows_of(request.evaluation, tokenizer, pruned.view.is_encoder)
+        texts = windows_of(request.evaluation, tokenizer, pruned.view.is_encoder,
+                           positions=positions_of(pruned.view), warn=found.warn)
     backends = settle_backends(journal, world, where)
     identity = {"settings": request.identity(), "data": data_identity(data, texts), "model": pruned.identity(),
                 "dense": dense.identity()}

@@ -133,7 +133,7 @@ class RefineWork:
 
     def _errors(self, net: Student) -> list[float]:
         """Relative error on calibration sequences, of which each process has its share, and on held-out ones."""
-        sums = [error_sums(self.pruned, net.indices[0], net, x, t) for x, t in zip(self.streams, self.targets)]
+        sums = [error_sums(self.pruned, net.indices, net, x, t) for x, t in zip(self.streams, self.targets)]
         self.world.sum_(sums[0])
         return [ratio(*pair) for pair in torch.stack(sums).tolist()]
 

@@ -6,6 +6,7 @@ Nothing is loaded: the model is built from its configuration without memory. Byt
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -13,13 +14,15 @@ import torch
 
 from pyprune.config import ConfigError, PruneConfig, override
 from pyprune.data import calibration
-from pyprune.evaluation.perplexity import refuse_text
+from pyprune.effects import reads_sequences
+from pyprune.evaluation.perplexity import refuse_text, window_tokens
 from pyprune.execution.activation_store import available_memory
 from pyprune.execution.device import pick_device, pick_dtype
 from pyprune.execution.weight_streaming import SHARE, why_whole
 from pyprune.model import checkpoint
-from pyprune.model.blocks import ModelView, WeightRef, select_weights, uncovered, weights_of
+from pyprune.model.blocks import ModelView, WeightRef, check_apart, select_weights, uncovered, weights_of
 from pyprune.model.names import matches
+from pyprune.model.positions import positions_of
 from pyprune.model.shards import Files
 from pyprune.model.skeleton import skeleton
 from pyprune.pipeline.opening import why_not_streamed
@@ -36,6 +39,7 @@ from pyprune.planning.costs import (
     work_of,
 )
 from pyprune.planning.rehearsal import rehearsal_model, rehearse
+from pyprune.sources import kinds as kinds_of
 from pyprune.structured.preparation import group_paths
 
 
@@ -64,6 +68,13 @@ def plan(config: PruneConfig | dict) -> dict:
     dtype = next(view.blocks.parameters()).dtype
     compute = pick_dtype(config.compute_dtype) or dtype
     small = ModelView(rehearsal_model(view.model.config, dtype)[0])
+    check_apart(small)
+    positions = positions_of(small)
+    if config.evaluation.enabled and not view.is_encoder:
+        tokens = window_tokens(config.evaluation, positions)
+        config = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, window=tokens))
+    if positions and not view.is_encoder and reads_sequences(config) and kinds_of(config.calibration.source) != {"ids"}:
+        positions.check([config.calibration.tokens], "calibration sequences", "seq_len", lambda message: None)
     if config.is_structured:
         paths = group_paths(small, config)
         selected = [[ref for ref in refs if ref.path in paths] for refs in targeted]

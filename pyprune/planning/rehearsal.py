@@ -120,6 +120,8 @@ def rehearsal_model(config: Any, dtype: torch.dtype) -> tuple[nn.Module, bool]:
     small.num_hidden_layers = 2
     if getattr(small, "layer_types", None):
         small.layer_types = small.layer_types[:2]
+    if getattr(small, "num_kv_shared_layers", None):
+        small.num_kv_shared_layers = 0  # two blocks have none before them to share with
     for name in ("num_experts", "num_local_experts"):
         if (getattr(small, name, None) or 0) > 8:
             setattr(small, name, 8)

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from pyprune.config import ConfigError, Reconstruction
 from pyprune.execution.cpu_forward import TrainingMode
 from pyprune.execution.executor import Executor, moved
-from pyprune.model.blocks import Arguments, call_block
+from pyprune.model.arguments import Arguments, Beside
+from pyprune.model.recording import call_block
 
 
 class Student:
@@ -76,11 +77,12 @@ class Student:
             self._arguments[index, length, size] = found.to(self.executor.device, self.dtype, {})
         return self._arguments[index, length, size]
 
-    def __call__(self, hidden: Tensor) -> Tensor:
-        """Output of the window for ``[batch, tokens, hidden]``."""
+    def __call__(self, hidden: Tensor, beside: Beside | None = None) -> Tensor:
+        """Output of the window for ``[batch, tokens, hidden]`` and what belongs to its sequences."""
         hidden = hidden.to(self.executor.device, self.dtype, non_blocking=True)
+        beside = (beside or Beside()).map(lambda t: t.to(self.dtype) if t.is_floating_point() else t)
         for index, module in zip(self.indices, self.modules):
-            arguments = self.arguments(index, hidden.shape[1], hidden.shape[0])
+            arguments = beside.fill(self.arguments(index, hidden.shape[1], hidden.shape[0]))
             with self._mode:
                 hidden = call_block(module, hidden, arguments)
         return hidden
@@ -99,13 +101,13 @@ class Student:
     def accumulate(self, parts: Iterator[tuple]) -> Tensor:
         """Forward and backward over the micro-batches of one step; returns the step's loss, on the device.
 
-        parts: ``(x, target, share, last)``, share being the part of the step's tokens. Nothing is read back.
+        parts: ``(x, target, beside, share, last)``, share being the part of the step's tokens. Nothing is read back.
         """
         total = torch.zeros((), device=self.executor.device)
-        for x, target, share, last in parts:
+        for x, target, beside, share, last in parts:
             if x is not None:  # else the step's sequences are with other processes
                 with torch.enable_grad():
-                    loss = (self(x).float() - target.float()).square().mean() * share
+                    loss = (self(x, beside).float() - target.float()).square().mean() * share
                     loss.backward()
                 total += loss.detach()
                 self.collect_gradients()

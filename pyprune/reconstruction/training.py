@@ -23,6 +23,7 @@ from torch import Tensor
 from pyprune.config import Reconstruction
 from pyprune.execution.executor import NO_ROOM, Activations, Batch, Executor
 from pyprune.masks.statistics import ratio
+from pyprune.model.arguments import Beside
 from pyprune.reconstruction.student import Student
 
 Pairs = list[tuple[Activations, Activations]]
@@ -86,29 +87,43 @@ def _micro_batches(pairs: Pairs, batch: list[tuple], size: int) -> list[tuple[in
     return [(length, items[k:k + size]) for length, items in by_length.items() for k in range(0, len(items), size)]
 
 
-def _host_batch(streams: list[Activations], length: int, items: list[tuple[int, int]], pin: bool) -> Tensor:
-    """Hidden states ``[items, length, hidden]``, copied once."""
-    source = streams[items[0][0]].data[length]
+def _host_batch(streams: list[dict[int, Tensor]], length: int, items: list[tuple[int, int]], pin: bool) -> Tensor:
+    """Rows of each stream's tensors by length, ``[items, …]``, copied once."""
+    source = streams[items[0][0]][length]
     out = torch.empty(len(items), *source.shape[1:], dtype=source.dtype, pin_memory=pin)
     for s in dict.fromkeys(s for s, _ in items):
         places = [k for k, item in enumerate(items) if item[0] == s]
         rows = torch.tensor([items[k][1] for k in places])
         # the items of a stream lie side by side: a step's rows come stream by stream
-        torch.index_select(streams[s].data[length], 0, rows, out=out[places[0]:places[-1] + 1])
+        torch.index_select(streams[s][length], 0, rows, out=out[places[0]:places[-1] + 1])
     return out
 
 
-def _parts(pairs: Pairs, batches: list[list[tuple]], size: int, pin: bool) -> Iterator[tuple]:
-    """``(x, target, share, last)`` of every micro-batch: its part of the step's tokens, whether it ends the step."""
+def _host_beside(student: Student, inputs: list[Activations], length: int, items: list[tuple[int, int]],
+                 pin: bool) -> Beside:
+    """What belongs to the sequences of a micro-batch beside their hidden states."""
+    first, beside = inputs[items[0][0]], Beside()
+    if first.beside:
+        for n in student.executor.view.tokenwise.numbers(student.indices):
+            beside.tensors[n] = _host_batch([a.beside.get(n) for a in inputs], length, items, pin)
+    for key in first.left:
+        beside.left[key] = _host_batch([a.left.get(key) for a in inputs], length, items, pin)
+    return beside
+
+
+def _parts(student: Student, pairs: Pairs, batches: list[list[tuple]], size: int, pin: bool) -> Iterator[tuple]:
+    """``(x, target, beside, share, last)`` of every micro-batch: its part of the step's tokens, whether it ends the
+    step."""
     inputs, targets = ([pair[k] for pair in pairs] for k in (0, 1))
     for batch in batches:
         tokens = sum(length * len(rows) for _, length, rows in batch)
         micro = _micro_batches(pairs, batch, size)
         for k, (length, items) in enumerate(micro):
-            x, target = (_host_batch(streams, length, items, pin) for streams in (inputs, targets))
-            yield x, target, len(items) * length / tokens, k == len(micro) - 1
+            x, target = (_host_batch([s.data for s in streams], length, items, pin) for streams in (inputs, targets))
+            beside = _host_beside(student, inputs, length, items, pin)
+            yield x, target, beside, len(items) * length / tokens, k == len(micro) - 1
         if not micro:  # the step's sequences are with other processes
-            yield None, None, 0, True
+            yield None, None, Beside(), 0, True
 
 
 def _prefetch(parts: Iterator[tuple], device: torch.device) -> Iterator[tuple]:
@@ -117,18 +132,19 @@ def _prefetch(parts: Iterator[tuple], device: torch.device) -> Iterator[tuple]:
         yield from parts
         return
     stream, ready = torch.cuda.Stream(device), None
-    for x, target, *rest in parts:
+    for x, target, beside, *rest in parts:
         with torch.cuda.stream(stream):
             copied = [t if t is None else t.to(device, non_blocking=True) for t in (x, target)]
+            beside = beside.map(lambda t: t.to(device, non_blocking=True))
         event = stream.record_event()
         if ready is not None:
             yield ready
         current = torch.cuda.current_stream(device)
         current.wait_event(event)
-        for t in copied:
+        for t in (*copied, *beside.tensors.values(), *beside.left.values()):
             if t is not None:
                 t.record_stream(current)
-        ready = (*copied, *rest)
+        ready = (*copied, beside, *rest)
     if ready is not None:
         yield ready
 
@@ -157,7 +173,7 @@ def _epoch(student: Student, optimizer: torch.optim.Optimizer, pairs: Pairs, bat
     while done < len(batches):
         if parts is None:
             pin = executor.device.type == "cuda"
-            parts = _prefetch(_parts(pairs, batches[done:], size, pin), executor.device)
+            parts = _prefetch(_parts(student, pairs, batches[done:], size, pin), executor.device)
         loss = executor.attempt(lambda parts=parts: student.accumulate(parts))
         if loss is NO_ROOM:
             student.forget()
@@ -233,16 +249,17 @@ def train(student: Student, pairs: Pairs, settings: Reconstruction, *, seed: int
 @torch.no_grad()
 def relative_error(student: Student, pairs: Pairs) -> float:
     """``‖T − f(x)‖² / ‖T‖²`` over all pairs."""
-    sums = [error_sums(student.executor, student.indices[0], student, *pair) for pair in pairs]
+    sums = [error_sums(student.executor, student.indices, student, *pair) for pair in pairs]
     return ratio(*torch.stack(sums).sum(0).tolist())
 
 
 @torch.no_grad()
-def error_sums(executor: Executor, index: int, forward: Callable[[Tensor], Tensor], inputs: Activations,
+def error_sums(executor: Executor, window: list[int], forward: Callable[[Tensor, Beside], Tensor], inputs: Activations,
                targets: Activations) -> Tensor:
-    """``[‖T − f(x)‖², ‖T‖²]`` of a stream, float64, on the device; a batch that does not fit is halved."""
+    """``[‖T − f(x)‖², ‖T‖²]`` of a stream through the blocks of a window, float64, on the device; a batch that does not
+    fit is halved."""
     def measured(part: Batch, x: Tensor) -> Tensor:
-        out = forward(x).float()
+        out = forward(x, executor.beside(window, inputs, part)).float()
         target = targets.read(part).to(executor.device, non_blocking=True).float()
         return torch.stack([(target - out).square().sum(), target.square().sum()]).double()
 
@@ -253,7 +270,7 @@ def error_sums(executor: Executor, index: int, forward: Callable[[Tensor], Tenso
             part, x = parts.pop(0)
             found = executor.attempt(lambda part=part, x=x: measured(part, x))
             if found is NO_ROOM:
-                parts[:0] = executor.halve(part, x, index)
+                parts[:0] = executor.halve(part, x, window[0])
             else:
                 sums += found
     return sums

@@ -25,6 +25,7 @@ from pyprune.execution.error_probes import ErrorProbe, stream_error
 from pyprune.execution.executor import Activations, Executor
 from pyprune.execution.run import Findings, Run
 from pyprune.masks.statistics import ratio
+from pyprune.model.arguments import Beside
 from pyprune.model.blocks import WeightRef
 from pyprune.reconstruction.student import Student
 from pyprune.reconstruction.training import Pairs, Trace, error_sums, train
@@ -252,12 +253,12 @@ class Refiner:
         the window where its other block was just trained too."""
         through = step == "cross_block 1" and index > 0
         with self.executor.compute(index - 1) if through else contextlib.nullcontext() as before:
-            def forward(hidden: Tensor) -> Tensor:
+            def forward(hidden: Tensor, beside: Beside) -> Tensor:
                 if through:
-                    hidden = self.executor.forward(index - 1, before, hidden)
-                return self.executor.forward(index, module, hidden)
+                    hidden = self.executor.forward(index - 1, before, hidden, beside)
+                return self.executor.forward(index, module, hidden, beside)
 
-            sums = [error_sums(self.executor, index, forward,
+            sums = [error_sums(self.executor, [index - 1, index] if through else [index], forward,
                                probe.behind if through or step == "cross_block 2" else probe.student, probe.dense)
                     for probe in self.probes]
         found = torch.stack(sums).tolist() if sums else []

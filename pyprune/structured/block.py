@@ -153,7 +153,9 @@ def mean_powers(run: Run, index: int, module: nn.Module, groups: list[Coupled], 
         try:
             for batch in (Batch(length, k, k + 1) for length, rows in stream.rows.items()
                           for k, row in enumerate(rows) if row < wanted):
-                taps.run(lambda batch=batch: run.executor.forward(index, module, stream.read(batch)))
+                beside = run.executor.beside([index], stream, batch)
+                taps.run(lambda batch=batch, beside=beside: run.executor.forward(index, module, stream.read(batch),
+                                                                                 beside))
                 for i, total in taps.sums.items():
                     sums[0, i] += total.float().square().sum()
                     sums[1, i] += len(total)

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from pyprune.model.blocks import Arguments, WeightRef, call_block
+from pyprune.model.arguments import Arguments
+from pyprune.model.blocks import WeightRef
 from pyprune.model.expert_products import Experts
+from pyprune.model.recording import call_block
 
 
 class Probe(TorchFunctionMode):

@@ -14,6 +14,7 @@ from torch import nn
 
 from pyprune.config import ConfigError
 from pyprune.model.blocks import WeightRef
+from pyprune.model.sizes import settable
 from pyprune.structured.groups import Coupled
 from pyprune.structured.slicing import NEURON_ATTRIBUTES
 
@@ -53,7 +54,9 @@ def candidate_edits(model: nn.Module, dense: dict[str, Coupled], units: dict[str
     if "heads" in units:
         group = dense["heads"]
         heads, groups = group.heads_left(units["heads"])
-        head = {"num_attention_heads": heads, "head_dim": group.columns.numel() // group.heads}
+        head = {"num_attention_heads": heads}
+        if settable(model.config, "head_dim"):
+            head["head_dim"] = group.columns.numel() // group.heads
         if hasattr(model.config, "num_key_value_heads"):
             head["num_key_value_heads"] = groups
     if "neurons" not in units:
@@ -93,12 +96,16 @@ def standard_edits(model: nn.Module, dense: dict[str, Coupled], units: dict[str,
 def apply_edits(model: nn.Module, edits: dict) -> None:
     """Edit the config all modules share, and give every bias that its flags add an explicit zero."""
     shared = model.config
-    for module in model.modules():
-        own = module.__dict__.get("config")
-        if own is not None and own is not shared and type(own) is type(shared):
-            module.config = shared
     for key, value in edits.items():
         setattr(shared, key, value)
+    for module in model.modules():
+        own = module.__dict__.get("config")
+        if own is None or own is shared or type(own) is not type(shared):
+            continue
+        for key, value in edits.items():
+            setattr(own, key, value)
+        if own.to_dict() == shared.to_dict():  # a copy of slicing's; an encoder's may have flags of its own (UMT5)
+            module.config = shared
     add_biases(model, edits)
 
 

@@ -19,7 +19,9 @@ from torch import Tensor, nn
 
 from pyprune.config import ConfigError
 from pyprune.execution.executor import Resident, expert_loop
-from pyprune.model.blocks import Arguments, ModelView, WeightRef, call_block, refuse_shared, weights_of
+from pyprune.model.arguments import Arguments
+from pyprune.model.blocks import ModelView, WeightRef, refuse_shared, weights_of
+from pyprune.model.recording import call_block
 from pyprune.structured.block_probe import Probe, landing, normed
 
 PROBE_TOKENS = 12
@@ -159,8 +161,10 @@ def _classify(ref: WeightRef, probe: Probe, output: Tensor, head_scope: str) -> 
         return []
     if total <= 2:
         return _neurons(ref, probe, output)
-    head_dim = (total - 1) // 2
-    if total % 2 == 0 or x.shape[-1] % head_dim or x.shape[-1] == head_dim:
+    wide = {count for count in counts if count > 1}
+    # one value row, and whole heads of queries, keys and, in DeBERTa, positions; fused ones count together
+    head_dim = wide.pop() if len(wide) == 1 and counts.count(1) == 1 else (total - 1) // 2
+    if (total - 1) % head_dim or x.shape[-1] % head_dim or x.shape[-1] == head_dim:
         return []  # a single head, or all heads coupled into one
     return _heads(ref, probe, output, head_dim, head_scope)
 

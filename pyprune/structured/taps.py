@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from pyprune.execution.executor import Activations
-from pyprune.model.blocks import ModelView, _Stop
+from pyprune.model.blocks import ModelView
 from pyprune.model.expert_products import Experts
+from pyprune.model.recording import Stop, uncached
 from pyprune.structured.groups import Coupled
 
 MAX_GRADIENT_TOKENS = 16384
@@ -89,7 +90,7 @@ class Taps(TorchFunctionMode):
 
     def _check(self) -> None:
         if self.stop and len(self.inputs) + len(self.sums) + len(self.powers) == self._wanted:
-            raise _Stop
+            raise Stop
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         for ref, x in self._experts.products(func, args, kwargs):
@@ -101,7 +102,7 @@ class Taps(TorchFunctionMode):
         self.inputs, self.sums, self.powers = {}, {}, {}
         try:
             out = forward()
-        except _Stop:
+        except Stop:
             return None
         for i, group in enumerate(self.groups):
             if group.target == "" and group.consumer.expert is None:
@@ -128,7 +129,16 @@ def mask_gradients(view: ModelView, groups: list[list[Coupled]], sequences: list
     required = {n: p.requires_grad for n, p in model.named_parameters()}
     model.requires_grad_(False)
     size = 1
-    handles = [model.get_input_embeddings().register_forward_hook(lambda m, a, o: o.detach().requires_grad_())]
+
+    def start(module, args, kwargs):
+        """Gradients begin at the first block's input."""
+        first = args[0] if args else kwargs["hidden_states"]
+        if first.requires_grad:
+            return None
+        first = first.detach().requires_grad_()
+        return ((first, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": first})
+
+    handles = [view.blocks[0].register_forward_pre_hook(start, with_kwargs=True)]
 
     def watch(store: list[Tensor], group: Coupled):
         def hook(module, args):
@@ -144,14 +154,16 @@ def mask_gradients(view: ModelView, groups: list[list[Coupled]], sequences: list
         for i, group in enumerate(block):
             module = view.blocks[index].get_submodule(group.consumer.module_path)
             handles.append(module.register_forward_pre_hook(watch(out[index][i], group)))
-    options = {} if view.is_encoder else {"use_cache": False}
+    # classifiers look for the last token that is no padding, and take one sequence at a time without a padding id
+    alone = view.is_encoder and getattr(model.config.get_text_config(), "pad_token_id", None) is None
     try:
         for batch in shell.batches(None):
-            for start in range(batch.start, batch.stop, step := max(1, 2048 // batch.length)):
+            for start in range(batch.start, batch.stop, step := 1 if alone else max(1, 2048 // batch.length)):
                 ids = shell.ids[batch.length][start:min(start + step, batch.stop)].to(device)
                 size = len(ids)
                 places = [first + row for row in shell.rows[batch.length][start:start + size]]
-                with torch.enable_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                with torch.enable_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32), \
+                        uncached(model) as options:
                     result = model(ids, **options)
                     loss = _probe_loss(result, places, seed) if view.is_encoder else _token_loss(result.logits, ids)
                 loss.backward()
@@ -183,7 +195,9 @@ def _token_loss(logits: Tensor, ids: Tensor) -> Tensor:
 def _probe_loss(result, places: list[int], seed: int) -> Tensor:
     hidden = getattr(result, "last_hidden_state", None)
     hidden = result[0] if hidden is None else hidden
-    pooled = nn.functional.normalize(hidden.float().mean(1) if hidden.ndim == 3 else hidden.float(), dim=-1)
+    pooled = hidden.float().mean(1) if hidden.ndim == 3 else hidden.float()
+    if pooled.shape[1] > 1:  # one number, a reward, has a size and no direction
+        pooled = nn.functional.normalize(pooled, dim=-1)
     directions = [torch.randn(pooled.shape[1], generator=torch.Generator().manual_seed((seed << 20) + place))
                   for place in places]
     return (pooled * torch.stack(directions).to(pooled)).sum()

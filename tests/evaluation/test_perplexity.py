@@ -13,7 +13,8 @@ import torch
 import pyprune
 from pyprune.config import ConfigError, Evaluation
 from pyprune.evaluation.latency import latency
-from pyprune.evaluation.perplexity import is_causal, measure, perplexity, windows, windows_of
+from pyprune.evaluation.perplexity import measure, perplexity, windows, windows_of
+from pyprune.model.blocks import predicts_next_token
 
 PROSE = "The quick brown fox jumps over the lazy dog, and nobody minds it.\n" * 60
 
@@ -129,7 +130,7 @@ def test_non_finite_logits(folder):
 
 
 @pytest.mark.parametrize(("text", "sentence"), [
-    (["too short"], "has 9 tokens, fewer than one window of 1024"),
+    (["too short"], "has 9 tokens, fewer than one window of 128"),
     (tiny.ids(2, 9) + 100, "outside the model's vocabulary of 104"),
     (tiny.ids(2, 1), "row 0 .* has 1 tokens"),
     ("missing.npy", "no such file: missing.npy"),
@@ -141,7 +142,7 @@ def test_refusals(model, tokenizer, text, sentence):
 
 def test_models_and_fields_that_cannot_be_evaluated(model):
     encoder = tiny.model("bert")
-    assert not is_causal(encoder) and is_causal(model)
+    assert not predicts_next_token(encoder) and predicts_next_token(model)
     with pytest.raises(ConfigError, match="BertModel does not predict the next token"):
         pyprune.evaluate(encoder, tiny.ids(2, 9))
     with pytest.raises(ConfigError, match="evaluation text needs a tokenizer"):

@@ -20,7 +20,7 @@ from pyprune.config import ConfigError
 from pyprune.execution.distributed import FAILED, GONE, LOST, Pulse, World
 
 HERE = Path(__file__).parents[1]
-MASKS = ("sparsegpt", "wanda", "moe", "dense", "refit", "block", "cross")
+MASKS = ("sparsegpt", "wanda", "moe", "dense", "refit", "block", "shared_keys", "cross")
 STRUCTURED = ("liar", "taylor")
 CASES = (*MASKS, *STRUCTURED, "refine")
 THREE = ("sparsegpt", "moe", "block", "liar", "refine")

@@ -303,9 +303,9 @@ def test_blocks_run_no_more_than_the_method_needs(monkeypatch, fields, whole, st
     """12 sequences in 4 batches; calls of a block that reach its end, and that stop before its last product."""
     started, ended = collections.Counter(), collections.Counter()
     forward = Executor.forward
-    def counting(self, index, module, hidden):
+    def counting(self, index, module, hidden, beside):
         started[index] += 1
-        out = forward(self, index, module, hidden)
+        out = forward(self, index, module, hidden, beside)
         ended[index] += 1
         return out
     monkeypatch.setattr(Executor, "forward", counting)
@@ -392,7 +392,7 @@ def test_a_moved_block_is_a_copy_in_the_compute_type():
 
 def test_cuda_and_cuda_0_are_one_device(monkeypatch):
     """Where a block lies already it is not copied, whichever of the GPU's names was given."""
-    from pyprune.evaluate import pick_device
+    from pyprune.evaluation.perplexity import pick_device
 
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -11,7 +11,8 @@ import transformers as hf
 
 import pyprune
 from pyprune.execution.executor import Executor, expert_loop
-from pyprune.model.blocks import ModelView, call_block, weights_of
+from pyprune.model.blocks import ModelView, weights_of
+from pyprune.model.recording import call_block
 
 ALL = list(tiny.CONFIGS)
 

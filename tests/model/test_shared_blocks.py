@@ -238,3 +238,71 @@ def test_a_batch_that_runs_out_of_memory_in_a_later_application_is_counted_once(
         x = truth[f"{view.path}.{name}"]
         assert observer.sinks[leader].tokens == len(x) == 3 * 8 * 12
         torch.testing.assert_close(observer.sinks[leader].gram.double(), x.T @ x, rtol=1e-4, atol=1e-3)
+
+
+class _Gated(nn.Module):
+    """A block that also reads the embedded tokens of its own sequence."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.up, self.down = nn.Linear(2 * width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, hidden, tokens):
+        return hidden + self.down(torch.tanh(self.up(torch.cat([hidden, tokens], -1))))
+
+
+class _LoopedOverTokens(nn.Module):
+    """One block applied three times, each time beside the embedded tokens."""
+
+    def __init__(self, width: int = 16):
+        super().__init__()
+        torch.manual_seed(0)
+        self.config = hf.PretrainedConfig(vocab_size=tiny.VOCABULARY)
+        self.embedding, self.second = (nn.Embedding(tiny.VOCABULARY, width) for _ in range(2))
+        self.layers = nn.ModuleList([_Gated(width)])
+
+    def get_input_embeddings(self):
+        return self.embedding
+
+    def forward(self, input_ids):
+        hidden, tokens = self.embedding(input_ids), self.second(input_ids)
+        for _ in range(3):
+            hidden = self.layers[0](hidden, tokens)
+        return hidden
+
+
+def test_every_application_gets_the_tokens_of_its_own_sequences():
+    model, ids = _LoopedOverTokens().eval(), tiny.ids(5, 12)
+    view = ModelView(model)
+    executor = Executor(view, batch_size=2)
+    stream = executor.embed(list(ids))
+    assert len(stream.beside) == 1, "one tensor, however often it is handed on"
+    executor.run(0, view.blocks[0], stream, stream)
+    with torch.no_grad():
+        torch.testing.assert_close(stream.data[12], model(ids), rtol=1e-4, atol=1e-5)
+    truth = linear_inputs(model, ids)
+    result = prune(model, method="wanda", inputs="dense", calibration=ids, batch_size=2)
+    for name in ("layers.0.up.weight", "layers.0.down.weight"):
+        keep = result.model.get_parameter(name) != 0
+        assert torch.equal(keep, wanda_mask(model.get_parameter(name).detach(), truth[name])), name
+
+
+def test_weights_that_part_after_their_second_input_are_refused():
+    """One sink serves all later inputs of a weight, so two weights with one sink must read all of them."""
+    class Parting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, hidden):
+            second, third = hidden + 1, hidden + 2
+            return self.a(hidden) + self.b(hidden) + self.a(second) + self.b(second) + self.a(third)
+
+    class Model(_LoopedOverTokens):
+        def forward(self, input_ids):
+            return self.layers[1](self.layers[0](self.embedding(input_ids)))
+
+    model = Model(8)
+    model.layers = nn.ModuleList([Parting(), Parting()])
+    with pytest.raises(ConfigError, match="b.weight and a.weight read the same input at first, then different ones"):
+        prune(model.eval(), method="wanda")

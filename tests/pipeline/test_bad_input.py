@@ -82,7 +82,7 @@ CASES = {
     "text without a tokenizer": (["prune", "wordless", "-o", "out", "--calibration", "prose.txt"],
                                  "calibration text needs a tokenizer"),
     "evaluation text too short": ([*PRUNE, "--calibration", "ids.npy", "--text", "short.txt"],
-                                  "evaluation text from short.txt has 10 tokens, fewer than one window of 1024"),
+                                  "evaluation text from short.txt has 10 tokens, fewer than one window of 128"),
     "target matches nothing": ([*CALIBRATED, "--targets", "qproj"],
                                "targets pattern 'qproj' selects no prunable weight: it matches nothing"),
     "ignore matches nothing": ([*CALIBRATED, "--ignore", "mlp.gate"[::-1]], "ignore pattern 'etag.plm' selects no"),

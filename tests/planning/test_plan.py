@@ -16,7 +16,7 @@ import transformers
 
 import pyprune
 from pyprune.cli import commands
-from pyprune.config import ConfigError, Evaluation, PruneConfig
+from pyprune.config import Calibration, ConfigError, Evaluation, PruneConfig
 from pyprune.execution.executor import Executor
 from pyprune.reporting import rendering
 
@@ -26,7 +26,7 @@ def test_the_plan_names_what_the_run_prunes(tmp_path, architecture):
     model = tiny.model(architecture)
     model.save_pretrained(tmp_path)
     ignore = ["*.1.*"]  # the second block
-    found = pyprune.plan(PruneConfig(model=str(tmp_path), ignore=ignore))
+    found = pyprune.plan(PruneConfig(model=str(tmp_path), ignore=ignore, calibration=Calibration(seq_len=24)))
     result = pyprune.prune(str(tmp_path), calibration=tiny.ids(6, 24), evaluation=Evaluation(enabled=False),
                            method="magnitude", progress=False, ignore=ignore)
     planned = {row["name"]: row["shape"] for row in found["weights"] if row["prune"]}
@@ -193,9 +193,9 @@ def test_a_structured_plan_names_what_the_run_cuts_and_its_passes(tmp_path, monk
     found = pyprune.plan({"model": str(tmp_path / "model"), **fields})
     counts = Counter()
     forward = Executor.forward
-    def counting(self, index, module, hidden):
+    def counting(self, index, module, hidden, beside):
         counts[index, len(hidden)] += 1
-        return forward(self, index, module, hidden)
+        return forward(self, index, module, hidden, beside)
     monkeypatch.setattr(Executor, "forward", counting)
     reads = dict(calibration=tiny.ids(4, 16), batch_size=4) if any(passes.values()) else {}
     result = pyprune.prune(str(tmp_path / "model"), evaluation={"enabled": False}, progress=False, **reads, **fields)

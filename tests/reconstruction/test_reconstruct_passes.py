@@ -32,14 +32,14 @@ def test_blocks_run_no_more_often_than_the_method_needs(fields, passes, visits, 
     counts, trained = [0] * 3, [0] * 3
     forward, train = Executor.forward, Student.__call__
 
-    def counting(self, index, module, hidden):
+    def counting(self, index, module, hidden, beside):
         counts[index] += len(hidden)
-        return forward(self, index, module, hidden)
+        return forward(self, index, module, hidden, beside)
 
-    def training(self, hidden):
+    def training(self, hidden, beside):
         for index in self.indices:
             trained[index] += len(hidden)
-        return train(self, hidden)
+        return train(self, hidden, beside)
 
     monkeypatch.setattr(Executor, "forward", counting)
     monkeypatch.setattr(Student, "__call__", training)

@@ -10,7 +10,7 @@ from pyprune.config import ConfigError, Reconstruction
 from pyprune.execution.activation_store import transfers
 from pyprune.execution.distributed import World
 from pyprune.execution.executor import Activations, Executor
-from pyprune.model.blocks import Arguments
+from pyprune.model.arguments import Arguments
 from pyprune.reconstruction import student as student_module
 from pyprune.reconstruction.student import Student
 from pyprune.reconstruction.training import relative_error, schedule, train
