@@ -127,7 +127,7 @@ def count_block_runs(monkeypatch):
 
     calls = []
     forward = Executor.forward
-    monkeypatch.setattr(Executor, "forward", lambda self, i, m, h: (calls.append(i), forward(self, i, m, h))[1])
+    monkeypatch.setattr(Executor, "forward", lambda self, i, *given: (calls.append(i), forward(self, i, *given))[1])
     return calls
 
 
