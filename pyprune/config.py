@@ -11,6 +11,7 @@ import difflib
 import re
 import types
 import typing
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,8 +27,6 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 TOKEN_WEIGHTS = ("auto", "relative", "balanced", "uniform")
 MAX_COLUMN_BLOCK = 1024
 """Columns that :func:`pyprune.ops.obs_sweep` takes, on every back-end."""
-WINDOW = 1024
-"""Tokens of an evaluation window where none were asked for."""
 STREAMING = ("auto", "always", "never")
 SAMPLES, TOKENS, WINDOW = 64, 512, 1024
 """Sequences of calibration text, tokens of each, tokens of an evaluation window, where nothing else is asked."""
@@ -45,10 +44,19 @@ class Unused(ConfigError):
         self.field = field
 
 
-def check_effects(settings, rules: dict[str, effects.Rule], section: str = "") -> None:
-    """Raise :class:`Unused` for the first field that was set and would do nothing."""
-    if (found := effects.idle(settings, rules, section)) is not None:
+def check_effects(settings, rules: dict[str, effects.Rule], section: str = "", named: Collection[str] = ()) -> None:
+    """Raise :class:`Unused` for the first field that was set, or ``named``, and would do nothing."""
+    if (found := effects.idle(settings, rules, section, named)) is not None:
         raise Unused(*found)
+
+
+def check_named(config: PruneConfig, values: dict) -> None:
+    """Raise :class:`Unused` for a field of a nested mapping that would do nothing, be its value the default or not: on a
+    command line whoever writes an option expects something of it."""
+    paths = {f"{key}.{name}" for key, value in values.items() if key in _SECTIONS for name in value}
+    check_effects(config, effects.RUN, "", {*values, *paths})
+    for section, rules in (("calibration", effects.CALIBRATION), ("evaluation", effects.EVALUATION)):
+        check_effects(getattr(config, section), rules, section, values.get(section, {}))
 
 
 def _choose(name: str, value, allowed) -> None:

@@ -7,7 +7,7 @@ A field counts as set if it differs from its default, so that a file that holds 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from pyprune.sources import kinds
@@ -151,16 +151,17 @@ EVALUATION: dict[str, Rule] = {
 """The same of ``Evaluation``."""
 
 
-def idle(settings, rules: dict[str, Rule], section: str = "") -> tuple[str, str] | None:
+def idle(settings, rules: dict[str, Rule], section: str = "", named: Collection[str] = ()) -> tuple[str, str] | None:
     """The first field that was set and would do nothing: its path, and a sentence. None if there is none.
 
-    settings: a dataclass; rules: by field, or ``section.field`` of a dataclass inside it.
+    settings: a dataclass; rules: by field, or ``section.field`` of a dataclass inside it. named: fields that somebody
+    wrote down, which count as set whatever their value, unless that switches something off.
     """
     for path, (used, by) in rules.items():
         inner, _, name = path.rpartition(".")
         owner = getattr(settings, inner) if inner else settings
         value = getattr(owner, name)
-        if is_set(owner, name) and not used(settings):
+        if (is_set(owner, name) or (path in named and value is not False)) and not used(settings):
             full = f"{section}.{path}" if section else path
             return full, f"{full}={shown(value)} would do nothing: {by}"
     return None

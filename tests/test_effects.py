@@ -142,6 +142,14 @@ def test_the_command_line_and_the_python_api_refuse_alike(folder, tmp_path, caps
         pyprune.evaluate(model, tiny.ids(2, 9), bos=False)
 
 
+@pytest.mark.parametrize("options,field", [(["--criterion", "wifv"], "criterion"), (["--damping", "0.01"], "damping"),
+                                           (["--epochs", "5"], "reconstruction.epochs")])
+def test_an_option_that_names_the_default_is_refused_as_well(folder, tmp_path, capsys, options, field):
+    with pytest.raises(SystemExit) as stop:
+        commands.main(["prune", str(folder), "-o", str(tmp_path / "out"), "--method", "wanda", *options])
+    assert stop.value.code == 2 and f"{field}=" in capsys.readouterr().err
+
+
 def test_options_make_fields_of_the_file_idle_but_not_one_another():
     base = from_dict(PruneConfig, {"damping": 0.1, "calibration": {"source": "org/name", "subset": "en"},
                                    "evaluation": {"text": "a.txt", "window": 64}})

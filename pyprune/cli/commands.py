@@ -14,7 +14,7 @@ import typer
 
 import pyprune
 from pyprune.cli.options import configuration_fields, option_of, with_fields
-from pyprune.config import Calibration, ConfigError, Evaluation, Reconstruction, from_dict, override
+from pyprune.config import Calibration, ConfigError, Evaluation, Reconstruction, check_named, from_dict, override
 from pyprune.evaluation import gain
 from pyprune.reporting import comparison, rendering
 
@@ -66,6 +66,7 @@ def prune(
 ):
     """Prune MODEL, evaluate it, and write a Hugging Face model and a report."""
     settings = override(config, {**fields, **({"model": model} if model else {})})
+    check_named(settings, fields)
     if plan and resume:
         raise ConfigError("--resume would do nothing: --plan runs nothing")
     if plan:
