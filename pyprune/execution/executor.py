@@ -24,6 +24,7 @@ from pyprune.execution.distributed import World
 from pyprune.model.arguments import Arguments, Beside
 from pyprune.model.blocks import ModelView
 from pyprune.model.recording import any_token, call_block
+from pyprune.model.watching import expert_loop
 
 TARGET_TOKENS = 2048 if not torch.cuda.is_available() else 16384
 """Tokens a batch: on a CPU what stays in cache, on a GPU what fills it."""
@@ -332,18 +333,3 @@ def moved(block: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Modu
 
 def block_bytes(block: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in block.parameters())
-
-
-@contextlib.contextmanager
-def expert_loop(config) -> Iterator[None]:
-    """Run fused experts one by one for the duration, so that each expert's inputs can be seen."""
-    name = "_experts_implementation"
-    before = getattr(config, name, None)
-    if before is None or before == "eager":
-        yield
-        return
-    setattr(config, name, "eager")
-    try:
-        yield
-    finally:
-        setattr(config, name, before)

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from pyprune.config import ConfigError
-from pyprune.execution.executor import Resident, expert_loop
+from pyprune.execution.executor import Resident
 from pyprune.model.arguments import Arguments
 from pyprune.model.blocks import ModelView, WeightRef, refuse_shared, weights_of
 from pyprune.model.recording import call_block
+from pyprune.model.watching import expert_loop
 from pyprune.structured.block_probe import Probe, landing, normed
 
 PROBE_TOKENS = 12

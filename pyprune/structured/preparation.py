@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from pyprune.config import ConfigError, PruneConfig
-from pyprune.execution.executor import expert_loop
 from pyprune.execution.run import Findings, Run
 from pyprune.model.blocks import ModelView
+from pyprune.model.watching import expert_loop
 from pyprune.structured import config_edits, slicing
 from pyprune.structured.allocation import Member, choose, global_counts, uniform_count
 from pyprune.structured.block import Preparation, StructuredRun, Target, dealt, has_bias, observe, score_group
