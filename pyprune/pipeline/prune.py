@@ -26,6 +26,7 @@ from pyprune.execution.journal import Journal, journaled
 from pyprune.execution.run import Findings, Run, seed_all
 from pyprune.execution.weight_streaming import Opened, Streamed
 from pyprune.model import checkpoint
+from pyprune.model.attributes import vocabulary_size
 from pyprune.model.blocks import (
     ModelView,
     WeightRef,
@@ -244,7 +245,7 @@ def calibration_data(config: PruneConfig, view: ModelView, tokenizer,
                                  "a tokenizer; pass tokenizer=, or give token ids as calibration")
         return data
     data = calibration.load(settings, tokenizer, encoder=view.is_encoder, model_config=model.config,
-                            vocab_size=model.get_input_embeddings().num_embeddings, measures=watches(config))
+                            vocab_size=vocabulary_size(model), measures=watches(config))
     if positions:
         positions.check(lengths_of(data, calibration.coerce(settings)), "calibration sequences", "seq_len",
                         data.warnings.append)

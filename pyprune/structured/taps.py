@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pyprune.execution.executor import Activations
+from pyprune.model.attributes import pad_token, text_config
 from pyprune.model.blocks import ModelView, WeightRef
 from pyprune.model.recording import Stop, uncached
 from pyprune.model.watching import Watch
@@ -140,7 +141,7 @@ def mask_gradients(view: ModelView, groups: list[list[Coupled]], sequences: list
             module = view.blocks[index].get_submodule(group.consumer.module_path)
             handles.append(module.register_forward_pre_hook(watch(out[index][i], group)))
     # classifiers look for the last token that is no padding, and take one sequence at a time without a padding id
-    alone = view.is_encoder and getattr(model.config.get_text_config(), "pad_token_id", None) is None
+    alone = view.is_encoder and pad_token(text_config(model.config)) is None
     try:
         for batch in shell.batches(None):
             for start in range(batch.start, batch.stop, step := 1 if alone else max(1, 2048 // batch.length)):
