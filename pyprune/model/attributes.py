@@ -11,7 +11,7 @@ import copy
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "n_ctx")
 EXPERTS = ("num_experts", "num_local_experts")
@@ -54,6 +54,11 @@ def pad_token(owner: Any) -> int | None:
 def begin_token(owner: Any) -> int | None:
     """Id with which texts begin."""
     return getattr(owner, "bos_token_id", None)
+
+
+def begin_text(tokenizer: Any) -> str | None:
+    """What a tokenizer writes for the id with which texts begin."""
+    return getattr(tokenizer, "bos_token", None)
 
 
 def end_tokens(owner: Any) -> int | list[int] | None:
@@ -116,6 +121,12 @@ def embedding_width(model: nn.Module) -> int:
 def output_layer(model: nn.Module) -> nn.Module | None:
     """What makes logits over the vocabulary; None for a model that makes none."""
     return getattr(model, "get_output_embeddings", lambda: None)()
+
+
+def last_hidden(output: Any) -> Tensor:
+    """Last hidden states of a model's output, else the first thing in it."""
+    hidden = getattr(output, "last_hidden_state", None)
+    return output[0] if hidden is None else hidden
 
 
 def any_token(model: nn.Module) -> int:

@@ -122,3 +122,15 @@ def expert_loop(config) -> Iterator[None]:
         yield
     finally:
         setattr(config, name, before)
+
+
+def begin_gradients(block: nn.Module):
+    """Gradients begin at the hidden states that a block is called with; returns the handle that ends it."""
+    def hook(module, args, kwargs):
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if hidden.requires_grad:
+            return None
+        hidden = hidden.detach().requires_grad_()
+        return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+    return block.register_forward_pre_hook(hook, with_kwargs=True)

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from pyprune.execution.executor import Activations
-from pyprune.model.attributes import pad_token, text_config
+from pyprune.model.attributes import last_hidden, pad_token, text_config
 from pyprune.model.blocks import ModelView, WeightRef
 from pyprune.model.recording import Stop, uncached
-from pyprune.model.watching import Watch
+from pyprune.model.watching import Watch, begin_gradients
 from pyprune.structured.groups import Coupled
 
 MAX_GRADIENT_TOKENS = 16384
@@ -116,15 +116,7 @@ def mask_gradients(view: ModelView, groups: list[list[Coupled]], sequences: list
     model.requires_grad_(False)
     size = 1
 
-    def start(module, args, kwargs):
-        """Gradients begin at the first block's input."""
-        first = args[0] if args else kwargs["hidden_states"]
-        if first.requires_grad:
-            return None
-        first = first.detach().requires_grad_()
-        return ((first, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": first})
-
-    handles = [view.blocks[0].register_forward_pre_hook(start, with_kwargs=True)]
+    handles = [begin_gradients(view.blocks[0])]
 
     def watch(store: list[Tensor], group: Coupled):
         def hook(module, args):
@@ -179,8 +171,7 @@ def _token_loss(logits: Tensor, ids: Tensor) -> Tensor:
 
 
 def _probe_loss(result, places: list[int], seed: int) -> Tensor:
-    hidden = getattr(result, "last_hidden_state", None)
-    hidden = result[0] if hidden is None else hidden
+    hidden = last_hidden(result)
     pooled = hidden.float().mean(1) if hidden.ndim == 3 else hidden.float()
     if pooled.shape[1] > 1:  # one number, a reward, has a size and no direction
         pooled = nn.functional.normalize(pooled, dim=-1)
