@@ -1,9 +1,10 @@
-"""What pyprune knows of Hugging Face architectures: embeddings, blocks, prunable weights.
+"""A Hugging Face model as pyprune sees it: its blocks, and the prunable weights in them.
 
 Structure is discovered, not tabulated: the blocks are the module list that holds most of the parameters, the
 prunable weights of a block are the 2-D weights of its linear layers and the slices of its 3-D expert parameters
 (:mod:`pyprune.model.routing` tells what routes to them), and what the model's own forward hands to its blocks, in which
-order, is recorded (:mod:`pyprune.model.recording`).
+order, is recorded (:mod:`pyprune.model.recording`). What cannot be discovered goes by names, which stand in
+:mod:`pyprune.model.attributes` and :mod:`pyprune.model.sizes`.
 """
 
 from __future__ import annotations

@@ -283,8 +283,8 @@ def add_generated(data: calibration.CalibrationData, settings: Calibration, mode
                          language=settings.language, path=settings.self_generated_path)
     data.description += f"; {len(sequences)} self-generated sequences of {settings.seq_len} tokens"
     if len(calibration.bos_prefix(tokenizer)):
-        data.warnings.append(f"the self-generated sequences do not begin with {begin_text(tokenizer)!r}, with which the "
-                             "tokenizer starts every text: they are drawn from a random first token")
+        data.warnings.append(f"the self-generated sequences do not begin with {begin_text(tokenizer)!r}, with which "
+                             "the tokenizer starts every text: they are drawn from a random first token")
     if settings.self_generated_for == "all":
         data.sequences = data.sequences + sequences
         data.fingerprint = calibration.fingerprint(data.sequences)

@@ -18,13 +18,13 @@ PACKAGE = Path(pyprune.__file__).parent
 NAMES = {
     *attributes.POSITIONS, *attributes.EXPERTS, *attributes.NARROWED, *sizes.HEADS, *sizes.GROUPS, *sizes.WIDTHS,
     *sizes.NEURONS, *sizes.BIAS_FLAGS, sizes.HEADS_PER_GROUP, "head_dim", "num_experts_per_tok", "num_hidden_layers",
-    "num_kv_shared_layers", "layer_types", "pad_token_id", "bos_token", "bos_token_id", "eos_token_id", "is_encoder_decoder",
-    "is_decoder", "is_causal", "quantization_config", "quant_method", "architectures", "auto_map", "model_type",
-    "attribute_map", "generation_config", "use_cache", "past_key_values", "cache_params", "_experts_implementation",
-    "_attn_implementation", "attn_implementation", "sliding_window", "tie_word_embeddings", "torch_dtype",
-    "get_text_config", "text_config", "get_input_embeddings", "get_output_embeddings", "num_embeddings", "lm_head",
-    "hidden_states", "last_hidden_state", "base_model_prefix", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj",
-    "up_proj", "down_proj", "self_attn", "mlp", "router", "experts",
+    "num_kv_shared_layers", "layer_types", "pad_token_id", "bos_token", "bos_token_id", "eos_token_id",
+    "is_encoder_decoder", "is_decoder", "is_causal", "quantization_config", "quant_method", "architectures", "auto_map",
+    "model_type", "attribute_map", "generation_config", "use_cache", "past_key_values", "cache_params",
+    "_experts_implementation", "_attn_implementation", "attn_implementation", "sliding_window", "tie_word_embeddings",
+    "torch_dtype", "get_text_config", "text_config", "get_input_embeddings", "get_output_embeddings", "num_embeddings",
+    "lm_head", "hidden_states", "last_hidden_state", "base_model_prefix", "q_proj", "k_proj", "v_proj", "o_proj",
+    "gate_proj", "up_proj", "down_proj", "self_attn", "mlp", "router", "experts",
 }
 ALLOWED = {("execution/cpu_forward.py", "is_causal")}
 """Names that mean something else in a file: an argument of torch's own attention."""
