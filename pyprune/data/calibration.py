@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pyprune.config import Calibration, ConfigError, from_dict
 from pyprune.data import texts, thin
+from pyprune.model.attributes import begin_token
 
 POOL = 8
 """Tokens to choose from for each token asked; a larger source is read no further."""
@@ -202,7 +203,7 @@ def _sentences(documents: Iterable[str], tokenizer, longest: int) -> Iterator[Te
 
 def bos_prefix(tokenizer) -> Tensor:
     """The BOS token if the tokenizer itself starts a text with one, else nothing; as a 1-D tensor."""
-    bos = getattr(tokenizer, "bos_token_id", None)
+    bos = begin_token(tokenizer)
     ids = tokenizer("a")["input_ids"] if bos is not None else []
     return torch.tensor(ids[:1] if ids[:1] == [bos] else [], dtype=torch.long)
 

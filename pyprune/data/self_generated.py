@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from pyprune.config import ConfigError
+from pyprune.model.attributes import output_layer, positions_named
 from pyprune.model.blocks import predicts_next_token, read_on
 from pyprune.model.recording import uncached
 
@@ -96,14 +97,14 @@ def _check(model, n: int, seq_len: int, batch_size: int) -> None:
     if not predicts_next_token(model):
         raise ConfigError(f"{type(model).__name__} does not predict the next token (as encoders, classifiers and "
                           "embedding models do not), so it cannot generate text; calibrate it on a corpus")
-    longest = getattr(model.config, "max_position_embeddings", None)
+    longest = positions_named(model.config)
     if longest and seq_len > longest:
         raise ConfigError(f"seq_len {seq_len} is above the model's {longest} positions")
 
 
 def _vocabulary(model, tokenizer) -> Tensor:
     """Boolean ``[vocabulary]`` on the model's device: True for tokens that may be drawn."""
-    size = model.get_output_embeddings().weight.shape[0]
+    size = output_layer(model).weight.shape[0]
     allowed = torch.zeros(size, dtype=torch.bool)
     allowed[: len(tokenizer)] = True  # models pad their vocabulary; the padding was never trained
     special = [i for i in tokenizer.all_special_ids if i < size]

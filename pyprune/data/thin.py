@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyprune.model.attributes import begin_token, end_tokens, pad_token
+
 SPAN = 16
 """Tokens in a row that two texts do not share by chance."""
 
@@ -49,10 +51,10 @@ def padding(rows: list[Tensor], name: str, source: Any, tokenizer, model_config)
     """
     masked = source.get("attention_mask") is not None if isinstance(source, Mapping) else isinstance(source, tuple)
     owners = (tokenizer, model_config)
-    pad = next((p for p in (getattr(o, "pad_token_id", None) for o in owners) if isinstance(p, int)), None)
+    pad = next((p for p in map(pad_token, owners) if isinstance(p, int)), None)
     if masked or pad is None:
         return []
-    ends = [getattr(o, name, None) for o in owners for name in ("bos_token_id", "eos_token_id")]
+    ends = [token_of(owner) for owner in owners for token_of in (begin_token, end_tokens)]
     least = 2 if any(pad == e or isinstance(e, list) and pad in e for e in ends) else 1
     padded = sum(bool((row[:least] == pad).all() or (row[-least:] == pad).all()) for row in rows)
     return [] if not padded else [

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from pyprune.config import ConfigError
-from pyprune.evaluation.perplexity import check_causal, device_of, vocabulary
+from pyprune.evaluation.perplexity import check_causal, device_of
+from pyprune.model.attributes import vocabulary_size
 from pyprune.model.blocks import read_on
 
 
@@ -26,7 +27,8 @@ def latency(model: nn.Module, *, tokens: int = 512, new_tokens: int = 32, batch_
     """
     check_causal(model)
     device = device_of(model)
-    ids = torch.randint(vocabulary(model), (batch_size, tokens), generator=torch.Generator().manual_seed(0)).to(device)
+    ids = torch.randint(vocabulary_size(model), (batch_size, tokens), generator=torch.Generator().manual_seed(0))
+    ids = ids.to(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     runs = [_timed_run(model, ids, new_tokens) for _ in range(repeats + 1)][1:]

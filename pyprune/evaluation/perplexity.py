@@ -24,6 +24,7 @@ from pyprune.data import texts
 from pyprune.data.calibration import bos_prefix, need_tokenizer, tokenize
 from pyprune.effects import shown
 from pyprune.execution.device import cpu_has_bfloat16, pick_device
+from pyprune.model.attributes import vocabulary_size
 from pyprune.model.blocks import ModelView, not_finite, predicts_next_token
 from pyprune.model.checkpoint import load
 from pyprune.model.positions import Positions, of_any
@@ -198,8 +199,8 @@ def evaluate(model: Any, evaluation: Any = None, *, tokenizer=None, device: str 
     check_causal(model)
     if device is not None:
         model.to(pick_device(device))
-    rows = measure(model, _windows(evaluation, tokenizer, vocabulary(model), of_any(model), warnings.warn), evaluation,
-                   progress)
+    pieces = _windows(evaluation, tokenizer, vocabulary_size(model), of_any(model), warnings.warn)
+    rows = measure(model, pieces, evaluation, progress)
     found = {**rows[0], "texts": rows} if len(rows) > 1 else rows[0]
     bad = [row for row in rows if not math.isfinite(row["perplexity"])]
     if bad:
@@ -272,7 +273,7 @@ def placed(model: nn.Module, device: torch.device, evaluation: Evaluation) -> It
         yield True
         return
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    logits = evaluation.batch_size * evaluation.tokens * (vocabulary(model) or 0) * 6
+    logits = evaluation.batch_size * evaluation.tokens * (vocabulary_size(model) or 0) * 6
     if 1.2 * weights + 2 * logits > torch.cuda.mem_get_info(device)[0]:
         yield False
         return
@@ -288,10 +289,3 @@ def _settings(evaluation: Any, fields: dict) -> Evaluation:
     given = {f.name: getattr(evaluation, f.name) for f in dataclasses.fields(Evaluation)} if isinstance(
         evaluation, Evaluation) else {"text": evaluation}
     return from_dict(Evaluation, {**given, **fields}, "evaluation")
-
-
-def vocabulary(model: nn.Module) -> int | None:
-    """Rows of the input embedding, None if the model does not say."""
-    embedding = getattr(model, "get_input_embeddings", lambda: None)()
-    weight = getattr(embedding, "weight", None)
-    return None if weight is None else weight.shape[0]

@@ -22,8 +22,10 @@ from pyprune.execution.activation_store import Store, transfers
 from pyprune.execution.cpu_forward import forward_mode
 from pyprune.execution.distributed import World
 from pyprune.model.arguments import Arguments, Beside
+from pyprune.model.attributes import any_token, embedding_device
 from pyprune.model.blocks import ModelView
-from pyprune.model.recording import any_token, call_block
+from pyprune.model.recording import call_block
+from pyprune.model.watching import expert_loop
 
 TARGET_TOKENS = 2048 if not torch.cuda.is_available() else 16384
 """Tokens a batch: on a CPU what stays in cache, on a GPU what fills it."""
@@ -193,8 +195,7 @@ class Executor:
 
     def _record(self, ids: Tensor) -> tuple[Tensor, list[Arguments], dict[int, Tensor]]:
         """First-block input, the blocks' arguments on the device, and the sequences' own tensors where they are."""
-        home = next(self.view.model.get_input_embeddings().parameters()).device
-        hidden, recorded = self.view.record(ids.to(home))
+        hidden, recorded = self.view.record(ids.to(embedding_device(self.view.model)))
         arguments, own = self.view.tokenwise.split(recorded)
         memo: dict[int, object] = {}
         return hidden, [a.to(self.device, self.dtype, memo) for a in arguments], own
@@ -332,18 +333,3 @@ def moved(block: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Modu
 
 def block_bytes(block: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in block.parameters())
-
-
-@contextlib.contextmanager
-def expert_loop(config) -> Iterator[None]:
-    """Run fused experts one by one for the duration, so that each expert's inputs can be seen."""
-    name = "_experts_implementation"
-    before = getattr(config, name, None)
-    if before is None or before == "eager":
-        yield
-        return
-    setattr(config, name, "eager")
-    try:
-        yield
-    finally:
-        setattr(config, name, before)

@@ -24,6 +24,7 @@ from pyprune.config import ConfigError
 from pyprune.execution.activation_store import available_memory
 from pyprune.execution.executor import Resident
 from pyprune.model import checkpoint
+from pyprune.model.attributes import dtype_named, quantisation
 from pyprune.model.blocks import ModelView, check_finite
 from pyprune.model.origin import Origin
 from pyprune.model.shards import Files, Shard, write_shard
@@ -90,9 +91,7 @@ class Streamed(Resident):
     def save(self, folder: Path) -> None:
         """Write config and weights of the finished model: one shard a block, linked where the journal wrote it."""
         model, view = self.view.model, self.view
-        model.config.architectures = [type(model).__name__]
-        model.config.save_pretrained(folder)
-        checkpoint.save_generation_config(model, folder)
+        checkpoint.save_settings(model, folder)
         count = len(view.blocks) + 1
         names = [f"model-{k + 1:05}-of-{count:05}.safetensors" for k in range(count)]
         inside = f"{view.path}."
@@ -220,7 +219,7 @@ def _open(name: str, dtype: str, folder: Path, wanted: bool, pin: bool) -> Opene
     if checkpoint.structured_sizes(checkpoint.resolve(name)):
         return "its blocks have sizes of their own"
     hf_config = transformers.AutoConfig.from_pretrained(folder)
-    if getattr(hf_config, "quantization_config", None) is not None:
+    if quantisation(hf_config) is not None:
         return "it is quantised"
     origin = checkpoint.find_origin(checkpoint.resolve(name))
     files = origin.files
@@ -258,7 +257,5 @@ def _open(name: str, dtype: str, folder: Path, wanted: bool, pin: bool) -> Opene
 
 def checkpoint_dtype(config: Any, files: Files) -> torch.dtype:
     """What ``dtype="auto"`` means: the config's, else that of the first floating tensor."""
-    named = getattr(config, "dtype", None)
-    if isinstance(named, torch.dtype):
-        return named
-    return next(dtype for name in files.where for dtype, _ in [files.info(name)] if dtype.is_floating_point)
+    stored = (files.info(name)[0] for name in files.where)
+    return dtype_named(config) or next(dtype for dtype in stored if dtype.is_floating_point)

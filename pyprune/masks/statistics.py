@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from pyprune import ops
 from pyprune.config import ConfigError
@@ -24,9 +23,9 @@ from pyprune.execution.distributed import World
 from pyprune.execution.executor import NO_ROOM, Activations, Batch, Executor
 from pyprune.model.arguments import Beside
 from pyprune.model.blocks import WeightRef
-from pyprune.model.expert_products import Experts
 from pyprune.model.recording import Stop
 from pyprune.model.routing import expert_lists
+from pyprune.model.watching import Watch
 
 AGAIN = "#"
 """Ends the name of a weight where its later products in an application of the block are meant, apart from the first:
@@ -168,27 +167,9 @@ class Observer:
         self._routed = {ref.name for ref in refs if ref.expert is not None or
                         any(ref.path.startswith(f"{path}.") for path in lists)}
         """Weights that see the tokens routed to them, which the two streams choose differently."""
-        self._handles = []
-        owners: dict[int, list[nn.Module]] = {}
-        for part in module.modules():
-            if isinstance(weight := getattr(part, "weight", None), Tensor):
-                owners.setdefault(id(weight), []).append(part)
-        self._alone: set[str] = set()
+        self._watch = Watch(module, refs, lambda ref, x: self.see(ref.name, x))
+        self._alone = {ref.name for ref in self._watch.shared}
         """Weights of several modules: what one of them reads with its neighbours, another reads without them."""
-        for ref in refs:
-            parts = owners[id(ref.parameter(module))] if ref.expert is None else []
-            if len(parts) > 1:
-                self._alone.add(ref.name)
-            for part in parts:
-                self._handles.append(part.register_forward_pre_hook(_hook(self, ref.name), with_kwargs=True))
-        experts = Experts(module, refs)
-        if experts:
-            # entered by the block itself, hence inside whatever modes the pass runs under: the innermost sees a product
-            # first, and one of those outside may well not pass it on
-            mode = _ExpertMode(self, experts)
-            self._handles += [
-                module.register_forward_pre_hook(lambda *_: mode.__enter__() and None, prepend=True),
-                module.register_forward_hook(lambda *_: mode.__exit__(None, None, None), always_call=True)]
 
     def see(self, name: str, x: Tensor) -> None:
         if not x.numel() or (self.holding and name in self._routed):
@@ -259,8 +240,7 @@ class Observer:
             self.holding, self._order = False, []  # nothing was counted
 
     def close(self) -> None:
-        for handle in self._handles:
-            handle.remove()
+        self._watch.close()
 
     def gather(self) -> None:
         """Give weights that are multiplied by several times one sink of all that they read."""
@@ -275,25 +255,6 @@ class Observer:
                 first, *rest = (self.sinks[part] for part in parts)
                 sinks[name] = functools.reduce(lambda one, other: one.plus(other), rest, first)
         self.sinks, self.leader = sinks, leader
-
-
-def _hook(observer: Observer, name: str):
-    def hook(module, args, kwargs):
-        observer.see(name, args[0] if args else kwargs["input"])
-    return hook
-
-
-class _ExpertMode(TorchFunctionMode):
-    """Sees the products with experts that are no modules of their own."""
-
-    def __init__(self, observer: Observer, experts: Experts):
-        super().__init__()
-        self.observer, self.experts = observer, experts
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        for ref, x in self.experts.products(func, args, kwargs):
-            self.observer.see(ref.name, x)
-        return func(*args, **(kwargs or {}))
 
 
 def observe(executor: Executor, index: int, module: nn.Module, refs: list[WeightRef], activations: Activations,

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from pyprune.config import ConfigError
+from pyprune.model.attributes import pad_token, special_tokens, text_config
 
 PROBE_TOKENS = 8
 TOLERANCE = 1e-2
@@ -195,13 +196,9 @@ def _rowwise(a, b, rows: int) -> bool:
 def probe_batches(config, vocabulary: int) -> tuple[Tensor, Tensor]:
     """Two batches ``[2, PROBE_TOKENS]`` of ids that differ in their first row. Ids that configurations name (image
     placeholders and the like) are left out, but the padding id is among the changed ones: real text may hold it."""
-    named, padding = set(), None
-    for part in (config, getattr(config, "get_text_config", lambda: None)()):
-        for key, value in vars(part).items() if part is not None else ():
-            if "token_i" in key:
-                named.update(v for v in (value if isinstance(value, (list, tuple)) else [value])
-                             if isinstance(v, int))
-        padding = getattr(part, "pad_token_id", None) if padding is None else padding
+    named, padding = special_tokens(config), pad_token(config)
+    if padding is None:
+        padding = pad_token(text_config(config))
     plain = [i for i in range(min(vocabulary, 4096)) if i not in named] or [0]
     draw = torch.randint(len(plain), (3, PROBE_TOKENS), generator=torch.Generator().manual_seed(0))
     rows = torch.tensor(plain)[draw]

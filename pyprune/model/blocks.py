@@ -1,9 +1,10 @@
-"""What pyprune knows of Hugging Face architectures: embeddings, blocks, prunable weights.
+"""A Hugging Face model as pyprune sees it: its blocks, and the prunable weights in them.
 
 Structure is discovered, not tabulated: the blocks are the module list that holds most of the parameters, the
 prunable weights of a block are the 2-D weights of its linear layers and the slices of its 3-D expert parameters
 (:mod:`pyprune.model.routing` tells what routes to them), and what the model's own forward hands to its blocks, in which
-order, is recorded (:mod:`pyprune.model.recording`).
+order, is recorded (:mod:`pyprune.model.recording`). What cannot be discovered goes by names, which stand in
+:mod:`pyprune.model.attributes` and :mod:`pyprune.model.sizes`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pyprune.config import ConfigError
+from pyprune.model.attributes import output_layer, quantisation, text_config, token_embedding
 from pyprune.model.names import matches
 from pyprune.model.recording import Recorded
 from pyprune.model.routing import expert_matrices
@@ -122,18 +124,9 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return name, blocks
 
 
-def token_embedding(model: nn.Module) -> nn.Module | None:
-    """The table of a model's token ids; None for a model that has none (images, sound, modules of one's own)."""
-    try:
-        found = model.get_input_embeddings()
-    except (AttributeError, NotImplementedError):
-        return None
-    return found if hasattr(found, "num_embeddings") else None
-
-
 def is_quantised(model: nn.Module) -> bool:
     """Whether a model's config or the classes of its layers say so."""
-    return getattr(model.config, "quantization_config", None) is not None or any(
+    return quantisation(model.config) is not None or any(
         "quant" in f"{type(module).__module__}.{type(module).__name__}".lower() for module in model.modules())
 
 
@@ -212,7 +205,7 @@ def read_on(model: nn.Module, tokens: Tensor, cache=None) -> tuple[Tensor, objec
 def predicts_next_token(model: nn.Module) -> bool:
     """Whether the model is a causal language model: its tokens see none after them, and its head gives logits over the
     vocabulary. Calibration text, perplexity, generation and gradients go by this."""
-    return is_causal(model) and getattr(model, "get_output_embeddings", lambda: None)() is not None
+    return is_causal(model) and output_layer(model) is not None
 
 
 def is_causal(model: nn.Module) -> bool:
@@ -222,7 +215,7 @@ def is_causal(model: nn.Module) -> bool:
     kinds of models made of it do.
     """
     config = getattr(model, "config", None)
-    texts = [config, getattr(config, "get_text_config", lambda: None)()]
+    texts = [config, text_config(config)]
     if getattr(config, "is_encoder_decoder", False) or any(getattr(c, "is_causal", None) is False for c in texts):
         return False
     said = [module.is_causal for module in model.modules() if isinstance(getattr(module, "is_causal", None), bool)]

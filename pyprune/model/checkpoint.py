@@ -8,14 +8,13 @@ and a model card.
 from __future__ import annotations
 
 import contextlib
-import copy
 import importlib.util
 import json
 import math
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +23,8 @@ import torch
 from torch import nn
 
 from pyprune.config import ConfigError
+from pyprune.model.architecture import model_class, name_class
+from pyprune.model.attributes import quantisation, quantiser
 from pyprune.model.origin import Origin, folder_of, stored
 from pyprune.model.shards import sync
 from pyprune.model.sizes import sized_class
@@ -152,8 +153,8 @@ def load_config(name: str | Path):
     with _loading(name):
         config = transformers.AutoConfig.from_pretrained(
             source.path, **({"gguf_file": source.gguf_file} if source.gguf_file else {}))
-    if getattr(config, "quantization_config", None) is not None and not source.gguf_file:
-        raise ConfigError(f"{name} is quantised ({_quantisation(config)}); prune the checkpoint in float32, bfloat16 "
+    if quantisation(config) is not None and not source.gguf_file:
+        raise ConfigError(f"{name} is quantised ({quantiser(config)}); prune the checkpoint in float32, bfloat16 "
                           "or float16, then quantise the result")
     return config
 
@@ -186,67 +187,6 @@ def structured_sizes(source: Source) -> dict | None:
     if not source.local or not record.is_file():
         return None
     return (json.loads(record.read_text()).get("structured") or {}).get("layout")
-
-
-def model_class(config, gguf: bool = False, origin: Origin | None = None):
-    """The class a checkpoint names, if its tensors are that class's; else the one whose tensors they are, which
-    ``origin`` notes; else the base model.
-
-    origin: where the tensors lie; without it the config alone decides.
-    """
-    import transformers
-
-    if gguf:
-        return transformers.AutoModelForCausalLM
-    classes = [cls for name in config.architectures or [] if isinstance(cls := getattr(transformers, name, None), type)]
-    files = None if origin is None else origin.files
-    if not files or classes and not _names_more(classes[0], config, files.where):
-        return classes[0] if classes else transformers.AutoModel
-    fitting = _fitting_class(config, files)
-    if fitting is not None and classes[:1] != [fitting]:
-        named = ", ".join(config.architectures or []) or "no class"
-        origin.notes.append(f"config.json names {named} in architectures; loaded as {fitting.__name__}, which uses "
-                            "every tensor of the checkpoint")
-    return fitting or (classes[0] if classes else transformers.AutoModel)
-
-
-def _names_more(cls: type, config, names: Iterable[str]) -> bool:
-    """A model without a head, where the file has the names of one with a head: a base with something beside it."""
-    import transformers
-
-    prefix = f"{cls.base_model_prefix}."
-    inside = [name.startswith(prefix) for name in names]
-    return cls is transformers.MODEL_MAPPING.get(type(config), None) and any(inside) and not all(inside)
-
-
-def _fitting_class(config, files) -> type | None:
-    """The class of a config's kind whose tensors have the names and shapes of those in the files, none left over."""
-    import transformers
-
-    kinds = ("FOR_MASKED_LM", "FOR_CAUSAL_LM", "FOR_PRETRAINING", "FOR_SEQUENCE_CLASSIFICATION",
-             "FOR_TOKEN_CLASSIFICATION", "FOR_QUESTION_ANSWERING", "FOR_MULTIPLE_CHOICE")
-    mappings = [getattr(transformers, f"MODEL_{kind}_MAPPING", {}) for kind in kinds]
-    for mapping in [*mappings, transformers.MODEL_MAPPING]:
-        cls = mapping.get(type(config), None)
-        for candidate in cls if isinstance(cls, tuple) else [cls]:
-            if candidate is not None and _fits(candidate, config, files):
-                return candidate
-    return None
-
-
-def _fits(cls: type, config, files) -> bool:
-    with torch.device("meta"):
-        model = cls(copy.deepcopy(config))
-    state, tables = model.state_dict(), dict(model.named_buffers())
-    tied = {key for key, parameter in model.named_parameters(remove_duplicate=False)
-            if parameter is not model.get_parameter(key)} | set(getattr(model, "all_tied_weights_keys", None) or ())
-    return set(files.where) <= {*state, *tables} and set(state) - set(files.where) <= tied and all(
-        tuple(files.shape(key)) == tuple(state[key].shape) for key in files.where if key in state)
-
-
-def _quantisation(config) -> str:
-    found = config.quantization_config
-    return str(found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", "?"))
 
 
 def load_tokenizer(source: Source, options: dict | None = None):
@@ -367,6 +307,13 @@ def _untied(model: nn.Module) -> dict[str, torch.Tensor] | None:
             state[name], copied = state[name].clone(), True
         known.add(id(parameter))
     return state if copied else None
+
+
+def save_settings(model: nn.Module, folder: Path) -> None:
+    """Write config and generation settings of a model whose weights are written by others."""
+    name_class(model)
+    model.config.save_pretrained(folder)
+    save_generation_config(model, folder)
 
 
 def save_generation_config(model: nn.Module, folder: Path) -> None:

@@ -10,11 +10,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from pyprune.config import ConfigError
+from pyprune.model.attributes import any_token, embedding_device, positions_named
 from pyprune.model.blocks import ModelView, check_apart
-from pyprune.model.recording import any_token
-
-FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "n_ctx")
-"""Names under which configs say it."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +45,7 @@ def positions_of(view: ModelView) -> Positions | None:
     tables = _tables(view)
     if tables:
         return Positions(name, min(tables), True)
-    count = next((found for field in FIELDS if isinstance(found := getattr(config, field, None), int) and found > 0),
-                 None)
+    count = positions_named(config)
     if count is None:
         return None
     # sines of every position (GPT-J), causal masks (GPT-Neo); integers are only counted off (DeBERTa)
@@ -68,7 +64,7 @@ def of_any(model: nn.Module) -> Positions | None:
 
 def _tables(view: ModelView) -> list[int]:
     """Sequence lengths at which the tables outside the blocks end."""
-    device = next(view.model.get_input_embeddings().parameters()).device
+    device = embedding_device(view.model)
     check_apart(view)  # what is learnt of the model first is learnt from other tokens
     seen = []
     for length in (2, 3):

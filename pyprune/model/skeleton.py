@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from pyprune.model import checkpoint
+from pyprune.model.architecture import model_class
 from pyprune.model.origin import Origin
 
 
@@ -47,7 +47,7 @@ def skeleton(config: Any, dtype: torch.dtype | None = None, origin: Origin | Non
 
     origin: whose tensors decide where the config names no class.
     """
-    cls = checkpoint.model_class(config, origin=origin)
+    cls = model_class(config, origin=origin)
     build = cls._from_config if hasattr(cls, "_from_config") else cls.from_config
     with parameters_on_meta():
         model = build(config, **({"dtype": dtype} if dtype else {}))

@@ -26,6 +26,7 @@ from pyprune.execution.journal import Journal, journaled
 from pyprune.execution.run import Findings, Run, seed_all
 from pyprune.execution.weight_streaming import Opened, Streamed
 from pyprune.model import checkpoint
+from pyprune.model.attributes import begin_text, vocabulary_size
 from pyprune.model.blocks import (
     ModelView,
     WeightRef,
@@ -244,7 +245,7 @@ def calibration_data(config: PruneConfig, view: ModelView, tokenizer,
                                  "a tokenizer; pass tokenizer=, or give token ids as calibration")
         return data
     data = calibration.load(settings, tokenizer, encoder=view.is_encoder, model_config=model.config,
-                            vocab_size=model.get_input_embeddings().num_embeddings, measures=watches(config))
+                            vocab_size=vocabulary_size(model), measures=watches(config))
     if positions:
         positions.check(lengths_of(data, calibration.coerce(settings)), "calibration sequences", "seq_len",
                         data.warnings.append)
@@ -282,8 +283,8 @@ def add_generated(data: calibration.CalibrationData, settings: Calibration, mode
                          language=settings.language, path=settings.self_generated_path)
     data.description += f"; {len(sequences)} self-generated sequences of {settings.seq_len} tokens"
     if len(calibration.bos_prefix(tokenizer)):
-        data.warnings.append(f"the self-generated sequences do not begin with {tokenizer.bos_token!r}, with which the "
-                             "tokenizer starts every text: they are drawn from a random first token")
+        data.warnings.append(f"the self-generated sequences do not begin with {begin_text(tokenizer)!r}, with which "
+                             "the tokenizer starts every text: they are drawn from a random first token")
     if settings.self_generated_for == "all":
         data.sequences = data.sequences + sequences
         data.fingerprint = calibration.fingerprint(data.sequences)

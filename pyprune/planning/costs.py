@@ -19,6 +19,7 @@ from pyprune.execution.activation_store import DEPTH
 from pyprune.execution.device import cpu_has_bfloat16
 from pyprune.execution.executor import TARGET_TOKENS
 from pyprune.masks.refit import NARROW, SYSTEM_ELEMENTS, USUAL_STEPS
+from pyprune.model.attributes import active_share, attention_size, embedding_width, output_layer, vocabulary_size
 from pyprune.model.blocks import ModelView, WeightRef, weights_of
 from pyprune.structured.criteria import NEEDS_MOMENTS
 
@@ -54,20 +55,14 @@ def inputs_of(view: ModelView, block: nn.Module, refs: list[WeightRef]) -> list[
     groups: dict[tuple, Input] = {}
     for place, ref in enumerate(refs):
         if ref.expert is not None:
-            groups[(ref.path,)] = Input(ref.view(block).shape[1], len(ref.parameter(block)), active_share(view))
+            share = active_share(view.model.config)
+            groups[(ref.path,)] = Input(ref.view(block).shape[1], len(ref.parameter(block)), share)
             continue
         width = ref.view(block).shape[1]
         parent = ref.module_path.rpartition(".")[0]
         last = place + 1 == len(refs) or refs[place + 1].module_path.rpartition(".")[0] != parent
         groups[parent, width, last] = Input(width)
     return list(groups.values())
-
-
-def active_share(view: ModelView) -> float:
-    """Share of the experts that a token goes through, 1 without experts."""
-    config = view.model.config
-    experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
-    return (getattr(config, "num_experts_per_tok", None) or experts) / experts if experts else 1.0
 
 
 def tokens_of(config: PruneConfig) -> int:
@@ -106,7 +101,7 @@ class Work:
 def work_of(view: ModelView, selected: list[list[WeightRef]], config: PruneConfig) -> Work:
     """Averages over the blocks of a model, which may be without weights."""
     forward = statistics = solve = 0.0
-    factors, share = needs_factor(config) or config.is_structured, active_share(view)
+    factors, share = needs_factor(config) or config.is_structured, active_share(view.model.config)
     for block, refs, alike in kinds(view, selected):
         experts = {ref.path for ref in weights_of(block) if ref.expert is not None}
         forward += len(alike) * sum(2 * p.numel() * (share if name in experts else 1)
@@ -119,10 +114,8 @@ def work_of(view: ModelView, selected: list[list[WeightRef]], config: PruneConfi
         if config.reconstruct == "refit":
             solve += len(alike) * sum(refit_flops(rows, columns) for rows, columns in shapes_of(block, refs))
     model, blocks = view.model, view.distinct
-    heads = getattr(model.config, "num_attention_heads", 0) or 0
-    size = getattr(model.config, "head_dim", None) or (getattr(model.config, "hidden_size", 0) // max(heads, 1))
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    return Work(forward / blocks, 4.0 * heads * size, statistics / blocks, solve / blocks,
+    head = output_layer(model)
+    return Work(forward / blocks, 4.0 * attention_size(model.config), statistics / blocks, solve / blocks,
                 0.0 if head is None else 2.0 * head.weight.numel())
 
 
@@ -192,7 +185,7 @@ def memory_of(view: ModelView, selected: list[list[WeightRef]], config: PruneCon
 
     budget: host memory for activations; what is above it lies in files.
     """
-    hidden = view.model.get_input_embeddings().weight.shape[1]
+    hidden = embedding_width(view.model)
     own, calibration = next(view.blocks.parameters()).dtype, config.calibration
     largest = max(sum(p.numel() for p in block.parameters()) for block, _, _ in kinds(view, selected))
     everything = sum(p.numel() for p in view.model.parameters())
@@ -252,8 +245,7 @@ def evaluation_bytes(view: ModelView, config: PruneConfig, streamed: bool, wides
     asked, own = config.evaluation.dtype, next(view.blocks.parameters()).dtype
     dtype = getattr(torch, asked) if asked != "auto" else \
         torch.bfloat16 if own == torch.float32 and cpu_has_bfloat16() else own
-    embedding = view.model.get_input_embeddings().weight
-    vocabulary, hidden = embedding.shape
+    vocabulary, hidden = vocabulary_size(view.model), embedding_width(view.model)
     tokens = config.evaluation.batch_size * config.evaluation.tokens
     everything = sum(p.numel() for p in view.model.parameters())
     blocks = sum(p.numel() for p in view.blocks.parameters())

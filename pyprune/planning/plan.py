@@ -20,6 +20,8 @@ from pyprune.execution.activation_store import available_memory
 from pyprune.execution.device import pick_device, pick_dtype
 from pyprune.execution.weight_streaming import SHARE, why_whole
 from pyprune.model import checkpoint
+from pyprune.model.architecture import assume_causal
+from pyprune.model.attributes import dtype_named, embedding_width
 from pyprune.model.blocks import ModelView, WeightRef, check_apart, select_weights, uncovered, weights_of
 from pyprune.model.names import matches
 from pyprune.model.positions import positions_of
@@ -82,7 +84,7 @@ def plan(config: PruneConfig | dict) -> dict:
     free = {"memory": available_memory(), "device": torch.cuda.mem_get_info(device)[0] if gpu else None}
     streamed, why = will_stream(config, view, free["memory"])
     budget = free["memory"] / 2 if config.memory_budget_gb is None else config.memory_budget_gb * 1e9
-    hidden = view.model.get_input_embeddings().weight.shape[1]
+    hidden = embedding_width(view.model)
     spilled = max(0, int(activation_bytes(config, hidden, compute) - budget))
     host, on_device = memory_of(view, selected, config, compute, streamed, gpu, budget)
     seconds = rehearse(config, view, work, small, streamed)
@@ -108,13 +110,11 @@ def plan(config: PruneConfig | dict) -> dict:
 def _skeleton(config: PruneConfig) -> torch.nn.Module:
     source = checkpoint.resolve(config.model)
     found = checkpoint.load_config(config.model)
-    if source.gguf_file and not found.architectures:
-        import transformers
-
-        found.architectures = [transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(found)].__name__]
-    named = getattr(found, "dtype", None) if config.dtype == "auto" else getattr(torch, config.dtype)
+    if source.gguf_file:
+        assume_causal(found)
+    named = dtype_named(found) if config.dtype == "auto" else getattr(torch, config.dtype)
     origin = checkpoint.find_origin(source) if source.local else None  # of a Hub id the configuration is enough
-    return skeleton(found, named if isinstance(named, torch.dtype) else torch.float32, origin)
+    return skeleton(found, named or torch.float32, origin)
 
 
 def _weights(view: ModelView, selected: list[list[WeightRef]], targeted: list[list[WeightRef]],

@@ -6,7 +6,6 @@ what :mod:`pyprune.planning.costs` counts. Blocks too large to rehearse in a sec
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 import os
@@ -21,6 +20,14 @@ from torch import Tensor, nn
 from pyprune.config import Calibration, Evaluation, PruneConfig
 from pyprune.effects import measures_errors, reads_sequences, trains
 from pyprune.execution.executor import TARGET_TOKENS
+from pyprune.model.attributes import (
+    halve_sizes,
+    positions_named,
+    set_vocabulary,
+    shortened,
+    token_embedding,
+    vocabulary_size,
+)
 from pyprune.model.blocks import ModelView, weights_of
 from pyprune.model.shards import Shard, write_shard
 from pyprune.model.skeleton import skeleton
@@ -40,8 +47,7 @@ def rehearse(config: PruneConfig, view: ModelView, work: Work, own: ModelView,
     work: of the model of ``view``, which may be without weights. own: its :func:`rehearsal_model`.
     """
     calibration = config.calibration
-    longest = getattr(view.model.config, "max_position_embeddings", None) or max(calibration.tokens,
-                                                                                 config.evaluation.tokens)
+    longest = positions_named(view.model.config) or max(calibration.tokens, config.evaluation.tokens)
     length, window = min(calibration.tokens, longest), min(config.evaluation.tokens, longest)
     total = max(tokens_of(config) // calibration.tokens, 1)
     batch = config.batch_size or max(1, TARGET_TOKENS // length)
@@ -49,8 +55,8 @@ def rehearse(config: PruneConfig, view: ModelView, work: Work, own: ModelView,
     probes = min(config.probe_samples, 1) if measures_errors(config) else 0
 
     def ids(rows: int, tokens: int) -> Tensor:
-        vocabulary = own.model.get_input_embeddings().weight.shape[0]
-        return torch.randint(5, vocabulary, (rows, tokens), generator=torch.Generator().manual_seed(rows))
+        generator = torch.Generator().manual_seed(rows)
+        return torch.randint(5, vocabulary_size(own.model), (rows, tokens), generator=generator)
 
     def settings(rows: int, tokens: int, evaluation: Evaluation, epochs: int) -> PruneConfig:
         changed: dict[str, Any] = {"calibration": Calibration(), "evaluation": evaluation}
@@ -116,29 +122,17 @@ def forward_units(steps: int, blocks: int, view: ModelView, config: PruneConfig)
 
 def rehearsal_model(config: Any, dtype: torch.dtype) -> tuple[nn.Module, bool]:
     """Two blocks of an architecture with random weights, and whether they are narrower than the real ones."""
-    small, narrowed = copy.deepcopy(config), False
-    small.num_hidden_layers = 2
-    if getattr(small, "layer_types", None):
-        small.layer_types = small.layer_types[:2]
-    if getattr(small, "num_kv_shared_layers", None):
-        small.num_kv_shared_layers = 0  # two blocks have none before them to share with
-    for name in ("num_experts", "num_local_experts"):
-        if (getattr(small, name, None) or 0) > 8:
-            setattr(small, name, 8)
-            narrowed = True
+    small, narrowed = shortened(config, blocks=2, experts=8)
     while True:
         model = skeleton(small, dtype)
         view = ModelView(model)
         if max(sum(p.numel() for p in block.parameters()) for block in view.blocks) <= LARGEST:
             break
-        for name in ("hidden_size", "intermediate_size", "moe_intermediate_size", "num_attention_heads",
-                     "num_key_value_heads", "word_embed_proj_dim", "ffn_dim", "n_inner"):
-            value = getattr(small, name, None)
-            if isinstance(value, int) and value > 1:
-                setattr(small, name, value // 2)
+        halve_sizes(small)
         narrowed = True
-    if model.get_input_embeddings().weight.numel() > 2 * LARGEST:
-        small.vocab_size, narrowed = 4096, True
+    if token_embedding(model).weight.numel() > 2 * LARGEST:
+        set_vocabulary(small, 4096)
+        narrowed = True
         model = skeleton(small, dtype)
     generator = torch.Generator().manual_seed(0)
     made: dict[int, nn.Parameter] = {}

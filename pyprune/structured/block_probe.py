@@ -4,31 +4,21 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from pyprune.model.arguments import Arguments
 from pyprune.model.blocks import WeightRef
-from pyprune.model.expert_products import Experts
 from pyprune.model.recording import call_block
+from pyprune.model.watching import Watch
 
 
-class Probe(TorchFunctionMode):
+class Probe:
     """Replaces every linear product by noise that can be differentiated, and keeps the inputs."""
 
     def __init__(self, block: nn.Module, refs: list[WeightRef], generator: torch.Generator):
-        super().__init__()
         self.inputs: dict[WeightRef, Tensor] = {}
         self.leaves: dict[WeightRef, Tensor] = {}
         self.generator = generator
-        self._experts = Experts(block, refs)
-        self._handles = []
-        modules = dict(block.named_modules())
-        for ref in refs:
-            if ref.expert is None:
-                self._handles.append(modules[ref.module_path].register_forward_hook(self._hook(ref)))
-
-    def _hook(self, ref: WeightRef):
-        return lambda module, args, output: self._replace(ref, args[0], output)
+        self._watch = Watch(block, refs, replace=self._replace)
 
     def _replace(self, ref: WeightRef, x: Tensor, output: Tensor) -> Tensor:
         leaf = torch.randn(output.shape, generator=self.generator).to(output).requires_grad_()
@@ -39,16 +29,11 @@ class Probe(TorchFunctionMode):
     def first_expert(self, ref: WeightRef) -> int | None:
         return min((r.expert for r in self.inputs if r.path == ref.path), default=None)
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        found = self._experts.products(func, args, kwargs)
-        # a product of all experts at once cannot be replaced one by one: what depends on it is not cut
-        return self._replace(found[0][0], args[0], out) if len(found) == 1 else out
+    def __enter__(self) -> Probe:
+        return self
 
-    def __exit__(self, *exc):
-        for handle in self._handles:
-            handle.remove()
-        return super().__exit__(*exc)
+    def __exit__(self, *exc) -> None:
+        self._watch.close()
 
     def touched(self, x: Tensor, columns: Tensor | slice) -> dict[WeightRef, Tensor]:
         """Per producer, the rows (bool ``[rows]``) that the given columns of an input depend on."""

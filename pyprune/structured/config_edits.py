@@ -14,11 +14,9 @@ from torch import nn
 
 from pyprune.config import ConfigError
 from pyprune.model.blocks import WeightRef
-from pyprune.model.sizes import settable
+from pyprune.model.sizes import BIAS_FLAGS, head_fields, neuron_fields, share_config
 from pyprune.structured.groups import Coupled
-from pyprune.structured.slicing import NEURON_ATTRIBUTES
-
-BIAS_FLAGS = ("mlp_bias", "attention_bias", "use_bias", "enable_bias")
+from pyprune.structured.slicing import heads_of
 
 
 def empty_like(model: nn.Module, edits: dict) -> nn.Module:
@@ -52,19 +50,11 @@ def candidate_edits(model: nn.Module, dense: dict[str, Coupled], units: dict[str
     """Config edits worth trying for uniform sizes ``{kind: units}``."""
     head: dict = {}
     if "heads" in units:
-        group = dense["heads"]
-        heads, groups = group.heads_left(units["heads"])
-        head = {"num_attention_heads": heads}
-        if settable(model.config, "head_dim"):
-            head["head_dim"] = group.columns.numel() // group.heads
-        if hasattr(model.config, "num_key_value_heads"):
-            head["num_key_value_heads"] = groups
+        head = head_fields(model.config, heads_of(dense["heads"], units["heads"]))
     if "neurons" not in units:
         return [head]
-    size = dense["neurons"].units
-    fields = [n for n in NEURON_ATTRIBUTES if hasattr(model.config, n) and getattr(model.config, n) in (size, None)]
-    if dense["neurons"].consumer.expert is not None:
-        fields.sort(key=lambda n: n != "moe_intermediate_size")
+    group = dense["neurons"]
+    fields = neuron_fields(model.config, group.units, experts=group.consumer.expert is not None)
     return [{**head, f: units["neurons"]} for f in fields] or [head]
 
 
@@ -95,17 +85,7 @@ def standard_edits(model: nn.Module, dense: dict[str, Coupled], units: dict[str,
 
 def apply_edits(model: nn.Module, edits: dict) -> None:
     """Edit the config all modules share, and give every bias that its flags add an explicit zero."""
-    shared = model.config
-    for key, value in edits.items():
-        setattr(shared, key, value)
-    for module in model.modules():
-        own = module.__dict__.get("config")
-        if own is None or own is shared or type(own) is not type(shared):
-            continue
-        for key, value in edits.items():
-            setattr(own, key, value)
-        if own.to_dict() == shared.to_dict():  # a copy of slicing's; an encoder's may have flags of its own (UMT5)
-            module.config = shared
+    share_config(model, edits)
     add_biases(model, edits)
 
 

@@ -18,10 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from pyprune.config import ConfigError
-from pyprune.execution.executor import Resident, expert_loop
+from pyprune.execution.executor import Resident
 from pyprune.model.arguments import Arguments
+from pyprune.model.attributes import embedding_device, pad_token, vocabulary_size
 from pyprune.model.blocks import ModelView, WeightRef, refuse_shared, weights_of
 from pyprune.model.recording import call_block
+from pyprune.model.watching import expert_loop
 from pyprune.structured.block_probe import Probe, landing, normed
 
 PROBE_TOKENS = 12
@@ -88,6 +90,11 @@ class Coupled:
             size += slot.rows.shape[1] * (shape.numel() // shape[slot.dim])
         return size
 
+    @property
+    def head_size(self) -> int:
+        """Columns of one head."""
+        return self.columns.numel() // self.heads
+
     def heads_left(self, kept: int) -> tuple[int, int]:
         """Query and key/value heads of the sliced attention."""
         if self.width * self.groups == self.columns.numel() and self.units == self.groups:
@@ -104,10 +111,9 @@ def find_groups(view: ModelView, pattern: str, head_scope: str = "groups",
     once. Raises ConfigError if a block has no such group.
     """
     refuse_shared(view, pattern)
-    vocabulary = view.model.get_input_embeddings().num_embeddings
-    ids = (torch.arange(PROBE_TOKENS)[None] * 7 + 1 + (getattr(view.model.config, "pad_token_id", None) or 0))
-    device = next(view.model.get_input_embeddings().parameters()).device
-    hidden, arguments = view.record((ids % vocabulary).to(device))
+    model = view.model
+    ids = torch.arange(PROBE_TOKENS)[None] * 7 + 1 + (pad_token(model.config) or 0)
+    hidden, arguments = view.record((ids % vocabulary_size(model)).to(embedding_device(model)))
     known: dict[tuple, list[Coupled]] = {}
     weights = weights or Resident()
     out = []

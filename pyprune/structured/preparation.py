@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from pyprune.config import ConfigError, PruneConfig
-from pyprune.execution.executor import expert_loop
 from pyprune.execution.run import Findings, Run
+from pyprune.model.attributes import embedding_device, vocabulary_size
 from pyprune.model.blocks import ModelView
+from pyprune.model.watching import expert_loop
 from pyprune.structured import config_edits, slicing
 from pyprune.structured.allocation import Member, choose, global_counts, uniform_count
 from pyprune.structured.block import Preparation, StructuredRun, Target, dealt, has_bias, observe, score_group
@@ -101,10 +102,8 @@ def _single(group: Coupled) -> str:
 
 
 def _verify(run: Run, groups: list[list[Coupled]]) -> None:
-    vocabulary = run.view.model.get_input_embeddings().num_embeddings
-    device = next(run.view.model.get_input_embeddings().parameters()).device
-    ids = (torch.arange(PROBE_TOKENS)[None] * 5 + 2) % vocabulary
-    hidden, arguments = run.view.record(ids.to(device))
+    ids = (torch.arange(PROBE_TOKENS)[None] * 5 + 2) % vocabulary_size(run.view.model)
+    hidden, arguments = run.view.record(ids.to(embedding_device(run.view.model)))
     seen = set()
     with expert_loop(run.view.model.config):
         for index, (block, found) in enumerate(zip(run.view.blocks, groups)):

@@ -10,16 +10,10 @@ from torch import Tensor, nn
 
 from pyprune.config import ConfigError
 from pyprune.model.arguments import Arguments
+from pyprune.model.blocks import is_linear
 from pyprune.model.recording import call_block
-from pyprune.model.sizes import apply_attributes, set_parameter, settable
+from pyprune.model.sizes import Heads, apply_attributes, head_attributes, neuron_attributes, set_parameter
 from pyprune.structured.groups import Coupled
-
-# Names under which Hugging Face modules and configs keep sizes; everything else is discovered.
-HEAD_ATTRIBUTES = ("num_heads", "num_attention_heads", "n_heads", "n_head")
-GROUP_ATTRIBUTES = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
-WIDTH_ATTRIBUTES = ("all_head_size", "split_size")
-NEURON_ATTRIBUTES = ("intermediate_size", "intermediate_dim", "ffn_dim", "moe_intermediate_size", "n_inner",
-                     "ffn_hidden_size", "d_ff")
 
 
 @dataclass
@@ -120,7 +114,7 @@ def _collect(changes: dict, stacks: dict, path: str, expert: int | None, value: 
 def _set_attributes(block: nn.Module, group: Coupled, units: int, changed: dict[str, dict]) -> None:
     """Sizes that the modules around the sliced parameters keep for their forward pass."""
     owners = {slot.path.rpartition(".")[0] for slot in group.slots} | {group.consumer.module_path}
-    paths = {owner.rpartition(".")[0] if _is_layer(block.get_submodule(owner)) else owner for owner in owners}
+    paths = {owner.rpartition(".")[0] if is_linear(block.get_submodule(owner)) else owner for owner in owners}
     for path in sorted(paths):
         values = _new_sizes(block.get_submodule(path), group, units)
         if values:
@@ -128,28 +122,15 @@ def _set_attributes(block: nn.Module, group: Coupled, units: int, changed: dict[
             apply_attributes(block.get_submodule(path), values)
 
 
-def _is_layer(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or hasattr(module, "nf")
-
-
 def _new_sizes(module: nn.Module, group: Coupled, units: int) -> dict:
     if group.kind == "neurons":
-        return {name: units for name in NEURON_ATTRIBUTES if getattr(module, name, None) == group.units}
-    heads, groups = group.heads_left(units)
-    head_dim = group.columns.numel() // group.heads
-    values = {name: heads for name in HEAD_ATTRIBUTES if getattr(module, name, None) == group.heads}
-    values |= {name: groups for name in GROUP_ATTRIBUTES if getattr(module, name, None) == group.groups}
-    values |= {name: heads * head_dim for name in WIDTH_ATTRIBUTES
-               if getattr(module, name, None) == group.heads * head_dim}
-    if getattr(module, "num_key_value_groups", None) == group.heads // group.groups:
-        values["num_key_value_groups"] = heads // groups
-    if hasattr(module, "config"):
-        values["config"] = {"num_attention_heads": heads}
-        if settable(module.config, "head_dim"):
-            values["config"]["head_dim"] = head_dim
-        if hasattr(module.config, "num_key_value_heads"):
-            values["config"]["num_key_value_heads"] = groups
-    return values
+        return neuron_attributes(module, group.units, units)
+    return head_attributes(module, Heads(group.heads, group.groups, group.head_size), heads_of(group, units))
+
+
+def heads_of(group: Coupled, units: int) -> Heads:
+    """The heads of an attention of which so many units are left."""
+    return Heads(*group.heads_left(units), group.head_size)
 
 
 @torch.no_grad()

@@ -6,19 +6,19 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from pyprune.execution.executor import Activations
-from pyprune.model.blocks import ModelView
-from pyprune.model.expert_products import Experts
+from pyprune.model.attributes import last_hidden, pad_token, text_config
+from pyprune.model.blocks import ModelView, WeightRef
 from pyprune.model.recording import Stop, uncached
+from pyprune.model.watching import Watch, begin_gradients
 from pyprune.structured.groups import Coupled
 
 MAX_GRADIENT_TOKENS = 16384
 MAX_GRADIENT_SEQUENCES = 512
 
 
-class Taps(TorchFunctionMode):
+class Taps:
     """Keeps, for one forward pass, ``inputs[i]`` ``[tokens, c]`` and ``sums[i]`` ``[tokens, r]`` of each group.
 
     ``sums`` is the tensor in the residual stream that the consumer's output is part of (``Coupled.target``), or the
@@ -28,21 +28,19 @@ class Taps(TorchFunctionMode):
 
     def __init__(self, block: nn.Module, groups: list[Coupled], *, sums: bool = True, powers: bool = False,
                  stop: bool = False):
-        super().__init__()
         self.groups, self.stop = groups, stop
         self.inputs: dict[int, Tensor] = {}
         self.sums: dict[int, Tensor] = {}
         self.powers: dict[int, Tensor] = {}
         self._handles = []
         self._places = {group.consumer: i for i, group in enumerate(groups)}
-        self._experts = Experts(block, self._places)
+        self._watch = Watch(block, self._places, self._see)
         self._wanted = 0
         for i, group in enumerate(groups):
             ref = group.consumer
             if ref.expert is not None:
                 continue
             module = block.get_submodule(ref.module_path)
-            self._handles.append(module.register_forward_pre_hook(self._on_input(i)))
             self._wanted += 1
             if powers:
                 self._handles.append(module.register_forward_hook(self._on_power(i)))
@@ -56,19 +54,11 @@ class Taps(TorchFunctionMode):
                 target = block.get_submodule(group.target)
                 self._handles.append(target.register_forward_pre_hook(self._on_sum(i)))
                 self._wanted += 1
-        self.stop = self.stop and not self._experts
-        if self._experts:
-            # entered by the block itself, hence inside whatever mode the pass runs under: that one may not pass on what
-            # it computes by other means
-            self._handles += [
-                block.register_forward_pre_hook(lambda *_: self.__enter__() and None, prepend=True),
-                block.register_forward_hook(lambda *_: self.__exit__(None, None, None), always_call=True)]
+        self.stop = self.stop and not self._watch.has_experts
 
-    def _on_input(self, i: int):
-        def hook(module, args):
-            self.inputs[i] = args[0].reshape(-1, args[0].shape[-1])
-            self._check()
-        return hook
+    def _see(self, ref: WeightRef, x: Tensor) -> None:
+        self.inputs[self._places[ref]] = x.reshape(-1, x.shape[-1])
+        self._check()
 
     def _on_output(self, i: int):
         def hook(module, args, output):
@@ -92,11 +82,6 @@ class Taps(TorchFunctionMode):
         if self.stop and len(self.inputs) + len(self.sums) + len(self.powers) == self._wanted:
             raise Stop
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        for ref, x in self._experts.products(func, args, kwargs):
-            self.inputs[self._places[ref]] = x
-        return func(*args, **(kwargs or {}))
-
     def run(self, forward: Callable[[], Tensor]) -> Tensor | None:
         """One forward pass; returns the output, or None where it ended early."""
         self.inputs, self.sums, self.powers = {}, {}, {}
@@ -110,6 +95,7 @@ class Taps(TorchFunctionMode):
         return out
 
     def close(self) -> None:
+        self._watch.close()
         for handle in self._handles:
             handle.remove()
 
@@ -130,15 +116,7 @@ def mask_gradients(view: ModelView, groups: list[list[Coupled]], sequences: list
     model.requires_grad_(False)
     size = 1
 
-    def start(module, args, kwargs):
-        """Gradients begin at the first block's input."""
-        first = args[0] if args else kwargs["hidden_states"]
-        if first.requires_grad:
-            return None
-        first = first.detach().requires_grad_()
-        return ((first, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": first})
-
-    handles = [view.blocks[0].register_forward_pre_hook(start, with_kwargs=True)]
+    handles = [begin_gradients(view.blocks[0])]
 
     def watch(store: list[Tensor], group: Coupled):
         def hook(module, args):
@@ -155,7 +133,7 @@ def mask_gradients(view: ModelView, groups: list[list[Coupled]], sequences: list
             module = view.blocks[index].get_submodule(group.consumer.module_path)
             handles.append(module.register_forward_pre_hook(watch(out[index][i], group)))
     # classifiers look for the last token that is no padding, and take one sequence at a time without a padding id
-    alone = view.is_encoder and getattr(model.config.get_text_config(), "pad_token_id", None) is None
+    alone = view.is_encoder and pad_token(text_config(model.config)) is None
     try:
         for batch in shell.batches(None):
             for start in range(batch.start, batch.stop, step := 1 if alone else max(1, 2048 // batch.length)):
@@ -193,8 +171,7 @@ def _token_loss(logits: Tensor, ids: Tensor) -> Tensor:
 
 
 def _probe_loss(result, places: list[int], seed: int) -> Tensor:
-    hidden = getattr(result, "last_hidden_state", None)
-    hidden = result[0] if hidden is None else hidden
+    hidden = last_hidden(result)
     pooled = hidden.float().mean(1) if hidden.ndim == 3 else hidden.float()
     if pooled.shape[1] > 1:  # one number, a reward, has a size and no direction
         pooled = nn.functional.normalize(pooled, dim=-1)

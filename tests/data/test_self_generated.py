@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, MptConfig, MptForCausalLM
 
 from pyprune.config import ConfigError
 from pyprune.data.self_generated import fingerprint, generate, read
@@ -122,6 +122,9 @@ def test_refusals(model):
         generate(model, Words(), 1, seq_len=65)
     with pytest.raises(ConfigError, match="n must be at least 1"):
         generate(model, Words(), 0, seq_len=8)
+    renamed = MptForCausalLM(MptConfig(d_model=32, n_heads=4, n_layers=1, max_seq_len=16, vocab_size=32))
+    with pytest.raises(ConfigError, match="above the model's 16 positions"):
+        generate(renamed, Words(), 1, seq_len=17)
     encoder = BertModel(BertConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
                                    vocab_size=32))
     with pytest.raises(ConfigError, match="encoder"):

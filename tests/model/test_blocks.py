@@ -10,9 +10,10 @@ import torch
 import transformers as hf
 
 import pyprune
-from pyprune.execution.executor import Executor, expert_loop
+from pyprune.execution.executor import Executor
 from pyprune.model.blocks import ModelView, weights_of
 from pyprune.model.recording import call_block
+from pyprune.model.watching import expert_loop
 
 ALL = list(tiny.CONFIGS)
 

@@ -12,7 +12,7 @@ import transformers as hf
 import pyprune
 from pyprune.config import CRITERIA, ConfigError
 from pyprune.evaluation.tasks import fit_head, paired_bootstrap, predict, spearman, sts_spearman
-from pyprune.execution.executor import expert_loop
+from pyprune.model.watching import expert_loop
 from pyprune.structured.criteria import NEEDS_MOMENTS
 
 ALL = list(tiny.CONFIGS)

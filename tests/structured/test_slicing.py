@@ -9,9 +9,9 @@ import tiny
 import torch
 
 from pyprune.config import ConfigError
-from pyprune.execution.executor import expert_loop
 from pyprune.model.blocks import ModelView
 from pyprune.model.sizes import sized_class
+from pyprune.model.watching import expert_loop
 from pyprune.structured import config_edits, slicing
 from pyprune.structured.allocation import choose
 from pyprune.structured.groups import find_groups
