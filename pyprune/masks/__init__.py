@@ -1,6 +1,6 @@
 """Unstructured and N:M masks of one block's weights, and the layer-wise step that follows the choice.
 
-``statistics``   Gram matrices and moments of the inputs of a block's linear layers; layers that read the same share one
+``statistics``   Gram matrices and moments of the inputs of a block's layers; layers that read the same share one
 ``solvers``      mask and weights of one matrix: magnitude, Wanda, SparseGPT's sweep
 ``refit``        least-squares weights of one matrix on a fixed mask
 ``block``        both for all selected weights of a block, dealt out to the processes
