@@ -27,21 +27,22 @@ from pathlib import Path
 import torch
 
 import pyprune
-from benchmarks.common import data, read
+from benchmarks.common import data
+from benchmarks.liar_table import read_cells
 from pyprune.config import PruneConfig
 from pyprune.data.calibration import CalibrationData, tokenize
 from pyprune.effects import WEIGHTS_ALONE
 from pyprune.evaluation.perplexity import window_losses
 from pyprune.evaluation.tasks import encode, fit_head, predict, read_pairs, spearman, token_ids
 from pyprune.execution.executor import Executor
+from pyprune.execution.run import Findings, Run
 from pyprune.model.blocks import ModelView, weights_of
-from pyprune.pipeline.prune import Run
 from pyprune.structured.allocation import choose, uniform_count
 from pyprune.structured.block import has_slot, observe
 from pyprune.structured.config_edits import add_biases
 from pyprune.structured.criteria import NEEDS_GRADIENTS, NEEDS_MOMENTS, Scored, score
 from pyprune.structured.liar import Problem, repair
-from pyprune.structured.preparation import make_plan, twin
+from pyprune.structured.preparation import prepare, twin
 from pyprune.structured.slicing import Pick, slice_block
 from pyprune.structured.taps import gradient_sequences, mask_gradients
 
@@ -187,23 +188,24 @@ class Bench:
         self.seed = cell["seed"]
         self.scores: dict[str, list] = {}
         self.gradients = None
-        self.plan = make_plan(self.run)
+        self.found = Findings()
+        self.structured = prepare(self.run, self.found)
         self._splits: dict[str, list] = {}
 
     @torch.no_grad()
     def splits(self, weighting: str) -> list:
         """Moments of every consumer's input on the dense stream, with tokens weighted as asked."""
         if weighting == "auto":
-            normed = {g.normed for groups in self.plan.groups for g in groups}
+            normed = {g.normed for groups in self.structured.prepared.groups for g in groups}
             weighting = "relative" if normed == {True} else "balanced"
         if weighting not in self._splits:
             settings = dataclasses.replace(self.run.config.structured, token_weights=weighting)
-            self.run.config = dataclasses.replace(self.run.config, structured=settings)
+            run = dataclasses.replace(self.run, config=dataclasses.replace(self.run.config, structured=settings))
             stream = self.run.executor.embed(self.calibration)
             found = self._splits[weighting] = []
-            for index, groups in enumerate(self.plan.groups):
+            for index, groups in enumerate(self.structured.prepared.groups):
                 with self.run.executor.compute(index) as module:
-                    found.append(observe(self.run, index, module, groups, stream, target=stream))
+                    found.append(observe(run, self.found.clock, index, module, groups, stream, target=stream))
         return self._splits[weighting]
 
     def score(self, criterion: str) -> list:
@@ -211,12 +213,14 @@ class Bench:
             name = criterion.removesuffix(PLAIN)
             splits = self.splits("auto" if name == criterion else "uniform")
             if name in NEEDS_GRADIENTS and self.gradients is None:
-                self.gradients = mask_gradients(self.run.view, self.plan.groups, gradient_sequences(self.calibration),
-                                                dtype=DTYPE, device=torch.device("cpu"), seed=self.seed)
+                self.gradients = mask_gradients(self.run.view, self.structured.prepared.groups,
+                                                gradient_sequences(self.calibration), dtype=DTYPE,
+                                                device=torch.device("cpu"), seed=self.seed)
+            groups = self.structured.prepared.groups
             self.scores[criterion] = [[score(name, Scored(
-                g, g.consumer.view(block).float(), splits[i][j], has_slot(self.run, self.plan, i, g),
+                g, g.consumer.view(block).float(), splits[i][j], has_slot(self.structured, i, g),
                 None if self.gradients is None else self.gradients[i][j], block, 1000 * self.seed + i))
-                for j, g in enumerate(self.plan.groups[i])] for i, block in enumerate(self.run.view.blocks)]
+                for j, g in enumerate(groups[i])] for i, block in enumerate(self.run.view.blocks)]
         return self.scores[criterion]
 
     @torch.no_grad()
@@ -231,7 +235,7 @@ class Bench:
         seconds = 0.0
         for i, block in enumerate(model.get_submodule(self.run.view.path)):
             picks = []
-            for j, group in enumerate(self.plan.groups[i]):
+            for j, group in enumerate(self.structured.prepared.groups[i]):
                 weight = group.consumer.view(self.run.view.blocks[i]).float().contiguous()
                 own = getattr(self.run.view.blocks[i].get_submodule(group.consumer.module_path), "bias", None)
                 bias = torch.zeros(len(weight)) if own is None else own.data.float()
@@ -244,7 +248,7 @@ class Bench:
                                     ("norm_ratios", done.norm_ratio)):
                     notes[name].append(value)
             slice_block(block, picks)
-        flags = dict.fromkeys(self.plan.flags.values(), True)
+        flags = dict.fromkeys(self.structured.prepared.flags.values(), True)
         for name, value in flags.items():
             setattr(model.config, name, value)
         add_biases(model, flags)
@@ -329,7 +333,7 @@ def main() -> None:
         return
     started, bench, owner = time.monotonic(), None, None
     part, parts = map(int, args.part.split("/"))
-    done = finished(cells(), read("liar", args.out))
+    done = finished(cells(), read_cells(args.out))
     todo = [c for c in cells() if re.search(args.only, key(c)) and share_of(c, parts) == part
             and key(c) not in done and not (cache / f"{key(c)}.json").exists()]
     print(f"{len(todo)} cells to do", flush=True)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.common import data, result_path, write
+from benchmarks.common import data, result_path
+from benchmarks.liar_table import CELL, COMPARED, read_cells, read_differences, write_tables
 from pyprune.evaluation.tasks import paired_bootstrap, read_pairs, spearman
 
 COLOURS = {"none": "#9a9a9a", "bias": "#3b7dd8", "mask_tuning": "#e0862f", "liar_uniform": "#a8d8b0",
@@ -79,28 +80,27 @@ at α = 0.5. For masks that keep the loud neurons, as every criterion that looks
 where they are gone it is better in most draws, not in all. The rule rests on one model of each family.
 
 """
-HIDDEN = ("rows",)
-CELL = ("task", "pattern", "sparsity", "criterion", "method", "inputs", "sentences", "seed")
-COMPARED = ("task", "pattern", "inputs", "sparsity", "criterion", "against")
 
 
 def write_report(cache: Path, out: str | None) -> None:
-    """``liar.json``, ``liar.md`` and one plot a task and pattern, from the cached cells and those reported before."""
+    """Tables, ``liar.md`` and one plot per task and pattern, from the cached cells and those reported before."""
     cells = [json.loads(p.read_text()) for p in sorted(cache.glob("*.json"))]
-    path = result_path("liar", out)
-    before = json.loads(path.read_text()) if path.is_file() else {"rows": [], "differences": []}
-    differences = merged(before["differences"], compare(cells), COMPARED)
-    cells = merged(before["rows"], cells, CELL)
+    differences = merged(read_differences(out), compare(cells), COMPARED)
+    cells = merged(read_cells(out), cells, CELL)
     if not cells:
         raise SystemExit(f"no finished cells in {cache}")
-    write("liar", [{k: v for k, v in c.items() if k not in HIDDEN} for c in cells], out, differences=differences)
-    text = READING + CAUSE + tables(cells) + difference_table(differences) + criterion_table(differences) \
-        + sizes(cells) + phases(cells)
+    write_tables(cells, differences, out)
     path = result_path("liar", out, ".md")
-    path.write_text("# LIAR on real models\n\n" + text)
+    path.write_text(report_text(cells, differences))
     print(path.read_text())
     for task, pattern in sorted({(c["task"], c["pattern"]) for c in cells if c["sparsity"]}):
         plot(cells, task, pattern, result_path(f"liar_{task}_{pattern}", out, ".png"))
+
+
+def report_text(cells: list[dict], differences: list[dict]) -> str:
+    """The whole of ``liar.md``."""
+    return "# LIAR on real models\n\n" + READING + CAUSE + tables(cells) + difference_table(differences) \
+        + criterion_table(differences) + sizes(cells) + phases(cells)
 
 
 def merged(before: list[dict], now: list[dict], names: tuple[str, ...]) -> list[dict]:

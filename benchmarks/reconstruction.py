@@ -1,4 +1,4 @@
-"""Paper R's claims (arXiv 2406.15524) on real input: what LR, BR, GP and CR gain, and where they overfit.
+"""The claims of Shin et al. (arXiv 2406.15524) on real input: what LR, BR, GP and CR gain, and where they overfit.
 
 One model, WikiText-2 calibration, 50 % unstructured, masks by magnitude, Wanda and SparseGPT; rows mask → LR → BR →
 BR+GP → BR+GP+CR: relative error of the last block on calibration and on held-out text, perplexity on WikiText-2 test
@@ -43,7 +43,7 @@ PRESETS = {
 ``cpu``: what two cores do in an hour; its 48 steps a block are too few at 2e-4. On four blocks, held-out error under
 SparseGPT and magnitude masks: .0232 .0581 at 2e-4, .0226 .0447 at 6e-4, .0253 .0425 at 1.5e-3, .0516 .0660 at 4e-3.
 
-``peers``: the very tokens on which paper R's own code took 2,005 CPU s for SparseGPT with BR+GP and reached 34.49."""
+``peers``: the very tokens on which the authors' code took 2,005 CPU s for SparseGPT with BR+GP and reached 34.49."""
 STEPS = {
     "mask": dict(reconstruct="none"),
     "LR": dict(reconstruct="layer"),
@@ -151,7 +151,7 @@ def markdown(rows: list[dict], preset: dict) -> str:
         if all(ends):
             before, after = (statistics.fmean(r["error"] for r in found) for found in ends)
             lines.append(f"- {mask}: last-block error {before:.4g} → {after:.4g}, a fall of {1 - after / before:.0%} "
-                         f"(expected from the paper: at least {expected:.0%})")
+                         f"(expected from Shin et al., arXiv 2406.15524: at least {expected:.0%})")
     return "\n".join(lines) + "\n"
 
 

@@ -1,1 +1,11 @@
-"""TODO."""
+"""How good and how fast a model is; the same code measures dense and pruned models.
+
+``perplexity``       ``pyprune.evaluate``: windows of text, losses, perplexity
+``block_by_block``   the same measure inside a run, also where the weights are streamed: ``Meter``
+``tasks``            sentence vectors, STS-B, and linear heads for encoders
+``latency``          ``pyprune.latency``: size, prefill and decoding speed of one model
+``gain``             size, memory and speed of two checkpoints side by side: ``pyprune eval --latency``
+
+From outside: all of them, by module.
+May import: ``reporting`` and everything below it.
+"""

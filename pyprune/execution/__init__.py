@@ -1,1 +1,15 @@
-"""TODO."""
+"""How a run is carried out: activations through blocks, weights in and out, several processes, safe progress.
+
+``run``                what a run is (``Run``) and what it finds (``Findings``)
+``executor``           activations through one block at a time: ``Executor``, ``Activations``
+``activation_store``   where activations live: host memory or files, and their way to a GPU and back
+``weight_streaming``   blocks read from their files when it is their turn: ``Streamed``, ``open_checkpoint``
+``journal``            finished blocks on disk, from which ``--resume`` goes on; ``Interrupted``
+``distributed``        several processes under ``torchrun``: shares, sums, broadcasts: ``World``
+``error_probes``       sequences carried through dense and pruned blocks to measure the error between them
+``cpu_forward``        products and attention of blocks on a CPU
+``device``             names of devices and types turned into devices and types
+
+From outside: all of them, by module.
+May import: ``data``, ``model``, ``ops`` and the modules without a package.
+"""

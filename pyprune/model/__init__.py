@@ -1,1 +1,18 @@
-"""TODO."""
+"""What pyprune knows of Hugging Face models and their files: blocks, prunable weights, checkpoints.
+
+``blocks``            the model as embeddings, blocks and prunable weights: ``ModelView``, ``WeightRef``
+``recording``         what a model's own forward pass does with its blocks, learnt by running it
+``arguments``         what blocks are given beside hidden states, and what of it belongs to the sequences
+``routing``           how experts are stored and which layers route tokens to them
+``expert_products``   which expert a product belongs to, and its tokens
+``positions``         how many positions a model has
+``names``             patterns that name weights (``targets``, ``ignore``)
+``sizes``             modules whose sizes their configuration cannot say
+``checkpoint``        checkpoints found, loaded and written whole or not at all
+``shards``            safetensors files, read in pieces and written crash-safely
+``skeleton``          a model from its configuration, without memory
+``origin``            what a checkpoint holds beside the model, carried along unchanged
+
+From outside: all of them, by module.
+May import: ``ops`` and the modules without a package; today it needs ``config`` alone.
+"""

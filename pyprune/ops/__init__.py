@@ -6,6 +6,16 @@ fastest on this machine among those of ``AUTO``; a back-end the user names is us
 
 All functions take float32, bfloat16 or float16 matrices and accumulate in float32. ``mask`` is True where a weight
 is kept, or a token counted.
+
+This file holds the contracts: one function per op, its arguments checked. Beside it:
+
+``reference``       every op in plain PyTorch, the truth that the others are tested against
+``native``          the only file that calls the compiled module ``pyprune._C``
+``qualification``   which candidate of an op ``auto`` takes on this machine, measured once and kept
+``trials``          the cases that a candidate is checked and timed on
+
+From outside: the functions of this file; ``native`` and ``qualification`` for ``pyprune env``.
+May import: ``pyprune.triton_kernels``, ``config`` and the other modules without a package.
 """
 
 from __future__ import annotations
@@ -28,7 +38,7 @@ OPS = ("gram_update", "cross_gram_update", "column_moments", "select_mask", "nm_
        "obs_sweep", "trailing_update", "cholesky", "cholesky_solve", "liar_update", "linear")
 
 FORWARDS = ("forward_float32", "forward_bfloat16")
-"""Forward passes of blocks on a CPU, by type: ``pyprune`` (autograd.py's products and attention) or ``torch``."""
+"""Forward passes of blocks on a CPU, by type: ``pyprune`` (cpu_forward.py's products and attention) or ``torch``."""
 
 # Candidates by device type, the default first. A kernel enters the CUDA list only after its tests have passed on a GPU
 # (benchmarks/GPU_QUEUE.md); until then it runs when named.

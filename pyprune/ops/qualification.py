@@ -36,8 +36,8 @@ MARGIN = 1.1
 """A candidate has to be faster than the one before it in the list by this factor to be taken instead."""
 STEP_SECONDS, START_SECONDS = 30.0, 120.0
 """Silence after which a candidate, or the start of the process, is taken to hang."""
-SOURCES = ("autograd.py", "native.py", "reference.py", "trials.py", "qualification.py")
-"""Files beside the native module that decide what is measured."""
+SOURCES = ("execution/cpu_forward.py", "ops/native.py", "ops/reference.py", "ops/trials.py", "ops/qualification.py")
+"""Files of the package, beside the native module, that decide what is measured."""
 LIMITS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "PYPRUNE_ISA")
 
 Candidates = dict[str, list[dict]]
@@ -267,9 +267,9 @@ def _file_digest(path: str) -> str:
 
 @functools.cache
 def _sources() -> str:
-    here = Path(__file__).parent
+    package = Path(__file__).parents[1]
     digest = hashlib.sha256()
-    for path in [here / name for name in SOURCES]:
+    for path in [package / name for name in SOURCES]:
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 

@@ -1,1 +1,17 @@
-"""TODO."""
+"""Whole runs: open the model, measure it, work on its blocks one by one, measure it again, report and write.
+
+``prune``               ``pyprune.prune`` from the configuration to the result
+``refine``              ``pyprune.refine``: trains a live pruned model towards its dense one
+``refine_checkpoint``   ``pyprune refine``: the same from one folder to another
+``block_loop``          the one loop over blocks, and the protocol ``BlockWork`` of what a kind of run does in it
+``mask_work``           ``BlockWork`` of unstructured and N:M masks
+``structured_work``     ``BlockWork`` of removed heads and neurons
+``refine_work``         ``BlockWork`` of training a model that is pruned already
+``opening``             which runs can read their weights block by block
+``progress``            the progress bar
+``result``              ``PruneResult``: the pruned model, its report, and how both are written
+
+From outside: ``prune.prune``, ``refine.refine``, ``refine_checkpoint.refine_checkpoint``, ``result.PruneResult``, and
+``opening`` for the plan.
+May import: ``reconstruction``, ``structured``, ``masks`` and everything below them.
+"""

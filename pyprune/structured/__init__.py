@@ -1,1 +1,18 @@
-"""TODO."""
+"""Removal of whole heads and FFN neurons: find the groups, score them, choose, repair what is left, slice.
+
+``preparation``    everything that is decided before the first pass: ``prepare``
+``block``          the work on one block: observe, score, choose, repair, slice
+``groups``         which rows and columns of a block belong to one head or neuron, found by derivatives
+``block_probe``    the derivatives that ``groups`` reads
+``taps``           inputs of the consumers and sums their outputs land in, read from a running block
+``moments``        second moments of these inputs, with tokens weighted and some held out
+``criteria``       scores of groups, one function per criterion
+``allocation``     how many groups each block keeps, and which
+``liar``           what makes up for the removed groups: LIAR, bias compensation, mask tuning
+``slicing``        physically smaller parameters and the attributes that go with them
+``config_edits``   the sizes as edits of a Hugging Face configuration, or as a layout that only pyprune reads
+
+From outside: ``preparation.prepare``, ``block.dense_block`` and ``block.propagated_block``, ``slicing``,
+``config_edits``.
+May import: ``masks`` and everything below it; never ``reconstruction``, which stands beside it.
+"""
