@@ -20,6 +20,7 @@ from pyprune.execution.distributed import World
 from pyprune.execution.executor import Executor, Resident
 from pyprune.execution.weight_streaming import Streamed
 from pyprune.model.blocks import ModelView
+from pyprune.model.embedding import input_embedding
 
 
 class Meter:
@@ -77,7 +78,7 @@ def measure_streamed(view: ModelView, weights: Streamed, named: list[tuple[str, 
                 arguments = beside.fill(executor.arguments(last, batch.length, batch.size))
                 out = module(hidden, *arguments.args, **arguments.kwargs)
                 ids = activations.ids[batch.length][batch.start:batch.stop]
-                home = view.model.get_input_embeddings().weight.device
+                home = input_embedding(view.model).weight.device
                 out = (out[0].to(home), *out[1:]) if isinstance(out, tuple) else out.to(home)
                 found = window_losses(view.complete(ids.to(home), out).logits, ids.to(home)).tolist()
                 for row, loss in zip(activations.rows[batch.length][batch.start:batch.stop], found):

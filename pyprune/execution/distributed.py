@@ -110,7 +110,7 @@ class World:
         if self.size > 1:
             with self._guard():
                 for tensor in tensors:
-                    if tensor is not None:
+                    if tensor is not None and tensor.numel():
                         dist.all_reduce(tensor)
 
     def send_(self, tensor: Tensor, owner: int) -> None:
@@ -125,9 +125,10 @@ class World:
 
     def share(self, tensor: Tensor | None, shape: tuple[int, ...], owner: int, device: torch.device) -> Tensor:
         """The owner's float32 tensor, everywhere; the others need not have one."""
-        if self.size > 1:
-            tensor = tensor.contiguous() if self.rank == owner else torch.empty(shape, device=device)
-            self.send_(tensor, owner)
+        if tensor is None or self.rank != owner:
+            tensor = torch.empty(shape, device=device)
+        tensor = tensor.contiguous()
+        self.send_(tensor, owner)
         return tensor
 
     def tensors(self, found: dict[str, Tensor] | None, device: torch.device) -> dict[str, Tensor]:

@@ -23,6 +23,7 @@ from pyprune.execution.cpu_forward import forward_mode
 from pyprune.execution.distributed import World
 from pyprune.model.arguments import Arguments, Beside
 from pyprune.model.blocks import ModelView
+from pyprune.model.embedding import input_embedding
 from pyprune.model.recording import any_token, call_block
 
 TARGET_TOKENS = 2048 if not torch.cuda.is_available() else 16384
@@ -193,7 +194,7 @@ class Executor:
 
     def _record(self, ids: Tensor) -> tuple[Tensor, list[Arguments], dict[int, Tensor]]:
         """First-block input, the blocks' arguments on the device, and the sequences' own tensors where they are."""
-        home = next(self.view.model.get_input_embeddings().parameters()).device
+        home = next(input_embedding(self.view.model).parameters()).device
         hidden, recorded = self.view.record(ids.to(home))
         arguments, own = self.view.tokenwise.split(recorded)
         memo: dict[int, object] = {}

@@ -46,26 +46,25 @@ class Statistics:
     precision: str = "float32"
     clock: Callable = contextlib.nullcontext
     """Charges the updates to a phase of their own."""
-    gram: Tensor | None = None
-    """float32 ``[c, c]``, ``XᵀX``."""
-    sums: Tensor | None = None
-    """float32 ``[c]``, ``Σx``."""
+    gram: Tensor = field(init=False)
+    """float32 ``[c, c]``, ``XᵀX``; empty where no Gram is wanted."""
+    sums: Tensor = field(init=False)
+    """float32 ``[c]``, ``Σx``; empty where no Gram is wanted."""
     count: Tensor = field(init=False)
     """int64 scalar: tokens seen."""
-    mean: Tensor | None = None
-    m2: Tensor | None = None
-    """Centred sum of squares, float64 ``[c]``, merged by Chan's formula."""
+    mean: Tensor = field(init=False)
+    """float64 ``[c]``; empty where no moments are wanted."""
+    m2: Tensor = field(init=False)
+    """Centred sum of squares, float64 ``[c]``, merged by Chan's formula; empty where no moments are wanted."""
     cross: Tensor | None = None
     """float32 ``[c, c]``, ``X̄ᵀX`` with the dense stream's inputs X̄, where the layer-wise target is dense (GP)."""
 
     def __post_init__(self):
         self.count = torch.zeros((), dtype=torch.int64, device=self.device)
-        if self.want_gram:
-            self.gram = torch.zeros(self.columns, self.columns, device=self.device)
-            self.sums = torch.zeros(self.columns, device=self.device)
-        if self.want_moments:
-            self.mean = torch.zeros(self.columns, dtype=torch.float64, device=self.device)
-            self.m2 = torch.zeros(self.columns, dtype=torch.float64, device=self.device)
+        c, moments = self.columns if self.want_gram else 0, self.columns if self.want_moments else 0
+        self.gram, self.sums = torch.zeros(c, c, device=self.device), torch.zeros(c, device=self.device)
+        self.mean = torch.zeros(moments, dtype=torch.float64, device=self.device)
+        self.m2 = torch.zeros(moments, dtype=torch.float64, device=self.device)
 
     def update(self, x: Tensor, dense: Tensor | None = None) -> None:
         """Add tokens ``x [tokens, c]``; ``dense`` are the same tokens in the dense stream."""
@@ -92,9 +91,9 @@ class Statistics:
         """Statistics of both inputs together."""
         both = copy.copy(self)
         both.count = self.count + other.count
-        for name in ("gram", "sums", "cross"):
-            if getattr(self, name) is not None:
-                setattr(both, name, getattr(self, name) + getattr(other, name))
+        both.gram, both.sums = self.gram + other.gram, self.sums + other.sums
+        if self.cross is not None and other.cross is not None:
+            both.cross = self.cross + other.cross
         if self.want_moments:
             share = other.count / both.count.clamp(min=1).double()
             delta = other.mean - self.mean
@@ -114,8 +113,16 @@ class Statistics:
         return int(self.count)
 
     def finite(self) -> bool:
-        values = self.m2 if self.gram is None else self.gram.diagonal()
+        values = self.gram.diagonal() if self.want_gram else self.m2
         return bool(torch.isfinite(values).all())
+
+
+class Sink(Protocol):
+    """What takes the inputs ``[tokens, c]`` of a group."""
+
+    def update(self, x: Tensor, dense: Tensor | None = None) -> None: ...
+
+    def plus(self, other: Self) -> Self: ...
 
 
 class Inputs:

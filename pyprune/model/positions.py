@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from pyprune.config import ConfigError
 from pyprune.model.blocks import ModelView, check_apart
+from pyprune.model.embedding import input_embedding
 from pyprune.model.recording import any_token
 
 FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "n_ctx")
@@ -68,7 +69,7 @@ def of_any(model: nn.Module) -> Positions | None:
 
 def _tables(view: ModelView) -> list[int]:
     """Sequence lengths at which the tables outside the blocks end."""
-    device = next(view.model.get_input_embeddings().parameters()).device
+    device = next(input_embedding(view.model).parameters()).device
     check_apart(view)  # what is learnt of the model first is learnt from other tokens
     seen = []
     for length in (2, 3):

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from pyprune.config import ConfigError
 from pyprune.model.arguments import Arguments, Tokenwise, find_tokenwise, probe_batches, same, tidy
+from pyprune.model.embedding import input_embedding
 
 
 class Stop(Exception):
@@ -155,7 +156,7 @@ class Recorded:
         calls: list[Call] = []
         outputs: list[Tensor] = []
         plain, whole = list(range(len(self.slots))), False
-        weight = next(self.model.get_input_embeddings().parameters())
+        weight = next(input_embedding(self.model).parameters())
         device = next((b.device for b in self.model.buffers()), None) if weight.is_meta else weight.device
 
         def give(block: nn.Module, place: int, hidden: Tensor, given: Arguments) -> Tensor:
@@ -178,7 +179,7 @@ class Recorded:
     @functools.cached_property
     def _probes(self) -> tuple[Tensor, Tensor]:
         """Two batches of a few tokens that differ in the first of their two rows."""
-        embedding = self.model.get_input_embeddings()
+        embedding = input_embedding(self.model)
         device = next(embedding.parameters()).device
         one, other = probe_batches(self.model.config, embedding.num_embeddings)
         return one.to(device), other.to(device)
@@ -330,7 +331,7 @@ def _same_arguments(one: Call, other: Call) -> bool:
 def any_token(model: nn.Module) -> int:
     """A token id that is not padding, from which some encoders derive positions."""
     token = 1 + (getattr(model.config, "pad_token_id", None) or 0)
-    return min(token, model.get_input_embeddings().num_embeddings - 1)
+    return min(token, input_embedding(model).num_embeddings - 1)
 
 
 @contextlib.contextmanager

@@ -35,6 +35,7 @@ from pyprune.model.blocks import (
     refuse_shared,
     select_weights,
 )
+from pyprune.model.embedding import input_embedding
 from pyprune.model.positions import Positions, positions_of
 from pyprune.pipeline.block_loop import Loop, run_blocks
 from pyprune.pipeline.mask_work import MaskWork
@@ -114,7 +115,7 @@ def _prune(model, config: PruneConfig, tokenizer, in_place: bool, progress: bool
     if world.same(journal.complete):
         world.lead(journal.publish)
         return published(config, opened.weights)
-    store = make_store(config.memory_budget_gb, journal.folder, device)
+    store = make_store(config.memory_budget_gb, journal.folder if journal.keeps else None, device)
     measured = Meter(texts, config.evaluation, device, store, world)
     with found.clock("evaluation"):
         dense = kept(journal, world, "dense", lambda: measured(view.model, opened.weights),
@@ -244,7 +245,7 @@ def calibration_data(config: PruneConfig, view: ModelView, tokenizer,
                                  "a tokenizer; pass tokenizer=, or give token ids as calibration")
         return data
     data = calibration.load(settings, tokenizer, encoder=view.is_encoder, model_config=model.config,
-                            vocab_size=model.get_input_embeddings().num_embeddings, measures=watches(config))
+                            vocab_size=input_embedding(model).num_embeddings, measures=watches(config))
     if positions:
         positions.check(lengths_of(data, calibration.coerce(settings)), "calibration sequences", "seq_len",
                         data.warnings.append)

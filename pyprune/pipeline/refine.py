@@ -18,6 +18,7 @@ from pyprune.execution.executor import Executor
 from pyprune.execution.journal import Journal
 from pyprune.execution.run import Findings
 from pyprune.model.blocks import ModelView, check_apart, check_finite, check_usable
+from pyprune.model.embedding import input_embedding
 from pyprune.model.positions import positions_of
 from pyprune.pipeline.block_loop import Loop, run_blocks
 from pyprune.pipeline.progress import Progress
@@ -69,7 +70,7 @@ def refine(model: nn.Module, dense: nn.Module, calibration=None, *, tokenizer=No
 def sequences_for(student: ModelView, teacher: ModelView, calibration, tokenizer, settings: Reconstruction,
                   seed: int) -> CalibrationData:
     """Calibration and held-out sequences for a pair of models; ConfigError where anything does not fit."""
-    sizes = [(len(view.blocks), *view.model.get_input_embeddings().weight.shape) for view in (student, teacher)]
+    sizes = [(len(view.blocks), *input_embedding(view.model).weight.shape) for view in (student, teacher)]
     if sizes[0] != sizes[1]:
         raise ConfigError("the pruned and the dense model must have the same blocks, vocabulary and hidden size, got "
                           f"{sizes[0]} and {sizes[1]}")

@@ -125,7 +125,7 @@ def _refine(request: Request, world: World, journal: Journal, progress: bool) ->
         world.lead(journal.publish)
         return json.loads((Path(request.output).expanduser() / RECORD).read_text())
     found.warnings += [*pruned.origin.notes, *data.warnings]
-    store = make_store(request.memory_budget_gb, journal.folder, where)
+    store = make_store(request.memory_budget_gb, journal.folder if journal.keeps else None, where)
     meter = Meter(texts, request.evaluation, where, store, world)
     with found.clock("evaluation"):
         measured = kept(journal, world, "measured", lambda: {"dense": meter(dense.model, dense.weights),

@@ -20,6 +20,7 @@ from pyprune.execution.device import cpu_has_bfloat16
 from pyprune.execution.executor import TARGET_TOKENS
 from pyprune.masks.refit import NARROW, SYSTEM_ELEMENTS, USUAL_STEPS
 from pyprune.model.blocks import ModelView, WeightRef, weights_of
+from pyprune.model.embedding import input_embedding
 from pyprune.structured.criteria import NEEDS_MOMENTS
 
 PROCESS = 500 * 2**20
@@ -192,7 +193,7 @@ def memory_of(view: ModelView, selected: list[list[WeightRef]], config: PruneCon
 
     budget: host memory for activations; what is above it lies in files.
     """
-    hidden = view.model.get_input_embeddings().weight.shape[1]
+    hidden = input_embedding(view.model).weight.shape[1]
     own, calibration = next(view.blocks.parameters()).dtype, config.calibration
     largest = max(sum(p.numel() for p in block.parameters()) for block, _, _ in kinds(view, selected))
     everything = sum(p.numel() for p in view.model.parameters())
@@ -252,7 +253,7 @@ def evaluation_bytes(view: ModelView, config: PruneConfig, streamed: bool, wides
     asked, own = config.evaluation.dtype, next(view.blocks.parameters()).dtype
     dtype = getattr(torch, asked) if asked != "auto" else \
         torch.bfloat16 if own == torch.float32 and cpu_has_bfloat16() else own
-    embedding = view.model.get_input_embeddings().weight
+    embedding = input_embedding(view.model).weight
     vocabulary, hidden = embedding.shape
     tokens = config.evaluation.batch_size * config.evaluation.tokens
     everything = sum(p.numel() for p in view.model.parameters())

@@ -21,6 +21,7 @@ from pyprune.execution.device import pick_device, pick_dtype
 from pyprune.execution.weight_streaming import SHARE, why_whole
 from pyprune.model import checkpoint
 from pyprune.model.blocks import ModelView, WeightRef, check_apart, select_weights, uncovered, weights_of
+from pyprune.model.embedding import input_embedding
 from pyprune.model.names import matches
 from pyprune.model.positions import positions_of
 from pyprune.model.shards import Files
@@ -82,7 +83,7 @@ def plan(config: PruneConfig | dict) -> dict:
     free = {"memory": available_memory(), "device": torch.cuda.mem_get_info(device)[0] if gpu else None}
     streamed, why = will_stream(config, view, free["memory"])
     budget = free["memory"] / 2 if config.memory_budget_gb is None else config.memory_budget_gb * 1e9
-    hidden = view.model.get_input_embeddings().weight.shape[1]
+    hidden = input_embedding(view.model).weight.shape[1]
     spilled = max(0, int(activation_bytes(config, hidden, compute) - budget))
     host, on_device = memory_of(view, selected, config, compute, streamed, gpu, budget)
     seconds = rehearse(config, view, work, small, streamed)

@@ -22,6 +22,7 @@ from pyprune.config import Calibration, Evaluation, PruneConfig
 from pyprune.effects import measures_errors, reads_sequences, trains
 from pyprune.execution.executor import TARGET_TOKENS
 from pyprune.model.blocks import ModelView, weights_of
+from pyprune.model.embedding import input_embedding
 from pyprune.model.shards import Shard, write_shard
 from pyprune.model.skeleton import skeleton
 from pyprune.pipeline.prune import prune
@@ -49,7 +50,7 @@ def rehearse(config: PruneConfig, view: ModelView, work: Work, own: ModelView,
     probes = min(config.probe_samples, 1) if measures_errors(config) else 0
 
     def ids(rows: int, tokens: int) -> Tensor:
-        vocabulary = own.model.get_input_embeddings().weight.shape[0]
+        vocabulary = input_embedding(own.model).weight.shape[0]
         return torch.randint(5, vocabulary, (rows, tokens), generator=torch.Generator().manual_seed(rows))
 
     def settings(rows: int, tokens: int, evaluation: Evaluation, epochs: int) -> PruneConfig:
@@ -137,7 +138,7 @@ def rehearsal_model(config: Any, dtype: torch.dtype) -> tuple[nn.Module, bool]:
             if isinstance(value, int) and value > 1:
                 setattr(small, name, value // 2)
         narrowed = True
-    if model.get_input_embeddings().weight.numel() > 2 * LARGEST:
+    if input_embedding(model).weight.numel() > 2 * LARGEST:
         small.vocab_size, narrowed = 4096, True
         model = skeleton(small, dtype)
     generator = torch.Generator().manual_seed(0)

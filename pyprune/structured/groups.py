@@ -21,6 +21,7 @@ from pyprune.config import ConfigError
 from pyprune.execution.executor import Resident, expert_loop
 from pyprune.model.arguments import Arguments
 from pyprune.model.blocks import ModelView, WeightRef, refuse_shared, weights_of
+from pyprune.model.embedding import input_embedding
 from pyprune.model.recording import call_block
 from pyprune.structured.block_probe import Probe, landing, normed
 
@@ -104,9 +105,9 @@ def find_groups(view: ModelView, pattern: str, head_scope: str = "groups",
     once. Raises ConfigError if a block has no such group.
     """
     refuse_shared(view, pattern)
-    vocabulary = view.model.get_input_embeddings().num_embeddings
+    vocabulary = input_embedding(view.model).num_embeddings
     ids = (torch.arange(PROBE_TOKENS)[None] * 7 + 1 + (getattr(view.model.config, "pad_token_id", None) or 0))
-    device = next(view.model.get_input_embeddings().parameters()).device
+    device = next(input_embedding(view.model).parameters()).device
     hidden, arguments = view.record((ids % vocabulary).to(device))
     known: dict[tuple, list[Coupled]] = {}
     weights = weights or Resident()

@@ -11,6 +11,7 @@ from pyprune.config import ConfigError, PruneConfig
 from pyprune.execution.executor import expert_loop
 from pyprune.execution.run import Findings, Run
 from pyprune.model.blocks import ModelView
+from pyprune.model.embedding import input_embedding
 from pyprune.structured import config_edits, slicing
 from pyprune.structured.allocation import Member, choose, global_counts, uniform_count
 from pyprune.structured.block import Preparation, StructuredRun, Target, dealt, has_bias, observe, score_group
@@ -101,8 +102,8 @@ def _single(group: Coupled) -> str:
 
 
 def _verify(run: Run, groups: list[list[Coupled]]) -> None:
-    vocabulary = run.view.model.get_input_embeddings().num_embeddings
-    device = next(run.view.model.get_input_embeddings().parameters()).device
+    vocabulary = input_embedding(run.view.model).num_embeddings
+    device = next(input_embedding(run.view.model).parameters()).device
     ids = (torch.arange(PROBE_TOKENS)[None] * 5 + 2) % vocabulary
     hidden, arguments = run.view.record(ids.to(device))
     seen = set()
