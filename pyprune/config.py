@@ -216,7 +216,7 @@ class Reconstruction:
     ``dense``, its output in the dense stream (cross Gram, GP)."""
 
     def __post_init__(self):
-        self.betas = tuple(self.betas)
+        self.betas = (self.betas[0], self.betas[1])
         _positive(self, "epochs", minimum=0)
         _positive(self, "batch_size", "micro_batch_size")
         _check_choices(self)
@@ -262,7 +262,7 @@ class PruneConfig:
     """How weights are chosen: magnitude, wanda, sparsegpt (unstructured and N:M)."""
     pattern: str = "unstructured"
     """``unstructured``, ``N:M``, or structured: ``neurons``, ``heads``, ``structured`` (both)."""
-    sparsity: float | typing.Sequence[float] | None = None
+    sparsity: float | list[float] | tuple[float, ...] | None = None
     """Fraction of zeros (structured: of the groups dropped; a list gives the curve). None: 0.5, or 1 − N/M."""
     criterion: Criterion = "wifv"
     """Structured: how neurons and heads are chosen."""
@@ -382,12 +382,14 @@ class PruneConfig:
                                   + (f"; did you mean {value / 100:g}?" if isinstance(value, (int, float))
                                      and 5 <= value < 100 else ""))
         many = isinstance(self.sparsity, (list, tuple))
-        self.sparsity = tuple(float(v) for v in values) if many else float(self.sparsity)
+        self.sparsity = tuple(float(v) for v in values) if many else float(values[0])
 
     @property
     def sparsities(self) -> tuple[float, ...]:
         """Every sparsity asked for; usually one."""
-        return self.sparsity if self.is_curve else (self.sparsity,)
+        if isinstance(self.sparsity, (list, tuple)):
+            return tuple(self.sparsity)
+        return () if self.sparsity is None else (self.sparsity,)
 
     @property
     def is_curve(self) -> bool:

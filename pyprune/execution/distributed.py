@@ -127,15 +127,17 @@ class World:
         """The owner's float32 tensor, everywhere; the others need not have one."""
         if tensor is None or self.rank != owner:
             tensor = torch.empty(shape, device=device)
-        tensor = tensor.contiguous()
-        self.send_(tensor, owner)
+        if self.size > 1:
+            tensor = tensor.contiguous()
+            self.send_(tensor, owner)
         return tensor
 
     def tensors(self, found: dict[str, Tensor] | None, device: torch.device) -> dict[str, Tensor]:
         """Process 0's named tensors, everywhere."""
+        found = found or {}
         if self.size == 1:
             return found
-        kinds = self.same([(name, t.dtype, tuple(t.shape)) for name, t in found.items()] if self.leads else None)
+        kinds = self.same([(name, t.dtype, tuple(t.shape)) for name, t in found.items()])
         out = {}
         for name, dtype, shape in kinds:
             tensor = found[name].to(device) if self.leads else torch.empty(shape, dtype=dtype, device=device)
@@ -255,7 +257,7 @@ class Pulse:
         return None
 
 
-_world: World | None = None
+_world: Torchrun | None = None
 
 
 def start() -> World:

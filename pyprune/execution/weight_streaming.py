@@ -89,7 +89,8 @@ class Streamed(Resident):
 
     def save(self, folder: Path) -> None:
         """Write config and weights of the finished model: one shard a block, linked where the journal wrote it."""
-        model, view = self.view.model, self.view
+        view = self.view
+        model: Any = view.model
         model.config.architectures = [type(model).__name__]
         model.config.save_pretrained(folder)
         checkpoint.save_generation_config(model, folder)
@@ -120,7 +121,7 @@ def fill(module: nn.Module, tensors: dict[str, Tensor]) -> None:
         if leaf in owner._parameters:
             owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
         else:
-            owner._buffers[leaf].copy_(tensor)
+            owner.get_buffer(leaf).copy_(tensor)
 
 
 def _parameters(module: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
@@ -224,6 +225,8 @@ def _open(name: str, dtype: str, folder: Path, wanted: bool, pin: bool) -> Opene
         return "it is quantised"
     origin = checkpoint.find_origin(checkpoint.resolve(name))
     files = origin.files
+    if not isinstance(files, Files):
+        return "only a local folder of safetensors files can be read block by block"
     if not wanted and files.bytes < SHARE * available_memory():
         return "it fits into memory"
     kind = checkpoint_dtype(hf_config, files) if dtype == "auto" else getattr(torch, dtype)

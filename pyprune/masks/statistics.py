@@ -13,6 +13,7 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -118,11 +119,14 @@ class Statistics:
 
 
 class Sink(Protocol):
-    """What takes the inputs ``[tokens, c]`` of a group."""
+    """What takes the inputs ``[tokens, c]`` of a group; ``dense`` are the same tokens in the dense stream."""
 
     def update(self, x: Tensor, dense: Tensor | None = None) -> None: ...
 
-    def plus(self, other: Self) -> Self: ...
+    def plus(self: S, other: S) -> S: ...
+
+
+S = TypeVar("S", bound=Sink)
 
 
 class Inputs:
@@ -131,7 +135,7 @@ class Inputs:
     def __init__(self):
         self.chunks: list[Tensor] = []
 
-    def update(self, x: Tensor) -> None:
+    def update(self, x: Tensor, dense: Tensor | None = None) -> None:
         self.chunks.append(x.clone() if x.is_cuda else x)  # on a GPU it may lie in a buffer of the ring
 
     def plus(self, other: Inputs) -> Inputs:
@@ -149,11 +153,11 @@ Call = tuple[int, str, int]
 """A product in a forward pass: which application of its block, the weight's name, how often before in that one."""
 
 
-class Observer:
+class Observer(Generic[S]):
     """Feeds the inputs of a block's weights to one sink a group while the block runs."""
 
-    def __init__(self, module: nn.Module, refs: list[WeightRef], sink: Callable[[int, torch.device], object]):
-        self.sinks: dict[str, object] = {}
+    def __init__(self, module: nn.Module, refs: list[WeightRef], sink: Callable[[int, torch.device], S]):
+        self.sinks: dict[str, S] = {}
         self.leader: dict[str, str] = {}
         self.skip: frozenset[Call] = frozenset()
         """Calls whose sinks have this batch already (it ran out of memory behind them and comes again in halves)."""
@@ -220,7 +224,7 @@ class Observer:
                 self.held[call] = rows
             elif call not in self.skip:
                 self.updating = name
-                self.sinks[key].update(rows, *([self.held[call]] if call in self.held else []))
+                self.sinks[key].update(rows, self.held.get(call))
                 self.updating = None
         if call == self._last:
             raise Stop
@@ -257,7 +261,7 @@ class Observer:
         known = {name for _, name, _ in self._order} == self._names and not self._routed
         return self._order[-1] if known and not any(again for _, _, again in self._order) else None
 
-    def run_dense(self, forward: Callable[[], Tensor]) -> Tensor:
+    def run_dense(self, forward: Callable[[], Tensor]) -> Tensor | None:
         """The dense stream's pass over a batch, before the batch itself."""
         self.held, self.holding = {}, True
         try:
@@ -280,7 +284,9 @@ class Observer:
             leader[name] = groups.setdefault(parts, name)
             if leader[name] == name:
                 first, *rest = (self.sinks[part] for part in parts)
-                sinks[name] = functools.reduce(lambda one, other: one.plus(other), rest, first)
+                for other in rest:
+                    first = first.plus(other)
+                sinks[name] = first
         self.sinks, self.leader = sinks, leader
 
 
@@ -304,8 +310,8 @@ class _ExpertMode(TorchFunctionMode):
 
 
 def observe(executor: Executor, index: int, module: nn.Module, refs: list[WeightRef], activations: Activations,
-            sink: Callable[[int, torch.device], object], target: Activations | None = None,
-            dense: Activations | None = None) -> Observer:
+            sink: Callable[[int, torch.device], S], target: Activations | None = None,
+            dense: Activations | None = None) -> Observer[S]:
     """Run a block over ``activations`` and return the observer with one filled sink a group.
 
     The pass ends before the block's last projection unless ``target`` wants the outputs.
@@ -326,7 +332,7 @@ def observe(executor: Executor, index: int, module: nn.Module, refs: list[Weight
 
     try:
         for batch, hidden in executor.stream(activations):
-            parts = [(batch, hidden, frozenset())]
+            parts: list[tuple[Batch, Tensor, frozenset[Call]]] = [(batch, hidden, frozenset())]
             while parts:
                 part, x, observer.skip = parts.pop(0)
                 outs = executor.attempt(functools.partial(both, part, x))
@@ -334,7 +340,7 @@ def observe(executor: Executor, index: int, module: nn.Module, refs: list[Weight
                     parts[:0] = _again(executor, index, observer, part, x)
                     continue
                 for stream, out, beside in outs:
-                    if stream is not None:
+                    if stream is not None and out is not None:
                         executor.write(stream, part, out, beside)
         executor.drain()
     finally:
@@ -343,7 +349,7 @@ def observe(executor: Executor, index: int, module: nn.Module, refs: list[Weight
     return observer
 
 
-def _again(executor: Executor, index: int, observer: Observer, batch: Batch, hidden: Tensor) -> list[tuple]:
+def _again(executor: Executor, index: int, observer: Observer, batch: Batch, hidden: Tensor) -> list[tuple[Batch, Tensor, frozenset[Call]]]:
     """Halves of a batch that ran out of memory, with the calls whose sinks have seen it."""
     if observer.updating is not None:
         raise ConfigError(f"the statistics of {observer.updating} in block {index} do not fit on {executor.device} "
@@ -353,7 +359,7 @@ def _again(executor: Executor, index: int, observer: Observer, batch: Batch, hid
     return [(part, x, seen) for part, x in executor.halve(batch, hidden, index)]
 
 
-def reduce_statistics(world: World, observer: Observer) -> None:
+def reduce_statistics(world: World, observer: Observer[Statistics]) -> None:
     """Sum the statistics of all processes' observers; experts that only some processes reached come in too."""
     if world.size == 1:
         return

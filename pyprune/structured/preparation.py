@@ -145,7 +145,8 @@ def _allocate(work: StructuredRun, sparsities: tuple[float, ...]) -> list[list[l
         return [[[uniform_count(g, s) for g in block] for block in groups] for s in sparsities]
     members = [[Member(i, g, None, g.unit_size(run.view.blocks[i])) for g in block] for i, block in enumerate(groups)]
     with work.clock("allocation"), expert_loop(run.view.model.config), torch.no_grad():
-        stream = run.executor.embed(run.data.sequences, shared=True) if run.config.criterion in NEEDS_MOMENTS else None
+        looks = run.config.criterion in NEEDS_MOMENTS and len(run.data.sequences) > 0
+        stream = run.executor.embed(run.data.sequences, shared=True) if looks else None
         for index, block in enumerate(members):
             with run.executor.compute(index) as module:
                 splits = observe(run, work.clock, index, module, groups[index], stream, target=stream) if stream else \
