@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import functools
 import re
 import types
 import typing
@@ -74,7 +73,6 @@ def members(hint) -> tuple:
     return get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
 
 
-@functools.cache
 def choices(cls: type) -> dict[str, tuple[str, ...]]:
     """Field → its allowed values, for the fields of a section that have a choice of a few."""
     allowed = {name: [value for member in members(hint) if typing.get_origin(member) is Literal
@@ -216,6 +214,8 @@ class Reconstruction:
     ``dense``, its output in the dense stream (cross Gram, GP)."""
 
     def __post_init__(self):
+        if len(self.betas) != 2:
+            raise ConfigError(f"betas must be two numbers, got {self.betas!r}")
         self.betas = (self.betas[0], self.betas[1])
         _positive(self, "epochs", minimum=0)
         _positive(self, "batch_size", "micro_batch_size")
@@ -400,6 +400,20 @@ class PruneConfig:
     def nm(self) -> tuple[int, int] | None:
         """(N, M) of an N:M pattern, else None."""
         return parse_nm(self.pattern) if isinstance(self.pattern, str) else None
+
+    @property
+    def model_name(self) -> str:
+        """The model of a run that names one; ConfigError for one that does not."""
+        if self.model is None:
+            raise ConfigError("no model: give a Hub id, a local folder or a .gguf file")
+        return self.model
+
+    @property
+    def output_folder(self) -> str:
+        """The output folder of a run that has one; ConfigError for one that has not."""
+        if self.output is None:
+            raise ConfigError("no output folder: name one")
+        return self.output
 
     @property
     def is_structured(self) -> bool:

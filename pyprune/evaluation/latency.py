@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from pyprune.config import ConfigError
-from pyprune.evaluation.perplexity import check_causal, device_of, vocabulary
+from pyprune.evaluation.perplexity import check_causal, device_of
 from pyprune.model.blocks import read_on
+from pyprune.model.embedding import input_embedding
 
 
 @torch.no_grad()
@@ -26,7 +27,7 @@ def latency(model: nn.Module, *, tokens: int = 512, new_tokens: int = 32, batch_
     """
     check_causal(model)
     device = device_of(model)
-    ids = torch.randint(vocabulary(model), (batch_size, tokens), generator=torch.Generator().manual_seed(0)).to(device)
+    ids = torch.randint(input_embedding(model).weight.shape[0], (batch_size, tokens), generator=torch.Generator().manual_seed(0)).to(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     runs = [_timed_run(model, ids, new_tokens) for _ in range(repeats + 1)][1:]

@@ -195,7 +195,8 @@ def _rowwise(a, b, rows: int) -> bool:
 def probe_batches(config, vocabulary: int) -> tuple[Tensor, Tensor]:
     """Two batches ``[2, PROBE_TOKENS]`` of ids that differ in their first row. Ids that configurations name (image
     placeholders and the like) are left out, but the padding id is among the changed ones: real text may hold it."""
-    named, padding = set(), None
+    named: set[int] = set()
+    padding = None
     for part in (config, getattr(config, "get_text_config", lambda: None)()):
         for key, value in vars(part).items() if part is not None else ():
             if "token_i" in key:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pyprune.config import ConfigError
+from pyprune.model.embedding import input_embedding
 from pyprune.model.names import matches
 from pyprune.model.recording import Recorded
 from pyprune.model.routing import expert_matrices
@@ -122,10 +123,18 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return name, blocks
 
 
+def block_list(model: nn.Module, path: str) -> nn.ModuleList:
+    """The blocks of a model whose path (:func:`find_blocks`) is known."""
+    found = model.get_submodule(path)
+    if not isinstance(found, nn.ModuleList):
+        raise TypeError(f"{path} of {type(model).__name__} is a {type(found).__name__}, no list of blocks")
+    return found
+
+
 def token_embedding(model: nn.Module) -> nn.Module | None:
     """The table of a model's token ids; None for a model that has none (images, sound, modules of one's own)."""
     try:
-        found = model.get_input_embeddings()
+        found = input_embedding(model)
     except (AttributeError, NotImplementedError):
         return None
     return found if hasattr(found, "num_embeddings") else None

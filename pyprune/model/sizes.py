@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,8 @@ def set_parameter(block: nn.Module, path: str, value: Tensor) -> None:
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = value.shape
     elif hasattr(module, "nf"):
-        module.nx, module.nf = value.shape
+        conv: Any = module
+        conv.nx, conv.nf = value.shape
 
 
 def settable(config, name: str) -> bool:
@@ -39,7 +41,7 @@ def apply_attributes(module: nn.Module, values: dict) -> None:
             setattr(module, name, value)
 
 
-def sized_class(cls: type, sizes: dict) -> type:
+def sized_class(cls: Any, sizes: dict) -> Any:
     """A subclass of a Hugging Face model class whose instances have the shapes of ``sizes`` (a :func:`layout`)."""
     def init(self, config, *args, **kwargs):
         cls.__init__(self, config, *args, **kwargs)
@@ -51,7 +53,7 @@ def sized_class(cls: type, sizes: dict) -> type:
 def _resize(model: nn.Module, sizes: dict) -> None:
     for name, shape in sizes["shapes"].items():
         owner, _, key = name.rpartition(".")
-        module = model.get_submodule(owner)
+        module: Any = model.get_submodule(owner)
         like = getattr(module, key, None)
         value = torch.empty(shape, dtype=(module.weight if like is None else like).dtype)
         if like is None:

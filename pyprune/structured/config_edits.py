@@ -8,6 +8,7 @@ say is described by :func:`layout`, from which :mod:`pyprune.model.sizes` makes 
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,7 +24,7 @@ BIAS_FLAGS = ("mlp_bias", "attention_bias", "use_bias", "enable_bias")
 
 def empty_like(model: nn.Module, edits: dict) -> nn.Module:
     """A weightless model of the same class from the edited config; ConfigError if the config refuses the edits."""
-    config = copy.deepcopy(model.config)
+    config: Any = copy.deepcopy(model.config)
     for key, value in edits.items():
         setattr(config, key, value)
     try:
@@ -95,7 +96,7 @@ def standard_edits(model: nn.Module, dense: dict[str, Coupled], units: dict[str,
 
 def apply_edits(model: nn.Module, edits: dict) -> None:
     """Edit the config all modules share, and give every bias that its flags add an explicit zero."""
-    shared = model.config
+    shared: Any = model.config
     for key, value in edits.items():
         setattr(shared, key, value)
     for module in model.modules():
@@ -117,7 +118,8 @@ def add_biases(model: nn.Module, edits: dict) -> None:
     have = dict(model.named_parameters())
     for name in [n for n, _ in shell.named_parameters() if n.endswith("bias") and n not in have]:
         module = model.get_submodule(name.rpartition(".")[0])
-        module.bias = nn.Parameter(torch.zeros(module.weight.shape[0]).to(module.weight), requires_grad=False)
+        weight = module.get_parameter("weight")
+        module.bias = nn.Parameter(torch.zeros(weight.shape[0]).to(weight), requires_grad=False)
 
 
 def _said(edits: dict) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -155,13 +156,14 @@ def mask_gradients(view: ModelView, groups: list[list[Coupled]], sequences: list
             module = view.blocks[index].get_submodule(group.consumer.module_path)
             handles.append(module.register_forward_pre_hook(watch(out[index][i], group)))
     # classifiers look for the last token that is no padding, and take one sequence at a time without a padding id
-    alone = view.is_encoder and getattr(model.config.get_text_config(), "pad_token_id", None) is None
+    config: Any = model.config
+    alone = view.is_encoder and getattr(config.get_text_config(), "pad_token_id", None) is None
     try:
         for batch in shell.batches(None):
-            for start in range(batch.start, batch.stop, step := 1 if alone else max(1, 2048 // batch.length)):
-                ids = shell.ids[batch.length][start:min(start + step, batch.stop)].to(device)
+            for begin in range(batch.start, batch.stop, step := 1 if alone else max(1, 2048 // batch.length)):
+                ids = shell.ids[batch.length][begin:min(begin + step, batch.stop)].to(device)
                 size = len(ids)
-                places = [first + row for row in shell.rows[batch.length][start:start + size]]
+                places = [first + row for row in shell.rows[batch.length][begin:begin + size]]
                 with torch.enable_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32), \
                         uncached(model) as options:
                     result = model(ids, **options)
