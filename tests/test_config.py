@@ -82,6 +82,12 @@ def test_choices_come_from_the_types_and_anything_else_is_refused(cls, allowed):
                 cls(**{name: wrong})
 
 
+def test_betas_are_two():
+    for betas in ((0.9,), (0.9, 0.95, 0.99)):
+        with pytest.raises(ConfigError, match=re.escape(f"betas must be two numbers, got {betas!r}")):
+            Reconstruction(betas=betas)
+
+
 def test_what_follows_from_what():
     assert PruneConfig(pattern="2:4").sparsity == 0.5 and PruneConfig(pattern="1:4").sparsity == 0.75
     assert PruneConfig().sparsity == 0.5

@@ -27,7 +27,8 @@ def latency(model: nn.Module, *, tokens: int = 512, new_tokens: int = 32, batch_
     """
     check_causal(model)
     device = device_of(model)
-    ids = torch.randint(input_embedding(model).weight.shape[0], (batch_size, tokens), generator=torch.Generator().manual_seed(0)).to(device)
+    rows = input_embedding(model).weight.shape[0]
+    ids = torch.randint(rows, (batch_size, tokens), generator=torch.Generator().manual_seed(0)).to(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     runs = [_timed_run(model, ids, new_tokens) for _ in range(repeats + 1)][1:]

@@ -172,7 +172,7 @@ class Executor:
         self._arguments: dict[tuple[int, int], list[Arguments]] = {}
 
     def embed(self, sequences: Sequence[Tensor], shared: bool = False) -> Activations:
-        """Inputs of the first block for token sequences (1-D id tensors of any lengths), of which there is one at least.
+        """Inputs of the first block for token sequences (1-D id tensors of any lengths), at least one.
 
         shared: with several processes each takes its part. Raises ConfigError if there is none for one of them.
         """

@@ -349,7 +349,8 @@ def observe(executor: Executor, index: int, module: nn.Module, refs: list[Weight
     return observer
 
 
-def _again(executor: Executor, index: int, observer: Observer, batch: Batch, hidden: Tensor) -> list[tuple[Batch, Tensor, frozenset[Call]]]:
+def _again(executor: Executor, index: int, observer: Observer, batch: Batch,
+           hidden: Tensor) -> list[tuple[Batch, Tensor, frozenset[Call]]]:
     """Halves of a batch that ran out of memory, with the calls whose sinks have seen it."""
     if observer.updating is not None:
         raise ConfigError(f"the statistics of {observer.updating} in block {index} do not fit on {executor.device} "

@@ -133,8 +133,9 @@ def test_help_and_usage_errors(capsys):
     assert code == 2 and "--sparsity" in err
 
 
-@pytest.mark.parametrize("arguments, said", [(["--version"], f"pyprune {pyprune.__version__}\n"), (["--help"], "prune"),
-                                             (["prune", "--help"], "wanda|sparsegpt"), (["eval", "--help"], "--latency")])
+@pytest.mark.parametrize("arguments, said", [
+    (["--version"], f"pyprune {pyprune.__version__}\n"), (["--help"], "prune"),
+    (["prune", "--help"], "wanda|sparsegpt"), (["eval", "--help"], "--latency")])
 def test_what_needs_no_model_loads_no_library(arguments, said):
     """Loading torch takes seconds; help and version are there at once."""
     code = ("import atexit, sys\n"
