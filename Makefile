@@ -1,5 +1,7 @@
 # make demo   environment, install, prune SmolLM2-135M on this machine, report what it cost
 # make test   environment, install, lint, tests
+# make lint   ruff, the layers of the packages, types
+# make format ruff's formatter, over every file
 #
 # Variables:
 #   PYTHON           interpreter the environment is made from
@@ -20,7 +22,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: demo test lint install clean
+.PHONY: demo test lint format install clean
 
 demo: $(VENV)/.demo
 	@rm -rf runs/demo
@@ -31,6 +33,12 @@ test: $(VENV)/.dev lint
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+	$(BIN)/mypy
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
 
 install: $(VENV)/.torch
 	$(PIP) install -q -e .
@@ -58,4 +66,4 @@ $(VENV)/.demo: $(VENV)/.torch $(SOURCES)
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist runs *.egg-info .pytest_cache .ruff_cache pyprune/_C*.so
+	rm -rf $(VENV) build dist runs *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache pyprune/_C*.so

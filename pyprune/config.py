@@ -14,20 +14,30 @@ import typing
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal, get_args
 
 from pyprune import effects
 
-METHODS = ("magnitude", "wanda", "sparsegpt")
-STRUCTURED_PATTERNS = ("neurons", "heads", "structured")
-CRITERIA = ("random", "magnitude", "activation", "wifv", "taylor", "fisher", "obs", "obs_greedy")
-LAYERWISE = ("layer", "refit")
-WEIGHT_RECONSTRUCTIONS = ("none", *LAYERWISE, "block", "cross_block")
-STRUCTURED_RECONSTRUCTIONS = ("none", "bias", "mask_tuning", "liar")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-TOKEN_WEIGHTS = ("auto", "relative", "balanced", "uniform")
+Method = Literal["magnitude", "wanda", "sparsegpt"]
+StructuredPattern = Literal["neurons", "heads", "structured"]
+Criterion = Literal["random", "magnitude", "activation", "wifv", "taylor", "fisher", "obs", "obs_greedy"]
+Layerwise = Literal["layer", "refit"]
+WeightReconstruction = Literal["none", Layerwise, "block", "cross_block"]
+StructuredReconstruction = Literal["none", "bias", "mask_tuning", "liar"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+TokenWeights = Literal["auto", "relative", "balanced", "uniform"]
+Streaming = Literal["auto", "always", "never"]
+METHODS: tuple[Method, ...] = get_args(Method)
+STRUCTURED_PATTERNS: tuple[StructuredPattern, ...] = get_args(StructuredPattern)
+CRITERIA: tuple[Criterion, ...] = get_args(Criterion)
+LAYERWISE: tuple[Layerwise, ...] = get_args(Layerwise)
+WEIGHT_RECONSTRUCTIONS: tuple[WeightReconstruction, ...] = get_args(WeightReconstruction)
+STRUCTURED_RECONSTRUCTIONS: tuple[StructuredReconstruction, ...] = get_args(StructuredReconstruction)
+DTYPES: tuple[Dtype, ...] = get_args(Dtype)
+TOKEN_WEIGHTS: tuple[TokenWeights, ...] = get_args(TokenWeights)
+STREAMING: tuple[Streaming, ...] = get_args(Streaming)
 MAX_COLUMN_BLOCK = 1024
 """Columns that :func:`pyprune.ops.obs_sweep` takes, on every back-end."""
-STREAMING = ("auto", "always", "never")
 SAMPLES, TOKENS, WINDOW = 64, 512, 1024
 """Sequences of calibration text, tokens of each, tokens of an evaluation window, where nothing else is asked."""
 
@@ -64,6 +74,23 @@ def _choose(name: str, value, allowed) -> None:
         near = difflib.get_close_matches(str(value), [str(a) for a in allowed], n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ConfigError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}{hint}")
+
+
+def members(hint) -> tuple:
+    """The types of a union, and of anything else itself."""
+    return get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+
+
+def choices(cls: type) -> dict[str, tuple[str, ...]]:
+    """Field → its allowed values, for the fields of a section that have a choice of a few."""
+    allowed = {name: [value for member in members(hint) if typing.get_origin(member) is Literal
+                      for value in get_args(member)] for name, hint in typing.get_type_hints(cls).items()}
+    return {name: tuple(dict.fromkeys(values)) for name, values in allowed.items() if values}
+
+
+def _check_choices(owner, section: str = "") -> None:
+    for name, allowed in choices(type(owner)).items():
+        _choose(f"{section} {name}".lstrip(), getattr(owner, name), allowed)
 
 
 def _positive(owner, *names: str, minimum: int = 1) -> None:
@@ -103,7 +130,7 @@ class Calibration:
     """Sequences sampled from the dense model itself and added to the corpus samples (paper R)."""
     self_generated_path: str | None = None
     """jsonl of ``pyprune generate`` to reuse or to write; None keeps them in memory."""
-    self_generated_for: str = "reconstruction"
+    self_generated_for: Literal["reconstruction", "all"] = "reconstruction"
     """``reconstruction``: only BR/CR see them; ``all``: masks and layer-wise statistics too."""
     language: str | None = None
     """Keep only generated text that a detector says is this language (ISO code); None keeps all."""
@@ -115,7 +142,7 @@ class Calibration:
             raise ConfigError("num_samples is 0 and self_generated is 0: there is nothing to calibrate on")
         _positive(self, "num_samples", "self_generated", "held_out", minimum=0)
         _positive(self, "seq_len", minimum=2)
-        _choose("self_generated_for", self.self_generated_for, ("reconstruction", "all"))
+        _check_choices(self)
         check_effects(self, effects.CALIBRATION, "calibration")
 
     @property
@@ -140,7 +167,7 @@ class Evaluation:
     rows. Rows are cut to fewer, and more than they have is an error."""
     max_windows: int | None = 24
     """At most this many windows a text; None takes all."""
-    dtype: str = "auto"
+    dtype: Dtype = "auto"
     """Type of the forward passes; ``auto`` is the model's own on a GPU, bfloat16 on a CPU that has it."""
     batch_size: int = 1
     """Windows a forward pass."""
@@ -158,7 +185,7 @@ class Evaluation:
     def __post_init__(self):
         _positive(self, "window", minimum=2)
         _positive(self, "max_windows", "batch_size")
-        _choose("evaluation dtype", self.dtype, DTYPES)
+        _check_choices(self, "evaluation")
         check_effects(self, effects.EVALUATION, "evaluation")
 
     @property
@@ -183,24 +210,24 @@ class Reconstruction:
     """Sequences an optimiser step."""
     micro_batch_size: int | None = None
     """Sequences a forward-backward; smaller than ``batch_size`` accumulates gradients. None: batch_size."""
-    autocast: str = "auto"
+    autocast: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the products while training: ``auto`` (bfloat16 on a GPU, ``compute_dtype`` elsewhere), ``float32``,
     ``bfloat16``. Masters stay float32."""
     early_stop: bool = False
     """Stop a block when its held-out error has not fallen for an epoch."""
-    select: str = "last"
+    select: Literal["last", "validation"] = "last"
     """``last`` keeps the last step; ``validation`` keeps, per block, the step whose held-out error is lowest."""
-    layerwise_target: str = "local"
+    layerwise_target: Literal["local", "dense"] = "local"
     """What the layer-wise step ahead of block training fits: ``local``, a layer's dense output on pruned inputs;
     ``dense``, its output in the dense stream (cross Gram, GP)."""
 
     def __post_init__(self):
-        self.betas = tuple(self.betas)
+        if len(self.betas) != 2:
+            raise ConfigError(f"betas must be two numbers, got {self.betas!r}")
+        self.betas = (self.betas[0], self.betas[1])
         _positive(self, "epochs", minimum=0)
         _positive(self, "batch_size", "micro_batch_size")
-        _choose("autocast", self.autocast, ("auto", "float32", "bfloat16"))
-        _choose("select", self.select, ("last", "validation"))
-        _choose("layerwise_target", self.layerwise_target, ("local", "dense"))
+        _check_choices(self)
         if not self.lr > 0:
             raise ConfigError(f"lr must be above 0, got {self.lr!r}")
 
@@ -209,30 +236,26 @@ class Reconstruction:
 class Structured:
     """Settings of structured pruning (LIAR, arXiv 2407.13331)."""
 
-    allocation: str = "uniform"
+    allocation: Literal["uniform", "global"] = "uniform"
     """``uniform``: same width in every block, a standard checkpoint; ``global``: FLAP's, per-block sizes."""
     damping: float | None = None
     """λ relative to the mean diagonal; None chooses it on held-out calibration tokens."""
-    interpolate: str = "both"
+    interpolate: Literal["both", "weight", "bias"] = "both"
     """LIAR's ablation: ``both``, ``weight`` or ``bias``."""
     interpolate_weights: bool = False
     """Write the dropped weights as a linear map of the kept ones (the paper's P)."""
-    token_weights: str = "auto"
+    token_weights: TokenWeights = "auto"
     """``uniform``: the papers' least squares; ``relative``: a token's error counts by the size of its own output, so
     that the few tokens on which a neuron is huge do not decide the fit; ``balanced``: half relative to the token's
     residual stream, half uniform; ``auto``: relative where a layer norm follows the residual sum at once (BERT),
     balanced elsewhere, uniform for experts."""
-    head_scope: str = "groups"
+    head_scope: Literal["groups", "queries"] = "groups"
     """``groups``: whole key/value groups; ``queries``: query heads inside groups, equally many per group."""
-    nonstandard: str = "refuse"
+    nonstandard: Literal["refuse", "save", "pad"] = "refuse"
     """What a stock config cannot say: ``refuse``, ``save`` (for ``pyprune.load``) or ``pad`` (zeros, stock tools)."""
 
     def __post_init__(self):
-        _choose("allocation", self.allocation, ("uniform", "global"))
-        _choose("interpolate", self.interpolate, ("both", "weight", "bias"))
-        _choose("token_weights", self.token_weights, TOKEN_WEIGHTS)
-        _choose("head_scope", self.head_scope, ("groups", "queries"))
-        _choose("nonstandard", self.nonstandard, ("refuse", "save", "pad"))
+        _check_choices(self)
 
 
 @dataclass(kw_only=True)
@@ -243,21 +266,21 @@ class PruneConfig:
     """Hub id, local folder, ``.gguf`` file, or the name of a packaged model (``smollm2-135m``)."""
     output: str | None = None
     """Folder to write; None keeps the result in memory."""
-    method: str = "sparsegpt"
+    method: Method = "sparsegpt"
     """How weights are chosen: magnitude, wanda, sparsegpt (unstructured and N:M)."""
     pattern: str = "unstructured"
     """``unstructured``, ``N:M``, or structured: ``neurons``, ``heads``, ``structured`` (both)."""
-    sparsity: float | typing.Sequence[float] | None = None
+    sparsity: float | list[float] | tuple[float, ...] | None = None
     """Fraction of zeros (structured: of the groups dropped; a list gives the curve). None: 0.5, or 1 − N/M."""
-    criterion: str = "wifv"
+    criterion: Criterion = "wifv"
     """Structured: how neurons and heads are chosen."""
-    reconstruct: str | None = None
+    reconstruct: WeightReconstruction | StructuredReconstruction | None = None
     """Masks: none; layer, a one-sided OBS sweep (a column's error is made up for by later columns only); refit, the
     least-squares weights on the mask; block and cross_block, which sweep and then train (None: layer for sparsegpt,
     else none). Structured: none, bias, mask_tuning, liar."""
     global_propagation: bool = False
     """Reconstruct against the dense model's own stream (paper R's GP)."""
-    inputs: str = "propagated"
+    inputs: Literal["propagated", "dense"] = "propagated"
     """Statistics from the ``propagated`` pruned prefix (two passes a block) or the ``dense`` stream (one)."""
     targets: list[str] = field(default_factory=list)
     """Only weights that one of these names: whole components (``mlp``, ``layers.1``, ``experts.down_proj[3]``),
@@ -271,13 +294,13 @@ class PruneConfig:
     """Columns a block of the sweep."""
     batch_size: int | None = None
     """Sequences a forward pass; None: about 8,192 tokens."""
-    dtype: str = "auto"
+    dtype: Dtype = "auto"
     """Type the weights are loaded in; auto: the checkpoint's own."""
-    compute_dtype: str = "auto"
+    compute_dtype: Dtype = "auto"
     """Type of the forward passes; auto: the weights' own. bfloat16 is about four times as fast on CPUs that have it."""
     device: str = "auto"
     """Where blocks are computed: auto (a GPU if there is one), cpu, cuda, cuda:1."""
-    backend: str = "auto"
+    backend: Literal["auto", "cuda", "triton", "cpu", "reference"] = "auto"
     """Back-end of every op: auto, cuda, triton, cpu, reference."""
     seed: int = 0
     """Seed of every random choice; the same seed gives the same result, bit for bit, on the same machine."""
@@ -285,7 +308,7 @@ class PruneConfig:
     """Calibration sequences (and as many held-out) whose block error against the dense stream is measured."""
     memory_budget_gb: float | None = None
     """Host memory for activations; above it they go to a memory-mapped file. None: half of what is free."""
-    stream: str = "auto"
+    stream: Streaming = "auto"
     """Read weights block by block from safetensors instead of loading the model: auto, always, never."""
     calibration: Calibration = field(default_factory=Calibration)
     evaluation: Evaluation = field(default_factory=Evaluation)
@@ -301,11 +324,6 @@ class PruneConfig:
                 raise ConfigError(f"{name} must be a {cls.__name__} or a mapping, got {type(value).__name__}")
         if self.calibration.seed is None:
             self.calibration = dataclasses.replace(self.calibration, seed=self.seed)
-        _choose("inputs", self.inputs, ("propagated", "dense"))
-        _choose("dtype", self.dtype, DTYPES)
-        _choose("compute_dtype", self.compute_dtype, DTYPES)
-        _choose("backend", self.backend, ("auto", "cuda", "triton", "cpu", "reference"))
-        _choose("stream", self.stream, STREAMING)
         _positive(self, "batch_size", "column_block")
         if self.column_block > MAX_COLUMN_BLOCK:
             raise ConfigError(f"column_block must be at most {MAX_COLUMN_BLOCK}, what a sweep takes at once, got "
@@ -316,12 +334,11 @@ class PruneConfig:
         self._check_pattern()
         if self.is_structured:
             self.reconstruct = self.reconstruct or "liar"
-            _choose("criterion", self.criterion, CRITERIA)
             _choose(f"reconstruct for pattern {self.pattern!r}", self.reconstruct, STRUCTURED_RECONSTRUCTIONS)
         else:
-            _choose("method", self.method, METHODS)
             self.reconstruct = self.reconstruct or ("layer" if self.method == "sparsegpt" else "none")
             _choose(f"reconstruct for pattern {self.pattern!r}", self.reconstruct, WEIGHT_RECONSTRUCTIONS)
+        _check_choices(self)
         if self.global_propagation and self.inputs == "dense":
             raise ConfigError("global_propagation needs inputs='propagated': it corrects the pruned stream")
         self._check_reconstruction()
@@ -373,12 +390,14 @@ class PruneConfig:
                                   + (f"; did you mean {value / 100:g}?" if isinstance(value, (int, float))
                                      and 5 <= value < 100 else ""))
         many = isinstance(self.sparsity, (list, tuple))
-        self.sparsity = tuple(float(v) for v in values) if many else float(self.sparsity)
+        self.sparsity = tuple(float(v) for v in values) if many else float(values[0])
 
     @property
     def sparsities(self) -> tuple[float, ...]:
         """Every sparsity asked for; usually one."""
-        return self.sparsity if self.is_curve else (self.sparsity,)
+        if isinstance(self.sparsity, (list, tuple)):
+            return tuple(self.sparsity)
+        return () if self.sparsity is None else (self.sparsity,)
 
     @property
     def is_curve(self) -> bool:
@@ -389,6 +408,20 @@ class PruneConfig:
     def nm(self) -> tuple[int, int] | None:
         """(N, M) of an N:M pattern, else None."""
         return parse_nm(self.pattern) if isinstance(self.pattern, str) else None
+
+    @property
+    def model_name(self) -> str:
+        """The model of a run that names one; ConfigError for one that does not."""
+        if self.model is None:
+            raise ConfigError("no model: give a Hub id, a local folder or a .gguf file")
+        return self.model
+
+    @property
+    def output_folder(self) -> str:
+        """The output folder of a run that has one; ConfigError for one that has not."""
+        if self.output is None:
+            raise ConfigError("no output folder: name one")
+        return self.output
 
     @property
     def is_structured(self) -> bool:
@@ -417,7 +450,7 @@ def from_dict(cls, values: dict, where: str = "config"):
 
 def _check_type(name: str, value, hint) -> None:
     """Refuse a YAML value of another type than the field's (a string where a number belongs, say)."""
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    options = members(hint)
     plain = {int: (int,), float: (int, float), str: (str,), bool: (bool,)}
     if any(o not in plain and o is not type(None) for o in options):
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 
 import pytest
 import typer
@@ -21,6 +22,7 @@ from pyprune.config import (
     PruneConfig,
     Reconstruction,
     Structured,
+    choices,
     from_dict,
     from_yaml,
     override,
@@ -63,6 +65,27 @@ def test_yaml_round_trip(fields, tmp_path):
 def test_any_valid_configuration_survives_yaml(fields):
     config = PruneConfig(**fields)
     assert from_yaml(to_yaml(config)) == config
+
+
+@pytest.mark.parametrize("cls, allowed", [(PruneConfig, {"method": METHODS, "criterion": CRITERIA}),
+                                          (Calibration, {"self_generated_for": ("reconstruction", "all")}),
+                                          (Evaluation, {"dtype": ("auto", "float32", "bfloat16", "float16")}),
+                                          (Reconstruction, {"select": ("last", "validation")}),
+                                          (Structured, {"nonstandard": ("refuse", "save", "pad")})])
+def test_choices_come_from_the_types_and_anything_else_is_refused(cls, allowed):
+    assert allowed.items() <= choices(cls).items()
+    for name, values in choices(cls).items():
+        assert getattr(cls(), name) in values
+        for wrong in ("nothing", 3, [values[0]]):
+            sentence = f"{name}.* must be one of .*{values[1]}, .*got {re.escape(repr(wrong))}"
+            with pytest.raises(ConfigError, match=sentence):
+                cls(**{name: wrong})
+
+
+def test_betas_are_two():
+    for betas in ((0.9,), (0.9, 0.95, 0.99)):
+        with pytest.raises(ConfigError, match=re.escape(f"betas must be two numbers, got {betas!r}")):
+            Reconstruction(betas=betas)
 
 
 def test_what_follows_from_what():

@@ -124,6 +124,7 @@ def test_pure_python_wheel(tmp_path):
     wheel = next(tmp_path.glob("*.whl"))
     assert wheel.name.endswith("-py3-none-any.whl")
     assert not [name for name in names(wheel) if name.endswith(".so")]
+    assert "pyprune/py.typed" in names(wheel), "type checkers read the annotations of an installed package"
 
 
 def cubins(module):

@@ -8,18 +8,16 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 import pyprune
 from pyprune.cli.options import configuration_fields, option_of, with_fields
 from pyprune.config import Calibration, ConfigError, Evaluation, Reconstruction, check_named, from_dict, override
-from pyprune.evaluation import gain
 from pyprune.reporting import comparison, rendering
 
-app = typer.Typer(name="pyprune", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
-                  help="One-shot pruning of transformers: what it does, what it costs, on CPU and GPU.")
+app = typer.Typer(name="pyprune", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on standard output.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run in the same folder.")]
 RUN_FIELDS = [path for path in configuration_fields() if path != "model"]
@@ -31,6 +29,18 @@ REFINE_FIELDS = ["output", "dtype", "compute_dtype", "device", "seed", "stream",
                  *(path for path in configuration_fields()
                    if path.startswith(("calibration.", "reconstruction.", "evaluation."))
                    and path not in ("calibration.self_generated_for", "reconstruction.layerwise_target"))]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"pyprune {pyprune.__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def options(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True,
+                                                  help="Print the version.")] = False):
+    """One-shot pruning of transformers: what it does, what it costs, on CPU and GPU."""
 
 
 def _print_json(value) -> None:
@@ -62,7 +72,8 @@ def prune(
     plan: Annotated[bool, typer.Option("--plan", help="Estimate memory, time, disk; list every weight; stop.")] = False,
     resume: Resume = False,
     as_json: Json = False,
-    fields: dict = None,
+    *,
+    fields: dict[str, Any],
 ):
     """Prune MODEL, evaluate it, and write a Hugging Face model and a report."""
     settings = override(config, {**fields, **({"model": model} if model else {})})
@@ -92,7 +103,8 @@ def refine(
     cross_block: Annotated[bool, typer.Option("--cross-block", help="Train windows of two blocks (CR).")] = False,
     resume: Resume = False,
     as_json: Json = False,
-    fields: dict = None,
+    *,
+    fields: dict[str, Any],
 ):
     """Train a pruned MODEL block by block to give the dense model's outputs (paper R); its zeros stay zeros.
 
@@ -125,7 +137,8 @@ def evaluate(
                                                 "from.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Picture (.png) to draw the --latency comparison in.")] = None,
     as_json: Json = False,
-    fields: dict = None,
+    *,
+    fields: dict[str, Any],
 ):
     """Perplexity of a model on a text: windows do not overlap, each is seen by itself."""
     asked = fields.get("evaluation", {})
@@ -133,6 +146,8 @@ def evaluate(
         idle = [option_of(f"evaluation.{name}", EVALUATION_FIELDS) for name in asked]
         for option in idle if device == "auto" else [*idle, "--device"]:
             raise ConfigError(f"{option} would do nothing: --latency reads no text and runs where the model is loaded")
+        from pyprune.evaluation import gain
+
         rows = gain.compare([against or gain.dense_of(model), model])
         if plot:
             gain.plot(rows, plot)

@@ -11,14 +11,22 @@ import dataclasses
 import functools
 import inspect
 import textwrap
-import types
 import typing
 from collections import Counter
 from typing import Annotated, Any
 
 import typer
 
-from pyprune.config import Calibration, ConfigError, Evaluation, PruneConfig, Reconstruction, Structured
+from pyprune.config import (
+    Calibration,
+    ConfigError,
+    Evaluation,
+    PruneConfig,
+    Reconstruction,
+    Structured,
+    choices,
+    members,
+)
 
 SECTIONS = {"calibration": Calibration, "evaluation": Evaluation, "reconstruction": Reconstruction,
             "structured": Structured}
@@ -30,16 +38,19 @@ TEXTUAL = {"sparsity": str, "calibration.source": str, "evaluation.text": list[s
 
 def field_docs(cls) -> dict[str, str]:
     """Field → the string literal below it."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body
+    body = next(node.body for node in ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+                if isinstance(node, ast.ClassDef))
     return {node.target.id: " ".join(following.value.value.replace("``", "").split())
             for node, following in zip(body, body[1:])
-            if isinstance(node, ast.AnnAssign) and isinstance(following, ast.Expr)
-            and isinstance(following.value, ast.Constant)}
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+            and isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
+            and isinstance(following.value.value, str)}
 
 
 def configuration_fields() -> dict[str, tuple[type, dataclasses.Field]]:
     """``calibration.seq_len`` → its dataclass and field, for every field of a run."""
-    found = {f.name: (PruneConfig, f) for f in dataclasses.fields(PruneConfig) if f.name not in SECTIONS}
+    found: dict[str, tuple[type, dataclasses.Field]] = {
+        f.name: (PruneConfig, f) for f in dataclasses.fields(PruneConfig) if f.name not in SECTIONS}
     for section, cls in SECTIONS.items():
         found |= {f"{section}.{f.name}": (cls, f) for f in dataclasses.fields(cls)}
     return found
@@ -60,12 +71,14 @@ def option_of(path: str, paths: list[str]) -> str:
 
 def _annotation(path: str, cls, field: dataclasses.Field, name: str):
     hint = TEXTUAL.get(path) or typing.get_type_hints(cls)[field.name]
-    options = [o for o in typing.get_args(hint) if o is not type(None)] if isinstance(hint, types.UnionType) else [hint]
+    allowed = choices(cls).get(field.name)
+    kind = str if allowed else next(member for member in members(hint) if member is not type(None))
     flag = "--" + name.replace("_", "-")
-    flags = f"{flag}/--no-{flag[2:]}" if options[0] is bool else flag
+    flags = f"{flag}/--no-{flag[2:]}" if kind is bool else flag
     panel = path.rpartition(".")[0].capitalize() or None
-    return Annotated[options[0] | None, typer.Option(*filter(None, [flags, SHORT.get(path)]), rich_help_panel=panel,
-                                                     help=field_docs(cls).get(field.name))]
+    return Annotated[kind | None, typer.Option(*filter(None, [flags, SHORT.get(path)]), rich_help_panel=panel,
+                                                metavar=f"[{'|'.join(allowed)}]" if allowed else None,
+                                                help=field_docs(cls).get(field.name))]
 
 
 def with_fields(paths: list[str]):
@@ -87,7 +100,8 @@ def with_fields(paths: list[str]):
             given = {path: values.pop(name) for name, path in names.items()}
             return function(**values, fields=nested({p: v for p, v in given.items() if v not in (None, [])}))
 
-        command.__signature__ = inspect.Signature([p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own] + added)
+        parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own] + added
+        setattr(command, "__signature__", inspect.Signature(parameters))  # noqa: B010  (no attribute that types know)
         command.__annotations__ = {p.name: p.annotation for p in own + added}
         del command.__wrapped__
         return command

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
-import math
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -86,13 +86,13 @@ def _resolve(source: Any) -> tuple[Calibration, list[Tensor] | None]:
 
 def _check_rows(rows: list[Tensor], calibration: Calibration, vocab_size: int | None = None) -> None:
     """Refuse token ids that are fewer, shorter or others than asked for."""
-    name, asked = texts.describe(calibration.source), calibration.num_samples
+    name, asked = texts.describe(calibration.source), calibration.samples
     if len(rows) < asked:
         raise ConfigError(f"{asked} calibration samples were asked for, but {name} has {len(rows)} rows; give more, or "
                           f"set num_samples={len(rows)}")
     texts.check_rows(rows[:asked + calibration.held_out], name, "a sequence")
     texts.check_vocabulary(rows[:asked + calibration.held_out], vocab_size)
-    texts.check_length(rows, name, "seq_len", calibration.seq_len)
+    texts.check_length(rows, name, "seq_len", calibration.tokens)
 
 
 def load(calibration: Calibration, tokenizer=None, *, encoder: bool = False, vocab_size: int | None = None,
@@ -122,8 +122,8 @@ def load(calibration: Calibration, tokenizer=None, *, encoder: bool = False, voc
 
 def _from_text(calibration: Calibration, tokenizer, encoder: bool, vocab_size: int | None) -> CalibrationData:
     need_tokenizer(tokenizer, "calibration text")
-    asked, name = calibration.num_samples, texts.describe(calibration.source)
-    pieces = _pieces(_documents(calibration, encoder), tokenizer, calibration.seq_len, asked + calibration.held_out,
+    asked, name = calibration.samples, texts.describe(calibration.source)
+    pieces = _pieces(_documents(calibration, encoder), tokenizer, calibration.tokens, asked + calibration.held_out,
                      encoder)
     _check_count(len(pieces), calibration, encoder)
     texts.check_vocabulary(pieces, vocab_size)
@@ -139,8 +139,8 @@ def _from_text(calibration: Calibration, tokenizer, encoder: bool, vocab_size: i
 def _from_rows(rows: list[Tensor], calibration: Calibration, tokenizer, encoder: bool,
                vocab_size: int | None) -> CalibrationData:
     _check_rows(rows, calibration, vocab_size)
-    name, asked, longest = texts.describe(calibration.source), calibration.num_samples, max(map(len, rows))
-    how = "rows as given" if calibration.seq_len >= longest else \
+    name, asked, longest = texts.describe(calibration.source), calibration.samples, max(map(len, rows))
+    how = "rows as given" if calibration.tokens >= longest else \
         f"the first {calibration.seq_len} of their {longest} tokens"
     rows = [row[:calibration.seq_len] for row in rows]
     fit = rows[:asked]
@@ -213,13 +213,14 @@ def tokenize(documents: Iterable[str], tokenizer, enough: int | None = None) -> 
 
     The last tokens before a cut may differ from those of the whole text, so a few more are made than are kept.
     """
-    documents, parts, length, exhausted = iter(documents), [], 0, False
-    budget = math.inf if enough is None else 4 * enough + 4096
+    rest, length, exhausted = iter(documents), 0, False
+    parts: list[str] = []
+    budget = sys.maxsize if enough is None else 4 * enough + 4096
     while True:
         while length <= budget and not exhausted:
-            text = next(documents, None)
+            text = next(rest, None)
             exhausted = text is None
-            if not exhausted:
+            if text is not None:
                 parts.append(text)
                 length += len(text) + 2
         whole = "\n\n".join(parts)
@@ -231,7 +232,7 @@ def tokenize(documents: Iterable[str], tokenizer, enough: int | None = None) -> 
 
 
 def _check_count(found: int, calibration: Calibration, encoder: bool) -> None:
-    if found >= calibration.num_samples:
+    if found >= calibration.samples:
         return
     name = texts.describe(calibration.source)
     if found == 0:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from pyprune.config import ConfigError
-from pyprune.model.attributes import output_layer, positions_named
+from pyprune.model.attributes import output_layer, positions_named, vocabulary_size
 from pyprune.model.blocks import predicts_next_token, read_on
 from pyprune.model.recording import uncached
 
@@ -65,12 +65,12 @@ def generate(model, tokenizer, n: int, *, seq_len: int, seed: int = 0, batch_siz
                 indices = range(candidate, candidate + min(batch_size, n - len(rows)))
                 starts = _greedy(model, vocabulary, seed, indices, min(GREEDY_TOKENS, seq_len))
                 waiting += [(i, start) for i, start in zip(indices, starts)
-                            if language is None or detect(tokenizer.decode(start)) == language]
+                            if language is None or detect is None or detect(tokenizer.decode(start)) == language]
                 candidate = indices.stop
             batch, waiting = waiting[:batch_size], waiting[batch_size:]
-            indices = [i for i, _ in batch]
-            tokens = _sample(model, vocabulary, seed, indices, torch.stack([s for _, s in batch]), seq_len)
-            new = [{"candidate": i, "tokens": t.tolist()} for i, t in zip(indices, tokens)][: n - len(rows)]
+            places = [i for i, _ in batch]
+            tokens = _sample(model, vocabulary, seed, places, torch.stack([s for _, s in batch]), seq_len)
+            new = [{"candidate": i, "tokens": t.tolist()} for i, t in zip(places, tokens)][: n - len(rows)]
             if path is not None:
                 _append(path, new, tokenizer)
             rows += new
@@ -104,7 +104,8 @@ def _check(model, n: int, seq_len: int, batch_size: int) -> None:
 
 def _vocabulary(model, tokenizer) -> Tensor:
     """Boolean ``[vocabulary]`` on the model's device: True for tokens that may be drawn."""
-    size = output_layer(model).weight.shape[0]
+    head = output_layer(model)
+    size = vocabulary_size(model) if head is None else head.weight.shape[0]
     allowed = torch.zeros(size, dtype=torch.bool)
     allowed[: len(tokenizer)] = True  # models pad their vocabulary; the padding was never trained
     special = [i for i in tokenizer.all_special_ids if i < size]
@@ -133,12 +134,12 @@ def _greedy(model, vocabulary: Tensor, seed: int, candidates: range, length: int
 @torch.no_grad()
 def _sample(model, vocabulary: Tensor, seed: int, candidates: list[int], starts: Tensor, seq_len: int) -> Tensor:
     """Continue ``starts [batch, g]`` at temperature 1 to ``[batch, seq_len]``: inverse CDF of each row's own draws."""
-    draws = []
+    own = []
     for i in candidates:
         rng = _stream(seed, i)
         rng.integers(2)  # the first token's draw
-        draws.append(rng.random(seq_len))
-    draws = torch.tensor(np.stack(draws), device=starts.device)
+        own.append(rng.random(seq_len))
+    draws = torch.tensor(np.stack(own), device=starts.device)
     tokens = torch.empty(len(starts), seq_len, dtype=torch.int64, device=starts.device)
     tokens[:, : starts.shape[1]] = starts
     cache = None

@@ -16,7 +16,8 @@ SPAN = 16
 
 def others(candidates: Iterable[Tensor], fitted: list[Tensor], wanted: int) -> list[Tensor]:
     """The first ``wanted`` candidates that are no fitted sequence and unlike each other."""
-    seen, found = {_key(row) for row in fitted}, []
+    seen = {_key(row) for row in fitted}
+    found: list[Tensor] = []
     for row in candidates:
         if len(found) == wanted:
             break

@@ -40,7 +40,7 @@ class Meter:
             return []
         split = all(len(windows) >= world.size for _, windows in texts)
         own = [(name, windows[world.rank::world.size] if split else windows) for name, windows in texts]
-        if weights is not None and weights.streamed:
+        if isinstance(weights, Streamed):
             rows = measure_streamed(weights.view, weights, own, self.evaluation, self.store, self.device)
         else:
             with placed(model, self.device, self.evaluation) as fits:

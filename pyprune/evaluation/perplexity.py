@@ -273,7 +273,7 @@ def placed(model: nn.Module, device: torch.device, evaluation: Evaluation) -> It
         yield True
         return
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    logits = evaluation.batch_size * evaluation.tokens * (vocabulary_size(model) or 0) * 6
+    logits = evaluation.batch_size * evaluation.tokens * vocabulary_size(model) * 6
     if 1.2 * weights + 2 * logits > torch.cuda.mem_get_info(device)[0]:
         yield False
         return

@@ -49,6 +49,8 @@ def encode(model: nn.Module, sequences: Sequence[Tensor], *, dtype: torch.dtype 
                 for rows, vector in zip(part, vectors):
                     out[rows] = vector
     model.train(was)
+    if out is None:
+        raise ConfigError("there are no texts to embed")
     return out
 
 

@@ -14,14 +14,16 @@ import os
 import resource
 import tempfile
 import weakref
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from pyprune.model.shards import output_error
 
+K = TypeVar("K")
 DEPTH = 3
 """Device buffers of a ring: one being filled, one computed with, one that the next copy may take at once."""
 
@@ -38,8 +40,8 @@ def available_memory() -> int:
     data = resource.getrlimit(resource.RLIMIT_DATA)[0]
     if data != resource.RLIM_INFINITY:
         with open("/proc/self/status") as file:
-            used = next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmData"))
-        free = min(free, data - used)
+            taken = next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmData"))
+        free = min(free, data - taken)
     return max(free, 0)
 
 
@@ -88,7 +90,7 @@ class Plain:
     def __init__(self, device: torch.device, dtype: torch.dtype):
         self.device, self.dtype = device, dtype
 
-    def read(self, items: Iterable[tuple[Hashable, Tensor]]) -> Iterator[tuple[Hashable, Tensor]]:
+    def read(self, items: Iterable[tuple[K, Tensor]]) -> Iterator[tuple[K, Tensor]]:
         for key, host in items:
             yield key, host.to(self.device, self.dtype)
 
@@ -119,19 +121,20 @@ class Ring:
         self.into, self.out = api.Stream(device), api.Stream(device)
         self.slots = [_Slot(api) for _ in range(DEPTH)]
         self.turn = 0
-        self._late: collections.deque[tuple[object, Tensor, Tensor]] = collections.deque()
+        self._late: collections.deque[tuple[Any, Tensor, Tensor]] = collections.deque()
 
-    def read(self, items: Iterable[tuple[Hashable, Tensor]]) -> Iterator[tuple[Hashable, Tensor]]:
+    def read(self, items: Iterable[tuple[K, Tensor]]) -> Iterator[tuple[K, Tensor]]:
         """Each batch on the device, copied in while its predecessors compute. A yielded tensor is valid until
         ``DEPTH − 1`` more were asked for."""
         compute = self.api.current_stream(self.device)
         self.into.wait_stream(self.out)  # what earlier passes wrote is what this one reads
         self.into.wait_stream(compute)  # a pass that was abandoned has not said what it used
         self._flush()
-        items, queue = iter(items), collections.deque()
+        rest = iter(items)
+        queue: collections.deque[tuple[K, _Slot, Tensor]] = collections.deque()
 
         def issue() -> None:
-            for key, host in items:
+            for key, host in rest:
                 slot = self.slots[self.turn]
                 self.turn = (self.turn + 1) % DEPTH
                 queue.append((key, slot, self._copy_in(slot, host)))

@@ -122,7 +122,7 @@ class TrainingMode(TorchFunctionMode):
         super().__init__()
         self.buffers = buffers
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(self, func, types, args: tuple = (), kwargs=None):
         kwargs = kwargs or {}
         if func is functional.linear and not kwargs.keys() - {"bias"} and id(args[1]) in self.buffers:
             bias = args[2] if len(args) > 2 else kwargs.get("bias")
@@ -146,7 +146,7 @@ def forward_mode(dtype: torch.dtype) -> contextlib.AbstractContextManager:
 class ForwardMode(TorchFunctionMode):
     """The same for passes without gradients: float32 linear layers through ``ops.linear``, bfloat16 attention."""
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(self, func, types, args: tuple = (), kwargs=None):
         kwargs = kwargs or {}
         if func is functional.linear and not kwargs and args[0].dtype == torch.float32 == args[1].dtype:
             return ops.linear(*args)

@@ -110,7 +110,7 @@ class World:
         if self.size > 1:
             with self._guard():
                 for tensor in tensors:
-                    if tensor is not None:
+                    if tensor is not None and tensor.numel():
                         dist.all_reduce(tensor)
 
     def send_(self, tensor: Tensor, owner: int) -> None:
@@ -125,16 +125,19 @@ class World:
 
     def share(self, tensor: Tensor | None, shape: tuple[int, ...], owner: int, device: torch.device) -> Tensor:
         """The owner's float32 tensor, everywhere; the others need not have one."""
+        if tensor is None or self.rank != owner:
+            tensor = torch.empty(shape, device=device)
         if self.size > 1:
-            tensor = tensor.contiguous() if self.rank == owner else torch.empty(shape, device=device)
+            tensor = tensor.contiguous()
             self.send_(tensor, owner)
         return tensor
 
     def tensors(self, found: dict[str, Tensor] | None, device: torch.device) -> dict[str, Tensor]:
         """Process 0's named tensors, everywhere."""
+        found = found or {}
         if self.size == 1:
             return found
-        kinds = self.same([(name, t.dtype, tuple(t.shape)) for name, t in found.items()] if self.leads else None)
+        kinds = self.same([(name, t.dtype, tuple(t.shape)) for name, t in found.items()])
         out = {}
         for name, dtype, shape in kinds:
             tensor = found[name].to(device) if self.leads else torch.empty(shape, dtype=dtype, device=device)
@@ -254,7 +257,7 @@ class Pulse:
         return None
 
 
-_world: World | None = None
+_world: Torchrun | None = None
 
 
 def start() -> World:

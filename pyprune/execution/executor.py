@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import enum
+import functools
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +31,18 @@ from pyprune.model.blocks import ModelView
 from pyprune.model.recording import call_block
 from pyprune.model.watching import expert_loop
 
+T = TypeVar("T")
 TARGET_TOKENS = 2048 if not torch.cuda.is_available() else 16384
 """Tokens a batch: on a CPU what stays in cache, on a GPU what fills it."""
+
+
+class NoRoom(enum.Enum):
+    """Result of a forward pass that ran out of device memory."""
+
+    NO_ROOM = enum.auto()
+
+
+NO_ROOM: Final = NoRoom.NO_ROOM
 
 
 @dataclass(frozen=True)
@@ -158,22 +172,19 @@ class Executor:
         """What forward passes run under."""
         self._arguments: dict[tuple[int, int], list[Arguments]] = {}
 
-    def embed(self, sequences: Sequence[Tensor], shared: bool = False) -> Activations | None:
-        """Inputs of the first block for token sequences (1-D id tensors of any lengths); None for none.
+    def embed(self, sequences: Sequence[Tensor], shared: bool = False) -> Activations:
+        """Inputs of the first block for token sequences (1-D id tensors of any lengths), at least one.
 
         shared: with several processes each takes its part. Raises ConfigError if there is none for one of them.
         """
-        if not sequences:
-            return None
         if shared and self.world.size > 1:
             return self._embed_part(list(sequences))
-        activations = None
         shell = Activations(sequences, 0, self.dtype)
-        for batch in shell.batches(self.batch_size):
-            ids = shell.ids[batch.length][batch.start:batch.stop]
-            hidden, arguments, own = self._record(ids)
-            if activations is None:
-                activations = Activations(sequences, hidden.shape[-1], self.dtype, self.store)
+        passes = ((batch, *self._record(shell.ids[batch.length][batch.start:batch.stop]))
+                  for batch in shell.batches(self.batch_size))
+        first = next(passes)
+        activations = Activations(sequences, first[1].shape[-1], self.dtype, self.store)
+        for batch, hidden, arguments, own in itertools.chain([first], passes):
             activations.write(batch, hidden)
             for number, tensor in own.items():
                 dtype = self.dtype if tensor.is_floating_point() else tensor.dtype
@@ -251,7 +262,9 @@ class Executor:
     def write(self, target: Activations, batch: Batch, hidden: Tensor, beside: Beside | None = None) -> None:
         """Send a batch's result, and what blocks left beside it, to a stream; it is there after :meth:`drain`."""
         self.transfers.write(target.read(batch), hidden)
-        for key, tensor in beside.left.items() if beside else ():
+        if beside is None:
+            return
+        for key, tensor in beside.left.items():
             if target.left is beside.origin and key not in beside.written:
                 continue
             if len(tensor) != batch.size:
@@ -270,24 +283,27 @@ class Executor:
 
         through: makes each pass, given it as a function; it may end it early and return None.
         """
+        def one(part: Batch, x: Tensor) -> tuple[Tensor | None, Beside]:
+            beside = self.beside([index], source, part)
+            forward = functools.partial(self.forward, index, module, x, beside)
+            return forward() if through is None else through(forward), beside
+
         for batch, hidden in self.stream(source):
             parts = [(batch, hidden)]
             while parts:
                 part, x = parts.pop(0)
-                beside = self.attempt(lambda part=part: self.beside([index], source, part))
-                forward = lambda x=x, beside=beside: self.forward(index, module, x, beside)  # noqa: E731
-                out = beside if beside is NO_ROOM else self.attempt(
-                    forward if through is None else lambda forward=forward: through(forward))
-                if out is NO_ROOM:
+                found = self.attempt(functools.partial(one, part, x))
+                if found is NO_ROOM:
                     parts[:0] = self.halve(part, x, index)
                     continue
-                if target is not None:
+                out, beside = found
+                if target is not None and out is not None:
                     self.write(target, part, out, beside)
                 if each is not None:
                     each(part, out)
         self.drain()
 
-    def attempt(self, forward: Callable[[], Tensor | None]) -> Tensor | None:
+    def attempt(self, forward: Callable[[], T]) -> T | NoRoom:
         """``forward()``, or ``NO_ROOM`` if the device's memory did not suffice."""
         with contextlib.suppress(torch.OutOfMemoryError):
             return forward()
@@ -316,10 +332,6 @@ class Executor:
     def release(self, index: int, saved: Path | None = None) -> None:
         """Let go of a block's weights where they are streamed; ``saved`` is the shard that holds what it became."""
         self.weights.release(index, saved)
-
-
-NO_ROOM = object()
-"""Result of a forward pass that ran out of device memory."""
 
 
 def moved(block: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:

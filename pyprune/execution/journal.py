@@ -20,7 +20,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from torch import Tensor
 
@@ -49,41 +49,55 @@ class Journal:
         self.header: dict = {}
         self.total = 0
         self._stopping = False
-        self._lock = None
+        self._lock: TextIO | None = None
         self._pending: dict[str, Future] = {}
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="pyprune-journal")
-        self.folder: Path | None = None
-        self.output: Path | None = None
-        if output is None:
+        self._output = None if output is None else Path(output).expanduser().absolute()
+        if not self.keeps:
             if resume:
                 raise ConfigError("resume needs the output folder of the interrupted run")
             return
-        self.output = Path(output).expanduser().absolute()
-        self.folder = self.output / FOLDER
         self._admit(resume)
         self._created = not self.output.exists()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.folder / "lock", "a+")  # noqa: SIM115  held as long as the run
+            self._lock = lock = open(self.folder / "lock", "a+")  # noqa: SIM115  held as long as the run
         except OSError as error:
             raise output_error(error, self.folder) from error
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            self._lock.seek(0)
-            owner = self._lock.read().strip()
-            self._lock.close()
+            lock.seek(0)
+            owner = lock.read().strip()
+            lock.close()
             raise ConfigError(f"another run (process {owner or 'unknown'}) is writing to {self.output}; wait for it, "
                               "or choose another output folder") from None
-        self._lock.truncate(0)
-        self._lock.write(str(os.getpid()))
-        self._lock.flush()
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
         try:
             self._admit(resume)  # another run may have ended in the meantime
             self._read(resume)
         except ConfigError:
             self.release()
             raise
+
+    @property
+    def keeps(self) -> bool:
+        """Anything is kept on disk: the run has an output folder."""
+        return self._output is not None
+
+    @property
+    def output(self) -> Path:
+        """The output folder of a run that has one."""
+        if self._output is None:
+            raise RuntimeError("a journal without an output folder keeps nothing")
+        return self._output
+
+    @property
+    def folder(self) -> Path:
+        """Where the steps of a run with an output folder lie."""
+        return self.output / FOLDER
 
     def _admit(self, resume: bool) -> None:
         """Refuse an output folder that holds anything but an interrupted run."""
@@ -144,7 +158,7 @@ class Journal:
     @property
     def complete(self) -> bool:
         """The final checkpoint was assembled: only moving it out is left. Whose it is, :meth:`begin` compares."""
-        return self.folder is not None and (self.folder / MARK).exists()
+        return self.keeps and (self.folder / MARK).exists()
 
     def check_settings(self, settings: dict) -> None:
         """Raise ConfigError naming the settings that differ from the interrupted run's."""
@@ -158,7 +172,7 @@ class Journal:
         difference.
         """
         self.total = blocks
-        if self.folder is None:
+        if not self.keeps:
             return
         if not self.header:
             self.header = {"identity": identity, "blocks": blocks, **header}
@@ -194,11 +208,13 @@ class Journal:
 
     def kept(self, name: str) -> Any:
         """A plain value that the interrupted run worked out, None if it did not."""
-        path = None if self.folder is None else self.folder / f"{name}.json"
-        return json.loads(path.read_text()) if path is not None and path.is_file() else None
+        if not self.keeps:
+            return None
+        path = self.folder / f"{name}.json"
+        return json.loads(path.read_text()) if path.is_file() else None
 
     def keep(self, name: str, value: Any) -> None:
-        if self.folder is not None:
+        if self.keeps:
             write_bytes(self.folder / f"{name}.json", json.dumps(checkpoint.plain(value)).encode())
 
     # ---- steps -------------------------------------------------------------------------------------------------
@@ -210,13 +226,13 @@ class Journal:
     def write(self, index: int, tensors: dict[str, Tensor], *, draft: bool = False) -> None:
         """Start writing a block's tensors; they must not change until :meth:`commit`. A draft is a block that a later
         step changes again; it is kept until that step is committed."""
-        if self.folder is not None:
+        if self.keeps:
             name = f"draft-{index:05}.safetensors" if draft else self.shard(index).name
             self._pending[name] = self._writer.submit(write_shard, self.folder / name, tensors)
 
     def commit(self, index: int, record: dict) -> None:
         """Finish the step of a block: its files are safe and ``record`` (plain JSON values) is kept with them."""
-        if self.folder is None:
+        if not self.keeps:
             self.entries.append({"block": index})
             return
         files = {name: future.result() for name, future in self._pending.items()}
@@ -242,7 +258,7 @@ class Journal:
         Without an output folder there is nothing to save and signals act as always; the same outside the main thread.
         follow: another process keeps the journal.
         """
-        if (self.folder is None and not follow) or threading.current_thread() is not threading.main_thread():
+        if (not self.keeps and not follow) or threading.current_thread() is not threading.main_thread():
             yield
             return
         before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -274,7 +290,7 @@ class Journal:
     def safe_point(self) -> None:
         """Between two blocks: raise :class:`Interrupted` if a signal asked for it."""
         if self._stopping:
-            where = self.output or "the output folder"
+            where = self.output if self.keeps else "the output folder"
             raise Interrupted(f"stopped with {len(self.entries)} of {self.total} blocks done, safe in {where}; "
                               f"{RESUME}")
 
@@ -288,7 +304,7 @@ class Journal:
 
     def finish(self, fill: Callable[[Path], None]) -> None:
         """Assemble the final checkpoint with ``fill(folder)``, move it out, remove the journal."""
-        if self.folder is None:
+        if not self.keeps:
             return
         staging = self.folder / "checkpoint"
         shutil.rmtree(staging, ignore_errors=True)
@@ -328,7 +344,7 @@ class Journal:
 
     def close(self) -> None:
         """Let go of the folder; one that holds no step yet disappears, unless it was there before."""
-        if self.folder is None:
+        if not self.keeps:
             return
         for future in self._pending.values():
             future.exception()

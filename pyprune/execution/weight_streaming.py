@@ -119,7 +119,7 @@ def fill(module: nn.Module, tensors: dict[str, Tensor]) -> None:
         if leaf in owner._parameters:
             owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
         else:
-            owner._buffers[leaf].copy_(tensor)
+            owner.get_buffer(leaf).copy_(tensor)
 
 
 def _parameters(module: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
@@ -223,6 +223,8 @@ def _open(name: str, dtype: str, folder: Path, wanted: bool, pin: bool) -> Opene
         return "it is quantised"
     origin = checkpoint.find_origin(checkpoint.resolve(name))
     files = origin.files
+    if not isinstance(files, Files):
+        return "only a local folder of safetensors files can be read block by block"
     if not wanted and files.bytes < SHARE * available_memory():
         return "it fits into memory"
     kind = checkpoint_dtype(hf_config, files) if dtype == "auto" else getattr(torch, dtype)

@@ -15,6 +15,7 @@ from pyprune.execution.executor import Activations
 from pyprune.execution.run import Clock, Findings, Run
 from pyprune.masks.solvers import inverse_factor, solve
 from pyprune.masks.statistics import (
+    Inputs,
     Observer,
     Statistics,
     error_sums,
@@ -31,7 +32,7 @@ calibration and on held-out inputs."""
 
 
 def gather(run: Run, clock: Clock, index: int, module: nn.Module, refs: list[WeightRef], fit: Activations,
-           target: Activations | None = None, dense: Activations | None = None) -> Observer:
+           target: Activations | None = None, dense: Activations | None = None) -> Observer[Statistics]:
     """Statistics pass over one block; finite or a ConfigError that names weight, sequence and token.
 
     target: takes the block's outputs, which the pass otherwise does not finish (with dense inputs, ``fit`` itself).
@@ -56,8 +57,8 @@ def gather(run: Run, clock: Clock, index: int, module: nn.Module, refs: list[Wei
     return observer
 
 
-def prune_block(run: Run, found: Findings, index: int, module: nn.Module, observer: Observer | None,
-                inputs: list[Observer]) -> dict[WeightRef, Tensor]:
+def prune_block(run: Run, found: Findings, index: int, module: nn.Module,
+                observer: Observer[Statistics] | None, inputs: list[Observer[Inputs]]) -> dict[WeightRef, Tensor]:
     """Solve every selected weight of a block; each input group is factored once. Writes block and compute copy, and
     returns the keep masks."""
     config, block = run.config, run.view.blocks[index]
@@ -71,7 +72,7 @@ def prune_block(run: Run, found: Findings, index: int, module: nn.Module, observ
     for owner, (leader, refs) in zip(owners, groups.items()):
         if owner != run.world.rank:
             continue
-        statistics = observer.sinks[leader] if leader else None
+        statistics = observer.sinks[leader] if observer and leader else None
         group_config = config
         if statistics is None and needs_sequences(config):
             # an expert that no token reached has no statistics: magnitude is all there is, and it is said

@@ -131,11 +131,13 @@ def obs_prune(weight: Tensor, factor: Factor, *, sparsity: float | None = None, 
 def score_mask(weight: Tensor, config: PruneConfig, statistics: Statistics | None) -> Tensor:
     """Keep mask by magnitude (whole matrix) or Wanda (per output row), unstructured or N:M."""
     wanda = config.method == "wanda"
-    scale = statistics.norm if wanda else None
+    if wanda and statistics is None:
+        raise ValueError("Wanda's scores need the statistics of the weight's inputs")
+    scale = statistics.norm if wanda and statistics is not None else None
     if config.nm:
         return ops.nm_mask(weight, *config.nm, scale=scale)
     size = weight.shape[1] if wanda else weight.numel()
-    return ops.select_mask(weight, round(config.sparsity * size), scale=scale, scope="row" if wanda else "matrix")
+    return ops.select_mask(weight, round(config.sparsities[0] * size), scale=scale, scope="row" if wanda else "matrix")
 
 
 def dense_target_start(weight: Tensor, statistics: Statistics, factor: Factor) -> Tensor:
@@ -143,19 +145,27 @@ def dense_target_start(weight: Tensor, statistics: Statistics, factor: Factor) -
 
     The sweep that starts from W' fits the dense stream's outputs. The ridge pulls towards W, so equal streams give W.
     """
+    if statistics.cross is None:
+        raise ValueError("dense targets need the cross Gram of the two streams")
     difference = (statistics.cross - statistics.gram) / statistics.count
     return weight + (weight @ difference) @ factor.r.T @ factor.r
 
 
 def solve(weight: Tensor, config: PruneConfig, statistics: Statistics | None, factor: Factor | None) -> Solved:
-    """Prune one matrix ``[out, in]`` as the configuration says; the input tensor is left alone."""
+    """Prune one matrix ``[out, in]`` as the configuration says; the input tensor is left alone.
+
+    factor: of the statistics' Gram; None where scores alone choose and nothing is solved.
+    """
     original = weight.float().contiguous()
+    if factor is None or statistics is None:
+        mask = score_mask(original, config, statistics)
+        return Solved(original.masked_fill(~mask, 0), mask)
     start = original
-    if statistics is not None and statistics.cross is not None:
+    if statistics.cross is not None:
         start = dense_target_start(original, statistics, factor)
     if config.method == "sparsegpt":
         updated = start.clone()
-        mask = obs_prune(updated, factor, sparsity=None if config.nm else config.sparsity, nm=config.nm,
+        mask = obs_prune(updated, factor, sparsity=None if config.nm else config.sparsities[0], nm=config.nm,
                          column_block=config.column_block)
         if config.reconstruct == "none":
             updated = original.masked_fill(~mask, 0)

@@ -13,6 +13,7 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -45,26 +46,25 @@ class Statistics:
     precision: str = "float32"
     clock: Callable = contextlib.nullcontext
     """Charges the updates to a phase of their own."""
-    gram: Tensor | None = None
-    """float32 ``[c, c]``, ``XᵀX``."""
-    sums: Tensor | None = None
-    """float32 ``[c]``, ``Σx``."""
+    gram: Tensor = field(init=False)
+    """float32 ``[c, c]``, ``XᵀX``; empty where no Gram is wanted."""
+    sums: Tensor = field(init=False)
+    """float32 ``[c]``, ``Σx``; empty where no Gram is wanted."""
     count: Tensor = field(init=False)
     """int64 scalar: tokens seen."""
-    mean: Tensor | None = None
-    m2: Tensor | None = None
-    """Centred sum of squares, float64 ``[c]``, merged by Chan's formula."""
+    mean: Tensor = field(init=False)
+    """float64 ``[c]``; empty where no moments are wanted."""
+    m2: Tensor = field(init=False)
+    """Centred sum of squares, float64 ``[c]``, merged by Chan's formula; empty where no moments are wanted."""
     cross: Tensor | None = None
     """float32 ``[c, c]``, ``X̄ᵀX`` with the dense stream's inputs X̄, where the layer-wise target is dense (GP)."""
 
     def __post_init__(self):
         self.count = torch.zeros((), dtype=torch.int64, device=self.device)
-        if self.want_gram:
-            self.gram = torch.zeros(self.columns, self.columns, device=self.device)
-            self.sums = torch.zeros(self.columns, device=self.device)
-        if self.want_moments:
-            self.mean = torch.zeros(self.columns, dtype=torch.float64, device=self.device)
-            self.m2 = torch.zeros(self.columns, dtype=torch.float64, device=self.device)
+        c, moments = self.columns if self.want_gram else 0, self.columns if self.want_moments else 0
+        self.gram, self.sums = torch.zeros(c, c, device=self.device), torch.zeros(c, device=self.device)
+        self.mean = torch.zeros(moments, dtype=torch.float64, device=self.device)
+        self.m2 = torch.zeros(moments, dtype=torch.float64, device=self.device)
 
     def update(self, x: Tensor, dense: Tensor | None = None) -> None:
         """Add tokens ``x [tokens, c]``; ``dense`` are the same tokens in the dense stream."""
@@ -91,9 +91,9 @@ class Statistics:
         """Statistics of both inputs together."""
         both = copy.copy(self)
         both.count = self.count + other.count
-        for name in ("gram", "sums", "cross"):
-            if getattr(self, name) is not None:
-                setattr(both, name, getattr(self, name) + getattr(other, name))
+        both.gram, both.sums = self.gram + other.gram, self.sums + other.sums
+        if self.cross is not None and other.cross is not None:
+            both.cross = self.cross + other.cross
         if self.want_moments:
             share = other.count / both.count.clamp(min=1).double()
             delta = other.mean - self.mean
@@ -113,8 +113,19 @@ class Statistics:
         return int(self.count)
 
     def finite(self) -> bool:
-        values = self.m2 if self.gram is None else self.gram.diagonal()
+        values = self.gram.diagonal() if self.want_gram else self.m2
         return bool(torch.isfinite(values).all())
+
+
+class Sink(Protocol):
+    """What takes the inputs ``[tokens, c]`` of a group; ``dense`` are the same tokens in the dense stream."""
+
+    def update(self, x: Tensor, dense: Tensor | None = None) -> None: ...
+
+    def plus(self: S, other: S) -> S: ...
+
+
+S = TypeVar("S", bound=Sink)
 
 
 class Inputs:
@@ -123,7 +134,7 @@ class Inputs:
     def __init__(self):
         self.chunks: list[Tensor] = []
 
-    def update(self, x: Tensor) -> None:
+    def update(self, x: Tensor, dense: Tensor | None = None) -> None:
         self.chunks.append(x.clone() if x.is_cuda else x)  # on a GPU it may lie in a buffer of the ring
 
     def plus(self, other: Inputs) -> Inputs:
@@ -141,11 +152,11 @@ Call = tuple[int, str, int]
 """A product in a forward pass: which application of its block, the weight's name, how often before in that one."""
 
 
-class Observer:
+class Observer(Generic[S]):
     """Feeds the inputs of a block's weights to one sink a group while the block runs."""
 
-    def __init__(self, module: nn.Module, refs: list[WeightRef], sink: Callable[[int, torch.device], object]):
-        self.sinks: dict[str, object] = {}
+    def __init__(self, module: nn.Module, refs: list[WeightRef], sink: Callable[[int, torch.device], S]):
+        self.sinks: dict[str, S] = {}
         self.leader: dict[str, str] = {}
         self.skip: frozenset[Call] = frozenset()
         """Calls whose sinks have this batch already (it ran out of memory behind them and comes again in halves)."""
@@ -194,7 +205,7 @@ class Observer:
                 self.held[call] = rows
             elif call not in self.skip:
                 self.updating = name
-                self.sinks[key].update(rows, *([self.held[call]] if call in self.held else []))
+                self.sinks[key].update(rows, self.held.get(call))
                 self.updating = None
         if call == self._last:
             raise Stop
@@ -231,7 +242,7 @@ class Observer:
         known = {name for _, name, _ in self._order} == self._names and not self._routed
         return self._order[-1] if known and not any(again for _, _, again in self._order) else None
 
-    def run_dense(self, forward: Callable[[], Tensor]) -> Tensor:
+    def run_dense(self, forward: Callable[[], Tensor]) -> Tensor | None:
         """The dense stream's pass over a batch, before the batch itself."""
         self.held, self.holding = {}, True
         try:
@@ -253,13 +264,15 @@ class Observer:
             leader[name] = groups.setdefault(parts, name)
             if leader[name] == name:
                 first, *rest = (self.sinks[part] for part in parts)
-                sinks[name] = functools.reduce(lambda one, other: one.plus(other), rest, first)
+                for other in rest:
+                    first = first.plus(other)
+                sinks[name] = first
         self.sinks, self.leader = sinks, leader
 
 
 def observe(executor: Executor, index: int, module: nn.Module, refs: list[WeightRef], activations: Activations,
-            sink: Callable[[int, torch.device], object], target: Activations | None = None,
-            dense: Activations | None = None) -> Observer:
+            sink: Callable[[int, torch.device], S], target: Activations | None = None,
+            dense: Activations | None = None) -> Observer[S]:
     """Run a block over ``activations`` and return the observer with one filled sink a group.
 
     The pass ends before the block's last projection unless ``target`` wants the outputs.
@@ -280,7 +293,7 @@ def observe(executor: Executor, index: int, module: nn.Module, refs: list[Weight
 
     try:
         for batch, hidden in executor.stream(activations):
-            parts = [(batch, hidden, frozenset())]
+            parts: list[tuple[Batch, Tensor, frozenset[Call]]] = [(batch, hidden, frozenset())]
             while parts:
                 part, x, observer.skip = parts.pop(0)
                 outs = executor.attempt(functools.partial(both, part, x))
@@ -288,7 +301,7 @@ def observe(executor: Executor, index: int, module: nn.Module, refs: list[Weight
                     parts[:0] = _again(executor, index, observer, part, x)
                     continue
                 for stream, out, beside in outs:
-                    if stream is not None:
+                    if stream is not None and out is not None:
                         executor.write(stream, part, out, beside)
         executor.drain()
     finally:
@@ -297,7 +310,8 @@ def observe(executor: Executor, index: int, module: nn.Module, refs: list[Weight
     return observer
 
 
-def _again(executor: Executor, index: int, observer: Observer, batch: Batch, hidden: Tensor) -> list[tuple]:
+def _again(executor: Executor, index: int, observer: Observer, batch: Batch,
+           hidden: Tensor) -> list[tuple[Batch, Tensor, frozenset[Call]]]:
     """Halves of a batch that ran out of memory, with the calls whose sinks have seen it."""
     if observer.updating is not None:
         raise ConfigError(f"the statistics of {observer.updating} in block {index} do not fit on {executor.device} "
@@ -307,7 +321,7 @@ def _again(executor: Executor, index: int, observer: Observer, batch: Batch, hid
     return [(part, x, seen) for part, x in executor.halve(batch, hidden, index)]
 
 
-def reduce_statistics(world: World, observer: Observer) -> None:
+def reduce_statistics(world: World, observer: Observer[Statistics]) -> None:
     """Sum the statistics of all processes' observers; experts that only some processes reached come in too."""
     if world.size == 1:
         return

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from typing import Any
 
 import torch
-from torch import nn
 
 from pyprune.model.origin import Origin
 
@@ -23,7 +23,7 @@ def model_class(config, gguf: bool = False, origin: Origin | None = None):
         return transformers.AutoModelForCausalLM
     classes = [cls for name in config.architectures or [] if isinstance(cls := getattr(transformers, name, None), type)]
     files = None if origin is None else origin.files
-    if not files or classes and not _names_more(classes[0], config, files.where):
+    if origin is None or not files or classes and not _names_more(classes[0], config, files.where):
         return classes[0] if classes else transformers.AutoModel
     fitting = _fitting_class(config, files)
     if fitting is not None and classes[:1] != [fitting]:
@@ -33,7 +33,7 @@ def model_class(config, gguf: bool = False, origin: Origin | None = None):
     return fitting or (classes[0] if classes else transformers.AutoModel)
 
 
-def _names_more(cls: type, config, names: Iterable[str]) -> bool:
+def _names_more(cls: Any, config, names: Iterable[str]) -> bool:
     """A model without a head, where the file has the names of one with a head: a base with something beside it."""
     import transformers
 
@@ -71,10 +71,11 @@ def assume_causal(config) -> None:
     """Name the causal language model of a config's kind where it names no class, as those of GGUF files do not."""
     import transformers
 
+    decoders: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
     if not config.architectures:
-        config.architectures = [transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__]
+        config.architectures = [decoders[type(config)].__name__]
 
 
-def name_class(model: nn.Module) -> None:
+def name_class(model: Any) -> None:
     """Name a model's own class in its config, as saving it would."""
     model.config.architectures = [type(model).__name__]

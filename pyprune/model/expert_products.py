@@ -33,8 +33,9 @@ class Experts:
         """Experts and their inputs ``[tokens, in]`` in one call of a torch function: one for a product with a slice,
         all of them for a batched product with the whole parameter. There, rows of zeros are the tokens of others."""
         if func is nn.functional.linear:
-            x = args[0] if args else kwargs["input"]
-            matrix = args[1] if len(args) > 1 else kwargs["weight"]
+            named = kwargs or {}
+            x = args[0] if args else named["input"]
+            matrix = args[1] if len(args) > 1 else named["weight"]
         elif func in _MATMULS and len(args) == 2 and isinstance(args[1], Tensor) and args[1].ndim > 1:
             x, matrix = args[0], args[1].mT
         else:

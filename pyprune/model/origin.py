@@ -117,7 +117,7 @@ class Origin:
 
     def add_kept(self, folder: Path) -> None:
         """Add the tensors that the model does not use to the checkpoint in ``folder``, as a shard of their own."""
-        if not self.kept:
+        if not self.kept or self.files is None:
             return
         tensors = {name: self.files.read(name) for name in self.kept}
         path = folder / "model.safetensors.index.json"

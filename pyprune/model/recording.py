@@ -15,6 +15,7 @@ import copy
 import functools
 import inspect
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -105,14 +106,15 @@ class Repeated(nn.Module):
     def forward(self, hidden: Tensor, steps: tuple[Arguments, ...]) -> Tensor:
         for step, (name, arguments) in enumerate(zip(self.order, steps, strict=True)):
             self.step = step
-            hidden = call_block(self._modules[name], hidden, arguments)
+            hidden = call_block(self.get_submodule(name), hidden, arguments)
         return hidden
 
 
 def _units(blocks: nn.ModuleList, order: list[int]) -> list[list[int]]:
     """The applications cut into the shortest runs such that no parameter is used in two of them."""
     last = {id(p): k for k, place in enumerate(order) for p in blocks[place].parameters()}
-    units, end = [[]], 0
+    units: list[list[int]] = [[]]
+    end = 0
     for k, place in enumerate(order):
         units[-1].append(place)
         end = max([end, *(last[id(p)] for p in blocks[place].parameters())])
@@ -193,7 +195,8 @@ class Recorded:
         forms: list[Form] = [None] * len(self.slots)
         if self._plain or self._applied()[1]:  # a streamed model's embeddings come after the view was made
             return forms
-        ids, calls = self._probes[0], []
+        ids = self._probes[0]
+        calls: list[Call] = []
         known: dict[tuple, Form] = {}
 
         def learn(block: nn.Module, place: int, hidden: Tensor, given: Arguments):
@@ -266,7 +269,8 @@ class Recorded:
         if not self.shared:
             return calls[0][1], steps
         rest = iter(steps)
-        return calls[0][1], [Arguments((tuple(next(rest) for _ in block.order),), {}) for block in self.blocks]
+        return calls[0][1], [Arguments((tuple(next(rest) for _ in block.order),), {}) for block in self.blocks
+                             if isinstance(block, Repeated)]
 
     @torch.no_grad()
     def complete(self, input_ids: Tensor, outputs):
@@ -276,8 +280,8 @@ class Recorded:
         def give(block: nn.Module, place: int, hidden: Tensor, given: Arguments):
             if len(calls) < len(self.order):
                 return self._returned(self.forms, block, place, hidden, given)
-            if isinstance(outputs, Tensor) and self.forms[place] is not None:
-                return (outputs, *(None for _ in self.forms[place]))
+            if isinstance(outputs, Tensor) and (form := self.forms[place]) is not None:
+                return (outputs, *(None for _ in form))
             return outputs
 
         return self._pass(input_ids, calls, give)
@@ -331,7 +335,7 @@ def _same_arguments(one: Call, other: Call) -> bool:
 def uncached(model: nn.Module) -> Iterator[dict]:
     """The model makes no cache for the duration, whatever its head: its configurations say so, and so do the options
     yielded, to be passed to its forward where that has the parameter."""
-    configs = {id(m.config): m.config for m in model.modules()
+    configs: dict[int, Any] = {id(m.config): m.config for m in model.modules()
                if getattr(getattr(m, "config", None), "use_cache", False)}
     try:
         for config in configs.values():

@@ -43,7 +43,7 @@ def output_error(error: OSError, path: Path, needed: int | None = None) -> Outpu
 
 def memory_of(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous host tensor, without a copy."""
-    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
 
 
 def sync(path: Path) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +74,7 @@ def _settable(config, name: str) -> bool:
     return not isinstance(found, property) or found.fset is not None
 
 
-def share_config(model: nn.Module, edits: dict) -> None:
+def share_config(model: Any, edits: dict) -> None:
     """Edit the config all modules share; a copy that a module got for sizes of its own gives way to it."""
     shared = model.config
     for key, value in edits.items():
@@ -98,7 +99,8 @@ def set_parameter(block: nn.Module, path: str, value: Tensor) -> None:
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = value.shape
     elif hasattr(module, "nf"):
-        module.nx, module.nf = value.shape
+        conv: Any = module
+        conv.nx, conv.nf = value.shape
 
 
 def apply_attributes(module: nn.Module, values: dict) -> None:
@@ -113,7 +115,7 @@ def apply_attributes(module: nn.Module, values: dict) -> None:
             setattr(module, name, value)
 
 
-def sized_class(cls: type, sizes: dict) -> type:
+def sized_class(cls: Any, sizes: dict) -> Any:
     """A subclass of a Hugging Face model class whose instances have the shapes of ``sizes`` (a :func:`layout`)."""
     def init(self, config, *args, **kwargs):
         cls.__init__(self, config, *args, **kwargs)
@@ -125,7 +127,7 @@ def sized_class(cls: type, sizes: dict) -> type:
 def _resize(model: nn.Module, sizes: dict) -> None:
     for name, shape in sizes["shapes"].items():
         owner, _, key = name.rpartition(".")
-        module = model.get_submodule(owner)
+        module: Any = model.get_submodule(owner)
         like = getattr(module, key, None)
         value = torch.empty(shape, dtype=(module.weight if like is None else like).dtype)
         if like is None:

@@ -24,12 +24,12 @@ def parameters_on_meta() -> Iterator[None]:
         if parameter is not None:
             self._parameters[name] = nn.Parameter(parameter.data.to("meta"), requires_grad=False)
 
-    nn.Module.register_parameter = register
+    nn.Module.register_parameter = register  # type: ignore[method-assign]  # there is no other way in
     try:
         with _EmptyOnMeta():
             yield
     finally:
-        nn.Module.register_parameter = plain
+        nn.Module.register_parameter = plain  # type: ignore[method-assign]  # as it was
 
 
 class _EmptyOnMeta(TorchFunctionMode):

@@ -13,13 +13,12 @@ from pyprune.config import ConfigError
 from pyprune.devices import indexed
 from pyprune.ops import reference
 
+_missing: str | None = None
 try:
     from pyprune import _C
 except ImportError as error:
     _C = None
     _missing = f"the native module pyprune._C is not here ({error}): reinstall with a C++ compiler present"
-else:
-    _missing = None
 
 _refused = None
 if _C is not None and os.environ.get("PYPRUNE_ISA"):
@@ -94,7 +93,7 @@ def gram_update_cpu(gram: Tensor, x: Tensor, *, sums: Tensor | None = None, coun
     total = sums if sums is None or sums.is_contiguous() else sums.contiguous()
     _C.gram_update_cpu(gram.data_ptr(), x.data_ptr(), *x.shape, x.stride(0), TYPES[x.dtype], _address(total),
                        _address(count), _address(mask), precision == "bfloat16", torch.get_num_threads())
-    if total is not sums:
+    if sums is not None and total is not None and total is not sums:
         sums.copy_(total)
 
 

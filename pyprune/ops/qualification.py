@@ -172,12 +172,15 @@ def _run(order: dict, records: dict[str, dict], waiting: list[str]) -> tuple[str
     with tempfile.TemporaryFile() as errors:
         child = subprocess.Popen([sys.executable, "-c", start], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                  stderr=errors, text=True, env={**os.environ, "PYPRUNE_QUALIFY": "0"})
-        reader = threading.Thread(target=_read_lines, args=(child.stdout, lines), daemon=True)
+        stdin, stdout = child.stdin, child.stdout
+        if stdin is None or stdout is None:
+            raise RuntimeError("a process that was started with pipes has none")
+        reader = threading.Thread(target=_read_lines, args=(stdout, lines), daemon=True)
         reader.start()
         try:
             with contextlib.suppress(BrokenPipeError):
-                child.stdin.write(json.dumps(order))
-                child.stdin.close()
+                stdin.write(json.dumps(order))
+                stdin.close()
             limit = START_SECONDS
             while (line := lines.get(timeout=limit)) is not None:
                 if not line.startswith(MARK):
@@ -198,7 +201,7 @@ def _run(order: dict, records: dict[str, dict], waiting: list[str]) -> tuple[str
             child.kill()
             child.wait()
             reader.join()
-            child.stdout.close()
+            stdout.close()
         if trying is not None:
             return (*trying, reason or "the process ended in the middle of it")
         if reason is not None or waiting:

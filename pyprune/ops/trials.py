@@ -8,6 +8,7 @@ may crash, and reads the lines it prints.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import sys
@@ -236,8 +237,9 @@ def _forward(dtype: torch.dtype, tolerance: float):
         def block(x, weights):
             q, k, v, o, gate, up, down = weights
             normed = functional.rms_norm(x, (hidden,))
-            parts = [functional.linear(normed, w).view(*x.shape[:2], -1, d).transpose(1, 2) for w in (q, k, v)]
-            mixed = functional.scaled_dot_product_attention(*parts, is_causal=True, enable_gqa=True)
+            queries, keys, values = (functional.linear(normed, w).view(*x.shape[:2], -1, d).transpose(1, 2)
+                                     for w in (q, k, v))
+            mixed = functional.scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=True)
             x = x + functional.linear(mixed.transpose(1, 2).reshape(x.shape), o)
             normed = functional.rms_norm(x, (hidden,))
             return x + functional.linear(functional.silu(functional.linear(normed, gate))
@@ -301,7 +303,7 @@ def check(op: str, implementation: Callable, device) -> float:
     make, sizes, _ = CASES[op]
     worst = 0.0
     torch.use_deterministic_algorithms(True, warn_only=True)  # with this, torch.empty is filled with NaN
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]  # torch makes it late
     try:
         for size in sizes:
             case = make(device, *size)
@@ -372,9 +374,13 @@ def run(jobs: list[dict], device: str) -> None:
                 _say({"op": op, "name": name, "failed": kind + text})
         if len(right) > 1:
             hurry = time.perf_counter() - began > SECONDS
-            found = times(op, right, device, hurry, lambda name, op=op: _say({"op": op, "trying": name}))
+            found = times(op, right, device, hurry, functools.partial(_trying, op))
             _say({"op": op, "seconds": found})
         _say({"op": op, "done": True})
+
+
+def _trying(op: str, name: str) -> None:
+    _say({"op": op, "trying": name})
 
 
 def main() -> None:

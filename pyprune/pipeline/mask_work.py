@@ -32,7 +32,7 @@ class MaskWork:
         self.refiner: Refiner | None = None
 
     def start(self) -> None:
-        if needs_sequences(self.config):
+        if needs_sequences(self.config) and self.run.data.sequences:
             self.fit = self.executor.embed(self.run.data.sequences, shared=True)
         self.probes = make_probes(self.executor, self.config, self.run.data)
         if wanted(self.config):
@@ -153,7 +153,7 @@ class MaskWork:
 
     def models(self) -> dict[float, nn.Module]:
         """The pruned model by its sparsity."""
-        return {self.config.sparsity: self.run.view.model}
+        return {self.config.sparsities[0]: self.run.view.model}
 
     def entry(self) -> None:
         """There is no structure to report."""

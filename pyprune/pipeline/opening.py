@@ -11,7 +11,7 @@ from pyprune.structured.criteria import NEEDS_GRADIENTS
 
 def open_model(config: PruneConfig, streamed: bool | None = None, pin: bool = False) -> Opened:
     """Open the model of a run as :func:`open_checkpoint` does."""
-    return open_checkpoint(config.model, config.dtype, config.stream, why_not_streamed(config), streamed, pin)
+    return open_checkpoint(config.model_name, config.dtype, config.stream, why_not_streamed(config), streamed, pin)
 
 
 def why_not_streamed(config: PruneConfig) -> str | None:

@@ -5,7 +5,11 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as RichProgress
+    from rich.progress import TaskID
 
 
 def announce(text: str, enabled: bool = True, label: str = "pruning") -> None:
@@ -26,14 +30,17 @@ class Progress:
         """Called with (blocks finished, blocks in all) after each."""
         self.total, self.label, self.enabled = total, label, enabled
         self.stream = stream or sys.stderr
-        self.block, self.phase, self.error = 0, "", None
-        self._started, self._bar, self._task = time.monotonic(), None, None
+        self.block, self.phase = 0, ""
+        self.error: float | None = None
+        self._started = time.monotonic()
+        self._bar: RichProgress | None = None
+        self._tasks: list[TaskID] = []
 
     def __enter__(self) -> Progress:
         self._started = time.monotonic()
         if self.enabled and self.stream.isatty():
             self._bar = _bar(self.stream)
-            self._task = self._bar.add_task(self.label, total=self.total, note="")
+            self._tasks = [self._bar.add_task(self.label, total=self.total, note="")]
             self._bar.start()
         return self
 
@@ -52,7 +59,8 @@ class Progress:
         if not self.enabled:
             return
         if self._bar is not None:
-            self._bar.update(self._task, completed=self.block, note=self._note())
+            for task in self._tasks:
+                self._bar.update(task, completed=self.block, note=self._note())
         elif advanced:
             print(self.line(), file=self.stream, flush=True)
 
@@ -70,7 +78,7 @@ class Progress:
         return " · ".join(parts)
 
 
-def _bar(stream: TextIO):
+def _bar(stream: TextIO) -> RichProgress:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.progress import Progress as RichProgress

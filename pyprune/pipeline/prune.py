@@ -52,8 +52,8 @@ T = TypeVar("T")
 def make_config(config: PruneConfig | dict | None, fields: dict) -> PruneConfig:
     """Configuration from an object or mapping plus field overrides; ``calibration=`` and ``evaluation=`` also take
     their source directly (a path, texts, token ids)."""
-    config, fields = (_sections(given) if isinstance(given, dict) else given for given in (config, dict(fields)))
-    return override(from_dict(PruneConfig, config) if isinstance(config, dict) else config, fields)
+    base = from_dict(PruneConfig, _sections(config)) if isinstance(config, dict) else config
+    return override(base, _sections(fields))
 
 
 def _sections(fields: dict) -> dict:
@@ -115,7 +115,7 @@ def _prune(model, config: PruneConfig, tokenizer, in_place: bool, progress: bool
     if world.same(journal.complete):
         world.lead(journal.publish)
         return published(config, opened.weights)
-    store = make_store(config.memory_budget_gb, journal.folder, device)
+    store = make_store(config.memory_budget_gb, journal.folder if journal.keeps else None, device)
     measured = Meter(texts, config.evaluation, device, store, world)
     with found.clock("evaluation"):
         dense = kept(journal, world, "dense", lambda: measured(view.model, opened.weights),
@@ -146,7 +146,7 @@ def _prune(model, config: PruneConfig, tokenizer, in_place: bool, progress: bool
     report = build_report(run, found, live, compared(dense, list(pruned.values())[-1]), work.coverage(), structured,
                           peak_device, backends)
     if isinstance(opened.weights, Streamed):
-        result = StreamedResult(opened.weights, tokenizer, config, report, opened.origin)
+        result: PruneResult = StreamedResult(opened.weights, tokenizer, config, report, opened.origin)
     else:
         result = PruneResult(live, tokenizer, config, report, models if structured else {}, opened.origin)
     if config.output:
@@ -175,7 +175,7 @@ def _open(model, config: PruneConfig, tokenizer, in_place: bool, progress: bool,
 def settle_backends(journal: Journal, world: distributed.World, device: torch.device) -> dict:
     """The back-end that each op takes in this run, the same in all processes: what an interrupted run took, else what
     this machine's measurements say."""
-    return world.same(world.lead(lambda: ops.settle(device.type, journal.header.get("backends"))))
+    return world.same(world.lead(lambda: ops.settle(device.type, journal.header.get("backends"))) or {})
 
 
 def begin(journal: Journal, world: distributed.World, identity: dict, blocks: int, **header) -> None:
@@ -207,9 +207,10 @@ def unmeasured(config: PruneConfig, view: ModelView, texts: list) -> list[str]:
 def published(config: PruneConfig, weights: Resident) -> PruneResult:
     """The result of a run that had only its checkpoint left to move out."""
     if isinstance(weights, Streamed):
-        tokenizer = checkpoint.load_tokenizer(checkpoint.resolve(config.output))
-        return StreamedResult(weights, tokenizer, config, read_report(config.output))
-    folders = {s: f"{config.output}/sparsity-{s:g}" if config.is_curve else config.output for s in config.sparsities}
+        tokenizer = checkpoint.load_tokenizer(checkpoint.resolve(config.output_folder))
+        return StreamedResult(weights, tokenizer, config, read_report(config.output_folder))
+    output = config.output_folder
+    folders = {s: f"{output}/sparsity-{s:g}" if config.is_curve else output for s in config.sparsities}
     loaded = {s: checkpoint.load(folder) for s, folder in folders.items()}
     last = list(loaded)[-1]
     return PruneResult(*loaded[last], config, read_report(folders[last]),
@@ -279,7 +280,7 @@ def add_generated(data: calibration.CalibrationData, settings: Calibration, mode
     """Sequences sampled from the dense model join the corpus samples, or wait for the reconstruction."""
     calibration.need_tokenizer(tokenizer, "self-generated calibration")
     settings = calibration.coerce(settings)
-    sequences = generate(model, tokenizer, settings.self_generated, seq_len=settings.seq_len, seed=settings.seed,
+    sequences = generate(model, tokenizer, settings.self_generated, seq_len=settings.tokens, seed=settings.seed or 0,
                          language=settings.language, path=settings.self_generated_path)
     data.description += f"; {len(sequences)} self-generated sequences of {settings.seq_len} tokens"
     if len(calibration.bos_prefix(tokenizer)):

@@ -55,8 +55,8 @@ def refine(model: nn.Module, dense: nn.Module, calibration=None, *, tokenizer=No
         where = pick_device(device)  # after the processes have taken a GPU each
         executors = [Executor(view, device=where, compute_dtype=compute_dtype, world=world, warn=found.warn)
                      for view in views]
-        work = RefineWork(*executors, data, settings, cross_block=cross_block, global_propagation=global_propagation,
-                          seed=seed, found=found, journal=Journal(None))
+        work = RefineWork(executors[0], executors[1], data, settings, cross_block=cross_block,
+                          global_propagation=global_propagation, seed=seed, found=found, journal=Journal(None))
         with Progress(len(views[0].blocks), enabled=False, listener=progress) as bar:
             run_blocks(Loop(executors[0], work.journal, found, world, seed, None), work, bar)
         failed = False

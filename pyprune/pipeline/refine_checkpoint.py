@@ -21,7 +21,7 @@ from pyprune.execution.distributed import World
 from pyprune.execution.executor import Executor
 from pyprune.execution.journal import Journal, journaled
 from pyprune.execution.run import Findings
-from pyprune.execution.weight_streaming import Opened, open_checkpoint
+from pyprune.execution.weight_streaming import Opened, Streamed, open_checkpoint
 from pyprune.model import checkpoint
 from pyprune.model.positions import positions_of
 from pyprune.pipeline.block_loop import Loop, run_blocks
@@ -45,10 +45,10 @@ CARRIED = ("pruning.json", "run.yaml")
 class Request:
     """One refinement of a checkpoint, whole. Raises ConfigError for a value that is none of those known."""
 
-    directory: str | Path
-    output: str | Path
-    dense: str | Path | None = None
-    """The model it was pruned from; None: what its ``pruning.json`` names."""
+    directory: str
+    output: str
+    dense: str = ""
+    """The model it was pruned from; empty: what its ``pruning.json`` names."""
     calibration: Calibration = field(default_factory=Calibration)
     evaluation: Evaluation = field(default_factory=Evaluation)
     settings: Reconstruction = field(default_factory=Reconstruction)
@@ -68,8 +68,7 @@ class Request:
         for name, known in (("dtype", DTYPES), ("compute_dtype", DTYPES), ("stream", STREAMING)):
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
-        self.directory, self.output = str(self.directory), str(self.output)
-        self.dense = str(self.dense or dense_of(self.directory, "--dense"))
+        self.dense = self.dense or dense_of(self.directory, "--dense")
 
     def asked(self) -> dict:
         """What decides the result, as plain data."""
@@ -84,17 +83,18 @@ class Request:
         return {**asked, "calibration": kept, "evaluation": {"dtype": self.evaluation.dtype}}
 
 
-def refine_checkpoint(directory: str | Path, output: str | Path, *, resume: bool = False, progress: bool = True,
-                      **fields) -> dict:
+def refine_checkpoint(directory: str | Path, output: str | Path, *, dense: str | Path | None = None,
+                      resume: bool = False, progress: bool = True, **fields) -> dict:
     """Refine a checkpoint by :func:`pyprune.refine` and write it to ``output``, whole or not at all.
 
+    dense: the model it was pruned from; None: what its ``pruning.json`` names.
     resume: go on with the interrupted run in ``output``, to the same result bit for bit. ``**fields``: those of
     :class:`Request`.
     Returns what ``refinement.json`` holds: settings, one row a window, perplexity of the dense, the pruned and the
     refined model. Raises ConfigError for bad input before anything is trained, and
     :class:`pyprune.execution.journal.Interrupted` when a signal stopped it between two blocks.
     """
-    request = Request(directory=directory, output=output, **fields)
+    request = Request(directory=str(directory), output=str(output), dense=str(dense or ""), **fields)
     with journaled(request.output, resume) as (world, journal):
         world.lead(lambda: journal.check_settings(request.identity()))
         return _refine(request, world, journal, progress and world.leads)
@@ -125,7 +125,7 @@ def _refine(request: Request, world: World, journal: Journal, progress: bool) ->
         world.lead(journal.publish)
         return json.loads((Path(request.output).expanduser() / RECORD).read_text())
     found.warnings += [*pruned.origin.notes, *data.warnings]
-    store = make_store(request.memory_budget_gb, journal.folder, where)
+    store = make_store(request.memory_budget_gb, journal.folder if journal.keeps else None, where)
     meter = Meter(texts, request.evaluation, where, store, world)
     with found.clock("evaluation"):
         measured = kept(journal, world, "measured", lambda: {"dense": meter(dense.model, dense.weights),
@@ -135,7 +135,7 @@ def _refine(request: Request, world: World, journal: Journal, progress: bool) ->
                           warn=found.warn) for one in (pruned, dense)]
     with Progress(len(pruned.view.blocks), label=LABEL, enabled=progress) as bar, ops.pinned(backends), \
             journal.interruptible(follow=world.size > 1):
-        work = RefineWork(*executors, data, request.settings, cross_block=request.cross_block,
+        work = RefineWork(executors[0], executors[1], data, request.settings, cross_block=request.cross_block,
                           global_propagation=request.global_propagation, seed=request.seed, found=found,
                           journal=journal)
         run_blocks(Loop(executors[0], journal, found, world, request.seed, request.output), work, bar)
@@ -164,7 +164,7 @@ def _named(calibration: Calibration) -> dict:
 
 def _fill(folder: Path, opened: Opened, tokenizer, source: Path, found: dict, name: str) -> None:
     """All files: the model, how it was pruned, how it was refined, and a card that says both."""
-    if opened.weights.streamed:
+    if isinstance(opened.weights, Streamed):
         opened.weights.save(folder)
     else:
         checkpoint.save_model(opened.model, folder)

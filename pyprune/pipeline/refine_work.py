@@ -48,7 +48,7 @@ class RefineWork:
     def start(self) -> None:
         fit = self.data.sequences + self.data.generated
         self.streams, self.targets = (
-            [a for a in (executor.embed(fit, shared=True), executor.embed(self.data.held_out)) if a is not None]
+            [executor.embed(rows, shared=shared) for rows, shared in ((fit, True), (self.data.held_out, False)) if rows]
             for executor in (self.pruned, self.dense))
 
     def enter(self, index: int, module: nn.Module, done: bool) -> None:

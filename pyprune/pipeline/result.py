@@ -41,7 +41,7 @@ class PruneResult:
     def fill(self, folder: Path) -> None:
         """Write the same files into a folder that exists."""
         if len(self.models) < 2:
-            self._write(folder, Path(self.config.output).name)
+            self._write(folder, Path(self.config.output_folder).name)
         for single in self.singles():
             name = f"sparsity-{single.config.sparsity:g}"
             (folder / name).mkdir()
@@ -70,17 +70,17 @@ class StreamedResult(PruneResult):
         self._model: nn.Module | None = None
 
     @property
-    def model(self) -> nn.Module:
+    def model(self) -> nn.Module:  # type: ignore[override]  # read on first use; nobody assigns it
         """The pruned model, loaded whole on first use."""
         if self._model is None:
-            self._model = checkpoint.load(self.config.output).model
+            self._model = checkpoint.load(self.config.output_folder).model
         return self._model
 
     def fill(self, folder: Path) -> None:
         """Write the checkpoint from the shards of the finished blocks."""
         self.weights.save(folder)
         checkpoint.save_extras(self.tokenizer, folder, self.origin)
-        write_records(folder, self.report, self.config, Path(self.config.output).name)
+        write_records(folder, self.report, self.config, Path(self.config.output_folder).name)
 
 
 def write_records(folder: Path, report: dict, config: PruneConfig, name: str) -> None:

@@ -43,7 +43,7 @@ class StructuredWork:
 
     def start(self) -> None:
         config = self.run.config
-        if needs_split(self.run):
+        if needs_split(self.run) and self.run.data.sequences:
             self.student = self.executor.embed(self.run.data.sequences, shared=True)
             if self.inputs == "propagated" and config.reconstruct != "none":
                 self.dense = self.student.like()

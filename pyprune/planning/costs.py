@@ -136,7 +136,8 @@ def shapes_of(block: nn.Module, refs: list[WeightRef]) -> list[tuple[int, int]]:
     known: dict[str, tuple[int, int]] = {}
     for ref in refs:
         if ref.path not in known:
-            known[ref.path] = tuple(ref.view(block).shape)
+            rows, columns = ref.view(block).shape
+            known[ref.path] = rows, columns
     return [known[ref.path] for ref in refs]
 
 

@@ -58,8 +58,7 @@ def plan(config: PruneConfig | dict) -> dict:
     """
     config = override(config, {}) if isinstance(config, PruneConfig) else override(None, config)
     config.calibration = calibration.coerce(config.calibration)
-    if config.model is None:
-        raise ConfigError("no model: give a Hub id, a local folder or a .gguf file")
+    name = config.model_name
     if config.output:
         checkpoint.check_output(config.output, allow=".pyprune")
     view = ModelView(_skeleton(config))
@@ -81,15 +80,16 @@ def plan(config: PruneConfig | dict) -> dict:
         paths = group_paths(small, config)
         selected = [[ref for ref in refs if ref.path in paths] for refs in targeted]
     weights, work = _weights(view, selected, targeted, config), work_of(view, selected, config)
-    free = {"memory": available_memory(), "device": torch.cuda.mem_get_info(device)[0] if gpu else None}
-    streamed, why = will_stream(config, view, free["memory"])
-    budget = free["memory"] / 2 if config.memory_budget_gb is None else config.memory_budget_gb * 1e9
+    memory = available_memory()
+    free = {"memory": memory, "device": torch.cuda.mem_get_info(device)[0] if gpu else None}
+    streamed, why = will_stream(config, view, memory)
+    budget = memory / 2 if config.memory_budget_gb is None else config.memory_budget_gb * 1e9
     hidden = embedding_width(view.model)
     spilled = max(0, int(activation_bytes(config, hidden, compute) - budget))
     host, on_device = memory_of(view, selected, config, compute, streamed, gpu, budget)
     seconds = rehearse(config, view, work, small, streamed)
     return {
-        "model": {"name": config.model, "architecture": type(view.model).__name__, "blocks": len(view.blocks),
+        "model": {"name": name, "architecture": type(view.model).__name__, "blocks": len(view.blocks),
                   "parameters": sum(p.numel() for p in view.model.parameters()), "dtype": str(dtype)[6:]},
         "settings": {name: getattr(config, name) for name in ("method", "criterion", "pattern", "sparsity",
                                                               "reconstruct", "global_propagation")},
@@ -108,8 +108,8 @@ def plan(config: PruneConfig | dict) -> dict:
 
 
 def _skeleton(config: PruneConfig) -> torch.nn.Module:
-    source = checkpoint.resolve(config.model)
-    found = checkpoint.load_config(config.model)
+    source = checkpoint.resolve(config.model_name)
+    found = checkpoint.load_config(config.model_name)
     if source.gguf_file:
         assume_causal(found)
     named = dtype_named(found) if config.dtype == "auto" else getattr(torch, config.dtype)
@@ -170,14 +170,14 @@ def will_stream(config: PruneConfig, view: ModelView, free: int) -> tuple[bool, 
 
 def _obstacle(config: PruneConfig, view: ModelView) -> tuple[str | None, bool]:
     """What keeps the weights from being streamed, and whether their files are there to tell."""
-    source = checkpoint.resolve(config.model)
+    source = checkpoint.resolve(config.model_name)
     if (reason := why_not_streamed(config)) is not None:
         return reason, True
     if source.gguf_file or not source.local:
         return "only a local folder of safetensors files can be read block by block", True
     if not any(Path(source.path).glob("*.safetensors")):
         return None, False
-    return why_whole(config.model, view.model, view, Files(source.path)), True
+    return why_whole(config.model_name, view.model, view, Files(source.path)), True
 
 
 def _free_disk(config: PruneConfig) -> int:

@@ -40,7 +40,7 @@ class Student:
     def _copy(self, blocks: list[nn.Module], masks: list[dict[str, Tensor]]) -> None:
         executor, dtype = self.executor, self.dtype
         self.modules = [_compute_copy(block, executor.device, dtype) for block in blocks]
-        self.params: list[nn.Parameter] = []
+        self.params: list[Tensor] = []
         self.masters: list[Tensor] = []
         self.scales: list[Tensor | None] = []
         self.buffers: list[Tensor | None] = []

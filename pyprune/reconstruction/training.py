@@ -12,6 +12,7 @@ the same step.
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -105,9 +106,9 @@ def _host_beside(student: Student, inputs: list[Activations], length: int, items
     first, beside = inputs[items[0][0]], Beside()
     if first.beside:
         for n in student.executor.view.tokenwise.numbers(student.indices):
-            beside.tensors[n] = _host_batch([a.beside.get(n) for a in inputs], length, items, pin)
+            beside.tensors[n] = _host_batch([a.beside.get(n, {}) for a in inputs], length, items, pin)
     for key in first.left:
-        beside.left[key] = _host_batch([a.left.get(key) for a in inputs], length, items, pin)
+        beside.left[key] = _host_batch([a.left.get(key, {}) for a in inputs], length, items, pin)
     return beside
 
 
@@ -174,7 +175,7 @@ def _epoch(student: Student, optimizer: torch.optim.Optimizer, pairs: Pairs, bat
         if parts is None:
             pin = executor.device.type == "cuda"
             parts = _prefetch(_parts(student, pairs, batches[done:], size, pin), executor.device)
-        loss = executor.attempt(lambda parts=parts: student.accumulate(parts))
+        loss = executor.attempt(functools.partial(student.accumulate, parts))
         if loss is NO_ROOM:
             student.forget()
             size, parts = _halved(student, pairs, batches[done], size), None
@@ -231,7 +232,7 @@ def train(student: Student, pairs: Pairs, settings: Reconstruction, *, seed: int
             break
         if watch:
             trace.held_out.append(executor.world.same(relative_error(student, watch)))
-            if trace.held_out[-1] < trace.held_out[trace.kept]:
+            if trace.kept is None or trace.held_out[-1] < trace.held_out[trace.kept]:
                 trace.kept = len(trace.held_out) - 1
                 best = student.snapshot() if chooses else best
             elif settings.early_stop:
@@ -268,7 +269,7 @@ def error_sums(executor: Executor, window: list[int], forward: Callable[[Tensor,
         parts = [(batch, hidden)]
         while parts:
             part, x = parts.pop(0)
-            found = executor.attempt(lambda part=part, x=x: measured(part, x))
+            found = executor.attempt(functools.partial(measured, part, x))
             if found is NO_ROOM:
                 parts[:0] = executor.halve(part, x, window[0])
             else:

@@ -46,8 +46,24 @@ class Stream:
     """Without GP: dense outputs on the pruned stream's inputs."""
 
     @property
+    def inputs(self) -> Activations:
+        """What a window reads that ends with the block at hand."""
+        return self.student if self.behind is None else self.behind
+
+    @property
     def target(self) -> Activations:
-        return self.dense if self.local is None else self.local
+        """What its outputs should be."""
+        found = self.dense if self.local is None else self.local
+        if found is None:
+            raise RuntimeError(f"no dense pass has made targets for the stream {self.name!r}")
+        return found
+
+
+@dataclass
+class Probe(Stream):
+    """Sequences that errors are measured on; both models' streams are always there."""
+
+    dense: Activations
 
 
 def wanted(config: PruneConfig) -> bool:
@@ -64,7 +80,7 @@ class Refiner:
         config = run.config
         self.run, self.found, self.executor, self.settings = run, found, run.executor, config.reconstruction
         self.trains = config.reconstruct not in LAYERWISE
-        self.first = "layer" if self.trains else config.reconstruct
+        self.first = "refit" if config.reconstruct == "refit" else "layer"
         self.layerwise = config.global_propagation and (not self.trains or self.settings.layerwise_target == "dense")
         self.cross, self.last = config.reconstruct == "cross_block", len(run.view.blocks) - 1
         fits = [fit] if fit is not None else []
@@ -72,7 +88,7 @@ class Refiner:
             fits.append(run.executor.embed(run.data.generated, shared=True))
         dense = config.global_propagation
         self.streams = [Stream(f"fit {k}", a, a.like() if dense else None) for k, a in enumerate(fits)]
-        self.probes = [Stream(p.name, p.student, p.dense) for p in probes]
+        self.probes = [Probe(p.name, p.student, p.dense) for p in probes]
         self.watch = next((p for p in self.probes if p.name == "held_out"), None)
         if self.watch is None and (self.settings.select == "validation" or self.settings.early_stop):
             raise ConfigError("select='validation' and early_stop need held-out sequences: set held_out (and "
@@ -124,7 +140,7 @@ class Refiner:
                 stream.local = stream.local or source.like()
                 if self.cross and index > 0:
                     source = stream.local
-                    self.executor.run(index - 1, self._dense[index - 1], stream.behind, source)
+                    self.executor.run(index - 1, self._dense[index - 1], stream.inputs, source)
                 self.executor.run(index, module, source, stream.local)
 
     # ---- training ----------------------------------------------------------------------------------------------
@@ -156,7 +172,7 @@ class Refiner:
             if index == self.last:
                 for stream in self.streams:
                     if stream.local is not None and self.trained([index]):
-                        self.executor.run(index, self._dense[index], stream.behind, stream.local)
+                        self.executor.run(index, self._dense[index], stream.inputs, stream.local)
                 self._improve([index], module, "cross_block 2", best, self._states([index]))
 
     def _states(self, window: list[int]) -> list[dict]:
@@ -189,8 +205,8 @@ class Refiner:
             return
         blocks = [self.run.view.blocks[i] for i in window]
         student = Student(self.executor, window, blocks, [self.masks[i] for i in window], self.dtype)
-        inputs = [(self._inputs(s), s.target) for s in self.streams]
-        held_out: Pairs | None = [(self._inputs(self.watch), self.watch.dense)] if self.watch else None
+        inputs = [(s.inputs, s.target) for s in self.streams]
+        held_out: Pairs | None = [(self.watch.inputs, self.watch.dense)] if self.watch else None
         trace = train(student, inputs, self.settings, seed=self.run.config.seed, held_out=held_out)
         student.commit()
         self._sync(module, blocks[-1])
@@ -200,9 +216,6 @@ class Refiner:
         if trace.diverged:
             self.found.warn(f"training of blocks {window} met a loss that is not finite and "
                           + (f"was undone to epoch {trace.kept}" if trace.kept else "was undone") + "; lower lr")
-
-    def _inputs(self, stream: Stream) -> Activations:
-        return stream.student if stream.behind is None else stream.behind
 
     def _sync(self, module: nn.Module, block: nn.Module) -> None:
         if module is not block:
@@ -229,9 +242,9 @@ class Refiner:
                 stream.behind = stream.student.like()
             else:
                 with self.executor.compute(index - 1) as before:
-                    self.executor.run(index - 1, before, stream.behind, stream.behind)
+                    self.executor.run(index - 1, before, stream.inputs, stream.inputs)
         for probe in self.probes if index > 0 else []:
-            final = stream_error(probe.behind, self._probe_targets[probe.name])
+            final = stream_error(probe.inputs, self._probe_targets[probe.name])
             row = self.found.blocks[index - 1]
             key = {"calibration": "error", "held_out": "error_held_out"}[probe.name]
             row[key] = final
@@ -244,7 +257,7 @@ class Refiner:
     def advance(self, index: int, module: nn.Module) -> None:
         """Pass the calibration and probe streams through block ``index``."""
         for stream in (self.streams if index < self.last else []) + self.probes:
-            self.executor.run(index, module, stream.behind if self.cross else stream.student, stream.student)
+            self.executor.run(index, module, stream.inputs, stream.student)
 
     # ---- what it gained ----------------------------------------------------------------------------------------
 
@@ -252,14 +265,14 @@ class Refiner:
         """Relative error of the block's output on every probe after a step, behind the pruned prefix as it is: through
         the window where its other block was just trained too."""
         through = step == "cross_block 1" and index > 0
-        with self.executor.compute(index - 1) if through else contextlib.nullcontext() as before:
+        with self.executor.compute(index - 1) if through else contextlib.nullcontext(module) as before:
             def forward(hidden: Tensor, beside: Beside) -> Tensor:
                 if through:
                     hidden = self.executor.forward(index - 1, before, hidden, beside)
                 return self.executor.forward(index, module, hidden, beside)
 
             sums = [error_sums(self.executor, [index - 1, index] if through else [index], forward,
-                               probe.behind if through or step == "cross_block 2" else probe.student, probe.dense)
+                               probe.inputs if through or step == "cross_block 2" else probe.student, probe.dense)
                     for probe in self.probes]
         found = torch.stack(sums).tolist() if sums else []
         row = {"step": step, **{probe.name: ratio(*pair) for probe, pair in zip(self.probes, found)}}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -21,7 +22,7 @@ def read(directory: str | Path) -> dict:
         raise ConfigError(f"{path} is not valid JSON: {error}") from error
 
 
-def compare(directories: list[str | Path]) -> list[dict]:
+def compare(directories: Sequence[str | Path]) -> list[dict]:
     """One row a folder: settings, perplexity dense and pruned per text, block error, seconds, memory, parameters; of a
     refined model what it became, its seconds added."""
     if not directories:

@@ -35,9 +35,9 @@ def inspect(directory: str | Path) -> dict:
         if not tensor.is_floating_point() or name in names:
             continue
         names.add(name)
-        empty = tensor.numel() - torch.count_nonzero(tensor).item()
+        empty = tensor.numel() - int(torch.count_nonzero(tensor))
         parameters, zeros = parameters + tensor.numel(), zeros + empty
-        bad = (~torch.isfinite(tensor)).sum().item()
+        bad = int((~torch.isfinite(tensor)).sum())
         non_finite += bad
         if tensor.ndim in (2, 3) and _in_block(name):
             matrix = tensor.mT if any(name.endswith(t) for t in transposed) else tensor

@@ -18,11 +18,11 @@ def _expert_width(kept: int, dense: int) -> int:
 
 @dataclass(eq=False)
 class Member:
-    """One coupled group with its place and, for global allocation, its scores and the size of a unit."""
+    """One coupled group with its place, its scores and the size of a unit."""
 
     block: int
     group: Coupled
-    scores: Tensor | None = None
+    scores: Tensor
     unit_size: int = 1
 
 

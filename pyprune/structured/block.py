@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -86,7 +87,8 @@ def observe(run: Run, clock: Clock, index: int, module: nn.Module, groups: list[
     """
     weights = [g.consumer.view(run.view.blocks[index]) for g in groups]
     precision = "bfloat16" if run.executor.dtype == torch.bfloat16 else "float32"
-    errors = [dense is not None and dense[i] is not None for i in range(len(groups))]
+    targets = [None] * len(groups) if dense is None else dense
+    errors = [wanted is not None for wanted in targets]
     splits = [Split.make(w.shape[1], w.shape[0] if e else 0, run.executor.device, precision)
               for w, e in zip(weights, errors)]
     kinds = [weighting(run.config.structured.token_weights, g) for g in groups]
@@ -105,18 +107,18 @@ def observe(run: Run, clock: Clock, index: int, module: nn.Module, groups: list[
                     continue  # an expert that no token of this batch reached
                 mark = held if len(x) == len(held) else torch.arange(len(x), device=x.device) % HELD_OUT_EVERY == 4
                 e = None
-                if errors[i]:
-                    want = dense[i].read(batch)
+                if (wanted := targets[i]) is not None:
+                    want = wanted.read(batch)
                     want = want.reshape(-1, want.shape[-1]).to(x.device, non_blocking=True)
                     e = want.float() - taps.sums[i].float()
                 w = None
-                if kinds[i] == "balanced":
+                if kinds[i] == "balanced" and means is not None:
                     w = balanced_weights(taps.sums[i].float().square().sum(1), means[i])
-                elif kinds[i] == "relative":
+                elif (squares := columns[i]) is not None:
                     power = taps.powers.get(i)
                     if power is None:  # an expert
                         power = (x.float() @ weights[i].to(x.device).float().T).square().sum(1)
-                    w = token_weights(power, x.float().square() @ columns[i])
+                    w = token_weights(power, x.float().square() @ squares)
                 split.update(x, mark, e, w)
 
     try:
@@ -154,8 +156,7 @@ def mean_powers(run: Run, index: int, module: nn.Module, groups: list[Coupled], 
             for batch in (Batch(length, k, k + 1) for length, rows in stream.rows.items()
                           for k, row in enumerate(rows) if row < wanted):
                 beside = run.executor.beside([index], stream, batch)
-                taps.run(lambda batch=batch, beside=beside: run.executor.forward(index, module, stream.read(batch),
-                                                                                 beside))
+                taps.run(functools.partial(run.executor.forward, index, module, stream.read(batch), beside))
                 for i, total in taps.sums.items():
                     sums[0, i] += total.float().square().sum()
                     sums[1, i] += len(total)
@@ -178,10 +179,10 @@ def _dense_pass(run: Run, index: int, module: nn.Module, groups: list[Coupled], 
     """Advance the dense stream by one block and keep what each consumer's output should add up to."""
     taps = Taps(module, groups)
 
-    def keep(batch: Batch, out: Tensor) -> None:
+    def keep(batch: Batch, _) -> None:
         for i, store in enumerate(sums):
             if store is not None and store is not stream:
-                run.executor.write(store, batch, taps.sums[i].reshape(out.shape))
+                run.executor.write(store, batch, taps.sums[i].reshape(stream.read(batch).shape))
 
     try:
         run.executor.run(index, module, stream, stream, keep, taps.run)
@@ -207,7 +208,7 @@ def score_group(work: StructuredRun, index: int, i: int, split: Split | None) ->
     run, prepared = work.run, work.prepared
     group, block = prepared.groups[index][i], run.view.blocks[index]
     criterion = run.config.criterion
-    if criterion in NEEDS_MOMENTS and split.count == 0:
+    if criterion in NEEDS_MOMENTS and (split is None or split.count == 0):
         criterion = "magnitude"
         work.found.warn(f"{run.view.path}.{index}.{group.name} saw no calibration token: chosen by magnitude")
     layer = Scored(group, group.consumer.view(block).to(run.executor.device).float(), split,
@@ -248,7 +249,7 @@ def repair_group(work: StructuredRun, target: Target, index: int, i: int, split:
             columns = group.columns_of(kept).to(weight.device)
             done = Repair(weight[:, columns], bias, "none")
         else:
-            done = repair(Problem(weight, bias, group, split), kept, config.reconstruct, damping=s.damping,
+            done = repair(Problem(weight, bias, group, split), kept, config.reconstruct or "none", damping=s.damping,
                           interpolate=s.interpolate, interpolate_weights=s.interpolate_weights)
     name = run.view.name(index, group.consumer)
     for warning in done.warnings:

@@ -27,7 +27,8 @@ class Probe:
         return leaf.clone()  # what follows may write into it, which a leaf does not allow
 
     def first_expert(self, ref: WeightRef) -> int | None:
-        return min((r.expert for r in self.inputs if r.path == ref.path), default=None)
+        return min((r.expert for r in self.inputs if r.path == ref.path and r.expert is not None),
+                   default=None)
 
     def __enter__(self) -> Probe:
         return self
@@ -52,8 +53,8 @@ class Probe:
 def landing(block: nn.Module, hidden: Tensor, arguments: Arguments, consumer: WeightRef) -> str | None:
     """Where the consumer's output is added: the place that moves by exactly δ when the output moves by δ."""
     module = block.get_submodule(consumer.module_path)
-    runs = []
-    delta = None
+    runs: list[dict[str, Tensor]] = []
+    delta: Tensor | None = None
     for moved in (False, True):
         seen: dict[str, Tensor] = {}
         handles = []
@@ -83,7 +84,7 @@ def landing(block: nn.Module, hidden: Tensor, arguments: Arguments, consumer: We
     own = runs[0].pop("<own>")
     for name in ("", *(n for n in runs[0] if n)):
         before, after = runs[0][name], runs[1].get(name)
-        if after is None or before.numel() != delta.numel() or name == consumer.module_path:
+        if after is None or delta is None or before.numel() != delta.numel() or name == consumer.module_path:
             continue
         step = (after - before).reshape(delta.shape)
         scale = delta.abs().max()

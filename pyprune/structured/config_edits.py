@@ -8,6 +8,7 @@ say is described by :func:`layout`, from which :mod:`pyprune.model.sizes` makes 
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,7 +22,7 @@ from pyprune.structured.slicing import heads_of
 
 def empty_like(model: nn.Module, edits: dict) -> nn.Module:
     """A weightless model of the same class from the edited config; ConfigError if the config refuses the edits."""
-    config = copy.deepcopy(model.config)
+    config: Any = copy.deepcopy(model.config)
     for key, value in edits.items():
         setattr(config, key, value)
     try:
@@ -97,7 +98,8 @@ def add_biases(model: nn.Module, edits: dict) -> None:
     have = dict(model.named_parameters())
     for name in [n for n, _ in shell.named_parameters() if n.endswith("bias") and n not in have]:
         module = model.get_submodule(name.rpartition(".")[0])
-        module.bias = nn.Parameter(torch.zeros(module.weight.shape[0]).to(module.weight), requires_grad=False)
+        weight = module.get_parameter("weight")
+        module.bias = nn.Parameter(torch.zeros(weight.shape[0]).to(weight), requires_grad=False)
 
 
 def _said(edits: dict) -> str:

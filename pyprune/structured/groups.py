@@ -219,7 +219,7 @@ def _heads(ref: WeightRef, probe: Probe, output: Tensor, head_dim: int, head_sco
             reads[p][head] = rows.cpu()
     if not _private(producers, ref, probe, output) or not all(bool(r.any(0).all()) for r in reads.values()):
         return []
-    together = sum(r.float() @ r.float().T for r in reads.values()) > 0
+    together = torch.stack([r.float() @ r.float().T for r in reads.values()]).sum(0) > 0
     owner = together.long().argmax(1)  # the first head that shares a row names the group
     names = owner.unique()
     if not bool((together == (owner[:, None] == owner[None])).all()) or heads % len(names):

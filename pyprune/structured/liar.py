@@ -104,6 +104,24 @@ def _plain(problem: Problem, kept: Tensor) -> Repair:
     return Repair(problem.weight[:, columns].clone(), None if problem.bias is None else problem.bias.clone(), "none")
 
 
+@dataclass(eq=False)
+class _Cut:
+    """Products of one part of the tokens, cut by the kept columns K and the dropped ones D."""
+
+    kk: Tensor
+    """``[K, K]``."""
+    kd: Tensor
+    """``[K, D]``."""
+    kt: Tensor
+    """``E[x_K tᵀ] [K, out]``, t the missing part of the output."""
+    ke: Tensor | None = None
+    """``E[x_K eᵀ] [K, out]``; None without errors."""
+    dd: float = 0.0
+    tt: float = 0.0
+    """``E‖t‖²``, and like ``dd`` and ``shared``, which the dense output's power needs, on the measured part only."""
+    shared: float = 0.0
+
+
 class _Pieces:
     """Moments of one problem cut by K and D, on the fitted part, the held-out part, and all tokens."""
 
@@ -124,50 +142,51 @@ class _Pieces:
     def _output_power(self) -> float:
         """Held-out ``tr(W M Wᵀ)`` about the view's point, from the pieces there are."""
         k, held = self.kept_weight, self.held
-        return float((k @ held["kk"] * k).sum()) + held["shared"] + held["dd"]
+        return float((k @ held.kk * k).sum()) + held.shared + held.dd
 
-    def _cut(self, about: About, measured: bool = False) -> dict[str, Tensor | float]:
-        """``kk [K,K]``, ``kd [K,D]``, ``kt = E[x_K tᵀ] [K,out]`` and, if errors are measured on it, ``tt = E‖t‖²`` of
-        the missing part t with what the dense output's power needs."""
+    def _cut(self, about: About, measured: bool = False) -> _Cut:
+        """The products of a part; measured: also what errors on it need."""
         k, d, w = self.keep, self.drop, self.dropped_weight
         rows = about.second[k]
         kd = rows[:, d]
         kt = kd @ w.T
-        out = {"kk": rows[:, k], "kd": kd, "kt": kt, "ke": None}
+        out = _Cut(rows[:, k], kd, kt)
         if measured:
-            out["dd"] = out["tt"] = float((w @ about.second[d][:, d] * w).sum())
-            out["shared"] = 2 * float((kt.T * self.kept_weight).sum())
-            out["tt"] += about.square
+            out.dd = out.tt = float((w @ about.second[d][:, d] * w).sum())
+            out.shared = 2 * float((kt.T * self.kept_weight).sum())
+            out.tt += about.square
         if about.cross is not None:
-            out["ke"] = about.cross[k]
-            out["kt"] = kt + out["ke"]
+            out.ke = about.cross[k]
+            out.kt = kt + out.ke
             if measured:
-                out["tt"] += 2 * float((about.cross[d].T * w).sum())
+                out.tt += 2 * float((about.cross[d].T * w).sum())
         return out
 
     def held_error(self, update: Tensor | None) -> float:
         """Relative held-out error of ``W_K + update``; update float32 ``[out, K]``."""
-        error = self.held["tt"]
+        error = self.held.tt
         if update is not None:
-            error += float((update @ self.held["kk"] * update).sum() - 2 * (update * self.held["kt"].T).sum())
+            error += float((update @ self.held.kk * update).sum() - 2 * (update * self.held.kt.T).sum())
         return max(error, 0.0) / self.power
 
     def unrepaired(self) -> float:
         """Relative held-out error of plain slicing (no bias either)."""
         view, w = self.view, self.dropped_weight.double()
         at, moved = w @ view.point[self.drop], w @ view.offset[self.drop]
-        if view.point_e is not None:
+        if view.point_e is not None and view.offset_e is not None:
             at, moved = at + view.point_e, moved + view.offset_e
-        return max(self.held["tt"] + float((at * (at + 2 * moved)).sum()), 0.0) / self.power
+        return max(self.held.tt + float((at * (at + 2 * moved)).sum()), 0.0) / self.power
 
     def total(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """``Σ_KK``, ``Σ_KD`` and the moments of K with e, of all tokens about their own mean (or the origin)."""
         share, shift = self.view.share, self.view.shift.float()
         k, d = shift[self.keep], shift[self.drop]
-        mixed = {name: share * self.fit[name] + (1 - share) * self.held[name]
-                 for name in ("kk", "kd", "ke") if self.fit[name] is not None}
-        kk, kd = mixed["kk"].addr(k, k, alpha=-1), mixed["kd"].addr(k, d, alpha=-1)
-        return kk, kd, mixed["ke"].addr(k, self.view.shift_e.float(), alpha=-1) if "ke" in mixed else None
+        kk = (share * self.fit.kk + (1 - share) * self.held.kk).addr(k, k, alpha=-1)
+        kd = (share * self.fit.kd + (1 - share) * self.held.kd).addr(k, d, alpha=-1)
+        if self.fit.ke is None or self.held.ke is None or self.view.shift_e is None:
+            return kk, kd, None
+        ke = share * self.fit.ke + (1 - share) * self.held.ke
+        return kk, kd, ke.addr(k, self.view.shift_e.float(), alpha=-1)
 
     def bias(self, weight: Tensor) -> Tensor | None:
         """``b' = b + W_D μ_D + mean e − (W' − W_K) μ_K``: exact mean of the output over all tokens."""
@@ -198,7 +217,8 @@ def choose_damping(a: Tensor, b: Tensor, damping: float | None, error) -> tuple[
     instead of nine. A given λ is tried alone, and raised
     tenfold from 1e-6 on where the factorisation fails (a singular Gram).
     """
-    scale, seen = _scale(a), {}
+    scale = _scale(a)
+    seen: dict[float, float] = {}
 
     def at(value: float) -> float:
         if value not in seen:
@@ -219,13 +239,13 @@ def choose_damping(a: Tensor, b: Tensor, damping: float | None, error) -> tuple[
         if min(seen.values()) < float("inf"):
             break
         at(value)
-    best = min(seen, key=seen.get)
+    best = min(seen, key=at)
     return (best, seen[best]) if seen[best] < float("inf") else (float("nan"), float("inf"))
 
 
 def _liar(pieces: _Pieces, damping: float | None, interpolate_weights: bool, guard: bool) -> Repair:
     problem, k, d = pieces.problem, pieces.keep, pieces.drop
-    chosen, error = choose_damping(pieces.fit["kk"], pieces.fit["kt"], damping, lambda s: pieces.held_error(s.T))
+    chosen, error = choose_damping(pieces.fit.kk, pieces.fit.kt, damping, lambda s: pieces.held_error(s.T))
     errors = {"liar": error, "none": pieces.unrepaired()}
     if problem.bias is not None and pieces.centred:
         errors["bias"] = pieces.held_error(None)
@@ -289,7 +309,7 @@ def _mask_tuning(problem: Problem, kept: Tensor, pieces: _Pieces, damping: float
 
     def error(delta: Tensor) -> float:
         delta = delta[:, 0]
-        return max(pieces.held["tt"] + float(delta @ held_a @ delta - 2 * delta @ held_f), 0.0) / pieces.power
+        return max(pieces.held.tt + float(delta @ held_a @ delta - 2 * delta @ held_f), 0.0) / pieces.power
 
     chosen, best = choose_damping(a, f[:, None], damping, error)
     errors = {"mask_tuning": best, "none": pieces.held_error(None)}

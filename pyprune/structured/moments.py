@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 
 import torch
@@ -29,9 +30,12 @@ class Moments:
     """r; 0 if there is no error term."""
     device: torch.device | str = "cpu"
     precision: str = "float32"
-    shift: Tensor | None = None
-    """float32 ``[c]``; the first batch's mean unless given."""
-    shift_e: Tensor | None = None
+    placed: bool = field(init=False, default=False)
+    """Whether the shifts are set: to the first batch's means, or from outside (:meth:`place`)."""
+    shift: Tensor = field(init=False)
+    """float32 ``[c]``."""
+    shift_e: Tensor = field(init=False)
+    """float32 ``[r]``."""
     count: int = 0
     weighted: bool = False
     """Whether any tokens came with weights."""
@@ -41,34 +45,37 @@ class Moments:
     gram: Tensor = field(init=False)
     """float64 ``[c, c]``, ``Σ w (x−shift)(x−shift)ᵀ``."""
     sums: Tensor = field(init=False)
-    cross: Tensor | None = field(init=False, default=None)
+    cross: Tensor = field(init=False)
     """float64 ``[c, r]``, ``Σ w (x−shift)(e−shift_e)ᵀ``."""
-    sums_e: Tensor | None = field(init=False, default=None)
+    sums_e: Tensor = field(init=False)
 
     def __post_init__(self):
-        c, r, double = self.columns, self.outputs, {"dtype": torch.float64, "device": self.device}
-        self.totals = torch.zeros(2, **double)
-        self.gram, self.sums = torch.zeros(c, c, **double), torch.zeros(c, **double)
-        self.plain_sums, self.plain_squares = torch.zeros(c, **double), torch.zeros(c, **double)
-        if r:
-            self.cross, self.sums_e = torch.zeros(c, r, **double), torch.zeros(r, **double)
+        c, r = self.columns, self.outputs
+        zeros = functools.partial(torch.zeros, dtype=torch.float64, device=self.device)
+        self.shift, self.shift_e = torch.zeros(c, device=self.device), torch.zeros(r, device=self.device)
+        self.totals = zeros(2)
+        self.gram, self.sums = zeros(c, c), zeros(c)
+        self.plain_sums, self.plain_squares = zeros(c), zeros(c)
+        self.cross, self.sums_e = zeros(c, r), zeros(r)
         self._x: list[Tensor] = []
         self._e: list[Tensor] = []
         self._w: list[Tensor] = []
         self._waiting = 0
+
+    def place(self, shift: Tensor, shift_e: Tensor) -> None:
+        """Set the shifts, float32 ``[c]`` and ``[r]``."""
+        self.shift, self.shift_e, self.placed = shift, shift_e, True
 
     def update(self, x: Tensor, e: Tensor | None = None, w: Tensor | None = None) -> None:
         """Add tokens ``x [tokens, c]``, their errors ``e [tokens, r]`` (None is zero) and weights ``w [tokens]``."""
         if not len(x):
             return
         x = x.float()
-        if self.shift is None:
-            self.shift = mean_of(x, w)
+        e = torch.zeros(len(x), self.outputs, device=x.device) if e is None or not self.outputs else e.float()
+        if not self.placed:
+            self.place(mean_of(x, w), mean_of(e, w))
         self._x.append(x - self.shift)
         if self.outputs:
-            e = torch.zeros(len(x), self.outputs, device=x.device) if e is None else e.float()
-            if self.shift_e is None:
-                self.shift_e = mean_of(e, w)
             self._e.append(e - self.shift_e)
         if w is not None:
             self.weighted = True
@@ -116,12 +123,12 @@ class Moments:
         self.flush()
         return (self.plain_sums, self.plain_squares) if self.weighted else (self.sums, self.gram.diagonal())
 
-    def mean_about_shift(self) -> tuple[Tensor, Tensor | None]:
+    def mean_about_shift(self) -> tuple[Tensor, Tensor]:
         self.flush()
         n = self.mass or 1
-        return self.sums / n, self.sums_e / n if self.outputs else None
+        return self.sums / n, self.sums_e / n
 
-    def about(self, d: Tensor, f: Tensor | None) -> About:
+    def about(self, d: Tensor, f: Tensor) -> About:
         """Mean products about ``shift + d`` (and ``shift_e + f``): float64 subtraction, float32 result."""
         u, v = self.mean_about_shift()
         n = self.mass or 1
@@ -131,10 +138,10 @@ class Moments:
         cross = (self.cross / n).addr_(u, f, alpha=-1).addr_(d, f - v)
         return About(second.float(), cross.float(), float(self.totals[1] / n - 2 * (v @ f) + f @ f))
 
-    def move(self, shift: Tensor, shift_e: Tensor | None) -> None:
+    def move(self, shift: Tensor, shift_e: Tensor) -> None:
         """Take the products about other shifts; exact up to float64."""
         self.flush()
-        if self.shift is not None:
+        if self.placed:
             d = (shift - self.shift).double()
             if self.outputs:
                 f = (shift_e - self.shift_e).double()
@@ -146,7 +153,7 @@ class Moments:
             if self.weighted:
                 self.plain_squares += self.count * d.square() - 2 * d * self.plain_sums
                 self.plain_sums -= self.count * d
-        self.shift, self.shift_e = shift, shift_e
+        self.place(shift, shift_e)
 
     def finite(self) -> bool:
         self.flush()
@@ -197,11 +204,12 @@ class Split:
     def update(self, x: Tensor, held: Tensor, e: Tensor | None = None, w: Tensor | None = None) -> None:
         """Add tokens; ``held`` bool ``[tokens]`` marks those set aside; w: float32 weights ``[tokens]``."""
         self._views.clear()
-        if self.fit.shift is None and len(x):
-            self.fit.shift = self.held.shift = mean_of(x.float(), w)
-            if self.fit.outputs:
-                zero = torch.zeros(self.fit.outputs, device=x.device)
-                self.fit.shift_e = self.held.shift_e = zero if e is None else mean_of(e.float(), w)
+        if not self.fit.placed and len(x):
+            shift_e = torch.zeros(self.fit.outputs, device=x.device)
+            if e is not None and self.fit.outputs:
+                shift_e = mean_of(e.float(), w)
+            for part in (self.fit, self.held):
+                part.place(mean_of(x.float(), w), shift_e)
         for part, rows in ((self.fit, ~held), (self.held, held)):
             part.update(x[rows], None if e is None else e[rows], None if w is None else w[rows])
 
@@ -211,8 +219,8 @@ class Split:
             return
         self._views.clear()
         columns, outputs, device = self.fit.columns, self.fit.outputs, self.fit.gram.device
-        ours = self.fit.shift is not None
-        shifts = [torch.zeros(n, device=device) for n in ((columns, outputs) if outputs else (columns,))]
+        ours = self.fit.placed
+        shifts = [torch.zeros(n, device=device) for n in (columns, outputs)]
         if ours:
             for common, own in zip(shifts, (self.fit.shift, self.fit.shift_e)):
                 common.copy_(own)
@@ -221,7 +229,7 @@ class Split:
         known, weighted = told.tolist()
         if not known:
             return
-        shift, shift_e = (*[common / known for common in shifts], None)[:2]
+        shift, shift_e = (common / known for common in shifts)
         for part in (self.fit, self.held):
             part.weighted = weighted > 0
             part.move(shift, shift_e)
@@ -238,18 +246,17 @@ class Split:
     def mass(self) -> float:
         return self.fit.mass + self.held.mass
 
-    def _combined(self) -> tuple[Tensor, Tensor | None]:
+    def _combined(self) -> tuple[Tensor, Tensor]:
         """Weighted mean of all tokens about the shift."""
         for part in (self.fit, self.held):
             part.flush()
         n = self.mass or 1
-        e = (self.fit.sums_e + self.held.sums_e) / n if self.fit.outputs else None
-        return (self.fit.sums + self.held.sums) / n, e
+        return (self.fit.sums + self.held.sums) / n, (self.fit.sums_e + self.held.sums_e) / n
 
     @property
     def mean(self) -> Tensor:
         """float64 ``[c]``, of all tokens, weighted."""
-        return self._combined()[0] + (0 if self.fit.shift is None else self.fit.shift)
+        return self._combined()[0] + self.fit.shift
 
     @property
     def mean_e(self) -> Tensor | None:
@@ -272,7 +279,7 @@ class Split:
     def mean_square(self) -> Tensor:
         """float64 ``[c]``, about the origin, without weights."""
         u, _ = self._plain()
-        return self.variance + (u + (0 if self.fit.shift is None else self.fit.shift)).square()
+        return self.variance + (u + self.fit.shift).square()
 
     def second(self, centred: bool) -> Tensor:
         """Covariance, or uncentred mean products, of all tokens, weighted; float64 ``[c, c]``."""
@@ -290,8 +297,8 @@ class Split:
         fit, held = (self.fit, self.held) if self.fit.count else (self.held, self.fit)
         held = held if held.count else fit
         shift = fit.shift.double()
-        shift_e = fit.shift_e.double() if fit.outputs else None
-        d, f = fit.mean_about_shift() if centred else (-shift, None if shift_e is None else -shift_e)
+        shift_e = fit.shift_e.double()
+        d, f = fit.mean_about_shift() if centred else (-shift, -shift_e)
         u, v = held.mean_about_shift()
         total, total_e = self._combined()
         zero = torch.zeros_like(d)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,13 +12,14 @@ from torch import Tensor, nn
 from pyprune.config import ConfigError, PruneConfig
 from pyprune.execution.run import Findings, Run
 from pyprune.model.attributes import embedding_device, vocabulary_size
-from pyprune.model.blocks import ModelView
+from pyprune.model.blocks import ModelView, block_list
 from pyprune.model.watching import expert_loop
 from pyprune.structured import config_edits, slicing
 from pyprune.structured.allocation import Member, choose, global_counts, uniform_count
 from pyprune.structured.block import Preparation, StructuredRun, Target, dealt, has_bias, observe, score_group
 from pyprune.structured.criteria import NEEDS_GRADIENTS, NEEDS_MOMENTS
 from pyprune.structured.groups import PROBE_TOKENS, Coupled, find_groups
+from pyprune.structured.moments import Split
 from pyprune.structured.slicing import Pick, slice_block
 from pyprune.structured.taps import gradient_sequences, mask_gradients
 
@@ -51,7 +54,7 @@ def prepare(run: Run, found: Findings) -> StructuredRun:
     targets = []
     for sparsity, counts in zip(sparsities, _allocate(StructuredRun(run, found, prepared, []), sparsities)):
         model = view.model if len(sparsities) == 1 else twin(view.model, view.path)
-        target = Target(sparsity, model, model.get_submodule(view.path), counts)
+        target = Target(sparsity, model, block_list(model, view.path), counts)
         _decide(run, prepared, target)
         targets.append(target)
     return StructuredRun(run, found, prepared, targets)
@@ -73,7 +76,7 @@ def _biases(run: Run, flags: dict[str, str]) -> list[list[str]]:
     out: list[list[str]] = [[] for _ in run.view.blocks]
     if flags:
         shell = config_edits.empty_like(run.view.model, dict.fromkeys(flags.values(), True))
-        for names, block, dense in zip(out, shell.get_submodule(run.view.path), run.view.blocks):
+        for names, block, dense in zip(out, block_list(shell, run.view.path), run.view.blocks):
             have = {name for name, _ in dense.named_parameters()}
             names += [name for name, _ in block.named_parameters() if name.endswith("bias") and name not in have]
     return out
@@ -141,23 +144,27 @@ def _allocate(work: StructuredRun, sparsities: tuple[float, ...]) -> list[list[l
     run, groups = work.run, work.prepared.groups
     if run.config.structured.allocation == "uniform":
         return [[[uniform_count(g, s) for g in block] for block in groups] for s in sparsities]
-    members = [[Member(i, g, None, g.unit_size(run.view.blocks[i])) for g in block] for i, block in enumerate(groups)]
+    flat: list[Member] = []
+
+    def scored(index: int, splits: Sequence[Split | None], i: int) -> Tensor:
+        return score_group(work, index, i, splits[i])
+
     with work.clock("allocation"), expert_loop(run.view.model.config), torch.no_grad():
-        stream = run.executor.embed(run.data.sequences, shared=True) if run.config.criterion in NEEDS_MOMENTS else None
-        for index, block in enumerate(members):
+        looks = run.config.criterion in NEEDS_MOMENTS and len(run.data.sequences) > 0
+        stream = run.executor.embed(run.data.sequences, shared=True) if looks else None
+        for index, block in enumerate(groups):
+            sizes = [g.unit_size(run.view.blocks[index]) for g in block]
             with run.executor.compute(index) as module:
-                splits = observe(run, work.clock, index, module, groups[index], stream, target=stream) if stream else \
-                    [None] * len(block)
-                scores = dealt(run, [float(m.group.units) for m in block], lambda i, index=index, splits=splits:
-                               score_group(work, index, i, splits[i]))
-            for member, (_, found) in zip(block, scores):
-                member.scores = found
+                splits: Sequence[Split | None] = [None] * len(block)
+                if stream is not None:
+                    splits = observe(run, work.clock, index, module, block, stream, target=stream)
+                scores = dealt(run, [float(g.units) for g in block], functools.partial(scored, index, splits))
+            flat += [Member(index, g, found, size) for g, (_, found), size in zip(block, scores, sizes)]
             run.executor.release(index)
-    flat = [m for block in members for m in block]
     out = []
     for s in sparsities:
         counts = iter(global_counts(flat, s))
-        out.append([[next(counts) for _ in block] for block in members])
+        out.append([[next(counts) for _ in block] for block in groups])
     return out
 
 
@@ -186,7 +193,7 @@ def _decide(run: Run, prepared: Preparation, target: Target) -> None:
     widest = {k: max(c for b, cs in zip(prepared.groups, target.counts) for g, c in zip(b, cs) if g.kind == k)
               for k in {g.kind for b in prepared.groups for g in b}}
     dense = {g.kind: g.units for b in prepared.groups for g in b}
-    tries = [widest, {**widest, "heads": dense.get("heads")}, {**widest, "neurons": dense.get("neurons")}, dense]
+    tries = [widest, *({**widest, kind: dense[kind]} for kind in ("heads", "neurons") if kind in dense), dense]
     for sizes in tries:
         padded = [[sizes[g.kind] for g in block] for block in prepared.groups]
         try:
@@ -211,8 +218,8 @@ def _edits(run: Run, prepared: Preparation, counts: list[list[int]], flags: dict
                               f"({shown})")
         units[kind] = sizes.pop()
     shell = config_edits.empty_like(model, {})
-    for block, found, sizes in zip(shell.get_submodule(run.view.path), prepared.groups, counts):
-        slice_block(block, [Pick(g, choose(g, -torch.arange(g.units).double(), n)) for g, n in zip(found, sizes)])
+    for block, found, widths in zip(block_list(shell, run.view.path), prepared.groups, counts):
+        slice_block(block, [Pick(g, choose(g, -torch.arange(g.units).double(), n)) for g, n in zip(found, widths)])
     dense = config_edits.dense_groups(next(b for b in prepared.groups if b))
     return config_edits.standard_edits(shell, dense, units, flags)
 

@@ -140,7 +140,7 @@ def set_block(block: nn.Module, tensors: dict[str, Tensor], attributes: dict[str
         owner, _, key = name.rpartition(".")
         module = block.get_submodule(owner)
         if key in module._buffers:
-            module._buffers[key].copy_(value)
+            module.get_buffer(key).copy_(value)
         elif getattr(module, key) is None:
             setattr(module, key, nn.Parameter(value, requires_grad=False))
         else:
@@ -171,7 +171,7 @@ def verify(block: nn.Module, groups: list[Coupled], hidden: Tensor, arguments: A
                 "can be pruned" if any(group.kind == "heads" for group in groups) else "")
         raise ConfigError(f"{name} cannot be made smaller: its forward fails at other sizes ({error}){hint}") from error
     wrong, size = float((got - want).norm()), float(want.norm().clamp(min=1e-30))
-    error, effect = wrong / size, float((call_block(dense, hidden, arguments) - want).norm())
-    if not error < 1e-4 or (error > 1e-6 and wrong > 0.1 * effect):  # heads may do little beside the residual stream
-        raise ConfigError(f"{name}: the sliced block differs from the masked one by {error:.2g}; something in it "
+    off, effect = wrong / size, float((call_block(dense, hidden, arguments) - want).norm())
+    if not off < 1e-4 or (off > 1e-6 and wrong > 0.1 * effect):  # heads may do little beside the residual stream
+        raise ConfigError(f"{name}: the sliced block differs from the masked one by {off:.2g}; something in it "
                           "couples heads or neurons in a way pyprune does not know")

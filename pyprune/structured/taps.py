@@ -136,10 +136,10 @@ def mask_gradients(view: ModelView, groups: list[list[Coupled]], sequences: list
     alone = view.is_encoder and pad_token(text_config(model.config)) is None
     try:
         for batch in shell.batches(None):
-            for start in range(batch.start, batch.stop, step := 1 if alone else max(1, 2048 // batch.length)):
-                ids = shell.ids[batch.length][start:min(start + step, batch.stop)].to(device)
+            for begin in range(batch.start, batch.stop, step := 1 if alone else max(1, 2048 // batch.length)):
+                ids = shell.ids[batch.length][begin:min(begin + step, batch.stop)].to(device)
                 size = len(ids)
-                places = [first + row for row in shell.rows[batch.length][start:start + size]]
+                places = [first + row for row in shell.rows[batch.length][begin:begin + size]]
                 with torch.enable_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32), \
                         uncached(model) as options:
                     result = model(ids, **options)

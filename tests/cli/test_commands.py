@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -130,6 +131,32 @@ def test_help_and_usage_errors(capsys):
     assert code == 0 and "--sparsity" in out and "--calibration" in out and "--plan" in out
     code, _, err = call(capsys, "prune", "--sparsty", "0.5")
     assert code == 2 and "--sparsity" in err
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (["--version"], f"pyprune {pyprune.__version__}\n"), (["--help"], "prune"),
+    (["prune", "--help"], "wanda|sparsegpt"), (["eval", "--help"], "--latency")])
+def test_what_needs_no_model_loads_no_library(arguments, said):
+    """Loading torch takes seconds; help and version are there at once."""
+    code = ("import atexit, sys\n"
+            "heavy = {'torch', 'transformers', 'datasets', 'numpy', 'triton', 'safetensors'}\n"
+            "atexit.register(lambda: print('loaded', sorted(heavy & set(sys.modules)), file=sys.stderr))\n"
+            "from pyprune.cli.commands import main\n"
+            f"main({arguments!r})")
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                         env={**os.environ, "COLUMNS": "200"})
+    assert run.returncode == 0 and run.stderr == "loaded []\n"
+    assert run.stdout == said if "--version" in arguments else said in run.stdout
+
+
+def test_help_shows_the_choices_and_a_wrong_one_is_refused_in_a_sentence(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    _, out, _ = call(capsys, "prune", "--help")
+    for choice in ("[magnitude|wanda|sparsegpt]", "[auto|always|never]", "[groups|queries]", "[propagated|dense]"):
+        assert choice in out
+    code, _, err = call(capsys, "prune", "somewhere", "-o", "out", "--method", "wander")
+    assert (code, err) == (2, "error: method must be one of magnitude, wanda, sparsegpt, got 'wander'; "
+                              "did you mean 'wanda'?\n")
 
 
 def test_import_is_light_and_module_runs(tmp_path):
