@@ -117,7 +117,7 @@ def test_the_plan_measures_in_the_same_windows(tmp_path):
 
 
 def test_latency_is_measured_within_the_positions(tmp_path):
-    from pyprune.speed import measure
+    from pyprune.evaluation.gain import measure
 
     tiny.model("gpt2").save_pretrained(tmp_path / "gpt2")
     assert measure(str(tmp_path / "gpt2"), tokens=512, new_tokens=8, batch_size=1, dtype="auto")["tokens"] == 120

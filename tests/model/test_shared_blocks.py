@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 import transformers as hf
-from test_routing import linear_inputs, wanda_mask
+from hooked import linear_inputs, wanda_mask
 from torch import nn
 
 import pyprune

@@ -1,4 +1,4 @@
-"""The mathematics of section 5 against float64 and by known answers, on plain tensors."""
+"""Criteria, allocation and repair of structured pruning against float64 and by known answers, on plain tensors."""
 
 from __future__ import annotations
 
