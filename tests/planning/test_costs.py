@@ -7,9 +7,9 @@ import torch
 import transformers
 
 from pyprune.config import Calibration, Evaluation, PruneConfig
-from pyprune.execution.weight_streaming import skeleton
 from pyprune.masks.refit import USUAL_STEPS
 from pyprune.model.blocks import ModelView, weights_of
+from pyprune.model.skeleton import skeleton
 from pyprune.planning.costs import Input, inputs_of, memory_of, passes_of, work_of
 from pyprune.planning.rehearsal import rehearsal_model
 

@@ -9,8 +9,8 @@ import torch
 import transformers
 
 from pyprune.config import Calibration, Evaluation, PruneConfig
-from pyprune.execution.weight_streaming import skeleton
 from pyprune.model.blocks import ModelView, weights_of
+from pyprune.model.skeleton import skeleton
 from pyprune.pipeline.prune import prune
 from pyprune.planning.costs import work_of
 from pyprune.planning.rehearsal import rehearsal_model, rehearse
