@@ -20,7 +20,7 @@ from pyprune.execution.journal import FOLDER, Interrupted, Journal
 from pyprune.model.shards import OutputError
 from pyprune.pipeline.prune import prune
 
-HERE = Path(__file__).parents[1]
+SUPPORT = Path(__file__).parents[1] / "support"
 
 
 def run(output, model=None, **fields):
@@ -148,7 +148,7 @@ print(total, kills, round(wall, 2))
 
 
 def test_sigkill_during_writes_and_at_random_moments_changes_nothing(tmp_path):
-    done = subprocess.run([sys.executable, "-c", DRIVER, str(HERE), str(tmp_path / "out"), str(tmp_path / "count")],
+    done = subprocess.run([sys.executable, "-c", DRIVER, str(SUPPORT), str(tmp_path / "out"), str(tmp_path / "count")],
                           capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-2000:]
     events, kills = map(int, done.stdout.split()[-3:-1])

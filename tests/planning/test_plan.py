@@ -160,7 +160,8 @@ def test_memory_is_within_a_quarter_of_a_real_run(tmp_path, stream):
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "dense")
     # every matrix in a mapping of its own: what is freed is given back, so that the peak is the run's, not the heap's
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "262144"}
-    made = subprocess.run([sys.executable, "-c", MEASURED, str(Path(__file__).parents[1]), str(tmp_path), stream],
+    support = str(Path(__file__).parents[1] / "support")
+    made = subprocess.run([sys.executable, "-c", MEASURED, support, str(tmp_path), stream],
                           text=True, capture_output=True, timeout=240, env=environment)
     assert made.returncode == 0, made.stderr[-3000:]
     grown, planned = json.loads(made.stdout.splitlines()[-1])
