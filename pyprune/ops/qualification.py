@@ -36,7 +36,7 @@ MARGIN = 1.1
 """A candidate has to be faster than the one before it in the list by this factor to be taken instead."""
 STEP_SECONDS, START_SECONDS = 30.0, 120.0
 """Silence after which a candidate, or the start of the process, is taken to hang."""
-SOURCES = ("autograd.py", "native.py", "reference.py", "trials.py", "qualification.py")
+SOURCES = ("../execution/cpu_forward.py", "native.py", "reference.py", "trials.py", "qualification.py")
 """Files beside the native module that decide what is measured."""
 LIMITS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "PYPRUNE_ISA")
 

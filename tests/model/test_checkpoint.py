@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import pyprune
 from pyprune.config import ConfigError, Evaluation, PruneConfig, from_yaml
 from pyprune.model import checkpoint
+from pyprune.pipeline import result as result_module
 
 NO_EVALUATION = Evaluation(enabled=False)
 
@@ -168,7 +169,7 @@ def test_output_is_whole_or_not_there(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr(checkpoint, "run_yaml", fail)  # after the weights are written
+    monkeypatch.setattr(result_module, "run_yaml", fail)  # after the weights are written
     with pytest.raises(OSError, match="disk full"):
         result.save(tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
