@@ -120,7 +120,7 @@ def failed_tests(junit: Path | None) -> set[str]:
         path = junit or Path(folder) / "tests.xml"
         if junit is None:
             subprocess.run([sys.executable, "-m", "pytest", "-q", f"--junitxml={path}",
-                            str(ROOT / "tests" / "tests/ops/test_triton_gpu.py")], cwd=ROOT, check=False)
+                            str(ROOT / "tests/ops/test_triton_gpu.py")], cwd=ROOT, check=False)
         if not path.is_file():
             sys.exit("the GPU tests left no report: no figures")
         cases = list(ElementTree.parse(path).iter("testcase"))

@@ -84,3 +84,20 @@ def folder(tmp_path_factory, tokenizer):
     tiny.model("llama", vocab_size=tiny.CHARACTERS).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
+
+
+@pytest.fixture
+def stop_after(monkeypatch):
+    """Makes runs stop once that many blocks are finished; -1: never."""
+    from pyprune.execution.journal import Journal
+
+    count = -1
+    point = Journal.safe_point
+    def stopping(self):
+        self._stopping = len(self.entries) == count
+        point(self)
+    monkeypatch.setattr(Journal, "safe_point", stopping)
+    def choose(number):
+        nonlocal count
+        count = number
+    return choose

@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("PYPRUNE_QUALIFY", "0")  # the same back-ends on both sides
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent / "support"))
 
 import tiny
 import torch

@@ -1,5 +1,5 @@
 // The small vocabulary of the CUDA kernels: launches that are checked, vector loads, block and warp sums.
-// With PYPRUNE_SIM the same text runs on the CPU (tests/cusim.h); nothing else in csrc/cuda knows about it.
+// With PYPRUNE_SIM the same text runs on the CPU (tests/cuda_sim/cusim.h); nothing else in csrc/cuda knows about it.
 #pragma once
 
 #include <algorithm>

@@ -73,7 +73,7 @@ def plan(config: PruneConfig | dict) -> dict:
     positions = positions_of(small)
     if config.evaluation.enabled and not view.is_encoder:
         tokens = window_tokens(config.evaluation, positions)
-        config = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, window=tokens))
+        config.evaluation = dataclasses.replace(config.evaluation, window=tokens)
     if positions and not view.is_encoder and reads_sequences(config) and kinds_of(config.calibration.source) != {"ids"}:
         positions.check([config.calibration.tokens], "calibration sequences", "seq_len", lambda message: None)
     if config.is_structured:

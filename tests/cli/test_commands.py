@@ -14,8 +14,6 @@ from safetensors.torch import load_file
 
 import pyprune
 from pyprune.cli import commands
-from pyprune.pipeline.progress import Progress
-from pyprune.reporting import rendering
 
 
 def call(capsys, *arguments):
@@ -170,41 +168,8 @@ def test_import_is_light_and_module_runs(tmp_path):
     assert run.stderr == "error: unknown model 'nowhere/at/all': no such file or folder\n"
 
 
-def test_functions_win_over_the_files_of_the_same_name():
-    import importlib
-
-    for name in ("prune", "evaluate", "generate"):
-        importlib.import_module(f"pyprune.{name}")
-        assert callable(getattr(pyprune, name)) and getattr(pyprune, name).__name__ == name
+def test_every_public_name_is_there():
     assert set(pyprune.__all__) <= set(dir(pyprune))
     assert all(getattr(pyprune, name) is not None for name in pyprune.__all__)
     with pytest.raises(AttributeError, match="no attribute 'prone'"):
         pyprune.prone  # noqa: B018
-
-
-def test_progress_in_a_log_and_on_a_terminal(monkeypatch):
-    import io
-
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
-    log, terminal = io.StringIO(), Terminal()
-    for stream in (log, terminal):
-        with Progress(2, stream=stream) as bar:
-            bar.update(block=0, phase="statistics")
-            bar.update(block=1, phase="done", error=0.25)
-            bar.update(phase="solve")
-            bar.update(block=2, error=0.5)
-    lines = log.getvalue().splitlines()
-    assert [line.split(" · ")[:2] for line in lines] == [["pruning 1/2", "error 0.25"], ["pruning 2/2", "error 0.5"]]
-    assert "left" in lines[0] and "left" not in lines[1]
-    assert "2/2" in terminal.getvalue() and "error 0.5" in terminal.getvalue()
-    with Progress(2, stream=log, enabled=False) as bar:
-        bar.update(block=1)
-    assert log.getvalue().splitlines() == lines
-
-
-def test_warnings_that_differ_in_numbers_alone_are_shown_once():
-    told = [f"model.layers.{i}.mlp.down_proj.weight norm grew {i}.5-fold" for i in range(30)] + ["something else"]
-    assert rendering.distinct(told) == [told[0] + " (and 29 like it, in rendering.json)", "something else"]

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-HERE = Path(__file__).parents[1]
+SUPPORT = Path(__file__).parents[1] / "support"
 COMMON = """
 import builtins, io, os, shutil, sys
 from pathlib import Path
@@ -175,8 +175,8 @@ print(total)
 
 def drive(code, *arguments) -> int:
     """Standard output of a driver in a process of its own, which may fork before any thread runs."""
-    done = subprocess.run([sys.executable, "-c", code, str(HERE), *map(str, arguments)], capture_output=True, text=True,
-                          timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run([sys.executable, "-c", code, str(SUPPORT), *map(str, arguments)], capture_output=True,
+                          text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     return int(done.stdout)
 

@@ -19,7 +19,8 @@ import pyprune
 from pyprune.config import ConfigError
 from pyprune.execution.distributed import FAILED, GONE, LOST, Pulse, World
 
-HERE = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
+SUPPORT = ROOT / "tests/support"
 MASKS = ("sparsegpt", "wanda", "moe", "dense", "refit", "block", "shared_keys", "cross")
 STRUCTURED = ("liar", "taylor")
 CASES = (*MASKS, *STRUCTURED, "refine")
@@ -28,7 +29,7 @@ THREE = ("sparsegpt", "moe", "block", "liar", "refine")
 
 
 def torchrun(processes: int, *arguments, timeout: int = 120, **options) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(SUPPORT)])}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     return subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, timeout=timeout,
                           env=environment, **options)
@@ -40,7 +41,7 @@ def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("torchrun")
     torchrun_case.main(folder, CASES)
     for processes in (2, 3):
-        done = torchrun(processes, HERE / "torchrun_case.py", folder, *(CASES if processes == 2 else THREE))
+        done = torchrun(processes, SUPPORT / "torchrun_case.py", folder, *(CASES if processes == 2 else THREE))
         assert done.returncode == 0, done.stderr[-800:]
     return folder
 
@@ -90,7 +91,7 @@ def test_any_number_of_processes_refines_to_the_same_model(results, processes):
 def test_a_process_that_dies_stops_the_others_and_any_number_resumes(tmp_path, results):
     output = tmp_path / "out"
     started = time.monotonic()
-    dead = torchrun(2, HERE / "torchrun_case.py", "die", output, 0)
+    dead = torchrun(2, SUPPORT / "torchrun_case.py", "die", output, 0)
     assert dead.returncode != 0 and time.monotonic() - started < 60
     assert "another one did" in dead.stderr and "finished blocks are safe" in dead.stderr and "--resume" in dead.stderr
     shards = sorted(p.name for p in (output / ".pyprune").glob("block-*.safetensors"))

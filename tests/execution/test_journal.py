@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import os
 import resource
 import signal
@@ -15,15 +14,13 @@ from pathlib import Path
 
 import pytest
 import tiny
-import torch
 
 from pyprune.config import ConfigError, Evaluation
 from pyprune.execution.journal import FOLDER, Interrupted, Journal
-from pyprune.model import shards
 from pyprune.model.shards import OutputError
 from pyprune.pipeline.prune import prune
 
-HERE = Path(__file__).parents[1]
+SUPPORT = Path(__file__).parents[1] / "support"
 
 
 def run(output, model=None, **fields):
@@ -151,7 +148,7 @@ print(total, kills, round(wall, 2))
 
 
 def test_sigkill_during_writes_and_at_random_moments_changes_nothing(tmp_path):
-    done = subprocess.run([sys.executable, "-c", DRIVER, str(HERE), str(tmp_path / "out"), str(tmp_path / "count")],
+    done = subprocess.run([sys.executable, "-c", DRIVER, str(SUPPORT), str(tmp_path / "out"), str(tmp_path / "count")],
                           capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-2000:]
     events, kills = map(int, done.stdout.split()[-3:-1])
@@ -335,39 +332,3 @@ def test_an_output_that_cannot_be_written_is_refused_before_any_work(tmp_path, m
     monkeypatch.setattr(Path, "mkdir", refuse)
     with pytest.raises(OutputError, match="cannot write .*Permission denied"):
         run(tmp_path / "out")
-
-
-# ---- shard files ---------------------------------------------------------------------------------------------------
-
-def test_shards_are_safetensors_files_and_read_back_to_the_bit(tmp_path):
-    from safetensors.torch import load_file
-
-    tensors = {"a": torch.randn(5, 3), "b": torch.randn(7).bfloat16(), "scalar": torch.tensor(3),
-               "none": torch.empty(0, 4), "turned": torch.randn(4, 6).T, "half": torch.randn(2, 2, 2).half(),
-               "flag": torch.tensor([True, False])}
-    digest = shards.write_shard(tmp_path / "x.safetensors", tensors)
-    assert digest == shards.checksum(tmp_path / "x.safetensors")
-    shard, theirs = shards.Shard(tmp_path / "x.safetensors"), load_file(tmp_path / "x.safetensors")
-    for name, tensor in tensors.items():
-        assert torch.equal(shard.read(name), tensor) and torch.equal(theirs[name], tensor)
-        assert shard.read(name).dtype == tensor.dtype
-
-
-@pytest.mark.parametrize("damage, message", [
-    (lambda d: d[:-1], "truncated: its tensors end at byte"), (lambda d: d[:5], "truncated or no safetensors"),
-    (lambda d: b"\xff" * 8 + d[8:], "truncated or no safetensors"), (lambda d: d[:8] + b"}" + d[9:], "not valid JSON"),
-    (lambda d: b"", "truncated or no safetensors")])
-def test_a_damaged_file_is_named_with_its_fault(tmp_path, damage, message):
-    path = tmp_path / "x.safetensors"
-    shards.write_shard(path, {"a": torch.randn(5, 3)})
-    path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(ConfigError, match=message) as caught:
-        shards.Shard(path)
-    assert str(path) in str(caught.value)
-
-
-def test_an_index_that_promises_what_a_file_lacks_is_refused(tmp_path):
-    shards.write_shard(tmp_path / "x.safetensors", {"a": torch.randn(5, 3)})
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"b": "x.safetensors"}}))
-    with pytest.raises(ConfigError, match="lacks b"):
-        shards.Files(tmp_path)

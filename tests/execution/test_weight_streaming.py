@@ -15,10 +15,12 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from pyprune.config import ConfigError, Evaluation, PruneConfig, Reconstruction
-from pyprune.execution.weight_streaming import Resident, open_model, skeleton
+from pyprune.execution.executor import Resident
+from pyprune.model.skeleton import skeleton
+from pyprune.pipeline.opening import open_model
 from pyprune.pipeline.prune import prune
 
-HERE = Path(__file__).parents[1]
+SUPPORT = Path(__file__).parents[1] / "support"
 SAME_NAMES = [name for name in tiny.CONFIGS if name not in ("mixtral", "qwen3_moe", "gpt_neox")]
 
 
@@ -171,8 +173,8 @@ def test_a_model_prunes_in_a_memory_limit_far_below_its_size(tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "262144"}
 
     def attempt(stream):
-        return subprocess.run([sys.executable, "-c", LIMITED, str(HERE), str(tmp_path), stream, str(limit)], text=True,
-                              capture_output=True, timeout=240, env=environment)
+        return subprocess.run([sys.executable, "-c", LIMITED, str(SUPPORT), str(tmp_path), stream, str(limit)],
+                              text=True, capture_output=True, timeout=240, env=environment)
 
     whole = attempt("never")
     assert whole.returncode != 0 and "emory" in whole.stderr, "the limit must be too small to load the model whole"

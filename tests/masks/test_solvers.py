@@ -7,37 +7,11 @@ import math
 
 import pytest
 import torch
+from objective import DAMPING, hessian, inputs, objective, statistics
 
 from pyprune.config import ConfigError, PruneConfig
 from pyprune.masks.refit import damped, exact_refit
 from pyprune.masks.solvers import inverse_factor, obs_prune, solve
-from pyprune.masks.statistics import Statistics
-
-DAMPING = 0.01
-
-
-def inputs(tokens=400, columns=48, seed=0):
-    """Inputs ``[tokens, columns]`` that mostly live in a third of the dimensions, so that columns predict others."""
-    generator = torch.Generator().manual_seed(seed)
-    latent = torch.randn(tokens, max(2, columns // 3), generator=generator)
-    mix = torch.randn(latent.shape[1], columns, generator=generator)
-    return latent @ mix + 0.5 * torch.randn(tokens, columns, generator=generator)
-
-
-def statistics(x, moments=False):
-    s = Statistics(x.shape[1], x.device, want_gram=not moments, want_moments=moments)
-    s.update(x)
-    return s
-
-
-def hessian(x, damping=DAMPING):
-    h = x.double().T @ x.double() / len(x)
-    return h + damping * h.diagonal().mean() * torch.eye(len(h), dtype=torch.double)
-
-
-def objective(delta, h):
-    delta = delta.double()
-    return torch.einsum("ri,ij,rj->", delta, h, delta).item()
 
 
 def sparsegpt_float64(weight, h, sparsity=None, nm=None, column_block=128):
@@ -190,30 +164,6 @@ def test_an_indefinite_hessian_is_an_error_with_the_name_never_the_identity():
     bad[0, 1] = bad[1, 0] = 1e6
     with pytest.raises(ConfigError, match="model.layers.7.mlp.down_proj"):
         inverse_factor(bad, 1, DAMPING, "model.layers.7.mlp.down_proj")
-
-
-def test_gram_does_not_depend_on_how_tokens_are_batched():
-    x = inputs(tokens=1000, columns=40) * 3
-    truth = x.double().T @ x.double()
-    for split in (1000, 333, 64, 1):
-        s = Statistics(40, x.device)
-        for chunk in x.split(split):
-            s.update(chunk)
-        assert s.tokens == 1000
-        assert (s.gram.double() - truth).norm() / truth.norm() < 1e-6
-        assert torch.equal(s.gram, s.gram.T)
-        torch.testing.assert_close(s.sums.double(), x.double().sum(0), rtol=1e-4, atol=1e-2)
-
-
-def test_moments_merge_without_cancellation():
-    """Mean 1e4 times the deviation: the naive sum of squares has no digit left, Chan's merge has."""
-    x = torch.randn(4096, 5, generator=torch.Generator().manual_seed(11)) * 0.01 + 100
-    s = Statistics(5, x.device, want_gram=False, want_moments=True)
-    for chunk in x.split(100):
-        s.update(chunk)
-    truth = x.double()
-    torch.testing.assert_close(s.m2, (truth - truth.mean(0)).square().sum(0), rtol=1e-3, atol=0)
-    torch.testing.assert_close(s.norm.double(), truth.square().sum(0).sqrt(), rtol=1e-6, atol=0)
 
 
 def test_damping_is_relative_to_the_mean_diagonal():

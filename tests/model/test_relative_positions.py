@@ -247,7 +247,7 @@ def test_what_blocks_hand_on_is_followed_or_refused():
 
 
 def test_latency_of_an_encoder_without_a_limit_of_positions(tmp_path):
-    from pyprune.speed import measure
+    from pyprune.evaluation.gain import measure
 
     build("t5").save_pretrained(tmp_path / "t5")
     assert measure(str(tmp_path / "t5"), tokens=24, new_tokens=1, batch_size=1, dtype="auto")["tokens"] == 24

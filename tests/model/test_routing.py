@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 import transformers as hf
+from hooked import linear_inputs, wanda_mask
 from torch import nn
 
 import pyprune
@@ -97,20 +98,6 @@ def rare(rows: int = 12, length: int = 4) -> torch.Tensor:
     return tiny.ids(rows, length, seed=5)
 
 
-def linear_inputs(model: nn.Module, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Float64 inputs of every linear layer over one plain forward pass a sequence, by parameter name."""
-    found: dict[str, list] = {}
-    handles = [m.register_forward_pre_hook(lambda m, a, n=n: found.setdefault(f"{n}.weight", []).append(
-        a[0].detach().reshape(-1, a[0].shape[-1]).double()))
-        for n, m in model.named_modules() if isinstance(m, nn.Linear)]
-    with torch.no_grad():
-        for row in ids:
-            model(row[None])
-    for handle in handles:
-        handle.remove()
-    return {name: torch.cat(parts) for name, parts in found.items()}
-
-
 def expert_inputs(model: nn.Module, ids: torch.Tensor) -> dict[str, torch.Tensor]:
     """Float64 inputs of every fused expert of Llama 4 and GPT-OSS, recomputed from what its module is called with."""
     found: dict[str, list] = {}
@@ -141,12 +128,6 @@ def expert_inputs(model: nn.Module, ids: torch.Tensor) -> dict[str, torch.Tensor
     for handle in handles:
         handle.remove()
     return {name: torch.cat(parts) for name, parts in found.items()}
-
-
-def wanda_mask(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    score = weight.double().abs() * x.square().sum(0).sqrt()
-    keep = torch.zeros_like(weight, dtype=torch.bool)
-    return keep.scatter_(1, score.topk(weight.shape[1] - round(weight.shape[1] / 2), dim=1).indices, True)
 
 
 # ---- what routes ----------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 import transformers as hf
-from test_routing import linear_inputs, wanda_mask
+from hooked import linear_inputs, wanda_mask
 from torch import nn
 
 import pyprune
@@ -134,8 +134,9 @@ def test_a_loop_with_something_between_its_blocks_is_refused():
 @pytest.mark.parametrize("name", ["albert", "A A B"])
 def test_reconstruction_saves_and_reloads(name, reconstruct, tmp_path):
     model = MODELS[name]()
+    training = {} if reconstruct == "layer" else {"reconstruction": pyprune.Reconstruction(epochs=2)}
     result = prune(model, method="sparsegpt", pattern="2:4", reconstruct=reconstruct, output=str(tmp_path / "out"),
-                   reconstruction=pyprune.Reconstruction(epochs=2))
+                   **training)
     auto = hf.AutoModel if name == "albert" else hf.AutoModelForCausalLM
     again = auto.from_pretrained(tmp_path / "out").eval()
     ids = tiny.ids(2, 16, seed=9)

@@ -185,6 +185,7 @@ def test_a_build_that_the_driver_cannot_run_says_so(module, monkeypatch, machine
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setitem(ops.AUTO["cuda"], "nm_mask", ("cuda", "reference"))
     monkeypatch.setattr(ops, "_chosen", {})
+    monkeypatch.setattr(ops, "_settled", {})
     chosen = ops._implementation("nm_mask", torch.device("cuda:0"))
     if reason is None:
         assert native.unusable("cuda") is None and chosen is native.nm_mask_cuda

@@ -1,4 +1,4 @@
-"""The CUDA kernels themselves, run on the CPU under fiber emulation (tests/cusim.h), against float64 and the reference.
+"""The CUDA kernels themselves, run on the CPU in fibers (cuda_sim/cusim.h), against float64 and the reference.
 
 Every op runs in the three thread orders of the emulation and once under AddressSanitizer. The last tests plant a
 missing barrier and accesses out of bounds in copies of the kernels and see them caught: what the others prove.

@@ -127,7 +127,7 @@ def count_block_runs(monkeypatch):
 
     calls = []
     forward = Executor.forward
-    monkeypatch.setattr(Executor, "forward", lambda self, i, *given: (calls.append(i), forward(self, i, *given))[1])
+    monkeypatch.setattr(Executor, "forward", lambda self, i, *a, **k: (calls.append(i), forward(self, i, *a, **k))[1])
     return calls
 
 

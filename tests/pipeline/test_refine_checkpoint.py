@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tiny
 from fast import FAST
-from test_structured_runs import assert_same, files, source, stop_after  # noqa: F401  stop_after is a fixture
+from same_bytes import assert_same, files, source
 
 import pyprune
 from pyprune.cli import commands

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import threading
-from pathlib import Path
 
 import pytest
 import tiny
 import torch
 import transformers
-from safetensors.torch import load_file
+from same_bytes import assert_same, source
 
 import pyprune
 from pyprune.config import ConfigError, Evaluation
@@ -23,37 +22,6 @@ def run(model, output, **fields):
     settings = {"pattern": "structured", "sparsity": 0.5, "reconstruct": "liar", "calibration": tiny.ids(15, 24),
                 "evaluation": Evaluation(text=tiny.ids(3, 24)), **fields}
     return prune(str(model), output=str(output), progress=False, **settings)
-
-
-def source(folder, architecture="llama", **changes) -> str:
-    tiny.model(architecture, **changes).save_pretrained(folder)
-    return str(folder)
-
-
-def files(folder) -> dict[str, torch.Tensor]:
-    return {f"{path.parent.name if path.parent != Path(folder) else ''}/{name}": tensor
-            for path in sorted(Path(folder).rglob("*.safetensors")) for name, tensor in load_file(path).items()}
-
-
-def assert_same(one, other):
-    one, other = files(one), files(other)
-    assert set(one) == set(other) and one
-    assert all(torch.equal(one[name], other[name]) for name in one)
-
-
-@pytest.fixture
-def stop_after(monkeypatch):
-    """Makes runs stop once that many blocks are finished; -1: never."""
-    count = -1
-    point = Journal.safe_point
-    def stopping(self):
-        self._stopping = len(self.entries) == count
-        point(self)
-    monkeypatch.setattr(Journal, "safe_point", stopping)
-    def choose(number):
-        nonlocal count
-        count = number
-    return choose
 
 
 FIELDS = {

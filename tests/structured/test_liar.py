@@ -1,50 +1,14 @@
-"""The mathematics of section 5 against float64 and by known answers, on plain tensors."""
+"""LIAR and its baselines against float64 least squares and by known answers, on plain tensors."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
+from couplings import correlated, heads, neurons, problem
 
-from pyprune.config import ConfigError
-from pyprune.model.blocks import WeightRef
-from pyprune.structured import criteria
-from pyprune.structured.allocation import Member, choose, global_counts, uniform_count
-from pyprune.structured.criteria import Scored, greedy_order, score
-from pyprune.structured.groups import Coupled
 from pyprune.structured.liar import GRID, Problem, repair
-from pyprune.structured.moments import Moments, Split, held_out_tokens
-
-
-def neurons(c: int) -> Coupled:
-    return Coupled("neurons", WeightRef("down.weight"), torch.arange(c)[:, None], (), torch.zeros(c, dtype=torch.long))
-
-
-def heads(count: int, width: int, pools: int = 1) -> Coupled:
-    return Coupled("heads", WeightRef("o.weight"), torch.arange(count * width).reshape(count, width), (),
-                   torch.arange(count) * pools // count, count, count)
-
-
-def correlated(tokens: int, c: int, seed: int = 0, rank: int | None = None, mean: float = 1.0) -> torch.Tensor:
-    g = torch.Generator().manual_seed(seed)
-    rank = rank or c
-    return torch.randn(tokens, rank, generator=g) @ torch.randn(rank, c, generator=g) / rank**0.5 \
-        + 0.3 * torch.randn(tokens, c, generator=g) + mean * torch.randn(c, generator=g)
-
-
-def split_of(x: torch.Tensor, e: torch.Tensor | None = None, held_every: int = 5, batches: int = 3) -> Split:
-    out = Split.make(x.shape[1], 0 if e is None else e.shape[1])
-    held = torch.arange(len(x)) % held_every == held_every - 1
-    for rows in torch.arange(len(x)).chunk(batches):
-        out.update(x[rows], held[rows], None if e is None else e[rows])
-    return out
-
-
-def problem(x, e=None, out: int = 12, bias: bool = True, seed: int = 1, group=None) -> Problem:
-    g = torch.Generator().manual_seed(seed)
-    weight = torch.randn(out, x.shape[1], generator=g)
-    shift = torch.randn(out, generator=g) if bias else None
-    return Problem(weight, shift, group or neurons(x.shape[1]), split_of(x, e))
+from pyprune.structured.moments import Split
 
 
 def lstsq(x: torch.Tensor, y: torch.Tensor, bias: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -56,59 +20,6 @@ def lstsq(x: torch.Tensor, y: torch.Tensor, bias: bool) -> tuple[np.ndarray, np.
 
 KEPT = torch.arange(0, 24, 2)
 
-
-# ---- moments -------------------------------------------------------------------------------------------------------
-
-def test_moments_survive_a_mean_a_thousand_times_the_spread():
-    x = correlated(4000, 16) + 1000
-    split = split_of(x, batches=7)
-    truth = torch.from_numpy(np.cov(x.double().numpy().T, bias=True))
-    assert float((split.second(True) - truth).norm() / truth.norm()) < 1e-5
-    torch.testing.assert_close(split.variance, truth.diagonal(), rtol=1e-4, atol=0)
-    torch.testing.assert_close(split.mean, x.double().mean(0), rtol=1e-9, atol=0)
-    uncentred = x.double().T @ x.double() / len(x)
-    torch.testing.assert_close(split.second(False), uncentred, rtol=1e-7, atol=0)
-
-
-def test_views_are_moments_about_one_point():
-    x, e = correlated(500, 8), correlated(500, 3, seed=5)
-    split = split_of(x, e)
-    fit = torch.arange(500) % 5 != 4
-    for centred in (True, False):
-        p = x[fit].double().mean(0) if centred else torch.zeros(8, dtype=torch.float64)
-        q = e[fit].double().mean(0) if centred else torch.zeros(3, dtype=torch.float64)
-        view = split.view(centred)
-        for rows, about in ((fit, view.fit), (~fit, view.held)):
-            a, b = x[rows].double() - p, e[rows].double() - q
-            torch.testing.assert_close(about.second.double(), a.T @ a / len(a), rtol=1e-4, atol=1e-5)
-            torch.testing.assert_close(about.cross.double(), a.T @ b / len(a), rtol=1e-4, atol=1e-5)
-            assert about.square == pytest.approx(float(b.square().sum() / len(a)), rel=1e-4)
-
-
-def test_moments_do_not_depend_on_batches():
-    x = correlated(1000, 8)
-    one, many = split_of(x, batches=1), split_of(x, batches=37)
-    torch.testing.assert_close(one.second(True), many.second(True), rtol=1e-5, atol=1e-6)
-
-
-def test_bfloat16_products_stay_within_its_rounding():
-    x = correlated(2000, 8)
-    narrow = Moments(8, precision="bfloat16")
-    narrow.update(x)
-    wide = Moments(8)
-    wide.update(x)
-    zero = torch.zeros(8, dtype=torch.float64)
-    assert float((narrow.about(zero, None).second - wide.about(zero, None).second).norm()
-                 / wide.about(zero, None).second.norm()) < 3e-3
-
-
-def test_held_out_tokens():
-    assert held_out_tokens(5, 2, 0, 20).tolist() == [False] * 8 + [True] * 2
-    assert held_out_tokens(1, 10, 0, 1).tolist() == [False] * 8 + [True] * 2
-    assert held_out_tokens(2, 5, 0, 2).tolist() == [False, False, False, False, True] * 2
-
-
-# ---- LIAR ----------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_exact_linear_maps_are_reconstructed_exactly(bias):
@@ -289,116 +200,3 @@ def test_mask_tuning_is_one_scale_a_unit(width):
 def test_bias_without_a_slot_is_said():
     done = repair(problem(correlated(200, 24), bias=False), KEPT, "bias")
     assert done.method == "none" and done.bias is None and "no bias slot" in done.warnings[0]
-
-
-# ---- criteria ------------------------------------------------------------------------------------------------------
-
-def scored(x, group=None, out=12, **more) -> Scored:
-    p = problem(x, out=out, group=group)
-    return Scored(p.group, p.weight, p.moments, **more)
-
-
-def test_closed_form_criteria():
-    x = correlated(600, 24)
-    s = scored(x)
-    w = s.weight.double()
-    variance = x.double().var(0, correction=0)
-    torch.testing.assert_close(score("wifv", s), variance * w.square().sum(0), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(score("activation", s), w.norm(dim=0) * x.double().square().mean(0).sqrt(), rtol=1e-4,
-                               atol=1e-5)
-    h = scored(x, heads(6, 4))
-    torch.testing.assert_close(score("wifv", h), score("wifv", s).reshape(6, 4).sum(1))
-    assert torch.equal(score("random", s), score("random", scored(x))) and len(score("random", h)) == 6
-
-
-def test_first_order_criteria_from_mask_gradients():
-    g = torch.tensor([[1.0, -2.0, 0.0], [-3.0, -2.0, 0.5]])
-    s = Scored(neurons(3), torch.ones(2, 3), gradients=g)
-    assert score("taylor", s).tolist() == [2.0, 2.0, 0.25]
-    assert score("fisher", s).tolist() == [5.0, 4.0, 0.125]
-
-
-def damped(split: Split) -> torch.Tensor:
-    h = split.second(True)
-    return h + criteria.OBS_DAMPING * h.diagonal().mean() * torch.eye(len(h), dtype=h.dtype)
-
-
-def loss_without(w, h, gone) -> float:
-    """min over the others of tr(ΔW H ΔWᵀ) when columns ``gone`` become zero, by definition."""
-    keep = [j for j in range(len(h)) if j not in gone]
-    d = w[:, gone]
-    schur = h[gone][:, gone] - h[gone][:, keep] @ torch.linalg.solve(h[keep][:, keep], h[keep][:, gone])
-    return float((d @ schur * d).sum())
-
-
-@pytest.mark.parametrize("width", [1, 3])
-def test_obs_is_the_error_left_after_compensation(width):
-    group = neurons(12) if width == 1 else heads(4, 3)
-    s = scored(correlated(400, 12, rank=6), group)
-    h = damped(s.moments)
-    want = [loss_without(s.weight.double(), h, group.columns[u].tolist()) for u in range(group.units)]
-    np.testing.assert_allclose(score("obs", s).numpy(), want, rtol=1e-6)
-
-
-@pytest.mark.parametrize("width", [1, 3])
-def test_greedy_obs_is_brute_force(width):
-    """Every removal is the cheapest one given all before it, with a refactorisation per removal as the truth."""
-    group = neurons(12) if width == 1 else heads(4, 3)
-    s = scored(correlated(400, 12, rank=6), group)
-    h, gone, order = damped(s.moments), [], []
-    for _ in range(group.units - 1):
-        left = [u for u in range(group.units) if u not in order]
-        losses = [loss_without(s.weight.double(), h, gone + group.columns[u].tolist()) for u in left]
-        order.append(left[int(np.argmin(losses))])
-        gone += group.columns[order[-1]].tolist()
-    found, _ = greedy_order(s.weight.double(), torch.linalg.inv(h), group)
-    assert found.tolist()[:-1] == order
-
-
-def test_blocks_of_removals_equal_one_at_a_time():
-    s = scored(correlated(3000, 200, rank=60))
-    inverse = torch.linalg.inv(damped(s.moments))
-    many, cost = criteria._greedy_columns(s.weight.double(), inverse.clone())
-    one, single = criteria._greedy_columns(s.weight.double(), inverse.clone(), pool=200, block=1)
-    assert many[:150].tolist() == one[:150].tolist()
-    np.testing.assert_allclose(cost[:150].numpy(), single[:150].numpy(), rtol=1e-6)
-
-
-def test_of_two_equal_columns_greedy_drops_one():
-    """One-shot OBS sees both as free; greedy knows the second is not once the first is gone."""
-    x = correlated(2000, 12)
-    x[:, 5] = x[:, 4] * 1.001
-    order, _ = greedy_order((s := scored(x)).weight.double(), torch.linalg.inv(damped(s.moments)), s.group)
-    assert len({4, 5} & set(order[:6].tolist())) == 1
-    assert {4, 5} <= set(score("obs", s).argsort()[:2].tolist())
-
-
-def test_non_finite_scores_are_an_error():
-    with pytest.raises(ConfigError, match="not finite"):
-        score("taylor", Scored(neurons(3), torch.ones(2, 3), gradients=torch.full((1, 3), torch.nan)))
-
-
-# ---- allocation ----------------------------------------------------------------------------------------------------
-
-def test_choice_is_exact_and_even_over_pools():
-    group = heads(8, 2, pools=2)
-    scores = torch.tensor([9, 8, 7, 6, 1, 2, 3, 4.0])
-    assert choose(group, scores, 4).tolist() == [0, 1, 6, 7]
-    assert choose(neurons(8), torch.ones(8), 3).tolist() == [0, 1, 2]  # ties keep the lower index
-    assert [uniform_count(neurons(10), s) for s in (0.0, 0.25, 0.5, 0.99)] == [10, 8, 5, 1]
-    assert uniform_count(group, 0.9) == 2  # one head stays in every pool
-
-
-def test_global_allocation_spends_the_budget_where_it_is_cheap():
-    """Standardised scores of both kinds in one ranking, each unit counting its parameters."""
-    flat, spread = torch.arange(100.0), torch.cat([torch.arange(50.0), 1000 + torch.arange(50.0)])
-    members = [Member(0, neurons(100), flat, 3), Member(1, neurons(100), spread, 3),
-               Member(1, heads(10, 4), torch.arange(10.0), 40)]
-    for sparsity in (0.1, 0.3, 0.5, 0.7):
-        counts = global_counts(members, sparsity)
-        dropped = sum((m.group.units - n) * m.unit_size for m, n in zip(members, counts))
-        assert abs(dropped / 1000 - sparsity) <= 0.02 and min(counts) >= 1
-    z = [(s - s.mean()) / s.std() for s in (flat, spread, torch.arange(10.0))]
-    counts = global_counts(members, 0.3)
-    cut = max(float(v.sort().values[len(v) - n - 1]) for v, n in zip(z, counts) if n < len(v))
-    assert all(float(v.sort().values[len(v) - n]) >= cut for v, n in zip(z, counts))

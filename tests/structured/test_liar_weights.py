@@ -6,27 +6,17 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from couplings import correlated, neurons
 
 import pyprune
 from pyprune.config import TOKEN_WEIGHTS, ConfigError, Structured
-from pyprune.model.blocks import ModelView, WeightRef
+from pyprune.model.blocks import ModelView
 from pyprune.structured.block import mean_powers
-from pyprune.structured.groups import Coupled, find_groups
+from pyprune.structured.groups import find_groups
 from pyprune.structured.liar import GRID, Problem, choose_damping, repair
 from pyprune.structured.moments import Split, balanced_weights, token_weights
 
 KEPT = torch.arange(0, 24, 2)
-
-
-def neurons(c: int) -> Coupled:
-    return Coupled("neurons", WeightRef("down.weight"), torch.arange(c)[:, None], (), torch.zeros(c, dtype=torch.long))
-
-
-def correlated(tokens: int, c: int, seed: int = 0, rank: int | None = None) -> torch.Tensor:
-    g = torch.Generator().manual_seed(seed)
-    rank = rank or c
-    return torch.randn(tokens, rank, generator=g) @ torch.randn(rank, c, generator=g) / rank**0.5 \
-        + 0.3 * torch.randn(tokens, c, generator=g) + torch.randn(c, generator=g)
 
 
 def weighted(x, w, e=None, held_every: int = 5) -> Split:

@@ -1,4 +1,4 @@
-"""What each process of ``tests/execution/test_distributed.py`` runs: several cases in one start, results of process 0 in a folder."""
+"""What each process of ``test_distributed.py`` runs: several cases in one start, results of process 0 in a folder."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import test_token_arguments
 import tiny
+import token_models
 import torch
 
 import pyprune
@@ -36,7 +36,7 @@ FIELDS = {
 
 
 def case(name: str, **fields):
-    model = test_token_arguments.build("gemma4 with shared keys") if name == "shared_keys" else \
+    model = token_models.build("gemma4 with shared keys") if name == "shared_keys" else \
         tiny.model("qwen3_moe" if name == "moe" else "llama")
     sequences = [*tiny.ids(10, 24), *tiny.ids(3, 17, seed=1)]
     settings = {"calibration": {"source": sequences, "num_samples": 13, "seq_len": 24},

@@ -52,3 +52,24 @@ def disagreement(pruned: nn.Module, masks: dict) -> float:
     view = ModelView(pruned)
     wrong = sum(((ref.view(view.blocks[index]) != 0) != mask).sum().item() for (index, ref), mask in masks.items())
     return wrong / sum(mask.numel() for mask in masks.values())
+
+
+def linear_inputs(model: nn.Module, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Float64 inputs of every linear layer over one plain forward pass a sequence, by parameter name."""
+    found: dict[str, list] = {}
+    handles = [m.register_forward_pre_hook(lambda m, a, n=n: found.setdefault(f"{n}.weight", []).append(
+        a[0].detach().reshape(-1, a[0].shape[-1]).double()))
+        for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    with torch.no_grad():
+        for row in ids:
+            model(row[None])
+    for handle in handles:
+        handle.remove()
+    return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+def wanda_mask(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Half of each row kept, by the size of a weight times the norm of its input."""
+    score = weight.double().abs() * x.square().sum(0).sqrt()
+    keep = torch.zeros_like(weight, dtype=torch.bool)
+    return keep.scatter_(1, score.topk(weight.shape[1] - round(weight.shape[1] / 2), dim=1).indices, True)

@@ -1,6 +1,6 @@
-"""The CUDA kernels compiled for the CPU (tests/cusim.h): executables that run case folders, and a Python module.
+"""The CUDA kernels compiled for the CPU (cuda_sim/cusim.h): executables that run case folders, and a Python module.
 
-Shared by tests/ops/test_cuda_sim.py (the kernels, in every thread order and under AddressSanitizer) and tests/ops/test_cuda_adapters.py
+Shared by test_cuda_sim.py (the kernels, in every thread order and under AddressSanitizer) and test_cuda_adapters.py
 (bindings and pyprune/ops/native.py on CPU tensors).
 """
 
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 KERNELS = ("obs_sweep", "select_mask", "nm_mask", "compress_24", "cholesky", "cholesky_solve", "device")
 FLAGS = ["-std=c++17", "-O1", "-Wall", "-fPIC", "-DPYPRUNE_SIM"]
 SANITIZE = ["-fsanitize=address", "-g1"]
@@ -29,7 +29,7 @@ def run(command: list) -> None:
 
 
 def compile_object(source: Path, target: Path, flags: list, csrc: Path = ROOT / "csrc") -> Path:
-    run(["g++", *FLAGS, *flags, f"-I{csrc}", f"-I{ROOT / 'tests'}", "-x", "c++", "-c", source, "-o", target])
+    run(["g++", *FLAGS, *flags, f"-I{csrc}", f"-I{ROOT / 'tests/cuda_sim'}", "-x", "c++", "-c", source, "-o", target])
     return target
 
 
