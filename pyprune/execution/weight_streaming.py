@@ -9,8 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -23,10 +21,10 @@ from torch import Tensor, nn
 from pyprune.config import ConfigError
 from pyprune.execution.activation_store import available_memory
 from pyprune.execution.executor import Resident
-from pyprune.model import checkpoint
+from pyprune.model import assembly, checkpoint
 from pyprune.model.blocks import ModelView, check_finite
 from pyprune.model.origin import Origin
-from pyprune.model.shards import Files, Shard, write_shard
+from pyprune.model.shards import Files, Shard
 from pyprune.model.skeleton import skeleton
 
 SHARE = 0.5
@@ -88,28 +86,12 @@ class Streamed(Resident):
                 module._parameters[name] = nn.Parameter(parameter.data.to("meta"), requires_grad=False)
 
     def save(self, folder: Path) -> None:
-        """Write config and weights of the finished model: one shard a block, linked where the journal wrote it."""
-        model, view = self.view.model, self.view
-        model.config.architectures = [type(model).__name__]
-        model.config.save_pretrained(folder)
-        checkpoint.save_generation_config(model, folder)
-        count = len(view.blocks) + 1
-        names = [f"model-{k + 1:05}-of-{count:05}.safetensors" for k in range(count)]
-        inside = f"{view.path}."
-        state = {name: tensor for name, tensor in model.state_dict().items()
-                 if name in self.files and not name.startswith(inside)}
-        write_shard(folder / names[0], state)
-        for index, shard in self.saved.items():
-            target = folder / names[index + 1]
-            try:
-                os.link(shard.path, target)
-            except OSError:  # a file system without links
-                shutil.copyfile(shard.path, target)
-        where = dict.fromkeys(state, names[0])
-        where |= {name: names[index + 1] for index, shard in sorted(self.saved.items()) for name in shard.entries}
-        total = sum((folder / name).stat().st_size for name in names)
-        checkpoint.write_json(folder / "model.safetensors.index.json",
-                              {"metadata": {"total_size": total}, "weight_map": where})
+        """Write config and weights of the finished model, its blocks linked from where the journal wrote them."""
+        inside = f"{self.view.path}."
+        rest = {name: tensor for name, tensor in self.view.model.state_dict().items()
+                if name in self.files and not name.startswith(inside)}
+        shards = [self.saved[index] for index in range(len(self.view.blocks))]
+        assembly.link(self.view.model, folder, assembly.BlockShards(self.view.path, shards), rest, as_named=True)
 
 
 def fill(module: nn.Module, tensors: dict[str, Tensor]) -> None:
@@ -161,12 +143,8 @@ def why_whole(name: str, model: nn.Module, view: ModelView, files: Files) -> str
     """Why a checkpoint cannot be streamed, or None; a tensor of the wrong shape is a ConfigError."""
     if view.shared:
         return "its blocks are applied several times, or share weights"
-    owners: dict[int, list[str]] = {}
-    shapes = {}
-    for key, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(key)
-        shapes[key] = tuple(parameter.shape)
-    for keys in owners.values():
+    shapes = {key: tuple(parameter.shape) for key, parameter in model.named_parameters(remove_duplicate=False)}
+    for keys in assembly.names_of(model):
         found = [key for key in keys if key in files]
         if not found:
             return f"its files have no {keys[0]}: their names are not the model's"
@@ -232,11 +210,9 @@ def _open(name: str, dtype: str, folder: Path, wanted: bool, pin: bool) -> Opene
     if (reason := why_whole(name, model, view, files)) is not None:
         return reason
     inside = f"{view.path}."
-    owners: dict[int, list[str]] = {}
-    for key, parameter in model.named_parameters(remove_duplicate=False):
-        if not key.startswith(inside):
-            owners.setdefault(id(parameter), []).append(key)
-    for keys in owners.values():
+    for keys in assembly.names_of(model):
+        if keys[0].startswith(inside):
+            continue
         tensor = files.read(next(key for key in keys if key in files)).to(kind)
         shared = nn.Parameter(tensor, requires_grad=False)
         for key in keys:

@@ -134,6 +134,11 @@ class Shard:
             raise ConfigError(f"{self.path} is truncated: its tensors end at byte {self.start + end}, the file at "
                               f"{size}; download or write it again")
 
+    @property
+    def bytes(self) -> int:
+        """Of all its tensors."""
+        return sum(stop - start for start, stop in (entry["data_offsets"] for entry in self.entries.values()))
+
     def info(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
         """Type and shape of a tensor, from the header."""
         entry = self.entries[name]

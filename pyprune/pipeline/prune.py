@@ -26,6 +26,7 @@ from pyprune.execution.journal import Journal, journaled
 from pyprune.execution.run import Findings, Run, seed_all
 from pyprune.execution.weight_streaming import Opened, Streamed
 from pyprune.model import checkpoint
+from pyprune.model.assembly import BlockShards
 from pyprune.model.blocks import (
     ModelView,
     WeightRef,
@@ -150,7 +151,8 @@ def _prune(model, config: PruneConfig, tokenizer, in_place: bool, progress: bool
         result = PruneResult(live, tokenizer, config, report, models if structured else {}, opened.origin)
     if config.output:
         with found.clock("write"):
-            world.lead(lambda: journal.finish(result.fill))
+            world.lead(lambda: journal.finish(
+                lambda folder: result.fill(folder, BlockShards(view.path, journal.shards()))))
     return result
 
 

@@ -141,6 +141,8 @@ print(total)
 """
 
 REAL = COMMON + """
+from pyprune.model import assembly
+ONE_FILE = assembly.ONE_FILE
 ids, kind = tiny.ids(6, 8), ""
 for name in ("one", "two"):
     tiny.model("llama", seed=ord(name[0]), num_hidden_layers=2).save_pretrained(root / name)
@@ -156,12 +158,14 @@ def run(output, seed=0, model="one", resume=False):
                           evaluation=Evaluation(enabled=False), settings=Reconstruction(epochs=1, batch_size=2))
         return
     fields = dict(pattern="neurons", criterion="random", sparsity=[0.25, 0.5], inputs="dense") \\
-        if kind == "sparsities" else dict(method="magnitude", sparsity=0.25 + seed / 4, stream=kind)
+        if kind == "sparsities" else dict(method="magnitude", sparsity=0.25 + seed / 4,
+                                          stream="always" if kind == "always" else "never")
     prune(str(root / model), output=str(output), calibration=ids, evaluation=Evaluation(enabled=False), progress=False,
           seed=seed, resume=resume, **fields)
 
 OTHERS.pop()
-for kind in ("never", "always", "sparsities", "refine"):
+for kind in ("never", "always", "sparsities", "refine", "linked"):
+    assembly.ONE_FILE = 0 if kind == "linked" else ONE_FILE
     shutil.rmtree(root / "out", ignore_errors=True)
     references = refer()
     total = dies(-1, root / "out")
@@ -188,5 +192,5 @@ def test_a_crash_at_any_file_operation_never_gives_another_run_s_model(tmp_path)
 
 
 def test_real_runs_keep_their_journal_in_that_order(tmp_path):
-    """In memory, streamed, to several sparsities, refined. Some thirty runs: it takes its seconds."""
+    """In memory, streamed, to several sparsities, refined, its blocks linked. Some forty runs: it takes its seconds."""
     assert drive(REAL, tmp_path) > 60

@@ -15,7 +15,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from pyprune.config import ConfigError, Evaluation, PruneConfig, Reconstruction
-from pyprune.execution.weight_streaming import Resident, open_model, skeleton
+from pyprune.execution.weight_streaming import Resident
+from pyprune.model.skeleton import skeleton
+from pyprune.pipeline.opening import open_model
 from pyprune.pipeline.prune import prune
 
 HERE = Path(__file__).parents[1]
@@ -140,6 +142,8 @@ LIMITED = """
 import resource, sys, time
 sys.path.insert(0, sys.argv[1])
 import tiny, torch
+from pyprune.model.skeleton import skeleton
+from pyprune.pipeline.opening import open_model
 from pyprune.pipeline.prune import prune
 from pyprune.config import Evaluation
 folder, stream = sys.argv[2], sys.argv[3]
