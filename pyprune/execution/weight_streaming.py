@@ -18,17 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyprune.config import ConfigError
-from pyprune.execution.activation_store import available_memory
 from pyprune.execution.executor import Resident
+from pyprune.execution.unopened import FORMAT, Unopened
 from pyprune.model import assembly, checkpoint
 from pyprune.model.blocks import ModelView, check_finite
 from pyprune.model.origin import Origin
 from pyprune.model.shards import Files, Shard
-from pyprune.model.skeleton import skeleton
-
-SHARE = 0.5
-"""``stream="auto"`` streams a model that needs more than this share of the free memory."""
 
 
 class Streamed(Resident):
@@ -139,49 +134,18 @@ def weights_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
     return digest.hexdigest()
 
 
-def why_whole(name: str, model: nn.Module, view: ModelView, files: Files) -> str | None:
-    """Why a checkpoint cannot be streamed, or None; a tensor of the wrong shape is a ConfigError."""
-    if view.shared:
-        return "its blocks are applied several times, or share weights"
-    shapes = {key: tuple(parameter.shape) for key, parameter in model.named_parameters(remove_duplicate=False)}
-    for keys in assembly.names_of(model):
-        found = [key for key in keys if key in files]
-        if not found:
-            return f"its files have no {keys[0]}: their names are not the model's"
-        if len(keys) > 1 and any(key.startswith(view.path + ".") for key in keys):
-            return f"{keys[0]} and {keys[1]} share their weight"
-        if len(found) > 1 and not all(torch.equal(files.read(found[0]), files.read(key)) for key in found[1:]):
-            return f"its config says that {found[0]} and {found[1]} are one, its files hold two"
-        for key in found:
-            if files.info(key)[1] != shapes[key]:
-                raise ConfigError(f"{key} in {name} has shape {list(files.info(key)[1])}, its architecture needs "
-                                  f"{list(shapes[key])}")
-    return None
-
-
 def open_checkpoint(name: str, dtype: str = "auto", stream: str = "auto", obstacle: str | None = None,
                     streamed: bool | None = None, pin: bool = False) -> Opened:
-    """Open a checkpoint for streaming or load it whole, as ``stream`` (auto, always, never) says.
+    """Open a checkpoint for streaming or load it whole, as :meth:`Unopened.streams` decides.
 
     obstacle: why the caller needs it whole. streamed: what an interrupted run did, which its continuation repeats.
-    ``auto`` streams what needs more than half of the free memory, if it can be streamed and nothing stands against it.
-    Raises ConfigError where ``always`` cannot.
     """
-    wanted = stream == "always" if streamed is None else streamed
-    if stream == "never" or (streamed is False):
-        return whole(name, dtype)
-    source = checkpoint.resolve(name)
-    if obstacle is None:
-        if source.gguf_file or not source.local or not any(Path(source.path).glob("*.safetensors")):
-            obstacle = "only a local folder of safetensors files can be read block by block"
-        else:
-            opened = _open(name, dtype, Path(source.path), wanted, pin)
-            if isinstance(opened, Opened):
-                return opened
-            obstacle = opened
-    if wanted:
-        raise ConfigError(f"{name} cannot be streamed: {obstacle}; set stream='never' (or auto) to load it whole")
-    return whole(name, dtype)
+    if streamed is not None:
+        stream = "always" if streamed else "never"
+    found = Unopened(name, dtype)
+    if stream != "never" and found.files is None:
+        obstacle = obstacle or FORMAT
+    return _streamed(found, pin) if found.streams(stream, obstacle)[0] else whole(name, dtype)
 
 
 def whole(name: str, dtype: str = "auto") -> Opened:
@@ -191,25 +155,10 @@ def whole(name: str, dtype: str = "auto") -> Opened:
     return Opened(*loaded, Resident(), ModelView(loaded.model), origin)
 
 
-def _open(name: str, dtype: str, folder: Path, wanted: bool, pin: bool) -> Opened | str:
-    """The streamed model, or why not."""
-    import transformers
-
-    if checkpoint.structured_sizes(checkpoint.resolve(name)):
-        return "its blocks have sizes of their own"
-    hf_config = transformers.AutoConfig.from_pretrained(folder)
-    if getattr(hf_config, "quantization_config", None) is not None:
-        return "it is quantised"
-    origin = checkpoint.find_origin(checkpoint.resolve(name))
-    files = origin.files
-    if not wanted and files.bytes < SHARE * available_memory():
-        return "it fits into memory"
-    kind = checkpoint_dtype(hf_config, files) if dtype == "auto" else getattr(torch, dtype)
-    model = skeleton(hf_config, kind, origin)
-    view = ModelView(model)
-    if (reason := why_whole(name, model, view, files)) is not None:
-        return reason
-    inside = f"{view.path}."
+def _streamed(found: Unopened, pin: bool) -> Opened:
+    """The model of a checkpoint without its blocks, whose tensors are all read once: NaN and infinity are named."""
+    view, files, kind, origin = found.view, found.files, found.kind, found.origin
+    model, inside = view.model, f"{view.path}."
     for keys in assembly.names_of(model):
         if keys[0].startswith(inside):
             continue
@@ -228,13 +177,5 @@ def _open(name: str, dtype: str, folder: Path, wanted: bool, pin: bool) -> Opene
             tensor = files.read(key)
             check_finite([(key, tensor.to(kind) if tensor.is_floating_point() else tensor)])
     origin.keep(set(files.where) - known, model)
-    tokenizer = checkpoint.load_tokenizer(checkpoint.resolve(name))
+    tokenizer = checkpoint.load_tokenizer(found.source)
     return Opened(model, tokenizer, Streamed(view, files, kind, pin), view, origin)
-
-
-def checkpoint_dtype(config: Any, files: Files) -> torch.dtype:
-    """What ``dtype="auto"`` means: the config's, else that of the first floating tensor."""
-    named = getattr(config, "dtype", None)
-    if isinstance(named, torch.dtype):
-        return named
-    return next(dtype for name in files.where for dtype, _ in [files.info(name)] if dtype.is_floating_point)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 import struct
@@ -209,6 +210,16 @@ class Files:
     def bytes(self) -> int:
         return sum(stop - start for name, shard in self.where.items()
                    for start, stop in [shard.entries[name]["data_offsets"]])
+
+    def bytes_as(self, dtype: torch.dtype) -> int:
+        """What the tensors take in memory when the floating-point ones are of this type."""
+        total = 0
+        for name, shard in self.where.items():
+            entry = shard.entries[name]
+            start, stop = entry["data_offsets"]
+            own = CODES.get(entry["dtype"])
+            total += math.prod(entry["shape"]) * dtype.itemsize if own and own.is_floating_point else stop - start
+        return total
 
     def __contains__(self, name: str) -> bool:
         return name in self.where
