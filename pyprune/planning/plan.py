@@ -54,7 +54,8 @@ def plan(config: PruneConfig | dict) -> dict:
     or data.
     """
     config = override(config, {}) if isinstance(config, PruneConfig) else override(None, config)
-    config.calibration = calibration.coerce(config.calibration)
+    if reads_sequences(config):
+        config.calibration = calibration.coerce(config.calibration)
     if config.model is None:
         raise ConfigError("no model: give a Hub id, a local folder or a .gguf file")
     if config.output:
