@@ -13,7 +13,7 @@ from pyprune.masks.refit import USUAL_STEPS
 from pyprune.model.blocks import ModelView, weights_of
 from pyprune.model.skeleton import skeleton
 from pyprune.pipeline.prune import prune
-from pyprune.planning.costs import Input, inputs_of, memory_of, work_of
+from pyprune.planning.costs import Input, disk_of, inputs_of, memory_of, work_of
 from pyprune.planning.rehearsal import rehearsal_model, rehearse
 
 
@@ -50,6 +50,9 @@ def test_models_of_any_size_are_counted_without_weights(name):
     assert host["activations"] == (128 + 2 * 4) * 2048 * config.hidden_size * 2, "2 + 2 probes, pruned and dense"
     assert 2 * block * 2 < host["weights"] < 0.1 * parameters * 2, "two blocks and the embeddings, not the model"
     assert device["block"] == block * 2, "bfloat16, and the one before it is gone"
+    disk, blocks = disk_of(view, settings, streamed=False), sum(p.numel() for p in view.blocks.parameters())
+    again = 2 * blocks if name == "235B experts" else 0  # transformers stores one tensor per expert: no shard to link
+    assert disk["while_running"] == disk["checkpoint"] + again
     small, narrowed = rehearsal_model(config, torch.float32)
     assert narrowed and sum(p.numel() for p in small.parameters()) < 2e7 and len(ModelView(small).blocks) == 2
 
