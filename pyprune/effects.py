@@ -49,7 +49,7 @@ def _curve(config) -> bool:
     return len(config.sparsities) > 1
 
 
-def _observes(config) -> bool:
+def observes(config) -> bool:
     """Whether statistics of activations are taken."""
     if config.is_structured:
         return config.reconstruct != "none" or config.criterion not in (*WEIGHTS_ALONE, *GRADIENTS)
@@ -83,7 +83,7 @@ RUN: dict[str, Rule] = {
                "choose by criterion"),
     "criterion": (lambda c: c.is_structured, _STRUCTURED + "; masks choose by method"),
     "global_propagation": _RECONSTRUCTED,
-    "inputs": (_observes, _STATISTICS),
+    "inputs": (observes, _STATISTICS),
     "damping": _DAMPED,
     "column_block": (_DAMPED[0], _FACTOR),
     "batch_size": _READS,
@@ -105,7 +105,7 @@ RUN: dict[str, Rule] = {
     "structured.nonstandard": (lambda c: c.is_structured, _STRUCTURED),
     "structured.head_scope": (lambda c: c.pattern in ("heads", "structured"),
                               "only heads use it: pattern='heads' or 'structured'; pattern='neurons' has none"),
-    "structured.token_weights": (lambda c: c.is_structured and _observes(c),
+    "structured.token_weights": (lambda c: c.is_structured and observes(c),
                                  _STRUCTURED + ", with a reconstruct that is not 'none' or a criterion that looks at "
                                  "activations"),
     "structured.damping": (lambda c: c.is_structured and (

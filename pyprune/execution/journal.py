@@ -223,6 +223,10 @@ class Journal:
         """Where the finished tensors of a block lie."""
         return shard_path(self.output, index)
 
+    def shards(self) -> list[Shard]:
+        """The finished blocks of the whole run, in order; none without an output folder."""
+        return [] if self.folder is None else [Shard(self.shard(index)) for index in range(self.total)]
+
     def write(self, index: int, tensors: dict[str, Tensor], *, draft: bool = False) -> None:
         """Start writing a block's tensors; they must not change until :meth:`commit`. A draft is a block that a later
         step changes again; it is kept until that step is committed."""

@@ -9,8 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -20,18 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyprune.config import ConfigError
-from pyprune.execution.activation_store import available_memory
 from pyprune.execution.executor import Resident
-from pyprune.model import checkpoint
-from pyprune.model.attributes import dtype_named, quantisation
+from pyprune.execution.unopened import FORMAT, Unopened
+from pyprune.model import assembly, checkpoint
 from pyprune.model.blocks import ModelView, check_finite
 from pyprune.model.origin import Origin
-from pyprune.model.shards import Files, Shard, write_shard
-from pyprune.model.skeleton import skeleton
-
-SHARE = 0.5
-"""``stream="auto"`` streams a model that needs more than this share of the free memory."""
+from pyprune.model.shards import Files, Shard
 
 
 class Streamed(Resident):
@@ -89,26 +81,12 @@ class Streamed(Resident):
                 module._parameters[name] = nn.Parameter(parameter.data.to("meta"), requires_grad=False)
 
     def save(self, folder: Path) -> None:
-        """Write config and weights of the finished model: one shard a block, linked where the journal wrote it."""
-        model, view = self.view.model, self.view
-        checkpoint.save_settings(model, folder)
-        count = len(view.blocks) + 1
-        names = [f"model-{k + 1:05}-of-{count:05}.safetensors" for k in range(count)]
-        inside = f"{view.path}."
-        state = {name: tensor for name, tensor in model.state_dict().items()
-                 if name in self.files and not name.startswith(inside)}
-        write_shard(folder / names[0], state)
-        for index, shard in self.saved.items():
-            target = folder / names[index + 1]
-            try:
-                os.link(shard.path, target)
-            except OSError:  # a file system without links
-                shutil.copyfile(shard.path, target)
-        where = dict.fromkeys(state, names[0])
-        where |= {name: names[index + 1] for index, shard in sorted(self.saved.items()) for name in shard.entries}
-        total = sum((folder / name).stat().st_size for name in names)
-        checkpoint.write_json(folder / "model.safetensors.index.json",
-                              {"metadata": {"total_size": total}, "weight_map": where})
+        """Write config and weights of the finished model, its blocks linked from where the journal wrote them."""
+        inside = f"{self.view.path}."
+        rest = {name: tensor for name, tensor in self.view.model.state_dict().items()
+                if name in self.files and not name.startswith(inside)}
+        shards = [self.saved[index] for index in range(len(self.view.blocks))]
+        assembly.link(self.view.model, folder, assembly.BlockShards(self.view.path, shards), rest, as_named=True)
 
 
 def fill(module: nn.Module, tensors: dict[str, Tensor]) -> None:
@@ -156,52 +134,19 @@ def weights_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
     return digest.hexdigest()
 
 
-def why_whole(name: str, model: nn.Module, view: ModelView, files: Files) -> str | None:
-    """Why a checkpoint cannot be streamed, or None; a tensor of the wrong shape is a ConfigError."""
-    if view.shared:
-        return "its blocks are applied several times, or share weights"
-    owners: dict[int, list[str]] = {}
-    shapes = {}
-    for key, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(key)
-        shapes[key] = tuple(parameter.shape)
-    for keys in owners.values():
-        found = [key for key in keys if key in files]
-        if not found:
-            return f"its files have no {keys[0]}: their names are not the model's"
-        if len(keys) > 1 and any(key.startswith(view.path + ".") for key in keys):
-            return f"{keys[0]} and {keys[1]} share their weight"
-        if len(found) > 1 and not all(torch.equal(files.read(found[0]), files.read(key)) for key in found[1:]):
-            return f"its config says that {found[0]} and {found[1]} are one, its files hold two"
-        for key in found:
-            if files.info(key)[1] != shapes[key]:
-                raise ConfigError(f"{key} in {name} has shape {list(files.info(key)[1])}, its architecture needs "
-                                  f"{list(shapes[key])}")
-    return None
-
-
 def open_checkpoint(name: str, dtype: str = "auto", stream: str = "auto", obstacle: str | None = None,
                     streamed: bool | None = None, pin: bool = False) -> Opened:
-    """Open a checkpoint for streaming or load it whole, as ``stream`` (auto, always, never) says.
+    """Open a checkpoint for streaming or load it whole, as :meth:`Unopened.streams` decides.
 
     obstacle: why the caller needs it whole. streamed: what an interrupted run did, which its continuation repeats.
-    ``auto`` streams what needs more than half of the free memory, if it can be streamed and nothing stands against it.
-    Raises ConfigError where ``always`` cannot.
     """
-    wanted = stream == "always" if streamed is None else streamed
-    if stream == "never" or (streamed is False):
-        return whole(name, dtype)
-    source = checkpoint.resolve(name)
-    if obstacle is None:
-        if source.gguf_file or not source.local or not any(Path(source.path).glob("*.safetensors")):
-            obstacle = "only a local folder of safetensors files can be read block by block"
-        else:
-            opened = _open(name, dtype, Path(source.path), wanted, pin)
-            if isinstance(opened, Opened):
-                return opened
-            obstacle = opened
-    if wanted:
-        raise ConfigError(f"{name} cannot be streamed: {obstacle}; set stream='never' (or auto) to load it whole")
+    if streamed is not None:
+        stream = "always" if streamed else "never"
+    found = Unopened(name, dtype)
+    if stream != "never" and found.files is None:
+        obstacle = obstacle or FORMAT
+    if found.streams(stream, obstacle)[0] and found.files is not None:
+        return _streamed(found, found.files, pin)
     return whole(name, dtype)
 
 
@@ -212,32 +157,13 @@ def whole(name: str, dtype: str = "auto") -> Opened:
     return Opened(*loaded, Resident(), ModelView(loaded.model), origin)
 
 
-def _open(name: str, dtype: str, folder: Path, wanted: bool, pin: bool) -> Opened | str:
-    """The streamed model, or why not."""
-    import transformers
-
-    if checkpoint.structured_sizes(checkpoint.resolve(name)):
-        return "its blocks have sizes of their own"
-    hf_config = transformers.AutoConfig.from_pretrained(folder)
-    if quantisation(hf_config) is not None:
-        return "it is quantised"
-    origin = checkpoint.find_origin(checkpoint.resolve(name))
-    files = origin.files
-    if not isinstance(files, Files):
-        return "only a local folder of safetensors files can be read block by block"
-    if not wanted and files.bytes < SHARE * available_memory():
-        return "it fits into memory"
-    kind = checkpoint_dtype(hf_config, files) if dtype == "auto" else getattr(torch, dtype)
-    model = skeleton(hf_config, kind, origin)
-    view = ModelView(model)
-    if (reason := why_whole(name, model, view, files)) is not None:
-        return reason
-    inside = f"{view.path}."
-    owners: dict[int, list[str]] = {}
-    for key, parameter in model.named_parameters(remove_duplicate=False):
-        if not key.startswith(inside):
-            owners.setdefault(id(parameter), []).append(key)
-    for keys in owners.values():
+def _streamed(found: Unopened, files: Files, pin: bool) -> Opened:
+    """The model of a checkpoint without its blocks, whose tensors are all read once: NaN and infinity are named."""
+    view, kind, origin = found.view, found.kind, found.origin
+    model, inside = view.model, f"{view.path}."
+    for keys in assembly.names_of(model):
+        if keys[0].startswith(inside):
+            continue
         tensor = files.read(next(key for key in keys if key in files)).to(kind)
         shared = nn.Parameter(tensor, requires_grad=False)
         for key in keys:
@@ -253,11 +179,5 @@ def _open(name: str, dtype: str, folder: Path, wanted: bool, pin: bool) -> Opene
             tensor = files.read(key)
             check_finite([(key, tensor.to(kind) if tensor.is_floating_point() else tensor)])
     origin.keep(set(files.where) - known, model)
-    tokenizer = checkpoint.load_tokenizer(checkpoint.resolve(name))
+    tokenizer = checkpoint.load_tokenizer(found.source)
     return Opened(model, tokenizer, Streamed(view, files, kind, pin), view, origin)
-
-
-def checkpoint_dtype(config: Any, files: Files) -> torch.dtype:
-    """What ``dtype="auto"`` means: the config's, else that of the first floating tensor."""
-    stored = (files.info(name)[0] for name in files.where)
-    return dtype_named(config) or next(dtype for dtype in stored if dtype.is_floating_point)

@@ -284,29 +284,36 @@ def settle(folder: Path) -> None:
     sync(folder)
 
 
-def save_model(model: Any, folder: Path) -> None:
-    """Write weights, config and generation settings of a model in memory."""
+def save_model(model: Any, folder: Path, state: dict[str, torch.Tensor] | None = None, as_named: bool = False) -> None:
+    """Write weights, config and generation settings of a model in memory.
+
+    state: the only tensors to write, in one file; None: all. as_named: under the names that they have, not under those
+    that transformers gives its files.
+    """
+    how: dict[str, Any] = {"state_dict": state_of(model) if state is None else dict(state)}
+    if state is not None:
+        how["max_shard_size"] = 1 + sum(tensor.numel() * tensor.element_size() for tensor in state.values())
     settings = getattr(model, "generation_config", None)
     try:
         if settings is not None:
             model.generation_config = type(settings)()
         with quiet():
-            model.save_pretrained(folder, state_dict=_untied(model))
+            model.save_pretrained(folder, save_original_format=not as_named, **how)
     finally:
         if settings is not None:
             model.generation_config = settings
     save_generation_config(model, folder)
 
 
-def _untied(model: nn.Module) -> dict[str, torch.Tensor] | None:
-    """A state in which modules that stand at several places of a list have values of their own at each: stock
-    classes make a module for each place. None if there are no such modules."""
-    state, known, copied = model.state_dict(), set(), False
+def state_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The model's state, in which modules that stand at several places of a list have values of their own at each:
+    stock classes make a module for each place."""
+    state, known = model.state_dict(), set()
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if id(parameter) in known and re.search(r"\.\d+\.", name):
-            state[name], copied = state[name].clone(), True
+            state[name] = state[name].clone()
         known.add(id(parameter))
-    return state if copied else None
+    return state
 
 
 def save_settings(model: Any, folder: Path) -> None:

@@ -7,9 +7,11 @@ through a checksum to a temporary name, fsyncs, renames, and fsyncs the folder.
 
 from __future__ import annotations
 
+import builtins
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 import struct
@@ -134,6 +136,11 @@ class Shard:
             raise ConfigError(f"{self.path} is truncated: its tensors end at byte {self.start + end}, the file at "
                               f"{size}; download or write it again")
 
+    @property
+    def bytes(self) -> int:
+        """Of all its tensors."""
+        return sum(stop - start for start, stop in (entry["data_offsets"] for entry in self.entries.values()))
+
     def info(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
         """Type and shape of a tensor, from the header."""
         entry = self.entries[name]
@@ -166,7 +173,7 @@ class Shard:
             os.close(handle)
         return tensor
 
-    def sample(self, name: str, count: int = 64) -> bytes:
+    def sample(self, name: str, count: int = 64) -> builtins.bytes:
         """A few evenly spaced bytes of a tensor: tells two checkpoints apart without reading them."""
         start, stop = self.entries[name]["data_offsets"]
         piece = min(count, stop - start)
@@ -204,6 +211,16 @@ class Files:
     def bytes(self) -> int:
         return sum(stop - start for name, shard in self.where.items()
                    for start, stop in [shard.entries[name]["data_offsets"]])
+
+    def bytes_as(self, dtype: torch.dtype) -> int:
+        """What the tensors take in memory when the floating-point ones are of this type."""
+        total = 0
+        for name, shard in self.where.items():
+            entry = shard.entries[name]
+            start, stop = entry["data_offsets"]
+            own = CODES.get(entry["dtype"])
+            total += math.prod(entry["shape"]) * dtype.itemsize if own and own.is_floating_point else stop - start
+        return total
 
     def __contains__(self, name: str) -> bool:
         return name in self.where

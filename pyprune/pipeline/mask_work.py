@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from pyprune.effects import needs_sequences
+from pyprune.config import PruneConfig
+from pyprune.effects import needs_sequences, trains
 from pyprune.execution.error_probes import ErrorProbe, errors_of, make_probes, pass_dense, pass_student
 from pyprune.execution.executor import Activations
 from pyprune.execution.journal import Journal
@@ -13,8 +14,9 @@ from pyprune.masks.block import gather, prune_block
 from pyprune.masks.statistics import Inputs, Observer, observe
 from pyprune.model.blocks import WeightRef
 from pyprune.pipeline.block_loop import Written, read_back, settled_blocks, tensors_of
+from pyprune.pipeline.passes import Passes
 from pyprune.pipeline.progress import Progress
-from pyprune.reconstruction.windows import Refiner, wanted
+from pyprune.reconstruction.windows import Refiner, streams_beside, wanted
 
 MASK = ".pyprune_mask"
 """Ends the name of a keep mask in the draft of a block."""
@@ -27,12 +29,26 @@ class MaskWork:
         self.run, self.found, self.journal = run, found, journal
         self.config, self.executor = run.config, run.executor
         self.last = len(run.view.blocks) - 1
+        self.passes = self.passes_of(run.config)
         self.fit: Activations | None = None
         self.probes: list[ErrorProbe] = []
         self.refiner: Refiner | None = None
 
+    @staticmethod
+    def passes_of(config: PruneConfig) -> Passes:
+        """What a run of this configuration passes through its blocks."""
+        if not needs_sequences(config):
+            return Passes()
+        beside, dense_inputs = streams_beside(config), config.inputs == "dense"
+        cross = "behind" in beside
+        # without GP the statistics pass leaves BR's targets; CR's are two dense blocks behind the final prefix
+        dense = 1 if "dense" in beside else 2 * cross
+        return Passes(statistics=1, propagation=(not dense_inputs) + cross, dense=dense,
+                      training=config.reconstruction.epochs * (1 + cross) if trains(config) else 0,
+                      keeps_outputs=dense_inputs or ("local" in beside and not cross), streams=("inputs", *beside))
+
     def start(self) -> None:
-        if needs_sequences(self.config) and self.run.data.sequences:
+        if self.passes.statistics and self.run.data.sequences:
             self.fit = self.executor.embed(self.run.data.sequences, shared=True)
         self.probes = make_probes(self.executor, self.config, self.run.data)
         if wanted(self.config):
@@ -117,7 +133,7 @@ class MaskWork:
         with self.found.clock("forward"):
             if self.refiner:
                 self.refiner.advance(index, module)
-            elif self.fit is not None and self.config.inputs == "propagated" and index < self.last:
+            elif self.fit is not None and self.passes.propagation and index < self.last:
                 self.executor.run(index, module, self.fit, self.fit)
         if not self.refiner:
             with self.found.clock("probe"):

@@ -26,6 +26,7 @@ from pyprune.execution.journal import Journal, journaled
 from pyprune.execution.run import Findings, Run, seed_all
 from pyprune.execution.weight_streaming import Opened, Streamed
 from pyprune.model import checkpoint
+from pyprune.model.assembly import BlockShards
 from pyprune.model.attributes import begin_text, vocabulary_size
 from pyprune.model.blocks import (
     ModelView,
@@ -129,7 +130,7 @@ def _prune(model, config: PruneConfig, tokenizer, in_place: bool, progress: bool
         torch.cuda.reset_peak_memory_stats(device)
     with Progress(len(view.blocks), enabled=progress) as bar, ops.backend(config.backend), ops.pinned(backends), \
             journal.interruptible(follow=world.size > 1):
-        work = (StructuredWork if config.is_structured else MaskWork)(run, found, journal)
+        work = kind_of(config)(run, found, journal)
         run_blocks(Loop(executor, journal, found, world, config.seed, config.output), work, bar)
     peak_device = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     models, structured = work.models(), work.entry()
@@ -151,8 +152,14 @@ def _prune(model, config: PruneConfig, tokenizer, in_place: bool, progress: bool
         result = PruneResult(live, tokenizer, config, report, models if structured else {}, opened.origin)
     if config.output:
         with found.clock("write"):
-            world.lead(lambda: journal.finish(result.fill))
+            world.lead(lambda: journal.finish(
+                lambda folder: result.fill(folder, BlockShards(view.path, journal.shards()))))
     return result
+
+
+def kind_of(config: PruneConfig) -> type[MaskWork | StructuredWork]:
+    """The work that a configuration asks for."""
+    return StructuredWork if config.is_structured else MaskWork
 
 
 def _open(model, config: PruneConfig, tokenizer, in_place: bool, progress: bool, streamed: bool | None,
@@ -226,11 +233,18 @@ def check_weights(view: ModelView, selected: list[list[WeightRef]], config: Prun
     """Refuse what cannot be done to these blocks, before any work."""
     if config.is_structured:
         refuse_shared(view, config.pattern)
+    if config.nm is None:
+        return
+    group = config.nm[1]
     for i, (block, refs) in enumerate(zip(view.blocks, selected)):
+        known: set[str] = set()
         for ref in refs:
-            weight = ref.view(block)
-            if config.nm and weight.shape[1] % config.nm[1]:
-                raise ConfigError(f"pattern {config.pattern} does not divide the {weight.shape[1]} inputs of "
+            if ref.path in known:
+                continue  # experts of one tensor are alike
+            known.add(ref.path)
+            columns = ref.view(block).shape[1]
+            if columns % group:
+                raise ConfigError(f"pattern {config.pattern} does not divide the {columns} inputs of "
                                   f"{view.name(i, ref)}; choose another pattern or ignore that weight")
 
 

@@ -22,7 +22,8 @@ from pyprune.execution.executor import Executor
 from pyprune.execution.journal import Journal, journaled
 from pyprune.execution.run import Findings
 from pyprune.execution.weight_streaming import Opened, Streamed, open_checkpoint
-from pyprune.model import checkpoint
+from pyprune.model import assembly, checkpoint
+from pyprune.model.assembly import BlockShards
 from pyprune.model.positions import positions_of
 from pyprune.pipeline.block_loop import Loop, run_blocks
 from pyprune.pipeline.opening import samples_itself
@@ -150,7 +151,8 @@ def _refine(request: Request, world: World, journal: Journal, progress: bool) ->
               "warnings": [*found.warnings, *meter.notes, *(text for whose, rows in measured.items()
                                                             for text in warnings_for(rows, whose))]}
     source, name = Path(request.directory).expanduser(), Path(request.output).name
-    world.lead(lambda: journal.finish(lambda folder: _fill(folder, pruned, tokenizer, source, result, name)))
+    world.lead(lambda: journal.finish(lambda folder: _fill(
+        folder, pruned, BlockShards(pruned.view.path, journal.shards()), tokenizer, source, result, name)))
     return result
 
 
@@ -162,12 +164,12 @@ def _named(calibration: Calibration) -> dict:
     return to_dict(calibration)
 
 
-def _fill(folder: Path, opened: Opened, tokenizer, source: Path, found: dict, name: str) -> None:
+def _fill(folder: Path, opened: Opened, blocks: BlockShards, tokenizer, source: Path, found: dict, name: str) -> None:
     """All files: the model, how it was pruned, how it was refined, and a card that says both."""
     if isinstance(opened.weights, Streamed):
         opened.weights.save(folder)
     else:
-        checkpoint.save_model(opened.model, folder)
+        assembly.save(opened.model, folder, blocks)
     checkpoint.save_extras(tokenizer, folder, opened.origin)
     checkpoint.write_json(folder / RECORD, found)
     for file in CARRIED:

@@ -10,7 +10,8 @@ from torch import nn
 
 from pyprune.config import PruneConfig
 from pyprune.execution.weight_streaming import Streamed
-from pyprune.model import checkpoint
+from pyprune.model import assembly, checkpoint
+from pyprune.model.assembly import BlockShards
 from pyprune.model.origin import Origin
 from pyprune.reporting.record import pruning_record, run_yaml
 from pyprune.reporting.rendering import model_card
@@ -38,10 +39,10 @@ class PruneResult:
         for single in self.singles():
             single.save(f"{directory}/sparsity-{single.config.sparsity:g}")
 
-    def fill(self, folder: Path) -> None:
-        """Write the same files into a folder that exists."""
+    def fill(self, folder: Path, blocks: BlockShards | None = None) -> None:
+        """Write the same files into a folder that exists; ``blocks``: what the run has written already."""
         if len(self.models) < 2:
-            self._write(folder, Path(self.config.output_folder).name)
+            self._write(folder, Path(self.config.output_folder).name, blocks)
         for single in self.singles():
             name = f"sparsity-{single.config.sparsity:g}"
             (folder / name).mkdir()
@@ -55,8 +56,8 @@ class PruneResult:
                             report_of(self.report, sparsity), origin=self.origin)
                 for sparsity, model in self.models.items()]
 
-    def _write(self, folder: Path, name: str) -> None:
-        checkpoint.save_model(self.model, folder)
+    def _write(self, folder: Path, name: str, blocks: BlockShards | None = None) -> None:
+        assembly.save(self.model, folder, blocks)
         checkpoint.save_extras(self.tokenizer, folder, self.origin)
         write_records(folder, self.report, self.config, name)
 
@@ -76,7 +77,7 @@ class StreamedResult(PruneResult):
             self._model = checkpoint.load(self.config.output_folder).model
         return self._model
 
-    def fill(self, folder: Path) -> None:
+    def fill(self, folder: Path, blocks: BlockShards | None = None) -> None:
         """Write the checkpoint from the shards of the finished blocks."""
         self.weights.save(folder)
         checkpoint.save_extras(self.tokenizer, folder, self.origin)

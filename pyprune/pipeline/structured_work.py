@@ -9,14 +9,18 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from pyprune.config import PruneConfig
+from pyprune.effects import observes
 from pyprune.execution.error_probes import ErrorProbe, errors_of, make_probes, pass_dense, pass_student
 from pyprune.execution.executor import Activations
 from pyprune.execution.journal import Journal
 from pyprune.execution.run import Findings, Run
 from pyprune.pipeline.block_loop import Written
+from pyprune.pipeline.passes import Passes
 from pyprune.pipeline.progress import Progress
 from pyprune.structured import config_edits, slicing
-from pyprune.structured.block import StructuredRun, Target, dense_block, needs_split, propagated_block, refresh
+from pyprune.structured.block import StructuredRun, Target, dense_block, propagated_block, refresh
+from pyprune.structured.criteria import NEEDS_MOMENTS
 from pyprune.structured.preparation import prepare
 
 
@@ -27,9 +31,8 @@ class StructuredWork:
         """Raises ConfigError before any pass if the result could not be loaded as asked (``structured.nonstandard``)."""
         self.run, self.found, self.journal, self.executor = run, found, journal, run.executor
         self.last = len(run.view.blocks) - 1
-        self.inputs = run.config.inputs
-        if run.config.is_curve and self.inputs == "propagated":
-            self.inputs = "dense"
+        self.inputs, self.passes = self.inputs_of(run.config), self.passes_of(run.config)
+        if self.inputs != run.config.inputs:
             found.warn("several sparsities share one pass over the dense stream; prune one at a time for "
                        "inputs='propagated'")
         with found.clock("groups"):
@@ -41,14 +44,31 @@ class StructuredWork:
         self.dense: Activations | None = None
         self.probes: list[ErrorProbe] = []
 
+    @staticmethod
+    def inputs_of(config: PruneConfig) -> str:
+        """Whose inputs a block is pruned on: several sparsities share those of the dense model."""
+        return "dense" if config.is_curve else config.inputs
+
+    @classmethod
+    def passes_of(cls, config: PruneConfig) -> Passes:
+        """What a run of this configuration passes through its blocks."""
+        if not observes(config):
+            return Passes()
+        shares = config.structured.allocation == "global" and config.criterion in NEEDS_MOMENTS
+        if cls.inputs_of(config) == "dense":
+            return Passes(statistics=1, allocation=int(shares), keeps_outputs=True, streams=("inputs",))
+        streams = ["inputs"]
+        if config.reconstruct != "none":
+            streams += ["dense"] if config.pattern == "neurons" else ["dense", "sums of the attention"]
+        return Passes(statistics=2 if config.pattern == "structured" else 1, propagation=1, allocation=int(shares),
+                      dense=int("dense" in streams), streams=tuple(streams))
+
     def start(self) -> None:
-        config = self.run.config
-        if needs_split(self.run) and self.run.data.sequences:
+        if self.passes.statistics and self.run.data.sequences:
             self.student = self.executor.embed(self.run.data.sequences, shared=True)
-            if self.inputs == "propagated" and config.reconstruct != "none":
-                self.dense = self.student.like()
+            self.dense = self.student.like() if self.passes.dense else None
         if len(self.targets) == 1:
-            self.probes = make_probes(self.executor, config, self.run.data)
+            self.probes = make_probes(self.executor, self.run.config, self.run.data)
 
     def enter(self, index: int, module: nn.Module, done: bool) -> None:
         with self.found.clock("probe"):
@@ -81,7 +101,7 @@ class StructuredWork:
         self._refresh(index, module)
 
     def advance(self, index: int, module: nn.Module) -> None:
-        if self.inputs == "propagated" and self.student is not None and index < self.last:
+        if self.student is not None and self.passes.propagation and index < self.last:
             with self.found.clock("forward"):
                 self.executor.run(index, module, self.student, self.student)
         with self.found.clock("probe"):

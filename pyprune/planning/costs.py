@@ -13,15 +13,17 @@ from torch import nn
 
 from pyprune.config import PruneConfig
 from pyprune.data.texts import sources
-from pyprune.effects import needs_factor, needs_sequences
+from pyprune.effects import needs_factor, trains
 from pyprune.evaluation.perplexity import POSITIONS
 from pyprune.execution.activation_store import DEPTH
 from pyprune.execution.device import cpu_has_bfloat16
 from pyprune.execution.executor import TARGET_TOKENS
 from pyprune.masks.refit import NARROW, SYSTEM_ELEMENTS, USUAL_STEPS
+from pyprune.model import assembly
 from pyprune.model.attributes import active_share, attention_size, embedding_width, output_layer, vocabulary_size
 from pyprune.model.blocks import ModelView, WeightRef, weights_of
-from pyprune.structured.criteria import NEEDS_MOMENTS
+from pyprune.pipeline.passes import Passes
+from pyprune.pipeline.prune import kind_of
 
 PROCESS = 500 * 2**20
 """Bytes of a process that has imported torch (built for CPUs) and transformers and pruned something tiny."""
@@ -141,21 +143,9 @@ def shapes_of(block: nn.Module, refs: list[WeightRef]) -> list[tuple[int, int]]:
     return [known[ref.path] for ref in refs]
 
 
-def passes_of(config: PruneConfig) -> dict[str, int]:
-    """Forward passes of the calibration data through every block."""
-    if config.is_structured:
-        looks = config.reconstruct != "none" or config.criterion in NEEDS_MOMENTS
-        follows = looks and config.inputs == "propagated" and not config.is_curve
-        kinds_of_units = 2 if config.pattern == "structured" and follows else 1
-        return {"statistics": looks * kinds_of_units, "propagation": int(follows),
-                "dense": int(follows and config.reconstruct != "none")}
-    if not needs_sequences(config):
-        return {"statistics": 0, "propagation": 0, "dense": 0}
-    trains, cross = config.reconstruct in ("block", "cross_block"), config.reconstruct == "cross_block"
-    # without GP the statistics pass leaves BR's targets; CR's are two dense blocks behind the final prefix
-    return {"statistics": 1, "propagation": int(config.inputs == "propagated") + cross,
-            "dense": 1 if config.global_propagation else 2 * cross,
-            "training": config.reconstruction.epochs * (1 + cross) if trains else 0}
+def passes_of(config: PruneConfig) -> Passes:
+    """Forward passes of the calibration data through every block, as the kind of run itself has them."""
+    return kind_of(config).passes_of(config)
 
 
 def flops_of(view: ModelView, work: Work, config: PruneConfig) -> dict[str, float]:
@@ -163,10 +153,10 @@ def flops_of(view: ModelView, work: Work, config: PruneConfig) -> dict[str, floa
     blocks, passes, tokens = len(view.order), passes_of(config), tokens_of(config)
     forward = blocks * work.forward
     probes = 2 * probe_sequences(config) * config.calibration.tokens * forward
-    found = {"forward": (passes["statistics"] + passes["propagation"] + passes["dense"]) * tokens * forward + probes}
+    found = {"forward": passes.forward * tokens * forward + probes}
     if config.is_structured or needs_factor(config):
         found |= {"gram": blocks * tokens * work.statistics, "solve": view.distinct * work.solve}
-    found["reconstruct"] = 3 * passes.get("training", 0) * tokens * forward
+    found["reconstruct"] = 3 * passes.training * tokens * forward
     found["evaluation"] = 2 * evaluation_windows(view, config) * config.evaluation.tokens * (forward + work.head)
     return {phase: count for phase, count in found.items() if count}
 
@@ -191,8 +181,7 @@ def memory_of(view: ModelView, selected: list[list[WeightRef]], config: PruneCon
     largest = max(sum(p.numel() for p in block.parameters()) for block, _, _ in kinds(view, selected))
     everything = sum(p.numel() for p in view.model.parameters())
     rest = everything - sum(p.numel() for p in view.blocks.parameters())
-    trains, crosses = config.reconstruct in ("block", "cross_block"), config.reconstruct == "cross_block"
-    window = 1 + crosses
+    window = 2 if config.reconstruct == "cross_block" else 1
     host = {
         "process": PROCESS,
         "weights": (rest + (1 + window) * largest if streamed else everything) * own.itemsize,
@@ -218,7 +207,7 @@ def memory_of(view: ModelView, selected: list[list[WeightRef]], config: PruneCon
     ring = 2 * DEPTH * hidden if gpu else 0
     moments = [{**block, **kept, "batches": batch * (4 * widest + hidden + ring) * compute.itemsize},
                {**block, **kept, "solve": solve, "batches": batch * ring * compute.itemsize}]
-    if trains:
+    if trains(config):
         micro = (config.reconstruction.micro_batch_size or config.reconstruction.batch_size) * calibration.tokens
         moments.append({**block, "training": window * (20 * largest + 4 * micro * (6 * widest + 12 * hidden))})
     evaluated = {**host, "activations": 0, "evaluation": evaluation_bytes(view, config, streamed, widest)}
@@ -233,9 +222,7 @@ def _peak(moments: list[dict[str, int]]) -> dict[str, int]:
 
 def activation_bytes(config: PruneConfig, hidden: int, compute: torch.dtype) -> int:
     """The calibration data between two blocks, once a stream, and the sequences that errors are measured on, twice."""
-    trains = config.reconstruct in ("block", "cross_block")
-    streams = (2 if config.global_propagation or trains else 1) + (config.reconstruct == "cross_block")
-    tokens = 0 if passes_of(config)["statistics"] == 0 else streams * tokens_of(config)
+    tokens = len(passes_of(config).streams) * tokens_of(config)
     return (tokens + 2 * probe_sequences(config) * config.calibration.tokens) * hidden * compute.itemsize
 
 
@@ -256,13 +243,18 @@ def evaluation_bytes(view: ModelView, config: PruneConfig, streamed: bool, wides
         + 8 * config.evaluation.batch_size * min(POSITIONS, config.evaluation.tokens) * vocabulary
 
 
+def writes_once(view: ModelView, config: PruneConfig, streamed: bool) -> bool:
+    """Whether the finished blocks are linked into the checkpoint; otherwise they wait beside it and are written again."""
+    return streamed or (not config.is_curve and assembly.stores_as_held(view.model, view.path))
+
+
 def disk_of(view: ModelView, config: PruneConfig, streamed: bool, activations: int = 0) -> dict[str, int]:
-    """Bytes of the checkpoint, and while running. Finished blocks wait beside the checkpoint that is assembled from
-    them; a streamed run's are linked into it.
+    """Bytes of the checkpoint, and while running.
 
     activations: bytes that do not fit into their memory.
     """
     size = next(view.blocks.parameters()).dtype.itemsize
     checkpoint = sum(p.numel() for p in view.model.parameters()) * size
-    blocks = 0 if streamed else sum(p.numel() for p in view.blocks.parameters()) * size
+    once = writes_once(view, config, streamed)
+    blocks = 0 if once else sum(p.numel() for p in view.blocks.parameters()) * size
     return {"checkpoint": checkpoint, "while_running": checkpoint + blocks + activations}

@@ -12,22 +12,20 @@ from pathlib import Path
 
 import torch
 
-from pyprune.config import ConfigError, PruneConfig, override
+from pyprune.config import PruneConfig, override
 from pyprune.data import calibration
 from pyprune.effects import reads_sequences
 from pyprune.evaluation.perplexity import refuse_text, window_tokens
 from pyprune.execution.activation_store import available_memory
 from pyprune.execution.device import pick_device, pick_dtype
-from pyprune.execution.weight_streaming import SHARE, why_whole
+from pyprune.execution.unopened import Unopened
 from pyprune.model import checkpoint
-from pyprune.model.architecture import assume_causal
-from pyprune.model.attributes import dtype_named, embedding_width
+from pyprune.model.attributes import embedding_width
 from pyprune.model.blocks import ModelView, WeightRef, check_apart, select_weights, uncovered, weights_of
 from pyprune.model.names import matches
 from pyprune.model.positions import positions_of
-from pyprune.model.shards import Files
-from pyprune.model.skeleton import skeleton
 from pyprune.pipeline.opening import why_not_streamed
+from pyprune.pipeline.prune import check_weights
 from pyprune.planning.costs import (
     activation_bytes,
     disk_of,
@@ -57,13 +55,16 @@ def plan(config: PruneConfig | dict) -> dict:
     or data.
     """
     config = override(config, {}) if isinstance(config, PruneConfig) else override(None, config)
-    config.calibration = calibration.coerce(config.calibration)
+    if reads_sequences(config):
+        config.calibration = calibration.coerce(config.calibration)
     name = config.model_name
     if config.output:
         checkpoint.check_output(config.output, allow=".pyprune")
-    view = ModelView(_skeleton(config))
-    refuse_text(config.evaluation, view)
+    unopened = Unopened(name, config.dtype)
+    view = unopened.view
     selected = targeted = select_weights(view, config.targets, config.ignore)
+    check_weights(view, selected, config)
+    refuse_text(config.evaluation, view)
     device = pick_device(config.device)
     gpu = device.type == "cuda"
     dtype = next(view.blocks.parameters()).dtype
@@ -82,7 +83,7 @@ def plan(config: PruneConfig | dict) -> dict:
     weights, work = _weights(view, selected, targeted, config), work_of(view, selected, config)
     memory = available_memory()
     free = {"memory": memory, "device": torch.cuda.mem_get_info(device)[0] if gpu else None}
-    streamed, why = will_stream(config, view, memory)
+    streamed, why = unopened.streams(config.stream, why_not_streamed(config))
     budget = memory / 2 if config.memory_budget_gb is None else config.memory_budget_gb * 1e9
     hidden = embedding_width(view.model)
     spilled = max(0, int(activation_bytes(config, hidden, compute) - budget))
@@ -100,21 +101,11 @@ def plan(config: PruneConfig | dict) -> dict:
         "free_bytes": free,
         "calibration": {"sequences": config.calibration.samples + config.calibration.self_generated,
                         "tokens": tokens_of(config)},
-        "passes": passes_of(config), "streamed": streamed, "streamed_because": why,
+        "passes": passes_of(config).counts(), "streamed": streamed, "streamed_because": why,
         "disk_bytes": {**disk_of(view, config, streamed, spilled), "free": _free_disk(config)},
         "flops": flops_of(view, work, config), "seconds": {**seconds, "total": sum(seconds.values())},
         "not_counted": _not_counted(view, config),
     }
-
-
-def _skeleton(config: PruneConfig) -> torch.nn.Module:
-    source = checkpoint.resolve(config.model_name)
-    found = checkpoint.load_config(config.model_name)
-    if source.gguf_file:
-        assume_causal(found)
-    named = dtype_named(found) if config.dtype == "auto" else getattr(torch, config.dtype)
-    origin = checkpoint.find_origin(source) if source.local else None  # of a Hub id the configuration is enough
-    return skeleton(found, named or torch.float32, origin)
 
 
 def _weights(view: ModelView, selected: list[list[WeightRef]], targeted: list[list[WeightRef]],
@@ -127,9 +118,6 @@ def _weights(view: ModelView, selected: list[list[WeightRef]], targeted: list[li
         for i in alike:
             for ref, shape in zip(everything, shapes):
                 prune = ref in chosen
-                if prune and config.nm and shape[1] % config.nm[1]:
-                    raise ConfigError(f"pattern {config.pattern} does not divide the {shape[1]} inputs of "
-                                      f"{view.name(i, ref)}; choose another pattern or ignore that weight")
                 found[i].append({"name": view.name(i, ref), "shape": list(shape), "prune": prune,
                                  "why": None if prune else f"no part of its {config.pattern}" if ref in targeted[i] else
                                  "not among targets, or ignored" if ref in plain else
@@ -149,35 +137,6 @@ def _patterns(view: ModelView, config: PruneConfig) -> list[dict]:
             rows.append({"field": field, "pattern": pattern, "weights": len(found),
                          "examples": found if len(found) < 4 else [*found[:2], found[-1]]})
     return rows
-
-
-def will_stream(config: PruneConfig, view: ModelView, free: int) -> tuple[bool, str]:
-    """Whether the weights would be streamed, and why. Raises ConfigError where ``stream="always"`` cannot."""
-    stored = sum(p.numel() * p.element_size() for p in view.model.parameters())
-    if config.stream == "never":
-        return False, "stream is never"
-    if config.stream == "auto" and stored < SHARE * free:
-        return False, "they fit into memory"
-    obstacle, known = _obstacle(config, view)
-    if obstacle is not None:
-        if config.stream == "always":
-            raise ConfigError(f"{config.model} cannot be streamed: {obstacle}")
-        return False, obstacle
-    why = "stream is always" if config.stream == "always" else \
-        f"their {stored / 2**30:.1f} GiB are more than half of the {free / 2**30:.1f} GiB that are free"
-    return True, why + ("" if known else "; if the names in their files, which are not here, are the model's")
-
-
-def _obstacle(config: PruneConfig, view: ModelView) -> tuple[str | None, bool]:
-    """What keeps the weights from being streamed, and whether their files are there to tell."""
-    source = checkpoint.resolve(config.model_name)
-    if (reason := why_not_streamed(config)) is not None:
-        return reason, True
-    if source.gguf_file or not source.local:
-        return "only a local folder of safetensors files can be read block by block", True
-    if not any(Path(source.path).glob("*.safetensors")):
-        return None, False
-    return why_whole(config.model_name, view.model, view, Files(source.path)), True
 
 
 def _free_disk(config: PruneConfig) -> int:

@@ -32,7 +32,7 @@ from pyprune.model.blocks import ModelView, weights_of
 from pyprune.model.shards import Shard, write_shard
 from pyprune.model.skeleton import skeleton
 from pyprune.pipeline.prune import prune
-from pyprune.planning.costs import Work, evaluation_windows, passes_of, probe_sequences, tokens_of, work_of
+from pyprune.planning.costs import Work, evaluation_windows, passes_of, probe_sequences, tokens_of, work_of, writes_once
 
 LARGEST = 4e6
 """Parameters of a block that is rehearsed as it is; a larger one is narrowed to about this."""
@@ -103,7 +103,7 @@ def rehearse(config: PruneConfig, view: ModelView, work: Work, own: ModelView,
     rates = disk_rates(config.output)
     seconds["load"] = stored / rates["read"]
     if config.output:
-        seconds["write"] = (1 if streamed else 2) * stored / rates["write"]
+        seconds["write"] = (1 if writes_once(view, config, streamed) else 2) * stored / rates["write"]
     return {phase: value for phase, value in seconds.items() if value}
 
 
@@ -111,13 +111,14 @@ def forward_units(steps: int, blocks: int, view: ModelView, config: PruneConfig)
     """Passes of a batch through a block: the statistics pass ends before the last product from its second batch on
     where nobody asks for its output, and the last block is not propagated."""
     passes = passes_of(config)
-    if config.inputs == "dense":
-        return steps * blocks
+    if not passes.forward:
+        return 1.0
     refs = weights_of(view.blocks[0])
     sizes = [math.prod(ref.view(view.blocks[0]).shape) for ref in refs]
-    whole = any(ref.expert is not None for ref in refs) or (config.reconstruct == "block" and not passes["dense"])
+    whole = passes.keeps_outputs or any(ref.expert is not None for ref in refs)
     stopped = 1.0 if whole else 1 - sizes[-1] / sum(sizes)
-    return blocks * (1 + (steps - 1) * stopped) + (blocks - 1) * steps + passes["dense"] * blocks * steps
+    return (passes.statistics * blocks * (1 + (steps - 1) * stopped) + passes.propagation * (blocks - 1) * steps
+            + (passes.dense + passes.allocation) * blocks * steps)
 
 
 def rehearsal_model(config: Any, dtype: torch.dtype) -> tuple[nn.Module, bool]:

@@ -72,6 +72,13 @@ def wanted(config: PruneConfig) -> bool:
         config.reconstruct in LAYERWISE and (config.global_propagation or config.reconstruction.select == "validation"))
 
 
+def streams_beside(config: PruneConfig) -> tuple[str, ...]:
+    """What a :class:`Refiner` keeps of the calibration data beside the pruned stream, by its name in :class:`Stream`."""
+    trains = config.reconstruct in ("block", "cross_block")
+    targets = ("dense",) if config.global_propagation else ("local",) if trains else ()
+    return (*targets, "behind") if config.reconstruct == "cross_block" else targets
+
+
 class Refiner:
     """Trains the windows of one run and measures every step on probes."""
 
@@ -86,7 +93,7 @@ class Refiner:
         fits = [fit] if fit is not None else []
         if run.data.generated and self.trains:
             fits.append(run.executor.embed(run.data.generated, shared=True))
-        dense = config.global_propagation
+        dense = "dense" in streams_beside(config)
         self.streams = [Stream(f"fit {k}", a, a.like() if dense else None) for k, a in enumerate(fits)]
         self.probes = [Probe(p.name, p.student, p.dense) for p in probes]
         self.watch = next((p for p in self.probes if p.name == "held_out"), None)
@@ -256,7 +263,8 @@ class Refiner:
     @torch.no_grad()
     def advance(self, index: int, module: nn.Module) -> None:
         """Pass the calibration and probe streams through block ``index``."""
-        for stream in (self.streams if index < self.last else []) + self.probes:
+        moves = index < self.last and self.run.config.inputs == "propagated"  # else the statistics pass moved it on
+        for stream in (self.streams if moves else []) + self.probes:
             self.executor.run(index, module, stream.inputs, stream.student)
 
     # ---- what it gained ----------------------------------------------------------------------------------------

@@ -198,11 +198,6 @@ def dealt(run: Run, costs: list[float], work: Callable[[int], T]) -> list[tuple[
     return [(owner, found[k]) for k, owner in enumerate(owners)]
 
 
-def needs_split(run: Run) -> bool:
-    """Whether anything in this run looks at activations."""
-    return run.config.reconstruct != "none" or run.config.criterion in NEEDS_MOMENTS
-
-
 def score_group(work: StructuredRun, index: int, i: int, split: Split | None) -> Tensor:
     """Scores float32 ``[units]`` of one group: the least important first to go."""
     run, prepared = work.run, work.prepared

@@ -142,6 +142,8 @@ LIMITED = """
 import resource, sys, time
 sys.path.insert(0, sys.argv[1])
 import tiny, torch
+from pyprune.model.skeleton import skeleton
+from pyprune.pipeline.opening import open_model
 from pyprune.pipeline.prune import prune
 from pyprune.config import Evaluation
 folder, stream = sys.argv[2], sys.argv[3]

@@ -16,8 +16,10 @@ import transformers
 
 import pyprune
 from pyprune.cli import commands
-from pyprune.config import Calibration, ConfigError, Evaluation, PruneConfig
+from pyprune.config import Calibration, ConfigError, Evaluation, PruneConfig, override
+from pyprune.execution import unopened
 from pyprune.execution.executor import Executor
+from pyprune.pipeline.opening import open_model, why_not_streamed
 from pyprune.reporting import rendering
 
 
@@ -190,7 +192,54 @@ def test_a_structured_plan_names_what_the_run_cuts_and_its_passes(tmp_path, monk
     result = pyprune.prune(str(tmp_path / "model"), evaluation={"enabled": False}, progress=False, **reads, **fields)
     assert {w["name"] for w in found["weights"] if w["prune"]} >= {w["name"] for w in result.report["weights"]}
     assert found["coverage"]["fraction"] == result.report["coverage"]["fraction"]
-    assert found["passes"] == passes and counts[0, 4] == sum(passes.values())
+    assert found["passes"] == {**passes, "allocation": 0, "training": 0} and counts[0, 4] == sum(passes.values())
     assert counts[0, 1] == passes["statistics"], "one sequence tells the power of the stream before each of these"
     spared = [w["why"] for w in found["weights"] if ".self_attn." in w["name"]]
     assert (pattern != "neurons") or set(spared) == {"no part of its neurons"}
+
+
+@pytest.fixture
+def little_memory(monkeypatch):
+    """A machine with so many bytes free."""
+    def free(size: int) -> None:
+        monkeypatch.setattr(unopened, "available_memory", lambda: size)
+    return free
+
+
+@pytest.mark.parametrize("kind", ["plain", "wider", "experts", "smaller", "no output", "several sparsities", "pickled"])
+@pytest.mark.parametrize("free", [2.5, 1.5])
+def test_the_plan_streams_where_the_run_does(tmp_path, little_memory, kind, free):
+    """``free``: memory in units of the weights as they would lie in it; half of it may be taken."""
+    model = tiny.model("mixtral" if kind == "experts" else "llama")
+    path, fields = tmp_path / "dense", {"output": str(tmp_path / "out"), "evaluation": {"enabled": False}}
+    if kind == "wider":  # stored in half of what the run asks for
+        model.bfloat16()
+        fields["dtype"] = "float32"
+    model.save_pretrained(path)
+    if kind == "pickled":
+        torch.save(model.state_dict(), path / "pytorch_model.bin")
+        (path / "model.safetensors").unlink()
+    if kind == "smaller":
+        pyprune.prune(str(path), output=str(tmp_path / "sized"), pattern="neurons", criterion="wifv", sparsity=0.5,
+                      structured={"allocation": "global", "nonstandard": "save"}, calibration=tiny.ids(4, 16),
+                      evaluation={"enabled": False}, progress=False)
+        path = tmp_path / "sized"
+    if kind == "no output":
+        del fields["output"]
+    if kind == "several sparsities":
+        fields |= dict(pattern="neurons", sparsity=[0.25, 0.5])
+    size = sum(p.numel() for p in model.parameters()) * 4
+    little_memory(int(free * size))
+    config = override(None, {"model": str(path), **fields})
+    streamed, why = unopened.Unopened(config.model, config.dtype).streams(config.stream, why_not_streamed(config))
+    assert open_model(config).weights.streamed == streamed
+    reasons = {"plain": "are more than half of the", "wider": "are more than half of the", "experts": "names are not",
+               "smaller": "sizes of their own", "no output": "needs an output folder", "pickled": "safetensors files",
+               "several sparsities": "several models at once"}
+    tight = free < 2 and kind != "smaller"  # which is smaller than the dense one, and fits
+    if kind == "smaller":
+        little_memory(size // 2)
+        assert unopened.Unopened(config.model).streams("auto") == (False, "its blocks have sizes of their own")
+    assert streamed == (tight and kind in ("plain", "wider"))
+    expected = reasons[kind] if tight or kind == "pickled" else "they fit into memory"
+    assert expected in why
