@@ -133,8 +133,6 @@ def key(cell: dict) -> str:
     return "{task}-{pattern}-{sparsity:.2f}-{criterion}-{method}-{inputs}-{sentences}-s{seed}".format(**cell)
 
 
-# ---- data ----------------------------------------------------------------------------------------------------------
-
 def sentences(task: str, count: int, seed: int) -> list[str]:
     """Unlabelled training sentences of the task."""
     name, fields = {"sts": ("stsb", ("sentence1", "sentence2")), "sst2": ("sst2", ("sentence",))}[task]
@@ -152,8 +150,6 @@ def wikitext(tokenizer, split: str, count: int, length: int, seed: int | None = 
         random.Random(seed).shuffle(pieces)
     return pieces[:count]
 
-
-# ---- one model and the statistics of one calibration draw -----------------------------------------------------------
 
 @functools.lru_cache
 def loaded(name: str):
@@ -265,8 +261,6 @@ class Bench:
         return result.model, {"seconds_by_phase": result.report["seconds"], "methods": [r["method"] for r in rows],
                               "dampings": [r["damping"] for r in rows], "errors": [r["error_held_out"] for r in rows],
                               "norm_ratios": [r["norm_ratio"] for r in rows]}
-
-    # ---- measures --------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def measure(self, model: torch.nn.Module, task: str) -> dict:

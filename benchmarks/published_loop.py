@@ -212,8 +212,6 @@ def prune(model, samples: Tensor, *, method: str = "sparsegpt", sparsity: float 
     return timer
 
 
-# ---- paper R's loop ------------------------------------------------------------------------------------------------
-
 class MaskedLinear(nn.Linear):
     """Multiplies its weight by its mask in every forward pass, so gradients pass through the mask."""
 

@@ -57,8 +57,6 @@ def best(work: Callable[[], object], cuda: bool, repeats: int = 5) -> float:
     return min(times[1:])
 
 
-# ---- measuring -----------------------------------------------------------------------------------------------------
-
 def compute_rates(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     """FLOP/s of a block's forward pass, of Gram products, and of factorisation and sweep."""
     cuda = device.type == "cuda"
@@ -164,8 +162,6 @@ def measure(folder: str | None) -> dict:
             **store_rates(device, dtype),
             "disk_write": disk["write"], "disk_read": disk["read"], **link_rates(device.type == "cuda")}
 
-
-# ---- the table -----------------------------------------------------------------------------------------------------
 
 def seconds_of(rates: dict, processes: int, samples: int, length: int) -> dict[str, float]:
     """Seconds of each part of one LLaMA-2-7B-shaped block under SparseGPT, bfloat16; ``sum`` is what a block takes.

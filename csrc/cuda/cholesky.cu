@@ -13,8 +13,6 @@
 
 namespace pyprune::cuda {
 
-// ---- traits --------------------------------------------------------------------------------------------------------
-
 constexpr int THREADS = 256, SMALL = 128;
 constexpr int PANEL_ROWS = 32;                 // rows below the diagonal a thread block solves
 constexpr int MICRO = TILE / 16;               // 16×16 threads, MICRO² entries each
@@ -22,8 +20,6 @@ static_assert(THREADS == 256 && MICRO == 4, "the trailing update's thread layout
 constexpr float NOT_A_NUMBER = __builtin_nanf("");
 
 __host__ __device__ constexpr int packed(int i, int j) { return i * (i + 1) / 2 + j; }
-
-// ---- kernels: one matrix in shared memory --------------------------------------------------------------------------
 
 // Factors the packed lower triangle in place. Returns 0 or the order of the first minor that is not positive.
 __device__ inline int factor_packed(float* l, int n) {
@@ -59,8 +55,6 @@ __global__ void __launch_bounds__(THREADS) cholesky_small_kernel(const float* a,
             factor[offset + i * n + j] = j > i ? 0.f : failed ? NOT_A_NUMBER : l[packed(i, j)];
     if (threadIdx.x == 0) info[matrix] = failed;
 }
-
-// ---- kernels: blocked ----------------------------------------------------------------------------------------------
 
 // Lower triangle with damping, zeros above; info = 0.
 __global__ void __launch_bounds__(THREADS) cholesky_load_kernel(const float* a, const float* damping, int n,
@@ -156,8 +150,6 @@ __global__ void __launch_bounds__(THREADS) cholesky_finish_kernel(float* factor,
     if (info[row / n] == 0) return;
     for (int j = threadIdx.x; j <= int(row % n); j += THREADS) factor[row * n + j] = NOT_A_NUMBER;
 }
-
-// ---- dispatch ------------------------------------------------------------------------------------------------------
 
 void cholesky(const float* a, const float* damping, int64_t batch, int64_t n, float* factor, int* info, void* stream) {
     if (batch == 0 || n == 0) return;

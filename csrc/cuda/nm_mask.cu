@@ -7,8 +7,6 @@
 
 namespace pyprune::cuda {
 
-// ---- traits --------------------------------------------------------------------------------------------------------
-
 constexpr int THREADS = 256, LARGEST_M = 16;
 
 template <class T>
@@ -21,8 +19,6 @@ struct NM {
     int columns, units_a_row, n, m;
     bool apply, whole;
 };
-
-// ---- kernel --------------------------------------------------------------------------------------------------------
 
 // M = 0: a group of a.m ≤ 16 columns a thread. Else groups of M, as many as fill one 16-byte access.
 template <class T, int M>
@@ -88,8 +84,6 @@ __global__ void __launch_bounds__(THREADS) nm_mask_kernel(const NM<T> a) {
     }
 }
 
-// ---- launch --------------------------------------------------------------------------------------------------------
-
 template <class T, int M>
 void launch_nm(const Launcher& launch, NM<T> a, int64_t rows) {
     constexpr int VECTOR = 16 / sizeof(T), HELD = M > VECTOR ? M : VECTOR;
@@ -100,8 +94,6 @@ void launch_nm(const Launcher& launch, NM<T> a, int64_t rows) {
               aligned(a.keep, 0, VECTOR);
     launch(nm_mask_kernel<T, M>, (a.units + THREADS - 1) / THREADS, THREADS, 0, a);
 }
-
-// ---- dispatch ------------------------------------------------------------------------------------------------------
 
 void nm_mask(void* w, int dtype, int64_t rows, int64_t columns, int64_t w_stride, const float* scale, int64_t n,
              int64_t m, bool apply, uint8_t* keep, int* fault, void* stream) {

@@ -20,8 +20,6 @@
 
 namespace pyprune::cuda {
 
-// ---- traits --------------------------------------------------------------------------------------------------------
-
 constexpr int COLUMNS = SWEEP_COLUMNS, CHUNK = 16, CHUNKS = COLUMNS / CHUNK;
 constexpr int LANES = 4, HELD = COLUMNS / LANES;  // lanes a row, columns a lane
 constexpr int THREADS = 128, ROWS = THREADS / LANES, ROWS_ANY = THREADS / WARP;
@@ -54,8 +52,6 @@ struct Sweep {
     int rows, columns, n, m;
     bool whole_w, whole_r, whole_out;  // 16-byte accesses to w; to r; to error, and 4-byte ones to the masks
 };
-
-// ---- kernels -------------------------------------------------------------------------------------------------------
 
 // Four columns of the factor a lane, a row a warp, four rows at a time: calls body(place in shared memory; row and first
 // column of r). Rolled over the chunks: the loop waits for nothing, and the code of the sweep itself is long enough.
@@ -314,8 +310,6 @@ __global__ void __launch_bounds__(THREADS) obs_sweep_any_kernel(const Sweep a) {
     for (int d = 1; d < WARP; d *= 2) loss += __shfl_xor_sync(FULL, loss, d, WARP);
     if (lane == 0 && row < a.rows) a.loss[row] = steps > 0 ? loss : __builtin_nanf("");
 }
-
-// ---- dispatch ------------------------------------------------------------------------------------------------------
 
 void obs_sweep(float* w, int64_t rows, int64_t columns, int64_t w_stride, const float* r, int64_t r_stride,
                const uint8_t* mask, int64_t n, int64_t m, uint8_t* keep, float* error, int64_t out_stride,

@@ -16,8 +16,6 @@
 
 namespace pyprune::cuda {
 
-// ---- traits --------------------------------------------------------------------------------------------------------
-
 constexpr int THREADS = 256, BINS = 2048, PASSES = 3, MAX_BLOCKS = 1024;
 constexpr int MOST_THREADS = 1024;  // of select_held_kernel
 
@@ -56,8 +54,6 @@ struct Select {
     uint32_t rows, columns, vectors, k;  // vectors: accesses a row
     bool apply, whole;
 };
-
-// ---- pieces --------------------------------------------------------------------------------------------------------
 
 // The vector starting at `column` of a row and its keys; returns how many are inside.
 template <class T>
@@ -182,8 +178,6 @@ __device__ __forceinline__ uint32_t count_ties(const uint32_t (&key)[V], int cou
     return ties;
 }
 
-// ---- kernels: rows -------------------------------------------------------------------------------------------------
-
 template <class T>
 __global__ void __launch_bounds__(THREADS) select_rows_kernel(const Select<T> a) {
     constexpr int V = Select<T>::VECTOR;
@@ -279,8 +273,6 @@ __global__ void __launch_bounds__(MOST_THREADS) select_held_kernel(const Select<
         if (v < a.vectors) write_vector(a, found, row, v * V, w[p], key[p], before);
     }
 }
-
-// ---- kernels: matrix -----------------------------------------------------------------------------------------------
 
 // The piece of the matrix, in vectors, that a block covers.
 __device__ __forceinline__ void piece(uint64_t all, uint64_t* begin, uint64_t* end) {
@@ -388,8 +380,6 @@ __global__ void __launch_bounds__(THREADS) select_write_kernel(const Select<T> a
     }
 }
 
-// ---- launches ------------------------------------------------------------------------------------------------------
-
 template <class T>
 Select<T> arguments(const Launcher& launch, void* w, int64_t rows, int64_t columns, int64_t w_stride,
                     const float* scale, int64_t k, bool apply, uint8_t* keep, int* fault) {
@@ -412,8 +402,6 @@ void launch_matrix(const Launcher& launch, const Select<T>& a, MatrixState* stat
     launch(select_ties_kernel<T>, blocks, THREADS, sizeof(Scratch), a, state);
     launch(select_write_kernel<T>, blocks, THREADS, sizeof(Scratch), a, state);
 }
-
-// ---- dispatch ------------------------------------------------------------------------------------------------------
 
 void select_rows(void* w, int dtype, int64_t rows, int64_t columns, int64_t w_stride, const float* scale, int64_t k,
                  bool apply, uint8_t* keep, int* fault, void* stream) {

@@ -169,8 +169,6 @@ def _detector() -> Callable[[str], str]:
     return lambda text: py3langid.classify(text)[0]
 
 
-# ---- the file ------------------------------------------------------------------------------------------------------
-
 def _open(path: str | Path, settings: dict) -> list[dict]:
     """Rows of an existing file of the same settings (a line cut by a crash is removed), or a new file."""
     path = Path(path)

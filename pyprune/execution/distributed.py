@@ -50,8 +50,6 @@ class World:
         """This process writes and reports."""
         return self.rank == 0
 
-    # ---- control -----------------------------------------------------------------------------------------------
-
     def lead(self, work: Callable[[], T]) -> T | None:
         """``work()`` on process 0, None elsewhere; if it raises, every process raises."""
         if self.size == 1:
@@ -89,8 +87,6 @@ class World:
 
     def any(self, flag: bool) -> bool:
         return any(self.everyone(bool(flag)))
-
-    # ---- data --------------------------------------------------------------------------------------------------
 
     def span(self, count: int) -> tuple[int, int]:
         """First and one past the last of this process's part of ``count`` things, contiguous."""
@@ -152,8 +148,6 @@ class World:
             result.append({**parts[0], "perplexity": math.nan if bad else math.exp(mean), "windows": whole[k],
                            "seconds": max(part["seconds"] for part in parts)})
         return result
-
-    # ---- failure -----------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def _guard(self) -> Iterator[None]:

@@ -115,8 +115,6 @@ def place(path: Path) -> str:
     return name + "".join(f"[{step!r}]" for step in inner)
 
 
-# ---- which arguments depend on the tokens --------------------------------------------------------------------------
-
 @dataclass(frozen=True)
 class Tokenwise:
     """Per block, the places of the arguments that depend on the tokens, and the number of the tensor there."""
@@ -209,8 +207,6 @@ def probe_batches(config, vocabulary: int) -> tuple[Tensor, Tensor]:
         rows[2, PROBE_TOKENS // 2] = padding
     return rows[:2], torch.stack([rows[2], rows[1]])
 
-
-# ---- a batch's own ---------------------------------------------------------------------------------------------------
 
 @dataclass
 class Beside:

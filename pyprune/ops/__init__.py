@@ -191,8 +191,6 @@ def raise_faults(device: torch.device | str) -> None:
         importlib.import_module("pyprune.triton_kernels.faults").check(device)
 
 
-# ---- validation ----------------------------------------------------------------------------------------------------
-
 def _matrix(name: str, x: Tensor, dtypes=FLOATS) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
@@ -234,8 +232,6 @@ def _group(n: int, m: int, columns: int) -> None:
     if columns % m:
         raise ValueError(f"{n}:{m} needs a width divisible by {m}, got {columns}")
 
-
-# ---- statistics ----------------------------------------------------------------------------------------------------
 
 def gram_update(gram: Tensor, x: Tensor, *, sums: Tensor | None = None, count: Tensor | None = None,
                 mask: Tensor | None = None, precision: str = "float32") -> None:
@@ -281,8 +277,6 @@ def column_moments(x: Tensor, *, mask: Tensor | None = None) -> tuple[Tensor, Te
     _like("mask", mask, (x.shape[0],), torch.bool, x.device)
     return _implementation("column_moments", x.device)(x, mask=mask)
 
-
-# ---- masks ---------------------------------------------------------------------------------------------------------
 
 def select_mask(w: Tensor, k: int, *, scale: Tensor | None = None, scope: str = "row", apply: bool = False) -> Tensor:
     """Keep mask that drops exactly the k lowest ``|w| · scale`` per row, or of the whole matrix.
@@ -335,8 +329,6 @@ def expand_24(values: Tensor, meta: Tensor) -> Tensor:
     _like("meta", meta, (values.shape[0], values.shape[1] // 8), torch.int16, values.device)
     return _implementation("expand_24", values.device)(values, meta)
 
-
-# ---- solvers -------------------------------------------------------------------------------------------------------
 
 def obs_sweep(w: Tensor, r: Tensor, *, mask: Tensor | None = None, k: int | None = None,
               nm: tuple[int, int] | None = None) -> tuple[Tensor, Tensor, Tensor]:

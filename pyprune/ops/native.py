@@ -86,8 +86,6 @@ def _dense(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
-# ---- CPU -----------------------------------------------------------------------------------------------------------
-
 def gram_update_cpu(gram: Tensor, x: Tensor, *, sums: Tensor | None = None, count: Tensor | None = None,
                     mask: Tensor | None = None, precision: str = "float32") -> None:
     x, mask = _unit(x), _dense(mask)
@@ -221,7 +219,6 @@ def linear_cpu(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     return out
 
 
-# ---- CUDA ----------------------------------------------------------------------------------------------------------
 # Kernels run on torch's current stream and nothing waits for them. What only the data can show to be wrong is found on
 # the device and written to pinned host memory; as with CUDA's own errors, the next call on that device raises it, or
 # check_cuda. What the faulty call left alone: the whole weight (select_mask with scope "matrix", a bad r in obs_sweep),

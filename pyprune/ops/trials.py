@@ -61,8 +61,6 @@ class Guarded:
         return self.tensor
 
 
-# ---- cases ---------------------------------------------------------------------------------------------------------
-
 def _normal(device, *shape, dtype=torch.float32, seed=0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=generator).to(dtype).to(device)
@@ -271,8 +269,6 @@ CASES: dict[str, tuple[Callable[..., Case], list[tuple], list[tuple]]] = {
 }
 """Op → how a case is made, the sizes it is checked on, the sizes it is timed on."""
 
-
-# ---- checking and timing -------------------------------------------------------------------------------------------
 
 def _bits(x: Tensor) -> Tensor:
     return x.detach().contiguous().reshape(-1).view(torch.uint8)

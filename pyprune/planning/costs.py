@@ -26,8 +26,6 @@ PROCESS = 500 * 2**20
 """Bytes of a process that has imported torch (built for CPUs) and transformers and pruned something tiny."""
 
 
-# ---- shapes --------------------------------------------------------------------------------------------------------
-
 @dataclasses.dataclass(frozen=True)
 class Input:
     """Inputs of a block's weights that get statistics of their own."""
@@ -80,8 +78,6 @@ def probe_sequences(config: PruneConfig) -> int:
     return min(config.probe_samples, config.calibration.samples) + min(config.probe_samples,
                                                                            config.calibration.held_out)
 
-
-# ---- work ----------------------------------------------------------------------------------------------------------
 
 @dataclasses.dataclass
 class Work:
@@ -183,8 +179,6 @@ def evaluation_windows(view: ModelView, config: PruneConfig) -> int:
         return 0
     return len(sources(config.evaluation.text)) * (config.evaluation.max_windows or 0)
 
-
-# ---- bytes ---------------------------------------------------------------------------------------------------------
 
 def memory_of(view: ModelView, selected: list[list[WeightRef]], config: PruneConfig, compute: torch.dtype,
               streamed: bool, gpu: bool, budget: float = math.inf) -> tuple[dict[str, int], dict[str, int]]:

@@ -185,8 +185,6 @@ class Student:
         for home, master in zip(self._homes, self.masters):
             home.copy_(master)
 
-    # ---- memory ------------------------------------------------------------------------------------------------
-
     @contextlib.contextmanager
     def fits(self) -> Iterator[None]:
         """What the window needs whatever the batch: running out of memory for it is a ConfigError."""

@@ -84,8 +84,6 @@ class Refiner:
         self._dense: dict[int, nn.Module] = {}
         self._probe_targets: dict[str, Activations] = {}
 
-    # ---- targets -----------------------------------------------------------------------------------------------
-
     def trained(self, window: list[int]) -> bool:
         """Whether there is anything to learn: a dense window behind a dense prefix is its own target, but rounding."""
         first = 0 if self.run.config.global_propagation else window[0]
@@ -126,8 +124,6 @@ class Refiner:
                     source = stream.local
                     self.executor.run(index - 1, self._dense[index - 1], stream.behind, source)
                 self.executor.run(index, module, source, stream.local)
-
-    # ---- training ----------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def refine(self, index: int, module: nn.Module, original: dict[WeightRef, Tensor],
@@ -217,8 +213,6 @@ class Refiner:
             if module is not block:
                 ref.view(module).copy_(ref.view(block))
 
-    # ---- moving on ---------------------------------------------------------------------------------------------
-
     @torch.no_grad()
     def settle(self, index: int) -> None:
         """CR: block ``index − 1`` is final now, so the streams behind move to the inputs of block ``index``."""
@@ -245,8 +239,6 @@ class Refiner:
         """Pass the calibration and probe streams through block ``index``."""
         for stream in (self.streams if index < self.last else []) + self.probes:
             self.executor.run(index, module, stream.behind if self.cross else stream.student, stream.student)
-
-    # ---- what it gained ----------------------------------------------------------------------------------------
 
     def _record(self, index: int, step: str, module: nn.Module) -> dict:
         """Relative error of the block's output on every probe after a step, behind the pruned prefix as it is: through

@@ -255,8 +255,6 @@ def duration_text(seconds: float) -> str:
     return f"{large} {names[0]}" + (f" {small} {names[1]}" if small and large < 10 else "")
 
 
-# ---- model card ----------------------------------------------------------------------------------------------------
-
 def model_card(report: dict, name: str, picture: str | None = None) -> str:
     """README.md of a pruned checkpoint: what it is, what it costs, how to load it.
 

@@ -124,8 +124,6 @@ def _said(edits: dict) -> str:
     return ", ".join(f"{k}={v}" for k, v in edits.items())
 
 
-# ---- sizes a stock config cannot say -------------------------------------------------------------------------------
-
 def layout(model: nn.Module, path: str, attributes: list[dict[str, dict]], blocks: list[dict]) -> dict:
     """Plain description of a model whose blocks differ from its config, for ``pruning.json``.
 

@@ -132,8 +132,6 @@ def test_the_command_line_runs_under_torchrun(tmp_path):
         assert p.ndim < 2 or torch.equal(p == 0, q == 0)
 
 
-# ---- without processes ---------------------------------------------------------------------------------------------
-
 def worlds(size: int) -> list[World]:
     found = []
     for rank in range(size):

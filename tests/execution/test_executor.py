@@ -33,8 +33,6 @@ def equal(one, other) -> bool:
     return all(torch.equal(p, q) for p, q in zip(one.model.state_dict().values(), other.model.state_dict().values()))
 
 
-# ---- the store -----------------------------------------------------------------------------------------------------
-
 def test_beyond_the_budget_activations_are_mapped_from_files_that_are_gone(tmp_path):
     store = Store(budget=1000, folder=tmp_path)
     small, large = store.empty((10, 10), torch.float32), store.empty((30, 30), torch.bfloat16)
@@ -76,8 +74,6 @@ def test_sequences_of_different_length_are_never_padded():
     covered = [row for b in activations.batches(1) for row in activations.rows[b.length][b.start:b.stop]]
     assert sorted(covered) == [0, 1, 2, 3, 4]
 
-
-# ---- the ring, on a device whose streams run as late and as unordered as their events allow ------------------------
 
 class Device:
     """Streams, events and memory with ``torch.cuda``'s meaning: work is queued, and done in any order that events
@@ -291,8 +287,6 @@ def test_a_missing_event_would_be_caught(missing, monkeypatch):
     assert wrong > 0
 
 
-# ---- passes --------------------------------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("fields, whole, stopped", [
     (dict(method="magnitude"), [0, 0, 0], [0, 0, 0]),
     (dict(method="wanda"), [5, 5, 1], [3, 3, 3]),  # the first batch finds the order, the rest stop; last: not passed on
@@ -330,8 +324,6 @@ def test_experts_see_every_token_routed_to_them_whatever_the_batch(architecture,
     for kind in ("gate_up_proj", "down_proj"):
         assert sum(count for name, count in tokens.items() if kind in name) == 13 * 24 * 2, "two experts a token"
 
-
-# ---- memory that runs out ------------------------------------------------------------------------------------------
 
 def limited(most: int, where: str):
     """A model that runs out of memory at a layer with more than ``most`` sequences."""

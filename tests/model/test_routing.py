@@ -149,8 +149,6 @@ def wanda_mask(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return keep.scatter_(1, score.topk(weight.shape[1] - round(weight.shape[1] / 2), dim=1).indices, True)
 
 
-# ---- what routes ----------------------------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("architecture", list(CONFIGS))
 def test_routers_and_gates_stay_dense_and_are_named(architecture):
     model = moe(architecture)
@@ -204,8 +202,6 @@ def test_a_key_projection_as_wide_as_there_are_experts_is_no_router():
     assert model.model.layers[0].self_attn.k_proj.out_features == 16
     assert "self_attn.k_proj.weight" in {ref.path for ref in weights_of(model.model.layers[0])}
 
-
-# ---- experts stored [experts, in, out] ------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("architecture", ["llama4", "gpt_oss"])
 def test_transposed_experts_are_pruned_by_their_own_tokens(architecture):
@@ -334,8 +330,6 @@ def test_experts_multiplied_the_other_way_round_are_refused_and_not_taken_for_un
     with pytest.raises(ConfigError, match=r"mlp.up is multiplied as \[experts, in, out\]"):
         pyprune.prune(model, method="wanda", calibration=tiny.ids(4, 8), **QUIET)
 
-
-# ---- experts in a list ----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("empty", [False, True])
 @pytest.mark.parametrize("batch_size", [1, 4])

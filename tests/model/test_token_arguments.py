@@ -122,8 +122,6 @@ def assert_outputs(stream, truth) -> None:
             assert (stream.data[length][place] - truth[row]).norm() < 1e-4 * truth[row].norm()
 
 
-# ---- what is found -------------------------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("architecture", tiny.CONFIGS)
 def test_models_without_such_arguments_store_nothing(architecture):
     view = ModelView(tiny.model(architecture))
@@ -141,8 +139,6 @@ def test_each_tensor_is_stored_once_with_its_sequences(name, count):
                for tensors in stream.beside.values())
     assert stream.like().beside is stream.beside
 
-
-# ---- passes --------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("budget", [None, 0])
 @pytest.mark.parametrize("batch_size", [1, 3, None])
@@ -217,8 +213,6 @@ def test_a_window_in_training_in_another_type_gets_its_arguments_in_it():
         assert relative_error(student, [(stream, target)]) < 1e-3
         executor.run(index, block, stream, stream)
 
-
-# ---- runs ----------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", MODELS)
 def test_masks_are_those_of_the_whole_model(name):
@@ -310,8 +304,6 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path, monkeypatch):
     resumed = pyprune.prune(build("gemma4 with shared keys"), output=str(tmp_path / "out"), resume=True, **fields).model
     assert all(torch.equal(p, q) for p, q in zip(whole.state_dict().values(), resumed.state_dict().values()))
 
-
-# ---- refusals ------------------------------------------------------------------------------------------------------
 
 def test_what_cannot_be_right_is_refused_before_any_work():
     cases = {"states of shape .* between its blocks": gemma3n()}

@@ -128,8 +128,6 @@ def test_self_generated_sequences_train(tokenizer):
     assert row["steps"] == 3 * 2 and row["after_calibration"] < row["before_calibration"]
 
 
-# ---- checkpoints ---------------------------------------------------------------------------------------------------
-
 @pytest.fixture(scope="module")
 def ids(tmp_path_factory):
     path = tmp_path_factory.mktemp("ids") / "ids.npy"

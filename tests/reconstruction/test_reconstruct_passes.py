@@ -15,8 +15,6 @@ from pyprune.pipeline import mask_work
 from pyprune.pipeline.prune import prune
 from pyprune.reconstruction.student import Student
 
-# ---- passes ---------------------------------------------------------------------------------------------------------
-
 LOCAL, GLOBAL = {"global_propagation": False}, {"global_propagation": True}
 
 
@@ -60,8 +58,6 @@ def test_dense_blocks_cost_no_targets(monkeypatch):
     assert [count / 12 for count in counts] == [1, 1, 1]
 
 
-# ---- GP for the layer-wise solver ----------------------------------------------------------------------------------
-
 def test_dense_target_start_is_least_squares_between_two_streams():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(400, 12, generator=generator)
@@ -84,8 +80,6 @@ def test_layer_wise_dense_targets_lower_the_error_against_the_dense_stream():
     assert equal({k: v for k, v in state(local).items() if "layers.0." in k}, state(dense))
     assert dense.report["blocks"][-1]["error"] < local.report["blocks"][-1]["error"]
 
-
-# ---- memory that runs out ------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("call", [0, 1, 2, 3])
 @pytest.mark.parametrize("where", ["self_attn.q_proj", "mlp.down_proj"])

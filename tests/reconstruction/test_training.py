@@ -178,8 +178,6 @@ def test_held_out_error_of_a_student_is_the_probe_error():
     assert relative_error(student, [(stream(x), stream(target))]) == pytest.approx(expected, rel=1e-6)
 
 
-# ---- what is not finite --------------------------------------------------------------------------------------------
-
 class Poison(torch.autograd.Function):
     """The identity; its result or its gradient is infinite."""
 
@@ -225,8 +223,6 @@ def test_training_that_diverges_late_keeps_the_best_epoch_under_validation():
     assert trace.held_out[2] < trace.held_out[1] < trace.held_out[0]
     assert relative_error(student, held_out) == pytest.approx(trace.held_out[2], rel=1e-6)
 
-
-# ---- memory that runs out ------------------------------------------------------------------------------------------
 
 class Refuse(torch.autograd.Function):
     @staticmethod
