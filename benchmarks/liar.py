@@ -37,7 +37,7 @@ from pyprune.execution.executor import Executor
 from pyprune.model.blocks import ModelView, weights_of
 from pyprune.pipeline.prune import Run
 from pyprune.structured.allocation import choose, uniform_count
-from pyprune.structured.block import has_slot, observe
+from pyprune.structured.block import has_slot, observe_moments
 from pyprune.structured.config_edits import add_biases
 from pyprune.structured.criteria import NEEDS_GRADIENTS, NEEDS_MOMENTS, Scored, score
 from pyprune.structured.liar import Problem, repair
@@ -199,7 +199,7 @@ class Bench:
             found = self._splits[weighting] = []
             for index, groups in enumerate(self.plan.groups):
                 with self.run.executor.compute(index) as module:
-                    found.append(observe(self.run, index, module, groups, stream, target=stream))
+                    found.append(observe_moments(self.run, index, module, groups, stream, target=stream))
         return self._splits[weighting]
 
     def score(self, criterion: str) -> list:

@@ -89,7 +89,7 @@ def write_report(cache: Path, out: str | None) -> None:
     cells = [json.loads(p.read_text()) for p in sorted(cache.glob("*.json"))]
     path = result_path("liar", out)
     before = json.loads(path.read_text()) if path.is_file() else {"rows": [], "differences": []}
-    differences = merged(before["differences"], compare(cells), COMPARED)
+    differences = merged(before["differences"], paired_differences(cells), COMPARED)
     cells = merged(before["rows"], cells, CELL)
     if not cells:
         raise SystemExit(f"no finished cells in {cache}")
@@ -161,7 +161,7 @@ def _mean(cells: list[dict]) -> float:
     return sum(c["value"] for c in cells) / len(cells)
 
 
-def compare(cells: list[dict]) -> list[dict]:
+def paired_differences(cells: list[dict]) -> list[dict]:
     """LIAR against each baseline on the same test rows: difference, bootstrap error and 95 % interval.
 
     Rows are resampled together for both models; seeds are averaged inside a resample. Positive is better.

@@ -132,7 +132,7 @@ def evaluate(
         idle = [option_of(f"evaluation.{name}", EVALUATION_FIELDS) for name in asked]
         for option in idle if device == "auto" else [*idle, "--device"]:
             raise ConfigError(f"{option} would do nothing: --latency reads no text and runs where the model is loaded")
-        rows = gain.compare([against or gain.dense_of(model), model])
+        rows = gain.measure_side_by_side([against or gain.dense_of(model), model])
         if plot:
             gain.plot(rows, plot)
         written = gain.record(rows, model)

@@ -44,7 +44,7 @@ def generate(model, tokenizer, n: int, *, seq_len: int, seed: int = 0, batch_siz
     hardly any candidate is in.
     """
     _check(model, n, seq_len, batch_size)
-    settings = {"kind": KIND, "model": fingerprint(model), "seq_len": seq_len, "seed": seed, "language": language,
+    settings = {"kind": KIND, "model": model_digest(model), "seq_len": seq_len, "seed": seed, "language": language,
                 "greedy_tokens": GREEDY_TOKENS, "temperature": 1.0}
     rows = _open(path, settings) if path is not None else []
     if language is not None and len(rows) < n:
@@ -80,7 +80,7 @@ def generate(model, tokenizer, n: int, *, seq_len: int, seed: int = 0, batch_siz
     return [torch.tensor(row["tokens"], dtype=torch.int64) for row in rows[:n]]
 
 
-def fingerprint(model) -> str:
+def model_digest(model) -> str:
     """Short hash of the model's parameter names, shapes and first values: is it the model that wrote this file?"""
     digest = hashlib.sha256()
     for name, p in model.named_parameters():

@@ -35,9 +35,9 @@ def dense_of(name: str | Path, option: str = "--against") -> str:
     return found
 
 
-def compare(models: Sequence[str | Path], *, tokens: int = 512, new_tokens: int = 32, batch_size: int = 1,
-            dtype: str = "auto", rounds: int = 2) -> list[dict]:
-    """Parameters, weight and file bytes, peak memory and tokens a second of each model, the first being the base.
+def measure_side_by_side(models: Sequence[str | Path], *, tokens: int = 512, new_tokens: int = 32,
+                         batch_size: int = 1, dtype: str = "auto", rounds: int = 2) -> list[dict]:
+    """Parameters, weight and file bytes, peak memory and tokens per second of each model; the first is the base.
 
     Every model runs in a fresh process, so that peak memory is its own; they take turns for ``rounds`` rounds and the
     fastest run counts, so that a busy machine slows all alike. Rows carry their ratios to the first.
@@ -58,8 +58,8 @@ def compare(models: Sequence[str | Path], *, tokens: int = 512, new_tokens: int 
 
 
 def _in_a_process(name: str, tokens: int, new_tokens: int, batch_size: int, dtype: str) -> dict:
-    command = [sys.executable, "-m", "pyprune.evaluation.gain", name, "--tokens", str(tokens), "--new-tokens", str(new_tokens),
-               "--batch-size", str(batch_size), "--dtype", dtype]
+    command = [sys.executable, "-m", "pyprune.evaluation.gain", name, "--tokens", str(tokens),
+               "--new-tokens", str(new_tokens), "--batch-size", str(batch_size), "--dtype", dtype]
     done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ))
     if done.returncode:
         raise ConfigError((done.stderr.strip().splitlines() or ["the measuring process died"])[-1])
@@ -67,7 +67,8 @@ def _in_a_process(name: str, tokens: int, new_tokens: int, batch_size: int, dtyp
 
 
 def measure(name: str, *, tokens: int, new_tokens: int, batch_size: int, dtype: str) -> dict:
-    """One model, in this process: :func:`pyprune.evaluation.latency.latency` for decoders, forward passes for encoders."""
+    """Measure one model in this process: :func:`pyprune.evaluation.latency.latency` for decoders, forward passes for
+    encoders."""
     model, _ = load(name, dtype)
     directory = Path(name) if Path(name).is_dir() else None
     positions = of_any(model)

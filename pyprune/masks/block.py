@@ -17,11 +17,11 @@ from pyprune.masks.solvers import inverse_factor, solve
 from pyprune.masks.statistics import (
     Observer,
     Statistics,
-    error_sums,
     find_non_finite,
     observe,
     ratio,
     reduce_statistics,
+    weight_error_sums,
 )
 from pyprune.model.blocks import WeightRef
 
@@ -95,7 +95,7 @@ def prune_block(run: Run, found: Findings, index: int, module: nn.Module, observ
             row = {"name": run.view.name(index, ref), "block": index, "shape": list(weight.shape),
                    "damping": solved.damping}
             results = {"": solved.weight} if solved.swept is None else {"": solved.weight, "_sweep": solved.swept}
-            errors = {key + step: error_sums(probe.sinks[probe.leader[ref.name]].x, before, result)
+            errors = {key + step: weight_error_sums(probe.sinks[probe.leader[ref.name]].x, before, result)
                       for probe, key in zip(inputs, ("error", "error_held_out")) if ref.name in probe.leader
                       for step, result in results.items()}
             weight.copy_(solved.weight)

@@ -396,7 +396,7 @@ def find_non_finite(executor: Executor, index: int, module: nn.Module, refs: lis
                                   "meaningless: check the checkpoint, or load it in a wider dtype")
 
 
-def error_sums(x: Tensor, weight: Tensor, pruned: Tensor) -> Tensor:
+def weight_error_sums(x: Tensor, weight: Tensor, pruned: Tensor) -> Tensor:
     """``[‖X Wᵀ − X W'ᵀ‖², ‖X Wᵀ‖²]`` on the device, for inputs ``[tokens, c]`` (evenly thinned to ``ERROR_TOKENS``) and
     weights ``[out, c]``."""
     x = x[::max(1, len(x) // ERROR_TOKENS)].float().contiguous()

@@ -66,25 +66,25 @@ def refine(model: nn.Module, dense: nn.Module, calibration=None, *, tokenizer=No
     return [row for rows in work.windows for row in rows]
 
 
-def sequences_for(student: ModelView, teacher: ModelView, calibration, tokenizer, settings: Reconstruction,
+def sequences_for(pruned: ModelView, dense: ModelView, calibration, tokenizer, settings: Reconstruction,
                   seed: int) -> CalibrationData:
     """Calibration and held-out sequences for a pair of models; ConfigError where anything does not fit."""
-    sizes = [(len(view.blocks), *view.model.get_input_embeddings().weight.shape) for view in (student, teacher)]
+    sizes = [(len(view.blocks), *view.model.get_input_embeddings().weight.shape) for view in (pruned, dense)]
     if sizes[0] != sizes[1]:
         raise ConfigError("the pruned and the dense model must have the same blocks, vocabulary and hidden size, got "
                           f"{sizes[0]} and {sizes[1]}")
-    check_apart(student, teacher)
+    check_apart(pruned, dense)
     chosen: Calibration = calibration_data.coerce(calibration)
     if chosen.seed is None:
         chosen = dataclasses.replace(chosen, seed=seed)
     check_effects(chosen, {"self_generated_for": NO_EFFECT}, "calibration")
     check_effects(settings, {"layerwise_target": NO_EFFECT}, "reconstruction")
-    data = calibration_data.load(chosen, tokenizer, encoder=student.is_encoder, vocab_size=sizes[0][1],
-                                 model_config=student.model.config)
-    if positions := positions_of(student):
+    data = calibration_data.load(chosen, tokenizer, encoder=pruned.is_encoder, vocab_size=sizes[0][1],
+                                 model_config=pruned.model.config)
+    if positions := positions_of(pruned):
         positions.check(lengths_of(data, chosen), "calibration sequences", "seq_len", data.warnings.append)
     if chosen.self_generated:
-        add_generated(data, chosen, teacher.model, tokenizer)
+        add_generated(data, chosen, dense.model, tokenizer)
     if (settings.select == "validation" or settings.early_stop) and not data.held_out:
         raise ConfigError("select='validation' and early_stop need held-out sequences: set held_out above 0, or give "
                           "more calibration text")

@@ -78,7 +78,7 @@ class StructuredRun:
         return self.found.clock
 
 
-def observe(run: Run, clock: Clock, index: int, module: nn.Module, groups: list[Coupled], stream: Activations, *,
+def observe_moments(run: Run, clock: Clock, index: int, module: nn.Module, groups: list[Coupled], stream: Activations, *,
             target: Activations | None = None, dense: list[Activations | None] | None = None) -> list[Split]:
     """Moments of the groups' inputs over a stream; outputs go to ``target``, errors are taken against ``dense``.
 
@@ -278,14 +278,14 @@ def dense_block(work: StructuredRun, index: int, module: nn.Module, stream: Acti
     groups = work.prepared.groups[index]
     splits: list = [None] * len(groups)
     if stream is not None:
-        splits = observe(work.run, work.clock, index, module, groups, stream, target=stream)
+        splits = observe_moments(work.run, work.clock, index, module, groups, stream, target=stream)
     picks = _picks(work, index, range(len(groups)), splits)
     for target, chosen in zip(work.targets, picks):
         with work.clock("slice"):
             target.attributes.append(slice_block(target.blocks[index], chosen))
 
 
-def propagated_block(work: StructuredRun, index: int, module: nn.Module, student: Activations | None,
+def propagated_block(work: StructuredRun, index: int, module: nn.Module, pruned: Activations | None,
                      dense: Activations | None) -> None:
     """Heads, then neurons, each on the input that the pruned prefix and the pruned attention leave them."""
     groups, target = work.prepared.groups[index], work.targets[0]
@@ -301,8 +301,8 @@ def propagated_block(work: StructuredRun, index: int, module: nn.Module, student
         if not stage:
             continue
         splits: list = [None] * len(stage)
-        if student is not None:
-            splits = observe(work.run, work.clock, index, module, [groups[i] for i in stage], student,
+        if pruned is not None:
+            splits = observe_moments(work.run, work.clock, index, module, [groups[i] for i in stage], pruned,
                              dense=[sums[i] for i in stage])
         [picks] = _picks(work, index, stage, splits)
         with work.clock("slice"):

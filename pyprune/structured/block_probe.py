@@ -12,7 +12,7 @@ from pyprune.model.expert_products import Experts
 from pyprune.model.recording import call_block
 
 
-class Probe(TorchFunctionMode):
+class DependencyTracer(TorchFunctionMode):
     """Replaces every linear product by noise that can be differentiated, and keeps the inputs."""
 
     def __init__(self, block: nn.Module, refs: list[WeightRef], generator: torch.Generator):

@@ -178,7 +178,7 @@ class _Pieces:
         return (self.problem.bias.double() + shift + (0 if mean_e is None else mean_e)).float()
 
 
-def solve(a: Tensor, b: Tensor, damping: float) -> tuple[Tensor, bool]:
+def solve_damped(a: Tensor, b: Tensor, damping: float) -> tuple[Tensor, bool]:
     """``(a + λI)⁻¹ b``: float32 ``[n, n]``, ``[n, k]`` → ``[n, k]``, and whether it came out finite."""
     solution, info = ops.cholesky_solve(a[None].contiguous(), b[None].contiguous(),
                                         damping=torch.tensor([damping], device=a.device))
@@ -202,7 +202,7 @@ def choose_damping(a: Tensor, b: Tensor, damping: float | None, error) -> tuple[
 
     def at(value: float) -> float:
         if value not in seen:
-            solution, good = solve(a, b, value * scale)
+            solution, good = solve_damped(a, b, value * scale)
             seen[value] = error(solution) if good else float("inf")
         return seen[value]
 
@@ -242,7 +242,7 @@ def _liar(pieces: _Pieces, damping: float | None, interpolate_weights: bool, gua
         right = kd @ pieces.dropped_weight.T if cross is None else kd @ pieces.dropped_weight.T + cross
     else:
         right = kd if cross is None else torch.cat([kd, cross], dim=1)
-    solution, good = solve(system, right, chosen * _scale(system))
+    solution, good = solve_damped(system, right, chosen * _scale(system))
     if not good and chosen < 1e6:  # the fitted part alone could be factored, all tokens could not: rounding at a tiny λ
         return _liar(pieces, 10 * max(chosen, 1e-7), interpolate_weights, guard)
     if direct:
@@ -298,7 +298,7 @@ def _mask_tuning(problem: Problem, kept: Tensor, pieces: _Pieces, damping: float
                       warnings=["mask tuning was not used: its held-out error is above plain slicing's"])
     share = pieces.view.share
     a, f = share * a + (1 - share) * held_a, share * f + (1 - share) * held_f
-    delta, _ = solve(a, f[:, None], chosen * _scale(a))
+    delta, _ = solve_damped(a, f[:, None], chosen * _scale(a))
     scales = torch.ones(group.units, device=w.device)
     scales[~gone] += torch.nan_to_num(delta[:, 0])
     return Repair(pieces.kept_weight * scales[unit][pieces.keep], problem.bias, "mask_tuning", chosen, errors=errors)

@@ -13,7 +13,7 @@ from pyprune.masks.solvers import dense_target_start, inverse_factor
 from pyprune.masks.statistics import Statistics
 from pyprune.pipeline import mask_work
 from pyprune.pipeline.prune import prune
-from pyprune.reconstruction.student import Student
+from pyprune.reconstruction.trained_window import TrainedWindow
 
 LOCAL, GLOBAL = {"global_propagation": False}, {"global_propagation": True}
 
@@ -28,7 +28,7 @@ LOCAL, GLOBAL = {"global_propagation": False}, {"global_propagation": True}
 ])
 def test_blocks_run_no_more_often_than_the_method_needs(fields, passes, visits, monkeypatch):
     counts, trained = [0] * 3, [0] * 3
-    forward, train = Executor.forward, Student.__call__
+    forward, train = Executor.forward, TrainedWindow.__call__
 
     def counting(self, index, module, hidden, beside):
         counts[index] += len(hidden)
@@ -40,7 +40,7 @@ def test_blocks_run_no_more_often_than_the_method_needs(fields, passes, visits, 
         return train(self, hidden, beside)
 
     monkeypatch.setattr(Executor, "forward", counting)
-    monkeypatch.setattr(Student, "__call__", training)
+    monkeypatch.setattr(TrainedWindow, "__call__", training)
     prune(tiny.model("llama"), calibration=Calibration(source=tiny.ids(12, 24), num_samples=12, seq_len=24, held_out=0),
           evaluation=Evaluation(enabled=False), progress=False, probe_samples=0, batch_size=4,
           **(fields | ({"reconstruction": FAST} if any(visits) else {})))

@@ -21,7 +21,7 @@ from pyprune.model.arguments import Arguments, Beside
 from pyprune.model.recording import call_block
 
 
-class Student:
+class TrainedWindow:
     """A window of blocks under training: compute copies in ``dtype``, float32 masters, masks as multipliers."""
 
     def __init__(self, executor: Executor, indices: list[int], blocks: list[nn.Module],
