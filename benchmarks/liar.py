@@ -37,10 +37,11 @@ from pyprune.execution.executor import Executor
 from pyprune.model.blocks import ModelView, weights_of
 from pyprune.pipeline.prune import Run
 from pyprune.structured.allocation import choose, uniform_count
-from pyprune.structured.block import has_slot, observe_moments
+from pyprune.structured.block import has_slot
 from pyprune.structured.config_edits import add_biases
 from pyprune.structured.criteria import NEEDS_GRADIENTS, NEEDS_MOMENTS, Scored, score
 from pyprune.structured.liar import Problem, repair
+from pyprune.structured.observation import observe_moments
 from pyprune.structured.preparation import make_plan, twin
 from pyprune.structured.slicing import Pick, slice_block
 from pyprune.structured.taps import gradient_sequences, mask_gradients

@@ -1,7 +1,7 @@
 """The CUDA kernels compiled for the CPU (tests/cusim.h): executables that run case folders, and a Python module.
 
-Shared by tests/ops/test_cuda_sim.py (the kernels, in every thread order and under AddressSanitizer) and tests/ops/test_cuda_adapters.py
-(bindings and pyprune/ops/native.py on CPU tensors).
+Shared by tests/ops/test_cuda_sim.py (the kernels, in every thread order and under AddressSanitizer) and
+tests/ops/test_cuda_adapters.py (bindings and pyprune/ops/native.py on CPU tensors).
 """
 
 from __future__ import annotations

@@ -33,7 +33,10 @@ class Meter:
         """What the user should know of where it was measured."""
 
     def __call__(self, model: nn.Module, weights: Resident | None = None) -> list[dict]:
-        """One row per text, as :func:`~pyprune.evaluation.perplexity.measure` returns them; ``weights``: how they are held."""
+        """One row per text, as :func:`~pyprune.evaluation.perplexity.measure` returns them.
+
+        weights: how the blocks' weights are held.
+        """
         world, texts = self.world, self.texts
         if not texts:
             return []

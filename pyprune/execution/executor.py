@@ -2,7 +2,7 @@
 
 Sequences of equal length are stored together, ``[sequences, tokens, hidden]``, so a batch is a view of the store,
 nothing is ever padded, and most of a block's arguments depend on the batch's shape alone. Those that depend on the
-tokens, and what blocks leave for later ones, are stored with the sequences (:mod:`pyprune.arguments`).
+tokens, and what blocks leave for later ones, are stored with the sequences (:mod:`pyprune.model.arguments`).
 """
 
 from __future__ import annotations
@@ -25,8 +25,13 @@ from pyprune.model.arguments import Arguments, Beside
 from pyprune.model.blocks import ModelView
 from pyprune.model.recording import any_token, call_block
 
-TARGET_TOKENS = 2048 if not torch.cuda.is_available() else 16384
-"""Tokens a batch: on a CPU what stays in cache, on a GPU what fills it."""
+CPU_TOKENS, GPU_TOKENS = 2048, 16384
+"""Tokens per batch where no batch size was given: on a CPU as many as stay in cache, on a GPU as many as fill it."""
+
+
+def target_tokens(device: torch.device | str) -> int:
+    """Tokens per batch on a device where no batch size was given."""
+    return GPU_TOKENS if torch.device(device).type == "cuda" else CPU_TOKENS
 
 
 @dataclass(frozen=True)
@@ -49,8 +54,12 @@ class Activations:
     order.
     """
 
-    def __init__(self, sequences: Sequence[Tensor], hidden: int, dtype: torch.dtype, store: Store | None = None):
+    def __init__(self, sequences: Sequence[Tensor], hidden: int, dtype: torch.dtype, store: Store | None = None,
+                 batch_tokens: int = CPU_TOKENS):
+        """batch_tokens: tokens per batch where no batch size is given, :func:`target_tokens` of the device that reads
+        them."""
         self.store = store or Store()
+        self.batch_tokens = batch_tokens
         self.ids: dict[int, Tensor] = {}
         self.rows: dict[int, list[int]] = {}
         for row, ids in enumerate(sequences):
@@ -70,10 +79,10 @@ class Activations:
         """Sequences whose blocks have left it: in a pass from a stream to itself the others have not, yet."""
 
     def batches(self, size: int | None = None) -> list[Batch]:
-        """Consecutive batches of ``size`` sequences (None: about ``TARGET_TOKENS`` tokens)."""
+        """Consecutive batches of ``size`` sequences (None: about ``batch_tokens`` tokens)."""
         out = []
         for length, rows in self.rows.items():
-            step = size or max(1, TARGET_TOKENS // length)
+            step = size or max(1, self.batch_tokens // length)
             out += [Batch(length, s, min(s + step, len(rows))) for s in range(0, len(rows), step)]
         return out
 
@@ -166,12 +175,13 @@ class Executor:
         if shared and self.world.size > 1:
             return self._embed_part(list(sequences))
         activations = None
-        shell = Activations(sequences, 0, self.dtype)
+        tokens = target_tokens(self.device)
+        shell = Activations(sequences, 0, self.dtype, batch_tokens=tokens)
         for batch in shell.batches(self.batch_size):
             ids = shell.ids[batch.length][batch.start:batch.stop]
             hidden, arguments, own = self._record(ids)
             if activations is None:
-                activations = Activations(sequences, hidden.shape[-1], self.dtype, self.store)
+                activations = Activations(sequences, hidden.shape[-1], self.dtype, self.store, tokens)
             activations.write(batch, hidden)
             for number, tensor in own.items():
                 dtype = self.dtype if tensor.is_floating_point() else tensor.dtype

@@ -88,8 +88,8 @@ def prune_block(run: Run, found: Findings, index: int, module: nn.Module, observ
         for ref in refs:
             weight = ref.view(block)
             if ref.expert is not None and statistics is not None and statistics.count < weight.shape[1]:
-                found.warn(f"{run.view.name(index, ref)} saw {int(statistics.count)} calibration tokens, fewer than its "
-                         f"{weight.shape[1]} inputs: what is chosen there rests on too little data")
+                found.warn(f"{run.view.name(index, ref)} saw {int(statistics.count)} calibration tokens, fewer than "
+                           f"its {weight.shape[1]} inputs: what is chosen there rests on too little data")
             before = weight.to(run.executor.device)
             solved = solve(before, group_config, statistics, factor)
             row = {"name": run.view.name(index, ref), "block": index, "shape": list(weight.shape),

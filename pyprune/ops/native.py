@@ -156,7 +156,10 @@ def obs_sweep_cpu(w: Tensor, r: Tensor, *, mask: Tensor | None = None, k: int | 
                   nm: tuple[int, int] | None = None) -> tuple[Tensor, Tensor, Tensor]:
     if k is not None:
         mask = select_mask_cpu(w, k, scale=1 / r.diagonal(), scope="matrix")
-    keep = torch.empty(w.shape, dtype=torch.bool) if mask is None else mask.contiguous().clone() if k is None else mask
+    if mask is None:
+        keep = torch.empty(w.shape, dtype=torch.bool)
+    else:
+        keep = mask.contiguous() if k is not None else mask.contiguous().clone()  # the caller's mask stays as it is
     r = _unit(r)
     n, m = nm or (0, 0)
     error, loss = torch.empty(w.shape), torch.empty(w.shape[0])

@@ -2,8 +2,8 @@
 
 Every case runs a candidate on fresh inputs of an odd or a typical size and knows the answer in float64. Memory that a
 candidate allocates is filled with NaN before it sees it, what it changes in place lies between guard bands, and two
-calls must agree to the bit. :mod:`pyprune.ops.qualification` runs :func:`main` in a process of its own, which a candidate
-may crash, and reads the lines it prints.
+calls must agree to the bit. :mod:`pyprune.ops.qualification` runs :func:`main` in a process of its own, which a
+candidate may crash, and reads the lines it prints.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ class StructuredWork:
     """The work of one run that removes heads and neurons; one sparsity is pruned in place."""
 
     def __init__(self, run: Run, found: Findings, journal: Journal):
-        """Raises ConfigError before any pass if the result could not be loaded as asked (``structured.nonstandard``)."""
+        """Raises ConfigError before any pass if the result could not be loaded as ``structured.nonstandard`` asks."""
         self.run, self.found, self.journal, self.executor = run, found, journal, run.executor
         self.last = len(run.view.blocks) - 1
         self.inputs = run.config.inputs

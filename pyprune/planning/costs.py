@@ -17,7 +17,7 @@ from pyprune.effects import needs_factor, needs_sequences
 from pyprune.evaluation.perplexity import POSITIONS
 from pyprune.execution.activation_store import DEPTH
 from pyprune.execution.device import cpu_has_bfloat16
-from pyprune.execution.executor import TARGET_TOKENS
+from pyprune.execution.executor import target_tokens
 from pyprune.masks.refit import NARROW, SYSTEM_ELEMENTS, USUAL_STEPS
 from pyprune.model.blocks import ModelView, WeightRef, weights_of
 from pyprune.structured.criteria import NEEDS_MOMENTS
@@ -198,7 +198,8 @@ def memory_of(view: ModelView, selected: list[list[WeightRef]], config: PruneCon
         "weights": (rest + (1 + window) * largest if streamed else everything) * own.itemsize,
         "activations": int(min(budget, activation_bytes(config, hidden, compute))),
     }
-    batch = (config.batch_size or max(1, TARGET_TOKENS // calibration.tokens)) * calibration.tokens
+    sequences = config.batch_size or max(1, target_tokens("cuda" if gpu else "cpu") // calibration.tokens)
+    batch = sequences * calibration.tokens
     block = {"block": window * largest * compute.itemsize if gpu or compute != own else 0}
     grams, inputs, solve, widest = 0, 0, 0, hidden
     for one, refs, _ in kinds(view, selected):

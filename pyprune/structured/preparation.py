@@ -13,9 +13,11 @@ from pyprune.execution.run import Findings, Run
 from pyprune.model.blocks import ModelView
 from pyprune.structured import config_edits, slicing
 from pyprune.structured.allocation import Member, choose, global_counts, uniform_count
-from pyprune.structured.block import Preparation, StructuredRun, Target, dealt, has_bias, observe_moments, score_group
+from pyprune.structured.block import Preparation, StructuredRun, Target, dealt, has_bias, score_group
 from pyprune.structured.criteria import NEEDS_GRADIENTS, NEEDS_MOMENTS
 from pyprune.structured.groups import PROBE_TOKENS, Coupled, find_groups
+from pyprune.structured.moments import Split
+from pyprune.structured.observation import observe_moments
 from pyprune.structured.slicing import Pick, slice_block
 from pyprune.structured.taps import gradient_sequences, mask_gradients
 
@@ -147,8 +149,9 @@ def _allocate(work: StructuredRun, sparsities: tuple[float, ...]) -> list[list[l
         stream = run.executor.embed(run.data.sequences, shared=True) if run.config.criterion in NEEDS_MOMENTS else None
         for index, block in enumerate(members):
             with run.executor.compute(index) as module:
-                splits = observe_moments(run, work.clock, index, module, groups[index], stream, target=stream) if stream else \
-                    [None] * len(block)
+                splits: list[Split | None] = [None] * len(block)
+                if stream is not None:
+                    splits = observe_moments(run, work.clock, index, module, groups[index], stream, target=stream)
                 scores = dealt(run, [float(m.group.units) for m in block], lambda i, index=index, splits=splits:
                                score_group(work, index, i, splits[i]))
             for member, (_, found) in zip(block, scores):

@@ -17,7 +17,7 @@ import torch
 
 from pyprune.config import ConfigError, Evaluation, Reconstruction
 from pyprune.execution.activation_store import DEPTH, Ring, Store, available_memory
-from pyprune.execution.executor import Activations, Executor
+from pyprune.execution.executor import Activations, Executor, target_tokens
 from pyprune.model.blocks import ModelView
 from pyprune.model.shards import OutputError
 from pyprune.pipeline import mask_work
@@ -406,3 +406,16 @@ def test_a_copy_of_a_block_goes_with_its_turn():
     with Executor(ModelView(model)).compute(0) as own:
         assert own is model.model.layers[0]
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before))
+
+
+def test_tokens_per_batch_follow_the_device_of_the_run_not_what_the_machine_has(monkeypatch):
+    """A run on the CPU of a machine with a GPU takes the CPU's batches, and says the same when it is planned."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert (target_tokens("cpu"), target_tokens(torch.device("cuda", 1))) == (2048, 16384)
+    sequences = [torch.zeros(64, dtype=torch.long)] * 300
+    executor = Executor(ModelView(tiny.model("llama")), device="cpu")
+    on_cpu = executor.embed(sequences)
+    assert [b.size for b in on_cpu.batches()] == [32] * 9 + [12]
+    assert [b.size for b in on_cpu.like().batches()] == [32] * 9 + [12]
+    on_gpu = Activations(sequences, 4, torch.float32, batch_tokens=target_tokens("cuda"))
+    assert [b.size for b in on_gpu.batches()] == [256, 44]

@@ -224,5 +224,6 @@ def test_configuration_model_card_and_summary_name_the_refit():
     (text,) = [text for label, text in rendering.summary_rows(result.report) if label == "refit"]
     assert text.startswith("error of a weight's outputs, sweep → refit: ") and text.count("→") == 3
     swept = run(reconstruct="layer").report
-    assert "one-sided OBS sweep: a column's error is made up for by later columns only" in rendering.model_card(swept, "m")
+    card = rendering.model_card(swept, "m")
+    assert "one-sided OBS sweep: a column's error is made up for by later columns only" in card
     assert "refit" not in dict(rendering.summary_rows(swept))

@@ -119,7 +119,8 @@ def test_a_perplexity_that_is_not_finite_is_a_warning_in_every_output(hot, tmp_p
     assert [text.split("'s")[0] for text in told] == ["the dense model", "the pruned model"]
     assert "in float32" in told[0]
     assert set(told) <= set(json.loads((tmp_path / "out" / "report.json").read_text())["warnings"])
-    card, shown = (tmp_path / "out" / "README.md").read_text(), [text for _, text in rendering.summary_rows(result.report)]
+    card = (tmp_path / "out" / "README.md").read_text()
+    shown = [text for _, text in rendering.summary_rows(result.report)]
     assert all(f"warning: {text}" in card and text in shown for text in told)
     assert "| not finite | not finite |" in card
 

@@ -297,7 +297,8 @@ def test_gradients_of_the_parts_that_fitted_are_not_counted_twice(where):
 
 
 def test_one_sequence_that_does_not_fit_says_what_would():
-    window = TrainedWindow(Bench(), [3, 4], [Tight(6, 1000, "forward"), Tight(6, 5, "backward")], [{}, {}], torch.float32)
+    blocks = [Tight(6, 1000, "forward"), Tight(6, 5, "backward")]
+    window = TrainedWindow(Bench(), [3, 4], blocks, [{}, {}], torch.float32)
     with pytest.raises(ConfigError, match=r"one sequence of 6 tokens does not fit on cpu in the training of blocks "
                        r"\[3, 4\].*seq_len \(about 3\), reconstruct='block'.*autocast='bfloat16', or"):
         train(window, lengths(*[6] * 4), Reconstruction(epochs=1, batch_size=4))
