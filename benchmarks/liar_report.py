@@ -85,7 +85,7 @@ COMPARED = ("task", "pattern", "inputs", "sparsity", "criterion", "against")
 
 
 def write_report(cache: Path, out: str | None) -> None:
-    """``liar.json``, ``liar.md`` and one plot a task and pattern, from the cached cells and those reported before."""
+    """``liar.json``, ``liar.md`` and one plot per task and pattern, from the cached cells and those reported before."""
     cells = [json.loads(p.read_text()) for p in sorted(cache.glob("*.json"))]
     path = result_path("liar", out)
     before = json.loads(path.read_text()) if path.is_file() else {"rows": [], "differences": []}

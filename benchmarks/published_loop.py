@@ -198,7 +198,7 @@ def prune_block(block: nn.Module, method: str, sparsity: float, nm, inputs: Tens
 @torch.no_grad()
 def prune(model, samples: Tensor, *, method: str = "sparsegpt", sparsity: float = 0.5,
           nm: tuple[int, int] | None = None, blocks: int | None = None) -> Timer:
-    """The published layer-wise loop over a LLaMA-shaped model, in place: two passes a block, one sample at a time."""
+    """The published layer-wise loop over a LLaMA-shaped model, in place: two passes per block, one sample at a time."""
     timer = Timer()
     with timer("forward"):
         inputs, arguments = first_inputs(model, samples)

@@ -89,7 +89,7 @@ struct State {
     int current = 0;
     dim3 grid, block, index;
     std::unique_ptr<char[]> shared;
-    std::vector<uint64_t> slots;  // two words a thread: what it shows to its warp, alternating
+    std::vector<uint64_t> slots;  // two words per thread: what it shows to its warp, alternating
     Barrier block_barrier;
     std::vector<int> votes;
     std::vector<Barrier> warp_barriers;

@@ -144,7 +144,7 @@ def gram_kernel(x, mask, gram, sums, count, partial, partial_sums, tokens, c, st
     o_col = i_col * BC + tl.arange(0, BC)
     b_acc = tl.zeros([BC, BC], dtype=tl.float32)
     if i_row == i_col:
-        # a diagonal tile needs one load a step, and it is the one that sums its columns
+        # a diagonal tile needs one load per step, and it is the one that sums its columns
         b_sum = tl.zeros([BC], dtype=tl.float32)
         b_count = tl.zeros([BT], dtype=tl.int32)
         for t in range(start, stop, BT):

@@ -1,6 +1,6 @@
 """Gram matrix of 16-bit inputs for wide layers: tiles of 128 × 256 by programs that stay, one a multiprocessor.
 
-Against gram.py: 1.33 times the products per byte from L2 (64·128·256 multiply-adds for 48 KB a step), and on compute
+Against gram.py: 1.33 times the products per byte from L2 (64·128·256 multiply-adds for 48 KB per step), and on compute
 capability 9 and 10 loads by TMA descriptors, which take no registers and no address arithmetic. A tile is computed
 where any part of it is on or below the diagonal, so half of c/256 tiles is wasted: 6 % at c = 4096.
 

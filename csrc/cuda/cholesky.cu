@@ -1,11 +1,11 @@
-// Batched Cholesky A + damping·I = L Lᵀ (lower), FLOPs n³/3 a matrix.
+// Batched Cholesky A + damping·I = L Lᵀ (lower), FLOPs n³/3 per matrix.
 //
-// n ≤ 128: one thread block a matrix, the triangle packed in shared memory (33 KB; consecutive rows of a column fall in
+// n ≤ 128: one thread block per matrix, the triangle packed in shared memory (33 KB; consecutive rows of a column fall in
 // distinct banks, since triangular numbers are a permutation modulo 32), one launch. This is the case that libraries
 // are slow at: many small systems.
 //
 // Larger n: blocked and right-looking in column panels of 64, in place in the output. A panel is three launches over
-// the whole batch: the diagonal tile, the rows below it (32 a thread block), the trailing lower tiles (64×64, 4×4 a
+// the whole batch: the diagonal tile, the rows below it (32 per thread block), the trailing lower tiles (64×64, 4×4 per
 // thread in registers). A matrix that has failed is skipped by every later launch and filled with NaN at the end.
 #include "cuda/cholesky.cuh"
 #include "cuda/device.cuh"
@@ -30,7 +30,7 @@ __device__ inline int factor_packed(float* l, int n) {
         __syncthreads();
         for (int i = j + threadIdx.x; i < n; i += THREADS) l[packed(i, j)] = i == j ? root : l[packed(i, j)] * scale;
         __syncthreads();
-        // Rank-one update, a warp a row: the row's factor is a broadcast, the column's are consecutive rows.
+        // Rank-one update, a warp per row: the row's factor is a broadcast, the column's are consecutive rows.
         for (int i = j + 1 + threadIdx.x / WARP; i < n; i += THREADS / WARP) {
             const float left = l[packed(i, j)];
             for (int k = j + 1 + threadIdx.x % WARP; k <= i; k += WARP) l[packed(i, k)] -= left * l[packed(k, j)];

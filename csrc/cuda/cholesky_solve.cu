@@ -1,4 +1,4 @@
-// X of L Lᵀ X = B for a batch, FLOPs 2·n²·k a matrix. One launch: a thread block owns K columns of one matrix's
+// X of L Lᵀ X = B for a batch, FLOPs 2·n²·k per matrix. One launch: a thread block owns K columns of one matrix's
 // right-hand side from the first row to the last and back, in steps of 64 rows:
 //
 //     X_p ← L_pp⁻¹ (B_p − Σ_{q<p} L_pq X_q) downwards, then X_p ← L_pp⁻ᵀ (X_p − Σ_{q>p} L_qpᵀ X_q) upwards.
@@ -12,7 +12,7 @@ namespace pyprune::cuda {
 
 constexpr int THREADS = 256;
 
-// Rows p … p + 63 of K columns between global memory and a tile of K + 1 floats a row.
+// Rows p … p + 63 of K columns between global memory and a tile of K + 1 floats per row.
 template <int K>
 __device__ __forceinline__ void load_rows(float* x, const float* from, int p, int n, int columns, int64_t stride) {
     const int column = threadIdx.x % K;

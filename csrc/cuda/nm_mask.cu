@@ -1,7 +1,7 @@
 // N:M mask of |w|·scale and, in the same pass, zeroing. A thread takes whole groups and ranks them in registers.
 //
-// Bytes: read w, write the mask and (apply) w: 5 a bfloat16 weight, nothing else; the bound is DRAM. Accesses are
-// 16 bytes for M = 2, 4, 8, 16; any other M up to 16 takes one thread a group and scalar accesses.
+// Bytes: read w, write the mask and (apply) w: 5 per bfloat16 weight, nothing else; the bound is DRAM. Accesses are
+// 16 bytes for M = 2, 4, 8, 16; any other M up to 16 takes one thread per group and scalar accesses.
 #include "cuda/device.cuh"
 #include "cuda/ops.h"
 
@@ -20,7 +20,7 @@ struct NM {
     bool apply, whole;
 };
 
-// M = 0: a group of a.m ≤ 16 columns a thread. Else groups of M, as many as fill one 16-byte access.
+// M = 0: a group of a.m ≤ 16 columns per thread. Else groups of M, as many as fill one 16-byte access.
 template <class T, int M>
 __global__ void __launch_bounds__(THREADS) nm_mask_kernel(const NM<T> a) {
     constexpr int VECTOR = 16 / sizeof(T);

@@ -118,8 +118,8 @@ def refine(
 def evaluate(
     model: Annotated[str, typer.Argument(help="Folder, Hub id, .gguf file or packaged name.")],
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto takes a GPU if there is one.")] = "auto",
-    latency: Annotated[bool, typer.Option("--latency", help="Measure size, peak memory and tokens a second beside the "
-                                          "dense model's instead.")] = False,
+    latency: Annotated[bool, typer.Option("--latency", help="Measure size, peak memory and tokens per second "
+                                          "beside the dense model's instead.")] = False,
     against: Annotated[str | None, typer.Option(help="The dense model for --latency; else the one MODEL was pruned "
                                                 "from.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Picture (.png) to draw the --latency comparison in.")] = None,

@@ -57,7 +57,7 @@ class Meter:
 @torch.no_grad()
 def measure_streamed(view: ModelView, weights: Streamed, named: list[tuple[str, list[Tensor]]], evaluation: Evaluation,
                      store: Store, device: torch.device) -> list[dict]:
-    """One row a text, as :func:`pyprune.evaluation.perplexity.measure` returns them."""
+    """One row per text, as :func:`pyprune.evaluation.perplexity.measure` returns them."""
     if not named:
         return []
     check_causal(view.model)

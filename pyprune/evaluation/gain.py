@@ -121,7 +121,7 @@ def record(rows: list[dict], directory: str | Path) -> list[Path]:
 
 
 def print_comparison(rows: list[dict], stream: TextIO | None = None) -> None:
-    """One line a measure, one column a model, with the ratio to the first."""
+    """One line per measure, one column per model, with the ratio to the first."""
     from rich.console import Console
     from rich.table import Table
 

@@ -18,7 +18,7 @@ from pyprune.model.blocks import read_on
 @torch.no_grad()
 def latency(model: nn.Module, *, tokens: int = 512, new_tokens: int = 32, batch_size: int = 1, repeats: int = 3,
             directory: str | Path | None = None) -> dict:
-    """Size and speed: parameters, bytes on disk, peak memory, tokens a second in prefill and in decode.
+    """Size and speed: parameters, bytes on disk, peak memory, tokens per second in prefill and in decode.
 
     Prefill is one forward pass over ``tokens`` random ids; decode feeds one token at a time after it, with the cache.
     Speeds are of the fastest of ``repeats`` runs after one that is not counted. ``peak_memory_bytes`` is the device's

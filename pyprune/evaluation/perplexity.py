@@ -254,7 +254,7 @@ def refuse_text(evaluation: Evaluation, view: ModelView) -> None:
 
 def measure(model: nn.Module, named: list[tuple[str, list[Tensor]]], evaluation: Evaluation,
             progress=None) -> list[dict]:
-    """One row a text: perplexity (NaN where the logits are not finite) and its conditions."""
+    """One row per text: perplexity (NaN where the logits are not finite) and its conditions."""
     rows = []
     for name, found in named:
         dtype, start = forward_dtype(model, evaluation.dtype), time.perf_counter()

@@ -210,7 +210,7 @@ class Executor:
         return hidden, [a.to(self.device, self.dtype, memo) for a in arguments], own
 
     def arguments(self, index: int, length: int, size: int) -> Arguments:
-        """What the model hands block ``index`` beside ``[size, length, hidden]`` states (recorded once a shape); what
+        """What the model hands block ``index`` beside ``[size, length, hidden]`` states (recorded once per shape); what
         belongs to the sequences themselves is filled in by :meth:`beside`."""
         if (length, size) not in self._arguments:
             ids = torch.full((size, length), any_token(self.view.model), dtype=torch.long)

@@ -88,7 +88,7 @@ class Streamed(Resident):
                 module._parameters[name] = nn.Parameter(parameter.data.to("meta"), requires_grad=False)
 
     def save(self, folder: Path) -> None:
-        """Write config and weights of the finished model: one shard a block, linked where the journal wrote it."""
+        """Write config and weights of the finished model: one shard per block, linked where the journal wrote it."""
         model, view = self.view.model, self.view
         model.config.architectures = [type(model).__name__]
         model.config.save_pretrained(folder)

@@ -143,7 +143,7 @@ Call = tuple[int, str, int]
 
 
 class Observer:
-    """Feeds the inputs of a block's weights to one sink a group while the block runs."""
+    """Feeds the inputs of a block's weights to one sink per group while the block runs."""
 
     def __init__(self, module: nn.Module, refs: list[WeightRef], sink: Callable[[int, torch.device], object]):
         self.sinks: dict[str, object] = {}
@@ -299,7 +299,7 @@ class _ExpertMode(TorchFunctionMode):
 def observe(executor: Executor, index: int, module: nn.Module, refs: list[WeightRef], activations: Activations,
             sink: Callable[[int, torch.device], object], target: Activations | None = None,
             dense: Activations | None = None) -> Observer:
-    """Run a block over ``activations`` and return the observer with one filled sink a group.
+    """Run a block over ``activations`` and return the observer with one filled sink per group.
 
     The pass ends before the block's last projection unless ``target`` wants the outputs.
     dense: the dense stream of the same sequences. Sinks get its inputs of their group beside their own, but

@@ -181,7 +181,7 @@ def status(device: torch.device | str = "cpu") -> dict[str, dict[str, str]]:
 def raise_faults(device: torch.device | str) -> None:
     """Raise what GPU kernels have found wrong with their data since the last look; waits for ``device``.
 
-    Kernels do not wait to report, so the orchestrator calls this once a block. Nothing to do on other devices.
+    Kernels do not wait to report, so the orchestrator calls this once per block. Nothing to do on other devices.
     """
     if torch.device(device).type != "cuda":
         return

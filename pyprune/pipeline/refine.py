@@ -39,7 +39,7 @@ def refine(model: nn.Module, dense: nn.Module, calibration=None, *, tokenizer=No
     progress: called with (blocks done, blocks in all). warn: told where the calibration data are thin, and when
     memory ran out and fewer sequences at a time go on.
     Under ``torchrun`` every process calls it with the same models; they share the calibration sequences.
-    Returns one row a window: its blocks, relative error before and after on calibration and on held-out sequences.
+    Returns one row per window: its blocks, relative error before and after on calibration and on held-out sequences.
     Raises ConfigError if the two models have not the same blocks, hidden size and vocabulary.
     """
     settings = settings or Reconstruction()

@@ -90,7 +90,7 @@ def refine_checkpoint(directory: str | Path, output: str | Path, *, resume: bool
 
     resume: go on with the interrupted run in ``output``, to the same result bit for bit. ``**fields``: those of
     :class:`Request`.
-    Returns what ``refinement.json`` holds: settings, one row a window, perplexity of the dense, the pruned and the
+    Returns what ``refinement.json`` holds: settings, one row per window, perplexity of the dense, the pruned and the
     refined model. Raises ConfigError for bad input before anything is trained, and
     :class:`pyprune.execution.journal.Interrupted` when a signal stopped it between two blocks.
     """

@@ -46,7 +46,7 @@ class Trace:
     diverged: bool = False
     """A loss or a weight was not finite; what came before it was kept."""
     micro_batch_size: int | None = None
-    """Sequences a forward-backward where fewer fitted than the settings say."""
+    """Sequences per forward-backward where fewer fitted than the settings say."""
 
 
 def schedule(activations: list[Activations], batch_size: int, generator: torch.Generator) -> list[list[tuple]]:
@@ -165,7 +165,7 @@ def _halved(window: TrainedWindow, pairs: Pairs, batch: list[tuple], size: int) 
 
 def _epoch(window: TrainedWindow, optimizer: torch.optim.Optimizer, pairs: Pairs, batches: list[list[tuple]],
            rates: list[float], size: int) -> tuple[float, int]:
-    """One step a batch at the rate beside it, ``size`` sequences at a time; returns the sum of the losses, read from
+    """One step per batch at the rate beside it, ``size`` sequences at a time; returns the sum of the losses, read from
     the device at the end only, and the size that fitted."""
     executor = window.executor
     total = torch.zeros((), device=executor.device)

@@ -129,7 +129,7 @@ def distinct(warnings: list[str]) -> list[str]:
 
 
 def print_evaluation(found: dict, stream: TextIO | None = None) -> None:
-    """One line a text whose perplexity is a number; the others are errors."""
+    """One line per text whose perplexity is a number; the others are errors."""
     for row in found.get("texts", [found]):
         if not math.isfinite(row["perplexity"]):
             continue
@@ -200,7 +200,7 @@ def plan_rows(found: dict) -> list[tuple[str, str]]:
         ("device", f"{found['device']}, forward passes in {found['compute_dtype']}"),
         ("weights", f"{'streamed block by block' if found['streamed'] else 'loaded whole'}: "
                     f"{found['streamed_because']}"),
-        ("passes", f"{sum(passes.values())} a block ({', '.join(passes)}){training}, "
+        ("passes", f"{sum(passes.values())} per block ({', '.join(passes)}){training}, "
                    f"over {calibration['sequences']} sequences, {calibration['tokens']:,} tokens" if passes else
                    "none: no calibration data is needed"),
         ("host memory", _parts(found["memory_bytes"], size_text, f", {size_text(free['memory'])} free")),

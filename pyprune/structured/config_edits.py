@@ -140,7 +140,7 @@ def layout(model: nn.Module, path: str, attributes: list[dict[str, dict]], block
 
 
 def dense_groups(groups: list[Coupled]) -> dict[str, Coupled]:
-    """One representative group a kind."""
+    """One representative group per kind."""
     return {g.kind: g for g in reversed(groups)}
 
 

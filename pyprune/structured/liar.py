@@ -318,4 +318,4 @@ def _warn(out: Repair, problem: Problem, pieces: _Pieces) -> None:
         wanted = TOKENS_PER_COLUMN[problem.group.kind]
         if problem.tokens < wanted * columns:
             out.warnings.append(f"{problem.tokens} calibration tokens for {columns} kept columns; LIAR wants at least "
-                                f"{wanted} tokens a column")
+                                f"{wanted} tokens per column")

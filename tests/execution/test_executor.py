@@ -322,7 +322,7 @@ def test_experts_see_every_token_routed_to_them_whatever_the_batch(architecture,
         observer = observe(executor, 0, module, weights_of(module), activations, Statistics)
     tokens = {name: s.tokens for name, s in observer.sinks.items()}
     for kind in ("gate_up_proj", "down_proj"):
-        assert sum(count for name, count in tokens.items() if kind in name) == 13 * 24 * 2, "two experts a token"
+        assert sum(count for name, count in tokens.items() if kind in name) == 13 * 24 * 2, "two experts per token"
 
 
 def limited(most: int, where: str):

@@ -93,12 +93,12 @@ def list_moe(**options) -> nn.Module:
 
 
 def rare(rows: int = 12, length: int = 4) -> torch.Tensor:
-    """So few tokens a batch that experts come and go."""
+    """So few tokens per batch that experts come and go."""
     return tiny.ids(rows, length, seed=5)
 
 
 def linear_inputs(model: nn.Module, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Float64 inputs of every linear layer over one plain forward pass a sequence, by parameter name."""
+    """Float64 inputs of every linear layer over one plain forward pass per sequence, by parameter name."""
     found: dict[str, list] = {}
     handles = [m.register_forward_pre_hook(lambda m, a, n=n: found.setdefault(f"{n}.weight", []).append(
         a[0].detach().reshape(-1, a[0].shape[-1]).double()))
@@ -310,7 +310,7 @@ def test_neurons_of_transposed_experts_go_whole(tmp_path):
 
 
 class PlainStack(nn.Module):
-    """Two matrices an expert without gates, stored ``[experts, in, out]``: no shape tells the way round."""
+    """Two matrices per expert without gates, stored ``[experts, in, out]``: no shape tells the way round."""
 
     def __init__(self):
         super().__init__()

@@ -126,7 +126,7 @@ SELECTIONS = [
     (3, 5, 5, torch.float32, 0.0, "row", False, True, True),
     (3, 5, 5, torch.float32, 1.0, "row", True, True, True),
     (1, 1, 1, torch.float16, 1.0, "row", False, False, False),
-    (2, 5000, 5003, torch.float32, 0.6, "row", True, True, False),  # 512 threads a row
+    (2, 5000, 5003, torch.float32, 0.6, "row", True, True, False),  # 512 threads per row
     (2, 9000, 9000, torch.bfloat16, 0.5, "row", False, True, False),  # 1,024, and ties
     (2, 16640, 16640, torch.bfloat16, 0.5, "row", True, True, False),  # wider than registers hold
     (50, 128, 150, torch.float32, 0.5, "matrix", True, True, False),
