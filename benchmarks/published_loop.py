@@ -1,4 +1,4 @@
-"""The published loops in plain PyTorch, as baselines: SparseGPT, Wanda, and paper R's BR, GP and CR.
+"""The published loops in plain PyTorch, as baselines: SparseGPT, Wanda, and BR, GP and CR.
 
 Written from the descriptions of the methods (arXiv 2301.00774, 2306.11695, 2406.15524) to do the work the published
 scripts do, in their order and at their granularity, on LLaMA-shaped models: one sample at a time through every block,

@@ -43,7 +43,8 @@ PRESETS = {
 ``cpu``: what two cores do in an hour; its 48 steps per block are too few at 2e-4. On four blocks, held-out error under
 SparseGPT and magnitude masks: .0232 .0581 at 2e-4, .0226 .0447 at 6e-4, .0253 .0425 at 1.5e-3, .0516 .0660 at 4e-3.
 
-``peers``: the very tokens on which paper R's own code took 2,005 CPU s for SparseGPT with BR+GP and reached 34.49."""
+``peers``: the very tokens on which the code of arXiv 2406.15524 took 2,005 CPU s for SparseGPT with BR+GP and reached
+34.49."""
 STEPS = {
     "mask": dict(reconstruct="none"),
     "LR": dict(reconstruct="layer"),

@@ -26,11 +26,11 @@ from pyprune.config import ConfigError
 
 T = TypeVar("T")
 COLLECTIVE_MINUTES = 60
-"""A collective may wait this long: one process may be solving or evaluating while the others wait."""
+"""How long a collective may wait: one process may be solving or evaluating while the others wait."""
 BEAT, SILENCE = 2.0, 30.0
-"""Seconds between signs of life, and without one until a process counts as dead."""
+"""Seconds between two signs of life, and seconds without one after which a process counts as dead."""
 GONE, FAILED = -1, -2
-"""Last signs of a process: it is done, or it failed."""
+"""The last sign of a process says that it is done, or that it failed."""
 AGAIN = "run the same command with --resume, with any number of processes"
 LOST = 75
 """Exit code of a process that stops because another one did (EX_TEMPFAIL: trying again makes sense)."""
@@ -139,7 +139,7 @@ class World:
         return out
 
     def mean_perplexity(self, rows: list[dict] | None, whole: list[int]) -> list[dict]:
-        """Perplexities of all windows from those of every process's share; ``whole``: windows of each text."""
+        """Perplexities of all windows, from those of every process's share. whole: the windows of each text."""
         result = []
         for k, parts in enumerate(zip(*self.everyone(rows))):
             total = sum(part["windows"] for part in parts)
@@ -159,7 +159,7 @@ class World:
                             f"({' '.join(str(error).split())[:120]}); finished blocks are safe, {AGAIN}") from error
 
     def close(self, failed: bool = False) -> None:
-        """Leave; after a failure without waiting for anyone."""
+        """Leave the world; after a failure, without waiting for the other processes."""
 
 
 class Torchrun(World):
@@ -211,7 +211,7 @@ class Pulse:
         self._seen: dict[int, tuple[int, float]] = {}
 
     def stop(self, word: int) -> None:
-        """Last word of a process: that it is done, or that it failed."""
+        """Write the last sign: this process is done, or it failed."""
         self._ended.set()
         with contextlib.suppress(RuntimeError, dist.DistError):
             self.store.set(self._key(self.rank), str(word))

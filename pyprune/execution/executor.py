@@ -69,14 +69,16 @@ class Activations:
             self.ids[length] = torch.stack([sequences[row].long() for row in rows])
         self.hidden, self.dtype = hidden, dtype
         self.span = {length: (len(rows), 0) for length, rows in self.rows.items()}
-        """Per length, sequences of all processes together and the place of the first one here among them."""
+        """Per length, the number of sequences of all processes together, and the place of this process's first one
+        among them."""
         self.data = {length: self.store.empty((len(rows), length, hidden), dtype) for length, rows in self.rows.items()}
         self.beside: dict[int, dict[int, Tensor]] = {}
         """Arguments that depend on the tokens: number → length → ``[sequences, …]``."""
         self.left: dict[tuple, dict[int, Tensor]] = {}
-        """What the blocks so far left for later ones, by key and place: → length → ``[sequences, …]``."""
+        """What the blocks so far left for later ones: key and place → length → ``[sequences, …]``."""
         self._leavers: dict[tuple, dict[int, Tensor]] = {}
-        """Sequences whose blocks have left it: in a pass from a stream to itself the others have not, yet."""
+        """Key and place → length → which sequences have it already: in a pass from a stream to itself the later batches
+        do not have it yet, bool ``[sequences]``."""
 
     def batches(self, size: int | None = None) -> list[Batch]:
         """Consecutive batches of ``size`` sequences (None: about ``batch_tokens`` tokens)."""
@@ -132,7 +134,7 @@ class Activations:
 
 
 class Resident:
-    """All weights in memory: nothing comes, nothing goes."""
+    """All weights stay in memory: nothing is read and nothing is released."""
 
     streamed = False
 
@@ -140,7 +142,7 @@ class Resident:
         """Make the parameters of a block real."""
 
     def release(self, index: int, saved: Path | None = None) -> None:
-        """Let go of a block; ``saved`` holds it as it is now, otherwise it was not changed."""
+        """Free a block's parameters. ``saved``: the file that holds it as it is now; without one it was not changed."""
 
 
 class Executor:
@@ -149,8 +151,9 @@ class Executor:
     def __init__(self, view: ModelView, *, device: torch.device | str = "cpu", compute_dtype: torch.dtype | None = None,
                  batch_size: int | None = None, weights: Resident | None = None, store: Store | None = None,
                  world: World | None = None, warn: Callable[[str], None] = lambda message: None):
-        """weights: how the blocks come and go (None: they are in memory). store: where activations live. world: the
-        processes that share the calibration sequences. warn: hears when a batch did not fit the device and was halved.
+        """weights: how the blocks are read and released (None: they are in memory). store: where activations are kept.
+        world: the processes that share the calibration sequences. warn: is called with a sentence when a batch did not
+        fit on the device and was halved.
         """
         self.view, self.device, self.batch_size = view, indexed(device), batch_size
         own = next(p.dtype for p in view.blocks[0].parameters() if p.is_floating_point())
@@ -162,13 +165,13 @@ class Executor:
         self.mode: Callable = contextlib.nullcontext
         if self.device.type == "cpu":
             self.mode = lambda: forward_mode(self.dtype)
-        """What forward passes run under."""
+        """Makes the context that forward passes run in."""
         self._arguments: dict[tuple[int, int], list[Arguments]] = {}
 
     def embed(self, sequences: Sequence[Tensor], shared: bool = False) -> Activations | None:
-        """Inputs of the first block for token sequences (1-D id tensors of any lengths); None for none.
+        """Inputs of the first block for token sequences (1-D id tensors of any lengths); None if there are none.
 
-        shared: with several processes each takes its part. Raises ConfigError if there is none for one of them.
+        shared: with several processes each takes its part. Raises ConfigError if a process would have no sequence.
         """
         if not sequences:
             return None
@@ -277,7 +280,8 @@ class Executor:
             through: Callable[[Callable[[], Tensor]], Tensor | None] | None = None) -> None:
         """Pass ``source`` through a block; outputs go to ``target`` (may be ``source``) and to ``each``.
 
-        through: makes each pass, given it as a function; it may end it early and return None.
+        through: is called with each forward pass as a function, runs it and returns its output; it may end the pass
+        early and return None.
         """
         for batch, hidden in self.stream(source):
             parts = [(batch, hidden)]
@@ -323,7 +327,7 @@ class Executor:
         return [(first, hidden[:middle]), (second, hidden[middle:])]
 
     def release(self, index: int, saved: Path | None = None) -> None:
-        """Let go of a block's weights where they are streamed; ``saved`` is the shard that holds what it became."""
+        """Free a block's weights where they are streamed; ``saved`` is the shard that holds what it became."""
         self.weights.release(index, saved)
 
 

@@ -319,7 +319,7 @@ class Journal:
         self.release()
 
     def close(self) -> None:
-        """Let go of the folder; one that holds no step yet disappears, unless it was there before."""
+        """Unlock the folder. One that holds no step yet is removed, unless it was there before."""
         if self.folder is None:
             return
         for future in self._pending.values():

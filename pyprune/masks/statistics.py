@@ -29,8 +29,9 @@ from pyprune.model.recording import Stop
 from pyprune.model.routing import expert_lists
 
 AGAIN = "#"
-"""Ends the name of a weight where its later products in an application of the block are meant, apart from the first:
-DeBERTa's query and key also read the relative positions, which its value, with the same first input, does not."""
+"""Suffix of the name of a weight where its later products in an application of the block are meant, apart from the
+first: DeBERTa's query and key also read the relative positions, which its value, with the same first input, does not.
+"""
 ERROR_TOKENS = 512
 """Inputs a weight's error is measured on; more changes its third digit and costs as much as the solve."""
 
@@ -45,7 +46,7 @@ class Statistics:
     want_moments: bool = False
     precision: str = "float32"
     clock: Callable = contextlib.nullcontext
-    """Charges the updates to a phase of their own."""
+    """Counts the time of the updates as a phase of their own."""
     gram: Tensor | None = None
     """float32 ``[c, c]``, ``XᵀX``."""
     sums: Tensor | None = None
@@ -128,7 +129,7 @@ class Inputs:
         self.chunks.append(x.clone() if x.is_cuda else x)  # on a GPU it may lie in a buffer of the ring
 
     def plus(self, other: Inputs) -> Inputs:
-        """Both inputs together."""
+        """The inputs of both together."""
         both = Inputs()
         both.chunks = self.chunks + other.chunks
         return both

@@ -2,7 +2,9 @@
 
 Back-ends: ``cuda`` (``pyprune._C``, CUDA C++), ``triton`` (``pyprune.triton_kernels``), ``cpu`` (``pyprune._C``,
 OpenMP) and ``reference`` (plain PyTorch). ``auto`` takes the one that :mod:`pyprune.ops.qualification` found right and
-fastest on this machine among those of ``AUTO``; a back-end the user names is used or refused, never replaced.
+fastest on this machine among those of ``AUTO``; a back-end the user names is used or refused, never replaced. Three
+CPU ops leave to PyTorch the sizes and types that they have no kernel for: see ``cholesky_cpu``, ``cholesky_solve_cpu``
+and ``linear_cpu`` in :mod:`pyprune.ops.native`.
 
 All functions take float32, bfloat16 or float16 matrices and accumulate in float32. ``mask`` is True where a weight
 is kept, or a token counted.
@@ -28,7 +30,8 @@ OPS = ("gram_update", "cross_gram_update", "column_moments", "select_mask", "nm_
        "obs_sweep", "trailing_update", "cholesky", "cholesky_solve", "liar_update", "linear")
 
 FORWARDS = ("forward_float32", "forward_bfloat16")
-"""Forward passes of blocks on a CPU, by type: ``pyprune`` (autograd.py's products and attention) or ``torch``."""
+"""Forward passes of blocks on a CPU, by type: ``pyprune`` (the products and attention of
+:mod:`pyprune.execution.cpu_forward`) or ``torch``."""
 
 # Candidates by device type, the default first. A kernel enters the CUDA list only after its tests have passed on a GPU
 # (benchmarks/GPU_QUEUE.md); until then it runs when named.

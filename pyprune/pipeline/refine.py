@@ -32,15 +32,19 @@ def refine(model: nn.Module, dense: nn.Module, calibration=None, *, tokenizer=No
            compute_dtype: torch.dtype | None = None, device: str = "auto", seed: int = 0,
            progress: Callable[[int, int], None] | None = None,
            warn: Callable[[str], None] = warnings.warn) -> list[dict]:
-    """Train ``model``, block by block and in place, to give the outputs of ``dense`` (paper R, arXiv 2406.15524).
+    """Train ``model``, block by block and in place, to give the outputs of ``dense`` (arXiv 2406.15524).
 
-    calibration: a :class:`pyprune.Calibration`, or its source (path, texts, token ids); ``tokenizer`` for text.
+    calibration: a :class:`pyprune.Calibration`, or its source: a path, texts, or int64 token ids ``[samples, tokens]``.
+    tokenizer: needed for text. cross_block: train windows of two blocks instead of one.
+    global_propagation: the targets are the dense model's own activations instead of its outputs on pruned inputs.
     settings: steps, learning rate, batch, selection by held-out error, as in :class:`pyprune.Reconstruction`.
-    progress: called with (blocks done, blocks in all). warn: told where the calibration data are thin, and when
-    memory ran out and fewer sequences at a time go on.
+    compute_dtype: number type of the forward passes; None is the weights' own. device: as in ``PruneConfig``.
+    progress: is called with (blocks done, blocks in all). warn: is called with a sentence where the calibration data
+    are thin, and when memory ran out and the run goes on with fewer sequences at a time.
     Under ``torchrun`` every process calls it with the same models; they share the calibration sequences.
-    Returns one row per window: its blocks, relative error before and after on calibration and on held-out sequences.
-    Raises ConfigError if the two models have not the same blocks, hidden size and vocabulary.
+    Returns one row per window: ``blocks``, ``steps``, ``seconds``, ``diverged`` and the relative errors of the window's
+    output, ``before_calibration``, ``after_calibration``, ``before_held_out`` and ``after_held_out``.
+    Raises ConfigError if the two models do not have the same blocks, hidden size and vocabulary.
     """
     settings = settings or Reconstruction()
     views = ModelView(model), ModelView(dense)

@@ -1,4 +1,4 @@
-"""Training of a window of pruned blocks on reconstruction error, masks fixed (paper R, arXiv 2406.15524).
+"""Training of a window of pruned blocks on reconstruction error, masks fixed (arXiv 2406.15524).
 
     minimise over θ   mean (T − f_{i+k}( … f_i(x; θ)))²
 

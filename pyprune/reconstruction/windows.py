@@ -1,6 +1,6 @@
 """BR, GP and CR over the blocks of a run: which streams are kept, what each window is trained on, what it gained.
 
-Paper R (arXiv 2406.15524). ``x`` is the input of a block in the pruned stream, ``x̄`` in the dense one:
+From arXiv 2406.15524. ``x`` is the input of a block in the pruned stream, ``x̄`` in the dense one:
 
     BR     f_i(x) → f̄_i(x)                     after the layer-wise step, block by block
     GP     f_i(x) → f̄_i(x̄)                     the target is the dense model's own output

@@ -22,8 +22,12 @@ def read(directory: str | Path) -> dict:
 
 
 def compare(directories: list[str | Path]) -> list[dict]:
-    """One row a folder: settings, perplexity dense and pruned per text, block error, seconds, memory, parameters; of a
-    refined model what it became, its seconds added."""
+    """Runs side by side, read from the folders that pyprune wrote.
+
+    Returns one row per folder: settings, perplexity of the dense and the pruned model per text, error of the blocks,
+    seconds, memory in bytes and parameters; of a refined model what it became, with the seconds of both runs. Raises
+    ConfigError for a folder without a report.
+    """
     if not directories:
         raise ConfigError("compare needs at least one folder")
     rows = []

@@ -1,9 +1,9 @@
 """Faults of the published reconstruction code, each with a test that would catch it here.
 
-Found in paper R's scripts: without CR only the first LLaMA block is pruned; the N:M path fails; self-generated data
-must exist even when none is asked for; buffers and attention masks are sized for one batch shape and one number of
-samples, so others overrun or fail; masks are chosen again on a block's second visit; a sequence that does not fill a
-batch is dropped or breaks the run.
+Found in the scripts of arXiv 2406.15524: without CR only the first LLaMA block is pruned; the N:M path fails;
+self-generated data must exist even when none is asked for; buffers and attention masks are sized for one batch shape
+and one number of samples, so others overrun or fail; masks are chosen again on a block's second visit; a sequence that
+does not fill a batch is dropped or breaks the run.
 """
 
 from __future__ import annotations
