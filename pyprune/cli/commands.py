@@ -140,7 +140,7 @@ def evaluate(
         written = gain.record(rows, model)
         if as_json:
             return _print_json(rows)
-        gain.print_comparison(rows)
+        gain.print_side_by_side(rows)
         return print("added to " + ", ".join(map(str, written))) if written else None
     for name, value in (("--against", against), ("--plot", plot)):
         if value is not None:

@@ -1,9 +1,9 @@
 """Self-generated calibration: token sequences sampled from the dense model itself.
 
-Paper R (arXiv 2406.15524), after LLM-QAT (arXiv 2305.17888): draw one random vocabulary token, extend it greedily to
+As in arXiv 2406.15524, after LLM-QAT (arXiv 2305.17888): draw one random vocabulary token, extend it greedily to
 five tokens, keep it if the text is in the wanted language, then sample at temperature 1 to the full length.
 
-Candidate i draws from its own random stream, seeded by (seed, i), so sequence i does not depend on how many are asked
+Candidate i draws from its own generator, seeded by (seed, i), so sequence i does not depend on how many are asked
 for or how they are batched (up to the last bits of a batched product). A file of sequences is therefore extended, not
 rewritten, when more are asked for, and an interrupted run goes on where it stopped.
 """

@@ -120,7 +120,7 @@ def record(rows: list[dict], directory: str | Path) -> list[Path]:
     return [path, folder / "README.md", *([picture] if picture.is_file() else [])]
 
 
-def print_comparison(rows: list[dict], stream: TextIO | None = None) -> None:
+def print_side_by_side(rows: list[dict], out: TextIO | None = None) -> None:
     """One line per measure, one column per model, with the ratio to the first."""
     from rich.console import Console
     from rich.table import Table
@@ -129,7 +129,7 @@ def print_comparison(rows: list[dict], stream: TextIO | None = None) -> None:
     for key, (label, _, _) in LABELS.items():
         if any(row.get(key) for row in rows):
             table.add_row(label, *(cell(row, key, rows[0]) for row in rows))
-    Console(file=stream or sys.stdout, highlight=False).print(table)
+    Console(file=out or sys.stdout, highlight=False).print(table)
 
 
 def plot(rows: list[dict], path: str | Path) -> None:

@@ -29,7 +29,7 @@ COLLECTIVE_MINUTES = 60
 """How long a collective may wait: one process may be solving or evaluating while the others wait."""
 BEAT, SILENCE = 2.0, 30.0
 """Seconds between two signs of life, and seconds without one after which a process counts as dead."""
-GONE, FAILED = -1, -2
+GONE, FAILED = "gone", "failed"
 """The last sign of a process says that it is done, or that it failed."""
 AGAIN = "run the same command with --resume, with any number of processes"
 LOST = 75
@@ -208,13 +208,13 @@ class Pulse:
         self.running = False
         """A run is under way: others are needed."""
         self._ended = threading.Event()
-        self._seen: dict[int, tuple[int, float]] = {}
+        self._seen: dict[int, tuple[str, float]] = {}
 
-    def stop(self, word: int) -> None:
+    def stop(self, word: str) -> None:
         """Write the last sign: this process is done, or it failed."""
         self._ended.set()
         with contextlib.suppress(RuntimeError, dist.DistError):
-            self.store.set(self._key(self.rank), str(word))
+            self.store.set(self._key(self.rank), word)
 
     def _key(self, rank: int) -> str:
         return f"pyprune/alive/{rank}"
@@ -225,25 +225,25 @@ class Pulse:
             count += 1
             try:
                 self.store.set(self._key(self.rank), str(count))
-                silent = self.silent(time.monotonic())
+                other = self.silent(time.monotonic())
+                name = None if other is None else f"process {other}"
             except (RuntimeError, dist.DistError):
-                silent = -1  # whoever keeps the store is gone
-            if silent is not None and self.running and not self._ended.is_set():
-                name = "the process that keeps the store" if silent < 0 else f"process {silent}"
+                name = "the process that keeps the store"
+            if name is not None and self.running and not self._ended.is_set():
                 print(f"pyprune: process {self.rank} of {self.size} stops: no sign of life from {name}; finished "
                       f"blocks are safe, {AGAIN}", file=sys.stderr, flush=True)
                 self.leave(LOST)
                 return
 
     def silent(self, now: float) -> int | None:
-        """A process that has said nothing for too long, or that it failed a while ago."""
+        """The rank of a process that gave no sign for too long, or failed a while ago; None if there is none."""
         for other in range(self.size):
             key = self._key(other)
-            value = int(self.store.get(key)) if self.store.check([key]) else 0
-            if other not in self._seen or self._seen[other][0] != value:
-                self._seen[other] = (value, now)
-            patience = self.silence / 3 if value == FAILED else self.silence
-            if value != GONE and now - self._seen[other][1] > patience:
+            sign = self.store.get(key).decode() if self.store.check([key]) else ""
+            if other not in self._seen or self._seen[other][0] != sign:
+                self._seen[other] = (sign, now)
+            patience = self.silence / 3 if sign == FAILED else self.silence
+            if sign != GONE and now - self._seen[other][1] > patience:
                 return other
         return None
 

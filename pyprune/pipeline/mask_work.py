@@ -17,7 +17,7 @@ from pyprune.pipeline.progress import Progress
 from pyprune.reconstruction.windows import WindowTrainer, wanted
 
 MASK = ".pyprune_mask"
-"""Ends the name of a keep mask in the draft of a block."""
+"""Suffix of the name of a keep mask in the draft of a block."""
 
 
 class MaskWork:
@@ -125,7 +125,7 @@ class MaskWork:
 
     def tensors(self, index: int) -> list[Written]:
         """Under cross-block reconstruction the block before is final now; the block at hand, which the next window
-        trains again, goes with its masks as a draft."""
+        trains again, is written as a draft, with its masks."""
         view, final = self.run.view, self.settled(index)
         written = [Written(i, tensors_of(view, i)) for i in final]
         if index not in final:

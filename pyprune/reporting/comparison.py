@@ -56,11 +56,11 @@ def compare(directories: list[str | Path]) -> list[dict]:
     return rows
 
 
-def print_comparison(rows: list[dict], stream: TextIO | None = None) -> None:
+def print_comparison(rows: list[dict], out: TextIO | None = None) -> None:
     """:func:`compare`'s rows as a table, and what makes them not comparable, if anything does."""
     from rich.table import Table
 
-    console = open_console(stream)
+    console = open_console(out)
     table = Table()
     for heading in ("folder", "pruned by", "pattern", "sparsity", "perplexity", "dense", "block error", "held out",
                     "seconds"):

@@ -1,4 +1,5 @@
-"""What derivatives and pokes tell of a running block: which rows an input column depends on, where an output lands."""
+"""What derivatives and small changes tell of a running block: which rows an input column depends on, and where an
+output is added."""
 
 from __future__ import annotations
 

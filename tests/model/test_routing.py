@@ -97,18 +97,23 @@ def rare(rows: int = 12, length: int = 4) -> torch.Tensor:
     return tiny.ids(rows, length, seed=5)
 
 
-def linear_inputs(model: nn.Module, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Float64 inputs of every linear layer over one plain forward pass per sequence, by parameter name."""
-    found: dict[str, list] = {}
-    handles = [m.register_forward_pre_hook(lambda m, a, n=n: found.setdefault(f"{n}.weight", []).append(
-        a[0].detach().reshape(-1, a[0].shape[-1]).double()))
-        for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+def collected(model: nn.Module, ids: torch.Tensor, handles: list, found: dict[str, list]) -> dict[str, torch.Tensor]:
+    """What hooks put into ``found`` while each sequence passes the model by itself; the hooks are removed."""
     with torch.no_grad():
         for row in ids:
             model(row[None])
     for handle in handles:
         handle.remove()
     return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+def linear_inputs(model: nn.Module, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Float64 inputs of every linear layer over one plain forward pass per sequence, by parameter name."""
+    found: dict[str, list] = {}
+    handles = [m.register_forward_pre_hook(lambda m, a, n=n: found.setdefault(f"{n}.weight", []).append(
+        a[0].detach().reshape(-1, a[0].shape[-1]).double()))
+        for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    return collected(model, ids, handles, found)
 
 
 def expert_inputs(model: nn.Module, ids: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -135,12 +140,7 @@ def expert_inputs(model: nn.Module, ids: torch.Tensor) -> dict[str, torch.Tensor
 
     handles = [m.register_forward_pre_hook(lambda m, a, n=n: note(n, m, a))
                for n, m in model.named_modules() if type(m).__name__ in ("Llama4TextExperts", "GptOssExperts")]
-    with torch.no_grad():
-        for row in ids:
-            model(row[None])
-    for handle in handles:
-        handle.remove()
-    return {name: torch.cat(parts) for name, parts in found.items()}
+    return collected(model, ids, handles, found)
 
 
 def wanda_mask(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
