@@ -1,4 +1,4 @@
-"""Candidates that do what a kernel on an unknown machine may do; tests/ops/test_qualification.py sees them found out."""
+"""Candidates that do what a kernel on an unknown machine may do; tests/ops/test_qualification.py sees them rejected."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The CUDA kernels compiled for the CPU (tests/cusim.h): executables that run case folders, and a Python module.
 
-Shared by tests/ops/test_cuda_sim.py (the kernels, in every thread order and under AddressSanitizer) and tests/ops/test_cuda_adapters.py
-(bindings and pyprune/ops/native.py on CPU tensors).
+Shared by tests/ops/test_cuda_sim.py (the kernels, in every thread order and under AddressSanitizer) and
+tests/ops/test_cuda_adapters.py (bindings and pyprune/ops/native.py on CPU tensors).
 """
 
 from __future__ import annotations
@@ -20,8 +20,6 @@ KERNELS = ("obs_sweep", "select_mask", "nm_mask", "compress_24", "cholesky", "ch
 FLAGS = ["-std=c++17", "-O1", "-Wall", "-fPIC", "-DPYPRUNE_SIM"]
 SANITIZE = ["-fsanitize=address", "-g1"]
 
-
-# ---- building ------------------------------------------------------------------------------------------------------
 
 def run(command: list) -> None:
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
@@ -69,8 +67,6 @@ def load_module(folder: Path, parts: dict[str, Path]):
     return module
 
 
-# ---- running -------------------------------------------------------------------------------------------------------
-
 def memory(x: torch.Tensor) -> torch.Tensor:
     """A view's memory from its first element to its last."""
     span = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride()))
@@ -103,8 +99,6 @@ def read(path: Path, like: torch.Tensor) -> torch.Tensor:
     flat = torch.frombuffer(bytearray(path.read_bytes()), dtype=like.dtype)
     return flat.as_strided(like.shape, like.stride())
 
-
-# ---- problems ------------------------------------------------------------------------------------------------------
 
 def strided(rows: int, columns: int, stride: int, seed: int, dtype=torch.float32) -> torch.Tensor:
     """A random matrix inside a wider one; the columns between are 7, to be found untouched."""

@@ -1,4 +1,7 @@
-"""What each process of ``tests/execution/test_distributed.py`` runs: several cases in one start, results of process 0 in a folder."""
+"""What each process of ``tests/execution/test_distributed.py`` runs: several cases in one start.
+
+Process 0 writes the results into a folder.
+"""
 
 from __future__ import annotations
 

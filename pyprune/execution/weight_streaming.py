@@ -63,7 +63,7 @@ class Streamed(Resident):
 
     @contextlib.contextmanager
     def hold(self, index: int) -> Iterator[None]:
-        """A block's weights for the duration, whatever they were before."""
+        """Keep a block's weights real inside the ``with`` block, whatever they were before."""
         present = index in self._present
         self.acquire(index)
         try:
@@ -89,7 +89,7 @@ class Streamed(Resident):
                 module._parameters[name] = nn.Parameter(parameter.data.to("meta"), requires_grad=False)
 
     def save(self, folder: Path) -> None:
-        """Write config and weights of the finished model: one shard a block, linked where the journal wrote it."""
+        """Write config and weights of the finished model: one shard per block, linked where the journal wrote it."""
         model, view = self.view.model, self.view
         checkpoint.save_settings(model, folder)
         count = len(view.blocks) + 1

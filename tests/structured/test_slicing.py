@@ -128,14 +128,16 @@ def test_fewer_heads_without_head_dim_have_no_stock_config(architecture):
 def test_head_count_that_the_config_refuses():
     """LLaMA's config wants the hidden size divisible by the heads, whatever head_dim says."""
     with pytest.raises(ConfigError, match="not a multiple"):
-        config_edits.empty_like(tiny.model("llama"), {"num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": 8})
+        heads = {"num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": 8}
+        config_edits.empty_like(tiny.model("llama"), heads)
 
 
 def test_bias_flags_are_found_where_the_architecture_has_them():
     def flags(architecture):
         model = tiny.model(architecture)
         groups = find_groups(ModelView(model), "structured")[0]
-        return config_edits.bias_flags(model, {g.kind: config_edits.consumer_path("model.layers", 0, g.consumer) for g in groups})
+        paths = {g.kind: config_edits.consumer_path("model.layers", 0, g.consumer) for g in groups}
+        return config_edits.bias_flags(model, paths)
 
     assert flags("llama") == {"heads": "attention_bias", "neurons": "mlp_bias"}
     assert flags("qwen3") == {"heads": "attention_bias"}
