@@ -110,7 +110,10 @@ def load_with_origin(name: str | Path, dtype: str | torch.dtype = "auto") -> tup
         cls, sizes = model_class(config, bool(source.gguf_file), origin), structured_sizes(source)
         model, info = (sized_class(cls, sizes) if sizes else cls).from_pretrained(
             source.path, dtype=wanted, output_loading_info=True, **options)
-        model.__class__ = type(model).__mro__[1] if sizes else type(model)
+        if sizes:
+            # the subclass has done its work, shapes that the stock class would not build; under its own class the model
+            # can be pickled, copied and saved like any other
+            model.__class__ = type(model).__mro__[1]
         tokenizer = load_tokenizer(source, options)
     _refuse_gaps(str(name), info)
     if source.gguf_file:
