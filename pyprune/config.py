@@ -61,8 +61,8 @@ def check_effects(settings, rules: dict[str, effects.Rule], section: str = "", n
 
 
 def check_named(config: PruneConfig, values: dict) -> None:
-    """Raise :class:`Unused` for a field of a nested mapping that would do nothing, be its value the default or not: on a
-    command line whoever writes an option expects something of it."""
+    """Raise :class:`Unused` for a field of a nested mapping that would do nothing, be its value the default or not: on
+    a command line whoever writes an option expects something of it."""
     paths = {f"{key}.{name}" for key, value in values.items() if key in _SECTIONS for name in value}
     check_effects(config, effects.RUN, "", {*values, *paths})
     for section, rules in (("calibration", effects.CALIBRATION), ("evaluation", effects.EVALUATION)):
