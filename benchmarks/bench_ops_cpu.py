@@ -59,7 +59,7 @@ def gram(dtype: torch.dtype) -> Case:
 
 
 def published_sweep(w: Tensor, r: Tensor, nm: tuple[int, int] | None) -> Tensor:
-    """SparseGPT's column loop in PyTorch, 50 % per block of 128 columns or N:M; about a dozen launches a column."""
+    """SparseGPT's column loop in PyTorch, 50 % per block of 128 columns or N:M; about a dozen launches per column."""
     w = w.clone()
     for start in range(0, w.shape[1], 128):
         block, rb = w[:, start:start + 128].clone(), r[start:start + 128, start:start + 128]

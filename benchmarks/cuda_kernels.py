@@ -49,8 +49,6 @@ def copy_bandwidth() -> float:
     return 2 * a.numel() / (microseconds(lambda: b.copy_(a))[1] * 1e-6)
 
 
-# ---- cases: op, label, (call, baseline, reset, bytes, FLOPs) ---------------------------------------------------------
-
 def sweeps():
     for rows in (4096, 12288, 22016):
         start = torch.randn(rows, 128, device="cuda")

@@ -38,10 +38,11 @@ from pyprune.execution.executor import Executor
 from pyprune.execution.run import Findings, Run
 from pyprune.model.blocks import ModelView, weights_of
 from pyprune.structured.allocation import choose, uniform_count
-from pyprune.structured.block import has_slot, observe
+from pyprune.structured.block import has_slot
 from pyprune.structured.config_edits import add_biases
 from pyprune.structured.criteria import NEEDS_GRADIENTS, NEEDS_MOMENTS, Scored, score
 from pyprune.structured.liar import Problem, repair
+from pyprune.structured.observation import observe_moments
 from pyprune.structured.preparation import prepare, twin
 from pyprune.structured.slicing import Pick, slice_block
 from pyprune.structured.taps import gradient_sequences, mask_gradients
@@ -134,8 +135,6 @@ def key(cell: dict) -> str:
     return "{task}-{pattern}-{sparsity:.2f}-{criterion}-{method}-{inputs}-{sentences}-s{seed}".format(**cell)
 
 
-# ---- data ----------------------------------------------------------------------------------------------------------
-
 def sentences(task: str, count: int, seed: int) -> list[str]:
     """Unlabelled training sentences of the task."""
     name, fields = {"sts": ("stsb", ("sentence1", "sentence2")), "sst2": ("sst2", ("sentence",))}[task]
@@ -153,8 +152,6 @@ def wikitext(tokenizer, split: str, count: int, length: int, seed: int | None = 
         random.Random(seed).shuffle(pieces)
     return pieces[:count]
 
-
-# ---- one model and the statistics of one calibration draw -----------------------------------------------------------
 
 @functools.lru_cache
 def loaded(name: str):
@@ -205,7 +202,7 @@ class Bench:
             found = self._splits[weighting] = []
             for index, groups in enumerate(self.structured.prepared.groups):
                 with self.run.executor.compute(index) as module:
-                    found.append(observe(run, self.found.clock, index, module, groups, stream, target=stream))
+                    found.append(observe_moments(run, self.found.clock, index, module, groups, stream, target=stream))
         return self._splits[weighting]
 
     def score(self, criterion: str) -> list:
@@ -269,8 +266,6 @@ class Bench:
         return result.model, {"seconds_by_phase": result.report["seconds"], "methods": [r["method"] for r in rows],
                               "dampings": [r["damping"] for r in rows], "errors": [r["error_held_out"] for r in rows],
                               "norm_ratios": [r["norm_ratio"] for r in rows]}
-
-    # ---- measures --------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def measure(self, model: torch.nn.Module, task: str) -> dict:

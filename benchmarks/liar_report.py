@@ -85,7 +85,7 @@ where they are gone it is better in most draws, not in all. The rule rests on on
 def write_report(cache: Path, out: str | None) -> None:
     """Tables, ``liar.md`` and one plot per task and pattern, from the cached cells and those reported before."""
     cells = [json.loads(p.read_text()) for p in sorted(cache.glob("*.json"))]
-    differences = merged(read_differences(out), compare(cells), COMPARED)
+    differences = merged(read_differences(out), paired_differences(cells), COMPARED)
     cells = merged(read_cells(out), cells, CELL)
     if not cells:
         raise SystemExit(f"no finished cells in {cache}")
@@ -161,7 +161,7 @@ def _mean(cells: list[dict]) -> float:
     return sum(c["value"] for c in cells) / len(cells)
 
 
-def compare(cells: list[dict]) -> list[dict]:
+def paired_differences(cells: list[dict]) -> list[dict]:
     """LIAR against each baseline on the same test rows: difference, bootstrap error and 95 % interval.
 
     Rows are resampled together for both models; seeds are averaged inside a resample. Positive is better.

@@ -1,4 +1,4 @@
-"""The published loops in plain PyTorch, as baselines: SparseGPT, Wanda, and paper R's BR, GP and CR.
+"""The published loops in plain PyTorch, as baselines: SparseGPT, Wanda, and BR, GP and CR.
 
 Written from the descriptions of the methods (arXiv 2301.00774, 2306.11695, 2406.15524) to do the work the published
 scripts do, in their order and at their granularity, on LLaMA-shaped models: one sample at a time through every block,
@@ -198,7 +198,7 @@ def prune_block(block: nn.Module, method: str, sparsity: float, nm, inputs: Tens
 @torch.no_grad()
 def prune(model, samples: Tensor, *, method: str = "sparsegpt", sparsity: float = 0.5,
           nm: tuple[int, int] | None = None, blocks: int | None = None) -> Timer:
-    """The published layer-wise loop over a LLaMA-shaped model, in place: two passes a block, one sample at a time."""
+    """The published layer-wise loop over a LLaMA-shaped model, in place: two passes per block, one sample at a time."""
     timer = Timer()
     with timer("forward"):
         inputs, arguments = first_inputs(model, samples)
@@ -211,8 +211,6 @@ def prune(model, samples: Tensor, *, method: str = "sparsegpt", sparsity: float 
         inputs, outs = outs, inputs
     return timer
 
-
-# ---- paper R's loop ------------------------------------------------------------------------------------------------
 
 class MaskedLinear(nn.Linear):
     """Multiplies its weight by its mask in every forward pass, so gradients pass through the mask."""

@@ -2,9 +2,9 @@
 
 Measured with the project's own code: forward passes, Gram products, solves (FLOP/s as :mod:`pyprune.planning.costs`
 counts them), the activation store, shards on disk with their checksum, and sums and broadcasts between processes (gloo;
-NCCL where there are two GPUs or more). ``--again`` adds a run to the last result; of several the best counts, as what else
-the machine does only slows. ``--table`` computes the table of docs/scaling.md from the result, ``--sheet`` from the
-data sheet of an H100 instead: peaks, a bound and no prediction.
+NCCL where there are two GPUs or more). ``--again`` adds a run to the last result; of several runs the best counts, as
+whatever else the machine does only slows it down. ``--table`` computes the table of docs/scaling.md from the result,
+``--sheet`` from the data sheet of an H100 instead: peaks, which are a bound and no prediction.
 
     python -m benchmarks.rates [--again]
     python -m benchmarks.rates --table [--sheet] [--samples 128] [--tokens 2048]
@@ -31,7 +31,7 @@ from pyprune.config import PruneConfig
 from pyprune.execution.activation_store import Store
 from pyprune.execution.device import cpu_has_bfloat16
 from pyprune.execution.distributed import World
-from pyprune.execution.executor import TARGET_TOKENS, Activations, Executor
+from pyprune.execution.executor import Activations, Executor, target_tokens
 from pyprune.execution.weight_streaming import skeleton
 from pyprune.masks.solvers import inverse_factor, obs_prune
 from pyprune.model.blocks import ModelView, weights_of
@@ -57,8 +57,6 @@ def best(work: Callable[[], object], cuda: bool, repeats: int = 5) -> float:
     return min(times[1:])
 
 
-# ---- measuring -----------------------------------------------------------------------------------------------------
-
 def compute_rates(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     """FLOP/s of a block's forward pass, of Gram products, and of factorisation and sweep."""
     cuda = device.type == "cuda"
@@ -68,14 +66,15 @@ def compute_rates(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     torch.manual_seed(0)
     view = ModelView(transformers.LlamaForCausalLM(config).to(dtype).eval())
     executor = Executor(view, device=device)
-    length = min(TARGET_TOKENS, 2048)
-    rows = TARGET_TOKENS // length
+    tokens = target_tokens(device)
+    length = min(tokens, 2048)
+    rows = tokens // length
     with executor.compute(0) as module:
         hidden = executor.embed(list(torch.randint(0, 512, (rows, length)))).data[length].to(device)
         forward = best(lambda: executor.forward(0, module, hidden), cuda)
     work = work_of(view, [weights_of(view.blocks[0])], PruneConfig())
 
-    x = torch.randn(TARGET_TOKENS, f, device=device).to(dtype)
+    x = torch.randn(tokens, f, device=device).to(dtype)
     gram = torch.zeros(f, f, device=device)
     precision = "bfloat16" if dtype == torch.bfloat16 else "float32"
     gathered = best(lambda: ops.gram_update(gram, x, precision=precision), cuda)
@@ -85,7 +84,7 @@ def compute_rates(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     def solve() -> None:
         obs_prune(weight.clone(), inverse_factor(gram, len(x), 0.01), sparsity=0.5)
 
-    return {"forward": rows * length * work.passing(length) / forward, "gram": TARGET_TOKENS * f**2 / gathered,
+    return {"forward": rows * length * work.passing(length) / forward, "gram": tokens * f**2 / gathered,
             "solve": (2 * f**3 + 2 * h * f**2) / best(solve, cuda)}
 
 
@@ -100,7 +99,7 @@ def store_rates(device: torch.device, dtype: torch.dtype, size: int = 2**28) -> 
     found = {}
     with tempfile.TemporaryDirectory(prefix=".pyprune-rates-") as folder:
         for kind, store in (("", Store(2 * size, pin=cuda)), ("_file", Store(0, folder, pin=cuda))):
-            activations = Activations(sequences, hidden, dtype, store)
+            activations = Activations(sequences, hidden, dtype, store, target_tokens(device))
             for data in activations.data.values():
                 data.zero_()
             total = activations.tokens * hidden * dtype.itemsize
@@ -164,8 +163,6 @@ def measure(folder: str | None) -> dict:
             **store_rates(device, dtype),
             "disk_write": disk["write"], "disk_read": disk["read"], **link_rates(device.type == "cuda")}
 
-
-# ---- the table -----------------------------------------------------------------------------------------------------
 
 def seconds_of(rates: dict, processes: int, samples: int, length: int) -> dict[str, float]:
     """Seconds of each part of one LLaMA-2-7B-shaped block under SparseGPT, bfloat16; ``sum`` is what a block takes.

@@ -38,9 +38,9 @@ PRESETS = {
     "paper": dict(**WIKITEXT, samples=256, seq_len=1024, epochs=10, batch_size=8, lr=2e-4, held_out=32, window=1024,
                   max_windows=None, compute_dtype="auto", self_generated=[0, 64, 256, 1024]),
 }
-"""``paper``: 256 × 1024 tokens, batch 8, 10 epochs, lr 2e-4: 320 steps a block, for a GPU.
+"""``paper``: 256 × 1024 tokens, batch 8, 10 epochs, lr 2e-4: 320 steps per block, for a GPU.
 
-``cpu``: what two cores do in an hour; its 48 steps a block are too few at 2e-4. On four blocks, held-out error under
+``cpu``: what two cores do in an hour; its 48 steps per block are too few at 2e-4. On four blocks, held-out error under
 SparseGPT and magnitude masks: .0232 .0581 at 2e-4, .0226 .0447 at 6e-4, .0253 .0425 at 1.5e-3, .0516 .0660 at 4e-3.
 
 ``peers``: the very tokens on which the authors' code took 2,005 CPU s for SparseGPT with BR+GP and reached 34.49."""

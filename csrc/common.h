@@ -21,8 +21,6 @@
 
 namespace pyprune {
 
-// ---- element types: the codes pyprune/ops/native.py passes -------------------------------------------------------------
-
 enum DType { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 
 struct bf16 {
@@ -61,8 +59,6 @@ PYPRUNE_HD float to_float(f16 x) {
 #endif
 }
 
-// ---- scores --------------------------------------------------------------------------------------------------------
-
 constexpr uint32_t INFINITE_KEY = 0x7f800000u;  // keys above it are NaN
 
 // |w|·scale as an integer of the same order (scale ≥ 0). −0.0 and 0.0 are one key; every NaN lies above infinity.
@@ -82,8 +78,6 @@ PYPRUNE_HD uint32_t keep_largest(const uint32_t (&key)[M], int m, int n) {
     }
     return kept;
 }
-
-// ---- 2:4 metadata: torch.sparse's CUTLASS layout -------------------------------------------------------------------
 
 // Code of a quadruple from its non-zero bits: index of the first value | index of the second << 2. With fewer than two
 // non-zeros a zero is named, with more the surplus is lost; the choices are those of torch's own converter.

@@ -61,8 +61,8 @@ def check_effects(settings, rules: dict[str, effects.Rule], section: str = "", n
 
 
 def check_named(config: PruneConfig, values: dict) -> None:
-    """Raise :class:`Unused` for a field of a nested mapping that would do nothing, be its value the default or not: on a
-    command line whoever writes an option expects something of it."""
+    """Raise :class:`Unused` for a field of a nested mapping that would do nothing, be its value the default or not: on
+    a command line whoever writes an option expects something of it."""
     paths = {f"{key}.{name}" for key, value in values.items() if key in _SECTIONS for name in value}
     check_effects(config, effects.RUN, "", {*values, *paths})
     for section, rules in (("calibration", effects.CALIBRATION), ("evaluation", effects.EVALUATION)):
@@ -111,31 +111,38 @@ class Calibration:
     """Token sequences that the statistics and the reconstruction are computed from."""
 
     source: typing.Any = None
-    """Hub data set id, local ``.txt``/``.jsonl``/``.json``/``.csv``/``.parquet``/``.npy`` path, list of texts, or int
-    tensor of token ids ``[samples, tokens]``; None: the Python documentation on this machine (no network)."""
+    """Where the text comes from: the id of a Hub data set, a local ``.txt``, ``.jsonl``, ``.json``, ``.csv``,
+    ``.parquet`` or ``.npy`` file, a list of texts, or an integer tensor of token ids ``[samples, tokens]``. Without
+    one, the Python documentation on this machine is used (no network)."""
     num_samples: int | None = None
-    """Sequences asked for; fewer available is an error, never a silent shortfall. None: 64, of token ids all rows."""
+    """How many sequences to use. It is an error if there are fewer, never a silent shortfall. The default is 64; of
+    token ids all rows are used."""
     seq_len: int | None = None
-    """Tokens a sequence (encoders: the most tokens a sentence keeps). None: 512, of token ids whole rows; rows are cut
-    to fewer, and more than they have is an error."""
+    """Tokens per sequence; for encoders, the most tokens that a sentence keeps. The default is 512; token ids keep
+    whole rows. Rows of token ids may be cut to fewer tokens, but asking for more than they have is an error."""
     seed: int | None = None
-    """Seed of the choice of sequences and of self-generation; None: the run's seed."""
+    """Seed of the choice of sequences and of self-generation. The default is the run's seed."""
     split: str = "train"
-    """Split of a data set."""
+    """Split of the data set."""
     subset: str | None = None
-    """Configuration name of a Hub data set."""
+    """Configuration name of a Hub data set, for example ``en`` of ``allenai/c4``."""
     text_column: str | None = None
-    """Column that holds the text (several: comma-separated); None finds it."""
+    """Column that holds the text, or several with commas between them. By default it is found from the data."""
     self_generated: int = 0
-    """Sequences sampled from the dense model itself and added to the corpus samples (paper R)."""
+    """Number of sequences that the dense model itself samples, which are used beside those of the corpus (arXiv
+    2406.15524)."""
     self_generated_path: str | None = None
-    """jsonl of ``pyprune generate`` to reuse or to write; None keeps them in memory."""
+    """A jsonl file of ``pyprune generate`` whose sequences are reused, and to which missing ones are added. Without
+    one, they stay in memory."""
     self_generated_for: Literal["reconstruction", "all"] = "reconstruction"
-    """``reconstruction``: only BR/CR see them; ``all``: masks and layer-wise statistics too."""
+    """Who uses the self-generated sequences: ``reconstruction`` (only block-wise and cross-block training) or ``all``
+    (masks and layer-wise statistics too)."""
     language: str | None = None
-    """Keep only generated text that a detector says is this language (ISO code); None keeps all."""
+    """Keep only generated text that a language detector says is in this language (an ISO code). By default all text is
+    kept."""
     held_out: int = 4
-    """Sequences set aside from the same source to measure generalisation; never used to fit anything."""
+    """Number of sequences set aside from the same source to measure generalisation. They are never used to fit
+    anything."""
 
     def __post_init__(self):
         if self.num_samples == 0 and not self.self_generated:
@@ -161,26 +168,30 @@ class Evaluation:
     """What the dense and the pruned model are measured on at the end of a run."""
 
     text: typing.Any = None
-    """One source or a list of sources, as ``Calibration.source``; None: the held-out part of the Python docs."""
+    """Text to measure perplexity on: one source or a list of sources, of the kinds that ``Calibration.source`` takes.
+    Without one, a part of the Python documentation is used that calibration does not see."""
     window: int | None = None
-    """Tokens a window; windows do not overlap. None: 1,024, or as many as the model has positions; of token ids whole
-    rows. Rows are cut to fewer, and more than they have is an error."""
+    """Tokens per window; windows do not overlap. The default is 1,024, or fewer if the model has fewer positions; token
+    ids keep whole rows. Rows of token ids may be cut to fewer tokens, but asking for more than they have is an
+    error."""
     max_windows: int | None = 24
-    """At most this many windows a text; None takes all."""
+    """The most windows that are measured per text. None in a configuration file takes all of them."""
     dtype: Dtype = "auto"
-    """Type of the forward passes; ``auto`` is the model's own on a GPU, bfloat16 on a CPU that has it."""
+    """Number type of the forward passes of the evaluation. ``auto`` is the model's own type on a GPU, and bfloat16 on a
+    CPU that multiplies it in hardware."""
     batch_size: int = 1
-    """Windows a forward pass."""
+    """Windows per forward pass."""
     bos: bool = True
-    """Start every window with the tokenizer's BOS if it starts texts with one; False is the papers' convention."""
+    """Start every window with the tokenizer's BOS token if the tokenizer starts texts with one. The papers do not do
+    this; switch it off to compare with them."""
     split: str = "test"
-    """Split of a data set."""
+    """Split of the data set."""
     subset: str | None = None
     """Configuration name of a Hub data set."""
     text_column: str | None = None
-    """Column that holds the text (several: comma-separated); None finds it."""
+    """Column that holds the text, or several with commas between them. By default it is found from the data."""
     enabled: bool = True
-    """Measure perplexity before and after."""
+    """Measure perplexity before and after pruning."""
 
     def __post_init__(self):
         _positive(self, "window", minimum=2)
@@ -196,30 +207,34 @@ class Evaluation:
 
 @dataclass(kw_only=True)
 class Reconstruction:
-    """Settings of BR, GP and CR (paper R, arXiv 2406.15524); the defaults are the authors', smaller in epochs."""
+    """Settings of block-wise reconstruction (BR), global propagation (GP) and cross-block reconstruction (CR) of arXiv
+    2406.15524. The defaults are the authors', but for fewer epochs."""
 
     epochs: int = 5
-    """Passes over the calibration sequences, a block."""
+    """Passes over the calibration sequences per block."""
     lr: float = 2e-4
-    """AdamW's learning rate, falling to zero: the authors' for 320 steps a block; for about 50, 6e-4 is better."""
+    """Learning rate of AdamW, which falls linearly to zero. The default is the authors' for 320 steps per block; with
+    about 50 steps, 6e-4 is better."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW's betas."""
+    """The two decay rates of AdamW's moments."""
     weight_decay: float = 0.0
-    """AdamW's weight decay."""
+    """Weight decay of AdamW."""
     batch_size: int = 8
-    """Sequences an optimiser step."""
+    """Sequences per optimiser step."""
     micro_batch_size: int | None = None
-    """Sequences a forward-backward; smaller than ``batch_size`` accumulates gradients. None: batch_size."""
+    """Sequences per forward and backward pass. Fewer than per optimiser step accumulate their gradients, which takes
+    less memory. By default as many as per step."""
     autocast: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type of the products while training: ``auto`` (bfloat16 on a GPU, ``compute_dtype`` elsewhere), ``float32``,
-    ``bfloat16``. Masters stay float32."""
+    """Number type of the matrix products while training: ``float32``, ``bfloat16``, or ``auto`` (bfloat16 on a GPU,
+    compute_dtype on a CPU). The weights that the optimiser changes stay float32."""
     early_stop: bool = False
-    """Stop a block when its held-out error has not fallen for an epoch."""
+    """Stop training a block when its held-out error has not fallen for an epoch."""
     select: Literal["last", "validation"] = "last"
-    """``last`` keeps the last step; ``validation`` keeps, per block, the step whose held-out error is lowest."""
+    """Which state of a block is kept: ``last``, the one after the last step, or ``validation``, the one with the lowest
+    held-out error."""
     layerwise_target: Literal["local", "dense"] = "local"
-    """What the layer-wise step ahead of block training fits: ``local``, a layer's dense output on pruned inputs;
-    ``dense``, its output in the dense stream (cross Gram, GP)."""
+    """What the layer-wise step before block training fits: ``local``, the dense layer's output on the pruned model's
+    inputs; or ``dense``, its output on the dense model's own inputs (with global propagation)."""
 
     def __post_init__(self):
         if len(self.betas) != 2:
@@ -237,22 +252,26 @@ class Structured:
     """Settings of structured pruning (LIAR, arXiv 2407.13331)."""
 
     allocation: Literal["uniform", "global"] = "uniform"
-    """``uniform``: same width in every block, a standard checkpoint; ``global``: FLAP's, per-block sizes."""
+    """How widths are shared out: ``uniform`` keeps the same width in every block, which is a standard checkpoint;
+    ``global`` compares scores across blocks as FLAP does, so that every block has a width of its own."""
     damping: float | None = None
-    """λ relative to the mean diagonal; None chooses it on held-out calibration tokens."""
+    """What is added to the diagonal of the least-squares systems, as a multiple of their mean diagonal. By default it
+    is chosen on held-out calibration tokens."""
     interpolate: Literal["both", "weight", "bias"] = "both"
-    """LIAR's ablation: ``both``, ``weight`` or ``bias``."""
+    """Which part of LIAR is used: ``both``, only the ``weight`` update, or only the ``bias``."""
     interpolate_weights: bool = False
-    """Write the dropped weights as a linear map of the kept ones (the paper's P)."""
+    """Write the dropped weights as a linear map of the kept ones (the matrix P of arXiv 2407.13331)."""
     token_weights: TokenWeights = "auto"
-    """``uniform``: the papers' least squares; ``relative``: a token's error counts by the size of its own output, so
-    that the few tokens on which a neuron is huge do not decide the fit; ``balanced``: half relative to the token's
-    residual stream, half uniform; ``auto``: relative where a layer norm follows the residual sum at once (BERT),
-    balanced elsewhere, uniform for experts."""
+    """How much each token counts in the least squares. ``uniform``: all the same, as in the papers. ``relative``: a
+    token's error counts by the size of its own output, so that the few tokens on which a neuron is huge do not decide
+    the fit. ``balanced``: half relative to the token's residual stream, half uniform. ``auto``: relative where a layer
+    norm follows the residual sum at once (BERT), balanced elsewhere, and uniform for experts."""
     head_scope: Literal["groups", "queries"] = "groups"
-    """``groups``: whole key/value groups; ``queries``: query heads inside groups, equally many per group."""
+    """What counts as a head: ``groups`` drops whole groups of heads that share keys and values; ``queries`` drops query
+    heads inside the groups, equally many per group."""
     nonstandard: Literal["refuse", "save", "pad"] = "refuse"
-    """What a stock config cannot say: ``refuse``, ``save`` (for ``pyprune.load``) or ``pad`` (zeros, stock tools)."""
+    """What to do with sizes that a standard Hugging Face configuration cannot express: ``refuse`` them, ``save`` them
+    for ``pyprune.load``, or ``pad`` them with zeros so that standard tools can load the model."""
 
     def __post_init__(self):
         _check_choices(self)
@@ -260,56 +279,67 @@ class Structured:
 
 @dataclass(kw_only=True)
 class PruneConfig:
-    """One run of ``pyprune.prune``, whole."""
+    """All settings of one run of ``pyprune.prune``."""
 
     model: str | None = None
     """Hub id, local folder, ``.gguf`` file, or the name of a packaged model (``smollm2-135m``)."""
     output: str | None = None
-    """Folder to write; None keeps the result in memory."""
+    """Folder to write the pruned model to. Without one, the result stays in memory."""
     method: Method = "sparsegpt"
-    """How weights are chosen: magnitude, wanda, sparsegpt (unstructured and N:M)."""
+    """How weights are chosen for unstructured and N:M patterns: ``magnitude``, ``wanda`` or ``sparsegpt``."""
     pattern: str = "unstructured"
-    """``unstructured``, ``N:M``, or structured: ``neurons``, ``heads``, ``structured`` (both)."""
+    """Which zeros are allowed: ``unstructured``, ``N:M`` (at most N non-zeros in M weights, for example 2:4), or whole
+    ``neurons``, ``heads``, or both (``structured``)."""
     sparsity: float | list[float] | tuple[float, ...] | None = None
-    """Fraction of zeros (structured: of the groups dropped; a list gives the curve). None: 0.5, or 1 − N/M."""
+    """Fraction of the weights that become zero; for structured patterns, of the neurons or heads that are dropped,
+    where several values with commas between them give one model each. The default is 0.5, or 1 − N/M."""
     criterion: Criterion = "wifv"
-    """Structured: how neurons and heads are chosen."""
+    """How neurons and heads are chosen for structured patterns: random, magnitude, activation, wifv, taylor, fisher,
+    obs or obs_greedy."""
     reconstruct: WeightReconstruction | StructuredReconstruction | None = None
-    """Masks: none; layer, a one-sided OBS sweep (a column's error is made up for by later columns only); refit, the
-    least-squares weights on the mask; block and cross_block, which sweep and then train (None: layer for sparsegpt,
-    else none). Structured: none, bias, mask_tuning, liar."""
+    """How the kept weights make up for the dropped ones. For masks: ``none``; ``layer``, a one-sided OBS sweep (a
+    column's error is made up for by later columns only); ``refit``, the least-squares weights on the mask; ``block``
+    and ``cross_block``, which sweep and then train. The default is ``layer`` for sparsegpt and ``none`` for the others.
+    For structured patterns: ``none``, ``bias``, ``mask_tuning`` or ``liar``, the default."""
     global_propagation: bool = False
-    """Reconstruct against the dense model's own stream (paper R's GP)."""
+    """Reconstruct towards the dense model's own activations instead of its outputs on pruned inputs (GP of arXiv
+    2406.15524)."""
     inputs: Literal["propagated", "dense"] = "propagated"
-    """Statistics from the ``propagated`` pruned prefix (two passes a block) or the ``dense`` stream (one)."""
+    """Which inputs the statistics come from: those that the pruned blocks before leave (``propagated``, two passes per
+    block), or those of the dense model (``dense``, one pass per block)."""
     targets: list[str] = field(default_factory=list)
-    """Only weights that one of these names: whole components (``mlp``, ``layers.1``, ``experts.down_proj[3]``),
-    wildcards (``*_proj``) or ``re:`` and a regular expression; empty: every matrix of every block. Layers that route
-    tokens to experts stay dense unless a pattern matches nothing else."""
+    """Prune only weights that one of these patterns names: whole components (``mlp``, ``layers.1``,
+    ``experts.down_proj[3]``), wildcards (``*_proj``), or ``re:`` and a regular expression. By default every matrix of
+    every block. Layers that route tokens to experts stay dense unless a pattern matches nothing else."""
     ignore: list[str] = field(default_factory=list)
-    """Weights to leave dense, named the same way. A pattern that matches nothing is an error."""
+    """Weights to leave dense, named in the same way as targets. A pattern that matches nothing is an error."""
     damping: float = 0.01
-    """λ of the OBS sweep relative to the mean diagonal of H."""
+    """What the OBS sweep adds to the diagonal of the Gram matrix, as a multiple of its mean diagonal."""
     column_block: int = 128
-    """Columns a block of the sweep."""
+    """Columns that the OBS sweep treats as one block."""
     batch_size: int | None = None
-    """Sequences a forward pass; None: about 8,192 tokens."""
+    """Sequences per forward pass. By default as many as make 2,048 tokens on a CPU, or 16,384 tokens on a GPU."""
     dtype: Dtype = "auto"
-    """Type the weights are loaded in; auto: the checkpoint's own."""
+    """Number type that the weights are loaded in. ``auto`` is the checkpoint's own."""
     compute_dtype: Dtype = "auto"
-    """Type of the forward passes; auto: the weights' own. bfloat16 is about four times as fast on CPUs that have it."""
+    """Number type of the forward passes. ``auto`` is the weights' own. bfloat16 is about four times as fast on CPUs
+    that multiply it in hardware."""
     device: str = "auto"
-    """Where blocks are computed: auto (a GPU if there is one), cpu, cuda, cuda:1."""
+    """Where blocks are computed: ``auto`` (a GPU if there is one), ``cpu``, ``cuda``, or ``cuda:1``."""
     backend: Literal["auto", "cuda", "triton", "cpu", "reference"] = "auto"
-    """Back-end of every op: auto, cuda, triton, cpu, reference."""
+    """Implementation that every op uses: ``auto`` (the fastest that passed its checks), ``cuda``, ``triton``, ``cpu``
+    or ``reference``."""
     seed: int = 0
-    """Seed of every random choice; the same seed gives the same result, bit for bit, on the same machine."""
+    """Seed of every random choice. The same seed gives the same result, bit for bit, on the same machine."""
     probe_samples: int = 2
-    """Calibration sequences (and as many held-out) whose block error against the dense stream is measured."""
+    """Number of calibration sequences, and of held-out ones, on which the error of each block against the dense model
+    is measured."""
     memory_budget_gb: float | None = None
-    """Host memory for activations; above it they go to a memory-mapped file. None: half of what is free."""
+    """Host memory for activations, in GB. What does not fit goes to a memory-mapped file. The default is half of what
+    is free."""
     stream: Streaming = "auto"
-    """Read weights block by block from safetensors instead of loading the model: auto, always, never."""
+    """Read the weights block by block from safetensors instead of loading the whole model: ``auto`` (if they would take
+    more than half of the free memory), ``always`` or ``never``."""
     calibration: Calibration = field(default_factory=Calibration)
     evaluation: Evaluation = field(default_factory=Evaluation)
     reconstruction: Reconstruction = field(default_factory=Reconstruction)

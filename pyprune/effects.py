@@ -18,8 +18,6 @@ GRADIENTS = ("taylor", "fisher")
 Rule = tuple[Callable[[Any], Any], str]
 
 
-# ---- what a run does -----------------------------------------------------------------------------------------------
-
 def needs_factor(config) -> bool:
     """Whether masks or weights are solved with the inverse of a Gram matrix."""
     return config.method == "sparsegpt" or config.reconstruct != "none"
@@ -60,8 +58,6 @@ def watches(config) -> bool:
     """Whether anything is measured on held-out sequences."""
     return measures_errors(config) or config.reconstruction.select == "validation" or config.reconstruction.early_stop
 
-
-# ---- the table -----------------------------------------------------------------------------------------------------
 
 _FACTOR = "only the OBS sweep of masks uses it: method='sparsegpt', or reconstruct='layer', 'refit', 'block' or " \
           "'cross_block'"

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from pyprune.triton_kernels import gram_persistent
 from pyprune.triton_kernels.guard import on_device
+from pyprune.triton_kernels.tiles import lower_tile
 from pyprune.triton_kernels.tuning import config, multiprocessors, pick
 
 TOKENS_PER_ACCUMULATOR = {torch.bfloat16: 16384, torch.float16: 16384, torch.float32: 8192}
@@ -31,28 +32,6 @@ NARROW = (config(4, 4, BT=32, BC=64), config(4, 3, BT=64, BC=64))
 NARROW_CROSS = NARROW[:1]  # the other one spills two registers on sm_100
 FLOAT32 = (config(8, 3, BT=32, BC=128), config(4, 2, BT=32, BC=64))
 REDUCE = config(8)
-
-
-@triton.jit
-def _lower_tile(i_tile, GROUP: tl.constexpr):
-    """Tile number → (row, column) of the lower triangle, GROUP rows at a time; rows beyond the matrix may come out."""
-    # groups before g hold (u² + u) / 2 tiles, u = GROUP·g; the square root is float32, hence the fix-up
-    i_group = ((tl.sqrt(8.0 * i_tile + 1.0) - 1.0) / (2 * GROUP)).to(tl.int32)
-    i_first = i_group * GROUP
-    i_group = tl.where(i_first * (i_first + 1) // 2 > i_tile, i_group - 1, i_group)
-    i_next = (i_group + 1) * GROUP
-    i_group = tl.where(i_next * (i_next + 1) // 2 <= i_tile, i_group + 1, i_group)
-    i_first = i_group * GROUP
-    i_rest = i_tile - i_first * (i_first + 1) // 2
-    # the square part column by column, then the triangle on the diagonal
-    i_inner = i_rest - i_first * GROUP
-    i_row = ((tl.sqrt(8.0 * tl.maximum(i_inner, 0) + 1.0) - 1.0) / 2).to(tl.int32)
-    i_row = tl.where(i_row * (i_row + 1) // 2 > i_inner, i_row - 1, i_row)
-    i_row = tl.where((i_row + 1) * (i_row + 2) // 2 <= i_inner, i_row + 1, i_row)
-    i_column = i_inner - i_row * (i_row + 1) // 2
-    in_square = i_inner < 0
-    return (i_first + tl.where(in_square, i_rest % GROUP, i_row),
-            tl.where(in_square, i_rest // GROUP, i_first + i_column))
 
 
 @triton.jit
@@ -134,7 +113,7 @@ def _store_partial(partial, b_acc, i_split, i_row, i_col, c, BC: tl.constexpr):
 def gram_kernel(x, mask, gram, sums, count, partial, partial_sums, tokens, c, stride_xt, stride_xc, per_split,
                 HAS_MASK: tl.constexpr, HAS_SUMS: tl.constexpr, HAS_COUNT: tl.constexpr, SPLIT: tl.constexpr,
                 PARTS: tl.constexpr, ROUND: tl.constexpr, GROUP: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
-    i_row, i_col = _lower_tile(tl.program_id(0), GROUP)
+    i_row, i_col = lower_tile(tl.program_id(0), GROUP)
     if i_row * BC >= c:
         return
     i_split = tl.program_id(1)
@@ -144,7 +123,7 @@ def gram_kernel(x, mask, gram, sums, count, partial, partial_sums, tokens, c, st
     o_col = i_col * BC + tl.arange(0, BC)
     b_acc = tl.zeros([BC, BC], dtype=tl.float32)
     if i_row == i_col:
-        # a diagonal tile needs one load a step, and it is the one that sums its columns
+        # a diagonal tile needs one load per step, and it is the one that sums its columns
         b_sum = tl.zeros([BC], dtype=tl.float32)
         b_count = tl.zeros([BT], dtype=tl.int32)
         for t in range(start, stop, BT):
@@ -186,7 +165,7 @@ def gram_kernel(x, mask, gram, sums, count, partial, partial_sums, tokens, c, st
 
 @triton.jit
 def gram_reduce_kernel(gram, sums, partial, partial_sums, c, splits, HAS_SUMS: tl.constexpr, BC: tl.constexpr):
-    i_row, i_col = _lower_tile(tl.program_id(0), 1)
+    i_row, i_col = lower_tile(tl.program_id(0), 1)
     o_row = i_row * BC + tl.arange(0, BC)
     o_in = tl.arange(0, BC)
     p_tile = partial + tl.program_id(0).to(tl.int64) * BC * BC + o_in[:, None] * BC + o_in[None, :]

@@ -1,6 +1,6 @@
 """Gram matrix of 16-bit inputs for wide layers: tiles of 128 × 256 by programs that stay, one a multiprocessor.
 
-Against gram.py: 1.33 times the products per byte from L2 (64·128·256 multiply-adds for 48 KB a step), and on compute
+Against gram.py: 1.33 times the products per byte from L2 (64·128·256 multiply-adds for 48 KB per step), and on compute
 capability 9 and 10 loads by TMA descriptors, which take no registers and no address arithmetic. A tile is computed
 where any part of it is on or below the diagonal, so half of c/256 tiles is wasted: 6 % at c = 4096.
 
@@ -25,6 +25,7 @@ try:
 except ImportError:  # Triton before 3.4
     TensorDescriptor = None
 
+from pyprune.triton_kernels.tiles import lower_tile
 from pyprune.triton_kernels.tuning import Config, config, multiprocessors
 
 MOST_TOKENS = 16384  # one accumulator's, as in gram.py
@@ -37,34 +38,13 @@ ADD = config(8, BR=32)
 
 
 @triton.jit
-def _lower_square(i_square, GROUP: tl.constexpr):
-    """Number → (row, column) of a square of the lower triangle, GROUP rows at a time; rows beyond may come out."""
-    # groups before g hold (u² + u) / 2 squares, u = GROUP·g; the square root is float32, hence the fix-up
-    i_group = ((tl.sqrt(8.0 * i_square + 1.0) - 1.0) / (2 * GROUP)).to(tl.int32)
-    i_first = i_group * GROUP
-    i_group = tl.where(i_first * (i_first + 1) // 2 > i_square, i_group - 1, i_group)
-    i_next = (i_group + 1) * GROUP
-    i_group = tl.where(i_next * (i_next + 1) // 2 <= i_square, i_group + 1, i_group)
-    i_first = i_group * GROUP
-    # column by column; the last GROUP columns are the triangle on the diagonal
-    i_rest = i_square - i_first * (i_first + 1) // 2
-    i_inner = i_rest - i_first * GROUP
-    i_row = ((tl.sqrt(8.0 * tl.maximum(i_inner, 0) + 1.0) - 1.0) / 2).to(tl.int32)
-    i_row = tl.where(i_row * (i_row + 1) // 2 > i_inner, i_row - 1, i_row)
-    i_row = tl.where((i_row + 1) * (i_row + 2) // 2 <= i_inner, i_row + 1, i_row)
-    i_column = i_inner - i_row * (i_row + 1) // 2
-    return (i_first + tl.where(i_inner < 0, i_rest % GROUP, i_row),
-            tl.where(i_inner < 0, i_rest // GROUP, i_first + i_column))
-
-
-@triton.jit
 def gram_persistent_kernel(x, x_rows, x_columns, partial, tokens, c, stride_xt, per_split, units, walked, squares,
                            USE_TMA: tl.constexpr, GROUP: tl.constexpr, BT: tl.constexpr, BM: tl.constexpr,
                            BN: tl.constexpr):
     # units: (split, square, half), the half fastest; BN = 2·BM. walked: squares with those beyond the matrix
     for i_unit in tl.range(tl.program_id(0), units, tl.num_programs(0)):
         i_split = i_unit // (2 * walked)
-        i_square, i_col = _lower_square(i_unit % (2 * walked) // 2, GROUP)
+        i_square, i_col = lower_tile(i_unit % (2 * walked) // 2, GROUP)
         i_row = 2 * i_square + i_unit % 2
         if i_row * BM < c:
             start = i_split * per_split
@@ -93,7 +73,7 @@ def gram_persistent_kernel(x, x_rows, x_columns, partial, tokens, c, stride_xt, 
 @triton.jit
 def gram_persistent_add_kernel(gram, partial, c, squares, splits, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr):
     """Add BR rows of a tile, on and below the diagonal, to the symmetric gram, and write their mirror image."""
-    i_square, i_col = _lower_square(tl.program_id(0) // 2, 1)
+    i_square, i_col = lower_tile(tl.program_id(0) // 2, 1)
     i_part = tl.program_id(1)
     o_row = (2 * i_square + tl.program_id(0) % 2) * BM + i_part * BR + tl.arange(0, BR)
     o_col = i_col * BN + tl.arange(0, BN)

@@ -189,5 +189,5 @@ def select_mask(w: Tensor, k: int, *, scale: Tensor | None = None, scope: str = 
 
 
 def row_warps(block: int) -> int:
-    """At most 32 keys a thread, from one warp to 16."""
+    """At most 32 keys per thread, from one warp to 16."""
     return max(1, min(16, block // 512))

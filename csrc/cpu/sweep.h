@@ -51,7 +51,7 @@ inline vf load(const KeepByte* p) {
     return (vf)(__builtin_convertvector(bytes, vi) != 0);
 }
 
-// w columns first … first+C of the tile −= Σ_{j < done} e_j · panel[j][…]; panel has `width` columns a row.
+// w columns first … first+C of the tile −= Σ_{j < done} e_j · panel[j][…]; panel has `width` columns per row.
 template <int C>
 inline void owe(float* w, const float* e, const float* panel, int64_t width, int64_t done) {
     vf sum[C][U];

@@ -1,19 +1,17 @@
-// Batched Cholesky A + damping·I = L Lᵀ (lower), FLOPs n³/3 a matrix.
+// Batched Cholesky A + damping·I = L Lᵀ (lower), FLOPs n³/3 per matrix.
 //
-// n ≤ 128: one thread block a matrix, the triangle packed in shared memory (33 KB; consecutive rows of a column fall in
+// n ≤ 128: one thread block per matrix, the triangle packed in shared memory (33 KB; consecutive rows of a column fall in
 // distinct banks, since triangular numbers are a permutation modulo 32), one launch. This is the case that libraries
 // are slow at: many small systems.
 //
 // Larger n: blocked and right-looking in column panels of 64, in place in the output. A panel is three launches over
-// the whole batch: the diagonal tile, the rows below it (32 a thread block), the trailing lower tiles (64×64, 4×4 a
+// the whole batch: the diagonal tile, the rows below it (32 per thread block), the trailing lower tiles (64×64, 4×4 per
 // thread in registers). A matrix that has failed is skipped by every later launch and filled with NaN at the end.
 #include "cuda/cholesky.cuh"
 #include "cuda/device.cuh"
 #include "cuda/ops.h"
 
 namespace pyprune::cuda {
-
-// ---- traits --------------------------------------------------------------------------------------------------------
 
 constexpr int THREADS = 256, SMALL = 128;
 constexpr int PANEL_ROWS = 32;                 // rows below the diagonal a thread block solves
@@ -22,8 +20,6 @@ static_assert(THREADS == 256 && MICRO == 4, "the trailing update's thread layout
 constexpr float NOT_A_NUMBER = __builtin_nanf("");
 
 __host__ __device__ constexpr int packed(int i, int j) { return i * (i + 1) / 2 + j; }
-
-// ---- kernels: one matrix in shared memory --------------------------------------------------------------------------
 
 // Factors the packed lower triangle in place. Returns 0 or the order of the first minor that is not positive.
 __device__ inline int factor_packed(float* l, int n) {
@@ -34,7 +30,7 @@ __device__ inline int factor_packed(float* l, int n) {
         __syncthreads();
         for (int i = j + threadIdx.x; i < n; i += THREADS) l[packed(i, j)] = i == j ? root : l[packed(i, j)] * scale;
         __syncthreads();
-        // Rank-one update, a warp a row: the row's factor is a broadcast, the column's are consecutive rows.
+        // Rank-one update, a warp per row: the row's factor is a broadcast, the column's are consecutive rows.
         for (int i = j + 1 + threadIdx.x / WARP; i < n; i += THREADS / WARP) {
             const float left = l[packed(i, j)];
             for (int k = j + 1 + threadIdx.x % WARP; k <= i; k += WARP) l[packed(i, k)] -= left * l[packed(k, j)];
@@ -59,8 +55,6 @@ __global__ void __launch_bounds__(THREADS) cholesky_small_kernel(const float* a,
             factor[offset + i * n + j] = j > i ? 0.f : failed ? NOT_A_NUMBER : l[packed(i, j)];
     if (threadIdx.x == 0) info[matrix] = failed;
 }
-
-// ---- kernels: blocked ----------------------------------------------------------------------------------------------
 
 // Lower triangle with damping, zeros above; info = 0.
 __global__ void __launch_bounds__(THREADS) cholesky_load_kernel(const float* a, const float* damping, int n,
@@ -156,8 +150,6 @@ __global__ void __launch_bounds__(THREADS) cholesky_finish_kernel(float* factor,
     if (info[row / n] == 0) return;
     for (int j = threadIdx.x; j <= int(row % n); j += THREADS) factor[row * n + j] = NOT_A_NUMBER;
 }
-
-// ---- dispatch ------------------------------------------------------------------------------------------------------
 
 void cholesky(const float* a, const float* damping, int64_t batch, int64_t n, float* factor, int* info, void* stream) {
     if (batch == 0 || n == 0) return;

@@ -1,4 +1,4 @@
-// X of L Lᵀ X = B for a batch, FLOPs 2·n²·k a matrix. One launch: a thread block owns K columns of one matrix's
+// X of L Lᵀ X = B for a batch, FLOPs 2·n²·k per matrix. One launch: a thread block owns K columns of one matrix's
 // right-hand side from the first row to the last and back, in steps of 64 rows:
 //
 //     X_p ← L_pp⁻¹ (B_p − Σ_{q<p} L_pq X_q) downwards, then X_p ← L_pp⁻ᵀ (X_p − Σ_{q>p} L_qpᵀ X_q) upwards.
@@ -10,13 +10,9 @@
 
 namespace pyprune::cuda {
 
-// ---- traits --------------------------------------------------------------------------------------------------------
-
 constexpr int THREADS = 256;
 
-// ---- kernel --------------------------------------------------------------------------------------------------------
-
-// Rows p … p + 63 of K columns between global memory and a tile of K + 1 floats a row.
+// Rows p … p + 63 of K columns between global memory and a tile of K + 1 floats per row.
 template <int K>
 __device__ __forceinline__ void load_rows(float* x, const float* from, int p, int n, int columns, int64_t stride) {
     const int column = threadIdx.x % K;
@@ -97,8 +93,6 @@ __global__ void __launch_bounds__(THREADS, 4) cholesky_solve_kernel(const float*
     sweep_rows<K, true>(factor + matrix * n * n, x + offset, n, columns, k, l, y);
 }
 
-// ---- launch --------------------------------------------------------------------------------------------------------
-
 template <int K>
 void launch_solve(const Launcher& launch, const float* factor, const int* info, const float* b, int64_t batch, int n,
                   int64_t k, float* x) {
@@ -106,8 +100,6 @@ void launch_solve(const Launcher& launch, const float* factor, const int* info, 
     const size_t shared = (TILE * (TILE + 1) + TILE * (K + 1)) * sizeof(float);
     launch(cholesky_solve_kernel<K>, batch * blocks, THREADS, shared, factor, info, b, n, k, blocks, x);
 }
-
-// ---- dispatch ------------------------------------------------------------------------------------------------------
 
 void cholesky_solve(const float* factor, const int* info, const float* b, int64_t batch, int64_t n, int64_t k, float* x,
                     void* stream) {

@@ -7,11 +7,7 @@
 
 namespace pyprune::cuda {
 
-// ---- traits --------------------------------------------------------------------------------------------------------
-
 constexpr int THREADS = 256, DENSE = 16, HALF = DENSE / 2;
-
-// ---- kernels -------------------------------------------------------------------------------------------------------
 
 __global__ void __launch_bounds__(THREADS) compress_24_kernel(const uint16_t* w, int64_t stride, int64_t rows,
                                                               int64_t words, uint16_t* values, uint16_t* meta,
@@ -69,8 +65,6 @@ __global__ void __launch_bounds__(THREADS) expand_24_kernel(const uint16_t* valu
     }
     if (twice) *fault = 1;
 }
-
-// ---- dispatch ------------------------------------------------------------------------------------------------------
 
 // The reordered layout pairs metadata columns, so 32 dense columns are its unit.
 static Launcher launcher(const char* op, int64_t rows, int64_t columns, void* stream) {

@@ -24,8 +24,6 @@ namespace pyprune::cuda {
 constexpr unsigned FULL = 0xffffffffu;  // every kernel keeps whole warps together
 constexpr int WARP = 32;
 
-// ---- launches ------------------------------------------------------------------------------------------------------
-
 struct Size {
     const char* name;
     int64_t value;
@@ -75,8 +73,6 @@ void with_dtype(const Launcher& launch, int dtype, Body body) {
     if (dtype == FLOAT16) return body(f16{});
     launch.refuse("unknown element type " + std::to_string(dtype));
 }
-
-// ---- memory --------------------------------------------------------------------------------------------------------
 
 // Whether vectors of `bytes` may be read at p and at every multiple of `stride` bytes from it.
 inline bool aligned(const void* p, int64_t stride, int bytes) {
@@ -146,8 +142,6 @@ __device__ __forceinline__ void copy_async(void* to, const void* from, int insid
 // The calling thread's own copies have arrived; those of others have after a barrier behind their wait.
 __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 #endif
-
-// ---- sums ----------------------------------------------------------------------------------------------------------
 
 // Exclusive prefix sum over the block and its total; `scratch` holds one word per warp and one more.
 __device__ inline uint32_t block_prefix(uint32_t v, uint32_t* scratch, uint32_t* total) {

@@ -1,13 +1,11 @@
 // N:M mask of |w|·scale and, in the same pass, zeroing. A thread takes whole groups and ranks them in registers.
 //
-// Bytes: read w, write the mask and (apply) w: 5 a bfloat16 weight, nothing else; the bound is DRAM. Accesses are
-// 16 bytes for M = 2, 4, 8, 16; any other M up to 16 takes one thread a group and scalar accesses.
+// Bytes: read w, write the mask and (apply) w: 5 per bfloat16 weight, nothing else; the bound is DRAM. Accesses are
+// 16 bytes for M = 2, 4, 8, 16; any other M up to 16 takes one thread per group and scalar accesses.
 #include "cuda/device.cuh"
 #include "cuda/ops.h"
 
 namespace pyprune::cuda {
-
-// ---- traits --------------------------------------------------------------------------------------------------------
 
 constexpr int THREADS = 256, LARGEST_M = 16;
 
@@ -22,9 +20,7 @@ struct NM {
     bool apply, whole;
 };
 
-// ---- kernel --------------------------------------------------------------------------------------------------------
-
-// M = 0: a group of a.m ≤ 16 columns a thread. Else groups of M, as many as fill one 16-byte access.
+// M = 0: a group of a.m ≤ 16 columns per thread. Else groups of M, as many as fill one 16-byte access.
 template <class T, int M>
 __global__ void __launch_bounds__(THREADS) nm_mask_kernel(const NM<T> a) {
     constexpr int VECTOR = 16 / sizeof(T);
@@ -88,8 +84,6 @@ __global__ void __launch_bounds__(THREADS) nm_mask_kernel(const NM<T> a) {
     }
 }
 
-// ---- launch --------------------------------------------------------------------------------------------------------
-
 template <class T, int M>
 void launch_nm(const Launcher& launch, NM<T> a, int64_t rows) {
     constexpr int VECTOR = 16 / sizeof(T), HELD = M > VECTOR ? M : VECTOR;
@@ -100,8 +94,6 @@ void launch_nm(const Launcher& launch, NM<T> a, int64_t rows) {
               aligned(a.keep, 0, VECTOR);
     launch(nm_mask_kernel<T, M>, (a.units + THREADS - 1) / THREADS, THREADS, 0, a);
 }
-
-// ---- dispatch ------------------------------------------------------------------------------------------------------
 
 void nm_mask(void* w, int dtype, int64_t rows, int64_t columns, int64_t w_stride, const float* scale, int64_t n,
              int64_t m, bool apply, uint8_t* keep, int* fault, void* stream) {

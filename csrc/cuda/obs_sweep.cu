@@ -2,17 +2,17 @@
 //
 //     e_j = (w_j − keep_j·w_j) / r_jj,   w_k −= e_j·r_jk for k > j,   for columns j from left to right
 //
-// FLOPs: rows·b²; bytes: 13 a weight and the factor once per thread block. Rows are independent, columns are a chain of
-// b dependent steps, so the time of few rows is latency: shuffle + multiply + add a column.
+// FLOPs: rows·b²; bytes: 13 per weight and the factor once per thread block. Rows are independent, columns are a chain of
+// b dependent steps, so the time of few rows is latency: shuffle + multiply + add per column.
 //
 // obs_sweep_kernel: a row is 4 lanes with 32 columns each in registers, unrolled as far as makes every register index a
 // constant. Lane q holds columns 16c + 4q … 16c + 4q + 3 of chunk c = 0 … 7: global loads are 16 bytes, a
 // 2:4 group lies within a lane, the factor is read from shared memory in its natural order, and finished chunks cost
 // nothing. A weight that is dropped leaves its register to its error: one of the two is always zero.
-// The factor is packed by chunks (row j starts at column 16·(j / 16)): 36 KB, two blocks a multiprocessor at least. It
+// The factor is packed by chunks (row j starts at column 16·(j / 16)): 36 KB, two blocks per multiprocessor at least. It
 // arrives by asynchronous copies, which are under way while w and the mask are: one memory latency in all.
 //
-// obs_sweep_any_kernel: any N:M; a warp a row, 4 columns a lane, a loop of b steps.
+// obs_sweep_any_kernel: any N:M; a warp per row, 4 columns per lane, a loop of b steps.
 #include <cstddef>
 
 #include "cuda/device.cuh"
@@ -20,10 +20,8 @@
 
 namespace pyprune::cuda {
 
-// ---- traits --------------------------------------------------------------------------------------------------------
-
 constexpr int COLUMNS = SWEEP_COLUMNS, CHUNK = 16, CHUNKS = COLUMNS / CHUNK;
-constexpr int LANES = 4, HELD = COLUMNS / LANES;  // lanes a row, columns a lane
+constexpr int LANES = 4, HELD = COLUMNS / LANES;  // lanes per row, columns per lane
 constexpr int THREADS = 128, ROWS = THREADS / LANES, ROWS_ANY = THREADS / WARP;
 
 // First float of factor row j in shared memory.
@@ -55,10 +53,9 @@ struct Sweep {
     bool whole_w, whole_r, whole_out;  // 16-byte accesses to w; to r; to error, and 4-byte ones to the masks
 };
 
-// ---- kernels -------------------------------------------------------------------------------------------------------
-
-// Four columns of the factor a lane, a row a warp, four rows at a time: calls body(place in shared memory; row and first
-// column of r). Rolled over the chunks: the loop waits for nothing, and the code of the sweep itself is long enough.
+// Four columns of the factor per lane, a row per warp, four rows at a time: calls body(place in shared memory; row and
+// first column of r). Rolled over the chunks: the loop waits for nothing, and the code of the sweep itself is long
+// enough.
 template <class Body>
 __device__ __forceinline__ void each_quad(Factor* f, Body body) {
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
@@ -117,7 +114,7 @@ __device__ __forceinline__ bool receive_factor(Factor* f, const Sweep& a) {
     return f->bad == 0;  // a word of shared memory: the compiler sees that it is the same for all, unlike a vote
 }
 
-// Four elements a chunk: all loads are under way before the first is used. `whole`: vectors, all inside or all outside.
+// Four elements per chunk: all loads are under way before the first is used. `whole`: vectors, all inside or all outside.
 template <class T>
 __device__ __forceinline__ void load_row(T (&to)[HELD], const T* from, int lane, int width, bool whole) {
     if (whole) {
@@ -314,8 +311,6 @@ __global__ void __launch_bounds__(THREADS) obs_sweep_any_kernel(const Sweep a) {
     for (int d = 1; d < WARP; d *= 2) loss += __shfl_xor_sync(FULL, loss, d, WARP);
     if (lane == 0 && row < a.rows) a.loss[row] = steps > 0 ? loss : __builtin_nanf("");
 }
-
-// ---- dispatch ------------------------------------------------------------------------------------------------------
 
 void obs_sweep(float* w, int64_t rows, int64_t columns, int64_t w_stride, const float* r, int64_t r_stride,
                const uint8_t* mask, int64_t n, int64_t m, uint8_t* keep, float* error, int64_t out_stride,

@@ -1,22 +1,21 @@
 // Exact selection of the k lowest scores |w|·scale, per row or over a matrix, without a sort: radix selection from the
 // top, 11 + 10 + 10 bits of the 31-bit key. Counts are integers, so the result does not depend on the order of atomics.
 //
-// Bytes: w is read once, the mask and (apply) the weights written: 5 a bfloat16 weight. Rows of up to 16,384 columns
+// Bytes: w is read once, the mask and (apply) the weights written: 5 per bfloat16 weight. Rows of up to 16,384 columns
 // (float32: 12,288) are held in registers, weights and keys; wider rows, and matrices, are read three times more, from
 // cache.
 // Ties: after three digits the threshold key is known, with the number of equal keys and how many of them go. Only
 // when not all of them go are they numbered, in row-major order, by prefix sums.
 //
-// Rows: one thread block a row, one launch. What it costs beside memory is one atomic addition a weight in shared memory
-// (later digits count the few keys that agree so far) and four barriers a digit; four blocks a multiprocessor hide them.
-// Matrix: one launch a digit (the last block to finish reads the counts), one
-// that counts equal keys per block, one that writes; all blocks cover contiguous pieces in row-major order.
+// Rows: one thread block per row, one launch. What it costs beside memory is one atomic addition per weight in shared
+// memory (later digits count the few keys that agree so far) and four barriers per digit; four blocks per
+// multiprocessor hide them.
+// Matrix: one launch per digit (the last block to finish reads the counts), one that counts equal keys per block, one
+// that writes; all blocks cover contiguous pieces in row-major order.
 #include "cuda/device.cuh"
 #include "cuda/ops.h"
 
 namespace pyprune::cuda {
-
-// ---- traits --------------------------------------------------------------------------------------------------------
 
 constexpr int THREADS = 256, BINS = 2048, PASSES = 3, MAX_BLOCKS = 1024;
 constexpr int MOST_THREADS = 1024;  // of select_held_kernel
@@ -47,7 +46,7 @@ struct Scratch {  // shared memory
 template <class T>
 struct Select {
     static constexpr int VECTOR = 16 / sizeof(T);  // elements of one 16-byte access
-    static constexpr int HELD = sizeof(T) == 2 ? 16 : 12;  // keys a thread of select_held_kernel: 64 registers in all
+    static constexpr int HELD = sizeof(T) == 2 ? 16 : 12;  // keys per thread of select_held_kernel: 64 registers in all
     T* w;
     const float* scale;
     uint8_t* keep;
@@ -56,8 +55,6 @@ struct Select {
     uint32_t rows, columns, vectors, k;  // vectors: accesses a row
     bool apply, whole;
 };
-
-// ---- pieces --------------------------------------------------------------------------------------------------------
 
 // The vector starting at `column` of a row and its keys; returns how many are inside.
 template <class T>
@@ -182,8 +179,6 @@ __device__ __forceinline__ uint32_t count_ties(const uint32_t (&key)[V], int cou
     return ties;
 }
 
-// ---- kernels: rows -------------------------------------------------------------------------------------------------
-
 template <class T>
 __global__ void __launch_bounds__(THREADS) select_rows_kernel(const Select<T> a) {
     constexpr int V = Select<T>::VECTOR;
@@ -224,7 +219,7 @@ __global__ void __launch_bounds__(THREADS) select_rows_kernel(const Select<T> a)
     }
 }
 
-// A row of up to HELD columns a thread in registers: all of it is loaded before the first key is looked at, and only
+// A row of up to HELD columns per thread in registers: all of it is loaded before the first key is looked at, and only
 // written afterwards. Keys past the end are above every other.
 template <class T>
 __global__ void __launch_bounds__(MOST_THREADS) select_held_kernel(const Select<T> a) {
@@ -279,8 +274,6 @@ __global__ void __launch_bounds__(MOST_THREADS) select_held_kernel(const Select<
         if (v < a.vectors) write_vector(a, found, row, v * V, w[p], key[p], before);
     }
 }
-
-// ---- kernels: matrix -----------------------------------------------------------------------------------------------
 
 // The piece of the matrix, in vectors, that a block covers.
 __device__ __forceinline__ void piece(uint64_t all, uint64_t* begin, uint64_t* end) {
@@ -388,8 +381,6 @@ __global__ void __launch_bounds__(THREADS) select_write_kernel(const Select<T> a
     }
 }
 
-// ---- launches ------------------------------------------------------------------------------------------------------
-
 template <class T>
 Select<T> arguments(const Launcher& launch, void* w, int64_t rows, int64_t columns, int64_t w_stride,
                     const float* scale, int64_t k, bool apply, uint8_t* keep, int* fault) {
@@ -413,12 +404,10 @@ void launch_matrix(const Launcher& launch, const Select<T>& a, MatrixState* stat
     launch(select_write_kernel<T>, blocks, THREADS, sizeof(Scratch), a, state);
 }
 
-// ---- dispatch ------------------------------------------------------------------------------------------------------
-
 void select_rows(void* w, int dtype, int64_t rows, int64_t columns, int64_t w_stride, const float* scale, int64_t k,
                  bool apply, uint8_t* keep, int* fault, void* stream) {
     if (rows == 0 || columns == 0) return;
-    const Launcher launch{"select_mask", {{"rows", rows}, {"columns", columns}, {"k a row", k}},
+    const Launcher launch{"select_mask", {{"rows", rows}, {"columns", columns}, {"k per row", k}},
                           static_cast<cudaStream_t>(stream)};
     with_dtype(launch, dtype, [&](auto type) {
         using T = decltype(type);

@@ -19,7 +19,7 @@ from pyprune.reporting import comparison, rendering
 
 app = typer.Typer(name="pyprune", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on standard output.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run in the same folder.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue the interrupted run in the same folder.")]
 RUN_FIELDS = [path for path in configuration_fields() if path != "model"]
 EVALUATION_FIELDS = [path for path in configuration_fields() if path.startswith("evaluation.")
                      and path != "evaluation.enabled"]
@@ -51,7 +51,7 @@ def _print_json(value) -> None:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """A run that was stopped says what is safe on disk and how to go on."""
+    """Make a run that was stopped say what is safe on disk and how to go on."""
     try:
         yield
     except KeyboardInterrupt as stop:
@@ -60,7 +60,7 @@ def interruptible() -> Iterator[None]:
 
 
 def silent() -> bool:
-    """Under torchrun one process speaks."""
+    """Whether this process prints nothing: under torchrun only one does."""
     return int(os.environ.get("RANK", "0")) > 0
 
 
@@ -68,8 +68,9 @@ def silent() -> bool:
 @with_fields(RUN_FIELDS)
 def prune(
     model: Annotated[str | None, typer.Argument(help="Hub id, local folder, .gguf file or packaged name.")] = None,
-    config: Annotated[Path | None, typer.Option("--config", help="run.yaml to repeat; options override it.")] = None,
-    plan: Annotated[bool, typer.Option("--plan", help="Estimate memory, time, disk; list every weight; stop.")] = False,
+    config: Annotated[Path | None, typer.Option("--config", help="A run.yaml to repeat. Options override it.")] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="List every weight, estimate memory, time and disk, "
+                                             "and prune nothing.")] = False,
     resume: Resume = False,
     as_json: Json = False,
     *,
@@ -98,17 +99,17 @@ def prune(
 @with_fields(REFINE_FIELDS)
 def refine(
     model: Annotated[str, typer.Argument(help="Folder of a pruned model, masked or structured.")],
-    dense: Annotated[str | None, typer.Option(help="The model it was pruned from; else what its pruning.json "
-                                              "names.")] = None,
+    dense: Annotated[str | None, typer.Option(help="The model it was pruned from. By default the one "
+                                              "that its pruning.json names.")] = None,
     cross_block: Annotated[bool, typer.Option("--cross-block", help="Train windows of two blocks (CR).")] = False,
     resume: Resume = False,
     as_json: Json = False,
     *,
     fields: dict[str, Any],
 ):
-    """Train a pruned MODEL block by block to give the dense model's outputs (paper R); its zeros stay zeros.
+    """Train a pruned MODEL block by block to give the dense model's outputs (arXiv 2406.15524); its zeros stay zeros.
 
-    Targets are the dense model's own stream (GP) unless --no-global-propagation.
+    The targets are the dense model's own activations (GP) unless --no-global-propagation is given.
     """
     from pyprune.pipeline.refine_checkpoint import print_refinement, refine_checkpoint
 
@@ -130,17 +131,18 @@ def refine(
 @with_fields(EVALUATION_FIELDS)
 def evaluate(
     model: Annotated[str, typer.Argument(help="Folder, Hub id, .gguf file or packaged name.")],
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto takes a GPU if there is one.")] = "auto",
-    latency: Annotated[bool, typer.Option("--latency", help="Measure size, peak memory and tokens a second beside the "
-                                          "dense model's instead.")] = False,
-    against: Annotated[str | None, typer.Option(help="The dense model for --latency; else the one MODEL was pruned "
-                                                "from.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Picture (.png) to draw the --latency comparison in.")] = None,
+    device: Annotated[str, typer.Option(help="Where to run: cpu, cuda or cuda:1; auto takes a GPU if "
+                                           "there is one.")] = "auto",
+    latency: Annotated[bool, typer.Option("--latency", help="Measure size, peak memory and tokens per second "
+                                          "beside the dense model's instead.")] = False,
+    against: Annotated[str | None, typer.Option(help="The dense model for --latency. By default the one that "
+                                                "MODEL was pruned from.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Picture (.png) of the --latency comparison to write.")] = None,
     as_json: Json = False,
     *,
     fields: dict[str, Any],
 ):
-    """Perplexity of a model on a text: windows do not overlap, each is seen by itself."""
+    """Measure the perplexity of a model on a text, in windows that do not overlap and are seen one by one."""
     asked = fields.get("evaluation", {})
     if latency:
         idle = [option_of(f"evaluation.{name}", EVALUATION_FIELDS) for name in asked]
@@ -148,13 +150,13 @@ def evaluate(
             raise ConfigError(f"{option} would do nothing: --latency reads no text and runs where the model is loaded")
         from pyprune.evaluation import gain
 
-        rows = gain.compare([against or gain.dense_of(model), model])
+        rows = gain.measure_side_by_side([against or gain.dense_of(model), model])
         if plot:
             gain.plot(rows, plot)
         written = gain.record(rows, model)
         if as_json:
             return _print_json(rows)
-        gain.print_comparison(rows)
+        gain.print_side_by_side(rows)
         return print("added to " + ", ".join(map(str, written))) if written else None
     for name, value in (("--against", against), ("--plot", plot)):
         if value is not None:
@@ -172,7 +174,7 @@ def evaluate(
 @app.command()
 def inspect(directory: Annotated[Path, typer.Argument(help="Folder of a safetensors or .bin checkpoint.")],
             as_json: Json = False):
-    """True sparsity, N:M violations and coverage of a checkpoint, read from its files."""
+    """Show the true sparsity, N:M violations and coverage of a checkpoint, read from its files."""
     found = pyprune.inspect(directory)
     return _print_json(found) if as_json else rendering.print_inspection(found)
 
@@ -180,7 +182,7 @@ def inspect(directory: Annotated[Path, typer.Argument(help="Folder of a safetens
 @app.command()
 def compare(directories: Annotated[list[Path], typer.Argument(help="Folders that pyprune wrote.")],
             as_json: Json = False):
-    """Runs side by side: settings, perplexity, reconstruction error, time."""
+    """Show runs side by side: settings, perplexity, reconstruction error and time."""
     rows = pyprune.compare(directories)
     if as_json:
         return _print_json({"runs": rows, "notes": comparison.differences(rows)})
@@ -190,15 +192,15 @@ def compare(directories: Annotated[list[Path], typer.Argument(help="Folders that
 @app.command()
 def generate(
     model: Annotated[str, typer.Argument(help="Folder, Hub id, .gguf file or packaged name.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="jsonl to write, or to extend.")],
-    num_samples: Annotated[int, typer.Option("--num-samples", "-n", help="Sequences.")] = 64,
-    seq_len: Annotated[int, typer.Option(help="Tokens a sequence.")] = 512,
-    seed: Annotated[int, typer.Option(help="Seed of every draw.")] = 0,
+    output: Annotated[Path, typer.Option("--output", "-o", help="A jsonl file to write, or to extend.")],
+    num_samples: Annotated[int, typer.Option("--num-samples", "-n", help="Number of sequences.")] = 64,
+    seq_len: Annotated[int, typer.Option(help="Tokens per sequence.")] = 512,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Sequences sampled together.")] = 32,
-    language: Annotated[str | None, typer.Option(help="Keep text in this language (ISO code).")] = None,
-    dtype: Annotated[str, typer.Option(help="Type the weights are loaded in.")] = "auto",
+    language: Annotated[str | None, typer.Option(help="Keep only text in this language (an ISO code).")] = None,
+    dtype: Annotated[str, typer.Option(help="Number type that the weights are loaded in.")] = "auto",
 ):
-    """Sample calibration sequences from MODEL itself (paper R), for --self-generated-path."""
+    """Sample calibration sequences from MODEL itself (arXiv 2406.15524), for --self-generated-path."""
     live, tokenizer = pyprune.load(model, dtype)
     rows = pyprune.generate(live, tokenizer, num_samples, seq_len=seq_len, seed=seed, batch_size=batch_size,
                             language=language, path=output,
@@ -207,10 +209,10 @@ def generate(
 
 
 @app.command()
-def env(qualify: Annotated[bool, typer.Option("--qualify", help="Check and time the back-ends now, again if that was "
-                                              "done.")] = False,
+def env(qualify: Annotated[bool, typer.Option("--qualify", help="Check and time the back-ends now, even if that was "
+                                              "done before.")] = False,
         as_json: Json = False):
-    """Versions, devices, native module, and which back-end each op takes here and why."""
+    """Show versions, devices, the native module, and which back-end each op takes here and why."""
     from pyprune.cli.environment import environment, print_environment
 
     found = environment(qualify)

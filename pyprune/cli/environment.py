@@ -12,7 +12,7 @@ PACKAGES = ("torch", "transformers", "triton", "datasets", "numpy", "safetensors
 
 def environment(qualify: bool = False) -> dict:
     """Versions, CPU, GPUs and native module of this machine, the state of every op's back-ends, and which one ``auto``
-    takes and why; ``qualify`` measures that now, else what is known is said."""
+    takes and why. ``qualify`` measures that now; otherwise what was measured before is shown."""
     import torch
 
     import pyprune
@@ -46,13 +46,13 @@ def _version(package: str) -> str | None:
         return None
 
 
-def print_environment(found: dict, stream: TextIO | None = None) -> None:
+def print_environment(found: dict, out: TextIO | None = None) -> None:
     """``environment()`` as text: a table of ops and back-ends for each device, and why one cannot be used."""
     from rich.table import Table
 
     from pyprune.reporting.rendering import open_console
 
-    console = open_console(stream)
+    console = open_console(out)
     packages = ", ".join(f"{name} {version or 'not installed'}" for name, version in found["packages"].items())
     console.print(f"pyprune {found['pyprune']}, Python {found['python']}, {found['platform']}\n{packages}")
     console.print(f"CPU: {found['cpu']['cores']} cores, {found['cpu']['threads']} threads, kernels for "

@@ -172,7 +172,7 @@ def need_tokenizer(tokenizer, what: str) -> None:
 
 
 def _documents(calibration: Calibration, encoder: bool = False) -> Iterable[str]:
-    """Texts of the source; for an encoder a plain text file is one text a line."""
+    """Texts of the source; for an encoder a plain text file is one text per line."""
     if calibration.source is None:
         return texts.builtin("calibration")
     found = texts.read(calibration.source, split=calibration.split, subset=calibration.subset,
@@ -192,7 +192,7 @@ def _pieces(documents: Iterable[str], tokenizer, length: int, wanted: int, encod
 
 
 def _sentences(documents: Iterable[str], tokenizer, longest: int) -> Iterator[Tensor]:
-    """One sequence a text, truncated, special tokens included; a text seen before is left out."""
+    """One sequence per text, truncated, special tokens included; a text seen before is left out."""
     empty, seen = len(tokenizer("")["input_ids"]), set()
     for text in documents:
         ids = tuple(tokenizer(" ".join(text.split()), truncation=True, max_length=longest)["input_ids"])

@@ -1,9 +1,9 @@
 """Self-generated calibration: token sequences sampled from the dense model itself.
 
-Paper R (arXiv 2406.15524), after LLM-QAT (arXiv 2305.17888): draw one random vocabulary token, extend it greedily to
+As in arXiv 2406.15524, after LLM-QAT (arXiv 2305.17888): draw one random vocabulary token, extend it greedily to
 five tokens, keep it if the text is in the wanted language, then sample at temperature 1 to the full length.
 
-Candidate i draws from its own random stream, seeded by (seed, i), so sequence i does not depend on how many are asked
+Candidate i draws from its own generator, seeded by (seed, i), so sequence i does not depend on how many are asked
 for or how they are batched (up to the last bits of a batched product). A file of sequences is therefore extended, not
 rewritten, when more are asked for, and an interrupted run goes on where it stopped.
 """
@@ -45,7 +45,7 @@ def generate(model, tokenizer, n: int, *, seq_len: int, seed: int = 0, batch_siz
     hardly any candidate is in.
     """
     _check(model, n, seq_len, batch_size)
-    settings = {"kind": KIND, "model": fingerprint(model), "seq_len": seq_len, "seed": seed, "language": language,
+    settings = {"kind": KIND, "model": model_digest(model), "seq_len": seq_len, "seed": seed, "language": language,
                 "greedy_tokens": GREEDY_TOKENS, "temperature": 1.0}
     rows = _open(path, settings) if path is not None else []
     if language is not None and len(rows) < n:
@@ -81,7 +81,7 @@ def generate(model, tokenizer, n: int, *, seq_len: int, seed: int = 0, batch_siz
     return [torch.tensor(row["tokens"], dtype=torch.int64) for row in rows[:n]]
 
 
-def fingerprint(model) -> str:
+def model_digest(model) -> str:
     """Short hash of the model's parameter names, shapes and first values: is it the model that wrote this file?"""
     digest = hashlib.sha256()
     for name, p in model.named_parameters():
@@ -170,8 +170,6 @@ def _detector() -> Callable[[str], str]:
                           ) from error
     return lambda text: py3langid.classify(text)[0]
 
-
-# ---- the file ------------------------------------------------------------------------------------------------------
 
 def _open(path: str | Path, settings: dict) -> list[dict]:
     """Rows of an existing file of the same settings (a line cut by a crash is removed), or a new file."""

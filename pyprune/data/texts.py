@@ -52,8 +52,6 @@ def _is_name(text: str) -> bool:
     return bool(text) and (not re.search(r"\s", text) or (len(text) < 1024 and Path(text).exists()))
 
 
-# ---- token ids -----------------------------------------------------------------------------------------------------
-
 def token_rows(source: Any) -> list[Tensor] | None:
     """The sequences of a source that already is token ids, in order and without padding; None for any other source.
 
@@ -125,8 +123,6 @@ def check_vocabulary(sequences: list[Tensor], vocab_size: int | None) -> None:
             raise ConfigError(f"token id {wrong[0].item()} in sequence {i} is outside the model's vocabulary of "
                               f"{vocab_size}; were these ids made with another tokenizer?")
 
-
-# ---- texts ---------------------------------------------------------------------------------------------------------
 
 def read(source: Any, *, split: str, subset: str | None, text_column: str | None) -> Iterator[str]:
     """The texts of a source, one document at a time.

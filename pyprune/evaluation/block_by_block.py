@@ -34,7 +34,10 @@ class Meter:
         """What the user should know of where it was measured."""
 
     def __call__(self, model: nn.Module, weights: Resident | None = None) -> list[dict]:
-        """One row per text, as :func:`~pyprune.evaluation.perplexity.measure` returns them; ``weights``: how they are held."""
+        """One row per text, as :func:`~pyprune.evaluation.perplexity.measure` returns them.
+
+        weights: how the blocks' weights are held.
+        """
         world, texts = self.world, self.texts
         if not texts:
             return []
@@ -55,7 +58,7 @@ class Meter:
 @torch.no_grad()
 def measure_streamed(view: ModelView, weights: Streamed, named: list[tuple[str, list[Tensor]]], evaluation: Evaluation,
                      store: Store, device: torch.device) -> list[dict]:
-    """One row a text, as :func:`pyprune.evaluation.perplexity.measure` returns them."""
+    """One row per text, as :func:`pyprune.evaluation.perplexity.measure` returns them."""
     if not named:
         return []
     check_causal(view.model)

@@ -35,9 +35,9 @@ def dense_of(name: str | Path, option: str = "--against") -> str:
     return found
 
 
-def compare(models: Sequence[str | Path], *, tokens: int = 512, new_tokens: int = 32, batch_size: int = 1,
-            dtype: str = "auto", rounds: int = 2) -> list[dict]:
-    """Parameters, weight and file bytes, peak memory and tokens a second of each model, the first being the base.
+def measure_side_by_side(models: Sequence[str | Path], *, tokens: int = 512, new_tokens: int = 32,
+                         batch_size: int = 1, dtype: str = "auto", rounds: int = 2) -> list[dict]:
+    """Parameters, weight and file bytes, peak memory and tokens per second of each model; the first is the base.
 
     Every model runs in a fresh process, so that peak memory is its own; they take turns for ``rounds`` rounds and the
     fastest run counts, so that a busy machine slows all alike. Rows carry their ratios to the first.
@@ -58,8 +58,8 @@ def compare(models: Sequence[str | Path], *, tokens: int = 512, new_tokens: int 
 
 
 def _in_a_process(name: str, tokens: int, new_tokens: int, batch_size: int, dtype: str) -> dict:
-    command = [sys.executable, "-m", "pyprune.evaluation.gain", name, "--tokens", str(tokens), "--new-tokens", str(new_tokens),
-               "--batch-size", str(batch_size), "--dtype", dtype]
+    command = [sys.executable, "-m", "pyprune.evaluation.gain", name, "--tokens", str(tokens),
+               "--new-tokens", str(new_tokens), "--batch-size", str(batch_size), "--dtype", dtype]
     done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ))
     if done.returncode:
         raise ConfigError((done.stderr.strip().splitlines() or ["the measuring process died"])[-1])
@@ -67,7 +67,8 @@ def _in_a_process(name: str, tokens: int, new_tokens: int, batch_size: int, dtyp
 
 
 def measure(name: str, *, tokens: int, new_tokens: int, batch_size: int, dtype: str) -> dict:
-    """One model, in this process: :func:`pyprune.evaluation.latency.latency` for decoders, forward passes for encoders."""
+    """Measure one model in this process: :func:`pyprune.evaluation.latency.latency` for decoders, forward passes for
+    encoders."""
     model, _ = load(name, dtype)
     directory = Path(name) if Path(name).is_dir() else None
     positions = of_any(model)
@@ -119,8 +120,8 @@ def record(rows: list[dict], directory: str | Path) -> list[Path]:
     return [path, folder / "README.md", *([picture] if picture.is_file() else [])]
 
 
-def print_comparison(rows: list[dict], stream: TextIO | None = None) -> None:
-    """One line a measure, one column a model, with the ratio to the first."""
+def print_side_by_side(rows: list[dict], out: TextIO | None = None) -> None:
+    """One line per measure, one column per model, with the ratio to the first."""
     from rich.console import Console
     from rich.table import Table
 
@@ -128,7 +129,7 @@ def print_comparison(rows: list[dict], stream: TextIO | None = None) -> None:
     for key, (label, _, _) in LABELS.items():
         if any(row.get(key) for row in rows):
             table.add_row(label, *(cell(row, key, rows[0]) for row in rows))
-    Console(file=stream or sys.stdout, highlight=False).print(table)
+    Console(file=out or sys.stdout, highlight=False).print(table)
 
 
 def plot(rows: list[dict], path: str | Path) -> None:

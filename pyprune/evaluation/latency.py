@@ -19,11 +19,13 @@ from pyprune.model.blocks import read_on
 @torch.no_grad()
 def latency(model: nn.Module, *, tokens: int = 512, new_tokens: int = 32, batch_size: int = 1, repeats: int = 3,
             directory: str | Path | None = None) -> dict:
-    """Size and speed: parameters, bytes on disk, peak memory, tokens a second in prefill and in decode.
+    """Size and speed: parameters, bytes on disk, peak memory, tokens per second in prefill and in decode.
 
-    Prefill is one forward pass over ``tokens`` random ids; decode feeds one token at a time after it, with the cache.
-    Speeds are of the fastest of ``repeats`` runs after one that is not counted. ``peak_memory_bytes`` is the device's
-    during the runs, on a CPU the process's so far.
+    model: a causal model, measured where it is. Prefill is one forward pass over ``[batch_size, tokens]`` random ids;
+    decode feeds one token at a time after it, ``new_tokens`` in all, with the cache. Speeds are of the fastest of
+    ``repeats`` runs after one that is not counted. directory: folder of the checkpoint, for the bytes of its files.
+    Returns a dict of plain numbers; names ending in ``_bytes`` are bytes, in ``_per_second`` tokens per second.
+    ``peak_memory_bytes`` is the device's during the runs, on a CPU the process's so far.
     """
     check_causal(model)
     device = device_of(model)

@@ -1,4 +1,4 @@
-"""Perplexity and speed of a model: the same code for dense and pruned ones.
+"""Perplexity of a model: the same code for dense and pruned ones.
 
 Perplexity is ``exp(mean over windows of (mean over the window's predictions of −log p))``: windows do not overlap and
 each is seen by itself, so a window of t tokens makes t − 1 predictions.
@@ -216,7 +216,7 @@ def windows_of(evaluation: Evaluation, tokenizer=None, encoder: bool = False, *,
                warn: Callable[[str], None] = warnings.warn) -> list[tuple[str, list[Tensor]]]:
     """Name and windows of every text of ``evaluation``, to be measured on the dense and on the pruned model.
 
-    positions: of the model; ``warn`` is told where they made windows shorter, or where windows exceed them.
+    positions: of the model; ``warn`` is called where they made windows shorter, or where windows exceed them.
     Empty for encoders, when disabled, and when no text was named and there is no tokenizer to read the default with.
     """
     if encoder or not evaluation.enabled or (evaluation.text is None and tokenizer is None):
@@ -255,7 +255,7 @@ def refuse_text(evaluation: Evaluation, view: ModelView) -> None:
 
 def measure(model: nn.Module, named: list[tuple[str, list[Tensor]]], evaluation: Evaluation,
             progress=None) -> list[dict]:
-    """One row a text: perplexity (NaN where the logits are not finite) and its conditions."""
+    """One row per text: perplexity (NaN where the logits are not finite) and its conditions."""
     rows = []
     for name, found in named:
         dtype, start = forward_dtype(model, evaluation.dtype), time.perf_counter()

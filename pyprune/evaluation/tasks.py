@@ -16,7 +16,7 @@ BATCH_TOKENS = 8192
 
 
 def token_ids(tokenizer, texts: Sequence[str], max_length: int = 128) -> list[Tensor]:
-    """One 1-D id tensor a text, special tokens included, without padding."""
+    """One 1-D id tensor per text, special tokens included, without padding."""
     return [torch.tensor(ids) for ids in tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]]
 
 

@@ -2,7 +2,7 @@
 
 Two back-ends behind one allocator: host memory (pinned for a GPU), and above a byte budget memory-mapped files that are
 deleted from the start, so nothing outlives the process. A GPU sees them through a ring of fixed device buffers: batch
-i+1 is copied in and batch i−1 out on streams of their own while batch i computes, ordered by events alone.
+i+1 is copied in and batch i−1 out on CUDA streams of their own while batch i computes, ordered by events alone.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import resource
 import tempfile
 import weakref
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -45,6 +46,21 @@ def available_memory() -> int:
     return max(free, 0)
 
 
+@dataclass
+class _Taken:
+    """Bytes in use in one place, and the most there were at once."""
+
+    now: int = 0
+    peak: int = 0
+
+    def take(self, size: int) -> None:
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+    def free(self, size: int) -> None:
+        self.now -= size
+
+
 class Store:
     """Allocates host tensors for activations within a budget; what does not fit is mapped from a file."""
 
@@ -53,24 +69,33 @@ class Store:
         temporary one. pin: page-lock the memory, for a GPU to copy from."""
         self.budget = available_memory() // 2 if budget is None else budget
         self.folder, self.pin = folder, pin
-        self.in_memory = self.in_files = 0
-        self.peak_in_memory = self.peak_in_files = 0
+        self._memory, self._files = _Taken(), _Taken()
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """An uninitialised host tensor. Raises OutputError if the folder has no room for its file."""
         size = math.prod(shape) * dtype.itemsize
-        if self.in_memory + size <= self.budget or size == 0:
-            tensor = torch.empty(shape, dtype=dtype, pin_memory=self.pin)
-            kind = "in_memory"
+        if self._memory.now + size <= self.budget or size == 0:
+            tensor, taken = torch.empty(shape, dtype=dtype, pin_memory=self.pin), self._memory
         else:
-            tensor, kind = self._mapped(shape, dtype, size), "in_files"
-        setattr(self, kind, getattr(self, kind) + size)
-        setattr(self, "peak_" + kind, max(getattr(self, "peak_" + kind), getattr(self, kind)))
-        weakref.finalize(tensor, self._forget, kind, size)
+            tensor, taken = self._mapped(shape, dtype, size), self._files
+        taken.take(size)
+        weakref.finalize(tensor, taken.free, size)
         return tensor
 
-    def _forget(self, kind: str, size: int) -> None:
-        setattr(self, kind, getattr(self, kind) - size)
+    @property
+    def in_memory(self) -> int:
+        """Bytes of the tensors that are now in memory."""
+        return self._memory.now
+
+    @property
+    def in_files(self) -> int:
+        """Bytes of the tensors that are now in files."""
+        return self._files.now
+
+    @property
+    def peak_in_files(self) -> int:
+        """Most bytes that were in files at once."""
+        return self._files.peak
 
     def _mapped(self, shape: tuple[int, ...], dtype: torch.dtype, size: int) -> Tensor:
         handle, name = tempfile.mkstemp(prefix="activations-", dir=self.folder)
@@ -113,7 +138,7 @@ class _Slot:
 
 
 class Ring:
-    """Batches to and from a GPU: ``DEPTH`` buffers in, ``DEPTH`` staging buffers out, one stream each way."""
+    """Batches to and from a GPU: ``DEPTH`` buffers in, ``DEPTH`` staging buffers out, one CUDA stream each way."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype, api=torch.cuda):
         """api: what provides streams and events; ``torch.cuda`` but in tests."""

@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from pyprune import ops
 
 CHUNK = 128
-"""Query rows a chunk of causal attention: 5/8 of the square at 512 tokens."""
+"""Query rows per chunk of causal attention: 5/8 of the square at 512 tokens."""
 MAX_PROBABILITIES = 2**26
 """Probabilities kept for the backward pass; beyond it torch's attention, which keeps none, is left in place."""
 

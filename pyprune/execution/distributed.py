@@ -26,11 +26,11 @@ from pyprune.config import ConfigError
 
 T = TypeVar("T")
 COLLECTIVE_MINUTES = 60
-"""A collective may wait this long: one process may be solving or evaluating while the others wait."""
+"""How long a collective may wait: one process may be solving or evaluating while the others wait."""
 BEAT, SILENCE = 2.0, 30.0
-"""Seconds between signs of life, and without one until a process counts as dead."""
-GONE, FAILED = -1, -2
-"""Last signs of a process: it is done, or it failed."""
+"""Seconds between two signs of life, and seconds without one after which a process counts as dead."""
+GONE, FAILED = "gone", "failed"
+"""The last sign of a process says that it is done, or that it failed."""
 AGAIN = "run the same command with --resume, with any number of processes"
 LOST = 75
 """Exit code of a process that stops because another one did (EX_TEMPFAIL: trying again makes sense)."""
@@ -49,8 +49,6 @@ class World:
     def leads(self) -> bool:
         """This process writes and reports."""
         return self.rank == 0
-
-    # ---- control -----------------------------------------------------------------------------------------------
 
     def lead(self, work: Callable[[], T]) -> T | None:
         """``work()`` on process 0, None elsewhere; if it raises, every process raises."""
@@ -89,8 +87,6 @@ class World:
 
     def any(self, flag: bool) -> bool:
         return any(self.everyone(bool(flag)))
-
-    # ---- data --------------------------------------------------------------------------------------------------
 
     def span(self, count: int) -> tuple[int, int]:
         """First and one past the last of this process's part of ``count`` things, contiguous."""
@@ -146,7 +142,7 @@ class World:
         return out
 
     def mean_perplexity(self, rows: list[dict] | None, whole: list[int]) -> list[dict]:
-        """Perplexities of all windows from those of every process's share; ``whole``: windows of each text."""
+        """Perplexities of all windows, from those of every process's share. whole: the windows of each text."""
         result = []
         for k, parts in enumerate(zip(*self.everyone(rows))):
             total = sum(part["windows"] for part in parts)
@@ -155,8 +151,6 @@ class World:
             result.append({**parts[0], "perplexity": math.nan if bad else math.exp(mean), "windows": whole[k],
                            "seconds": max(part["seconds"] for part in parts)})
         return result
-
-    # ---- failure -----------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def _guard(self) -> Iterator[None]:
@@ -168,7 +162,7 @@ class World:
                             f"({' '.join(str(error).split())[:120]}); finished blocks are safe, {AGAIN}") from error
 
     def close(self, failed: bool = False) -> None:
-        """Leave; after a failure without waiting for anyone."""
+        """Leave the world; after a failure, without waiting for the other processes."""
 
 
 class Torchrun(World):
@@ -217,13 +211,13 @@ class Pulse:
         self.running = False
         """A run is under way: others are needed."""
         self._ended = threading.Event()
-        self._seen: dict[int, tuple[int, float]] = {}
+        self._seen: dict[int, tuple[str, float]] = {}
 
-    def stop(self, word: int) -> None:
-        """Last word of a process: that it is done, or that it failed."""
+    def stop(self, word: str) -> None:
+        """Write the last sign: this process is done, or it failed."""
         self._ended.set()
         with contextlib.suppress(RuntimeError, dist.DistError):
-            self.store.set(self._key(self.rank), str(word))
+            self.store.set(self._key(self.rank), word)
 
     def _key(self, rank: int) -> str:
         return f"pyprune/alive/{rank}"
@@ -234,25 +228,25 @@ class Pulse:
             count += 1
             try:
                 self.store.set(self._key(self.rank), str(count))
-                silent = self.silent(time.monotonic())
+                other = self.silent(time.monotonic())
+                name = None if other is None else f"process {other}"
             except (RuntimeError, dist.DistError):
-                silent = -1  # whoever keeps the store is gone
-            if silent is not None and self.running and not self._ended.is_set():
-                name = "the process that keeps the store" if silent < 0 else f"process {silent}"
+                name = "the process that keeps the store"
+            if name is not None and self.running and not self._ended.is_set():
                 print(f"pyprune: process {self.rank} of {self.size} stops: no sign of life from {name}; finished "
                       f"blocks are safe, {AGAIN}", file=sys.stderr, flush=True)
                 self.leave(LOST)
                 return
 
     def silent(self, now: float) -> int | None:
-        """A process that has said nothing for too long, or that it failed a while ago."""
+        """The rank of a process that gave no sign for too long, or failed a while ago; None if there is none."""
         for other in range(self.size):
             key = self._key(other)
-            value = int(self.store.get(key)) if self.store.check([key]) else 0
-            if other not in self._seen or self._seen[other][0] != value:
-                self._seen[other] = (value, now)
-            patience = self.silence / 3 if value == FAILED else self.silence
-            if value != GONE and now - self._seen[other][1] > patience:
+            sign = self.store.get(key).decode() if self.store.check([key]) else ""
+            if other not in self._seen or self._seen[other][0] != sign:
+                self._seen[other] = (sign, now)
+            patience = self.silence / 3 if sign == FAILED else self.silence
+            if sign != GONE and now - self._seen[other][1] > patience:
                 return other
         return None
 

@@ -13,16 +13,16 @@ from pyprune.execution.executor import Activations, Executor
 
 @dataclass(eq=False)
 class ErrorProbe:
-    """The same sequences in both models: ``student`` follows the pruned prefix, ``dense`` the dense one."""
+    """The same sequences in both models: ``pruned`` follows the pruned prefix, ``dense`` the dense one."""
 
     name: str
     """``calibration`` or ``held_out``."""
-    student: Activations
+    pruned: Activations
     dense: Activations
 
     def error(self) -> float:
         """``‖f̄(x̄) − f(x)‖² / ‖f̄(x̄)‖²``, pruned stream against dense stream, where they now stand."""
-        return stream_error(self.student, self.dense)
+        return stream_error(self.pruned, self.dense)
 
 
 def make_probes(executor: Executor, config: PruneConfig, data: CalibrationData) -> list[ErrorProbe]:
@@ -34,8 +34,8 @@ def make_probes(executor: Executor, config: PruneConfig, data: CalibrationData) 
     probes = []
     for name, sequences in (("calibration", data.sequences[:n]), ("held_out", held_out)):
         if sequences:
-            student = executor.embed(sequences)
-            probes.append(ErrorProbe(name, student, student.like()))
+            pruned = executor.embed(sequences)
+            probes.append(ErrorProbe(name, pruned, pruned.like()))
     return probes
 
 
@@ -45,10 +45,10 @@ def pass_dense(executor: Executor, index: int, module: nn.Module, probes: list[E
         executor.run(index, module, probe.dense, probe.dense)
 
 
-def pass_student(executor: Executor, index: int, module: nn.Module, probes: list[ErrorProbe]) -> None:
+def pass_pruned(executor: Executor, index: int, module: nn.Module, probes: list[ErrorProbe]) -> None:
     """The pruned streams pass the finished block."""
     for probe in probes:
-        executor.run(index, module, probe.student, probe.student)
+        executor.run(index, module, probe.pruned, probe.pruned)
 
 
 def errors_of(probes: list[ErrorProbe]) -> dict[str, float | None]:
@@ -57,11 +57,11 @@ def errors_of(probes: list[ErrorProbe]) -> dict[str, float | None]:
     return {"error": errors.get("calibration"), "error_held_out": errors.get("held_out")}
 
 
-def stream_error(student: Activations, dense: Activations) -> float:
-    """``‖dense − student‖² / ‖dense‖²`` of two streams over the same sequences."""
+def stream_error(pruned: Activations, dense: Activations) -> float:
+    """``‖dense − pruned‖² / ‖dense‖²`` of two streams over the same sequences."""
     lost = total = 0.0
     for batch in dense.batches():
         target = dense.read(batch).float()
-        lost += (target - student.read(batch).float()).square().sum().item()
+        lost += (target - pruned.read(batch).float()).square().sum().item()
         total += target.square().sum().item()
     return lost / total if total else 0.0

@@ -2,7 +2,7 @@
 
 Sequences of equal length are stored together, ``[sequences, tokens, hidden]``, so a batch is a view of the store,
 nothing is ever padded, and most of a block's arguments depend on the batch's shape alone. Those that depend on the
-tokens, and what blocks leave for later ones, are stored with the sequences (:mod:`pyprune.arguments`).
+tokens, and what blocks leave for later ones, are stored with the sequences (:mod:`pyprune.model.arguments`).
 """
 
 from __future__ import annotations
@@ -32,8 +32,13 @@ from pyprune.model.recording import call_block
 from pyprune.model.watching import expert_loop
 
 T = TypeVar("T")
-TARGET_TOKENS = 2048 if not torch.cuda.is_available() else 16384
-"""Tokens a batch: on a CPU what stays in cache, on a GPU what fills it."""
+CPU_TOKENS, GPU_TOKENS = 2048, 16384
+"""Tokens per batch where no batch size was given: on a CPU as many as stay in cache, on a GPU as many as fill it."""
+
+
+def target_tokens(device: torch.device | str) -> int:
+    """Tokens per batch on a device where no batch size was given."""
+    return GPU_TOKENS if torch.device(device).type == "cuda" else CPU_TOKENS
 
 
 class NoRoom(enum.Enum):
@@ -65,8 +70,12 @@ class Activations:
     order.
     """
 
-    def __init__(self, sequences: Sequence[Tensor], hidden: int, dtype: torch.dtype, store: Store | None = None):
+    def __init__(self, sequences: Sequence[Tensor], hidden: int, dtype: torch.dtype, store: Store | None = None,
+                 batch_tokens: int = CPU_TOKENS):
+        """batch_tokens: tokens per batch where no batch size is given, :func:`target_tokens` of the device that reads
+        them."""
         self.store = store or Store()
+        self.batch_tokens = batch_tokens
         self.ids: dict[int, Tensor] = {}
         self.rows: dict[int, list[int]] = {}
         for row, ids in enumerate(sequences):
@@ -76,20 +85,22 @@ class Activations:
             self.ids[length] = torch.stack([sequences[row].long() for row in rows])
         self.hidden, self.dtype = hidden, dtype
         self.span = {length: (len(rows), 0) for length, rows in self.rows.items()}
-        """Per length, sequences of all processes together and the place of the first one here among them."""
+        """Per length, the number of sequences of all processes together, and the place of this process's first one
+        among them."""
         self.data = {length: self.store.empty((len(rows), length, hidden), dtype) for length, rows in self.rows.items()}
         self.beside: dict[int, dict[int, Tensor]] = {}
         """Arguments that depend on the tokens: number → length → ``[sequences, …]``."""
         self.left: dict[tuple, dict[int, Tensor]] = {}
-        """What the blocks so far left for later ones, by key and place: → length → ``[sequences, …]``."""
+        """What the blocks so far left for later ones: key and place → length → ``[sequences, …]``."""
         self._leavers: dict[tuple, dict[int, Tensor]] = {}
-        """Sequences whose blocks have left it: in a pass from a stream to itself the others have not, yet."""
+        """Key and place → length → which sequences have it already: in a pass from a stream to itself the later batches
+        do not have it yet, bool ``[sequences]``."""
 
     def batches(self, size: int | None = None) -> list[Batch]:
-        """Consecutive batches of ``size`` sequences (None: about ``TARGET_TOKENS`` tokens)."""
+        """Consecutive batches of ``size`` sequences (None: about ``batch_tokens`` tokens)."""
         out = []
         for length, rows in self.rows.items():
-            step = size or max(1, TARGET_TOKENS // length)
+            step = size or max(1, self.batch_tokens // length)
             out += [Batch(length, s, min(s + step, len(rows))) for s in range(0, len(rows), step)]
         return out
 
@@ -139,7 +150,7 @@ class Activations:
 
 
 class Resident:
-    """All weights in memory: nothing comes, nothing goes."""
+    """All weights stay in memory: nothing is read and nothing is released."""
 
     streamed = False
 
@@ -147,7 +158,7 @@ class Resident:
         """Make the parameters of a block real."""
 
     def release(self, index: int, saved: Path | None = None) -> None:
-        """Let go of a block; ``saved`` holds it as it is now, otherwise it was not changed."""
+        """Free a block's parameters. ``saved``: the file that holds it as it is now; without one it was not changed."""
 
 
 class Executor:
@@ -156,8 +167,9 @@ class Executor:
     def __init__(self, view: ModelView, *, device: torch.device | str = "cpu", compute_dtype: torch.dtype | None = None,
                  batch_size: int | None = None, weights: Resident | None = None, store: Store | None = None,
                  world: World | None = None, warn: Callable[[str], None] = lambda message: None):
-        """weights: how the blocks come and go (None: they are in memory). store: where activations live. world: the
-        processes that share the calibration sequences. warn: hears when a batch did not fit the device and was halved.
+        """weights: how the blocks are read and released (None: they are in memory). store: where activations are kept.
+        world: the processes that share the calibration sequences. warn: is called with a sentence when a batch did not
+        fit on the device and was halved.
         """
         self.view, self.device, self.batch_size = view, indexed(device), batch_size
         own = next(p.dtype for p in view.blocks[0].parameters() if p.is_floating_point())
@@ -169,21 +181,22 @@ class Executor:
         self.mode: Callable = contextlib.nullcontext
         if self.device.type == "cpu":
             self.mode = lambda: forward_mode(self.dtype)
-        """What forward passes run under."""
+        """Makes the context that forward passes run in."""
         self._arguments: dict[tuple[int, int], list[Arguments]] = {}
 
     def embed(self, sequences: Sequence[Tensor], shared: bool = False) -> Activations:
         """Inputs of the first block for token sequences (1-D id tensors of any lengths), at least one.
 
-        shared: with several processes each takes its part. Raises ConfigError if there is none for one of them.
+        shared: with several processes each takes its part. Raises ConfigError if a process would have no sequence.
         """
         if shared and self.world.size > 1:
             return self._embed_part(list(sequences))
-        shell = Activations(sequences, 0, self.dtype)
+        tokens = target_tokens(self.device)
+        shell = Activations(sequences, 0, self.dtype, batch_tokens=tokens)
         passes = ((batch, *self._record(shell.ids[batch.length][batch.start:batch.stop]))
                   for batch in shell.batches(self.batch_size))
         first = next(passes)
-        activations = Activations(sequences, first[1].shape[-1], self.dtype, self.store)
+        activations = Activations(sequences, first[1].shape[-1], self.dtype, self.store, tokens)
         for batch, hidden, arguments, own in itertools.chain([first], passes):
             activations.write(batch, hidden)
             for number, tensor in own.items():
@@ -212,7 +225,7 @@ class Executor:
         return hidden, [a.to(self.device, self.dtype, memo) for a in arguments], own
 
     def arguments(self, index: int, length: int, size: int) -> Arguments:
-        """What the model hands block ``index`` beside ``[size, length, hidden]`` states (recorded once a shape); what
+        """What the model hands block ``index`` beside ``[size, length, hidden]`` states (recorded once per shape); what
         belongs to the sequences themselves is filled in by :meth:`beside`."""
         if (length, size) not in self._arguments:
             ids = torch.full((size, length), any_token(self.view.model), dtype=torch.long)
@@ -281,7 +294,8 @@ class Executor:
             through: Callable[[Callable[[], Tensor]], Tensor | None] | None = None) -> None:
         """Pass ``source`` through a block; outputs go to ``target`` (may be ``source``) and to ``each``.
 
-        through: makes each pass, given it as a function; it may end it early and return None.
+        through: is called with each forward pass as a function, runs it and returns its output; it may end the pass
+        early and return None.
         """
         def one(part: Batch, x: Tensor) -> tuple[Tensor | None, Beside]:
             beside = self.beside([index], source, part)
@@ -330,7 +344,7 @@ class Executor:
         return [(first, hidden[:middle]), (second, hidden[middle:])]
 
     def release(self, index: int, saved: Path | None = None) -> None:
-        """Let go of a block's weights where they are streamed; ``saved`` is the shard that holds what it became."""
+        """Free a block's weights where they are streamed; ``saved`` is the shard that holds what it became."""
         self.weights.release(index, saved)
 
 

@@ -153,8 +153,6 @@ class Journal:
             elif path.name not in (MARK, "lock"):
                 path.unlink()
 
-    # ---- what the run is ---------------------------------------------------------------------------------------
-
     @property
     def complete(self) -> bool:
         """The final checkpoint was assembled: only moving it out is left. Whose it is, :meth:`begin` compares."""
@@ -217,8 +215,6 @@ class Journal:
         if self.keeps:
             write_bytes(self.folder / f"{name}.json", json.dumps(checkpoint.plain(value)).encode())
 
-    # ---- steps -------------------------------------------------------------------------------------------------
-
     def shard(self, index: int) -> Path:
         """Where the finished tensors of a block lie."""
         return shard_path(self.output, index)
@@ -252,8 +248,6 @@ class Journal:
         """Tensors of a block as a committed step left them (checksums were compared at the start)."""
         shard = Shard(self.folder / f"draft-{index:05}.safetensors" if draft else self.shard(index))
         return {name: shard.read(name) for name in shard.entries}
-
-    # ---- stopping ----------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def interruptible(self, follow: bool = False) -> Iterator[None]:
@@ -304,8 +298,6 @@ class Journal:
             error.args = (f"{error}. {len(self.entries)} of {self.total} blocks are safe; mend that and {RESUME}",)
         return error
 
-    # ---- the end -----------------------------------------------------------------------------------------------
-
     def finish(self, fill: Callable[[Path], None]) -> None:
         """Assemble the final checkpoint with ``fill(folder)``, move it out, remove the journal."""
         if not self.keeps:
@@ -347,7 +339,7 @@ class Journal:
         self.release()
 
     def close(self) -> None:
-        """Let go of the folder; one that holds no step yet disappears, unless it was there before."""
+        """Unlock the folder. One that holds no step yet is removed, unless it was there before."""
         if not self.keeps:
             return
         for future in self._pending.values():

@@ -34,7 +34,7 @@ class Run:
 
 
 class Clock:
-    """Exclusive wall time by phase: entering an inner phase pauses the outer one."""
+    """Measures wall time by phase; entering an inner phase pauses the outer one."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -70,7 +70,7 @@ class Findings:
     warnings: list[str] = field(default_factory=list)
 
     def warn(self, message: str) -> None:
-        """Keep a warning, once however often it is said."""
+        """Keep a warning, but only once."""
         if message not in self.warnings:
             self.warnings.append(message)
 

@@ -55,7 +55,7 @@ class Streamed(Resident):
 
     @contextlib.contextmanager
     def hold(self, index: int) -> Iterator[None]:
-        """A block's weights for the duration, whatever they were before."""
+        """Keep a block's weights real inside the ``with`` block, whatever they were before."""
         present = index in self._present
         self.acquire(index)
         try:

@@ -18,11 +18,11 @@ from pyprune.masks.statistics import (
     Inputs,
     Observer,
     Statistics,
-    error_sums,
     find_non_finite,
     observe,
     ratio,
     reduce_statistics,
+    weight_error_sums,
 )
 from pyprune.model.blocks import WeightRef
 
@@ -89,14 +89,14 @@ def prune_block(run: Run, found: Findings, index: int, module: nn.Module,
         for ref in refs:
             weight = ref.view(block)
             if ref.expert is not None and statistics is not None and statistics.count < weight.shape[1]:
-                found.warn(f"{run.view.name(index, ref)} saw {int(statistics.count)} calibration tokens, fewer than its "
-                         f"{weight.shape[1]} inputs: what is chosen there rests on too little data")
+                found.warn(f"{run.view.name(index, ref)} saw {int(statistics.count)} calibration tokens, fewer than "
+                           f"its {weight.shape[1]} inputs: what is chosen there rests on too little data")
             before = weight.to(run.executor.device)
             solved = solve(before, group_config, statistics, factor)
             row = {"name": run.view.name(index, ref), "block": index, "shape": list(weight.shape),
                    "damping": solved.damping}
             results = {"": solved.weight} if solved.swept is None else {"": solved.weight, "_sweep": solved.swept}
-            errors = {key + step: error_sums(probe.sinks[probe.leader[ref.name]].x, before, result)
+            errors = {key + step: weight_error_sums(probe.sinks[probe.leader[ref.name]].x, before, result)
                       for probe, key in zip(inputs, ("error", "error_held_out")) if ref.name in probe.leader
                       for step, result in results.items()}
             weight.copy_(solved.weight)

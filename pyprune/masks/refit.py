@@ -3,7 +3,7 @@
     minimise over w on the support S of its row   (w − w̄)ᵀ H (w − w̄)        w_S = H_SS⁻¹ (H w̄)_S
 
 The OBS sweep only lets later columns make up for a column's error, so its error is about twice this one's. Narrow
-matrices: a batch of Cholesky solves. Wide ones: conjugate gradients on all rows at once, one product with H a step,
+matrices: a batch of Cholesky solves. Wide ones: conjugate gradients on all rows at once, one product with H per step,
 ``2 · out · in²`` FLOPs where the Cholesky factors of all rows would take ``out · in³ / 3``.
 """
 
@@ -64,7 +64,7 @@ def exact_refit(dense: Tensor, mask: Tensor, h: Tensor, start: Tensor) -> Refit:
 
 
 def _factored(dense: Tensor, mask: Tensor, h: Tensor) -> Tensor:
-    """One system a row, in which the dropped columns are replaced by those of the identity."""
+    """One system per row, in which the dropped columns are replaced by those of the identity."""
     target = ops.linear(dense, h).masked_fill_(~mask, 0)
     solutions, infos = [], []
     for keep, right in zip(*(t.split(max(1, SYSTEM_ELEMENTS // h.numel())) for t in (mask, target))):

@@ -95,7 +95,7 @@ def obs_prune(weight: Tensor, factor: Factor, *, sparsity: float | None = None, 
     weight: float32 ``[out, in]``. Exactly one of ``sparsity`` (chosen per column block over all rows), ``nm`` and
     ``mask``.
     Column blocks come in panels of ``PANEL_BLOCKS``: a block's errors update the rest of its panel, a panel's the
-    columns right of it by one product, so that these are read and written once a panel.
+    columns right of it by one product, so that these are read and written once per panel.
     """
     rows, columns = weight.shape
     keep = torch.empty(rows, columns, dtype=torch.bool, device=weight.device)
@@ -141,7 +141,7 @@ def score_mask(weight: Tensor, config: PruneConfig, statistics: Statistics | Non
 
 
 def dense_target_start(weight: Tensor, statistics: Statistics, factor: Factor) -> Tensor:
-    """Best dense weights for ``X̄ Wᵀ ≈ X W'ᵀ``: ``W' = W + W (C − G) (G + λ)⁻¹``, ``C = X̄ᵀX`` (paper R's GP).
+    """Best dense weights for ``X̄ Wᵀ ≈ X W'ᵀ``: ``W' = W + W (C − G) (G + λ)⁻¹``, ``C = X̄ᵀX`` (GP of arXiv 2406.15524).
 
     The sweep that starts from W' fits the dense stream's outputs. The ridge pulls towards W, so equal streams give W.
     """

@@ -29,8 +29,9 @@ from pyprune.model.routing import expert_lists
 from pyprune.model.watching import Watch
 
 AGAIN = "#"
-"""Ends the name of a weight where its later products in an application of the block are meant, apart from the first:
-DeBERTa's query and key also read the relative positions, which its value, with the same first input, does not."""
+"""Suffix of the name of a weight where its later products in an application of the block are meant, apart from the
+first: DeBERTa's query and key also read the relative positions, which its value, with the same first input, does not.
+"""
 ERROR_TOKENS = 512
 """Inputs a weight's error is measured on; more changes its third digit and costs as much as the solve."""
 
@@ -45,7 +46,7 @@ class Statistics:
     want_moments: bool = False
     precision: str = "float32"
     clock: Callable = contextlib.nullcontext
-    """Charges the updates to a phase of their own."""
+    """Counts the time of the updates as a phase of their own."""
     gram: Tensor = field(init=False)
     """float32 ``[c, c]``, ``XᵀX``; empty where no Gram is wanted."""
     sums: Tensor = field(init=False)
@@ -138,7 +139,7 @@ class Inputs:
         self.chunks.append(x.clone() if x.is_cuda else x)  # on a GPU it may lie in a buffer of the ring
 
     def plus(self, other: Inputs) -> Inputs:
-        """Both inputs together."""
+        """The inputs of both together."""
         both = Inputs()
         both.chunks = self.chunks + other.chunks
         return both
@@ -153,7 +154,7 @@ Call = tuple[int, str, int]
 
 
 class Observer(Generic[S]):
-    """Feeds the inputs of a block's weights to one sink a group while the block runs."""
+    """Feeds the inputs of a block's weights to one sink per group while the block runs."""
 
     def __init__(self, module: nn.Module, refs: list[WeightRef], sink: Callable[[int, torch.device], S]):
         self.sinks: dict[str, S] = {}
@@ -273,7 +274,7 @@ class Observer(Generic[S]):
 def observe(executor: Executor, index: int, module: nn.Module, refs: list[WeightRef], activations: Activations,
             sink: Callable[[int, torch.device], S], target: Activations | None = None,
             dense: Activations | None = None) -> Observer[S]:
-    """Run a block over ``activations`` and return the observer with one filled sink a group.
+    """Run a block over ``activations`` and return the observer with one filled sink per group.
 
     The pass ends before the block's last projection unless ``target`` wants the outputs.
     dense: the dense stream of the same sequences. Sinks get its inputs of their group beside their own, but
@@ -371,7 +372,7 @@ def find_non_finite(executor: Executor, index: int, module: nn.Module, refs: lis
                                   "meaningless: check the checkpoint, or load it in a wider dtype")
 
 
-def error_sums(x: Tensor, weight: Tensor, pruned: Tensor) -> Tensor:
+def weight_error_sums(x: Tensor, weight: Tensor, pruned: Tensor) -> Tensor:
     """``[‖X Wᵀ − X W'ᵀ‖², ‖X Wᵀ‖²]`` on the device, for inputs ``[tokens, c]`` (evenly thinned to ``ERROR_TOKENS``) and
     weights ``[out, c]``."""
     x = x[::max(1, len(x) // ERROR_TOKENS)].float().contiguous()

@@ -12,6 +12,9 @@
 ``shards``            safetensors files, read in pieces and written crash-safely
 ``skeleton``          a model from its configuration, without memory
 ``origin``            what a checkpoint holds beside the model, carried along unchanged
+``architecture``      which class of transformers a checkpoint is a model of
+``attributes``        what configurations, tokenizers and models call things: the one place for those names
+``watching``          what the weights of a running block are multiplied with, fused experts included
 
 From outside: all of them, by module.
 May import: ``ops`` and the modules without a package; today it needs ``config`` alone.

@@ -2,7 +2,7 @@
 
 Most arguments (masks, rotary tables, positions) depend on a batch's shape alone. Some models hand on more:
 
-- tensors computed from the tokens, one row a sequence (per-layer embeddings, the embedded tokens themselves): they are
+- tensors computed from the tokens, one row for each sequence (per-layer embeddings, the embedded tokens): they are
   found by recording the arguments of different tokens, and stored with the sequences;
 - a mapping in which blocks leave tensors for later blocks (shared keys and values): what is left depends on the pruned
   weights, so it travels with the hidden states of its stream.
@@ -116,8 +116,6 @@ def place(path: Path) -> str:
     return name + "".join(f"[{step!r}]" for step in inner)
 
 
-# ---- which arguments depend on the tokens --------------------------------------------------------------------------
-
 @dataclass(frozen=True)
 class Tokenwise:
     """Per block, the places of the arguments that depend on the tokens, and the number of the tensor there."""
@@ -149,8 +147,8 @@ Record = Callable[..., tuple[Tensor, list[Arguments]]]
 def find_tokenwise(model: str, record: Record, batches: tuple[Tensor, Tensor]) -> Tokenwise:
     """Compare the arguments recorded for two batches of ids ``[2, tokens]`` that differ in the first row alone.
 
-    Raises ConfigError where an argument that depends on the tokens is not one row a sequence, and where one depends on
-    what earlier blocks gave.
+    Raises ConfigError where an argument that depends on the tokens has not one row per sequence, or where one depends
+    on what earlier blocks gave.
     """
     ids, other = batches
     recorded = record(ids)[1]
@@ -206,8 +204,6 @@ def probe_batches(config, vocabulary: int) -> tuple[Tensor, Tensor]:
         rows[2, PROBE_TOKENS // 2] = padding
     return rows[:2], torch.stack([rows[2], rows[1]])
 
-
-# ---- a batch's own ---------------------------------------------------------------------------------------------------
 
 @dataclass
 class Beside:

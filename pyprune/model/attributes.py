@@ -108,7 +108,8 @@ def token_embedding(model: Any) -> nn.Embedding:
     """The table of a model's token ids. Raises ConfigError for a model that has none."""
     found = find_embedding(model)
     if found is None:
-        raise ConfigError(f"{type(model).__name__} has no table of token ids; give a Hugging Face model that reads text")
+        raise ConfigError(f"{type(model).__name__} has no table of token ids; give a Hugging Face model that reads "
+                          "text")
     return found
 
 

@@ -85,8 +85,6 @@ def _packaged(name: str) -> Source:
     return Source(str(found[0])) if found[0].is_dir() else Source(str(found[0].parent), found[0].name)
 
 
-# ---- load ----------------------------------------------------------------------------------------------------------
-
 def load_model(name: str | Path, dtype: str | torch.dtype = "auto") -> Loaded:
     """Model in eval mode on the host, as the class its config names, and its tokenizer (None if it has none).
 
@@ -112,7 +110,10 @@ def load_with_origin(name: str | Path, dtype: str | torch.dtype = "auto") -> tup
         cls, sizes = model_class(config, bool(source.gguf_file), origin), structured_sizes(source)
         model, info = (sized_class(cls, sizes) if sizes else cls).from_pretrained(
             source.path, dtype=wanted, output_loading_info=True, **options)
-        model.__class__ = type(model).__mro__[1] if sizes else type(model)
+        if sizes:
+            # the subclass has done its work, shapes that the stock class would not build; under its own class the model
+            # can be pickled, copied and saved like any other
+            model.__class__ = type(model).__mro__[1]
         tokenizer = load_tokenizer(source, options)
     _refuse_gaps(str(name), info)
     if source.gguf_file:
@@ -241,8 +242,6 @@ def _sentence(error: BaseException) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else text[:297] + "…"
 
-
-# ---- save ----------------------------------------------------------------------------------------------------------
 
 def check_output(directory: str | Path, allow: str | None = None) -> None:
     """Raise :class:`ConfigError` unless ``directory`` can be written: absent, or empty but for an entry ``allow``."""

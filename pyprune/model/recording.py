@@ -144,8 +144,6 @@ class Recorded:
     def _name(self) -> str:
         return type(self.model).__name__
 
-    # ---- what is learnt ------------------------------------------------------------------------------------------
-
     @torch.no_grad()
     def _applied(self) -> tuple[list[int], bool]:
         """The order of the blocks in a forward pass over two tokens, and whether hidden states are all that they need
@@ -242,8 +240,6 @@ class Recorded:
         """Which arguments of the blocks depend on the tokens, found by recording different ones; costs three small
         embeddings. Raises ConfigError for a model whose blocks cannot be run apart from it."""
         return find_tokenwise(self._name, self._recorded, self._probes)
-
-    # ---- what is recorded ----------------------------------------------------------------------------------------
 
     def record(self, input_ids: Tensor) -> tuple[Tensor, list[Arguments]]:
         """First-block input ``[batch, tokens, hidden]`` and each block's arguments, for unpadded ids of one length.

@@ -1,6 +1,6 @@
 """Mixtures of experts by their structure: how experts are stored, and which layers choose or weigh them.
 
-Experts are slices of 3-D parameters, or modules of a list beside something with one row an expert. What routes to them
+Experts are slices of 3-D parameters, or modules of a list beside something with one row per expert. What routes to them
 decides for whole tokens with few weights, so pruning leaves it alone unless it is asked for by name.
 """
 
@@ -54,10 +54,10 @@ def _inside(path: str, holder: str) -> bool:
 
 
 def routers(block: nn.Module) -> set[str]:
-    """Paths of the linear layers that route: of one output beside or in experts, of one output an expert, or in a
+    """Paths of the linear layers that route: of one output beside or in experts, of one output per expert, or in a
     module named ``router``.
 
-    One output an expert counts only if all linear layers of its branch are so narrow: keys may be as many as experts.
+    One output per expert counts only if all linear layers of its branch are so narrow: keys may be as many as experts.
     """
     linear = {path: m.out_features for path, m in block.named_modules() if isinstance(m, nn.Linear)}
     lists = expert_lists(block)

@@ -2,7 +2,9 @@
 
 Back-ends: ``cuda`` (``pyprune._C``, CUDA C++), ``triton`` (``pyprune.triton_kernels``), ``cpu`` (``pyprune._C``,
 OpenMP) and ``reference`` (plain PyTorch). ``auto`` takes the one that :mod:`pyprune.ops.qualification` found right and
-fastest on this machine among those of ``AUTO``; a back-end the user names is used or refused, never replaced.
+fastest on this machine among those of ``AUTO``; a back-end the user names is used or refused, never replaced. Three
+CPU ops leave to PyTorch the sizes and types that they have no kernel for: see ``cholesky_cpu``, ``cholesky_solve_cpu``
+and ``linear_cpu`` in :mod:`pyprune.ops.native`.
 
 All functions take float32, bfloat16 or float16 matrices and accumulate in float32. ``mask`` is True where a weight
 is kept, or a token counted.
@@ -38,7 +40,8 @@ OPS = ("gram_update", "cross_gram_update", "column_moments", "select_mask", "nm_
        "obs_sweep", "trailing_update", "cholesky", "cholesky_solve", "liar_update", "linear")
 
 FORWARDS = ("forward_float32", "forward_bfloat16")
-"""Forward passes of blocks on a CPU, by type: ``pyprune`` (cpu_forward.py's products and attention) or ``torch``."""
+"""Forward passes of blocks on a CPU, by type: ``pyprune`` (the products and attention of
+:mod:`pyprune.execution.cpu_forward`) or ``torch``."""
 
 # Candidates by device type, the default first. A kernel enters the CUDA list only after its tests have passed on a GPU
 # (benchmarks/GPU_QUEUE.md); until then it runs when named.
@@ -191,7 +194,7 @@ def status(device: torch.device | str = "cpu") -> dict[str, dict[str, str]]:
 def raise_faults(device: torch.device | str) -> None:
     """Raise what GPU kernels have found wrong with their data since the last look; waits for ``device``.
 
-    Kernels do not wait to report, so the orchestrator calls this once a block. Nothing to do on other devices.
+    Kernels do not wait to report, so the orchestrator calls this once per block. Nothing to do on other devices.
     """
     if torch.device(device).type != "cuda":
         return
@@ -200,8 +203,6 @@ def raise_faults(device: torch.device | str) -> None:
     if TABLE["triton"].why_not("obs_sweep", device) is None:
         importlib.import_module("pyprune.triton_kernels.faults").check(device)
 
-
-# ---- validation ----------------------------------------------------------------------------------------------------
 
 def _matrix(name: str, x: Tensor, dtypes=FLOATS) -> None:
     if not isinstance(x, Tensor):
@@ -244,8 +245,6 @@ def _group(n: int, m: int, columns: int) -> None:
     if columns % m:
         raise ValueError(f"{n}:{m} needs a width divisible by {m}, got {columns}")
 
-
-# ---- statistics ----------------------------------------------------------------------------------------------------
 
 def gram_update(gram: Tensor, x: Tensor, *, sums: Tensor | None = None, count: Tensor | None = None,
                 mask: Tensor | None = None, precision: str = "float32") -> None:
@@ -291,8 +290,6 @@ def column_moments(x: Tensor, *, mask: Tensor | None = None) -> tuple[Tensor, Te
     _like("mask", mask, (x.shape[0],), torch.bool, x.device)
     return _implementation("column_moments", x.device)(x, mask=mask)
 
-
-# ---- masks ---------------------------------------------------------------------------------------------------------
 
 def select_mask(w: Tensor, k: int, *, scale: Tensor | None = None, scope: str = "row", apply: bool = False) -> Tensor:
     """Keep mask that drops exactly the k lowest ``|w| · scale`` per row, or of the whole matrix.
@@ -345,8 +342,6 @@ def expand_24(values: Tensor, meta: Tensor) -> Tensor:
     _like("meta", meta, (values.shape[0], values.shape[1] // 8), torch.int16, values.device)
     return _implementation("expand_24", values.device)(values, meta)
 
-
-# ---- solvers -------------------------------------------------------------------------------------------------------
 
 def obs_sweep(w: Tensor, r: Tensor, *, mask: Tensor | None = None, k: int | None = None,
               nm: tuple[int, int] | None = None) -> tuple[Tensor, Tensor, Tensor]:

@@ -85,8 +85,6 @@ def _dense(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
-# ---- CPU -----------------------------------------------------------------------------------------------------------
-
 def gram_update_cpu(gram: Tensor, x: Tensor, *, sums: Tensor | None = None, count: Tensor | None = None,
                     mask: Tensor | None = None, precision: str = "float32") -> None:
     x, mask = _unit(x), _dense(mask)
@@ -157,7 +155,10 @@ def obs_sweep_cpu(w: Tensor, r: Tensor, *, mask: Tensor | None = None, k: int | 
                   nm: tuple[int, int] | None = None) -> tuple[Tensor, Tensor, Tensor]:
     if k is not None:
         mask = select_mask_cpu(w, k, scale=1 / r.diagonal(), scope="matrix")
-    keep = torch.empty(w.shape, dtype=torch.bool) if mask is None else mask.contiguous().clone() if k is None else mask
+    if mask is None:
+        keep = torch.empty(w.shape, dtype=torch.bool)
+    else:
+        keep = mask.contiguous() if k is not None else mask.contiguous().clone()  # the caller's mask stays as it is
     r = _unit(r)
     n, m = nm or (0, 0)
     error, loss = torch.empty(w.shape), torch.empty(w.shape[0])
@@ -220,7 +221,6 @@ def linear_cpu(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     return out
 
 
-# ---- CUDA ----------------------------------------------------------------------------------------------------------
 # Kernels run on torch's current stream and nothing waits for them. What only the data can show to be wrong is found on
 # the device and written to pinned host memory; as with CUDA's own errors, the next call on that device raises it, or
 # check_cuda. What the faulty call left alone: the whole weight (select_mask with scope "matrix", a bad r in obs_sweep),

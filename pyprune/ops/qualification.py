@@ -133,8 +133,6 @@ def _ratio(seconds: dict[str, list[float]], slow: str, fast: str) -> float:
     return math.exp(sum(logs) / len(logs))
 
 
-# ---- measuring -----------------------------------------------------------------------------------------------------
-
 def _measure(device: str, candidates: Candidates) -> dict[str, dict]:
     """Op → ``errors``, ``failed``, ``seconds`` by candidate. A process that a candidate ends is followed by another."""
     threads = _free_threads()
@@ -233,8 +231,6 @@ def _ending(code: int) -> str:
         return f"it took the process down ({signal.Signals(-code).name})"
     return f"it took the process down (signal {-code})"
 
-
-# ---- what a verdict depends on, and where it is kept ---------------------------------------------------------------
 
 def key(device: str, candidates: Candidates) -> dict:
     """Everything that a verdict for tensors on ``device`` depends on."""

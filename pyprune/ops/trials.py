@@ -2,8 +2,8 @@
 
 Every case runs a candidate on fresh inputs of an odd or a typical size and knows the answer in float64. Memory that a
 candidate allocates is filled with NaN before it sees it, what it changes in place lies between guard bands, and two
-calls must agree to the bit. :mod:`pyprune.ops.qualification` runs :func:`main` in a process of its own, which a candidate
-may crash, and reads the lines it prints.
+calls must agree to the bit. :mod:`pyprune.ops.qualification` runs :func:`main` in a process of its own, which a
+candidate may crash, and reads the lines it prints.
 """
 
 from __future__ import annotations
@@ -61,8 +61,6 @@ class Guarded:
             raise Broken("wrote outside the tensor it was given")
         return self.tensor
 
-
-# ---- cases ---------------------------------------------------------------------------------------------------------
 
 def _normal(device, *shape, dtype=torch.float32, seed=0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
@@ -273,8 +271,6 @@ CASES: dict[str, tuple[Callable[..., Case], list[tuple], list[tuple]]] = {
 }
 """Op → how a case is made, the sizes it is checked on, the sizes it is timed on."""
 
-
-# ---- checking and timing -------------------------------------------------------------------------------------------
 
 def _bits(x: Tensor) -> Tensor:
     return x.detach().contiguous().reshape(-1).view(torch.uint8)

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from pyprune.config import PruneConfig
 from pyprune.effects import needs_sequences, trains
-from pyprune.execution.error_probes import ErrorProbe, errors_of, make_probes, pass_dense, pass_student
+from pyprune.execution.error_probes import ErrorProbe, errors_of, make_probes, pass_dense, pass_pruned
 from pyprune.execution.executor import Activations
 from pyprune.execution.journal import Journal
 from pyprune.execution.run import Findings, Run
@@ -16,10 +16,10 @@ from pyprune.model.blocks import WeightRef
 from pyprune.pipeline.block_loop import Written, read_back, settled_blocks, tensors_of
 from pyprune.pipeline.passes import Passes
 from pyprune.pipeline.progress import Progress
-from pyprune.reconstruction.windows import Refiner, streams_beside, wanted
+from pyprune.reconstruction.windows import WindowTrainer, streams_beside, wanted
 
 MASK = ".pyprune_mask"
-"""Ends the name of a keep mask in the draft of a block."""
+"""Suffix of the name of a keep mask in the draft of a block."""
 
 
 class MaskWork:
@@ -32,7 +32,7 @@ class MaskWork:
         self.passes = self.passes_of(run.config)
         self.fit: Activations | None = None
         self.probes: list[ErrorProbe] = []
-        self.refiner: Refiner | None = None
+        self.trainer: WindowTrainer | None = None
 
     @staticmethod
     def passes_of(config: PruneConfig) -> Passes:
@@ -52,7 +52,7 @@ class MaskWork:
             self.fit = self.executor.embed(self.run.data.sequences, shared=True)
         self.probes = make_probes(self.executor, self.config, self.run.data)
         if wanted(self.config):
-            self.refiner = Refiner(self.run, self.found, self.fit, self.probes)
+            self.trainer = WindowTrainer(self.run, self.found, self.fit, self.probes)
 
     def enter(self, index: int, module: nn.Module, done: bool) -> None:
         with self.found.clock("probe"):
@@ -62,8 +62,8 @@ class MaskWork:
         if self.fit is not None and self.config.inputs == "dense" and index < self.last:
             with self.found.clock("forward"):
                 self.executor.run(index, module, self.fit, self.fit)
-        if self.refiner:
-            self.refiner.dense(index, module, training=False)
+        if self.trainer:
+            self.trainer.dense(index, module, training=False)
 
     def work(self, index: int, module: nn.Module, bar: Progress) -> None:
         inputs = self.observe_probes(index, module)
@@ -82,7 +82,7 @@ class MaskWork:
         if not refs:
             return []
         with self.found.clock("probe"):
-            return [observe(self.executor, index, module, refs, probe.student, lambda columns, device: Inputs())
+            return [observe(self.executor, index, module, refs, probe.pruned, lambda columns, device: Inputs())
                     for probe in self.probes]
 
     def observe(self, index: int, module: nn.Module) -> Observer | None:
@@ -90,16 +90,16 @@ class MaskWork:
         refs = self.run.selected[index]
         if self.fit is None or not (refs or self.config.inputs == "dense"):
             return None
-        beside = self.refiner.beside(index) if self.refiner else {}
+        beside = self.trainer.beside(index) if self.trainer else {}
         with self.found.clock("forward"):
             return gather(self.run, self.found.clock, index, module, refs, self.fit, **beside)
 
     def dense_targets(self, index: int, module: nn.Module, statistics: Observer | None) -> dict[WeightRef, Tensor]:
         """What block reconstruction is trained towards; returns copies of the dense weights."""
-        if not self.refiner:
+        if not self.trainer:
             return {}
         with self.found.clock("forward"):
-            self.refiner.dense(index, module, gathered=statistics is not None)
+            self.trainer.dense(index, module, gathered=statistics is not None)
         return {ref: ref.view(self.run.view.blocks[index]).clone() for ref in self.run.selected[index]}
 
     def choose_and_solve(self, index: int, module: nn.Module, statistics: Observer | None,
@@ -111,57 +111,57 @@ class MaskWork:
     def reconstruct(self, index: int, module: nn.Module, original: dict[WeightRef, Tensor],
                     masks: dict[WeightRef, Tensor]) -> None:
         """Block-wise or cross-block training of the kept weights."""
-        if self.refiner:
+        if self.trainer:
             with self.found.clock("reconstruct"):
-                self.refiner.refine(index, module, original, masks)
+                self.trainer.reconstruct(index, module, original, masks)
 
     def restore(self, index: int, module: nn.Module, entry: dict) -> None:
         block = self.run.view.blocks[index]
-        crosses = self.refiner is not None and self.refiner.cross
+        crosses = self.trainer is not None and self.trainer.cross
         draft = crosses and index == len(self.journal.entries) - 1 < self.last
         tensors = read_back(self.journal, self.run.world, self.run.view.path, index, draft)
         masks = {name.removesuffix(MASK): tensors.pop(name) for name in list(tensors) if name.endswith(MASK)}
         block.load_state_dict(tensors)
         if module is not block:
             module.load_state_dict(block.state_dict())
-        if self.refiner:
-            self.refiner.masks[index] = masks
-            self.refiner.settle(index)
+        if self.trainer:
+            self.trainer.masks[index] = masks
+            self.trainer.settle(index)
         self.found.weights += entry["weights"]
 
     def advance(self, index: int, module: nn.Module) -> None:
         with self.found.clock("forward"):
-            if self.refiner:
-                self.refiner.advance(index, module)
+            if self.trainer:
+                self.trainer.advance(index, module)
             elif self.fit is not None and self.passes.propagation and index < self.last:
                 self.executor.run(index, module, self.fit, self.fit)
-        if not self.refiner:
+        if not self.trainer:
             with self.found.clock("probe"):
-                pass_student(self.executor, index, module, self.probes)
+                pass_pruned(self.executor, index, module, self.probes)
 
     def tensors(self, index: int) -> list[Written]:
         """Under cross-block reconstruction the block before is final now; the block at hand, which the next window
-        trains again, goes with its masks as a draft."""
+        trains again, is written as a draft, with its masks."""
         view, final = self.run.view, self.settled(index)
         written = [Written(i, tensors_of(view, i)) for i in final]
         if index not in final:
-            masks = self.refiner.masks[index].items() if self.refiner else ()
+            masks = self.trainer.masks[index].items() if self.trainer else ()
             kept = {f"{view.path}.{index}.{path}{MASK}": mask for path, mask in masks}
             written.append(Written(index, {**tensors_of(view, index), **kept}, draft=True))
         return written
 
     def row(self, index: int) -> dict:
-        return {**errors_of(self.probes), **(self.refiner.row(index) if self.refiner else {})}
+        return {**errors_of(self.probes), **(self.trainer.row(index) if self.trainer else {})}
 
     def record(self, index: int) -> dict:
         return {"weights": [row for row in self.found.weights if row["block"] == index]}
 
     def settled(self, index: int) -> list[int]:
-        return settled_blocks(index, self.last, self.refiner is not None and self.refiner.cross)
+        return settled_blocks(index, self.last, self.trainer is not None and self.trainer.cross)
 
     def finish(self) -> None:
-        if self.refiner:
-            self.refiner.finish()
+        if self.trainer:
+            self.trainer.finish()
 
     def coverage(self) -> dict:
         """What of the model was selected."""

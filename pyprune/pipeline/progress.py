@@ -1,4 +1,4 @@
-"""Progress of a run over its blocks: a bar on a terminal, a plain line a block in a log. Writes to stderr only."""
+"""Progress of a run over its blocks: a bar on a terminal, a plain line per block in a log. Writes to stderr only."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class Progress:
     total: blocks in all. block: blocks finished so far. error: the last measured reconstruction error.
     """
 
-    def __init__(self, total: int, *, label: str = "pruning", enabled: bool = True, stream: TextIO | None = None,
+    def __init__(self, total: int, *, label: str = "pruning", enabled: bool = True, out: TextIO | None = None,
                  listener: Callable[[int, int], None] | None = None):
         self.listener = listener
         """Called with (blocks finished, blocks in all) after each."""
         self.total, self.label, self.enabled = total, label, enabled
-        self.stream = stream or sys.stderr
+        self.out = out or sys.stderr
         self.block, self.phase = 0, ""
         self.error: float | None = None
         self._started = time.monotonic()
@@ -38,8 +38,8 @@ class Progress:
 
     def __enter__(self) -> Progress:
         self._started = time.monotonic()
-        if self.enabled and self.stream.isatty():
-            self._bar = _bar(self.stream)
+        if self.enabled and self.out.isatty():
+            self._bar = _bar(self.out)
             self._tasks = [self._bar.add_task(self.label, total=self.total, note="")]
             self._bar.start()
         return self
@@ -62,7 +62,7 @@ class Progress:
             for task in self._tasks:
                 self._bar.update(task, completed=self.block, note=self._note())
         elif advanced:
-            print(self.line(), file=self.stream, flush=True)
+            print(self.line(), file=self.out, flush=True)
 
     def _note(self) -> str:
         return " · ".join(filter(None, [self.phase, "" if self.error is None else f"error {self.error:.3g}"]))
@@ -78,11 +78,11 @@ class Progress:
         return " · ".join(parts)
 
 
-def _bar(stream: TextIO) -> RichProgress:
+def _bar(out: TextIO) -> RichProgress:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.progress import Progress as RichProgress
 
     return RichProgress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
                         TextColumn("{task.fields[note]}"), TimeElapsedColumn(), TextColumn("left"),
-                        TimeRemainingColumn(), console=Console(file=stream))
+                        TimeRemainingColumn(), console=Console(file=out))

@@ -207,8 +207,8 @@ def unmeasured(config: PruneConfig, view: ModelView, texts: list) -> list[str]:
     """A sentence if perplexity was to be measured and cannot be."""
     if not config.evaluation.enabled or texts or view.is_encoder:
         return []
-    return ["no perplexity: the text that it is measured on by default needs a tokenizer; pass tokenizer=, or give token "
-            "ids as evaluation text"]
+    return ["no perplexity: the text that it is measured on by default needs a tokenizer; pass tokenizer=, or give "
+            "token ids as evaluation text"]
 
 
 def published(config: PruneConfig, weights: Resident) -> PruneResult:

@@ -33,15 +33,19 @@ def refine(model: nn.Module, dense: nn.Module, calibration=None, *, tokenizer=No
            compute_dtype: torch.dtype | None = None, device: str = "auto", seed: int = 0,
            progress: Callable[[int, int], None] | None = None,
            warn: Callable[[str], None] = warnings.warn) -> list[dict]:
-    """Train ``model``, block by block and in place, to give the outputs of ``dense`` (paper R, arXiv 2406.15524).
+    """Train ``model``, block by block and in place, to give the outputs of ``dense`` (arXiv 2406.15524).
 
-    calibration: a :class:`pyprune.Calibration`, or its source (path, texts, token ids); ``tokenizer`` for text.
+    calibration: a :class:`pyprune.Calibration`, or its source: a path, texts, or int64 token ids ``[samples, tokens]``.
+    tokenizer: needed for text. cross_block: train windows of two blocks instead of one.
+    global_propagation: the targets are the dense model's own activations instead of its outputs on pruned inputs.
     settings: steps, learning rate, batch, selection by held-out error, as in :class:`pyprune.Reconstruction`.
-    progress: called with (blocks done, blocks in all). warn: told where the calibration data are thin, and when
-    memory ran out and fewer sequences at a time go on.
+    compute_dtype: number type of the forward passes; None is the weights' own. device: as in ``PruneConfig``.
+    progress: is called with (blocks done, blocks in all). warn: is called with a sentence where the calibration data
+    are thin, and when memory ran out and the run goes on with fewer sequences at a time.
     Under ``torchrun`` every process calls it with the same models; they share the calibration sequences.
-    Returns one row a window: its blocks, relative error before and after on calibration and on held-out sequences.
-    Raises ConfigError if the two models have not the same blocks, hidden size and vocabulary.
+    Returns one row per window: ``blocks``, ``steps``, ``seconds``, ``diverged`` and the relative errors of the window's
+    output, ``before_calibration``, ``after_calibration``, ``before_held_out`` and ``after_held_out``.
+    Raises ConfigError if the two models do not have the same blocks, hidden size and vocabulary.
     """
     settings = settings or Reconstruction()
     views = ModelView(model), ModelView(dense)
@@ -67,26 +71,26 @@ def refine(model: nn.Module, dense: nn.Module, calibration=None, *, tokenizer=No
     return [row for rows in work.windows for row in rows]
 
 
-def sequences_for(student: ModelView, teacher: ModelView, calibration, tokenizer, settings: Reconstruction,
+def sequences_for(pruned: ModelView, dense: ModelView, calibration, tokenizer, settings: Reconstruction,
                   seed: int) -> CalibrationData:
     """Calibration and held-out sequences for a pair of models; ConfigError where anything does not fit."""
     sizes = [(len(view.blocks), vocabulary_size(view.model), embedding_width(view.model))
-             for view in (student, teacher)]
+             for view in (pruned, dense)]
     if sizes[0] != sizes[1]:
         raise ConfigError("the pruned and the dense model must have the same blocks, vocabulary and hidden size, got "
                           f"{sizes[0]} and {sizes[1]}")
-    check_apart(student, teacher)
+    check_apart(pruned, dense)
     chosen: Calibration = calibration_data.coerce(calibration)
     if chosen.seed is None:
         chosen = dataclasses.replace(chosen, seed=seed)
     check_effects(chosen, {"self_generated_for": NO_EFFECT}, "calibration")
     check_effects(settings, {"layerwise_target": NO_EFFECT}, "reconstruction")
-    data = calibration_data.load(chosen, tokenizer, encoder=student.is_encoder, vocab_size=sizes[0][1],
-                                 model_config=student.model.config)
-    if positions := positions_of(student):
+    data = calibration_data.load(chosen, tokenizer, encoder=pruned.is_encoder, vocab_size=sizes[0][1],
+                                 model_config=pruned.model.config)
+    if positions := positions_of(pruned):
         positions.check(lengths_of(data, chosen), "calibration sequences", "seq_len", data.warnings.append)
     if chosen.self_generated:
-        add_generated(data, chosen, teacher.model, tokenizer)
+        add_generated(data, chosen, dense.model, tokenizer)
     if (settings.select == "validation" or settings.early_stop) and not data.held_out:
         raise ConfigError("select='validation' and early_stop need held-out sequences: set held_out above 0, or give "
                           "more calibration text")

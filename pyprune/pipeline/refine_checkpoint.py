@@ -44,12 +44,12 @@ CARRIED = ("pruning.json", "run.yaml")
 
 @dataclass(kw_only=True)
 class Request:
-    """One refinement of a checkpoint, whole. Raises ConfigError for a value that is none of those known."""
+    """All settings of one refinement of a checkpoint. Raises ConfigError for a value that is none of those known."""
 
     directory: str
     output: str
     dense: str = ""
-    """The model it was pruned from; empty: what its ``pruning.json`` names."""
+    """The model that the checkpoint was pruned from; empty takes what its ``pruning.json`` names."""
     calibration: Calibration = field(default_factory=Calibration)
     evaluation: Evaluation = field(default_factory=Evaluation)
     settings: Reconstruction = field(default_factory=Reconstruction)
@@ -63,7 +63,7 @@ class Request:
     """Whether the blocks of either model are read from their files one after the other, as in
     :class:`pyprune.PruneConfig`; ``always`` asks for both."""
     memory_budget_gb: float | None = None
-    """Of host memory for activations."""
+    """Host memory for activations, in GB."""
 
     def __post_init__(self):
         for name, known in (("dtype", DTYPES), ("compute_dtype", DTYPES), ("stream", STREAMING)):
@@ -91,7 +91,7 @@ def refine_checkpoint(directory: str | Path, output: str | Path, *, dense: str |
     dense: the model it was pruned from; None: what its ``pruning.json`` names.
     resume: go on with the interrupted run in ``output``, to the same result bit for bit. ``**fields``: those of
     :class:`Request`.
-    Returns what ``refinement.json`` holds: settings, one row a window, perplexity of the dense, the pruned and the
+    Returns what ``refinement.json`` holds: settings, one row per window, perplexity of the dense, the pruned and the
     refined model. Raises ConfigError for bad input before anything is trained, and
     :class:`pyprune.execution.journal.Interrupted` when a signal stopped it between two blocks.
     """
@@ -196,18 +196,18 @@ def card_line(found: dict) -> str:
             + "".join(f"- warning: {text}\n" for text in distinct(found["warnings"])))
 
 
-def print_refinement(found: dict, directory: str | Path, stream: TextIO | None = None) -> None:
+def print_refinement(found: dict, directory: str | Path, out: TextIO | None = None) -> None:
     """Perplexity before and after, the error of the last window, where everything lies."""
-    stream = stream or sys.stdout
+    out = out or sys.stdout
     for row in found["evaluation"]:
         print(f"perplexity {perplexity_text(row['dense'])} dense, {perplexity_text(row['pruned'])} pruned → "
               f"{perplexity_text(row['refined'])} refined  ({row['windows']} windows of {row['window']} tokens, "
-              f"{row['text']})", file=stream)
+              f"{row['text']})", file=out)
     last = found["windows"][-1]
     held_out = f", {last['before_held_out']:.4g} → {last['after_held_out']:.4g} on held-out text" \
         if "after_held_out" in last else ""
     print(f"error of the last block {last['before_calibration']:.4g} → {last['after_calibration']:.4g}{held_out} "
-          "(relative to dense)", file=stream)
+          "(relative to dense)", file=out)
     for text in found["warnings"]:
-        print(f"warning: {text}", file=stream)
-    print(f"{found['seconds']:.1f} s, written to {directory}", file=stream)
+        print(f"warning: {text}", file=out)
+    print(f"{found['seconds']:.1f} s, written to {directory}", file=out)

@@ -20,8 +20,8 @@ from pyprune.masks.statistics import ratio
 from pyprune.model.blocks import weights_of
 from pyprune.pipeline.block_loop import Written, read_back, settled_blocks, tensors_of
 from pyprune.pipeline.progress import Progress
-from pyprune.reconstruction.student import Student
-from pyprune.reconstruction.training import Trace, error_sums, train
+from pyprune.reconstruction.trained_window import TrainedWindow
+from pyprune.reconstruction.training import Trace, train, window_error_sums
 from pyprune.reconstruction.windows import parameter_masks, training_dtype
 
 NAMES = ("calibration", "held_out")
@@ -105,8 +105,8 @@ class RefineWork:
             for source, target in zip(self.streams, self.targets):
                 _through(self.dense, window, source, target)
         blocks = [self.blocks[i] for i in window]
-        net = Student(self.pruned, window, blocks, [_masks(block) for block in blocks],
-                      training_dtype(self.pruned, self.settings.autocast))
+        net = TrainedWindow(self.pruned, window, blocks, [_masks(block) for block in blocks],
+                            training_dtype(self.pruned, self.settings.autocast))
         trace, before, after = self._improve(net)
         if trace.micro_batch_size:  # the next window will not fit either
             self.settings = dataclasses.replace(self.settings, micro_batch_size=trace.micro_batch_size)
@@ -116,7 +116,7 @@ class RefineWork:
                 **{f"{when}_{name}": value for when, errors in (("before", before), ("after", after))
                    for name, value in zip(NAMES, errors)}}
 
-    def _improve(self, net: Student) -> tuple[Trace, list[float], list[float]]:
+    def _improve(self, net: TrainedWindow) -> tuple[Trace, list[float], list[float]]:
         """Train a window and write it; errors before and after are those of the model's own weights, in their type.
         With ``select="validation"`` a window that ends worse on held-out sequences stays as it was."""
         before, start = self._errors(net), net.snapshot()
@@ -131,9 +131,9 @@ class RefineWork:
             after = before
         return trace, before, after
 
-    def _errors(self, net: Student) -> list[float]:
+    def _errors(self, net: TrainedWindow) -> list[float]:
         """Relative error on calibration sequences, of which each process has its share, and on held-out ones."""
-        sums = [error_sums(self.pruned, net.indices, net, x, t) for x, t in zip(self.streams, self.targets)]
+        sums = [window_error_sums(self.pruned, net.indices, net, x, t) for x, t in zip(self.streams, self.targets)]
         self.world.sum_(sums[0])
         return [ratio(*pair) for pair in torch.stack(sums).tolist()]
 

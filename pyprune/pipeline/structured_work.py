@@ -11,7 +11,7 @@ from torch import nn
 
 from pyprune.config import PruneConfig
 from pyprune.effects import observes
-from pyprune.execution.error_probes import ErrorProbe, errors_of, make_probes, pass_dense, pass_student
+from pyprune.execution.error_probes import ErrorProbe, errors_of, make_probes, pass_dense, pass_pruned
 from pyprune.execution.executor import Activations
 from pyprune.execution.journal import Journal
 from pyprune.execution.run import Findings, Run
@@ -28,7 +28,7 @@ class StructuredWork:
     """The work of one run that removes heads and neurons; one sparsity is pruned in place."""
 
     def __init__(self, run: Run, found: Findings, journal: Journal):
-        """Raises ConfigError before any pass if the result could not be loaded as asked (``structured.nonstandard``)."""
+        """Raises ConfigError before any pass if the result could not be loaded as ``structured.nonstandard`` asks."""
         self.run, self.found, self.journal, self.executor = run, found, journal, run.executor
         self.last = len(run.view.blocks) - 1
         self.inputs, self.passes = self.inputs_of(run.config), self.passes_of(run.config)
@@ -40,7 +40,7 @@ class StructuredWork:
         self.prepared, self.targets = self.structured.prepared, self.structured.targets
         for note in self.prepared.notes:
             found.warn(note)
-        self.student: Activations | None = None
+        self.fit: Activations | None = None
         self.dense: Activations | None = None
         self.probes: list[ErrorProbe] = []
 
@@ -65,8 +65,8 @@ class StructuredWork:
 
     def start(self) -> None:
         if self.passes.statistics and self.run.data.sequences:
-            self.student = self.executor.embed(self.run.data.sequences, shared=True)
-            self.dense = self.student.like() if self.passes.dense else None
+            self.fit = self.executor.embed(self.run.data.sequences, shared=True)
+            self.dense = self.fit.like() if self.passes.dense else None
         if len(self.targets) == 1:
             self.probes = make_probes(self.executor, self.run.config, self.run.data)
 
@@ -75,16 +75,16 @@ class StructuredWork:
             pass_dense(self.executor, index, module, self.probes)
         if done:
             with self.found.clock("forward"):
-                for stream in (self.student if self.inputs == "dense" else None, self.dense):
+                for stream in (self.fit if self.inputs == "dense" else None, self.dense):
                     if stream is not None:
                         self.executor.run(index, module, stream, stream)
 
     def work(self, index: int, module: nn.Module, bar: Progress) -> None:
         bar.update(phase="statistics")
         if self.inputs == "dense":
-            dense_block(self.structured, index, module, self.student)
+            dense_block(self.structured, index, module, self.fit)
         else:
-            propagated_block(self.structured, index, module, self.student, self.dense)
+            propagated_block(self.structured, index, module, self.fit, self.dense)
         self._refresh(index, module)
         self._add_biases(index)
 
@@ -101,11 +101,11 @@ class StructuredWork:
         self._refresh(index, module)
 
     def advance(self, index: int, module: nn.Module) -> None:
-        if self.student is not None and self.passes.propagation and index < self.last:
+        if self.fit is not None and self.passes.propagation and index < self.last:
             with self.found.clock("forward"):
-                self.executor.run(index, module, self.student, self.student)
+                self.executor.run(index, module, self.fit, self.fit)
         with self.found.clock("probe"):
-            pass_student(self.executor, index, module, self.probes)
+            pass_pruned(self.executor, index, module, self.probes)
 
     def tensors(self, index: int) -> list[Written]:
         view = self.run.view

@@ -17,7 +17,7 @@ from pyprune.effects import needs_factor, trains
 from pyprune.evaluation.perplexity import POSITIONS
 from pyprune.execution.activation_store import DEPTH
 from pyprune.execution.device import cpu_has_bfloat16
-from pyprune.execution.executor import TARGET_TOKENS
+from pyprune.execution.executor import target_tokens
 from pyprune.masks.refit import NARROW, SYSTEM_ELEMENTS, USUAL_STEPS
 from pyprune.model import assembly
 from pyprune.model.attributes import active_share, attention_size, embedding_width, output_layer, vocabulary_size
@@ -28,8 +28,6 @@ from pyprune.pipeline.prune import kind_of
 PROCESS = 500 * 2**20
 """Bytes of a process that has imported torch (built for CPUs) and transformers and pruned something tiny."""
 
-
-# ---- shapes --------------------------------------------------------------------------------------------------------
 
 @dataclasses.dataclass(frozen=True)
 class Input:
@@ -77,8 +75,6 @@ def probe_sequences(config: PruneConfig) -> int:
     return min(config.probe_samples, config.calibration.samples) + min(config.probe_samples,
                                                                            config.calibration.held_out)
 
-
-# ---- work ----------------------------------------------------------------------------------------------------------
 
 @dataclasses.dataclass
 class Work:
@@ -168,8 +164,6 @@ def evaluation_windows(view: ModelView, config: PruneConfig) -> int:
     return len(sources(config.evaluation.text)) * (config.evaluation.max_windows or 0)
 
 
-# ---- bytes ---------------------------------------------------------------------------------------------------------
-
 def memory_of(view: ModelView, selected: list[list[WeightRef]], config: PruneConfig, compute: torch.dtype,
               streamed: bool, gpu: bool, budget: float = math.inf) -> tuple[dict[str, int], dict[str, int]]:
     """Bytes by part, at the moment of its peak, of the host and of a GPU; without one, all is in host memory.
@@ -187,7 +181,8 @@ def memory_of(view: ModelView, selected: list[list[WeightRef]], config: PruneCon
         "weights": (rest + (1 + window) * largest if streamed else everything) * own.itemsize,
         "activations": int(min(budget, activation_bytes(config, hidden, compute))),
     }
-    batch = (config.batch_size or max(1, TARGET_TOKENS // calibration.tokens)) * calibration.tokens
+    sequences = config.batch_size or max(1, target_tokens("cuda" if gpu else "cpu") // calibration.tokens)
+    batch = sequences * calibration.tokens
     block = {"block": window * largest * compute.itemsize if gpu or compute != own else 0}
     grams, inputs, solve, widest = 0, 0, 0, hidden
     for one, refs, _ in kinds(view, selected):

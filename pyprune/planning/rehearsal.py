@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from pyprune.config import Calibration, Evaluation, PruneConfig
 from pyprune.effects import measures_errors, reads_sequences, trains
-from pyprune.execution.executor import TARGET_TOKENS
+from pyprune.execution.device import pick_device
+from pyprune.execution.executor import target_tokens
 from pyprune.model.attributes import (
     halve_sizes,
     positions_named,
@@ -50,7 +51,7 @@ def rehearse(config: PruneConfig, view: ModelView, work: Work, own: ModelView,
     longest = positions_named(view.model.config) or max(calibration.tokens, config.evaluation.tokens)
     length, window = min(calibration.tokens, longest), min(config.evaluation.tokens, longest)
     total = max(tokens_of(config) // calibration.tokens, 1)
-    batch = config.batch_size or max(1, TARGET_TOKENS // length)
+    batch = config.batch_size or max(1, target_tokens(pick_device(config.device)) // length)
     count = min(total, BATCHES * batch)
     probes = min(config.probe_samples, 1) if measures_errors(config) else 0
 

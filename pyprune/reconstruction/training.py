@@ -1,10 +1,10 @@
-"""Training of a window of pruned blocks on reconstruction error, masks fixed (paper R, arXiv 2406.15524).
+"""Training of a window of pruned blocks on reconstruction error, masks fixed (arXiv 2406.15524).
 
     minimise over θ   mean (T − f_{i+k}( … f_i(x; θ)))²
 
 ``x`` are the window's inputs in the pruned stream and ``T`` dense outputs computed once. BR, GP and CR differ only in
-what ``T`` is and how many blocks the window holds (``pyprune.refine``). Every floating parameter of a window trains:
-kept weights, biases, norms.
+what ``T`` is and how many blocks the window holds (:mod:`pyprune.reconstruction.windows`). Every floating parameter of
+a window trains: kept weights, biases, norms.
 
 A step that runs out of device memory is begun again with half as many sequences at a time; their gradients add up to
 the same step.
@@ -25,7 +25,7 @@ from pyprune.config import Reconstruction
 from pyprune.execution.executor import NO_ROOM, Activations, Batch, Executor
 from pyprune.masks.statistics import ratio
 from pyprune.model.arguments import Beside
-from pyprune.reconstruction.student import Student
+from pyprune.reconstruction.trained_window import TrainedWindow
 
 Pairs = list[tuple[Activations, Activations]]
 """(window inputs, targets) for one or more lists of sequences."""
@@ -47,7 +47,7 @@ class Trace:
     diverged: bool = False
     """A loss or a weight was not finite; what came before it was kept."""
     micro_batch_size: int | None = None
-    """Sequences a forward-backward where fewer fitted than the settings say."""
+    """Sequences per forward-backward where fewer fitted than the settings say."""
 
 
 def schedule(activations: list[Activations], batch_size: int, generator: torch.Generator) -> list[list[tuple]]:
@@ -100,19 +100,19 @@ def _host_batch(streams: list[dict[int, Tensor]], length: int, items: list[tuple
     return out
 
 
-def _host_beside(student: Student, inputs: list[Activations], length: int, items: list[tuple[int, int]],
+def _host_beside(window: TrainedWindow, inputs: list[Activations], length: int, items: list[tuple[int, int]],
                  pin: bool) -> Beside:
     """What belongs to the sequences of a micro-batch beside their hidden states."""
     first, beside = inputs[items[0][0]], Beside()
     if first.beside:
-        for n in student.executor.view.tokenwise.numbers(student.indices):
+        for n in window.executor.view.tokenwise.numbers(window.indices):
             beside.tensors[n] = _host_batch([a.beside.get(n, {}) for a in inputs], length, items, pin)
     for key in first.left:
         beside.left[key] = _host_batch([a.left.get(key, {}) for a in inputs], length, items, pin)
     return beside
 
 
-def _parts(student: Student, pairs: Pairs, batches: list[list[tuple]], size: int, pin: bool) -> Iterator[tuple]:
+def _parts(window: TrainedWindow, pairs: Pairs, batches: list[list[tuple]], size: int, pin: bool) -> Iterator[tuple]:
     """``(x, target, beside, share, last)`` of every micro-batch: its part of the step's tokens, whether it ends the
     step."""
     inputs, targets = ([pair[k] for pair in pairs] for k in (0, 1))
@@ -121,7 +121,7 @@ def _parts(student: Student, pairs: Pairs, batches: list[list[tuple]], size: int
         micro = _micro_batches(pairs, batch, size)
         for k, (length, items) in enumerate(micro):
             x, target = (_host_batch([s.data for s in streams], length, items, pin) for streams in (inputs, targets))
-            beside = _host_beside(student, inputs, length, items, pin)
+            beside = _host_beside(window, inputs, length, items, pin)
             yield x, target, beside, len(items) * length / tokens, k == len(micro) - 1
         if not micro:  # the step's sequences are with other processes
             yield None, None, Beside(), 0, True
@@ -150,41 +150,41 @@ def _prefetch(parts: Iterator[tuple], device: torch.device) -> Iterator[tuple]:
         yield ready
 
 
-def _halved(student: Student, pairs: Pairs, batch: list[tuple], size: int) -> int:
+def _halved(window: TrainedWindow, pairs: Pairs, batch: list[tuple], size: int) -> int:
     """Micro-batch size after a step of ``size`` at a time ran out of memory. Raises ConfigError below one sequence."""
     parts = _micro_batches(pairs, batch, size)
     most = max(len(items) for _, items in parts)
     length = max(length for length, items in parts if len(items) == most)
     if most == 1:
-        raise student.too_long(length)
-    device = student.executor.device
-    student.executor.warn(f"training of blocks {student.indices} ran out of memory on {device} with {most} sequences "
+        raise window.too_long(length)
+    device = window.executor.device
+    window.executor.warn(f"training of blocks {window.indices} ran out of memory on {device} with {most} sequences "
                           f"of {length} tokens: {most // 2} at a time from there on, the steps are the same; set "
                           f"micro_batch_size={most // 2} to begin with that")
     return most // 2
 
 
-def _epoch(student: Student, optimizer: torch.optim.Optimizer, pairs: Pairs, batches: list[list[tuple]],
+def _epoch(window: TrainedWindow, optimizer: torch.optim.Optimizer, pairs: Pairs, batches: list[list[tuple]],
            rates: list[float], size: int) -> tuple[float, int]:
-    """One step a batch at the rate beside it, ``size`` sequences at a time; returns the sum of the losses, read from
+    """One step per batch at the rate beside it, ``size`` sequences at a time; returns the sum of the losses, read from
     the device at the end only, and the size that fitted."""
-    executor = student.executor
+    executor = window.executor
     total = torch.zeros((), device=executor.device)
     done, parts = 0, None
     while done < len(batches):
         if parts is None:
             pin = executor.device.type == "cuda"
-            parts = _prefetch(_parts(student, pairs, batches[done:], size, pin), executor.device)
-        loss = executor.attempt(functools.partial(student.accumulate, parts))
+            parts = _prefetch(_parts(window, pairs, batches[done:], size, pin), executor.device)
+        loss = executor.attempt(functools.partial(window.accumulate, parts))
         if loss is NO_ROOM:
-            student.forget()
-            size, parts = _halved(student, pairs, batches[done], size), None
+            window.forget()
+            size, parts = _halved(window, pairs, batches[done], size), None
             continue
         total += loss
         for group in optimizer.param_groups:
             group["lr"] = rates[done]
-        with student.fits():
-            student.step(optimizer)
+        with window.fits():
+            window.step(optimizer)
         done += 1
     executor.world.sum_(total)
     return total.item(), size
@@ -196,9 +196,9 @@ def steps_of(pairs: Pairs, settings: Reconstruction) -> int:
     return settings.epochs * len(schedule([x for x, _ in pairs], settings.batch_size, generator))
 
 
-def train(student: Student, pairs: Pairs, settings: Reconstruction, *, seed: int = 0,
+def train(window: TrainedWindow, pairs: Pairs, settings: Reconstruction, *, seed: int = 0,
           held_out: Pairs | None = None) -> Trace:
-    """Minimise the mean squared error of the window's outputs; the student's masters hold the result.
+    """Minimise the mean squared error of the window's outputs; its masters hold the result.
 
     AdamW, linear decay to zero, ``settings.epochs`` passes in seeded random order. With ``held_out`` pairs the relative
     held-out error is measured before training and after each epoch; ``settings.select == "validation"`` keeps the state
@@ -207,38 +207,38 @@ def train(student: Student, pairs: Pairs, settings: Reconstruction, *, seed: int
     Raises ConfigError where the window, or a single sequence in it, does not fit the device.
     """
     started = time.perf_counter()
-    trace = Trace(list(student.indices))
+    trace = Trace(list(window.indices))
     total = steps_of(pairs, settings)
     if total == 0:
         return trace
-    executor = student.executor
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + student.indices[0] * 1009 + len(student.indices))
-    optimizer = student.optimizer(settings)
+    executor = window.executor
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + window.indices[0] * 1009 + len(window.indices))
+    optimizer = window.optimizer(settings)
     chooses = settings.select == "validation"
     watch = held_out if chooses or settings.early_stop else None
     best = None
     if watch:
-        trace.held_out.append(executor.world.same(relative_error(student, watch)))
+        trace.held_out.append(executor.world.same(relative_error(window, watch)))
         trace.kept = 0
     size = settings.micro_batch_size or settings.batch_size
     for _ in range(settings.epochs):
         batches = schedule([x for x, _ in pairs], settings.batch_size, generator)
         rates = [settings.lr * (1 - (trace.steps + k) / total) for k in range(len(batches))]
-        loss, size = _epoch(student, optimizer, pairs, batches, rates, size)
+        loss, size = _epoch(window, optimizer, pairs, batches, rates, size)
         trace.steps += len(batches)
         trace.loss.append(loss / len(batches))
-        trace.diverged = not (math.isfinite(loss) and student.finite())
+        trace.diverged = not (math.isfinite(loss) and window.finite())
         if trace.diverged:
             break
         if watch:
-            trace.held_out.append(executor.world.same(relative_error(student, watch)))
+            trace.held_out.append(executor.world.same(relative_error(window, watch)))
             if trace.kept is None or trace.held_out[-1] < trace.held_out[trace.kept]:
                 trace.kept = len(trace.held_out) - 1
-                best = student.snapshot() if chooses else best
+                best = window.snapshot() if chooses else best
             elif settings.early_stop:
                 break
     if trace.diverged or chooses and watch and trace.kept != len(trace.held_out) - 1:
-        student.restore(best)
+        window.restore(best)
     if not chooses:
         trace.kept = 0 if trace.diverged and watch else None
     if size < (settings.micro_batch_size or settings.batch_size):
@@ -248,19 +248,19 @@ def train(student: Student, pairs: Pairs, settings: Reconstruction, *, seed: int
 
 
 @torch.no_grad()
-def relative_error(student: Student, pairs: Pairs) -> float:
+def relative_error(window: TrainedWindow, pairs: Pairs) -> float:
     """``‖T − f(x)‖² / ‖T‖²`` over all pairs."""
-    sums = [error_sums(student.executor, student.indices, student, *pair) for pair in pairs]
+    sums = [window_error_sums(window.executor, window.indices, window, *pair) for pair in pairs]
     return ratio(*torch.stack(sums).sum(0).tolist())
 
 
 @torch.no_grad()
-def error_sums(executor: Executor, window: list[int], forward: Callable[[Tensor, Beside], Tensor], inputs: Activations,
-               targets: Activations) -> Tensor:
+def window_error_sums(executor: Executor, indices: list[int], forward: Callable[[Tensor, Beside], Tensor],
+                      inputs: Activations, targets: Activations) -> Tensor:
     """``[‖T − f(x)‖², ‖T‖²]`` of a stream through the blocks of a window, float64, on the device; a batch that does not
     fit is halved."""
     def measured(part: Batch, x: Tensor) -> Tensor:
-        out = forward(x, executor.beside(window, inputs, part)).float()
+        out = forward(x, executor.beside(indices, inputs, part)).float()
         target = targets.read(part).to(executor.device, non_blocking=True).float()
         return torch.stack([(target - out).square().sum(), target.square().sum()]).double()
 
@@ -271,7 +271,7 @@ def error_sums(executor: Executor, window: list[int], forward: Callable[[Tensor,
             part, x = parts.pop(0)
             found = executor.attempt(functools.partial(measured, part, x))
             if found is NO_ROOM:
-                parts[:0] = executor.halve(part, x, window[0])
+                parts[:0] = executor.halve(part, x, indices[0])
             else:
                 sums += found
     return sums

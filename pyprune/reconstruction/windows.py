@@ -1,6 +1,6 @@
 """BR, GP and CR over the blocks of a run: which streams are kept, what each window is trained on, what it gained.
 
-Paper R (arXiv 2406.15524). ``x`` is the input of a block in the pruned stream, ``x̄`` in the dense one:
+From arXiv 2406.15524. ``x`` is the input of a block in the pruned stream, ``x̄`` in the dense one:
 
     BR     f_i(x) → f̄_i(x)                     after the layer-wise step, block by block
     GP     f_i(x) → f̄_i(x̄)                     the target is the dense model's own output
@@ -27,19 +27,19 @@ from pyprune.execution.run import Findings, Run
 from pyprune.masks.statistics import ratio
 from pyprune.model.arguments import Beside
 from pyprune.model.blocks import WeightRef
-from pyprune.reconstruction.student import Student
-from pyprune.reconstruction.training import Pairs, Trace, error_sums, train
+from pyprune.reconstruction.trained_window import TrainedWindow
+from pyprune.reconstruction.training import Pairs, Trace, train, window_error_sums
 
 
 @dataclass
-class Stream:
-    """Hidden states of one list of sequences, where the run now stands."""
+class Streams:
+    """The streams of hidden states of one list of sequences, where the run now stands."""
 
     name: str
-    student: Activations
+    pruned: Activations
     """Inputs of the block at hand from the pruned prefix."""
     dense: Activations | None = None
-    """Dense stream: its inputs, and after :meth:`Refiner.dense` its outputs."""
+    """Dense stream: its inputs, and after :meth:`WindowTrainer.dense` its outputs."""
     behind: Activations | None = None
     """CR: inputs of the block before, all of whose predecessors are final."""
     local: Activations | None = None
@@ -48,7 +48,7 @@ class Stream:
     @property
     def inputs(self) -> Activations:
         """What a window reads that ends with the block at hand."""
-        return self.student if self.behind is None else self.behind
+        return self.pruned if self.behind is None else self.behind
 
     @property
     def target(self) -> Activations:
@@ -60,26 +60,27 @@ class Stream:
 
 
 @dataclass
-class Probe(Stream):
+class ProbeStreams(Streams):
     """Sequences that errors are measured on; both models' streams are always there."""
 
     dense: Activations
 
 
 def wanted(config: PruneConfig) -> bool:
-    """Whether a run needs a :class:`Refiner`."""
+    """Whether a run needs a :class:`WindowTrainer`."""
     return config.reconstruct in ("block", "cross_block") or (
         config.reconstruct in LAYERWISE and (config.global_propagation or config.reconstruction.select == "validation"))
 
 
 def streams_beside(config: PruneConfig) -> tuple[str, ...]:
-    """What a :class:`Refiner` keeps of the calibration data beside the pruned stream, by its name in :class:`Stream`."""
+    """What a :class:`WindowTrainer` keeps of the calibration data beside the pruned stream, by its name in
+    :class:`Streams`."""
     trains = config.reconstruct in ("block", "cross_block")
     targets = ("dense",) if config.global_propagation else ("local",) if trains else ()
     return (*targets, "behind") if config.reconstruct == "cross_block" else targets
 
 
-class Refiner:
+class WindowTrainer:
     """Trains the windows of one run and measures every step on probes."""
 
     def __init__(self, run: Run, found: Findings, fit: Activations | None, probes: list[ErrorProbe]):
@@ -94,8 +95,8 @@ class Refiner:
         if run.data.generated and self.trains:
             fits.append(run.executor.embed(run.data.generated, shared=True))
         dense = "dense" in streams_beside(config)
-        self.streams = [Stream(f"fit {k}", a, a.like() if dense else None) for k, a in enumerate(fits)]
-        self.probes = [Probe(p.name, p.student, p.dense) for p in probes]
+        self.calibration = [Streams(f"fit {k}", a, a.like() if dense else None) for k, a in enumerate(fits)]
+        self.probes = [ProbeStreams(p.name, p.pruned, p.dense) for p in probes]
         self.watch = next((p for p in self.probes if p.name == "held_out"), None)
         if self.watch is None and (self.settings.select == "validation" or self.settings.early_stop):
             raise ConfigError("select='validation' and early_stop need held-out sequences: set held_out (and "
@@ -107,8 +108,6 @@ class Refiner:
         self._dense: dict[int, nn.Module] = {}
         self._probe_targets: dict[str, Activations] = {}
 
-    # ---- targets -----------------------------------------------------------------------------------------------
-
     def trained(self, window: list[int]) -> bool:
         """Whether there is anything to learn: a dense window behind a dense prefix is its own target, but rounding."""
         first = 0 if self.run.config.global_propagation else window[0]
@@ -119,41 +118,39 @@ class Refiner:
         return [index - 1, index] if self.cross and index else [index]
 
     def beside(self, index: int) -> dict[str, Activations]:
-        """What the statistics pass over the calibration stream does in the same go, as :func:`pyprune.masks.block.gather`
-        takes it: without GP its outputs are the targets of BR; with GP for the layer-wise solver it takes the dense
-        stream along."""
-        fit = self.streams[0]
+        """What the statistics pass over the calibration stream computes along the way, as arguments of
+        :func:`pyprune.masks.block.gather`: without GP its outputs, which are the targets of BR; with GP for the
+        layer-wise solver the dense stream as well."""
+        fit = self.calibration[0]
         if fit.dense is not None:
             return {"dense": fit.dense} if self.layerwise else {}
         if not self.trained(self.window(index)) or len(self.window(index)) > 1:
             return {}
-        fit.local = fit.local or fit.student.like()
+        fit.local = fit.local or fit.pruned.like()
         return {"target": fit.local}
 
     @torch.no_grad()
     def dense(self, index: int, module: nn.Module, training: bool = True, gathered: bool = False) -> None:
-        """Dense outputs of block ``index`` (``module``, not yet pruned) for every stream, computed once and kept.
+        """Dense outputs of block ``index`` (``module``, not yet pruned) for all sequences, computed once and kept.
 
-        gathered: the statistics pass was run, and took along what :meth:`beside` says.
+        gathered: the statistics pass was run, and computed what :meth:`beside` says.
         """
         if self.cross and not self.run.config.global_propagation:
             self._dense[index] = copy.deepcopy(module)
             self._dense.pop(index - 2, None)
-        for stream in self.streams[1:] if gathered and self.beside(index) else self.streams:
-            if stream.dense is not None:
-                self.executor.run(index, module, stream.dense, stream.dense)
+        for streams in self.calibration[1:] if gathered and self.beside(index) else self.calibration:
+            if streams.dense is not None:
+                self.executor.run(index, module, streams.dense, streams.dense)
             elif training and self.trained(self.window(index)):
-                source = stream.student
-                stream.local = stream.local or source.like()
+                source = streams.pruned
+                streams.local = streams.local or source.like()
                 if self.cross and index > 0:
-                    source = stream.local
-                    self.executor.run(index - 1, self._dense[index - 1], stream.inputs, source)
-                self.executor.run(index, module, source, stream.local)
-
-    # ---- training ----------------------------------------------------------------------------------------------
+                    source = streams.local
+                    self.executor.run(index - 1, self._dense[index - 1], streams.inputs, source)
+                self.executor.run(index, module, source, streams.local)
 
     @torch.no_grad()
-    def refine(self, index: int, module: nn.Module, original: dict[WeightRef, Tensor],
+    def reconstruct(self, index: int, module: nn.Module, original: dict[WeightRef, Tensor],
                masks: dict[WeightRef, Tensor]) -> None:
         """After the layer-wise step of block ``index``: measure it, train the windows that end here, settle.
 
@@ -177,9 +174,9 @@ class Refiner:
         if self.cross:
             self.settle(index)
             if index == self.last:
-                for stream in self.streams:
-                    if stream.local is not None and self.trained([index]):
-                        self.executor.run(index, self._dense[index], stream.inputs, stream.local)
+                for streams in self.calibration:
+                    if streams.local is not None and self.trained([index]):
+                        self.executor.run(index, self._dense[index], streams.inputs, streams.local)
                 self._improve([index], module, "cross_block 2", best, self._states([index]))
 
     def _states(self, window: list[int]) -> list[dict]:
@@ -211,11 +208,11 @@ class Refiner:
         if not self.trained(window):
             return
         blocks = [self.run.view.blocks[i] for i in window]
-        student = Student(self.executor, window, blocks, [self.masks[i] for i in window], self.dtype)
-        inputs = [(s.inputs, s.target) for s in self.streams]
+        trained = TrainedWindow(self.executor, window, blocks, [self.masks[i] for i in window], self.dtype)
+        inputs = [(s.inputs, s.target) for s in self.calibration]
         held_out: Pairs | None = [(self.watch.inputs, self.watch.dense)] if self.watch else None
-        trace = train(student, inputs, self.settings, seed=self.run.config.seed, held_out=held_out)
-        student.commit()
+        trace = train(trained, inputs, self.settings, seed=self.run.config.seed, held_out=held_out)
+        trained.commit()
         self._sync(module, blocks[-1])
         self.traces.setdefault(window[-1], []).append(trace)
         if trace.micro_batch_size:  # the next window will not fit either
@@ -237,19 +234,17 @@ class Refiner:
             if module is not block:
                 ref.view(module).copy_(ref.view(block))
 
-    # ---- moving on ---------------------------------------------------------------------------------------------
-
     @torch.no_grad()
     def settle(self, index: int) -> None:
         """CR: block ``index − 1`` is final now, so the streams behind move to the inputs of block ``index``."""
         if not self.cross:
             return
-        for stream in self.streams + self.probes:
+        for streams in self.calibration + self.probes:
             if index == 0:
-                stream.behind = stream.student.like()
+                streams.behind = streams.pruned.like()
             else:
                 with self.executor.compute(index - 1) as before:
-                    self.executor.run(index - 1, before, stream.inputs, stream.inputs)
+                    self.executor.run(index - 1, before, streams.inputs, streams.inputs)
         for probe in self.probes if index > 0 else []:
             final = stream_error(probe.inputs, self._probe_targets[probe.name])
             row = self.found.blocks[index - 1]
@@ -264,10 +259,8 @@ class Refiner:
     def advance(self, index: int, module: nn.Module) -> None:
         """Pass the calibration and probe streams through block ``index``."""
         moves = index < self.last and self.run.config.inputs == "propagated"  # else the statistics pass moved it on
-        for stream in (self.streams if moves else []) + self.probes:
-            self.executor.run(index, module, stream.inputs, stream.student)
-
-    # ---- what it gained ----------------------------------------------------------------------------------------
+        for streams in (self.calibration if moves else []) + self.probes:
+            self.executor.run(index, module, streams.inputs, streams.pruned)
 
     def _record(self, index: int, step: str, module: nn.Module) -> dict:
         """Relative error of the block's output on every probe after a step, behind the pruned prefix as it is: through
@@ -279,8 +272,10 @@ class Refiner:
                     hidden = self.executor.forward(index - 1, before, hidden, beside)
                 return self.executor.forward(index, module, hidden, beside)
 
-            sums = [error_sums(self.executor, [index - 1, index] if through else [index], forward,
-                               probe.inputs if through or step == "cross_block 2" else probe.student, probe.dense)
+            blocks = [index - 1, index] if through else [index]
+            behind = through or step == "cross_block 2"
+            sums = [window_error_sums(self.executor, blocks, forward, probe.inputs if behind else probe.pruned,
+                                      probe.dense)
                     for probe in self.probes]
         found = torch.stack(sums).tolist() if sums else []
         row = {"step": step, **{probe.name: ratio(*pair) for probe, pair in zip(self.probes, found)}}

@@ -23,8 +23,12 @@ def read(directory: str | Path) -> dict:
 
 
 def compare(directories: Sequence[str | Path]) -> list[dict]:
-    """One row a folder: settings, perplexity dense and pruned per text, block error, seconds, memory, parameters; of a
-    refined model what it became, its seconds added."""
+    """Runs side by side, read from the folders that pyprune wrote.
+
+    Returns one row per folder: settings, perplexity of the dense and the pruned model per text, error of the blocks,
+    seconds, memory in bytes and parameters; of a refined model what it became, with the seconds of both runs. Raises
+    ConfigError for a folder without a report.
+    """
     if not directories:
         raise ConfigError("compare needs at least one folder")
     rows = []
@@ -53,11 +57,11 @@ def compare(directories: Sequence[str | Path]) -> list[dict]:
     return rows
 
 
-def print_comparison(rows: list[dict], stream: TextIO | None = None) -> None:
+def print_comparison(rows: list[dict], out: TextIO | None = None) -> None:
     """:func:`compare`'s rows as a table, and what makes them not comparable, if anything does."""
     from rich.table import Table
 
-    console = open_console(stream)
+    console = open_console(out)
     table = Table()
     for heading in ("folder", "pruned by", "pattern", "sparsity", "perplexity", "dense", "block error", "held out",
                     "seconds"):

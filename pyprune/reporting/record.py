@@ -36,7 +36,7 @@ def data_identity(data: CalibrationData, texts: list[tuple[str, list[Tensor]]]) 
 
 
 def compared(dense: list[dict], pruned: list[dict]) -> list[dict]:
-    """One row a text: perplexity of the dense and of the pruned model."""
+    """One row per text: perplexity of the dense and of the pruned model."""
     return [{**d, "dense": d["perplexity"], "pruned": p["perplexity"]} for d, p in zip(dense, pruned)]
 
 

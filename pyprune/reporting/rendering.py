@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TextIO
 
 
-def open_console(stream: TextIO | None = None):
+def open_console(out: TextIO | None = None):
     """A rich console; wide where it is no terminal, so that logs and pipes hold whole lines."""
     from rich.console import Console
 
-    stream = stream or sys.stdout
-    return Console(file=stream, highlight=False, width=None if stream.isatty() else 140)
+    out = out or sys.stdout
+    return Console(file=out, highlight=False, width=None if out.isatty() else 140)
 
 
 def number(value: float | None, digits: int = 4) -> str:
@@ -58,11 +58,11 @@ RECONSTRUCTIONS = {
 """What a model card says of each reconstruction of masks."""
 
 
-def print_summary(report: dict, directory: str | Path | None = None, stream: TextIO | None = None) -> None:
+def print_summary(report: dict, directory: str | Path | None = None, out: TextIO | None = None) -> None:
     """The table at the end of a run: perplexity before and after, sparsity, seconds by phase, where everything lies."""
     from rich.table import Table
 
-    console = open_console(stream)
+    console = open_console(out)
     table = Table(title=f"{report['model']['name']}: {headline(report)}", show_header=False, title_justify="left")
     table.add_column(style="bold")
     table.add_column(overflow="fold")
@@ -128,20 +128,20 @@ def distinct(warnings: list[str]) -> list[str]:
             for texts in kinds.values()]
 
 
-def print_evaluation(found: dict, stream: TextIO | None = None) -> None:
-    """One line a text whose perplexity is a number; the others are errors."""
+def print_evaluation(found: dict, out: TextIO | None = None) -> None:
+    """One line per text whose perplexity is a number; the others are errors."""
     for row in found.get("texts", [found]):
         if not math.isfinite(row["perplexity"]):
             continue
         print(f"perplexity {perplexity_text(row['perplexity'])}  ({row['windows']} windows of {row['window']} tokens, "
-              f"{row['dtype']}, {row['seconds']:.1f} s, {row['text']})", file=stream or sys.stdout)
+              f"{row['dtype']}, {row['seconds']:.1f} s, {row['text']})", file=out or sys.stdout)
 
 
-def print_inspection(found: dict, stream: TextIO | None = None) -> None:
+def print_inspection(found: dict, out: TextIO | None = None) -> None:
     """What :func:`pyprune.inspect` found, the matrices of a kind in one line."""
     from rich.table import Table
 
-    console = open_console(stream)
+    console = open_console(out)
     console.print(f"{found['path']}: {found['parameters']:,} parameters, {found['bytes'] / 2**20:.1f} MiB of "
                   f"{found['format']}")
     coverage = found["coverage"]
@@ -166,11 +166,11 @@ def print_inspection(found: dict, stream: TextIO | None = None) -> None:
     console.print(table)
 
 
-def print_plan(found: dict, stream: TextIO | None = None) -> None:
+def print_plan(found: dict, out: TextIO | None = None) -> None:
     """What :func:`pyprune.plan` found: every kind of weight, then device, passes, memory, disk and time."""
     from rich.table import Table
 
-    console, model = open_console(stream), found["model"]
+    console, model = open_console(out), found["model"]
     console.print(f"{model['name']}: {model['architecture']}, {model['blocks']} blocks, {model['parameters']:,} "
                   f"parameters in {model['dtype']}\n{headline({'config': found['settings']})}")
     kinds: dict[tuple, list[dict]] = {}
@@ -200,7 +200,7 @@ def plan_rows(found: dict) -> list[tuple[str, str]]:
         ("device", f"{found['device']}, forward passes in {found['compute_dtype']}"),
         ("weights", f"{'streamed block by block' if found['streamed'] else 'loaded whole'}: "
                     f"{found['streamed_because']}"),
-        ("passes", f"{sum(passes.values())} a block ({', '.join(passes)}){training}, "
+        ("passes", f"{sum(passes.values())} per block ({', '.join(passes)}){training}, "
                    f"over {calibration['sequences']} sequences, {calibration['tokens']:,} tokens" if passes else
                    "none: no calibration data is needed"),
         ("host memory", _parts(found["memory_bytes"], size_text, f", {size_text(free['memory'])} free")),
@@ -254,8 +254,6 @@ def duration_text(seconds: float) -> str:
     large, small = divmod(round(seconds / (unit / 60)), 60)
     return f"{large} {names[0]}" + (f" {small} {names[1]}" if small and large < 10 else "")
 
-
-# ---- model card ----------------------------------------------------------------------------------------------------
 
 def model_card(report: dict, name: str, picture: str | None = None) -> str:
     """README.md of a pruned checkpoint: what it is, what it costs, how to load it.

@@ -11,6 +11,7 @@
 ``liar``           what makes up for the removed groups: LIAR, bias compensation, mask tuning
 ``slicing``        physically smaller parameters and the attributes that go with them
 ``config_edits``   the sizes as edits of a Hugging Face configuration, or as a layout that only pyprune reads
+``observation``    moments of the consumers' inputs, gathered over one pass through a block
 
 From outside: ``preparation.prepare``, ``block.dense_block`` and ``block.propagated_block``, ``slicing``,
 ``config_edits``.

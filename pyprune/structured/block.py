@@ -1,9 +1,8 @@
-"""One block of a structured run: observe the consumers' inputs, score, choose, repair, slice."""
+"""One block of a structured run: observe the consumers' inputs, score, choose, repair and slice."""
 
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -11,7 +10,6 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from pyprune.config import ConfigError
 from pyprune.execution.executor import Activations, Batch
 from pyprune.execution.run import Clock, Findings, Run
 from pyprune.model.blocks import WeightRef
@@ -19,13 +17,12 @@ from pyprune.structured.allocation import choose
 from pyprune.structured.criteria import NEEDS_MOMENTS, Scored, score
 from pyprune.structured.groups import Coupled
 from pyprune.structured.liar import Problem, Repair, repair
-from pyprune.structured.moments import HELD_OUT_EVERY, Split, balanced_weights, held_out_tokens, token_weights
+from pyprune.structured.moments import Split
+from pyprune.structured.observation import observe_moments
 from pyprune.structured.slicing import Pick, slice_block
 from pyprune.structured.taps import Taps
 
 T = TypeVar("T")
-SAMPLED = 8
-"""Sequences that tell the mean power of a block's residual stream, at most."""
 
 
 @dataclass(eq=False)
@@ -77,101 +74,6 @@ class StructuredRun:
     @property
     def clock(self) -> Clock:
         return self.found.clock
-
-
-def observe(run: Run, clock: Clock, index: int, module: nn.Module, groups: list[Coupled], stream: Activations, *,
-            target: Activations | None = None, dense: list[Activations | None] | None = None) -> list[Split]:
-    """Moments of the groups' inputs over a stream; outputs go to ``target``, errors are taken against ``dense``.
-
-    With several processes each passes its own sequences, and all get the moments of all.
-    """
-    weights = [g.consumer.view(run.view.blocks[index]) for g in groups]
-    precision = "bfloat16" if run.executor.dtype == torch.bfloat16 else "float32"
-    targets = [None] * len(groups) if dense is None else dense
-    errors = [wanted is not None for wanted in targets]
-    splits = [Split.make(w.shape[1], w.shape[0] if e else 0, run.executor.device, precision)
-              for w, e in zip(weights, errors)]
-    kinds = [weighting(run.config.structured.token_weights, g) for g in groups]
-    columns = [w.float().square().sum(0).to(run.executor.device) if kind == "relative" else None
-               for w, kind in zip(weights, kinds)]
-    means = mean_powers(run, index, module, groups, stream) if "balanced" in kinds else None
-    taps = Taps(module, groups, sums=any(errors) or means is not None, powers="relative" in kinds, stop=target is None)
-    first, total = run.world.span(len(run.data.sequences))[0], len(run.data.sequences)
-
-    def take(batch: Batch, _) -> None:
-        with clock("statistics"):
-            held = _held(stream, batch, first, total).to(run.executor.device)
-            for i, split in enumerate(splits):
-                x = taps.inputs.get(i)
-                if x is None:
-                    continue  # an expert that no token of this batch reached
-                mark = held if len(x) == len(held) else torch.arange(len(x), device=x.device) % HELD_OUT_EVERY == 4
-                e = None
-                if (wanted := targets[i]) is not None:
-                    want = wanted.read(batch)
-                    want = want.reshape(-1, want.shape[-1]).to(x.device, non_blocking=True)
-                    e = want.float() - taps.sums[i].float()
-                w = None
-                if kinds[i] == "balanced" and means is not None:
-                    w = balanced_weights(taps.sums[i].float().square().sum(1), means[i])
-                elif (squares := columns[i]) is not None:
-                    power = taps.powers.get(i)
-                    if power is None:  # an expert
-                        power = (x.float() @ weights[i].to(x.device).float().T).square().sum(1)
-                    w = token_weights(power, x.float().square() @ squares)
-                split.update(x, mark, e, w)
-
-    try:
-        with clock("forward"):
-            run.executor.run(index, module, stream, target, take, taps.run)
-    finally:
-        taps.close()
-    with clock("statistics"):
-        for split in splits:
-            split.sum_over(run.world)
-    for split, group in zip(splits, groups):
-        if not split.finite():
-            raise ConfigError(f"the inputs of {run.view.path}.{index}.{group.name} are not finite on the calibration "
-                              "data; check the checkpoint, or load it in a wider dtype")
-    return splits
-
-
-def weighting(asked: str, group: Coupled) -> str:
-    """How tokens count for a group: ``relative`` (:func:`pyprune.structured.moments.token_weights`), ``balanced``
-    (:func:`pyprune.structured.moments.balanced_weights`) or ``uniform``. What experts add to the residual stream is not seen
-    token by token, so they are not balanced."""
-    kind = asked if asked != "auto" else "relative" if group.normed else "balanced"
-    return "uniform" if kind == "balanced" and group.consumer.expert is not None else kind
-
-
-def mean_powers(run: Run, index: int, module: nn.Module, groups: list[Coupled], stream: Activations) -> Tensor:
-    """Mean over tokens of ``‖s‖²``, s being the sum that each group's output lands in, on the first sequences; float32
-    ``[groups]``, zero for experts. Only its order of magnitude matters; which sequences these are depends on neither
-    batches nor processes."""
-    wanted = min(SAMPLED, max(1, len(run.data.sequences) // 16))
-    sums = torch.zeros(2, len(groups), device=run.executor.device)
-    if run.world.leads:  # it has the first sequences
-        taps = Taps(module, groups, stop=True)
-        try:
-            for batch in (Batch(length, k, k + 1) for length, rows in stream.rows.items()
-                          for k, row in enumerate(rows) if row < wanted):
-                beside = run.executor.beside([index], stream, batch)
-                taps.run(functools.partial(run.executor.forward, index, module, stream.read(batch), beside))
-                for i, total in taps.sums.items():
-                    sums[0, i] += total.float().square().sum()
-                    sums[1, i] += len(total)
-        finally:
-            taps.close()
-    run.world.send_(sums, 0)
-    return sums[0] / sums[1].clamp(min=1)
-
-
-def _held(stream: Activations, batch: Batch, first: int, total: int) -> Tensor:
-    """Tokens of a batch that are set aside; ``first``: place of this process's first sequence among all ``total``."""
-    if total >= 2 * HELD_OUT_EVERY:
-        rows = torch.tensor(stream.rows[batch.length][batch.start:batch.stop]) + first
-        return (rows % HELD_OUT_EVERY == HELD_OUT_EVERY - 1).repeat_interleave(batch.length)
-    return held_out_tokens(batch.size, batch.length, batch.start, total)
 
 
 def _dense_pass(run: Run, index: int, module: nn.Module, groups: list[Coupled], stream: Activations,
@@ -274,14 +176,14 @@ def dense_block(work: StructuredRun, index: int, module: nn.Module, stream: Acti
     groups = work.prepared.groups[index]
     splits: list = [None] * len(groups)
     if stream is not None:
-        splits = observe(work.run, work.clock, index, module, groups, stream, target=stream)
+        splits = observe_moments(work.run, work.clock, index, module, groups, stream, target=stream)
     picks = _picks(work, index, range(len(groups)), splits)
     for target, chosen in zip(work.targets, picks):
         with work.clock("slice"):
             target.attributes.append(slice_block(target.blocks[index], chosen))
 
 
-def propagated_block(work: StructuredRun, index: int, module: nn.Module, student: Activations | None,
+def propagated_block(work: StructuredRun, index: int, module: nn.Module, pruned: Activations | None,
                      dense: Activations | None) -> None:
     """Heads, then neurons, each on the input that the pruned prefix and the pruned attention leave them."""
     groups, target = work.prepared.groups[index], work.targets[0]
@@ -297,8 +199,8 @@ def propagated_block(work: StructuredRun, index: int, module: nn.Module, student
         if not stage:
             continue
         splits: list = [None] * len(stage)
-        if student is not None:
-            splits = observe(work.run, work.clock, index, module, [groups[i] for i in stage], student,
+        if pruned is not None:
+            splits = observe_moments(work.run, work.clock, index, module, [groups[i] for i in stage], pruned,
                              dense=[sums[i] for i in stage])
         [picks] = _picks(work, index, stage, splits)
         with work.clock("slice"):

@@ -1,4 +1,5 @@
-"""What derivatives and pokes tell of a running block: which rows an input column depends on, where an output lands."""
+"""What derivatives and small changes tell of a running block: which rows an input column depends on, and where an
+output is added."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from pyprune.model.recording import call_block
 from pyprune.model.watching import Watch
 
 
-class Probe:
+class DependencyTracer:
     """Replaces every linear product by noise that can be differentiated, and keeps the inputs."""
 
     def __init__(self, block: nn.Module, refs: list[WeightRef], generator: torch.Generator):
@@ -30,7 +31,7 @@ class Probe:
         return min((r.expert for r in self.inputs if r.path == ref.path and r.expert is not None),
                    default=None)
 
-    def __enter__(self) -> Probe:
+    def __enter__(self) -> DependencyTracer:
         return self
 
     def __exit__(self, *exc) -> None:

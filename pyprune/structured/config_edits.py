@@ -106,8 +106,6 @@ def _said(edits: dict) -> str:
     return ", ".join(f"{k}={v}" for k, v in edits.items())
 
 
-# ---- sizes a stock config cannot say -------------------------------------------------------------------------------
-
 def layout(model: nn.Module, path: str, attributes: list[dict[str, dict]], blocks: list[dict]) -> dict:
     """Plain description of a model whose blocks differ from its config, for ``pruning.json``.
 
@@ -124,7 +122,7 @@ def layout(model: nn.Module, path: str, attributes: list[dict[str, dict]], block
 
 
 def dense_groups(groups: list[Coupled]) -> dict[str, Coupled]:
-    """One representative group a kind."""
+    """One representative group per kind."""
     return {g.kind: g for g in reversed(groups)}
 
 

@@ -1,6 +1,7 @@
 """Scores of neurons and heads: higher is kept (LIAR, arXiv 2407.13331).
 
-One function a criterion, from a :class:`Scored` layer to float64 ``[units]``. Any of them goes with any reconstruction.
+One function per criterion, from a :class:`Scored` layer to float64 ``[units]``. Any of them goes with any
+reconstruction.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from pyprune.model.attributes import embedding_device, pad_token, vocabulary_siz
 from pyprune.model.blocks import ModelView, WeightRef, refuse_shared, weights_of
 from pyprune.model.recording import call_block
 from pyprune.model.watching import expert_loop
-from pyprune.structured.block_probe import Probe, landing, normed
+from pyprune.structured.block_probe import DependencyTracer, landing, normed
 
 PROBE_TOKENS = 12
 
@@ -136,67 +136,67 @@ def find_groups(view: ModelView, pattern: str, head_scope: str = "groups",
 def examine(block: nn.Module, hidden: Tensor, arguments: Arguments, head_scope: str) -> list[Coupled]:
     """Coupled groups of one block, heads first."""
     device = hidden.device
-    probe_block = copy.deepcopy(block).to(device).float()
+    traced = copy.deepcopy(block).to(device).float()
     arguments = arguments.to(device, torch.float32, {})
     hidden = hidden.float()
     refs = weights_of(block)
     generator = torch.Generator(device="cpu").manual_seed(0)
-    probe = Probe(probe_block, refs, generator)
-    with torch.enable_grad(), probe:
+    tracer = DependencyTracer(traced, refs, generator)
+    with torch.enable_grad(), tracer:
         noise = torch.randn(hidden.shape, generator=generator).to(device)
-        output = call_block(probe_block, noise, arguments)
+        output = call_block(traced, noise, arguments)
     found = []
     for ref in refs:
-        if ref in probe.inputs and (ref.expert is None or ref.expert == probe.first_expert(ref)):
-            found += _classify(ref, probe, output, head_scope)
-    found = [replace(g, target=landing(probe_block, hidden, arguments, g.consumer)) if g.consumer.expert is None else g
+        if ref in tracer.inputs and (ref.expert is None or ref.expert == tracer.first_expert(ref)):
+            found += _classify(ref, tracer, output, head_scope)
+    found = [replace(g, target=landing(traced, hidden, arguments, g.consumer)) if g.consumer.expert is None else g
              for g in found]
-    found = [replace(g, normed=normed(probe_block, hidden, arguments, g.target, g.consumer.module_path)) for g in found]
+    found = [replace(g, normed=normed(traced, hidden, arguments, g.target, g.consumer.module_path)) for g in found]
     found = [g for group in found for g in _per_expert(group, refs)]
     found = [replace(g, slots=_with_biases(g.slots, block)) for g in found]
     return sorted(found, key=lambda g: g.kind != "heads")
 
 
-def _classify(ref: WeightRef, probe: Probe, output: Tensor, head_scope: str) -> list[Coupled]:
+def _classify(ref: WeightRef, tracer: DependencyTracer, output: Tensor, head_scope: str) -> list[Coupled]:
     """The coupled group of one consumer, as a list of none or one."""
-    x = probe.inputs[ref]
-    first = probe.touched(x, torch.tensor([0], device=x.device))
+    x = tracer.inputs[ref]
+    first = tracer.touched(x, torch.tensor([0], device=x.device))
     counts = [int(v.sum()) for v in first.values()]
     total = sum(counts)
     if not counts or all(bool(v.all()) and len(v) > 2 for v in first.values()):
         return []
     if total <= 2:
-        return _neurons(ref, probe, output)
+        return _neurons(ref, tracer, output)
     wide = {count for count in counts if count > 1}
     # one value row, and whole heads of queries, keys and, in DeBERTa, positions; fused ones count together
     head_dim = wide.pop() if len(wide) == 1 and counts.count(1) == 1 else (total - 1) // 2
     if (total - 1) % head_dim or x.shape[-1] % head_dim or x.shape[-1] == head_dim:
         return []  # a single head, or all heads coupled into one
-    return _heads(ref, probe, output, head_dim, head_scope)
+    return _heads(ref, tracer, output, head_dim, head_scope)
 
 
-def _private(producers: list[WeightRef], ref: WeightRef, probe: Probe, output: Tensor) -> bool:
+def _private(producers: list[WeightRef], ref: WeightRef, tracer: DependencyTracer, output: Tensor) -> bool:
     """Whether the producers are read by this consumer only."""
-    others = [x for r, x in probe.inputs.items() if r.path != ref.path] + [output]
-    return not any(p in probe.touched(x, slice(None)) for x in others for p in producers)
+    others = [x for r, x in tracer.inputs.items() if r.path != ref.path] + [output]
+    return not any(p in tracer.touched(x, slice(None)) for x in others for p in producers)
 
 
-def _neurons(ref: WeightRef, probe: Probe, output: Tensor) -> list[Coupled]:
+def _neurons(ref: WeightRef, tracer: DependencyTracer, output: Tensor) -> list[Coupled]:
     """Column j depends on row σ(j) of each producer: σ is read off in ⌈log₂ c⌉ derivatives, one bit each."""
-    x = probe.inputs[ref]
+    x = tracer.inputs[ref]
     c = x.shape[-1]
     index = torch.arange(c, device=x.device)
-    producers = list(probe.touched(x, slice(None)))
-    code = {p: torch.zeros(probe.leaves[p].shape[-1], dtype=torch.long, device=x.device) for p in producers}
+    producers = list(tracer.touched(x, slice(None)))
+    code = {p: torch.zeros(tracer.leaves[p].shape[-1], dtype=torch.long, device=x.device) for p in producers}
     for bit in range((c - 1).bit_length()):
         on = (index >> bit & 1).bool()
-        ones, zeros = probe.touched(x, on), probe.touched(x, ~on)
+        ones, zeros = tracer.touched(x, on), tracer.touched(x, ~on)
         for p in producers:
             one, zero = ones.get(p, torch.zeros(1, dtype=torch.bool)), zeros.get(p, torch.zeros(1, dtype=torch.bool))
             if bool((one == zero).any()):
                 return []  # a row that feeds several columns, or none
             code[p] += one.long() << bit
-    if not _private(producers, ref, probe, output):
+    if not _private(producers, ref, tracer, output):
         return []
     slots = []
     for p in producers:
@@ -207,17 +207,17 @@ def _neurons(ref: WeightRef, probe: Probe, output: Tensor) -> list[Coupled]:
     return [Coupled("neurons", ref, index[:, None].cpu(), tuple(slots), torch.zeros(c, dtype=torch.long))]
 
 
-def _heads(ref: WeightRef, probe: Probe, output: Tensor, head_dim: int, head_scope: str) -> list[Coupled]:
+def _heads(ref: WeightRef, tracer: DependencyTracer, output: Tensor, head_dim: int, head_scope: str) -> list[Coupled]:
     """Heads are runs of ``head_dim`` columns; rows read by several heads are their common keys and values."""
-    x = probe.inputs[ref]
+    x = tracer.inputs[ref]
     heads = x.shape[-1] // head_dim
     columns = torch.arange(x.shape[-1]).reshape(heads, head_dim)
-    producers = list(probe.touched(x, slice(None)))
-    reads = {p: torch.zeros(heads, probe.leaves[p].shape[-1], dtype=torch.bool) for p in producers}
+    producers = list(tracer.touched(x, slice(None)))
+    reads = {p: torch.zeros(heads, tracer.leaves[p].shape[-1], dtype=torch.bool) for p in producers}
     for head in range(heads):
-        for p, rows in probe.touched(x, columns[head].to(x.device)).items():
+        for p, rows in tracer.touched(x, columns[head].to(x.device)).items():
             reads[p][head] = rows.cpu()
-    if not _private(producers, ref, probe, output) or not all(bool(r.any(0).all()) for r in reads.values()):
+    if not _private(producers, ref, tracer, output) or not all(bool(r.any(0).all()) for r in reads.values()):
         return []
     together = torch.stack([r.float() @ r.float().T for r in reads.values()]).sum(0) > 0
     owner = together.long().argmax(1)  # the first head that shares a row names the group

@@ -197,7 +197,7 @@ class _Pieces:
         return (self.problem.bias.double() + shift + (0 if mean_e is None else mean_e)).float()
 
 
-def solve(a: Tensor, b: Tensor, damping: float) -> tuple[Tensor, bool]:
+def solve_damped(a: Tensor, b: Tensor, damping: float) -> tuple[Tensor, bool]:
     """``(a + λI)⁻¹ b``: float32 ``[n, n]``, ``[n, k]`` → ``[n, k]``, and whether it came out finite."""
     solution, info = ops.cholesky_solve(a[None].contiguous(), b[None].contiguous(),
                                         damping=torch.tensor([damping], device=a.device))
@@ -210,19 +210,20 @@ def _scale(matrix: Tensor) -> float:
     return mean if mean > 0 else 1.0
 
 
-def choose_damping(a: Tensor, b: Tensor, damping: float | None, error) -> tuple[float, float]:
-    """λ (relative) with the least ``error(solution [n, k])`` among the candidates, and that error.
+def choose_damping(a: Tensor, b: Tensor, damping: float | None, error) -> tuple[float | None, float]:
+    """λ (relative) with the least ``error(solution [n, k])`` among the candidates, and that error; None and infinity
+    if no λ gives a finite solution.
 
     The error falls and rises once over λ, so a walk downhill from ``START`` finds it: three factorisations as a rule
-    instead of nine. A given λ is tried alone, and raised
-    tenfold from 1e-6 on where the factorisation fails (a singular Gram).
+    instead of nine. A given λ is tried alone, and raised tenfold from 1e-6 on where the factorisation fails (a singular
+    Gram matrix).
     """
     scale = _scale(a)
     seen: dict[float, float] = {}
 
     def at(value: float) -> float:
         if value not in seen:
-            solution, good = solve(a, b, value * scale)
+            solution, good = solve_damped(a, b, value * scale)
             seen[value] = error(solution) if good else float("inf")
         return seen[value]
 
@@ -230,7 +231,7 @@ def choose_damping(a: Tensor, b: Tensor, damping: float | None, error) -> tuple[
         for value in (damping, *(v for v in (1e-6, 1e-5, 1e-4, *GRID) if v > damping)):
             if at(value) < float("inf"):
                 return value, seen[value]
-        return float("nan"), float("inf")
+        return None, float("inf")
     i = START
     for way in (-1, 1):
         while 0 <= i + way < len(GRID) and at(GRID[i + way]) < at(GRID[i]):
@@ -240,7 +241,7 @@ def choose_damping(a: Tensor, b: Tensor, damping: float | None, error) -> tuple[
             break
         at(value)
     best = min(seen, key=at)
-    return (best, seen[best]) if seen[best] < float("inf") else (float("nan"), float("inf"))
+    return (best, seen[best]) if seen[best] < float("inf") else (None, float("inf"))
 
 
 def _liar(pieces: _Pieces, damping: float | None, interpolate_weights: bool, guard: bool) -> Repair:
@@ -249,12 +250,15 @@ def _liar(pieces: _Pieces, damping: float | None, interpolate_weights: bool, gua
     errors = {"liar": error, "none": pieces.unrepaired()}
     if problem.bias is not None and pieces.centred:
         errors["bias"] = pieces.held_error(None)
-    rest = min((e, m) for m, e in errors.items() if m != "liar")
-    if chosen != chosen or (guard and rest[0] < error and held_out(problem)):
-        reason = "no λ gave a finite solution" if chosen != chosen else \
-            f"its held-out error {error:.3g} is above {rest[1]}'s {rest[0]:.3g}"
-        bias = pieces.bias(pieces.kept_weight) if rest[1] == "bias" else problem.bias
-        return Repair(pieces.kept_weight.clone(), bias, rest[1], None, errors=errors,
+    least, instead = min((e, m) for m, e in errors.items() if m != "liar")
+    reason = None
+    if chosen is None:
+        reason = "no λ gave a finite solution"
+    elif guard and least < error and held_out(problem):
+        reason = f"its held-out error {error:.3g} is above {instead}'s {least:.3g}"
+    if chosen is None or reason is not None:
+        bias = pieces.bias(pieces.kept_weight) if instead == "bias" else problem.bias
+        return Repair(pieces.kept_weight.clone(), bias, instead, None, errors=errors,
                       warnings=[f"LIAR was not used: {reason}"])
     system, kd, cross = pieces.total()
     direct = len(problem.weight) < len(d) and not interpolate_weights
@@ -262,7 +266,7 @@ def _liar(pieces: _Pieces, damping: float | None, interpolate_weights: bool, gua
         right = kd @ pieces.dropped_weight.T if cross is None else kd @ pieces.dropped_weight.T + cross
     else:
         right = kd if cross is None else torch.cat([kd, cross], dim=1)
-    solution, good = solve(system, right, chosen * _scale(system))
+    solution, good = solve_damped(system, right, chosen * _scale(system))
     if not good and chosen < 1e6:  # the fitted part alone could be factored, all tokens could not: rounding at a tiny λ
         return _liar(pieces, 10 * max(chosen, 1e-7), interpolate_weights, guard)
     if direct:
@@ -313,12 +317,12 @@ def _mask_tuning(problem: Problem, kept: Tensor, pieces: _Pieces, damping: float
 
     chosen, best = choose_damping(a, f[:, None], damping, error)
     errors = {"mask_tuning": best, "none": pieces.held_error(None)}
-    if chosen != chosen or (guard and errors["none"] < best and held_out(problem)):
+    if chosen is None or (guard and errors["none"] < best and held_out(problem)):
         return Repair(pieces.kept_weight.clone(), problem.bias, "none", errors=errors,
                       warnings=["mask tuning was not used: its held-out error is above plain slicing's"])
     share = pieces.view.share
     a, f = share * a + (1 - share) * held_a, share * f + (1 - share) * held_f
-    delta, _ = solve(a, f[:, None], chosen * _scale(a))
+    delta, _ = solve_damped(a, f[:, None], chosen * _scale(a))
     scales = torch.ones(group.units, device=w.device)
     scales[~gone] += torch.nan_to_num(delta[:, 0])
     return Repair(pieces.kept_weight * scales[unit][pieces.keep], problem.bias, "mask_tuning", chosen, errors=errors)
@@ -334,4 +338,4 @@ def _warn(out: Repair, problem: Problem, pieces: _Pieces) -> None:
         wanted = TOKENS_PER_COLUMN[problem.group.kind]
         if problem.tokens < wanted * columns:
             out.warnings.append(f"{problem.tokens} calibration tokens for {columns} kept columns; LIAR wants at least "
-                                f"{wanted} tokens a column")
+                                f"{wanted} tokens per column")

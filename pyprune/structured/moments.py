@@ -19,7 +19,7 @@ FLOOR = 0.01
 class Moments:
     """Moments of inputs ``x [tokens, c]`` and, beside them, of an error ``e [tokens, r]`` still to be corrected.
 
-    Products are summed in float32 about a fixed shift, near the mean, and flushed to float64 masters: subtracting the
+    Products are summed in float32 about a fixed shift, near the mean, and flushed to float64 sums: subtracting the
     mean afterwards cancels nothing that matters. Tokens may carry weights (:func:`token_weights`): then every product,
     sum and mean below is a weighted one, except ``plain_sums`` and ``plain_squares``, for criteria that are defined
     on plain activations.
@@ -87,7 +87,7 @@ class Moments:
             self.flush()
 
     def flush(self) -> None:
-        """Products of the waiting tokens, summed in float32, into the float64 masters."""
+        """Products of the waiting tokens, summed in float32, into the float64 ones."""
         if not self._x:
             return
         x = torch.cat(self._x)
@@ -218,18 +218,17 @@ class Split:
         if world.size == 1:
             return
         self._views.clear()
-        columns, outputs, device = self.fit.columns, self.fit.outputs, self.fit.gram.device
-        ours = self.fit.placed
-        shifts = [torch.zeros(n, device=device) for n in (columns, outputs)]
-        if ours:
-            for common, own in zip(shifts, (self.fit.shift, self.fit.shift_e)):
-                common.copy_(own)
-        told = torch.tensor([float(ours), float(self.fit.weighted or self.held.weighted)], device=device)
-        world.sum_(*shifts, told)
-        known, weighted = told.tolist()
-        if not known:
+        fit, device = self.fit, self.fit.gram.device
+        seen = fit.placed
+        shift = fit.shift.clone() if seen else torch.zeros(fit.columns, device=device)
+        shift_e = fit.shift_e.clone() if seen else torch.zeros(fit.outputs, device=device)
+        told = torch.tensor([float(seen), float(fit.weighted or self.held.weighted)], device=device)
+        world.sum_(shift, shift_e, told)
+        processes, weighted = told.tolist()
+        if not processes:  # no process has seen a token
             return
-        shift, shift_e = (common / known for common in shifts)
+        shift /= processes  # the common shift is the mean of theirs
+        shift_e /= processes
         for part in (self.fit, self.held):
             part.weighted = weighted > 0
             part.move(shift, shift_e)

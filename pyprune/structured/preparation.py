@@ -16,10 +16,11 @@ from pyprune.model.blocks import ModelView, block_list
 from pyprune.model.watching import expert_loop
 from pyprune.structured import config_edits, slicing
 from pyprune.structured.allocation import Member, choose, global_counts, uniform_count
-from pyprune.structured.block import Preparation, StructuredRun, Target, dealt, has_bias, observe, score_group
+from pyprune.structured.block import Preparation, StructuredRun, Target, dealt, has_bias, score_group
 from pyprune.structured.criteria import NEEDS_GRADIENTS, NEEDS_MOMENTS
 from pyprune.structured.groups import PROBE_TOKENS, Coupled, find_groups
 from pyprune.structured.moments import Split
+from pyprune.structured.observation import observe_moments
 from pyprune.structured.slicing import Pick, slice_block
 from pyprune.structured.taps import gradient_sequences, mask_gradients
 
@@ -157,7 +158,7 @@ def _allocate(work: StructuredRun, sparsities: tuple[float, ...]) -> list[list[l
             with run.executor.compute(index) as module:
                 splits: Sequence[Split | None] = [None] * len(block)
                 if stream is not None:
-                    splits = observe(run, work.clock, index, module, block, stream, target=stream)
+                    splits = observe_moments(run, work.clock, index, module, block, stream, target=stream)
                 scores = dealt(run, [float(g.units) for g in block], functools.partial(scored, index, splits))
             flat += [Member(index, g, found, size) for g, (_, found), size in zip(block, scores, sizes)]
             run.executor.release(index)

@@ -105,7 +105,7 @@ def mask_gradients(view: ModelView, groups: list[list[Coupled]], sequences: list
     """Derivative of each sequence's loss by each unit's mask, float32 ``[sequences, units]`` per block and group.
 
     Decoders: mean next-token loss. Encoders have no loss of their own: the sum of the mean-pooled, normalised sentence
-    vector along a random direction a sequence, whose mean squared gradient is the Fisher information of that vector
+    vector along a random direction per sequence, whose mean squared gradient is the Fisher information of that vector
     under Gaussian noise; ``first``, the place of the first sequence in its data, and ``seed`` decide the directions.
     Gradients of weights are never formed.
     """

@@ -38,8 +38,6 @@
 #define CUSIM_UNPOISON(p, n) (void)0
 #endif
 
-// ---- the language --------------------------------------------------------------------------------------------------
-
 #define __global__
 #define __device__
 #define __host__
@@ -60,8 +58,6 @@ struct alignas(16) uint4 {
 struct alignas(8) uint2 {
     unsigned x, y;
 };
-
-// ---- fibers and the scheduler --------------------------------------------------------------------------------------
 
 namespace cusim {
 
@@ -93,7 +89,7 @@ struct State {
     int current = 0;
     dim3 grid, block, index;
     std::unique_ptr<char[]> shared;
-    std::vector<uint64_t> slots;  // two words a thread: what it shows to its warp, alternating
+    std::vector<uint64_t> slots;  // two words per thread: what it shows to its warp, alternating
     Barrier block_barrier;
     std::vector<int> votes;
     std::vector<Barrier> warp_barriers;
@@ -281,8 +277,6 @@ void launch(dim3 grid, dim3 block, size_t shared_bytes, Body body) {
 
 }  // namespace cusim
 
-// ---- built-ins -----------------------------------------------------------------------------------------------------
-
 #define threadIdx (cusim::self().index)
 #define blockIdx (cusim::S.index)
 #define blockDim (cusim::S.block)
@@ -310,8 +304,6 @@ T atomicOr(T* p, T v) {
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 using std::max;
 using std::min;
-
-// ---- the little of the runtime that host code uses -----------------------------------------------------------------
 
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess = 0, cudaErrorInsufficientDriver = 35, cudaErrorSystemDriverMismatch = 803 };

@@ -8,7 +8,7 @@ import torch
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, MptConfig, MptForCausalLM
 
 from pyprune.config import ConfigError
-from pyprune.data.self_generated import fingerprint, generate, read
+from pyprune.data.self_generated import generate, model_digest, read
 
 
 class Words:
@@ -133,7 +133,7 @@ def test_refusals(model):
 
 def test_training_mode_and_fingerprint_are_left_alone(model):
     model.train()
-    before = fingerprint(model)
+    before = model_digest(model)
     generate(model, Words(), 1, seq_len=8)
-    assert model.training and fingerprint(model) == before
+    assert model.training and model_digest(model) == before
     model.eval()

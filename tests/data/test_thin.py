@@ -20,8 +20,6 @@ def run(model=None, **fields):
     return pyprune.prune(model or tiny.model("llama"), progress=False, **{"evaluation": OFF, **fields})
 
 
-# ---- what is asked of token ids ------------------------------------------------------------------------------------
-
 @pytest.fixture
 def array(tmp_path):
     np.save(tmp_path / "ids.npy", tiny.ids(12, 24).numpy())
@@ -73,8 +71,6 @@ def test_the_plan_counts_the_rows_of_an_array(array, folder):
     assert found["calibration"] == {"sequences": 12, "tokens": 12 * 24}
 
 
-# ---- runs that look at weights alone -------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("fields", [
     {"method": "magnitude", "pattern": "2:4"},
     {"pattern": "neurons", "criterion": "magnitude", "reconstruct": "none"},
@@ -118,8 +114,6 @@ def test_text_that_was_named_still_needs_a_tokenizer():
     with pytest.raises(ConfigError, match="calibration text needs a tokenizer"):
         run(method="wanda")
 
-
-# ---- thin data -----------------------------------------------------------------------------------------------------
 
 def warned(**fields) -> str:
     result = run(**fields)

@@ -27,7 +27,8 @@ def pair(tmp_path_factory):
 def test_latency_of_dense_and_pruned_in_one_run(pair, tmp_path, monkeypatch):
     from pyprune.cli.commands import app
 
-    monkeypatch.setattr(gain, "compare", functools.partial(gain.compare, tokens=64, new_tokens=4, rounds=1))
+    quick = functools.partial(gain.measure_side_by_side, tokens=64, new_tokens=4, rounds=1)
+    monkeypatch.setattr(gain, "measure_side_by_side", quick)
     done = CliRunner().invoke(app, ["eval", str(pair[1]), "--latency", "--plot", str(tmp_path / "gain.png"), "--json"])
     assert done.exit_code == 0, done.output
     dense, pruned = json.loads(done.output)
@@ -53,7 +54,7 @@ def test_the_dense_model_is_found_or_asked_for(pair):
     with pytest.raises(ConfigError, match="--against"):
         gain.dense_of(pair[0])
     with pytest.raises(ConfigError, match="no-such-model"):
-        gain.compare(["./no-such-model"])
+        gain.measure_side_by_side(["./no-such-model"])
 
 
 def test_a_folder_without_a_report_is_left_alone(pair):

@@ -133,8 +133,6 @@ def test_the_command_line_runs_under_torchrun(tmp_path):
         assert p.ndim < 2 or torch.equal(p == 0, q == 0)
 
 
-# ---- without processes ---------------------------------------------------------------------------------------------
-
 def worlds(size: int) -> list[World]:
     found = []
     for rank in range(size):
@@ -188,11 +186,14 @@ class Notes(dict):
     def set(self, key, value):
         self[key] = value
 
+    def get(self, key):
+        return self[key].encode()
+
     def check(self, keys):
         return all(key in self for key in keys)
 
 
-@pytest.mark.parametrize("word, patience", [("5", 30.0), (str(FAILED), 10.0), (None, 30.0)])
+@pytest.mark.parametrize("word, patience", [("5", 30.0), (FAILED, 10.0), (None, 30.0)])
 def test_a_silent_process_is_noticed_after_its_time(word, patience):
     store, found = Notes(), []
     if word is not None:
@@ -205,7 +206,7 @@ def test_a_silent_process_is_noticed_after_its_time(word, patience):
 
 
 def test_a_process_that_is_done_is_not_missed():
-    store = Notes({"pyprune/alive/0": "1", "pyprune/alive/1": str(GONE), "pyprune/alive/2": str(GONE)})
+    store = Notes({"pyprune/alive/0": "1", "pyprune/alive/1": GONE, "pyprune/alive/2": GONE})
     pulse = Pulse(store, 0, 3, silence=3.0)
     for second in range(20):
         store["pyprune/alive/0"] = str(second)

@@ -10,7 +10,7 @@ import torch
 
 from pyprune.config import ConfigError, Evaluation
 from pyprune.execution.activation_store import Store
-from pyprune.execution.executor import Activations, Executor
+from pyprune.execution.executor import Activations, Executor, target_tokens
 from pyprune.model.blocks import ModelView
 from pyprune.pipeline import mask_work
 from pyprune.pipeline.prune import prune
@@ -25,8 +25,6 @@ def equal(one, other) -> bool:
     return all(torch.equal(p, q) for p, q in zip(one.model.state_dict().values(), other.model.state_dict().values()))
 
 
-# ---- activations ---------------------------------------------------------------------------------------------------
-
 def test_sequences_of_different_length_are_never_padded():
     sequences = [torch.arange(3, 3 + n) for n in (7, 4, 7, 9, 4)]
     activations = Activations(sequences, 2, torch.float32)
@@ -36,8 +34,6 @@ def test_sequences_of_different_length_are_never_padded():
     covered = [row for b in activations.batches(1) for row in activations.rows[b.length][b.start:b.stop]]
     assert sorted(covered) == [0, 1, 2, 3, 4]
 
-
-# ---- passes --------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("fields, whole, stopped", [
     (dict(method="magnitude"), [0, 0, 0], [0, 0, 0]),
@@ -60,8 +56,6 @@ def test_blocks_run_no_more_than_the_method_needs(monkeypatch, fields, whole, st
     assert [ended[i] for i in range(3)] == whole
     assert [started[i] - ended[i] for i in range(3)] == stopped
 
-
-# ---- memory that runs out ------------------------------------------------------------------------------------------
 
 def limited(most: int, where: str):
     """A model that runs out of memory at a layer with more than ``most`` sequences."""
@@ -144,3 +138,16 @@ def test_a_copy_of_a_block_goes_with_its_turn():
     with Executor(ModelView(model)).compute(0) as own:
         assert own is model.model.layers[0]
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before))
+
+
+def test_tokens_per_batch_follow_the_device_of_the_run_not_what_the_machine_has(monkeypatch):
+    """A run on the CPU of a machine with a GPU takes the CPU's batches, and says the same when it is planned."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert (target_tokens("cpu"), target_tokens(torch.device("cuda", 1))) == (2048, 16384)
+    sequences = [torch.zeros(64, dtype=torch.long)] * 300
+    executor = Executor(ModelView(tiny.model("llama")), device="cpu")
+    on_cpu = executor.embed(sequences)
+    assert [b.size for b in on_cpu.batches()] == [32] * 9 + [12]
+    assert [b.size for b in on_cpu.like().batches()] == [32] * 9 + [12]
+    on_gpu = Activations(sequences, 4, torch.float32, batch_tokens=target_tokens("cuda"))
+    assert [b.size for b in on_gpu.batches()] == [256, 44]

@@ -292,8 +292,6 @@ def test_signals_are_left_alone_outside_the_main_thread_and_without_output(tmp_p
     assert seen == [before, before]
 
 
-# ---- disks that fail -----------------------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("number, text", [(errno.ENOSPC, "no room to write"), (errno.EIO, "cannot write")])
 def test_a_disk_that_fails_loses_nothing(tmp_path, whole, monkeypatch, number, text):
     sync, calls = os.fsync, 0

@@ -187,8 +187,6 @@ def test_a_model_prunes_in_a_memory_limit_far_below_its_size(tmp_path):
     assert grown < limit and abs(sparsity - 0.5) < 0.01
 
 
-# ---- what cannot be streamed, and why ------------------------------------------------------------------------------
-
 def test_what_cannot_be_streamed_is_said(tmp_path):
     with pytest.raises(ConfigError, match="cannot be streamed: .*needs an output folder"):
         prune(source(tmp_path / "dense"), stream="always", calibration=tiny.ids(8, 16), progress=False)
@@ -202,8 +200,6 @@ def test_auto_loads_whole_what_fits_or_cannot_be_streamed(tmp_path):
     assert type(opened.weights) is Resident
     run(source(tmp_path / "experts", "mixtral"), tmp_path / "moe", stream="auto")
 
-
-# ---- checkpoints that are wrong ------------------------------------------------------------------------------------
 
 @pytest.fixture
 def broken(tmp_path):

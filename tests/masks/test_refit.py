@@ -143,8 +143,6 @@ def test_the_search_waits_for_the_device_once_in_several_steps():
     assert found.steps >= refit.CHECK and waits.count == found.steps // refit.CHECK
 
 
-# ---- whole runs ----------------------------------------------------------------------------------------------------
-
 def refitted(model=None, **fields):
     return run(model, reconstruct="refit", **fields)
 

@@ -21,7 +21,7 @@ from pyprune.execution.activation_store import Store
 from pyprune.execution.executor import Executor, Resident
 from pyprune.execution.journal import Interrupted, Journal
 from pyprune.model.blocks import ModelView, weights_of
-from pyprune.reconstruction.student import Student
+from pyprune.reconstruction.trained_window import TrainedWindow
 from pyprune.reconstruction.training import relative_error, train
 
 NONE = Evaluation(enabled=False)
@@ -36,8 +36,6 @@ def assert_outputs(stream, truth) -> None:
         for place, row in enumerate(rows):
             assert (stream.data[length][place] - truth[row]).norm() < 1e-4 * truth[row].norm()
 
-
-# ---- what is found -------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("architecture", tiny.CONFIGS)
 def test_models_without_such_arguments_store_nothing(architecture):
@@ -56,8 +54,6 @@ def test_each_tensor_is_stored_once_with_its_sequences(name, count):
                for tensors in stream.beside.values())
     assert stream.like().beside is stream.beside
 
-
-# ---- passes --------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("budget", [None, 0])
 @pytest.mark.parametrize("batch_size", [1, 3, None])
@@ -112,10 +108,10 @@ def test_a_window_in_training_sees_its_own_sequences(name):
             for length, rows in target.rows.items():
                 target.data[length].copy_(torch.stack([truth[window[-1]][row] for row in rows]))
             blocks = [copy.deepcopy(view.blocks[i]) for i in window]
-            student = Student(executor, window, blocks, [{} for _ in window], torch.float32)
-            assert relative_error(student, [(stream, target)]) < 1e-8
+            trained = TrainedWindow(executor, window, blocks, [{} for _ in window], torch.float32)
+            assert relative_error(trained, [(stream, target)]) < 1e-8
             power = sum(t.square().mean().item() for t in truth[window[-1]]) / len(sequences)
-            trace = train(student, [(stream, target), (stream, target)],
+            trace = train(trained, [(stream, target), (stream, target)],
                           Reconstruction(epochs=1, lr=1e-12, batch_size=4, micro_batch_size=2))
             assert trace.loss[0] < 1e-8 * power
         executor.run(index, block, stream, stream)
@@ -128,12 +124,10 @@ def test_a_window_in_training_in_another_type_gets_its_arguments_in_it():
     for index, block in enumerate(view.blocks):
         target = stream.like()
         executor.run(index, block, stream, target)
-        student = Student(executor, [index], [copy.deepcopy(block)], [{}], torch.bfloat16)
-        assert relative_error(student, [(stream, target)]) < 1e-3
+        trained = TrainedWindow(executor, [index], [copy.deepcopy(block)], [{}], torch.bfloat16)
+        assert relative_error(trained, [(stream, target)]) < 1e-3
         executor.run(index, block, stream, stream)
 
-
-# ---- runs ----------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", MODELS)
 def test_masks_are_those_of_the_whole_model(name):
@@ -227,8 +221,6 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path, monkeypatch):
     resumed = pyprune.prune(build("gemma4 with shared keys"), output=str(tmp_path / "out"), resume=True, **fields).model
     assert all(torch.equal(p, q) for p, q in zip(whole.state_dict().values(), resumed.state_dict().values()))
 
-
-# ---- refusals ------------------------------------------------------------------------------------------------------
 
 def test_what_cannot_be_right_is_refused_before_any_work():
     cases = {"states of shape .* between its blocks": gemma3n()}

@@ -12,6 +12,7 @@ import transformers as hf
 from torch import nn
 
 import pyprune
+from pyprune.config import ConfigError
 from pyprune.model import architecture, attributes, sizes
 
 PACKAGE = Path(pyprune.__file__).parent
@@ -95,7 +96,8 @@ def test_embeddings_of_models_and_of_none():
     assert attributes.embedding_width(model) == 32
     assert attributes.embedding_device(model) == torch.device("cpu")
     assert attributes.output_layer(model) is model.lm_head
-    assert attributes.vocabulary_size(nn.Linear(2, 2)) is None
+    with pytest.raises(ConfigError, match="Linear has no table of token ids"):
+        attributes.vocabulary_size(nn.Linear(2, 2))
     assert attributes.output_layer(nn.Linear(2, 2)) is None
 
 

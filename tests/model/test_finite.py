@@ -90,8 +90,6 @@ def test_refinement_looks_at_both_models(tmp_path, stream, damaged):
                           calibration=Calibration(source=tiny.ids(8, 24), num_samples=8, seq_len=24), progress=False)
 
 
-# ---- perplexity ----------------------------------------------------------------------------------------------------
-
 def test_perplexity_of_losses_that_are_too_large_is_infinite():
     assert perplexity_of([2.0, 4.0]) == pytest.approx(math.exp(3))
     assert perplexity_of([800.0, 900.0]) == math.inf

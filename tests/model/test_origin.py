@@ -175,8 +175,6 @@ def test_a_tensor_that_cannot_be_kept_is_named(tmp_path):
         assert name in after or name.removeprefix("bert.") in after or name.replace("gamma", "weight") in told, name
 
 
-# ---- the class -----------------------------------------------------------------------------------------------------
-
 def rename(folder, architectures) -> None:
     path = folder / "config.json"
     config = json.loads(path.read_text())

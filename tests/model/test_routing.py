@@ -38,6 +38,16 @@ ROUTERS = {"llama4": ["feed_forward.router.weight"], "phimoe": ["mlp.router.weig
 QUIET = dict(progress=False, evaluation=pyprune.Evaluation(enabled=False))
 
 
+def collected(model: nn.Module, ids: torch.Tensor, handles: list, found: dict[str, list]) -> dict[str, torch.Tensor]:
+    """What hooks put into ``found`` while each sequence passes the model by itself; the hooks are removed."""
+    with torch.no_grad():
+        for row in ids:
+            model(row[None])
+    for handle in handles:
+        handle.remove()
+    return {name: torch.cat(parts) for name, parts in found.items()}
+
+
 def moe(architecture: str, seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
     config = CONFIGS[architecture]()
@@ -94,7 +104,7 @@ def list_moe(**options) -> nn.Module:
 
 
 def rare(rows: int = 12, length: int = 4) -> torch.Tensor:
-    """So few tokens a batch that experts come and go."""
+    """So few tokens per batch that experts come and go."""
     return tiny.ids(rows, length, seed=5)
 
 
@@ -122,15 +132,8 @@ def expert_inputs(model: nn.Module, ids: torch.Tensor) -> dict[str, torch.Tensor
 
     handles = [m.register_forward_pre_hook(lambda m, a, n=n: note(n, m, a))
                for n, m in model.named_modules() if type(m).__name__ in ("Llama4TextExperts", "GptOssExperts")]
-    with torch.no_grad():
-        for row in ids:
-            model(row[None])
-    for handle in handles:
-        handle.remove()
-    return {name: torch.cat(parts) for name, parts in found.items()}
+    return collected(model, ids, handles, found)
 
-
-# ---- what routes ----------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("architecture", list(CONFIGS))
 def test_routers_and_gates_stay_dense_and_are_named(architecture):
@@ -185,8 +188,6 @@ def test_a_key_projection_as_wide_as_there_are_experts_is_no_router():
     assert model.model.layers[0].self_attn.k_proj.out_features == 16
     assert "self_attn.k_proj.weight" in {ref.path for ref in weights_of(model.model.layers[0])}
 
-
-# ---- experts stored [experts, in, out] ------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("architecture", ["llama4", "gpt_oss"])
 def test_transposed_experts_are_pruned_by_their_own_tokens(architecture):
@@ -295,7 +296,7 @@ def test_neurons_of_transposed_experts_go_whole(tmp_path):
 
 
 class PlainStack(nn.Module):
-    """Two matrices an expert without gates, stored ``[experts, in, out]``: no shape tells the way round."""
+    """Two matrices per expert without gates, stored ``[experts, in, out]``: no shape tells the way round."""
 
     def __init__(self):
         super().__init__()
@@ -315,8 +316,6 @@ def test_experts_multiplied_the_other_way_round_are_refused_and_not_taken_for_un
     with pytest.raises(ConfigError, match=r"mlp.up is multiplied as \[experts, in, out\]"):
         pyprune.prune(model, method="wanda", calibration=tiny.ids(4, 8), **QUIET)
 
-
-# ---- experts in a list ----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("empty", [False, True])
 @pytest.mark.parametrize("batch_size", [1, 4])

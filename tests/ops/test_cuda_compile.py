@@ -94,7 +94,7 @@ def test_every_architecture_compiles_without_spills(reports, name):
 
 
 def test_the_sweep_leaves_room_for_four_blocks_a_multiprocessor(reports):
-    """128 threads a block and 36 KB: at most 65,536 / (4 · 128) = 128 registers."""
+    """128 threads per block and 36 KB: at most 65,536 / (4 · 128) = 128 registers."""
     assert all(registers <= 128 for _, _, registers, *_ in reports["obs_sweep"])
 
 

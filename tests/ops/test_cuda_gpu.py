@@ -40,8 +40,6 @@ def factor_of_inverse(n, seed=0):
     return h, torch.linalg.cholesky(torch.linalg.inv(h)).mT.contiguous()
 
 
-# ---- masks ---------------------------------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("scope", ["row", "matrix"])
 @pytest.mark.parametrize("shape", [(1, 1), (63, 1000), (300, 4096), (5, 28672), (4096, 128)], ids=str)
@@ -84,8 +82,6 @@ def test_compress_24_multiplies_as_it_is(dtype, shape):
         torch.testing.assert_close(product, w @ x, rtol=2e-2, atol=2e-1)
 
 
-# ---- sweep ---------------------------------------------------------------------------------------------------------
-
 CHOICES = {"mask": None, "k": None, "2:4": (2, 4), "4:8": (4, 8), "3:5": (3, 5), "1:16": (1, 16)}
 
 
@@ -116,8 +112,6 @@ def test_obs_sweep(choice, rows, columns):
     torch.testing.assert_close(loss.double().sum(), expected[2].sum(), rtol=1e-3, atol=0)
 
 
-# ---- solvers -------------------------------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("batch, n, k", [(1, 1, 1), (300, 64, 1), (64, 128, 64), (5, 129, 33), (16, 512, 8),
                                          (2, 1024, 100), (1, 2500, 7)], ids=str)
 def test_cholesky_and_solve(batch, n, k):
@@ -141,8 +135,6 @@ def test_cholesky_reports_each_failure(n):
     assert info.tolist() == [0, 41, 0, n]
     assert factor[1].tril().isnan().sum() == n * (n + 1) // 2 and torch.equal(factor[2], a[2])
 
-
-# ---- promises of the back-end --------------------------------------------------------------------------------------
 
 def test_same_bits_every_time():
     _, r = factor_of_inverse(128)

@@ -58,8 +58,6 @@ def simulate(drivers, tmp_path):
     return go
 
 
-# ---- obs_sweep -----------------------------------------------------------------------------------------------------
-
 # rows, columns, stride of w, N:M or None for a given mask
 SWEEPS = [
     (33, 128, 128, None), (5, 50, 61, None), (1, 1, 3, None), (40, 96, 100, None),
@@ -118,8 +116,6 @@ def test_obs_sweep_reports_what_is_not_finite_and_leaves_it(simulate, nm):
         assert (result("error", w)[list(bad)] == 0).all() and result("keep", mask)[list(bad)].all()
 
 
-# ---- select_mask ---------------------------------------------------------------------------------------------------
-
 # rows, columns, stride, dtype, k as a fraction, scope, scaled, apply, tied
 SELECTIONS = [
     (3, 1000, 1000, torch.float32, 0.5, "row", True, True, False),
@@ -130,7 +126,7 @@ SELECTIONS = [
     (3, 5, 5, torch.float32, 0.0, "row", False, True, True),
     (3, 5, 5, torch.float32, 1.0, "row", True, True, True),
     (1, 1, 1, torch.float16, 1.0, "row", False, False, False),
-    (2, 5000, 5003, torch.float32, 0.6, "row", True, True, False),  # 512 threads a row
+    (2, 5000, 5003, torch.float32, 0.6, "row", True, True, False),  # 512 threads per row
     (2, 9000, 9000, torch.bfloat16, 0.5, "row", False, True, False),  # 1,024, and ties
     (2, 16640, 16640, torch.bfloat16, 0.5, "row", True, True, False),  # wider than registers hold
     (50, 128, 150, torch.float32, 0.5, "matrix", True, True, False),
@@ -182,8 +178,6 @@ def test_select_mask_reports_nan_and_leaves_the_weight(simulate, scope):
     assert torch.equal(result("w", case["w"])[untouched].nan_to_num(9), case["w"][untouched].nan_to_num(9))
 
 
-# ---- nm_mask -------------------------------------------------------------------------------------------------------
-
 # rows, columns, stride, dtype, (N, M), scaled, apply, tied
 GROUPS = [
     (5, 64, 64, torch.bfloat16, (2, 4), True, True, False), (3, 68, 70, torch.float32, (2, 4), False, True, False),
@@ -232,8 +226,6 @@ def test_every_group_size_in_every_type(simulate, dtype):
         assert torch.equal(result("w", case["w"]), w) and result("fault", case["fault"]).item() == 0
 
 
-# ---- compress_24, expand_24 ----------------------------------------------------------------------------------------
-
 def sparse_24(rows: int, columns: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
     """2:4 with some groups emptier, and zeros of both signs."""
     w = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)).to(dtype)
@@ -258,8 +250,6 @@ def test_compress_24_is_the_layout_of_torch(simulate, run):
         assert torch.equal(result("dense", w), w)
         assert result("fault", case["fault"]).tolist() == [0, 0]
 
-
-# ---- cholesky, cholesky_solve --------------------------------------------------------------------------------------
 
 # batch, n, right-hand sides, damped
 SYSTEMS = [(3, 1, 1, False), (2, 7, 9, True), (2, 64, 3, False), (2, 65, 40, True), (1, 128, 33, False),
@@ -306,8 +296,6 @@ def test_cholesky_names_the_minor_that_is_not_positive(simulate, n):
     assert torch.equal(factor[1], torch.eye(n))
     assert x[0].isnan().all() and x[2].isnan().all() and torch.equal(x[1], b[1])
 
-
-# ---- what the simulation catches -----------------------------------------------------------------------------------
 
 def planted(tmp_path: Path, parts: dict[str, Path], kernel: str, old: str, new: str, sanitize: bool) -> Path:
     """A driver in which one kernel file has one change."""

@@ -41,8 +41,6 @@ def factor(b, tokens=None):
     return h, torch.linalg.cholesky(torch.linalg.inv(h), upper=True).float()
 
 
-# ---- statistics ----------------------------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("dtype", ops.FLOATS)
 @pytest.mark.parametrize("tokens, columns", [(0, 5), (1, 1), (513, 96), (700, 150)])
 def test_gram(tokens, columns, dtype):
@@ -98,8 +96,6 @@ def test_column_moments_survive_a_large_mean(tokens, columns, dtype):
     torch.testing.assert_close(m2.double(), (truth - truth.mean(0)).square().sum(0), rtol=1e-5, atol=1e-9)
 
 
-# ---- masks ---------------------------------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("dtype", ops.FLOATS)
 @pytest.mark.parametrize("scope", ["row", "matrix"])
 @pytest.mark.parametrize("rows, columns", SHAPES)
@@ -152,8 +148,6 @@ def test_24_round_trip(dtype):
     assert torch.equal(meta, truth_meta)
     assert torch.equal(ops.expand_24(values, meta), w)
 
-
-# ---- solvers -------------------------------------------------------------------------------------------------------
 
 def sweep_in_float64(w, r, keep, nm):
     """Algorithm 1 of SparseGPT, one column and one row group at a time."""
@@ -254,8 +248,6 @@ def test_liar_update_is_the_formula():
     truth = bias.double() + wd[:, drop] @ (mean.double()[drop] - q.double().T @ mean.double()[keep])
     assert relative(shifted, truth) < 1e-5
 
-
-# ---- machine -------------------------------------------------------------------------------------------------------
 
 def test_repeated_runs_and_thread_counts_give_the_same_bits():
     x, w = torch.randn(3000, 150), torch.randn(100, 96)

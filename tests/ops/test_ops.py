@@ -23,8 +23,6 @@ def backend(request):
         yield request.param
 
 
-# ---- dispatch ------------------------------------------------------------------------------------------------------
-
 def test_auto_takes_the_first_usable_back_end():
     assert ops._implementation("gram_update", torch.device("cpu")) is (
         native.gram_update_cpu if HAS_CPU else reference.gram_update)
@@ -64,8 +62,6 @@ def test_the_forced_back_end_belongs_to_its_thread():
         thread.join()
     assert seen == ["auto"]
 
-
-# ---- refusals: numbers and the way out -----------------------------------------------------------------------------
 
 EYE = torch.eye(8)
 REFUSED = [
@@ -136,8 +132,6 @@ def test_the_sweep_refuses_what_is_not_finite(backend, bad):
                 ops.obs_sweep(swept, broken if target is r else r, **choice)
             assert torch.equal(swept.view(torch.int32), before.view(torch.int32))
 
-
-# ---- views and in-place arguments ----------------------------------------------------------------------------------
 
 def test_views_are_read_and_written_where_they_lie(backend):
     base = torch.randn(24, 40)

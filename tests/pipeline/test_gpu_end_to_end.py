@@ -18,7 +18,8 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an 
 @pytest.fixture(autouse=True)
 def several_batches_a_pass(monkeypatch):
     """More batches than the ring has buffers: 3 sequences of 24 tokens each, where a GPU would take all at once."""
-    monkeypatch.setattr("pyprune.execution.executor.TARGET_TOKENS", 3 * 24)
+    monkeypatch.setattr("pyprune.execution.executor.CPU_TOKENS", 3 * 24)
+    monkeypatch.setattr("pyprune.execution.executor.GPU_TOKENS", 3 * 24)
 
 
 def run(device, architecture="llama", **fields):

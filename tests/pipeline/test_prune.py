@@ -138,7 +138,7 @@ def count_block_runs(monkeypatch):
     (dict(method="wanda", inputs="dense"), [1, 1, 1]),
 ])
 def test_the_fewest_forward_passes(monkeypatch, fields, passes):
-    """Two a block (statistics, propagation), one for the last and for dense inputs, none for magnitude."""
+    """Two per block (statistics, propagation), one for the last and for dense inputs, none for magnitude."""
     calls = count_block_runs(monkeypatch)
     reads = {"calibration": tiny.ids(12, 24), "batch_size": 12} if any(passes) else {}
     prune(tiny.model("llama"), evaluation=NO_EVALUATION, progress=False, probe_samples=0, **reads, **fields)

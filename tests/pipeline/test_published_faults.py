@@ -1,9 +1,9 @@
 """Faults of the published reconstruction code, each with a test that would catch it here.
 
-Found in paper R's scripts: without CR only the first LLaMA block is pruned; the N:M path fails; self-generated data
-must exist even when none is asked for; buffers and attention masks are sized for one batch shape and one number of
-samples, so others overrun or fail; masks are chosen again on a block's second visit; a sequence that does not fill a
-batch is dropped or breaks the run.
+Found in the scripts of arXiv 2406.15524: without CR only the first LLaMA block is pruned; the N:M path fails;
+self-generated data must exist even when none is asked for; buffers and attention masks are sized for one batch shape
+and one number of samples, so others overrun or fail; masks are chosen again on a block's second visit; a sequence that
+does not fill a batch is dropped or breaks the run.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from pyprune.config import Calibration, Evaluation, Reconstruction
 from pyprune.model.blocks import ModelView, weights_of
 from pyprune.pipeline.prune import prune
-from pyprune.reconstruction.windows import Refiner
+from pyprune.reconstruction.windows import WindowTrainer
 
 
 def run(samples=12, model=None, epochs=1, batch_size=4, **fields):
@@ -60,14 +60,14 @@ def test_no_self_generated_data_is_needed_or_made(tmp_path, monkeypatch):
 def test_any_number_of_samples_and_any_batch_size(samples, batch_size, forward, reconstruct, monkeypatch):
     """No buffer has a size of its own: every sequence moves on, the last partial batch too."""
     seen = {}
-    advance = Refiner.advance
+    advance = WindowTrainer.advance
 
     def watched(self, index, module):
         advance(self, index, module)
         if index == 0:
-            seen["hidden"] = torch.cat([d.flatten() for d in self.streams[0].student.data.values()]).clone()
+            seen["hidden"] = torch.cat([d.flatten() for d in self.calibration[0].pruned.data.values()]).clone()
 
-    monkeypatch.setattr(Refiner, "advance", watched)
+    monkeypatch.setattr(WindowTrainer, "advance", watched)
     result = run(samples, batch_size=batch_size, reconstruct=reconstruct, global_propagation=True,
                  model=(model := tiny.model("llama")))
     steps = -(-samples // batch_size)
@@ -86,7 +86,7 @@ def test_batches_of_the_forward_passes_do_not_change_the_result():
 
 def test_masks_are_chosen_once_and_kept_on_the_second_visit(monkeypatch):
     patterns: dict[int, list] = {}
-    train = Refiner._train
+    train = WindowTrainer._train
 
     def watched(self, window, module):
         train(self, window, module)
@@ -94,7 +94,7 @@ def test_masks_are_chosen_once_and_kept_on_the_second_visit(monkeypatch):
             patterns.setdefault(i, []).append([ref.view(self.run.view.blocks[i]) != 0
                                                for ref in weights_of(self.run.view.blocks[i])])
 
-    monkeypatch.setattr(Refiner, "_train", watched)
+    monkeypatch.setattr(WindowTrainer, "_train", watched)
     run(reconstruct="cross_block", global_propagation=True, method="wanda", epochs=3)
     assert sorted(patterns) == [0, 1, 2]
     for visits in patterns.values():

@@ -79,11 +79,11 @@ def test_selection_by_validation_never_raises_held_out_error(cross):
 
 @pytest.mark.parametrize("cross", [False, True])
 def test_selection_by_validation_judges_the_weights_written(cross, monkeypatch):
-    def spoil(student, *arguments, **options):
+    def spoil(window, *arguments, **options):
         with torch.no_grad():
-            for master in student.masters:
+            for master in window.masters:
                 master.mul_(1.5)
-        return Trace(student.indices)
+        return Trace(window.indices)
 
     monkeypatch.setattr("pyprune.pipeline.refine_work.train", spoil)
     pruned = run(method="magnitude", reconstruct="none").model
@@ -127,8 +127,6 @@ def test_self_generated_sequences_train(tokenizer):
     (row, *_) = pyprune.refine(pruned, dense, alone, tokenizer=tokenizer, settings=FAST)
     assert row["steps"] == 3 * 2 and row["after_calibration"] < row["before_calibration"]
 
-
-# ---- checkpoints ---------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def ids(tmp_path_factory):

@@ -38,8 +38,6 @@ def drift(model, dense, ids=None):
     return float((logits(model, ids) - want).square().sum() / want.square().sum())
 
 
-# ---- results that stock tools load ---------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("architecture", ALL)
 def test_uniform_result_is_a_plain_checkpoint(architecture, tmp_path):
     """Plain transformers loads it: same class, smaller config, nothing missing, equal logits."""
@@ -136,8 +134,6 @@ def test_query_heads_leave_keys_and_values_alone():
     assert torch.equal(attention.k_proj.weight, dense.model.layers[0].self_attn.k_proj.weight)
 
 
-# ---- every choice --------------------------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("inputs", ["propagated", "dense"])
 @pytest.mark.parametrize("reconstruct", ["none", "bias", "mask_tuning", "liar"])
 @pytest.mark.parametrize("criterion", CRITERIA)
@@ -196,8 +192,6 @@ def test_bfloat16_forward_agrees():
     assert drift(narrow, dense, ids) < 1.1 * wide
 
 
-# ---- several sparsities --------------------------------------------------------------------------------------------
-
 def test_curve_from_one_pass_equals_single_runs(tmp_path):
     dense = tiny.model("llama")
     many = run(dense, "neurons", [0.25, 0.5, 0.75], inputs="dense")
@@ -218,8 +212,6 @@ def test_curve_from_one_pass_equals_single_runs(tmp_path):
 def test_list_says_that_it_uses_the_dense_stream():
     assert any("dense stream" in w for w in run(tiny.model("llama"), "neurons", [0.5]).report["warnings"])
 
-
-# ---- honesty -------------------------------------------------------------------------------------------------------
 
 def test_same_seed_same_bits():
     a, b = (run(tiny.model("llama"), criterion="random").model for _ in range(2))

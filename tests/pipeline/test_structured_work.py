@@ -41,7 +41,7 @@ def test_streamed_gives_the_bytes_of_a_model_in_memory(tmp_path, name):
     whole = run(path, tmp_path / "whole", stream="never", **FIELDS[name])
     streamed = run(path, tmp_path / "streamed", stream="always", **FIELDS[name])
     assert_same(tmp_path / "whole", tmp_path / "streamed")
-    assert len(list((tmp_path / "streamed").glob("*.safetensors"))) == 4  # a shard a block, one for the rest
+    assert len(list((tmp_path / "streamed").glob("*.safetensors"))) == 4  # a shard per block, one for the rest
     for a, b in zip(whole.report["evaluation"], streamed.report["evaluation"]):
         assert a["dense"] == b["dense"] and a["pruned"] == b["pruned"]
     assert whole.report["structured"] == streamed.report["structured"]

@@ -70,7 +70,7 @@ def test_command_prints_and_stops(tmp_path, folder, capsys):
         commands.main(arguments)
     out = capsys.readouterr().out
     for text in ("self_attn.v_proj.weight", "no: not among targets, or ignored", "64×32", "sparsegpt 2:4",
-                 "loaded whole: they fit into memory", "2 a block (statistics, propagation), over 64 sequences",
+                 "loaded whole: they fit into memory", "2 per block (statistics, propagation), over 64 sequences",
                  "none: everything is computed on the CPU" if not torch.cuda.is_available() else "device memory",
                  "while running", "time           about"):
         assert text in out
@@ -96,7 +96,7 @@ def test_whether_weights_stream_is_said_with_the_reason(folder, tmp_path, fields
 
 
 def test_files_that_cannot_be_streamed_are_looked_at(tmp_path):
-    """A mixture of experts is stored one tensor an expert, not as the model holds it."""
+    """A mixture of experts is stored one tensor per expert, not as the model holds it."""
     tiny.model("mixtral").save_pretrained(tmp_path / "experts")
     with pytest.raises(ConfigError, match="cannot be streamed: its files have no .*names are not the model's"):
         pyprune.plan({"model": str(tmp_path / "experts"), "stream": "always", "output": str(tmp_path / "out")})

@@ -13,9 +13,7 @@ from pyprune.masks.solvers import dense_target_start, inverse_factor
 from pyprune.masks.statistics import Statistics
 from pyprune.pipeline import mask_work
 from pyprune.pipeline.prune import prune
-from pyprune.reconstruction.student import Student
-
-# ---- passes ---------------------------------------------------------------------------------------------------------
+from pyprune.reconstruction.trained_window import TrainedWindow
 
 LOCAL, GLOBAL = {"global_propagation": False}, {"global_propagation": True}
 
@@ -30,7 +28,7 @@ LOCAL, GLOBAL = {"global_propagation": False}, {"global_propagation": True}
 ])
 def test_blocks_run_no_more_often_than_the_method_needs(fields, passes, visits, monkeypatch):
     counts, trained = [0] * 3, [0] * 3
-    forward, train = Executor.forward, Student.__call__
+    forward, train = Executor.forward, TrainedWindow.__call__
 
     def counting(self, index, module, hidden, beside):
         counts[index] += len(hidden)
@@ -42,7 +40,7 @@ def test_blocks_run_no_more_often_than_the_method_needs(fields, passes, visits, 
         return train(self, hidden, beside)
 
     monkeypatch.setattr(Executor, "forward", counting)
-    monkeypatch.setattr(Student, "__call__", training)
+    monkeypatch.setattr(TrainedWindow, "__call__", training)
     prune(tiny.model("llama"), calibration=Calibration(source=tiny.ids(12, 24), num_samples=12, seq_len=24, held_out=0),
           evaluation=Evaluation(enabled=False), progress=False, probe_samples=0, batch_size=4,
           **(fields | ({"reconstruction": FAST} if any(visits) else {})))
@@ -59,8 +57,6 @@ def test_dense_blocks_cost_no_targets(monkeypatch):
           progress=False, probe_samples=0, reconstruct="block", targets=["layers.2."])
     assert [count / 12 for count in counts] == [1, 1, 1]
 
-
-# ---- GP for the layer-wise solver ----------------------------------------------------------------------------------
 
 def test_dense_target_start_is_least_squares_between_two_streams():
     generator = torch.Generator().manual_seed(0)
@@ -84,8 +80,6 @@ def test_layer_wise_dense_targets_lower_the_error_against_the_dense_stream():
     assert equal({k: v for k, v in state(local).items() if "layers.0." in k}, state(dense))
     assert dense.report["blocks"][-1]["error"] < local.report["blocks"][-1]["error"]
 
-
-# ---- memory that runs out ------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("call", [0, 1, 2, 3])
 @pytest.mark.parametrize("where", ["self_attn.q_proj", "mlp.down_proj"])

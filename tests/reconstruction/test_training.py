@@ -11,8 +11,8 @@ from pyprune.execution.activation_store import transfers
 from pyprune.execution.distributed import World
 from pyprune.execution.executor import Activations, Executor
 from pyprune.model.arguments import Arguments
-from pyprune.reconstruction import student as student_module
-from pyprune.reconstruction.student import Student
+from pyprune.reconstruction import trained_window as trained_window_module
+from pyprune.reconstruction.trained_window import TrainedWindow
 from pyprune.reconstruction.training import relative_error, schedule, train
 
 
@@ -58,10 +58,10 @@ def problem(width=8, sequences=16, tokens=8, seed=0):
 
 
 def fit(blocks, masks, x, target, dtype=torch.float32, **settings):
-    student = Student(Bench(), list(range(len(blocks))), blocks, masks, dtype)
-    trace = train(student, [(stream(x), stream(target))], Reconstruction(**{"batch_size": 4, **settings}))
-    student.commit()
-    return student, trace
+    window = TrainedWindow(Bench(), list(range(len(blocks))), blocks, masks, dtype)
+    trace = train(window, [(stream(x), stream(target))], Reconstruction(**{"batch_size": 4, **settings}))
+    window.commit()
+    return window, trace
 
 
 def test_block_reconstruction_of_a_linear_block_is_masked_least_squares():
@@ -90,13 +90,13 @@ def test_cross_block_window_reaches_joint_least_squares_where_blocks_alone_canno
     masks = [{}, {"linear.weight": torch.eye(8, dtype=torch.bool)}]
     with torch.no_grad():
         blocks[1].linear.weight.copy_(torch.eye(8))
-    student, _ = fit(blocks, masks, x, target, epochs=1500, batch_size=16, lr=2e-2)
-    joint = (student(x) - target).square().mean().item()
+    window, _ = fit(blocks, masks, x, target, epochs=1500, batch_size=16, lr=2e-2)
+    joint = (window(x) - target).square().mean().item()
     assert bound <= joint <= 1.005 * bound
     alone = [Block(8, 1), Block(8, 2)]
     h = alone[0](x).detach()
-    student, _ = fit(alone[1:], masks[1:], h, target, epochs=400, batch_size=16, lr=2e-2)
-    assert (student(h) - target).square().mean().item() > 2 * bound
+    window, _ = fit(alone[1:], masks[1:], h, target, epochs=400, batch_size=16, lr=2e-2)
+    assert (window(h) - target).square().mean().item() > 2 * bound
 
 
 def test_zero_steps_change_nothing():
@@ -119,9 +119,9 @@ def test_accumulated_gradients_equal_whole_batches():
             inputs.data[length] = torch.stack([x[r] for r in rows])
         target = inputs.like()
         target.data = {length: data.flip(-1) for length, data in inputs.data.items()}
-        student = Student(Bench(), [0], [block], [{"linear.weight": half_mask(6, 0)}], torch.float32)
-        trace = train(student, [(inputs, target)], Reconstruction(epochs=4, batch_size=4, micro_batch_size=micro))
-        results.append((student.modules[0].linear.weight.detach(), trace.loss))
+        window = TrainedWindow(Bench(), [0], [block], [{"linear.weight": half_mask(6, 0)}], torch.float32)
+        trace = train(window, [(inputs, target)], Reconstruction(epochs=4, batch_size=4, micro_batch_size=micro))
+        results.append((window.modules[0].linear.weight.detach(), trace.loss))
     for weight, loss in results[1:]:
         assert torch.allclose(weight, results[0][0], atol=1e-6)
         assert torch.allclose(torch.tensor(loss), torch.tensor(results[0][1]), rtol=1e-5)
@@ -170,15 +170,13 @@ def test_an_epoch_visits_every_sequence_once_equal_lengths_together():
     assert batches != other and batches == schedule(streams, 4, torch.Generator().manual_seed(0))
 
 
-def test_held_out_error_of_a_student_is_the_probe_error():
+def test_held_out_error_of_a_trained_window_is_the_probe_error():
     x, target = problem()
-    student = Student(Bench(), [0], [Block(8, 1)], [{}], torch.float32)
+    window = TrainedWindow(Bench(), [0], [Block(8, 1)], [{}], torch.float32)
     with torch.no_grad():
-        expected = ((student(x) - target).square().sum() / target.square().sum()).item()
-    assert relative_error(student, [(stream(x), stream(target))]) == pytest.approx(expected, rel=1e-6)
+        expected = ((window(x) - target).square().sum() / target.square().sum()).item()
+    assert relative_error(window, [(stream(x), stream(target))]) == pytest.approx(expected, rel=1e-6)
 
-
-# ---- what is not finite --------------------------------------------------------------------------------------------
 
 class Poison(torch.autograd.Function):
     """The identity; its result or its gradient is infinite."""
@@ -218,15 +216,13 @@ def test_weights_that_the_last_step_made_infinite_are_undone():
 def test_training_that_diverges_late_keeps_the_best_epoch_under_validation():
     x, target = problem()
     block, held_out = Spoiled(11, backward=False), [(stream(x[:4]), stream(target[:4]))]
-    student = Student(Bench(), [0], [block], [{}], torch.float32)
-    trace = train(student, [(stream(x), stream(target))],
+    window = TrainedWindow(Bench(), [0], [block], [{}], torch.float32)
+    trace = train(window, [(stream(x), stream(target))],
                   Reconstruction(epochs=4, batch_size=4, lr=1e-2, select="validation"), held_out=held_out)
     assert trace.diverged and len(trace.held_out) == 3 and trace.kept == 2
     assert trace.held_out[2] < trace.held_out[1] < trace.held_out[0]
-    assert relative_error(student, held_out) == pytest.approx(trace.held_out[2], rel=1e-6)
+    assert relative_error(window, held_out) == pytest.approx(trace.held_out[2], rel=1e-6)
 
-
-# ---- memory that runs out ------------------------------------------------------------------------------------------
 
 class Refuse(torch.autograd.Function):
     @staticmethod
@@ -276,9 +272,9 @@ def test_a_step_that_does_not_fit_is_redone_in_smaller_parts(where, dtype, most,
     for limit, micro in ((most, None), (1000, size)):
         bench, pairs = Bench(), lengths(*[4] * 16)
         torch.manual_seed(3)
-        student = Student(bench, [0], [Tight(6, limit, where)], [{"second.weight": half_mask(6, 0)}], dtype)
-        trace = train(student, pairs, Reconstruction(epochs=3, batch_size=8, lr=1e-2, micro_batch_size=micro))
-        results.append((student.snapshot(), trace, bench.warnings))
+        window = TrainedWindow(bench, [0], [Tight(6, limit, where)], [{"second.weight": half_mask(6, 0)}], dtype)
+        trace = train(window, pairs, Reconstruction(epochs=3, batch_size=8, lr=1e-2, micro_batch_size=micro))
+        results.append((window.snapshot(), trace, bench.warnings))
     (got, trace, warned), (want, wanted, quiet) = results
     assert all(map(torch.equal, got, want)) and trace.loss == wanted.loss and trace.steps == wanted.steps == 6
     assert not quiet and f"set micro_batch_size={size}" in warned[-1] and trace.micro_batch_size == size
@@ -291,20 +287,21 @@ def test_gradients_of_the_parts_that_fitted_are_not_counted_twice(where):
     results = []
     for limit, micro in ((12, None), (1000, 2), (1000, None)):
         torch.manual_seed(3)
-        student = Student(Bench(), [0], [Tight(6, limit, where)], [{}], torch.float32)
-        trace = train(student, lengths(*[3, 6] * 8), Reconstruction(epochs=4, batch_size=4, lr=1e-2,
+        window = TrainedWindow(Bench(), [0], [Tight(6, limit, where)], [{}], torch.float32)
+        trace = train(window, lengths(*[3, 6] * 8), Reconstruction(epochs=4, batch_size=4, lr=1e-2,
                                                                     micro_batch_size=micro))
-        results.append((student.snapshot(), torch.tensor(trace.loss)))
+        results.append((window.snapshot(), torch.tensor(trace.loss)))
     for other, loss in results[1:]:
         assert torch.allclose(results[0][1], loss, rtol=1e-6)
         assert all(torch.allclose(a, b, atol=2e-6) for a, b in zip(results[0][0], other))
 
 
 def test_one_sequence_that_does_not_fit_says_what_would():
-    student = Student(Bench(), [3, 4], [Tight(6, 1000, "forward"), Tight(6, 5, "backward")], [{}, {}], torch.float32)
+    blocks = [Tight(6, 1000, "forward"), Tight(6, 5, "backward")]
+    window = TrainedWindow(Bench(), [3, 4], blocks, [{}, {}], torch.float32)
     with pytest.raises(ConfigError, match=r"one sequence of 6 tokens does not fit on cpu in the training of blocks "
                        r"\[3, 4\].*seq_len \(about 3\), reconstruct='block'.*autocast='bfloat16', or"):
-        train(student, lengths(*[6] * 4), Reconstruction(epochs=1, batch_size=4))
+        train(window, lengths(*[6] * 4), Reconstruction(epochs=1, batch_size=4))
 
 
 @pytest.mark.parametrize("what", ["moved", "optimizer"])
@@ -315,17 +312,17 @@ def test_a_window_that_does_not_fit_is_refused_before_any_step(what, monkeypatch
     block = Block(6, 1)
     before = block.linear.weight.detach().clone()
     if what == "moved":
-        monkeypatch.setattr(student_module, "moved", refuse)
+        monkeypatch.setattr(trained_window_module, "moved", refuse)
     with pytest.raises(ConfigError, match=r"training blocks \[0\] takes 0.00 GB on cpu.* use autocast='bfloat16' or"):
-        student = Student(Bench(), [0], [block], [{}], torch.float32)
+        window = TrainedWindow(Bench(), [0], [block], [{}], torch.float32)
         monkeypatch.setattr(torch, "zeros_like", refuse)
-        train(student, lengths(*[6] * 4), Reconstruction(epochs=1, batch_size=4))
+        train(window, lengths(*[6] * 4), Reconstruction(epochs=1, batch_size=4))
     assert torch.equal(block.linear.weight, before)
 
 
 def test_held_out_error_is_measured_in_halves_where_it_does_not_fit():
     pairs, bench = lengths(*[4] * 8), Bench()
-    tight, roomy = (Student(b, [0], [Tight(6, most, "forward")], [{}], torch.float32)
+    tight, roomy = (TrainedWindow(b, [0], [Tight(6, most, "forward")], [{}], torch.float32)
                     for b, most in ((bench, 8), (Bench(), 1000)))
     roomy.restore(tight.snapshot())
     assert relative_error(tight, pairs) == pytest.approx(relative_error(roomy, pairs), rel=1e-6)
@@ -334,13 +331,13 @@ def test_held_out_error_is_measured_in_halves_where_it_does_not_fit():
 
 def test_the_optimizers_state_is_torchs_own():
     x, target = problem()
-    student = Student(Bench(), [0], [Block(8, 1, bias=True)], [{}], torch.float32)
+    window = TrainedWindow(Bench(), [0], [Block(8, 1, bias=True)], [{}], torch.float32)
     settings = Reconstruction(lr=1e-2, weight_decay=0.1)
-    own, lazy = student.optimizer(settings), torch.optim.AdamW(
-        [m.detach().clone().requires_grad_() for m in student.masters], lr=1e-2, betas=settings.betas,
+    own, lazy = window.optimizer(settings), torch.optim.AdamW(
+        [m.detach().clone().requires_grad_() for m in window.masters], lr=1e-2, betas=settings.betas,
         weight_decay=0.1, fused=True)
     for _ in range(3):
-        grads = [torch.randn_like(m) for m in student.masters]
+        grads = [torch.randn_like(m) for m in window.masters]
         for optimizer in (own, lazy):
             for p, grad in zip(optimizer.param_groups[0]["params"], grads):
                 p.grad = grad

@@ -14,7 +14,7 @@ from pyprune.config import Calibration, ConfigError, Evaluation, Reconstruction
 from pyprune.execution.journal import Interrupted, Journal
 from pyprune.model.blocks import ModelView, weights_of
 from pyprune.pipeline.prune import prune
-from pyprune.reconstruction.windows import Refiner
+from pyprune.reconstruction.windows import WindowTrainer
 
 
 @pytest.mark.parametrize("architecture", tiny.CONFIGS)
@@ -131,13 +131,13 @@ def test_selection_by_validation_judges_the_weights_written(reconstruct, monkeyp
                     parameter.mul_(1.5)
         self._sync(module, self.run.view.blocks[window[-1]])
 
-    monkeypatch.setattr(Refiner, "_train", spoil)
+    monkeypatch.setattr(WindowTrainer, "_train", spoil)
     settings = dict(method="wanda", samples=64, reconstruction=Reconstruction(select="validation"))
     chosen, layer = run(reconstruct=reconstruct, **settings), run(reconstruct="layer", **settings)
     for row, wanted in zip(chosen.report["blocks"], layer.report["blocks"]):
         assert row["error_held_out"] == pytest.approx(wanted["error_held_out"], rel=1e-5)
     assert equal(state(chosen), state(layer))
-    monkeypatch.setattr(Refiner, "_train", spoil)
+    monkeypatch.setattr(WindowTrainer, "_train", spoil)
     spoiled = run(reconstruct=reconstruct, method="wanda", samples=64)
     assert spoiled.report["blocks"][-1]["error_held_out"] > 1.5 * layer.report["blocks"][-1]["error_held_out"]
 

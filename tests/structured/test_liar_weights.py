@@ -11,10 +11,10 @@ from couplings import correlated, neurons
 import pyprune
 from pyprune.config import TOKEN_WEIGHTS, ConfigError, Structured
 from pyprune.model.blocks import ModelView
-from pyprune.structured.block import mean_powers
 from pyprune.structured.groups import find_groups
 from pyprune.structured.liar import GRID, Problem, choose_damping, repair
 from pyprune.structured.moments import Split, balanced_weights, token_weights
+from pyprune.structured.observation import mean_powers
 
 KEPT = torch.arange(0, 24, 2)
 
@@ -181,7 +181,7 @@ def test_mean_power_is_that_of_the_first_sequences(monkeypatch):
     def noted(*arguments):
         seen.append((arguments[1], mean_powers(*arguments), arguments[0].data.sequences))
         return seen[-1][1]
-    monkeypatch.setattr("pyprune.structured.block.mean_powers", noted)
+    monkeypatch.setattr("pyprune.structured.observation.mean_powers", noted)
     model = tiny.model("llama")
     sequences = [*tiny.ids(16, 24, seed=5), *tiny.ids(16, 17, seed=6)]
     pyprune.prune(model, pattern="neurons", sparsity=0.5, reconstruct="liar", progress=False, inputs="dense",

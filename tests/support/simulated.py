@@ -21,8 +21,6 @@ FLAGS = ["-std=c++17", "-O1", "-Wall", "-fPIC", "-DPYPRUNE_SIM"]
 SANITIZE = ["-fsanitize=address", "-g1"]
 
 
-# ---- building ------------------------------------------------------------------------------------------------------
-
 def run(command: list) -> None:
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -69,8 +67,6 @@ def load_module(folder: Path, parts: dict[str, Path]):
     return module
 
 
-# ---- running -------------------------------------------------------------------------------------------------------
-
 def memory(x: torch.Tensor) -> torch.Tensor:
     """A view's memory from its first element to its last."""
     span = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride()))
@@ -103,8 +99,6 @@ def read(path: Path, like: torch.Tensor) -> torch.Tensor:
     flat = torch.frombuffer(bytearray(path.read_bytes()), dtype=like.dtype)
     return flat.as_strided(like.shape, like.stride())
 
-
-# ---- problems ------------------------------------------------------------------------------------------------------
 
 def strided(rows: int, columns: int, stride: int, seed: int, dtype=torch.float32) -> torch.Tensor:
     """A random matrix inside a wider one; the columns between are 7, to be found untouched."""

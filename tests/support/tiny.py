@@ -46,14 +46,18 @@ def model(architecture: str, seed: int = 0, **changes) -> torch.nn.Module:
         setattr(config, key, value)
     torch.manual_seed(seed)
     auto = hf.AutoModel if architecture in ENCODERS else hf.AutoModelForCausalLM
-    built = auto.from_config(config).eval()
-    with torch.no_grad():
-        for parameter in built.parameters():
-            if parameter.ndim >= 2:
-                parameter.mul_(6)
-            else:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    return built
+    return spread(auto.from_config(config).eval())
+
+
+@torch.no_grad()
+def spread(model: torch.nn.Module) -> torch.nn.Module:
+    """Make fixed random weights large enough that blocks matter, and norms and biases differ from ones and zeros."""
+    for parameter in model.parameters():
+        if parameter.ndim >= 2:
+            parameter.mul_(6)
+        else:
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
 
 
 def ids(rows: int, length: int, seed: int = 0) -> torch.Tensor:

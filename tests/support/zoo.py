@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tiny
 import torch
 import transformers as hf
 
@@ -105,11 +106,4 @@ def build(family: str) -> torch.nn.Module:
     """A float32 model in eval mode with fixed random weights, large enough that blocks matter."""
     auto, config, fields = FAMILIES[family]
     torch.manual_seed(0)
-    model = getattr(hf, auto).from_config(getattr(hf, config + "Config")(**fields)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim >= 2:
-                parameter.mul_(6)
-            else:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
+    return tiny.spread(getattr(hf, auto).from_config(getattr(hf, config + "Config")(**fields)).eval())

@@ -21,7 +21,7 @@ from pyprune.model.arguments import Arguments, Beside
 from pyprune.model.recording import call_block
 
 
-class Student:
+class TrainedWindow:
     """A window of blocks under training: compute copies in ``dtype``, float32 masters, masks as multipliers."""
 
     def __init__(self, executor: Executor, indices: list[int], blocks: list[nn.Module],
@@ -184,8 +184,6 @@ class Student:
         """Write the masters to the model's own blocks, in their type; masked weights stay exact zeros."""
         for home, master in zip(self._homes, self.masters):
             home.copy_(master)
-
-    # ---- memory ------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def fits(self) -> Iterator[None]:
