@@ -28,6 +28,7 @@ MAX_COLUMN_BLOCK = 1024
 """Columns that :func:`pyprune.ops.obs_sweep` takes, on every back-end."""
 WINDOW = 1024
 """Tokens of an evaluation window where none were asked for."""
+INPUTS = ("propagated", "dense", "sequential")
 STREAMING = ("auto", "always", "never")
 SAMPLES, TOKENS, WINDOW = 64, 512, 1024
 """Sequences of calibration text, tokens of each, tokens of an evaluation window, where nothing else is asked."""
@@ -250,7 +251,9 @@ class PruneConfig:
     global_propagation: bool = False
     """Reconstruct against the dense model's own stream (paper R's GP)."""
     inputs: str = "propagated"
-    """Statistics from the ``propagated`` pruned prefix (two passes a block) or the ``dense`` stream (one)."""
+    """Where statistics come from: ``propagated``, the dense block behind the pruned prefix (two passes a block);
+    ``dense``, the dense model (one pass); ``sequential``, masks only: each group of layers is pruned as soon as all
+    tokens have arrived at it, behind the pruned groups before it (one pass)."""
     targets: list[str] = field(default_factory=list)
     """Only weights that one of these names: whole components (``mlp``, ``layers.1``, ``experts.down_proj[3]``),
     wildcards (``*_proj``) or ``re:`` and a regular expression; empty: every matrix of every block. Layers that route
@@ -293,7 +296,7 @@ class PruneConfig:
                 raise ConfigError(f"{name} must be a {cls.__name__} or a mapping, got {type(value).__name__}")
         if self.calibration.seed is None:
             self.calibration = dataclasses.replace(self.calibration, seed=self.seed)
-        _choose("inputs", self.inputs, ("propagated", "dense"))
+        _choose("inputs", self.inputs, INPUTS)
         _choose("dtype", self.dtype, DTYPES)
         _choose("compute_dtype", self.compute_dtype, DTYPES)
         _choose("backend", self.backend, ("auto", "cuda", "triton", "cpu", "reference"))
@@ -317,6 +320,7 @@ class PruneConfig:
         if self.global_propagation and self.inputs == "dense":
             raise ConfigError("global_propagation needs inputs='propagated': it corrects the pruned stream")
         self._check_reconstruction()
+        self._check_sequential()
         check_effects(self, effects.RUN)
 
     def _check_reconstruction(self) -> None:
@@ -335,6 +339,18 @@ class PruneConfig:
             raise ConfigError(f"nothing would use the {self.calibration.self_generated} self-generated sequences: "
                               f"reconstruct is {self.reconstruct!r}; set self_generated_for='all', or reconstruct="
                               "'block' or 'cross_block'")
+
+    def _check_sequential(self) -> None:
+        if self.inputs != "sequential":
+            return
+        if self.is_structured:
+            raise ConfigError(f"inputs='sequential' prunes masks group by group; pattern={self.pattern!r} needs inputs="
+                              "'propagated' or 'dense'")
+        if self.global_propagation and (self.reconstruct not in ("block", "cross_block")
+                                        or self.reconstruction.layerwise_target == "dense"):
+            raise ConfigError("inputs='sequential' meets no inputs of the dense stream, which the layer-wise step of "
+                              "global_propagation fits: set inputs='propagated', or reconstruct='block' or "
+                              "'cross_block' with layerwise_target='local'")
 
     def _check_pattern(self) -> None:
         nm = self.nm

@@ -286,6 +286,14 @@ class Executor:
                     each(part, out)
         self.drain()
 
+    def room(self) -> float:
+        """Bytes that activations outside the store may take where blocks are computed."""
+        if self.device.type != "cuda":
+            return max(0, self.store.budget - self.store.in_memory)
+        free, _ = torch.cuda.mem_get_info(self.device)
+        cached = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        return SHARE * (free + cached)
+
     def attempt(self, forward: Callable[[], Tensor | None]) -> Tensor | None:
         """``forward()``, or ``NO_ROOM`` if the device's memory did not suffice."""
         with contextlib.suppress(torch.OutOfMemoryError):
@@ -317,6 +325,8 @@ class Executor:
         self.weights.release(index, saved)
 
 
+SHARE = 0.8
+"""Of a GPU's free memory, what activations that stay there may take; the rest is for a batch at work and solves."""
 NO_ROOM = object()
 """Result of a forward pass that ran out of device memory."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 from torch import Tensor, nn
 
 from pyprune.effects import needs_sequences
@@ -10,6 +12,8 @@ from pyprune.execution.executor import Activations
 from pyprune.execution.journal import Journal
 from pyprune.execution.run import Findings, Run
 from pyprune.masks.block import gather, prune_block
+from pyprune.masks.group_order import GroupOrder, record, structure
+from pyprune.masks.sequential import Declined, SequentialPass
 from pyprune.masks.statistics import Inputs, Observer, observe
 from pyprune.model.blocks import WeightRef
 from pyprune.pipeline.block_loop import Written, read_back, settled_blocks, tensors_of
@@ -30,6 +34,12 @@ class MaskWork:
         self.fit: Activations | None = None
         self.probes: list[ErrorProbe] = []
         self.refiner: Refiner | None = None
+        self.orders: dict[Hashable, GroupOrder] = {}
+        """With sequential inputs, what is known of blocks by their structure."""
+        self.admitted: set[Hashable] = set()
+        """Structures that an interrupted run pruned group by group: its memory sufficed, and this one's has to."""
+        self.passed = -1
+        """The last block that the streams passed while it was pruned."""
 
     def start(self) -> None:
         if needs_sequences(self.config):
@@ -50,6 +60,9 @@ class MaskWork:
             self.refiner.dense(index, module, training=False)
 
     def work(self, index: int, module: nn.Module, bar: Progress) -> None:
+        if self.config.inputs == "sequential":
+            self.work_sequentially(index, module, bar)
+            return
         inputs = self.observe_probes(index, module)
         bar.update(phase="statistics")
         statistics = self.observe(index, module)
@@ -59,6 +72,61 @@ class MaskWork:
         masks = self.choose_and_solve(index, module, statistics, inputs)
         bar.update(phase="reconstruct")
         self.reconstruct(index, module, original, masks)
+
+    def work_sequentially(self, index: int, module: nn.Module, bar: Progress) -> None:
+        bar.update(phase="dense targets")
+        original = self.dense_targets(index, module)
+        bar.update(phase="group by group")
+        masks = self.prune_in_passing(index, module)
+        if masks is None:
+            inputs, statistics = self.observe_probes(index, module), self.observe(index, module)
+            masks = self.choose_and_solve(index, module, statistics, inputs)
+        bar.update(phase="reconstruct")
+        self.reconstruct(index, module, original, masks)
+
+    def prune_in_passing(self, index: int, module: nn.Module) -> dict[WeightRef, Tensor] | None:
+        """One pass in which each group of layers is pruned when all tokens have arrived at it; returns the keep masks.
+        None for a block that cannot be pruned so, which is still dense then; the report says why."""
+        refs, executor = self.run.selected[index], self.executor
+        if not refs:
+            return None
+        key = self.structure(index)
+        with self.found.clock("forward"):
+            if key not in self.orders:
+                self.orders[key] = self.order_of(index, module, key)
+            order = self.orders[key]
+            if order.trouble is None:
+                going = SequentialPass(self.run, self.found, index, module, order)
+                going.add(self.fit, self.fit if self.refiner is None and index < self.last else None, fit=True)
+                for probe in self.probes:
+                    going.add(probe.student, probe.student if self.refiner is None else None)
+                try:
+                    masks = going()
+                    self.passed = index
+                    return masks
+                except Declined as declined:
+                    order = self.orders[key] = GroupOrder(trouble=str(declined))
+        self.found.warn(f"block {index} was pruned as by inputs='propagated': {order.trouble}")
+        executor.drain()
+        return None
+
+    def order_of(self, index: int, module: nn.Module, key: Hashable) -> GroupOrder:
+        """Order of the groups of blocks like this one, the same in all processes; with the reason if there is no room
+        for all batches at once."""
+        world, refs = self.run.world, self.run.selected[index]
+        order = world.same(record(self.executor, index, module, refs, self.fit))
+        if order.trouble is not None or key in self.admitted:
+            return order
+        tokens = self.fit.tokens + sum(probe.student.tokens for probe in self.probes)
+        needed, room = order.token_bytes * tokens, self.executor.room()
+        if not world.any(needed > room):
+            return order
+        needed, room = max((pair for pair in world.everyone((needed, room))), key=lambda pair: pair[0] - pair[1])
+        return GroupOrder(trouble=f"its {tokens} tokens would keep {needed / 1e9:.2g} GB of activations at once, and "
+                                  f"there is room for {room / 1e9:.2g} GB (memory_budget_gb)")
+
+    def structure(self, index: int) -> Hashable:
+        return structure(self.run.view.blocks[index], self.run.selected[index])
 
     def observe_probes(self, index: int, module: nn.Module) -> list[Observer]:
         """Inputs of the block's weights on the probe sequences, to measure every weight's error on."""
@@ -74,11 +142,12 @@ class MaskWork:
         refs = self.run.selected[index]
         if self.fit is None or not (refs or self.config.inputs == "dense"):
             return None
-        beside = self.refiner.beside(index) if self.refiner else {}
+        beside = self.refiner.beside(index) if self.refiner and self.config.inputs != "sequential" else {}
         with self.found.clock("forward"):
             return gather(self.run, self.found.clock, index, module, refs, self.fit, **beside)
 
-    def dense_targets(self, index: int, module: nn.Module, statistics: Observer | None) -> dict[WeightRef, Tensor]:
+    def dense_targets(self, index: int, module: nn.Module,
+                      statistics: Observer | None = None) -> dict[WeightRef, Tensor]:
         """What block reconstruction is trained towards; returns copies of the dense weights."""
         if not self.refiner:
             return {}
@@ -112,16 +181,25 @@ class MaskWork:
             self.refiner.masks[index] = masks
             self.refiner.settle(index)
         self.found.weights += entry["weights"]
+        if self.config.inputs == "sequential" and self.run.selected[index]:
+            if entry["not_sequential"] is None:
+                self.admitted.add(self.structure(index))
+            else:
+                self.orders[self.structure(index)] = GroupOrder(trouble=entry["not_sequential"])
 
     def advance(self, index: int, module: nn.Module) -> None:
         with self.found.clock("forward"):
             if self.refiner:
                 self.refiner.advance(index, module)
-            elif self.fit is not None and self.config.inputs == "propagated" and index < self.last:
+            elif self.fit is not None and self.follows(index) and index < self.last:
                 self.executor.run(index, module, self.fit, self.fit)
-        if not self.refiner:
+        if not self.refiner and index != self.passed:
             with self.found.clock("probe"):
                 pass_student(self.executor, index, module, self.probes)
+
+    def follows(self, index: int) -> bool:
+        """Whether the calibration stream has still to pass the pruned block."""
+        return self.config.inputs != "dense" and index != self.passed
 
     def tensors(self, index: int) -> list[Written]:
         """Under cross-block reconstruction the block before is final now; the block at hand, which the next window
@@ -138,7 +216,11 @@ class MaskWork:
         return {**errors_of(self.probes), **(self.refiner.row(index) if self.refiner else {})}
 
     def record(self, index: int) -> dict:
-        return {"weights": [row for row in self.found.weights if row["block"] == index]}
+        kept = {"weights": [row for row in self.found.weights if row["block"] == index]}
+        if self.config.inputs == "sequential":
+            order = self.orders.get(self.structure(index))
+            kept["not_sequential"] = order.trouble if order else None
+        return kept
 
     def settled(self, index: int) -> list[int]:
         return settled_blocks(index, self.last, self.refiner is not None and self.refiner.cross)
