@@ -298,9 +298,13 @@ class Executor:
         """``forward()``, or ``NO_ROOM`` if the device's memory did not suffice."""
         with contextlib.suppress(torch.OutOfMemoryError):
             return forward()
+        self.free()
+        return NO_ROOM
+
+    def free(self) -> None:
+        """Give back what the device's allocator keeps for later."""
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        return NO_ROOM
 
     def halve(self, batch: Batch, hidden: Tensor, index: int) -> list[tuple[Batch, Tensor]]:
         """The two halves of a batch that did not fit, and smaller batches from here on.

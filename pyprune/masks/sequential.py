@@ -7,7 +7,6 @@ earlier ones feed them (what GPTQ, arXiv 2210.17323, calls true-sequential).
 
 from __future__ import annotations
 
-import contextlib
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -28,6 +27,10 @@ from pyprune.model.expert_products import Experts
 
 class Declined(Exception):
     """The block cannot be pruned group by group; says why."""
+
+
+class NoRoom(Exception):
+    """The activations of all batches and what a batch needs on its way did not fit on the device."""
 
 
 @dataclass(eq=False)
@@ -67,7 +70,7 @@ class SequentialPass:
         self.pruned: set[str] = set()
         self.dense: dict[WeightRef, Tensor] = {}
         self.masks: dict[WeightRef, Tensor] = {}
-        self.trouble: str | None = None
+        self.trouble: Declined | NoRoom | None = None
         self._make = sink_of(run, found.clock)
 
     def add(self, source: Activations, target: Activations | None, fit: bool = False) -> None:
@@ -82,7 +85,8 @@ class SequentialPass:
             self.lanes.append(lane)
 
     def __call__(self) -> dict[WeightRef, Tensor]:
-        """Prune the block; returns its keep masks. Raises Declined with block, findings and streams as they were."""
+        """Prune the block; returns its keep masks. Raises Declined or NoRoom, in all processes, with block, findings
+        and streams as they were."""
         rows, warnings = len(self.found.weights), list(self.found.warnings)
         hooks = self._hooks()
         try:
@@ -96,7 +100,7 @@ class SequentialPass:
                         self._leave(lane)
                     here = [lane for lane in here if lane.target is not None]
                 self._each(here)
-        except Declined:
+        except (Declined, NoRoom):
             self._abandon()
             for ref, weight in self.dense.items():
                 self._write(ref, weight)
@@ -112,6 +116,11 @@ class SequentialPass:
         self.found.weights[rows:] = sorted(self.found.weights[rows:], key=lambda row: place[row["name"]])
         self._send()
         return self.masks
+
+    @property
+    def batch(self) -> int:
+        """Sequences of the largest batch in any process."""
+        return max(self.run.world.everyone(max(lane.batch.size for lane in self.lanes)))
 
     # ---- the passes --------------------------------------------------------------------------------------------
 
@@ -136,11 +145,11 @@ class SequentialPass:
                 if lane.at is not None:
                     self._take(lane)
             except Declined as declined:
-                self.trouble = str(declined)
+                self.trouble = Declined(str(declined))
             except NoThread as refused:
-                self.trouble = f"its {len(self.lanes)} batches need a thread each ({refused})"
+                self.trouble = Declined(f"its {len(self.lanes)} batches need a thread each ({refused})")
             except torch.OutOfMemoryError:
-                self.trouble = f"its activations of all batches do not fit on {self.run.executor.device} at once"
+                self.trouble = NoRoom()
             finally:
                 self.moving = None
 
@@ -155,9 +164,9 @@ class SequentialPass:
         """The group that all processes prune now: the first that any pass waits at."""
         waiting = min((lane.at.place for lane in self.lanes if lane.at is not None), default=None)
         told = self.run.world.everyone((waiting, self.trouble))
-        trouble = [text for _, text in told if text is not None]
-        if trouble:
-            raise Declined(trouble[0])
+        for _, trouble in told:
+            if trouble is not None:
+                raise trouble
         place = min((place for place, _ in told if place is not None), default=None)
         return next((group for group in self.order.groups if group.place == place), None)
 

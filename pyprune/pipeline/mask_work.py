@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 from pyprune.effects import needs_sequences
 from pyprune.execution.error_probes import ErrorProbe, errors_of, make_probes, pass_dense, pass_student
-from pyprune.execution.executor import Activations
+from pyprune.execution.executor import NO_ROOM, Activations
 from pyprune.execution.journal import Journal
 from pyprune.execution.run import Findings, Run
 from pyprune.masks.block import gather, prune_block
 from pyprune.masks.group_order import GroupOrder, record, structure
-from pyprune.masks.sequential import Declined, SequentialPass
+from pyprune.masks.sequential import Declined, NoRoom, SequentialPass
 from pyprune.masks.statistics import Inputs, Observer, observe
 from pyprune.model.blocks import WeightRef
 from pyprune.pipeline.block_loop import Written, read_back, settled_blocks, tensors_of
@@ -87,34 +87,52 @@ class MaskWork:
     def prune_in_passing(self, index: int, module: nn.Module) -> dict[WeightRef, Tensor] | None:
         """One pass in which each group of layers is pruned when all tokens have arrived at it; returns the keep masks.
         None for a block that cannot be pruned so, which is still dense then; the report says why."""
-        refs, executor = self.run.selected[index], self.executor
-        if not refs:
+        if not self.run.selected[index]:
             return None
         key = self.structure(index)
         with self.found.clock("forward"):
             if key not in self.orders:
                 self.orders[key] = self.order_of(index, module, key)
-            order = self.orders[key]
-            if order.trouble is None:
-                going = SequentialPass(self.run, self.found, index, module, order)
-                going.add(self.fit, self.fit if self.refiner is None and index < self.last else None, fit=True)
-                for probe in self.probes:
-                    going.add(probe.student, probe.student if self.refiner is None else None)
+            if self.orders[key].trouble is None:
                 try:
-                    masks = going()
+                    masks = self.pass_in_halves(index, module, self.orders[key])
                     self.passed = index
                     return masks
                 except Declined as declined:
-                    order = self.orders[key] = GroupOrder(trouble=str(declined))
-        self.found.warn(f"block {index} was pruned as by inputs='propagated': {order.trouble}")
-        executor.drain()
+                    self.orders[key] = GroupOrder(trouble=str(declined))
+        self.found.warn(f"block {index} was pruned as by inputs='propagated': {self.orders[key].trouble}")
         return None
+
+    def pass_in_halves(self, index: int, module: nn.Module, order: GroupOrder) -> dict[WeightRef, Tensor]:
+        """:class:`SequentialPass` over all streams of the run, with smaller batches where memory runs out. Raises
+        Declined if it does so with single sequences too."""
+        executor, asked, advances = self.executor, self.executor.batch_size, self.refiner is None
+        while True:
+            going = SequentialPass(self.run, self.found, index, module, order)
+            going.add(self.fit, self.fit if advances and index < self.last else None, fit=True)
+            for probe in self.probes:
+                going.add(probe.student, probe.student if advances else None)
+            try:
+                return going()
+            except NoRoom:
+                batch, device = going.batch, executor.device
+                executor.free()
+                if batch == 1:
+                    executor.batch_size = asked
+                    raise Declined(f"the activations of all sequences do not fit on {device} at once") from None
+                executor.batch_size = half = batch // 2
+                self.found.warn(f"block {index} ran out of memory on {device} with batches of {batch} sequences: batches "
+                                f"of {half} from there on; set batch_size={half} to begin with that")
 
     def order_of(self, index: int, module: nn.Module, key: Hashable) -> GroupOrder:
         """Order of the groups of blocks like this one, the same in all processes; with the reason if there is no room
         for all batches at once."""
         world, refs = self.run.world, self.run.selected[index]
-        order = world.same(record(self.executor, index, module, refs, self.fit))
+        order = self.executor.attempt(lambda: record(self.executor, index, module, refs, self.fit))
+        if order is NO_ROOM:
+            order = GroupOrder(trouble=f"one sequence of {max(self.fit.rows)} tokens does not fit on "
+                                       f"{self.executor.device}")
+        order = world.same(order)
         if order.trouble is not None or key in self.admitted:
             return order
         tokens = self.fit.tokens + sum(probe.student.tokens for probe in self.probes)
@@ -213,7 +231,11 @@ class MaskWork:
         return written
 
     def row(self, index: int) -> dict:
-        return {**errors_of(self.probes), **(self.refiner.row(index) if self.refiner else {})}
+        way = self.config.inputs
+        if way == "sequential" and index != self.passed:
+            way = "propagated"
+        inputs = {"inputs": way} if self.fit is not None and self.run.selected[index] else {}
+        return {**errors_of(self.probes), **(self.refiner.row(index) if self.refiner else {}), **inputs}
 
     def record(self, index: int) -> dict:
         kept = {"weights": [row for row in self.found.weights if row["block"] == index]}

@@ -158,9 +158,12 @@ def passes_of(config: PruneConfig) -> dict[str, int]:
     if not needs_sequences(config):
         return {"statistics": 0, "propagation": 0, "dense": 0}
     trains, cross = config.reconstruct in ("block", "cross_block"), config.reconstruct == "cross_block"
-    # without GP the statistics pass leaves BR's targets; CR's are two dense blocks behind the final prefix
-    return {"statistics": 1, "propagation": int(config.inputs == "propagated") + cross,
-            "dense": 1 if config.global_propagation else 2 * cross,
+    # without GP the statistics pass leaves BR's targets, unless it prunes as it goes; CR's are two dense blocks behind
+    # the final prefix
+    sequential = config.inputs == "sequential"
+    follows = config.inputs == "propagated" or sequential and (trains or config.reconstruction.select == "validation")
+    return {"statistics": 1, "propagation": int(follows) + cross,
+            "dense": 1 if config.global_propagation else 2 * cross or int(sequential and trains),
             "training": config.reconstruction.epochs * (1 + cross) if trains else 0}
 
 
@@ -220,7 +223,8 @@ def memory_of(view: ModelView, selected: list[list[WeightRef]], config: PruneCon
         solve = max(solve, masks + max(12 * largest_input**2, 4 * largest_input**2 + 12 * matrix))
         if config.reconstruct == "refit":
             solve = max([solve, *(masks + refit_bytes(rows, columns) for rows, columns in shapes_of(one, refs))])
-    kept = {"statistics": grams, "probes": probe_sequences(config) * calibration.tokens * inputs * compute.itemsize}
+    kept = {"statistics": grams, "probes": probe_sequences(config) * calibration.tokens * inputs * compute.itemsize,
+            "paused_passes": paused_bytes(config, hidden, widest, compute)}
     ring = 2 * DEPTH * hidden if gpu else 0
     moments = [{**block, **kept, "batches": batch * (4 * widest + hidden + ring) * compute.itemsize},
                {**block, **kept, "solve": solve, "batches": batch * ring * compute.itemsize}]
@@ -243,6 +247,15 @@ def activation_bytes(config: PruneConfig, hidden: int, compute: torch.dtype) -> 
     streams = (2 if config.global_propagation or trains else 1) + (config.reconstruct == "cross_block")
     tokens = 0 if passes_of(config)["statistics"] == 0 else streams * tokens_of(config)
     return (tokens + 2 * probe_sequences(config) * config.calibration.tokens) * hidden * compute.itemsize
+
+
+def paused_bytes(config: PruneConfig, hidden: int, widest: int, compute: torch.dtype) -> int:
+    """What passes that stand still before a group of layers keep alive: the residual, and queries, keys, values and
+    attention's output, or the widest input; a run measures it."""
+    if config.inputs != "sequential":
+        return 0
+    tokens = tokens_of(config) + probe_sequences(config) * config.calibration.tokens
+    return tokens * (hidden + max(4 * hidden, widest)) * compute.itemsize
 
 
 def evaluation_bytes(view: ModelView, config: PruneConfig, streamed: bool, widest: int) -> int:

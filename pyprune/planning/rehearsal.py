@@ -105,7 +105,7 @@ def forward_units(steps: int, blocks: int, view: ModelView, config: PruneConfig)
     """Passes of a batch through a block: the statistics pass ends before the last product from its second batch on
     where nobody asks for its output, and the last block is not propagated."""
     passes = passes_of(config)
-    if config.inputs == "dense":
+    if config.inputs == "dense" or config.inputs == "sequential" and not passes["propagation"]:
         return steps * blocks
     refs = weights_of(view.blocks[0])
     sizes = [math.prod(ref.view(view.blocks[0]).shape) for ref in refs]
