@@ -121,8 +121,8 @@ class MaskWork:
                     executor.batch_size = asked
                     raise Declined(f"the activations of all sequences do not fit on {device} at once") from None
                 executor.batch_size = half = batch // 2
-                self.found.warn(f"block {index} ran out of memory on {device} with batches of {batch} sequences: batches "
-                                f"of {half} from there on; set batch_size={half} to begin with that")
+                self.found.warn(f"block {index} ran out of memory on {device} with batches of {batch} sequences: "
+                                f"batches of {half} from there on; set batch_size={half} to begin with that")
 
     def order_of(self, index: int, module: nn.Module, key: Hashable) -> GroupOrder:
         """Order of the groups of blocks like this one, the same in all processes; with the reason if there is no room
