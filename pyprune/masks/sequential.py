@@ -29,7 +29,7 @@ class Declined(Exception):
     """The block cannot be pruned group by group; says why."""
 
 
-class NoRoom(Exception):
+class TooLarge(Exception):
     """The activations of all batches and what a batch needs on its way did not fit on the device."""
 
 
@@ -70,7 +70,7 @@ class SequentialPass:
         self.pruned: set[str] = set()
         self.dense: dict[WeightRef, Tensor] = {}
         self.masks: dict[WeightRef, Tensor] = {}
-        self.trouble: Declined | NoRoom | None = None
+        self.trouble: Declined | TooLarge | None = None
         self._make = sink_of(run, found.clock)
 
     def add(self, source: Activations, target: Activations | None, fit: bool = False) -> None:
@@ -85,7 +85,7 @@ class SequentialPass:
             self.lanes.append(lane)
 
     def __call__(self) -> dict[WeightRef, Tensor]:
-        """Prune the block; returns its keep masks. Raises Declined or NoRoom, in all processes, with block, findings
+        """Prune the block; returns its keep masks. Raises Declined or TooLarge, in all processes, with block, findings
         and streams as they were."""
         rows, warnings = len(self.found.weights), list(self.found.warnings)
         hooks = self._hooks()
@@ -100,7 +100,7 @@ class SequentialPass:
                         self._leave(lane)
                     here = [lane for lane in here if lane.target is not None]
                 self._each(here)
-        except (Declined, NoRoom):
+        except (Declined, TooLarge):
             self._abandon()
             for ref, weight in self.dense.items():
                 self._write(ref, weight)
@@ -149,7 +149,7 @@ class SequentialPass:
             except NoThread as refused:
                 self.trouble = Declined(f"its {len(self.lanes)} batches need a thread each ({refused})")
             except torch.OutOfMemoryError:
-                self.trouble = NoRoom()
+                self.trouble = TooLarge()
             finally:
                 self.moving = None
 

@@ -13,7 +13,7 @@ from pyprune.execution.journal import Journal
 from pyprune.execution.run import Findings, Run
 from pyprune.masks.block import gather, prune_block
 from pyprune.masks.group_order import GroupOrder, record, structure
-from pyprune.masks.sequential import Declined, NoRoom, SequentialPass
+from pyprune.masks.sequential import Declined, TooLarge, SequentialPass
 from pyprune.masks.statistics import Inputs, Observer, observe
 from pyprune.model.blocks import WeightRef
 from pyprune.pipeline.block_loop import Written, read_back, settled_blocks, tensors_of
@@ -114,7 +114,7 @@ class MaskWork:
                 going.add(probe.student, probe.student if advances else None)
             try:
                 return going()
-            except NoRoom:
+            except TooLarge:
                 batch, device = going.batch, executor.device
                 executor.free()
                 if batch == 1:
@@ -231,11 +231,10 @@ class MaskWork:
         return written
 
     def row(self, index: int) -> dict:
-        way = self.config.inputs
-        if way == "sequential" and index != self.passed:
-            way = "propagated"
-        inputs = {"inputs": way} if self.fit is not None and self.run.selected[index] else {}
-        return {**errors_of(self.probes), **(self.refiner.row(index) if self.refiner else {}), **inputs}
+        way = {}
+        if self.config.inputs == "sequential" and self.run.selected[index]:
+            way = {"inputs": "sequential" if index == self.passed else "propagated"}
+        return {**errors_of(self.probes), **(self.refiner.row(index) if self.refiner else {}), **way}
 
     def record(self, index: int) -> dict:
         kept = {"weights": [row for row in self.found.weights if row["block"] == index]}

@@ -130,9 +130,12 @@ def refit_text(report: dict) -> str | None:
 
 def inputs_text(report: dict) -> str | None:
     """Whose inputs statistics were taken of; None where none were taken."""
-    ways = [row["inputs"] for row in report.get("blocks") or [] if "inputs" in row]
+    config = report["config"]
+    ways = [row["inputs"] for row in report.get("blocks") or [] if "inputs" in row]  # where blocks may differ
     if report.get("structured"):
         ways = [report["structured"]["inputs"]]
+    elif not ways and (config["method"] != "magnitude" or config["reconstruct"] != "none"):
+        ways = [config["inputs"]]
     counts = {way: ways.count(way) for way in INPUTS if way in ways}
     parts = [f"{way}: {INPUTS[way]}" + (f" ({count} of {len(ways)} blocks)" if len(counts) > 1 else "")
              for way, count in counts.items()]
