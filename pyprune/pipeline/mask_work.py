@@ -13,7 +13,7 @@ from pyprune.execution.journal import Journal
 from pyprune.execution.run import Findings, Run
 from pyprune.masks.block import gather, prune_block
 from pyprune.masks.group_order import GroupOrder, record, structure
-from pyprune.masks.sequential import Declined, TooLarge, SequentialPass
+from pyprune.masks.sequential import Declined, SequentialPass, TooLarge
 from pyprune.masks.statistics import Inputs, Observer, observe
 from pyprune.model.blocks import WeightRef
 from pyprune.pipeline.block_loop import Written, read_back, settled_blocks, tensors_of

@@ -7,9 +7,11 @@ import tiny
 import torch
 import zoo
 
+from pyprune.config import Calibration, PruneConfig
 from pyprune.execution.executor import Executor
 from pyprune.masks.group_order import Alive, record
 from pyprune.model.blocks import ModelView, weights_of
+from pyprune.planning.costs import paused_bytes
 
 
 def order(model, *lengths: int, index: int = 0):
@@ -79,3 +81,10 @@ def test_the_longest_sequence_tells_the_bytes_of_a_token():
     found = order(tiny.model("llama"), 8, 24)
     # before down: the residual after attention and the product of gate and up (widths 32 and 64), float32
     assert found.token_bytes >= 4 * (32 + 64) and found.token_bytes < 4 * (32 + 64 + 6 * 32)
+
+
+@pytest.mark.parametrize("family, widest", [("llama", 64), ("opt", 64), ("gpt2", 128)])
+def test_the_plan_s_estimate_is_near_what_a_run_measures(family, widest):
+    config = PruneConfig(inputs="sequential", probe_samples=0, calibration=Calibration(num_samples=10, seq_len=24))
+    planned = paused_bytes(config, 32, widest, torch.float32) / 240
+    assert 0.5 < planned / order(tiny.model(family), 24).token_bytes < 2

@@ -16,8 +16,8 @@ import pyprune
 from pyprune.config import Calibration, ConfigError, Reconstruction
 
 IDS, PROBE = tiny.ids(16, 16), tiny.ids(2, 12, seed=9)
-CHOSEN = ["llama", "qwen3", "gemma2", "phi3", "gpt2", "gpt_neox", "falcon", "falcon_new", "bloom", "opt", "bert", "mixtral",
-          "qwen2_moe", "deepseek_v3", "modernbert", "cohere"]
+CHOSEN = ["llama", "qwen3", "gemma2", "phi3", "gpt2", "gpt_neox", "falcon", "falcon_new", "bloom", "opt", "bert",
+          "mixtral", "qwen2_moe", "deepseek_v3", "modernbert", "cohere"]
 
 
 def pruned(model, **fields):
@@ -222,7 +222,8 @@ def test_block_reconstruction_begins_with_the_same_layer_wise_step():
     layer = pruned(tiny.model("llama"))
     fields = {"calibration": {"source": tiny.ids(16, 16), "num_samples": 16, "held_out": 0}}
     for reconstruct in ("block", "cross_block"):
-        untrained = pruned(tiny.model("llama"), reconstruct=reconstruct, reconstruction=Reconstruction(epochs=0), **fields)
+        untrained = pruned(tiny.model("llama"), reconstruct=reconstruct, reconstruction=Reconstruction(epochs=0),
+                           **fields)
         assert not fell_back(untrained)
         for name, value in layer.model.state_dict().items():
             assert torch.equal(value, untrained.model.state_dict()[name]), name
@@ -405,3 +406,27 @@ def test_report_summary_and_model_card_say_which_way_was_used(tmp_path):
     mixed["blocks"][0]["inputs"] = "propagated"
     text = dict(summary_rows(mixed))["inputs"]
     assert "propagated: of the dense block" in text and "(1 of 3 blocks)" in text and "(2 of 3 blocks)" in text
+
+
+@pytest.mark.parametrize("fields, passes", [
+    ({}, {"statistics": 1, "propagation": 0, "dense": 0}),
+    ({"reconstruct": "block"}, {"statistics": 1, "propagation": 1, "dense": 1}),
+    ({"reconstruct": "block", "global_propagation": True}, {"statistics": 1, "propagation": 1, "dense": 1}),
+])
+def test_the_plan_counts_the_passes_that_a_run_makes(fields, passes, tmp_path, monkeypatch):
+    from pyprune.execution.executor import Executor
+
+    tiny.model("llama").save_pretrained(tmp_path / "model")
+    settings = {"model": str(tmp_path / "model"), "inputs": "sequential", "probe_samples": 0, **fields}
+    found = pyprune.plan(settings)
+    assert {name: found["passes"][name] for name in passes} == passes
+    counts, forward = Counter(), Executor.forward
+
+    def counting(self, index, module, hidden, beside):
+        counts[index, len(hidden)] += 1
+        return forward(self, index, module, hidden, beside)
+    monkeypatch.setattr(Executor, "forward", counting)
+    training = {"reconstruction": Reconstruction(epochs=0)} if fields else {}
+    pruned(tiny.model("llama"), batch_size=16, **fields, **training)
+    assert counts[1, 16] == sum(passes.values())
+    assert [counts[index, 1] for index in range(3)] == [1, 0, 0], "one sequence tells the order of the groups"
