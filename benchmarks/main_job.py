@@ -1,10 +1,10 @@
 """The main job against the published loop, side by side in one run: perplexity, CPU seconds, wall seconds.
 
 SmolLM2-135M, 64 calibration sequences of 512 tokens, perplexity on 24 WikiText-2 windows of 1024 (bfloat16 forward),
-the very token ids in ``PYPRUNE_DATA``. The floor is two forward passes of every block over the calibration tokens,
-batched, in the row's compute type, by the fastest forward there is here, nothing else; ``share`` is the floor's CPU
-seconds over those of the pruning call. CPU seconds are user + system of all threads: on a busy machine they say more
-than wall time.
+the very token ids in ``PYPRUNE_DATA``. The floor is two forward passes of every block over the calibration tokens, or
+one where ``inputs`` is sequential or dense, batched, in the row's compute type, by the fastest forward there is here,
+nothing else; ``share`` is the floor's CPU seconds over those of the pruning call. CPU seconds are user + system of all
+threads: on a busy machine they say more than wall time.
 
     python -m benchmarks.main_job --methods sparsegpt wanda --patterns unstructured 2:4
 """
@@ -25,6 +25,10 @@ from pyprune.execution.executor import Executor
 from pyprune.model.blocks import ModelView
 
 NAME = "main_job"
+PASSES = {"propagated": 2, "sequential": 1, "dense": 1}
+"""Forward passes over each block that the inputs of the statistics take."""
+DEFAULTS = {"inputs": "propagated"}
+"""Of rows that do not say it."""
 
 
 def floor(model, samples: torch.Tensor, dtype: torch.dtype) -> common.Spent:
@@ -39,11 +43,12 @@ def floor(model, samples: torch.Tensor, dtype: torch.dtype) -> common.Spent:
     return spent
 
 
-def ours(model, samples: torch.Tensor, method: str, pattern: str, dtype: str) -> tuple[object, common.Spent, dict]:
+def ours(model, samples: torch.Tensor, method: str, pattern: str, dtype: str,
+         inputs: str) -> tuple[object, common.Spent, dict]:
     calibration = Calibration(source=samples, num_samples=len(samples), seq_len=samples.shape[1], held_out=0)
     with common.Spent() as spent:
         result = pyprune.prune(model, method=method, pattern=pattern, calibration=calibration, compute_dtype=dtype,
-                               evaluation=Evaluation(enabled=False), in_place=True, progress=False)
+                               inputs=inputs, evaluation=Evaluation(enabled=False), in_place=True, progress=False)
     return result.model, spent, result.report["seconds"]
 
 
@@ -59,6 +64,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=["sparsegpt", "wanda"])
     parser.add_argument("--patterns", nargs="+", default=["unstructured", "2:4"])
     parser.add_argument("--compute", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--inputs", nargs="+", default=list(PASSES), choices=list(PASSES))
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--windows", type=int, default=24)
     parser.add_argument("--out", help="folder of the result, and of a partial one to go on with")
@@ -72,7 +78,8 @@ def main() -> None:
     setting = {"model": options.model, "samples": len(samples), "seq_len": samples.shape[1], "windows": len(windows)}
 
     def todo(**key) -> bool:
-        return not any(all(row.get(k) == v for k, v in {**setting, **key}.items()) for row in rows)
+        wanted = {**setting, **key}
+        return not any(all(row.get(k, DEFAULTS.get(k)) == v for k, v in wanted.items()) for row in rows)
 
     def keep(**row) -> None:
         rows.append({**setting, **row})
@@ -85,18 +92,19 @@ def main() -> None:
     floors: dict[str, common.Spent] = {}
     for method in options.methods:
         for pattern in options.patterns:
-            for tool, dtype in [("published loop", "float32"), *(("pyprune", d) for d in options.compute)]:
-                key = dict(tool=tool, method=method, pattern=pattern, compute=dtype)
+            for tool, dtype, inputs in [("published loop", "float32", "propagated"), *(
+                    ("pyprune", d, i) for d in options.compute for i in options.inputs)]:
+                key = dict(tool=tool, method=method, pattern=pattern, compute=dtype, inputs=inputs)
                 if not todo(**key):
                     continue
                 if dtype not in floors:
                     floors[dtype] = floor(dense, samples, getattr(torch, dtype))
                 model = copy.deepcopy(dense)
                 model, spent, phases = published(model, samples, method, pattern) if tool != "pyprune" else \
-                    ours(model, samples, method, pattern, dtype)
+                    ours(model, samples, method, pattern, dtype, inputs)
+                cpu, wall = (seconds * PASSES[inputs] / 2 for seconds in (floors[dtype].cpu, floors[dtype].wall))
                 keep(**key, perplexity=perplexity(model, windows), cpu_seconds=spent.cpu, wall_seconds=spent.wall,
-                     floor_cpu_seconds=floors[dtype].cpu, floor_wall_seconds=floors[dtype].wall,
-                     share=floors[dtype].cpu / spent.cpu, phases=phases)
+                     floor_cpu_seconds=cpu, floor_wall_seconds=wall, share=cpu / spent.cpu, phases=phases)
     print(table(rows, setting))
 
 
@@ -104,16 +112,17 @@ def table(rows: list[dict], setting: dict) -> str:
     """Markdown: each row's speed-up over the published loop of the same method and pattern, in CPU seconds."""
     rows = [row for row in rows if all(row.get(k) == v for k, v in setting.items())]
     base = {(r["method"], r["pattern"]): r for r in rows if r["tool"] == "published loop"}
-    lines = ["| tool | method | pattern | compute | perplexity | CPU s | wall s | faster | floor share |",
-             "|---|---|---|---|---|---|---|---|---|"]
+    lines = ["| tool | inputs | method | pattern | compute | perplexity | CPU s | wall s | faster | floor share |",
+             "|---|---|---|---|---|---|---|---|---|---|"]
     for r in rows:
         if r["tool"] == "dense":
-            lines.append(f"| dense | | | | {r['perplexity']:.2f} | | | | |")
+            lines.append(f"| dense | | | | | {r['perplexity']:.2f} | | | | |")
             continue
         reference = base.get((r["method"], r["pattern"]))
         faster = f"{reference['cpu_seconds'] / r['cpu_seconds']:.2f}×" if reference else ""
-        lines.append(f"| {r['tool']} | {r['method']} | {r['pattern']} | {r['compute']} | {r['perplexity']:.2f} | "
-                     f"{r['cpu_seconds']:.0f} | {r['wall_seconds']:.0f} | {faster} | {r['share']:.0%} |")
+        lines.append(f"| {r['tool']} | {r.get('inputs', 'propagated')} | {r['method']} | {r['pattern']} | "
+                     f"{r['compute']} | {r['perplexity']:.2f} | {r['cpu_seconds']:.0f} | {r['wall_seconds']:.0f} | "
+                     f"{faster} | {r['share']:.0%} |")
     return "\n".join(lines)
 
 

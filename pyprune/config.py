@@ -26,6 +26,7 @@ WeightReconstruction = Literal["none", Layerwise, "block", "cross_block"]
 StructuredReconstruction = Literal["none", "bias", "mask_tuning", "liar"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 TokenWeights = Literal["auto", "relative", "balanced", "uniform"]
+Inputs = Literal["propagated", "dense", "sequential"]
 Streaming = Literal["auto", "always", "never"]
 METHODS: tuple[Method, ...] = get_args(Method)
 STRUCTURED_PATTERNS: tuple[StructuredPattern, ...] = get_args(StructuredPattern)
@@ -304,9 +305,10 @@ class PruneConfig:
     global_propagation: bool = False
     """Reconstruct towards the dense model's own activations instead of its outputs on pruned inputs (GP of arXiv
     2406.15524)."""
-    inputs: Literal["propagated", "dense"] = "propagated"
+    inputs: Inputs = "propagated"
     """Which inputs the statistics come from: those that the pruned blocks before leave (``propagated``, two passes per
-    block), or those of the dense model (``dense``, one pass per block)."""
+    block); those of the dense model (``dense``, one pass); or those that the pruned layers before leave, each group of
+    layers being pruned as soon as all tokens have arrived at it (``sequential``, one pass, masks only)."""
     targets: list[str] = field(default_factory=list)
     """Prune only weights that one of these patterns names: whole components (``mlp``, ``layers.1``,
     ``experts.down_proj[3]``), wildcards (``*_proj``), or ``re:`` and a regular expression. By default every matrix of
@@ -372,6 +374,7 @@ class PruneConfig:
         if self.global_propagation and self.inputs == "dense":
             raise ConfigError("global_propagation needs inputs='propagated': it corrects the pruned stream")
         self._check_reconstruction()
+        self._check_sequential()
         check_effects(self, effects.RUN)
 
     def _check_reconstruction(self) -> None:
@@ -390,6 +393,18 @@ class PruneConfig:
             raise ConfigError(f"nothing would use the {self.calibration.self_generated} self-generated sequences: "
                               f"reconstruct is {self.reconstruct!r}; set self_generated_for='all', or reconstruct="
                               "'block' or 'cross_block'")
+
+    def _check_sequential(self) -> None:
+        if self.inputs != "sequential":
+            return
+        if self.is_structured:
+            raise ConfigError(f"inputs='sequential' prunes masks group by group; pattern={self.pattern!r} needs inputs="
+                              "'propagated' or 'dense'")
+        if self.global_propagation and (self.reconstruct not in ("block", "cross_block")
+                                        or self.reconstruction.layerwise_target == "dense"):
+            raise ConfigError("inputs='sequential' meets no inputs of the dense stream, which the layer-wise step of "
+                              "global_propagation fits: set inputs='propagated', or reconstruct='block' or "
+                              "'cross_block' with layerwise_target='local'")
 
     def _check_pattern(self) -> None:
         nm = self.nm

@@ -317,13 +317,25 @@ class Executor:
                     each(part, out)
         self.drain()
 
+    def room(self) -> float:
+        """Bytes that activations outside the store may take where blocks are computed."""
+        if self.device.type != "cuda":
+            return max(0, self.store.budget - self.store.in_memory)
+        free, _ = torch.cuda.mem_get_info(self.device)
+        cached = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        return SHARE * (free + cached)
+
     def attempt(self, forward: Callable[[], T]) -> T | NoRoom:
         """``forward()``, or ``NO_ROOM`` if the device's memory did not suffice."""
         with contextlib.suppress(torch.OutOfMemoryError):
             return forward()
+        self.free()
+        return NO_ROOM
+
+    def free(self) -> None:
+        """Give back what the device's allocator keeps for later."""
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        return NO_ROOM
 
     def halve(self, batch: Batch, hidden: Tensor, index: int) -> list[tuple[Batch, Tensor]]:
         """The two halves of a batch that did not fit, and smaller batches from here on.
@@ -346,6 +358,10 @@ class Executor:
     def release(self, index: int, saved: Path | None = None) -> None:
         """Free a block's weights where they are streamed; ``saved`` is the shard that holds what it became."""
         self.weights.release(index, saved)
+
+
+SHARE = 0.8
+"""Of a GPU's free memory, what activations that stay there may take; the rest is for a batch at work and solves."""
 
 
 def moved(block: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:

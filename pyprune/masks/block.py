@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
+from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +18,7 @@ from pyprune.execution.executor import Activations
 from pyprune.execution.run import Clock, Findings, Run
 from pyprune.masks.solvers import inverse_factor, solve
 from pyprune.masks.statistics import (
+    Gathered,
     Inputs,
     Observer,
     Statistics,
@@ -38,38 +42,51 @@ def gather(run: Run, clock: Clock, index: int, module: nn.Module, refs: list[Wei
     target: takes the block's outputs, which the pass otherwise does not finish (with dense inputs, ``fit`` itself).
     dense: the dense stream, for the cross Gram of GP; it moves on to the block's outputs.
     """
-    config = run.config
-    gram = needs_factor(config)
-    precision = "bfloat16" if run.executor.dtype == torch.bfloat16 else "float32"
-
-    def sink(columns: int, device: torch.device) -> Statistics:
-        return Statistics(columns, device, want_gram=gram, want_moments=config.method == "wanda" and not gram,
-                          precision=precision, clock=clock)
-
-    observer = observe(run.executor, index, module, refs, fit, sink, dense=dense,
-                       target=fit if config.inputs == "dense" else target)
+    observer = observe(run.executor, index, module, refs, fit, sink_of(run, clock), dense=dense,
+                       target=fit if run.config.inputs == "dense" else target)
     reduce_statistics(run.world, observer)
     if not all(s.finite() for s in observer.sinks.values()):
-        find_non_finite(run.executor, index, module, refs, fit, lambda ref: run.view.name(index, ref))
-        raise ConfigError(f"the statistics of block {index} are not finite" + (
-            f" (process {run.world.rank} of {run.world.size} holds none of the sequences at fault; see the others' "
-            "messages)" if run.world.size > 1 else ": the inputs overflow float32 when squared"))
+        refuse_non_finite(run, index, module, refs, fit)
     return observer
 
 
-def prune_block(run: Run, found: Findings, index: int, module: nn.Module,
-                observer: Observer[Statistics] | None, inputs: list[Observer[Inputs]]) -> dict[WeightRef, Tensor]:
-    """Solve every selected weight of a block; each input group is factored once. Writes block and compute copy, and
-    returns the keep masks."""
+def sink_of(run: Run, clock: Clock) -> Callable[[int, torch.device], Statistics]:
+    """Makes what a run gathers of each group's inputs, from their number of columns and device."""
+    gram = needs_factor(run.config)
+    return functools.partial(Statistics, want_gram=gram, want_moments=run.config.method == "wanda" and not gram,
+                             precision="bfloat16" if run.executor.dtype == torch.bfloat16 else "float32", clock=clock)
+
+
+def refuse_non_finite(run: Run, index: int, module: nn.Module, refs: list[WeightRef], fit: Activations) -> NoReturn:
+    """Raise the ConfigError that says where statistics which are not finite came from."""
+    find_non_finite(run.executor, index, module, refs, fit, lambda ref: run.view.name(index, ref))
+    raise ConfigError(f"the statistics of block {index} are not finite" + (
+        f" (process {run.world.rank} of {run.world.size} holds none of the sequences at fault; see the others' "
+        "messages)" if run.world.size > 1 else ": the inputs overflow float32 when squared"))
+
+
+def prune_block(run: Run, found: Findings, index: int, module: nn.Module, observer: Gathered[Statistics] | None,
+                inputs: Sequence[Gathered[Inputs]],
+                only: Sequence[WeightRef] | None = None) -> dict[WeightRef, Tensor]:
+    """Solve the selected weights of a block; each input group is factored once. Writes block and compute copy, and
+    returns the keep masks.
+
+    only: the weights of one group, in a block that is pruned group by group; processes share them out one by one.
+    """
     config, block = run.config, run.view.blocks[index]
     masks: dict[WeightRef, Tensor] = {}
+    selected = run.selected[index] if only is None else only
     groups: dict[str | None, list[WeightRef]] = {}
-    for ref in run.selected[index]:
+    for ref in selected:
         groups.setdefault(observer.leader.get(ref.name) if observer else None, []).append(ref)
-    owners = run.world.deal([solve_cost(block, refs) for refs in groups.values()])
+    pieces = list(groups.items())
+    if only is not None:
+        pieces = [(leader, [ref]) for leader, refs in pieces for ref in refs]
+    owners = run.world.deal([solve_cost(block, refs) for _, refs in pieces])
     own: list[dict] = []
     sums: list[Tensor] = []
-    for owner, (leader, refs) in zip(owners, groups.items()):
+    factor, factored = None, None
+    for owner, (leader, refs) in zip(owners, pieces):
         if owner != run.world.rank:
             continue
         statistics = observer.sinks[leader] if observer and leader else None
@@ -80,9 +97,10 @@ def prune_block(run: Run, found: Findings, index: int, module: nn.Module,
             group_config.method, group_config.reconstruct = "magnitude", "none"
             for ref in refs:
                 found.warn(f"{run.view.name(index, ref)} saw no calibration token: pruned by magnitude")
-        factor = None
-        if statistics is not None and needs_factor(group_config):
-            name = run.view.name(index, refs[0])
+        if leader != factored:
+            factor, factored = None, leader
+        if factor is None and statistics is not None and needs_factor(group_config):
+            name = run.view.name(index, groups[leader][0])
             factor = inverse_factor(statistics.gram, statistics.count, config.damping, name)
             if factor.damping != config.damping:
                 found.warn(f"{name}: damping raised to {factor.damping:g} for the factorisation to succeed")
@@ -110,9 +128,9 @@ def prune_block(run: Run, found: Findings, index: int, module: nn.Module,
             masks[ref] = solved.mask
     _fill(own, sums)
     ops.raise_faults(run.executor.device)
-    exchange_solved(run, module, block, owners, list(groups.values()), masks)
+    exchange_solved(run, module, block, owners, [refs for _, refs in pieces], masks)
     rows = {row["name"]: row for part in run.world.everyone(own) for row in part}
-    found.weights += [rows[run.view.name(index, ref)] for ref in run.selected[index]]
+    found.weights += [rows[run.view.name(index, ref)] for ref in selected]
     found.share_warnings(run.world)
     return masks
 

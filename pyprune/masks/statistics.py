@@ -149,16 +149,25 @@ class Inputs:
         return torch.cat(self.chunks)
 
 
+@dataclass(eq=False)
+class Gathered(Generic[S]):
+    """Sinks of groups of weights that read the same inputs."""
+
+    sinks: dict[str, S] = field(default_factory=dict)
+    """By the name of each group's first weight."""
+    leader: dict[str, str] = field(default_factory=dict)
+    """By a weight's name, that of its group's first."""
+
+
 Call = tuple[int, str, int]
 """A product in a forward pass: which application of its block, the weight's name, how often before in that one."""
 
 
-class Observer(Generic[S]):
+class Observer(Gathered[S]):
     """Feeds the inputs of a block's weights to one sink per group while the block runs."""
 
     def __init__(self, module: nn.Module, refs: list[WeightRef], sink: Callable[[int, torch.device], S]):
-        self.sinks: dict[str, S] = {}
-        self.leader: dict[str, str] = {}
+        super().__init__()
         self.skip: frozenset[Call] = frozenset()
         """Calls whose sinks have this batch already (it ran out of memory behind them and comes again in halves)."""
         self.updating: str | None = None
@@ -167,7 +176,8 @@ class Observer(Generic[S]):
         self.holding = False
         """The pass is the dense stream's: its inputs are held for the cross Gram, none is counted."""
         self.held: dict[Call, Tensor] = {}
-        self._order: list[Call] = []
+        self.calls: list[Call] = []
+        """Of the pass at hand, or of the last one."""
         self._times: Counter[tuple[int, str]] = Counter()
         self._recent: list[tuple[str, Tensor]] = []
         self._last: Call | None = None
@@ -180,7 +190,7 @@ class Observer(Generic[S]):
                         any(ref.path.startswith(f"{path}.") for path in lists)}
         """Weights that see the tokens routed to them, which the two streams choose differently."""
         self._watch = Watch(module, refs, lambda ref, x: self.see(ref.name, x))
-        self._alone = {ref.name for ref in self._watch.shared}
+        self.alone = {ref.name for ref in self._watch.shared}
         """Weights of several modules: what one of them reads with its neighbours, another reads without them."""
 
     def see(self, name: str, x: Tensor) -> None:
@@ -189,19 +199,17 @@ class Observer(Generic[S]):
         step = getattr(self._module, "step", 0)
         self._times[step, name] += 1
         call = (step, name, self._times[step, name] - 1)
-        self._order.append(call)
+        self.calls.append(call)
         key = name + AGAIN if call[2] else name
         if key not in self.leader:
             same = [leader for leader, seen in self._recent
-                    if seen is x and not {leader.removesuffix(AGAIN), name} & self._alone]
+                    if seen is x and not {leader.removesuffix(AGAIN), name} & self.alone]
             self.leader[key] = same[0] if same else key
             if not same:
                 self.sinks[key] = self._make(x.shape[-1], x.device)
         if self.leader[key] == key:
             self._recent.append((key, x))
-            if x.ndim == 3 and len(x) == 1:
-                x = x.expand(self.batch, -1, -1)  # positions that every sequence of the batch reads: a copy for each
-            rows = x.reshape(-1, x.shape[-1])
+            rows = rows_of(x, self.batch)
             if self.holding:
                 self.held[call] = rows
             elif call not in self.skip:
@@ -214,7 +222,7 @@ class Observer(Generic[S]):
     def run(self, forward: Callable[[], Tensor], length: int | None = None) -> Tensor | None:
         """One forward pass under observation. With the ``length`` of its sequences it ends before the last observed
         product, from the second pass of that length on, and returns None."""
-        self._recent, self._order, self._times = [], [], Counter()
+        self._recent, self.calls, self._times = [], [], Counter()
         self._last = None if length is None else self._ends.get(length)
         try:
             with torch.no_grad():
@@ -229,7 +237,7 @@ class Observer(Generic[S]):
     def _check_groups(self) -> None:
         """Weights with one sink must have read the same in this pass too, as far as counts tell."""
         counts: Counter[tuple[int, str]] = Counter()
-        for step, name, again in self._order:
+        for step, name, again in self.calls:
             counts[step, name + AGAIN if again else name] += 1
         for (step, key), count in counts.items():
             if counts[step, self.leader[key]] != count:
@@ -240,8 +248,8 @@ class Observer(Generic[S]):
     def _end(self) -> Call | None:
         """The last call of the pass that was just made, if every other pass makes the same calls: no weight has been
         seen twice in an application, none waits for tokens of its own."""
-        known = {name for _, name, _ in self._order} == self._names and not self._routed
-        return self._order[-1] if known and not any(again for _, _, again in self._order) else None
+        known = {name for _, name, _ in self.calls} == self._names and not self._routed
+        return self.calls[-1] if known and not any(again for _, _, again in self.calls) else None
 
     def run_dense(self, forward: Callable[[], Tensor]) -> Tensor | None:
         """The dense stream's pass over a batch, before the batch itself."""
@@ -249,7 +257,7 @@ class Observer(Generic[S]):
         try:
             return self.run(forward)
         finally:
-            self.holding, self._order = False, []  # nothing was counted
+            self.holding, self.calls = False, []  # nothing was counted
 
     def close(self) -> None:
         self._watch.close()
@@ -269,6 +277,13 @@ class Observer(Generic[S]):
                     first = first.plus(other)
                 sinks[name] = first
         self.sinks, self.leader = sinks, leader
+
+
+def rows_of(x: Tensor, batch: int) -> Tensor:
+    """Inputs ``[tokens, c]`` of a layer in a pass over ``batch`` sequences."""
+    if x.ndim == 3 and len(x) == 1:
+        x = x.expand(batch, -1, -1)  # positions that every sequence of the batch reads: a copy for each
+    return x.reshape(-1, x.shape[-1])
 
 
 def observe(executor: Executor, index: int, module: nn.Module, refs: list[WeightRef], activations: Activations,
@@ -318,11 +333,11 @@ def _again(executor: Executor, index: int, observer: Observer, batch: Batch,
         raise ConfigError(f"the statistics of {observer.updating} in block {index} do not fit on {executor.device} "
                           f"beside a batch of {batch.size} × {batch.length} tokens; set a smaller batch_size, or "
                           "device='cpu'")
-    seen = observer.skip | set(observer._order)
+    seen = observer.skip | set(observer.calls)
     return [(part, x, seen) for part, x in executor.halve(batch, hidden, index)]
 
 
-def reduce_statistics(world: World, observer: Observer[Statistics]) -> None:
+def reduce_statistics(world: World, observer: Gathered[Statistics]) -> None:
     """Sum the statistics of all processes' observers; experts that only some processes reached come in too."""
     if world.size == 1:
         return

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 from torch import Tensor, nn
 
 from pyprune.config import PruneConfig
 from pyprune.effects import needs_sequences, trains
 from pyprune.execution.error_probes import ErrorProbe, errors_of, make_probes, pass_dense, pass_pruned
-from pyprune.execution.executor import Activations
+from pyprune.execution.executor import NO_ROOM, Activations
 from pyprune.execution.journal import Journal
 from pyprune.execution.run import Findings, Run
 from pyprune.masks.block import gather, prune_block
+from pyprune.masks.group_order import GroupOrder, record, structure
+from pyprune.masks.sequential import Declined, SequentialPass, TooLarge
 from pyprune.masks.statistics import Inputs, Observer, observe
 from pyprune.model.blocks import WeightRef
 from pyprune.pipeline.block_loop import Written, read_back, settled_blocks, tensors_of
@@ -33,19 +37,29 @@ class MaskWork:
         self.fit: Activations | None = None
         self.probes: list[ErrorProbe] = []
         self.trainer: WindowTrainer | None = None
+        self.orders: dict[Hashable, GroupOrder] = {}
+        """With sequential inputs, what is known of blocks by their structure."""
+        self.admitted: set[Hashable] = set()
+        """Structures that an interrupted run pruned group by group: its memory sufficed, and this one's has to."""
+        self.passed = -1
+        """The last block that the streams passed while it was pruned."""
 
     @staticmethod
     def passes_of(config: PruneConfig) -> Passes:
         """What a run of this configuration passes through its blocks."""
         if not needs_sequences(config):
             return Passes()
-        beside, dense_inputs = streams_beside(config), config.inputs == "dense"
-        cross = "behind" in beside
-        # without GP the statistics pass leaves BR's targets; CR's are two dense blocks behind the final prefix
-        dense = 1 if "dense" in beside else 2 * cross
-        return Passes(statistics=1, propagation=(not dense_inputs) + cross, dense=dense,
+        beside = streams_beside(config)
+        cross, sequential, follows = "behind" in beside, config.inputs == "sequential", config.inputs == "propagated"
+        # without GP the statistics pass leaves BR's targets, unless it prunes as it goes; CR's are two dense blocks
+        # behind the final prefix
+        dense = 1 if "dense" in beside else 2 * cross or int(sequential and trains(config))
+        if sequential:
+            follows = trains(config) or config.reconstruction.select == "validation"
+        return Passes(statistics=1, propagation=follows + cross, dense=dense,
                       training=config.reconstruction.epochs * (1 + cross) if trains(config) else 0,
-                      keeps_outputs=dense_inputs or ("local" in beside and not cross), streams=("inputs", *beside))
+                      keeps_outputs=config.inputs != "propagated" or ("local" in beside and not cross),
+                      streams=("inputs", *beside))
 
     def start(self) -> None:
         if self.passes.statistics and self.run.data.sequences:
@@ -66,6 +80,9 @@ class MaskWork:
             self.trainer.dense(index, module, training=False)
 
     def work(self, index: int, module: nn.Module, bar: Progress) -> None:
+        if self.config.inputs == "sequential":
+            self.work_sequentially(index, module, bar)
+            return
         inputs = self.observe_probes(index, module)
         bar.update(phase="statistics")
         statistics = self.observe(index, module)
@@ -75,6 +92,80 @@ class MaskWork:
         masks = self.choose_and_solve(index, module, statistics, inputs)
         bar.update(phase="reconstruct")
         self.reconstruct(index, module, original, masks)
+
+    def work_sequentially(self, index: int, module: nn.Module, bar: Progress) -> None:
+        bar.update(phase="dense targets")
+        original = self.dense_targets(index, module)
+        bar.update(phase="group by group")
+        masks = self.prune_in_passing(index, module)
+        if masks is None:
+            inputs, statistics = self.observe_probes(index, module), self.observe(index, module)
+            masks = self.choose_and_solve(index, module, statistics, inputs)
+        bar.update(phase="reconstruct")
+        self.reconstruct(index, module, original, masks)
+
+    def prune_in_passing(self, index: int, module: nn.Module) -> dict[WeightRef, Tensor] | None:
+        """One pass in which each group of layers is pruned when all tokens have arrived at it; returns the keep masks.
+        None for a block that cannot be pruned so, which is still dense then; the report says why."""
+        if self.fit is None or not self.run.selected[index]:
+            return None
+        key = self.structure(index)
+        with self.found.clock("forward"):
+            if key not in self.orders:
+                self.orders[key] = self.order_of(index, module, key, self.fit)
+            if self.orders[key].trouble is None:
+                try:
+                    masks = self.pass_in_halves(index, module, self.orders[key], self.fit)
+                    self.passed = index
+                    return masks
+                except Declined as declined:
+                    self.orders[key] = GroupOrder(trouble=str(declined))
+        self.found.warn(f"block {index} was pruned as by inputs='propagated': {self.orders[key].trouble}")
+        return None
+
+    def pass_in_halves(self, index: int, module: nn.Module, order: GroupOrder,
+                       fit: Activations) -> dict[WeightRef, Tensor]:
+        """:class:`SequentialPass` over all streams of the run, with smaller batches where memory runs out. Raises
+        Declined if it does so with single sequences too."""
+        executor, asked, advances = self.executor, self.executor.batch_size, self.trainer is None
+        while True:
+            going = SequentialPass(self.run, self.found, index, module, order)
+            going.add(fit, fit if advances and index < self.last else None, fit=True)
+            for probe in self.probes:
+                going.add(probe.pruned, probe.pruned if advances else None)
+            try:
+                return going()
+            except TooLarge:
+                batch, device = going.batch, executor.device
+                executor.free()
+                if batch == 1:
+                    executor.batch_size = asked
+                    raise Declined(f"the activations of all sequences do not fit on {device} at once") from None
+                executor.batch_size = half = batch // 2
+                self.found.warn(f"block {index} ran out of memory on {device} with batches of {batch} sequences: "
+                                f"batches of {half} from there on; set batch_size={half} to begin with that")
+
+    def order_of(self, index: int, module: nn.Module, key: Hashable, fit: Activations) -> GroupOrder:
+        """Order of the groups of blocks like this one, the same in all processes; with the reason if there is no room
+        for all batches at once."""
+        world, refs = self.run.world, self.run.selected[index]
+        order = self.executor.attempt(lambda: record(self.executor, index, module, refs, fit))
+        if order is NO_ROOM:
+            order = GroupOrder(trouble=f"one sequence of {max(fit.rows)} tokens does not fit on "
+                                       f"{self.executor.device}")
+        order = world.same(order)
+        if order.trouble is not None or key in self.admitted:
+            return order
+        tokens = fit.tokens + sum(probe.pruned.tokens for probe in self.probes)
+        needed, room = order.token_bytes * tokens, self.executor.room()
+        if not world.any(needed > room):
+            return order
+        needed, room = max((pair for pair in world.everyone((needed, room))), key=lambda pair: pair[0] - pair[1])
+        return GroupOrder(trouble=f"its {tokens} tokens would keep {needed / 1e9:.2g} GB of activations at once, and "
+                                  f"there is room for {room / 1e9:.2g} GB (memory_budget_gb)")
+
+    def structure(self, index: int) -> Hashable:
+        return structure(self.run.view.blocks[index], self.run.selected[index])
 
     def observe_probes(self, index: int, module: nn.Module) -> list[Observer]:
         """Inputs of the block's weights on the probe sequences, to measure every weight's error on."""
@@ -90,11 +181,12 @@ class MaskWork:
         refs = self.run.selected[index]
         if self.fit is None or not (refs or self.config.inputs == "dense"):
             return None
-        beside = self.trainer.beside(index) if self.trainer else {}
+        beside = self.trainer.beside(index) if self.trainer and self.config.inputs != "sequential" else {}
         with self.found.clock("forward"):
             return gather(self.run, self.found.clock, index, module, refs, self.fit, **beside)
 
-    def dense_targets(self, index: int, module: nn.Module, statistics: Observer | None) -> dict[WeightRef, Tensor]:
+    def dense_targets(self, index: int, module: nn.Module,
+                      statistics: Observer | None = None) -> dict[WeightRef, Tensor]:
         """What block reconstruction is trained towards; returns copies of the dense weights."""
         if not self.trainer:
             return {}
@@ -128,16 +220,25 @@ class MaskWork:
             self.trainer.masks[index] = masks
             self.trainer.settle(index)
         self.found.weights += entry["weights"]
+        if self.config.inputs == "sequential" and self.run.selected[index]:
+            if entry["not_sequential"] is None:
+                self.admitted.add(self.structure(index))
+            else:
+                self.orders[self.structure(index)] = GroupOrder(trouble=entry["not_sequential"])
 
     def advance(self, index: int, module: nn.Module) -> None:
         with self.found.clock("forward"):
             if self.trainer:
                 self.trainer.advance(index, module)
-            elif self.fit is not None and self.passes.propagation and index < self.last:
+            elif self.fit is not None and self.follows(index) and index < self.last:
                 self.executor.run(index, module, self.fit, self.fit)
-        if not self.trainer:
+        if not self.trainer and index != self.passed:
             with self.found.clock("probe"):
                 pass_pruned(self.executor, index, module, self.probes)
+
+    def follows(self, index: int) -> bool:
+        """Whether the calibration stream has still to pass the pruned block."""
+        return self.config.inputs != "dense" and index != self.passed
 
     def tensors(self, index: int) -> list[Written]:
         """Under cross-block reconstruction the block before is final now; the block at hand, which the next window
@@ -151,10 +252,17 @@ class MaskWork:
         return written
 
     def row(self, index: int) -> dict:
-        return {**errors_of(self.probes), **(self.trainer.row(index) if self.trainer else {})}
+        way = {}
+        if self.config.inputs == "sequential" and self.run.selected[index]:
+            way = {"inputs": "sequential" if index == self.passed else "propagated"}
+        return {**errors_of(self.probes), **(self.trainer.row(index) if self.trainer else {}), **way}
 
     def record(self, index: int) -> dict:
-        return {"weights": [row for row in self.found.weights if row["block"] == index]}
+        kept: dict = {"weights": [row for row in self.found.weights if row["block"] == index]}
+        if self.config.inputs == "sequential":
+            order = self.orders.get(self.structure(index))
+            kept["not_sequential"] = order.trouble if order else None
+        return kept
 
     def settled(self, index: int) -> list[int]:
         return settled_blocks(index, self.last, self.trainer is not None and self.trainer.cross)

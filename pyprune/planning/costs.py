@@ -198,7 +198,8 @@ def memory_of(view: ModelView, selected: list[list[WeightRef]], config: PruneCon
         solve = max(solve, masks + max(12 * largest_input**2, 4 * largest_input**2 + 12 * matrix))
         if config.reconstruct == "refit":
             solve = max([solve, *(masks + refit_bytes(rows, columns) for rows, columns in shapes_of(one, refs))])
-    kept = {"statistics": grams, "probes": probe_sequences(config) * calibration.tokens * inputs * compute.itemsize}
+    kept = {"statistics": grams, "probes": probe_sequences(config) * calibration.tokens * inputs * compute.itemsize,
+            "paused_passes": paused_bytes(config, hidden, widest, compute)}
     ring = 2 * DEPTH * hidden if gpu else 0
     moments = [{**block, **kept, "batches": batch * (4 * widest + hidden + ring) * compute.itemsize},
                {**block, **kept, "solve": solve, "batches": batch * ring * compute.itemsize}]
@@ -219,6 +220,15 @@ def activation_bytes(config: PruneConfig, hidden: int, compute: torch.dtype) -> 
     """The calibration data between two blocks, once a stream, and the sequences that errors are measured on, twice."""
     tokens = len(passes_of(config).streams) * tokens_of(config)
     return (tokens + 2 * probe_sequences(config) * config.calibration.tokens) * hidden * compute.itemsize
+
+
+def paused_bytes(config: PruneConfig, hidden: int, widest: int, compute: torch.dtype) -> int:
+    """What passes that stand still before a group of layers keep alive: the residual, and queries, keys, values and
+    attention's output, or the widest input; a run measures it."""
+    if config.inputs != "sequential":
+        return 0
+    tokens = tokens_of(config) + probe_sequences(config) * config.calibration.tokens
+    return tokens * (hidden + max(4 * hidden, widest)) * compute.itemsize
 
 
 def evaluation_bytes(view: ModelView, config: PruneConfig, streamed: bool, widest: int) -> int:

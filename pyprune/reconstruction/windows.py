@@ -258,7 +258,7 @@ class WindowTrainer:
     @torch.no_grad()
     def advance(self, index: int, module: nn.Module) -> None:
         """Pass the calibration and probe streams through block ``index``."""
-        moves = index < self.last and self.run.config.inputs == "propagated"  # else the statistics pass moved it on
+        moves = index < self.last and self.run.config.inputs != "dense"  # there the statistics pass moved it on
         for streams in (self.calibration if moves else []) + self.probes:
             self.executor.run(index, module, streams.inputs, streams.pruned)
 

@@ -57,6 +57,13 @@ RECONSTRUCTIONS = {
 }
 """What a model card says of each reconstruction of masks."""
 
+INPUTS = {
+    "propagated": "of the dense block behind the pruned blocks before it",
+    "sequential": "of each group of layers behind the pruned groups before it, in one pass",
+    "dense": "of the dense model",
+}
+"""Whose inputs statistics were taken of, as summary and model card say it."""
+
 
 def print_summary(report: dict, directory: str | Path | None = None, out: TextIO | None = None) -> None:
     """The table at the end of a run: perplexity before and after, sparsity, seconds by phase, where everything lies."""
@@ -104,6 +111,8 @@ def summary_rows(report: dict) -> list[tuple[str, str]]:
     if (refitted := refit_text(report)) is not None:
         rows.append(("refit", refitted))
     rows.append(("calibration", report["calibration"]["description"]))
+    if (inputs := inputs_text(report)) is not None:
+        rows.append(("inputs", inputs))
     rows += [("warning", text) for text in distinct(report.get("warnings") or [])]
     return rows
 
@@ -117,6 +126,20 @@ def refit_text(report: dict) -> str | None:
             swept, refitted = (sum(values) / len(pairs) for values in zip(*pairs))
             parts.append(f"{number(swept)} → {number(refitted)} on {where} inputs")
     return f"error of a weight's outputs, sweep → refit: {', '.join(parts)} (mean over weights)" if parts else None
+
+
+def inputs_text(report: dict) -> str | None:
+    """Whose inputs statistics were taken of; None where none were taken."""
+    config = report["config"]
+    ways = [row["inputs"] for row in report.get("blocks") or [] if "inputs" in row]  # where blocks may differ
+    if report.get("structured"):
+        ways = [report["structured"]["inputs"]]
+    elif not ways and (config["method"] != "magnitude" or config["reconstruct"] != "none"):
+        ways = [config["inputs"]]
+    counts = {way: ways.count(way) for way in INPUTS if way in ways}
+    parts = [f"{way}: {INPUTS[way]}" + (f" ({count} of {len(ways)} blocks)" if len(counts) > 1 else "")
+             for way, count in counts.items()]
+    return "; ".join(parts) or None
 
 
 def distinct(warnings: list[str]) -> list[str]:
@@ -289,6 +312,8 @@ def model_card(report: dict, name: str, picture: str | None = None) -> str:
               "## How it was made", "",
               f"- calibration: {report['calibration']['description']} (token ids sha256 "
               f"`{report['calibration']['fingerprint'][:16]}…`)"]
+    if (inputs := inputs_text(report)) is not None:
+        lines.append(f"- statistics of inputs, {inputs}")
     if config["reconstruct"] in RECONSTRUCTIONS:
         lines.append(f"- reconstruction: {RECONSTRUCTIONS[config['reconstruct']]}"
                      + ("; the targets are the dense model's own stream" if config.get("global_propagation") else ""))

@@ -21,10 +21,10 @@ from pyprune.execution.distributed import FAILED, GONE, LOST, Pulse, World
 
 ROOT = Path(__file__).parents[2]
 SUPPORT = ROOT / "tests/support"
-MASKS = ("sparsegpt", "wanda", "moe", "dense", "refit", "block", "shared_keys", "cross")
+MASKS = ("sparsegpt", "wanda", "moe", "dense", "sequential", "sequential_moe", "refit", "block", "shared_keys", "cross")
 STRUCTURED = ("liar", "taylor")
 CASES = (*MASKS, *STRUCTURED, "refine")
-THREE = ("sparsegpt", "moe", "block", "liar", "refine")
+THREE = ("sparsegpt", "moe", "sequential_moe", "block", "liar", "refine")
 """What three processes run too: a start costs seconds."""
 
 

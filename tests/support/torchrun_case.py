@@ -24,6 +24,8 @@ FIELDS = {
     "wanda": dict(method="wanda", pattern="2:4"),
     "moe": dict(method="wanda"),
     "dense": dict(inputs="dense"),
+    "sequential": dict(inputs="sequential"),
+    "sequential_moe": dict(method="wanda", inputs="sequential"),
     "refit": dict(reconstruct="refit", pattern="2:4"),
     "block": dict(reconstruct="block", global_propagation=True,
                   reconstruction=Reconstruction(epochs=2, lr=1e-3, batch_size=4)),
@@ -37,7 +39,7 @@ FIELDS = {
 
 def case(name: str, **fields):
     model = token_models.build("gemma4 with shared keys") if name == "shared_keys" else \
-        tiny.model("qwen3_moe" if name == "moe" else "llama")
+        tiny.model("qwen3_moe" if name.endswith("moe") else "llama")
     sequences = [*tiny.ids(10, 24), *tiny.ids(3, 17, seed=1)]
     settings = {"calibration": {"source": sequences, "num_samples": 13, "seq_len": 24},
                 "evaluation": Evaluation(text=tiny.ids(6, 24), dtype="float32"), **FIELDS[name], **fields}

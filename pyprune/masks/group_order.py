@@ -1,0 +1,177 @@
+"""In which order the groups of a block's layers are reached, and what a paused pass keeps alive: one recorded pass.
+
+A group is the layers that read the same tensor. Experts that the recorded pass does not reach get the places that
+those it reaches tell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pyprune.execution.executor import Activations, Batch, Executor
+from pyprune.masks.statistics import Observer
+from pyprune.model.blocks import WeightRef
+from pyprune.model.routing import expert_lists
+
+
+@dataclass(frozen=True)
+class Group:
+    """Layers of a block that read the same input."""
+
+    place: tuple[int, int, int]
+    """Orders groups as a pass reaches them."""
+    refs: tuple[WeightRef, ...]
+
+    @property
+    def leader(self) -> str:
+        return self.refs[0].name
+
+
+@dataclass(frozen=True)
+class GroupOrder:
+    """What is known of all blocks of one structure."""
+
+    groups: tuple[Group, ...] = ()
+    """As a pass reaches them."""
+    token_bytes: float = 0.0
+    """Bytes that a pass which stands before a group keeps alive for each token, at most."""
+    trouble: str | None = None
+    """Why such blocks cannot be pruned group by group."""
+
+
+def structure(block: nn.Module, refs: list[WeightRef]) -> Hashable:
+    """Equal for blocks whose groups have the same order."""
+    return type(block), tuple((name, tuple(p.shape)) for name, p in block.named_parameters()), tuple(refs)
+
+
+def record(executor: Executor, index: int, module: nn.Module, refs: list[WeightRef], source: Activations) -> GroupOrder:
+    """Run a block over one sequence of a stream, the longest."""
+    batch = Batch(max(source.rows), 0, 1)
+    beside = executor.beside([index], source, batch)
+    executor.arguments(index, batch.length, 1)
+    before = _attributes(module)
+    with Alive() as alive:
+        observer = Observer(module, refs, lambda columns, device: alive)
+        try:
+            observer.run(lambda: executor.forward(index, module, source.read(batch), beside))
+        finally:
+            observer.close()
+    after = _attributes(module)
+    trouble = _again(observer)
+    changed = [name for name, value in after.items() if not _same(before.get(name), value)]
+    if trouble is None and changed:
+        trouble = f"{changed[0]} changes during a pass, which passes that take turns would change for each other"
+    if trouble is not None:
+        return GroupOrder(trouble=trouble)
+    return GroupOrder(_groups(module, refs, observer), alive.peak / batch.length)
+
+
+def _attributes(module: nn.Module) -> dict[str, object]:
+    return {f"{path}.{name}".lstrip("."): value for path, part in module.named_modules()
+            for name, value in vars(part).items()}
+
+
+def _same(a, b) -> bool:
+    return a is b or (isinstance(a, (bool, int, float, str)) and type(a) is type(b) and a == b)
+
+
+def _again(observer: Observer) -> str | None:
+    """Why groups that are met once in a pass do not say all that a weight reads; None if they do."""
+    for step, name, times in observer.calls:
+        if step or times:
+            return f"{name} is multiplied by several times in a pass"
+    return f"several layers share {min(observer.alone)}" if observer.alone else None
+
+
+def _groups(module: nn.Module, refs: list[WeightRef], observer: Observer) -> tuple[Group, ...]:
+    first: dict[str, int] = {}
+    for position, (_, name, _) in enumerate(observer.calls):
+        first.setdefault(name, position)
+    routed = _experts(module, refs)
+    named = {key: name for name, key in routed.items()}
+    kinds: dict[str, dict[str, int]] = {}
+    """By the place of the experts in the block: what each of them has, in the order of its use."""
+    for name in first:
+        if name in routed:
+            place, _, kind = routed[name]
+            kinds.setdefault(place, {}).setdefault(kind, len(kinds[place]))
+    leads = {(routed[name][0], routed[name][2]): routed[observer.leader[name]][2] for name in first
+             if name in routed and observer.leader[name] in routed}
+    starts = {place: min(first[name] for name in first if routed.get(name, ("",))[0] == place) for place in kinds}
+    together = {place for place in kinds if _kind_by_kind([routed[name] for name in first if name in routed], place,
+                                                          kinds[place])}
+    members: dict[str, list[WeightRef]] = {}
+    for ref in refs:
+        leader = observer.leader.get(ref.name)
+        if leader is None and ref.name in routed:
+            place, number, kind = routed[ref.name]
+            leader = named.get((place, number, leads.get((place, kind), "")))
+        if leader is not None:
+            members.setdefault(leader, []).append(ref)
+
+    def place_of(leader: str) -> tuple[int, int, int]:
+        if leader not in routed:
+            return first[leader], 0, 0
+        place, number, kind = routed[leader]
+        inner = (kinds[place][kind], number) if place in together else (number, kinds[place][kind])
+        return starts[place], *inner
+
+    return tuple(sorted((Group(place_of(leader), tuple(own)) for leader, own in members.items()),
+                        key=lambda group: group.place))
+
+
+def _experts(module: nn.Module, refs: list[WeightRef]) -> dict[str, tuple[str, int, str]]:
+    """By name of a weight of an expert: where the experts are, which of them it is, and what of it."""
+    found = {ref.name: (ref.module_path, ref.expert, ref.path) for ref in refs if ref.expert is not None}
+    for path in expert_lists(module):
+        numbers = {name: number for number, name in enumerate(module.get_submodule(path)._modules)}
+        for ref in refs:
+            if ref.path.startswith(f"{path}."):
+                name, _, kind = ref.path[len(path) + 1:].partition(".")
+                found[ref.name] = path, numbers[name], kind
+    return found
+
+
+def _kind_by_kind(calls: list[tuple[str, int, str]], place: str, ranks: dict[str, int]) -> bool:
+    """Whether all experts do their first product before any does its second."""
+    own = [(ranks[kind], number) for where, number, kind in calls if where == place]
+    several = len({number for _, number in own}) > 1
+    return several and [rank for rank, _ in own] == sorted(rank for rank, _ in own)
+
+
+class Alive(TorchDispatchMode):
+    """Bytes of the tensors made since it was entered that are still alive; :meth:`update`, called where a pass is to
+    pause, takes their peak."""
+
+    def __init__(self):
+        super().__init__()
+        self.peak = 0
+        self._made: dict[StorageWeakRef, int] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = {StorageWeakRef(t.untyped_storage()) for t in _tensors([args, kwargs or {}])}
+        out = func(*args, **(kwargs or {}))
+        for tensor in _tensors(out):
+            storage = tensor.untyped_storage()
+            key = StorageWeakRef(storage)
+            if key not in given:  # a view, also of a parameter, makes nothing
+                self._made[key] = storage.nbytes()
+        return out
+
+    def update(self, rows: Tensor, dense: Tensor | None = None) -> None:
+        self._made = {key: size for key, size in self._made.items() if not key.expired()}
+        self.peak = max(self.peak, sum(self._made.values()))
+
+
+def _tensors(tree) -> list[Tensor]:
+    if isinstance(tree, torch.Tensor):
+        return [tree]
+    if isinstance(tree, dict):
+        tree = list(tree.values())
+    return [tensor for part in tree for tensor in _tensors(part)] if isinstance(tree, (list, tuple)) else []
