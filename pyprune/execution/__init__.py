@@ -3,6 +3,7 @@
 ``run``                what a run is (``Run``) and what it finds (``Findings``)
 ``executor``           activations through one block at a time: ``Executor``, ``Activations``
 ``activation_store``   where activations live: host memory or files, and their way to a GPU and back
+``unopened``           a checkpoint before it is opened, and whether its weights are streamed: ``Unopened``
 ``weight_streaming``   blocks read from their files when it is their turn: ``Streamed``, ``open_checkpoint``
 ``journal``            finished blocks on disk, from which ``--resume`` goes on; ``Interrupted``
 ``distributed``        several processes under ``torchrun``: shares, sums, broadcasts: ``World``

@@ -9,6 +9,7 @@
 ``names``             patterns that name weights (``targets``, ``ignore``)
 ``sizes``             modules whose sizes their configuration cannot say
 ``checkpoint``        checkpoints found, loaded and written whole or not at all
+``assembly``          the finished checkpoint, made of the blocks that a run has written
 ``shards``            safetensors files, read in pieces and written crash-safely
 ``skeleton``          a model from its configuration, without memory
 ``origin``            what a checkpoint holds beside the model, carried along unchanged

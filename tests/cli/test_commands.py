@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 import tiny
-from safetensors.torch import load_file
+from same_bytes import stored
 
 import pyprune
 from pyprune.cli import commands
@@ -55,7 +55,8 @@ def test_prune_prints_what_it_did_and_where_it_is(pruned, folder):
 def test_run_yaml_repeats_to_the_bit_and_options_override_it(capsys, tmp_path, pruned):
     path, _, _ = pruned
     assert call(capsys, "prune", "--config", path / "run.yaml", "-o", tmp_path / "two")[0] == 0
-    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    first, second = (stored(tmp_path / name) for name in ("one", "two"))
+    assert first.keys() == second.keys() and first
     assert all((first[name] == second[name]).all() for name in first)
     code, _, _ = call(capsys, "prune", "--config", path / "run.yaml", "-o", tmp_path / "three", "--pattern", "4:8",
                       "--method", "wanda", "--reconstruct", "none", "--num-samples", 6)

@@ -9,6 +9,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
+from same_bytes import stored
 
 from pyprune.config import Calibration, Evaluation, Reconstruction
 from pyprune.execution.journal import Interrupted, Journal
@@ -23,16 +24,12 @@ def run(model, output, **fields):
     return prune(model, output=str(output), progress=False, **fields)
 
 
-def tensors(folder) -> dict[str, torch.Tensor]:
-    return {name: t for file in Path(folder).glob("*.safetensors") for name, t in load_file(file).items()}
-
-
 def names(folder) -> list[str]:
     return sorted(path.name for path in Path(folder).rglob("*.safetensors"))
 
 
 def assert_same(one, other):
-    one, other = tensors(one), tensors(other)
+    one, other = stored(one), stored(other)
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) and one[name].dtype == other[name].dtype for name in one)
 
@@ -76,9 +73,9 @@ def test_linked_blocks_are_the_model_that_transformers_would_write(tmp_path, pla
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == \
         json.loads((whole / "config.json").read_text())
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
-    stored = tensors(tmp_path / "out")
-    assert index["weight_map"].keys() == stored.keys()
-    assert index["metadata"]["total_size"] == sum(t.numel() * t.element_size() for t in stored.values())
+    tensors = stored(tmp_path / "out")
+    assert index["weight_map"].keys() == tensors.keys()
+    assert index["metadata"]["total_size"] == sum(t.numel() * t.element_size() for t in tensors.values())
     modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()}
     assert modes == {path.stat().st_mode & 0o777 for path in whole.iterdir()}
     result.save(str(tmp_path / "again"))
@@ -119,7 +116,7 @@ def test_experts_that_transformers_takes_apart_are_written_by_it(tmp_path, archi
     assert not assembly.stores_as_held(model, ModelView(model).path)
     run(model, tmp_path / "out", method="magnitude")
     assert names(tmp_path / "out") == ["model.safetensors"]
-    assert any("experts.0." in name for name in tensors(tmp_path / "out"))
+    assert any("experts.0." in name for name in stored(tmp_path / "out"))
     logits(tmp_path / "out")
 
 
@@ -165,7 +162,7 @@ def test_kept_tensors_and_side_files_are_beside_linked_blocks(tmp_path):
     (tmp_path / "dense" / "LICENSE").write_text("as it is")
     run(str(tmp_path / "dense"), tmp_path / "out")
     assert len(names(tmp_path / "out")) == 5 and (tmp_path / "out" / "LICENSE").read_text() == "as it is"
-    assert torch.equal(tensors(tmp_path / "out")["drafter.weight"], load_file(path)["drafter.weight"])
+    assert torch.equal(stored(tmp_path / "out")["drafter.weight"], load_file(path)["drafter.weight"])
     checkpoint.load(str(tmp_path / "out"))
 
 

@@ -11,6 +11,7 @@ import tiny
 import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
+from same_bytes import stored
 
 import pyprune
 from pyprune.config import ConfigError, Evaluation, PruneConfig, from_yaml
@@ -97,8 +98,8 @@ def test_types_are_kept_from_file_to_file(tmp_path, dtype):
     tiny.model("llama").to(getattr(torch, dtype)).save_pretrained(tmp_path / "dense")
     result = pyprune.prune(str(tmp_path / "dense"), method="magnitude", calibration=tiny.ids(6, 24),
                            evaluation=NO_EVALUATION, progress=False, output=str(tmp_path / "pruned"))
-    stored = load_file(tmp_path / "pruned" / "model.safetensors")
-    assert {str(t.dtype)[6:] for t in stored.values()} == {dtype}
+    written = stored(tmp_path / "pruned")
+    assert {str(t.dtype)[6:] for t in written.values()} == {dtype}
     assert result.report["model"]["dtype"] == dtype
     assert json.loads((tmp_path / "pruned" / "config.json").read_text())["dtype"] == dtype
 
@@ -114,7 +115,7 @@ def saved(tmp_path_factory, folder):
 def test_a_saved_folder_holds_everything_and_plain_transformers_loads_it(saved):
     result, path = saved
     names = {p.name for p in path.iterdir()}
-    assert names >= {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "pruning.json",
+    assert names >= {"model.safetensors.index.json", "config.json", "generation_config.json", "tokenizer.json", "pruning.json",
                      "report.json", "run.yaml", "README.md"}
     model = hf.AutoModelForCausalLM.from_pretrained(path)
     ids = tiny.ids(2, 24)

@@ -10,7 +10,7 @@ from pyprune.config import Calibration, Evaluation, PruneConfig
 from pyprune.masks.refit import USUAL_STEPS
 from pyprune.model.blocks import ModelView, weights_of
 from pyprune.model.skeleton import skeleton
-from pyprune.planning.costs import Input, inputs_of, memory_of, passes_of, work_of
+from pyprune.planning.costs import Input, inputs_of, memory_of, work_of
 from pyprune.planning.rehearsal import rehearsal_model
 
 
@@ -97,9 +97,3 @@ def test_memory_is_that_of_the_moment_that_needs_most():
     measured = peak(evaluation=Evaluation(batch_size=256))
     assert set(measured) == {"process", "weights", "evaluation"}, "activations are gone, or not yet there"
     assert peak(budget=1000, evaluation=Evaluation(enabled=False))["activations"] == 1000, "the rest lies in files"
-
-
-def test_passes_are_those_the_orchestrator_makes():
-    assert passes_of(PruneConfig(method="magnitude"))["statistics"] == 0
-    assert passes_of(PruneConfig(method="wanda")) == {"statistics": 1, "propagation": 1, "dense": 0, "training": 0}
-    assert passes_of(PruneConfig(method="wanda", inputs="dense"))["propagation"] == 0
