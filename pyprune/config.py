@@ -24,6 +24,10 @@ WEIGHT_RECONSTRUCTIONS = ("none", *LAYERWISE, "block", "cross_block")
 STRUCTURED_RECONSTRUCTIONS = ("none", "bias", "mask_tuning", "liar")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 TOKEN_WEIGHTS = ("auto", "relative", "balanced", "uniform")
+BACKENDS = ("cuda", "triton", "cpu", "reference")
+OPS = ("gram_update", "cross_gram_update", "column_moments", "select_mask", "nm_mask", "compress_24", "expand_24",
+       "obs_sweep", "trailing_update", "cholesky", "cholesky_solve", "liar_update", "linear")
+"""The functions of :mod:`pyprune.ops`."""
 MAX_COLUMN_BLOCK = 1024
 """Columns that :func:`pyprune.ops.obs_sweep` takes, on every back-end."""
 WINDOW = 1024
@@ -56,6 +60,25 @@ def _choose(name: str, value, allowed) -> None:
         near = difflib.get_close_matches(str(value), [str(a) for a in allowed], n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ConfigError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}{hint}")
+
+
+def parse_backend(text: str) -> dict[str, str]:
+    """Op → back-end of ``auto``, ``cuda``, ``obs_sweep=cuda,nm_mask=triton`` or ``cuda,linear=reference``; under the
+    empty name what all other ops take, if that is not ``auto``."""
+    named: dict[str, str] = {}
+    for part in text.split(","):
+        op, equals, name = (piece.strip() for piece in part.partition("="))
+        if not equals:
+            op, name = "", op
+            _choose("backend", name, ("auto", *BACKENDS))
+        else:
+            _choose(f"op in backend {text!r}", op, OPS)
+            _choose(f"backend of {op}", name, ("auto", *BACKENDS))
+        if op in named:
+            raise ConfigError(f"backend {text!r} names two back-ends for {op or 'every op'}; leave one of them out")
+        named[op] = name
+    default = named.get("", "auto")
+    return {op: name for op, name in named.items() if name != "auto" or (op and default != "auto")}
 
 
 def _positive(owner, *names: str, minimum: int = 1) -> None:
@@ -270,7 +293,8 @@ class PruneConfig:
     device: str = "auto"
     """Where blocks are computed: auto (a GPU if there is one), cpu, cuda, cuda:1."""
     backend: str = "auto"
-    """Back-end of every op: auto, cuda, triton, cpu, reference."""
+    """Back-end of every op: auto, cuda, triton, cpu, reference; an op that it does not have takes auto's, and the run
+    says so. By op, for those who measure: ``obs_sweep=cuda,gram_update=triton``, or ``cuda,linear=reference``."""
     seed: int = 0
     """Seed of every random choice; the same seed gives the same result, bit for bit, on the same machine."""
     probe_samples: int = 2
@@ -296,7 +320,7 @@ class PruneConfig:
         _choose("inputs", self.inputs, ("propagated", "dense"))
         _choose("dtype", self.dtype, DTYPES)
         _choose("compute_dtype", self.compute_dtype, DTYPES)
-        _choose("backend", self.backend, ("auto", "cuda", "triton", "cpu", "reference"))
+        parse_backend(self.backend)
         _choose("stream", self.stream, STREAMING)
         _positive(self, "batch_size", "column_block")
         if self.column_block > MAX_COLUMN_BLOCK:
