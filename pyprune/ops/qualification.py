@@ -6,7 +6,7 @@ A candidate is a function by name; a list holds those of one op, or of one of it
 crashes or hangs is out, and one that is faster than those before it in the list by more than ``MARGIN`` takes their
 place. The verdicts lie in the user's cache folder, one JSON per machine, GPU, thread class and build. Where nothing was
 measured the default is taken: on a CPU, whose kernels the tests of every build have run, the first of the list, on a
-GPU the last, which is the library's. ``PYPRUNE_QUALIFY=0`` measures nothing and takes every default.
+GPU the library's. ``PYPRUNE_QUALIFY=0`` measures nothing and takes every default.
 
 This module knows neither ops nor back-ends: :mod:`pyprune.ops` hands it the candidates.
 """
@@ -84,11 +84,13 @@ def verdicts(device: str, candidates: Candidates, *, measure: bool = True, again
 
 
 def _defaults(device: str, candidates: Candidates, why: str) -> dict[str, dict]:
-    return {op: {"takes": list_[_default(device)]["name"], "why": why} for op, list_ in candidates.items()}
+    names = {op: [c["name"] for c in list_] for op, list_ in candidates.items()}
+    return {op: {"takes": names[op][0] if device == "cpu" else _library(names[op]), "why": why} for op in names}
 
 
-def _default(device: str) -> int:
-    return 0 if device == "cpu" else -1
+def _library(names: list[str]) -> str:
+    """What needs no proof: PyTorch's own."""
+    return "reference" if "reference" in names else names[-1]
 
 
 def _default_is(device: str) -> str:
@@ -146,7 +148,7 @@ def decide(names: list[str], record: dict) -> dict:
     """The verdict on an op from what its candidates did: the first right one, unless a later one is clearly faster."""
     right = [name for name in names if name in record["errors"] and name not in record["failed"]]
     if not right:
-        return {**record, "takes": names[-1], "why": "no candidate passed its checks: the last resort"}
+        return {**record, "takes": _library(names), "why": "no candidate passed its checks: the last resort"}
     taken = right[0]
     if len(right) == 1:
         return {**record, "takes": taken, "why": "the only one that passed its checks"}

@@ -33,7 +33,7 @@ def _add_product(total: Tensor, y: Tensor, x: Tensor) -> None:
 def gram_update(gram: Tensor, x: Tensor, *, sums: Tensor | None = None, count: Tensor | None = None,
                 mask: Tensor | None = None, precision: str = "float32") -> None:
     for chunk in _rows(x, mask).split(CHUNK_TOKENS):
-        chunk = chunk.to(torch.bfloat16) if precision == "bfloat16" and chunk.dtype == torch.float32 else chunk
+        chunk = chunk.to(torch.bfloat16) if precision == "bfloat16" else chunk
         _add_product(gram, chunk, chunk)
         if sums is not None:
             sums += chunk.sum(0, dtype=torch.float32)
