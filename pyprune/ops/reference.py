@@ -15,16 +15,20 @@ CHUNK_TOKENS = 8192
 
 def _rows(x: Tensor, mask: Tensor | None) -> Tensor:
     """Rows that do not count become zeros: to leave them out, a GPU would have to be asked how many there are."""
-    return x if mask is None else torch.where(mask[:, None], x, 0)
+    return x if mask is None else torch.where(mask.unsqueeze(1), x, 0)
 
 
 def _count(x: Tensor, mask: Tensor | None) -> Tensor | int:
     return len(x) if mask is None else mask.sum()
 
 
+def _tensor_cores(x: Tensor) -> bool:
+    return x.is_cuda and x.dtype != torch.float32
+
+
 def _add_product(total: Tensor, y: Tensor, x: Tensor) -> None:
     """``total += yᵀx`` with float32 sums; on a GPU 16-bit products run on its tensor cores, which keep such sums."""
-    if x.is_cuda and x.dtype != torch.float32:
+    if _tensor_cores(x):
         total.copy_(torch.addmm(total, y.T, x, out_dtype=torch.float32))
     else:
         total.addmm_(y.float().T, x.float())

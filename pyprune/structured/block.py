@@ -98,12 +98,12 @@ def observe(run: Run, clock: Clock, index: int, module: nn.Module, groups: list[
 
     def take(batch: Batch, _) -> None:
         with clock("statistics"):
-            held = _held(stream, batch, first, total).to(run.executor.device)
+            held = _held(stream, batch, first, total)
             for i, split in enumerate(splits):
                 x = taps.inputs.get(i)
                 if x is None:
                     continue  # an expert that no token of this batch reached
-                mark = held if len(x) == len(held) else torch.arange(len(x), device=x.device) % HELD_OUT_EVERY == 4
+                mark = held if len(x) == len(held) else torch.arange(len(x)) % HELD_OUT_EVERY == 4
                 e = None
                 if errors[i]:
                     want = dense[i].read(batch)

@@ -195,15 +195,17 @@ class Split:
         return Split(Moments(columns, outputs, device, precision), Moments(columns, outputs, device, precision))
 
     def update(self, x: Tensor, held: Tensor, e: Tensor | None = None, w: Tensor | None = None) -> None:
-        """Add tokens; ``held`` bool ``[tokens]`` marks those set aside; w: float32 weights ``[tokens]``."""
+        """Add tokens; ``held`` bool ``[tokens]``, in host memory, marks those set aside, so that a device need not be
+        asked how many they are; w: float32 weights ``[tokens]``."""
         self._views.clear()
         if self.fit.shift is None and len(x):
             self.fit.shift = self.held.shift = mean_of(x.float(), w)
             if self.fit.outputs:
                 zero = torch.zeros(self.fit.outputs, device=x.device)
                 self.fit.shift_e = self.held.shift_e = zero if e is None else mean_of(e.float(), w)
-        for part, rows in ((self.fit, ~held), (self.held, held)):
-            part.update(x[rows], None if e is None else e[rows], None if w is None else w[rows])
+        for part, which in ((self.fit, ~held), (self.held, held)):
+            rows = which.nonzero().flatten().to(x.device, non_blocking=True)
+            part.update(*(None if t is None else t.index_select(0, rows) for t in (x, e, w)))
 
     def sum_over(self, world) -> None:
         """Moments of the tokens of all processes of a :class:`pyprune.execution.distributed.World`, in each of them."""
