@@ -139,11 +139,10 @@ def drop_counts(sparsity: float, rows: int, columns: int, column_block: int) -> 
 
 def sweep_guards(start: Tensor, weight: Tensor, keep: Tensor, factor: Factor, config: PruneConfig) -> dict[str, Tensor]:
     """Guards of a sweep that chose its mask, or was given one: its weights, its count, its first choice."""
-    start = start.masked_fill(factor.dead, 0)
-    wrong = guards.swept(start, weight, keep, factor.r)
+    wrong = guards.swept(start, weight, keep, factor.r, factor.dead)
     if config.method != "sparsegpt" or not start.numel():
         return {"obs_sweep": wrong}
-    scale = 1 / factor.r.diagonal()
+    scale = torch.where(factor.dead, 0, 1 / factor.r.diagonal())
     if config.nm:
         first = slice(0, config.nm[1])
         wrong = wrong | guards.counted(keep, config.nm) | guards.chosen(start[:, first], keep[:, first].contiguous(),

@@ -86,14 +86,15 @@ def counted(keep: Tensor, nm: tuple[int, int]) -> Tensor:
     return (keep.view(torch.uint8).view(-1, m).sum(1, dtype=torch.uint8) != n).any()
 
 
-def swept(start: Tensor, weight: Tensor, keep: Tensor, r: Tensor) -> Tensor:
+def swept(start: Tensor, weight: Tensor, keep: Tensor, r: Tensor, dead: Tensor | None = None) -> Tensor:
     """``weight`` is to be what the OBS sweep makes of ``start`` on this mask: zero where it drops, and of a few rows
-    the change is ``e r`` with an e that is zero where the mask keeps. There is one such weight."""
+    the change is ``e r`` with an e that is zero where the mask keeps. There is one such weight. Columns that are
+    ``dead`` count as zero from the start."""
     rows = _some(len(start), ROWS, start.device)
-    before = start[rows]
+    before = start[rows] if dead is None else start[rows].masked_fill(dead, 0)
     change = before - weight[rows]
     error = torch.linalg.solve_triangular(r, change, upper=True, left=False)
     rest = (error * keep[rows]) @ r
     made_up = (change * keep[rows]).norm(dim=1)
     far = ~(rest.norm(dim=1) <= SWEEP * made_up + ROUNDING * before.norm(dim=1)).all()
-    return far | weight.masked_fill(keep, 0).any()
+    return far | weight.ne(0).gt(keep).any()
