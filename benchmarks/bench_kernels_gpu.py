@@ -4,8 +4,8 @@
 
 Each row: µs (median of 20, L2 flushed), the first call's seconds (compilation included), the ratio to each PyTorch
 baseline of the same run, the share of the floor, and the target. The floor of a memory-bound op is its bytes over the
-measured bandwidth of a copy; of a product its FLOPs over ``--peak`` TFLOP/s. A row says whether its op is right here, by
-the GPU tests or by ``first_contact.py smoke`` in the same ``$OUT``; a figure of a red one is no result, but still read.
+measured bandwidth of a copy; of a product its FLOPs over ``--peak`` TFLOP/s. A row says whether its op is right here,
+by the GPU tests or by ``first_contact.py smoke`` in the same ``$OUT``; the figure of a red one is no result.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def solvers():
 
 
 def colours(name: str, junit: Path | None, tests: dict[str, str]) -> dict[str, str]:
-    """Op → green, or red with what failed, for a back-end: of its GPU tests, of the smoke calls; else nothing is known."""
+    """Op → green, or red with what failed, for a back-end, by its GPU tests and the smoke calls, as far as known."""
     found: dict[str, str] = {}
     for row in read("smoke"):
         op = row["op"].split("/")[0]

@@ -126,7 +126,7 @@ def block(device: str, backends: list[str]) -> None:
                 "peak_device_memory_bytes": report["peak_device_memory_bytes"],
                 "predicted_run_s": BLOCKS * report["blocks"][0]["seconds"]}
         write("block", rows, device=device)
-        print(f"{backend:10} block {row['block_s']:.3f} s, whole run predicted {row['predicted_run_s']:.0f} s", flush=True)
+        print(f"{backend:10} block {row['block_s']:.3f} s, run predicted {row['predicted_run_s']:.0f} s", flush=True)
     kinds = [torch.profiler.ProfilerActivity.CPU]
     if device != "cpu":
         kinds.append(torch.profiler.ProfilerActivity.CUDA)
