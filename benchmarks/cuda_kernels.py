@@ -124,7 +124,8 @@ def main() -> None:
             base = microseconds(baseline, reset)[1]
             floor = max(nbytes / bandwidth, flops / FLOAT32_RATE) * 1e6
             rows.append({"op": op, "case": label, "tests": tests, "us": mid, "us_quartiles": [low, high],
-                         "torch_us": base, "ratio": base / mid, "gb_s": nbytes / mid / 1e3, "tflop_s": flops / mid / 1e6,
+                         "torch_us": base, "ratio": base / mid, "gb_s": nbytes / mid / 1e3,
+                         "tflop_s": flops / mid / 1e6,
                          "floor_us": floor, "share_of_floor": floor / mid})
             print(f"{op:15s} {label:32s} {mid:9.1f} µs  torch {base:10.1f} µs  {base / mid:6.1f}×  "
                   f"{nbytes / mid / 1e3:7.0f} GB/s  {floor / mid:5.0%} of the floor's rate  {tests}", flush=True)
