@@ -260,6 +260,17 @@ def test_what_failed_in_a_run_is_out_until_it_is_measured_again(cache, measured)
     assert {v["takes"] for v in again.values()} == {"own"} and len(measured) == 2
 
 
+@pytest.mark.skipif(native._C is None, reason="no native module")
+def test_a_resumed_run_does_not_go_back_to_what_failed_a_guard(cache, measured):
+    recorded = ops.settle("cpu")
+    assert recorded["cpu"]["obs_sweep"] == "cpu"
+    with ops.pinned(recorded):
+        assert ops.disqualify("obs_sweep", "cpu", "wrong in block 1") == "cpu"
+        assert ops.taken("obs_sweep", "cpu") == "reference" and ops.taken("nm_mask", "cpu") == "cpu"
+    recorded["cpu"]["obs_sweep"] = "cpu"  # as the journal has it
+    assert ops.settle("cpu", recorded)["cpu"] == {**recorded["cpu"], "obs_sweep": "reference"}
+
+
 # ---- stand-ins for a GPU: the interpreter, and what a GPU tells of itself -------------------------------------------
 
 def test_triton_kernels_prove_themselves_in_the_interpreter_and_a_planted_fault_is_found(cache, monkeypatch):
