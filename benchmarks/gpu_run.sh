@@ -38,7 +38,7 @@ rehearse() {
     step ceilings 30 "$python" benchmarks/first_contact.py ceilings --device cpu
     step smoke 50 env TRITON_INTERPRET=1 "$python" benchmarks/first_contact.py smoke --device cpu --only nm_mask
     step block 50 "$python" benchmarks/first_contact.py block --device cpu --backends auto,reference
-    step tests 90 "$python" benchmarks/first_contact.py tests --file tests/test_effects.py --name effects --processes 1
+    step tests 90 "$python" benchmarks/first_contact.py tests --file tests/test_config.py --name some_tests --processes 1
     step triton_bench 30 "$python" benchmarks/bench_kernels_gpu.py --help
     step cuda_bench 30 "$python" benchmarks/cuda_kernels.py --help
 }
