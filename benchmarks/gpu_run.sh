@@ -35,12 +35,12 @@ step() {  # name, seconds it may take, command...
 
 
 rehearse() {
-    step ceilings 30 "$python" benchmarks/first_contact.py ceilings --device cpu
-    step smoke 50 env TRITON_INTERPRET=1 "$python" benchmarks/first_contact.py smoke --device cpu --only nm_mask
-    step block 50 "$python" benchmarks/first_contact.py block --device cpu --backends auto,reference
-    step tests 90 "$python" benchmarks/first_contact.py tests --file tests/test_config.py --name some_tests --processes 1
-    step triton_bench 30 "$python" benchmarks/bench_kernels_gpu.py --help
-    step cuda_bench 30 "$python" benchmarks/cuda_kernels.py --help
+    step ceilings 100 "$python" benchmarks/first_contact.py ceilings --device cpu
+    step smoke 200 env TRITON_INTERPRET=1 "$python" benchmarks/first_contact.py smoke --device cpu --only nm_mask
+    step block 200 "$python" benchmarks/first_contact.py block --device cpu --backends auto,reference
+    step tests 300 "$python" benchmarks/first_contact.py tests --file tests/test_config.py --name some_tests --processes 1
+    step triton_bench 100 "$python" benchmarks/bench_kernels_gpu.py --help
+    step cuda_bench 100 "$python" benchmarks/cuda_kernels.py --help
 }
 
 build() {
