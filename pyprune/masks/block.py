@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from pyprune import ops
 from pyprune.config import ConfigError
 from pyprune.effects import needs_factor, needs_sequences
 from pyprune.execution.executor import Activations
-from pyprune.execution.run import Clock, Findings, Run
+from pyprune.execution.run import Findings, Run
 from pyprune.masks.solvers import inverse_factor, solve
 from pyprune.masks.statistics import (
     Inputs,
@@ -31,7 +32,7 @@ ERRORS = ("error", "error_sweep", "error_held_out", "error_held_out_sweep")
 calibration and on held-out inputs."""
 
 
-def gather(run: Run, clock: Clock, index: int, module: nn.Module, refs: list[WeightRef], fit: Activations,
+def gather(run: Run, found: Findings, index: int, module: nn.Module, refs: list[WeightRef], fit: Activations,
            target: Activations | None = None, dense: Activations | None = None) -> Observer[Statistics]:
     """Statistics pass over one block; finite or a ConfigError that names weight, sequence and token.
 
@@ -41,15 +42,28 @@ def gather(run: Run, clock: Clock, index: int, module: nn.Module, refs: list[Wei
     config = run.config
     gram = needs_factor(config)
     precision = "bfloat16" if run.executor.dtype == torch.bfloat16 else "float32"
+    target = fit if config.inputs == "dense" else target
+    once = target is fit or dense is not None  # the pass takes the place of its own inputs
+
+    def failed(op: str) -> None:
+        distrust(found, run.executor.device, index, op)
 
     def sink(columns: int, device: torch.device) -> Statistics:
         return Statistics(columns, device, want_gram=gram, want_moments=config.method == "wanda" and not gram,
-                          precision=precision, clock=clock)
+                          precision=precision, clock=found.clock, redo=failed if once else None)
 
-    observer = observe(run.executor, index, module, refs, fit, sink, dense=dense,
-                       target=fit if config.inputs == "dense" else target)
+    def watched() -> Observer[Statistics]:
+        return observe(run.executor, index, module, refs, fit, sink, dense=dense, target=target)
+
+    observer = watched()
+    if not once and (wrong := suspects(observer)):
+        with ops.backend(",".join(f"{op}=reference" for op in wrong)):
+            observer = watched()
+        if not suspects(observer):
+            for op in wrong:
+                failed(op)
     reduce_statistics(run.world, observer)
-    if not all(s.finite() for s in observer.sinks.values()):
+    if observer.sinks and not torch.stack([s.finite() for s in observer.sinks.values()]).all():
         find_non_finite(run.executor, index, module, refs, fit, lambda ref: run.view.name(index, ref))
         raise ConfigError(f"the statistics of block {index} are not finite" + (
             f" (process {run.world.rank} of {run.world.size} holds none of the sequences at fault; see the others' "
@@ -61,17 +75,63 @@ def prune_block(run: Run, found: Findings, index: int, module: nn.Module,
                 observer: Observer[Statistics] | None, inputs: list[Observer[Inputs]]) -> dict[WeightRef, Tensor]:
     """Solve every selected weight of a block; each input group is factored once. Writes block and compute copy, and
     returns the keep masks."""
-    config, block = run.config, run.view.blocks[index]
-    masks: dict[WeightRef, Tensor] = {}
+    block = run.view.blocks[index]
     groups: dict[str | None, list[WeightRef]] = {}
     for ref in run.selected[index]:
         groups.setdefault(observer.leader.get(ref.name) if observer else None, []).append(ref)
     owners = run.world.deal([solve_cost(block, refs) for refs in groups.values()])
-    own: list[dict] = []
-    sums: list[Tensor] = []
-    for owner, (leader, refs) in zip(owners, groups.items()):
-        if owner != run.world.rank:
-            continue
+    mine = {leader: refs for owner, (leader, refs) in zip(owners, groups.items()) if owner == run.world.rank}
+    own = _solve(run, found, index, mine, observer, inputs)
+    if wrong := own.read():
+        with ops.backend("reference"):
+            own = _solve(run, found, index, mine, observer, inputs)
+        if not own.read():
+            for op in wrong:
+                distrust(found, run.executor.device, index, op)
+    ops.raise_faults(run.executor.device)
+    masks: dict[WeightRef, Tensor] = {}
+    for ref, (weight, mask) in own.solved.items():
+        ref.view(block).copy_(weight)
+        if module is not block:
+            ref.view(module).copy_(ref.view(block))
+        masks[ref] = mask
+    exchange_solved(run, module, block, owners, list(groups.values()), masks)
+    rows = {row["name"]: row for part in run.world.everyone(own.rows) for row in part}
+    found.weights += [rows[run.view.name(index, ref)] for ref in run.selected[index]]
+    found.share_warnings(run.world)
+    return masks
+
+
+@dataclass(eq=False)
+class Own:
+    """What this process solved of a block."""
+
+    solved: dict[WeightRef, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """Weight and keep mask."""
+    rows: list[dict] = field(default_factory=list)
+    sums: list[Tensor] = field(default_factory=list)
+    """Per row the non-zeros and the two sums of each of its errors; on the device."""
+    wrong: list[tuple[str, Tensor]] = field(default_factory=list)
+    """Op, and whether its guard found it wrong; on the device."""
+
+    def read(self) -> set[str]:
+        """Read all of it from the device in one go: fill the rows, return the ops that are wrong."""
+        told = [*self.sums, *(bad for _, bad in self.wrong)]
+        values = torch.cat([t.double().reshape(-1) for t in told]).tolist() if told else []
+        flat = iter(values)
+        for row in self.rows:
+            row["sparsity"] = 1 - int(next(flat)) / math.prod(row["shape"])
+            for key in ERRORS:
+                if key in row:
+                    row[key] = ratio(next(flat), next(flat))
+        return {op for op, _ in self.wrong if next(flat)}
+
+
+def _solve(run: Run, found: Findings, index: int, groups: dict[str | None, list[WeightRef]],
+           observer: Observer[Statistics] | None, inputs: list[Observer[Inputs]]) -> Own:
+    """Solve groups of weights; the block stays as it is."""
+    config, block, own = run.config, run.view.blocks[index], Own()
+    for leader, refs in groups.items():
         statistics = observer.sinks[leader] if observer and leader else None
         group_config = config
         if statistics is None and needs_sequences(config):
@@ -99,33 +159,30 @@ def prune_block(run: Run, found: Findings, index: int, module: nn.Module,
             errors = {key + step: weight_error_sums(probe.sinks[probe.leader[ref.name]].x, before, result)
                       for probe, key in zip(inputs, ("error", "error_held_out")) if ref.name in probe.leader
                       for step, result in results.items()}
-            weight.copy_(solved.weight)
-            if module is not block:
-                ref.view(module).copy_(weight)
             if solved.refit and not solved.refit.converged:
                 found.warn(f"{row['name']}: the refit was stopped after {solved.refit.steps} steps, before its "
                            "tolerance")
-            sums += [torch.count_nonzero(solved.weight.to(weight.dtype)), *errors.values()]
-            own.append(row | dict.fromkeys(errors))
-            masks[ref] = solved.mask
-    _fill(own, sums)
-    ops.raise_faults(run.executor.device)
-    exchange_solved(run, module, block, owners, list(groups.values()), masks)
-    rows = {row["name"]: row for part in run.world.everyone(own) for row in part}
-    found.weights += [rows[run.view.name(index, ref)] for ref in run.selected[index]]
-    found.share_warnings(run.world)
-    return masks
+            written = solved.weight.to(weight.dtype)
+            own.solved[ref] = written, solved.mask
+            own.sums += [torch.count_nonzero(written), *errors.values()]
+            own.rows.append(row | dict.fromkeys(errors))
+            own.wrong += solved.wrong.items()
+    return own
 
 
-def _fill(rows: list[dict], sums: list[Tensor]) -> None:
-    """What a block's rows say of it, read from the device in one go: ``sums`` are, per row, the non-zeros and the two
-    sums of each of its errors."""
-    flat = iter(torch.cat([t.double().reshape(-1) for t in sums]).tolist() if sums else [])
-    for row in rows:
-        row["sparsity"] = 1 - int(next(flat)) / math.prod(row["shape"])
-        for key in ERRORS:
-            if key in row:
-                row[key] = ratio(next(flat), next(flat))
+def suspects(observer: Observer[Statistics]) -> set[str]:
+    """Ops whose results fail their guards in a statistics pass; waits for the device once."""
+    watched = [(sink.op, sink.wrong) for sink in observer.sinks.values() if sink.wrong is not None]
+    if not watched:
+        return set()
+    return {op for (op, _), bad in zip(watched, torch.stack([wrong for _, wrong in watched]).tolist()) if bad}
+
+
+def distrust(found: Findings, device: torch.device, index: int, op: str) -> None:
+    """An op's result failed its guard where the reference's does not: use it no more, and say so."""
+    name = ops.disqualify(op, device.type, f"its result failed a guard in block {index} of a run")
+    found.warn(f"{op} by the {name} back-end gave a wrong result in block {index}: the block was done again by the "
+               "reference, which takes its place; pyprune env --qualify tries it anew")
 
 
 def solve_cost(block: nn.Module, refs: list[WeightRef]) -> float:

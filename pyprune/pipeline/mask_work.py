@@ -92,7 +92,7 @@ class MaskWork:
             return None
         beside = self.trainer.beside(index) if self.trainer else {}
         with self.found.clock("forward"):
-            return gather(self.run, self.found.clock, index, module, refs, self.fit, **beside)
+            return gather(self.run, self.found, index, module, refs, self.fit, **beside)
 
     def dense_targets(self, index: int, module: nn.Module, statistics: Observer | None) -> dict[WeightRef, Tensor]:
         """What block reconstruction is trained towards; returns copies of the dense weights."""
