@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
 
-import conftest  # noqa: F401  (imports the kernels as interpreted ones, and repairs the interpreter's bfloat16)
 import torch
 
-from pyprune.triton_kernels import *  # noqa: F403
-from pyprune.triton_kernels import cholesky
+sys.path.append(str(Path(__file__).parents[1]))
+import conftest  # noqa: E402, F401  (imports the kernels as interpreted ones, and repairs the interpreter's bfloat16)
+
+from pyprune.triton_kernels import *  # noqa: E402, F403
+from pyprune.triton_kernels import cholesky  # noqa: E402
 
 os.environ["TRITON_INTERPRET"] = "1"  # conftest takes it away again
 
