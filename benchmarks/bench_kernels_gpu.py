@@ -1,25 +1,23 @@
 """Triton kernels against PyTorch on one GPU, at the shapes of LLaMA-2-7B, LLaMA-2-70B and BERT-base.
 
-    python benchmarks/bench_kernels_gpu.py                     # runs tests/ops/test_triton_gpu.py first
-    python benchmarks/bench_kernels_gpu.py --junit tests.xml   # takes the result of an earlier run of them
+    python benchmarks/bench_kernels_gpu.py [--junit tests.xml]   # figures of each op, marked red or green
 
 Each row: µs (median of 20, L2 flushed), the first call's seconds (compilation included), the ratio to each PyTorch
 baseline of the same run, the share of the floor, and the target. The floor of a memory-bound op is its bytes over the
-measured bandwidth of a copy; of a product its FLOPs over ``--peak`` TFLOP/s. An op with a failed test has no figures.
+measured bandwidth of a copy; of a product its FLOPs over ``--peak`` TFLOP/s. A row says whether its op is right here,
+by the GPU tests or by ``first_contact.py smoke`` in the same ``$OUT``; the figure of a red one is no result.
 """
 
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
-import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import torch
-from common import ROOT, write
+from common import read, write
 from cuda_kernels import copy_bandwidth, microseconds
 
 from pyprune import ops
@@ -114,20 +112,21 @@ def solvers():
                {"torch": lambda a=arguments, m=more: reference.liar_update(*a, **m)}, nothing, 0, 2 * r * d * (c - d))
 
 
-def failed_tests(junit: Path | None) -> set[str]:
-    """Names of the failed GPU tests."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = junit or Path(folder) / "tests.xml"
-        if junit is None:
-            subprocess.run([sys.executable, "-m", "pytest", "-q", f"--junitxml={path}",
-                            str(ROOT / "tests/ops/test_triton_gpu.py")], cwd=ROOT, check=False)
-        if not path.is_file():
-            sys.exit("the GPU tests left no report: no figures")
-        cases = list(ElementTree.parse(path).iter("testcase"))
-    if not any(case.find("skipped") is None for case in cases):
-        sys.exit("the GPU tests did not run (no GPU?): no figures")
-    return {case.get("name", "") for case in cases
-            if case.find("failure") is not None or case.find("error") is not None}
+def colours(name: str, junit: Path | None, tests: dict[str, str]) -> dict[str, str]:
+    """Op → green, or red with what failed, for a back-end, by its GPU tests and the smoke calls, as far as known."""
+    found: dict[str, str] = {}
+    for row in read("smoke"):
+        op = row["op"].split("/")[0]
+        if name in row["failed"]:
+            found[op] = f"red: {row['failed'][name]}"
+        elif name in row["errors"]:
+            found.setdefault(op, "green")
+    for case in ElementTree.parse(junit).iter("testcase") if junit and junit.is_file() else ():
+        failed = case.find("failure") is not None or case.find("error") is not None
+        for op, begins in tests.items():
+            if failed and case.get("name", "").startswith(begins):
+                found[op] = f"red: {case.get('name')}"
+    return found
 
 
 def main() -> None:
@@ -138,7 +137,7 @@ def main() -> None:
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("this benchmark needs an NVIDIA GPU")
-    red = failed_tests(options.junit)
+    colour = colours("triton", options.junit, TESTS)
     torch.backends.cuda.matmul.allow_tf32 = False
     bandwidth = copy_bandwidth()
     print(f"copy bandwidth {bandwidth / 1e9:.0f} GB/s")
@@ -147,19 +146,20 @@ def main() -> None:
         for op, label, call, baselines, reset, size, flops in source():
             if options.only not in op:
                 continue
-            row = {"op": op, "shape": label, "target": TARGETS.get(op)}
+            row = {"op": op, "shape": label, "target": TARGETS.get(op), "tests": colour.get(op, "not known")}
             rows.append(row)
-            if any(name.startswith(TESTS[op]) for name in red):
-                row["red"] = "its GPU tests fail: no figures"
-                print(f"{op:18} {label:36} {row['red']}")
+            try:
+                with ops.backend("triton"):
+                    reset()
+                    begun = time.perf_counter()
+                    call()
+                    torch.cuda.synchronize()
+                    row["first_call_s"] = round(time.perf_counter() - begun, 3)
+                    row["us"] = [round(t, 1) for t in microseconds(call, reset)]
+            except (RuntimeError, ValueError) as error:
+                row["failed"] = f"{type(error).__name__}: {error}"
+                print(f"{op:18} {label:36} {row['failed']}", flush=True)
                 continue
-            with ops.backend("triton"):
-                reset()
-                begun = time.perf_counter()
-                call()
-                torch.cuda.synchronize()
-                row["first_call_s"] = round(time.perf_counter() - begun, 3)
-                row["us"] = [round(t, 1) for t in microseconds(call, reset)]
             own = row["us"][1]
             floor = max(size / bandwidth, flops / (options.peak * 1e12)) * 1e6
             row["share_of_floor"] = round(floor / own, 3)
@@ -172,7 +172,7 @@ def main() -> None:
                     torch.cuda.empty_cache()
             ratios = {key[9:]: row[key] for key in row if key.startswith("ratio_to_")}
             print(f"{op:18} {label:36} {own:10.1f} µs  floor {row['share_of_floor']:6.1%}  {ratios}  "
-                  f"first call {row['first_call_s']} s", flush=True)
+                  f"first call {row['first_call_s']} s  {row['tests']}", flush=True)
             write("triton_kernels", rows, copy_gb_s=round(bandwidth / 1e9), peak_tflops=options.peak)
     print(write("triton_kernels", rows, copy_gb_s=round(bandwidth / 1e9), peak_tflops=options.peak))
 

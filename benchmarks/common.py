@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -39,6 +40,8 @@ def environment() -> dict:
     from pyprune.ops import native
 
     def git(*arguments: str) -> str:
+        if shutil.which("git") is None:
+            return ""
         found = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True)
         return found.stdout.strip()
 

@@ -1,7 +1,6 @@
 """CUDA kernels against PyTorch on one GPU: µs, GB/s or GFLOP/s, share of the floor, ratio to the baseline of that run.
 
-    python benchmarks/cuda_kernels.py            # runs tests/ops/test_cuda_gpu.py first; no figure over a red test
-    python benchmarks/cuda_kernels.py --only obs_sweep
+    python benchmarks/cuda_kernels.py [--only obs_sweep]     # a row says whether its op is right here, by `smoke`
 
 The L2 is flushed before every repetition, the median of 20 is reported, with the quartiles. The floor of a memory-bound
 op is its bytes over the bandwidth that a copy of 1 GiB reaches in the same run; the sweep's and the factorisation's
@@ -11,11 +10,10 @@ floor is their FLOPs over 60 TFLOP/s of float32 (an H100's; printed as a share o
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 
 import torch
-from common import ROOT, write
+from common import read, write
 
 from pyprune import ops
 from pyprune.ops import reference
@@ -103,29 +101,33 @@ def systems():
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", help="one op")
-    parser.add_argument("--untested", action="store_true", help="skip the tests; for work on a kernel")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("cuda_kernels.py needs an NVIDIA GPU")
-    if not options.untested:
-        tests = [sys.executable, "-m", "pytest", "-q", "-x", str(ROOT / "tests/ops/test_cuda_gpu.py")]
-        if subprocess.run(tests).returncode:
-            sys.exit("tests/ops/test_cuda_gpu.py fails: no figures")
+    smoke = {row["op"].split("/")[0]: row for row in read("smoke")}
     bandwidth, rows = copy_bandwidth(), []
     print(f"copy: {bandwidth / 1e12:.2f} TB/s")
     for make in (sweeps, selections, groups, systems):
         for op, label, call, baseline, reset, nbytes, flops in make():
             if options.only not in (None, op):
                 continue
-            with ops.backend("cuda"):
-                low, mid, high = microseconds(call, reset)
+            found = smoke.get(op, {"errors": {}, "failed": {}})
+            tests = found["failed"].get("cuda") or ("green" if "cuda" in found["errors"] else "not known")
+            try:
+                with ops.backend("cuda"):
+                    low, mid, high = microseconds(call, reset)
+            except (RuntimeError, ValueError) as error:
+                rows.append({"op": op, "case": label, "tests": tests, "failed": f"{type(error).__name__}: {error}"})
+                continue
             base = microseconds(baseline, reset)[1]
             floor = max(nbytes / bandwidth, flops / FLOAT32_RATE) * 1e6
-            rows.append({"op": op, "case": label, "us": mid, "us_quartiles": [low, high], "torch_us": base,
-                         "ratio": base / mid, "gb_s": nbytes / mid / 1e3, "tflop_s": flops / mid / 1e6,
+            rows.append({"op": op, "case": label, "tests": tests, "us": mid, "us_quartiles": [low, high],
+                         "torch_us": base, "ratio": base / mid, "gb_s": nbytes / mid / 1e3,
+                         "tflop_s": flops / mid / 1e6,
                          "floor_us": floor, "share_of_floor": floor / mid})
             print(f"{op:15s} {label:32s} {mid:9.1f} µs  torch {base:10.1f} µs  {base / mid:6.1f}×  "
-                  f"{nbytes / mid / 1e3:7.0f} GB/s  {floor / mid:5.0%} of the floor's rate")
+                  f"{nbytes / mid / 1e3:7.0f} GB/s  {floor / mid:5.0%} of the floor's rate  {tests}", flush=True)
+            write("cuda_kernels", [{"copy_tb_s": bandwidth / 1e12}, *rows])
     print(write("cuda_kernels", [{"copy_tb_s": bandwidth / 1e12}, *rows]))
 
 

@@ -37,6 +37,10 @@ STRUCTURED_RECONSTRUCTIONS: tuple[StructuredReconstruction, ...] = get_args(Stru
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 TOKEN_WEIGHTS: tuple[TokenWeights, ...] = get_args(TokenWeights)
 STREAMING: tuple[Streaming, ...] = get_args(Streaming)
+BACKENDS = ("cuda", "triton", "cpu", "reference")
+OPS = ("gram_update", "cross_gram_update", "column_moments", "select_mask", "nm_mask", "compress_24", "expand_24",
+       "obs_sweep", "trailing_update", "cholesky", "cholesky_solve", "liar_update", "linear")
+"""The functions of :mod:`pyprune.ops`."""
 MAX_COLUMN_BLOCK = 1024
 """Columns that :func:`pyprune.ops.obs_sweep` takes, on every back-end."""
 SAMPLES, TOKENS, WINDOW = 64, 512, 1024
@@ -92,6 +96,25 @@ def choices(cls: type) -> dict[str, tuple[str, ...]]:
 def _check_choices(owner, section: str = "") -> None:
     for name, allowed in choices(type(owner)).items():
         _choose(f"{section} {name}".lstrip(), getattr(owner, name), allowed)
+
+
+def parse_backend(text: str) -> dict[str, str]:
+    """Op → back-end of ``auto``, ``cuda``, ``obs_sweep=cuda,nm_mask=triton`` or ``cuda,linear=reference``; under the
+    empty name what all other ops take, if that is not ``auto``."""
+    named: dict[str, str] = {}
+    for part in text.split(","):
+        op, equals, name = (piece.strip() for piece in part.partition("="))
+        if not equals:
+            op, name = "", op
+            _choose("backend", name, ("auto", *BACKENDS))
+        else:
+            _choose(f"op in backend {text!r}", op, OPS)
+            _choose(f"backend of {op}", name, ("auto", *BACKENDS))
+        if op in named:
+            raise ConfigError(f"backend {text!r} names two back-ends for {op or 'every op'}; leave one of them out")
+        named[op] = name
+    default = named.get("", "auto")
+    return {op: name for op, name in named.items() if name != "auto" or (op and default != "auto")}
 
 
 def _positive(owner, *names: str, minimum: int = 1) -> None:
@@ -328,9 +351,10 @@ class PruneConfig:
     that multiply it in hardware."""
     device: str = "auto"
     """Where blocks are computed: ``auto`` (a GPU if there is one), ``cpu``, ``cuda``, or ``cuda:1``."""
-    backend: Literal["auto", "cuda", "triton", "cpu", "reference"] = "auto"
-    """Implementation that every op uses: ``auto`` (the fastest that passed its checks), ``cuda``, ``triton``, ``cpu``
-    or ``reference``."""
+    backend: str = "auto"
+    """Implementation that the ops use: ``auto`` (the fastest that passed its checks), ``cuda``, ``triton``, ``cpu`` or
+    ``reference``; an op that it does not have takes auto's, and the run says so. By op, for those who measure:
+    ``obs_sweep=cuda,gram_update=triton``, or ``cuda,linear=reference``."""
     seed: int = 0
     """Seed of every random choice. The same seed gives the same result, bit for bit, on the same machine."""
     probe_samples: int = 2
@@ -356,6 +380,7 @@ class PruneConfig:
                 raise ConfigError(f"{name} must be a {cls.__name__} or a mapping, got {type(value).__name__}")
         if self.calibration.seed is None:
             self.calibration = dataclasses.replace(self.calibration, seed=self.seed)
+        parse_backend(self.backend)
         _positive(self, "batch_size", "column_block")
         if self.column_block > MAX_COLUMN_BLOCK:
             raise ConfigError(f"column_block must be at most {MAX_COLUMN_BLOCK}, what a sweep takes at once, got "

@@ -131,6 +131,9 @@ def test_what_follows_from_what():
     ({"seed": "7"}, r"config.seed must be int, got '7' \(str\)"),
     ({"dtype": "float64"}, "dtype must be one of"),
     ({"backend": "cuda:0"}, "backend must be one of"),
+    ({"backend": "obs_swep=cuda"}, "op in backend 'obs_swep=cuda' must be one of .*did you mean 'obs_sweep'"),
+    ({"backend": "cuda,linear=fast"}, "backend of linear must be one of auto, cuda"),
+    ({"backend": "linear=cpu,linear=cuda"}, "names two back-ends for linear"),
 ])
 def test_refusals(fields, sentence):
     with pytest.raises(ConfigError, match=sentence) as refusal:

@@ -30,6 +30,8 @@ TESTED_IN = {
     "model/recording": "model/test_relative_positions.py",
     "model/sizes": "structured/test_slicing.py",
     "model/skeleton": "planning/test_costs.py",
+    "ops/classes": "ops/test_qualification.py",
+    "ops/guards": "pipeline/test_guards.py",
     "ops/reference": "ops/test_ops.py",
     "ops/trials": "ops/test_qualification.py",
     "pipeline/block_loop": "execution/test_journal.py",

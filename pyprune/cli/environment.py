@@ -68,13 +68,21 @@ def print_environment(found: dict, out: TextIO | None = None) -> None:
         table = Table("op", *names, "auto takes", title=f"tensors on {device}", title_justify="left")
         for op, states in status.items():
             table.add_row(op, *("yes" if states[name] == "usable" else "–" for name in names),
-                          found["chosen"][device][op])
+                          _taken(found["chosen"][device], op))
             reasons |= {f"{name}: {states[name]}" for name in names
                         if states[name] != "usable" and "has no" not in states[name]}
         console.print(table)
         for reason in sorted(reasons):
             console.print(f"  {reason}")
         console.print(_why(found["verdicts"][device], device))
+
+
+def _taken(chosen: dict[str, str], op: str) -> str:
+    """What auto takes for an op: one name, or one for each class of its sizes."""
+    names = {key.partition("/")[2]: name for key, name in chosen.items() if key.partition("/")[0] == op}
+    if len(set(names.values())) == 1:
+        return next(iter(names.values()))
+    return ", ".join(f"{name} ({part})" for part, name in names.items())
 
 
 def _why(verdicts: dict[str, dict], device: str):

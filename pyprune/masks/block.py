@@ -6,6 +6,7 @@ import copy
 import functools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import NoReturn
 
 import torch
@@ -15,7 +16,7 @@ from pyprune import ops
 from pyprune.config import ConfigError
 from pyprune.effects import needs_factor, needs_sequences
 from pyprune.execution.executor import Activations
-from pyprune.execution.run import Clock, Findings, Run
+from pyprune.execution.run import Findings, Run
 from pyprune.masks.solvers import inverse_factor, solve
 from pyprune.masks.statistics import (
     Gathered,
@@ -35,26 +36,44 @@ ERRORS = ("error", "error_sweep", "error_held_out", "error_held_out_sweep")
 calibration and on held-out inputs."""
 
 
-def gather(run: Run, clock: Clock, index: int, module: nn.Module, refs: list[WeightRef], fit: Activations,
+def gather(run: Run, found: Findings, index: int, module: nn.Module, refs: list[WeightRef], fit: Activations,
            target: Activations | None = None, dense: Activations | None = None) -> Observer[Statistics]:
     """Statistics pass over one block; finite or a ConfigError that names weight, sequence and token.
 
     target: takes the block's outputs, which the pass otherwise does not finish (with dense inputs, ``fit`` itself).
     dense: the dense stream, for the cross Gram of GP; it moves on to the block's outputs.
     """
-    observer = observe(run.executor, index, module, refs, fit, sink_of(run, clock), dense=dense,
-                       target=fit if run.config.inputs == "dense" else target)
+    target = fit if run.config.inputs == "dense" else target
+    once = target is fit or dense is not None  # the pass takes the place of its own inputs
+    sink = sink_of(run, found, index, once)
+
+    def watched() -> Observer[Statistics]:
+        return observe(run.executor, index, module, refs, fit, sink, dense=dense, target=target)
+
+    observer = watched()
+    if not once and (wrong := suspects(observer)):
+        with ops.backend(",".join(f"{op}=reference" for op in wrong)):
+            observer = watched()
+        if not suspects(observer):
+            for op in wrong:
+                distrust(found, run.executor.device, index, op)
     reduce_statistics(run.world, observer)
-    if not all(s.finite() for s in observer.sinks.values()):
+    if observer.sinks and not torch.stack([s.finite() for s in observer.sinks.values()]).all():
         refuse_non_finite(run, index, module, refs, fit)
     return observer
 
 
-def sink_of(run: Run, clock: Clock) -> Callable[[int, torch.device], Statistics]:
-    """Makes what a run gathers of each group's inputs, from their number of columns and device."""
+def sink_of(run: Run, found: Findings, index: int, once: bool) -> Callable[[int, torch.device], Statistics]:
+    """Makes what a run gathers of each group's inputs, from their number of columns and device.
+
+    once: the pass cannot be made again, so that each update is checked by itself and done again by the reference if it
+    fails its guard.
+    """
     gram = needs_factor(run.config)
+    redo = functools.partial(distrust, found, run.executor.device, index) if once else None
     return functools.partial(Statistics, want_gram=gram, want_moments=run.config.method == "wanda" and not gram,
-                             precision="bfloat16" if run.executor.dtype == torch.bfloat16 else "float32", clock=clock)
+                             precision="bfloat16" if run.executor.dtype == torch.bfloat16 else "float32",
+                             clock=found.clock, redo=redo)
 
 
 def refuse_non_finite(run: Run, index: int, module: nn.Module, refs: list[WeightRef], fit: Activations) -> NoReturn:
@@ -73,8 +92,7 @@ def prune_block(run: Run, found: Findings, index: int, module: nn.Module, observ
 
     only: the weights of one group, in a block that is pruned group by group; processes share them out one by one.
     """
-    config, block = run.config, run.view.blocks[index]
-    masks: dict[WeightRef, Tensor] = {}
+    block = run.view.blocks[index]
     selected = run.selected[index] if only is None else only
     groups: dict[str | None, list[WeightRef]] = {}
     for ref in selected:
@@ -83,12 +101,61 @@ def prune_block(run: Run, found: Findings, index: int, module: nn.Module, observ
     if only is not None:
         pieces = [(leader, [ref]) for leader, refs in pieces for ref in refs]
     owners = run.world.deal([solve_cost(block, refs) for _, refs in pieces])
-    own: list[dict] = []
-    sums: list[Tensor] = []
-    factor, factored = None, None
+    mine: dict[str | None, list[WeightRef]] = {}
     for owner, (leader, refs) in zip(owners, pieces):
-        if owner != run.world.rank:
-            continue
+        if owner == run.world.rank:
+            mine.setdefault(leader, []).extend(refs)
+    own = _solve(run, found, index, mine, observer, inputs)
+    if wrong := own.read():
+        with ops.backend("reference"):
+            own = _solve(run, found, index, mine, observer, inputs)
+        if not own.read():
+            for op in wrong:
+                distrust(found, run.executor.device, index, op)
+    ops.raise_faults(run.executor.device)
+    masks: dict[WeightRef, Tensor] = {}
+    for ref, (weight, mask) in own.solved.items():
+        ref.view(block).copy_(weight)
+        if module is not block:
+            ref.view(module).copy_(ref.view(block))
+        masks[ref] = mask
+    exchange_solved(run, module, block, owners, [refs for _, refs in pieces], masks)
+    rows = {row["name"]: row for part in run.world.everyone(own.rows) for row in part}
+    found.weights += [rows[run.view.name(index, ref)] for ref in selected]
+    found.share_warnings(run.world)
+    return masks
+
+
+@dataclass(eq=False)
+class Own:
+    """What this process solved of a block."""
+
+    solved: dict[WeightRef, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """Weight and keep mask."""
+    rows: list[dict] = field(default_factory=list)
+    sums: list[Tensor] = field(default_factory=list)
+    """Per row the non-zeros and the two sums of each of its errors; on the device."""
+    wrong: list[tuple[str, Tensor]] = field(default_factory=list)
+    """Op, and whether its guard found it wrong; on the device."""
+
+    def read(self) -> set[str]:
+        """Read all of it from the device in one go: fill the rows, return the ops that are wrong."""
+        told = [*self.sums, *(bad for _, bad in self.wrong)]
+        values = torch.cat([t.double().reshape(-1) for t in told]).tolist() if told else []
+        flat = iter(values)
+        for row in self.rows:
+            row["sparsity"] = 1 - int(next(flat)) / math.prod(row["shape"])
+            for key in ERRORS:
+                if key in row:
+                    row[key] = ratio(next(flat), next(flat))
+        return {op for op, _ in self.wrong if next(flat)}
+
+
+def _solve(run: Run, found: Findings, index: int, groups: dict[str | None, list[WeightRef]],
+           observer: Gathered[Statistics] | None, inputs: Sequence[Gathered[Inputs]]) -> Own:
+    """Solve groups of weights; the block stays as it is."""
+    config, block, own = run.config, run.view.blocks[index], Own()
+    for leader, refs in groups.items():
         statistics = observer.sinks[leader] if observer and leader else None
         group_config = config
         if statistics is None and needs_sequences(config):
@@ -97,10 +164,9 @@ def prune_block(run: Run, found: Findings, index: int, module: nn.Module, observ
             group_config.method, group_config.reconstruct = "magnitude", "none"
             for ref in refs:
                 found.warn(f"{run.view.name(index, ref)} saw no calibration token: pruned by magnitude")
-        if leader != factored:
-            factor, factored = None, leader
-        if factor is None and statistics is not None and needs_factor(group_config):
-            name = run.view.name(index, groups[leader][0])
+        factor = None
+        if statistics is not None and needs_factor(group_config):
+            name = run.view.name(index, refs[0])
             factor = inverse_factor(statistics.gram, statistics.count, config.damping, name)
             if factor.damping != config.damping:
                 found.warn(f"{name}: damping raised to {factor.damping:g} for the factorisation to succeed")
@@ -117,33 +183,30 @@ def prune_block(run: Run, found: Findings, index: int, module: nn.Module, observ
             errors = {key + step: weight_error_sums(probe.sinks[probe.leader[ref.name]].x, before, result)
                       for probe, key in zip(inputs, ("error", "error_held_out")) if ref.name in probe.leader
                       for step, result in results.items()}
-            weight.copy_(solved.weight)
-            if module is not block:
-                ref.view(module).copy_(weight)
             if solved.refit and not solved.refit.converged:
                 found.warn(f"{row['name']}: the refit was stopped after {solved.refit.steps} steps, before its "
                            "tolerance")
-            sums += [torch.count_nonzero(solved.weight.to(weight.dtype)), *errors.values()]
-            own.append(row | dict.fromkeys(errors))
-            masks[ref] = solved.mask
-    _fill(own, sums)
-    ops.raise_faults(run.executor.device)
-    exchange_solved(run, module, block, owners, [refs for _, refs in pieces], masks)
-    rows = {row["name"]: row for part in run.world.everyone(own) for row in part}
-    found.weights += [rows[run.view.name(index, ref)] for ref in selected]
-    found.share_warnings(run.world)
-    return masks
+            written = solved.weight.to(weight.dtype)
+            own.solved[ref] = written, solved.mask
+            own.sums += [torch.count_nonzero(written), *errors.values()]
+            own.rows.append(row | dict.fromkeys(errors))
+            own.wrong += solved.wrong.items()
+    return own
 
 
-def _fill(rows: list[dict], sums: list[Tensor]) -> None:
-    """What a block's rows say of it, read from the device in one go: ``sums`` are, per row, the non-zeros and the two
-    sums of each of its errors."""
-    flat = iter(torch.cat([t.double().reshape(-1) for t in sums]).tolist() if sums else [])
-    for row in rows:
-        row["sparsity"] = 1 - int(next(flat)) / math.prod(row["shape"])
-        for key in ERRORS:
-            if key in row:
-                row[key] = ratio(next(flat), next(flat))
+def suspects(observer: Observer[Statistics]) -> set[str]:
+    """Ops whose results fail their guards in a statistics pass; waits for the device once."""
+    watched = [(sink.op, sink.wrong) for sink in observer.sinks.values() if sink.wrong is not None]
+    if not watched:
+        return set()
+    return {op for (op, _), bad in zip(watched, torch.stack([wrong for _, wrong in watched]).tolist()) if bad}
+
+
+def distrust(found: Findings, device: torch.device, index: int, op: str) -> None:
+    """An op's result failed its guard where the reference's does not: use it no more, and say so."""
+    name = ops.disqualify(op, device.type, f"its result failed a guard in block {index} of a run")
+    found.warn(f"{op} by the {name} back-end gave a wrong result in block {index}: the block was done again by the "
+               "reference, which takes its place; pyprune env --qualify tries it anew")
 
 
 def solve_cost(block: nn.Module, refs: list[WeightRef]) -> float:

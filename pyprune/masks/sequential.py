@@ -71,7 +71,7 @@ class SequentialPass:
         self.dense: dict[WeightRef, Tensor] = {}
         self.masks: dict[WeightRef, Tensor] = {}
         self.trouble: Declined | TooLarge | None = None
-        self._make = sink_of(run, found.clock)
+        self._make = sink_of(run, found, index, once=True)
 
     def add(self, source: Activations, target: Activations | None, fit: bool = False) -> None:
         """A stream that takes part; its outputs go to ``target``. Statistics come from that with ``fit`` alone, the

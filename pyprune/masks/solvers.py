@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from pyprune import ops
 from pyprune.config import ConfigError, PruneConfig
 from pyprune.masks.refit import Refit, damped, exact_refit
 from pyprune.masks.statistics import Statistics
+from pyprune.ops import guards
 
 DAMPING_TRIES = 4
 PANEL_BLOCKS = 4
@@ -38,6 +39,8 @@ class Solved:
     swept: Tensor | None = None
     """The sweep's weights, where a refit followed it."""
     refit: Refit | None = None
+    wrong: dict[str, Tensor] = field(default_factory=dict)
+    """By op, whether its result fails its guard: bool scalars on the device."""
 
 
 def inverse_factor(gram: Tensor, count: Tensor | int, damping: float, name: str = "layer") -> Factor:
@@ -104,7 +107,7 @@ def obs_prune(weight: Tensor, factor: Factor, *, sparsity: float | None = None, 
         column_block = max(nm[1], column_block // nm[1] * nm[1])
     panel = PANEL_BLOCKS * column_block
     errors = torch.empty(rows, min(panel, columns), device=weight.device)
-    dropped = 0
+    counts = iter(drop_counts(sparsity, rows, columns, column_block) if sparsity is not None else [])
     for start in range(0, columns, column_block):
         stop = min(start + column_block, columns)
         first = start // panel * panel
@@ -114,10 +117,7 @@ def obs_prune(weight: Tensor, factor: Factor, *, sparsity: float | None = None, 
         if mask is not None:
             choice = {"mask": mask[:, start:stop]}
         elif sparsity is not None:
-            # the running total keeps the matrix's count exact whatever the blocks round to
-            k = min(round(sparsity * rows * stop) - dropped, block.numel())
-            dropped += k
-            choice = {"k": k}
+            choice = {"k": next(counts)}
         kept, error, _ = ops.obs_sweep(block, factor.r[start:stop, start:stop].contiguous(), **choice)
         keep[:, start:stop] = kept
         errors[:, start - first:stop - first] = error
@@ -126,6 +126,46 @@ def obs_prune(weight: Tensor, factor: Factor, *, sparsity: float | None = None, 
         elif stop < columns:
             ops.trailing_update(weight[:, stop:], errors[:, :stop - first], factor.r[first:stop, stop:])
     return keep
+
+
+def drop_counts(sparsity: float, rows: int, columns: int, column_block: int) -> list[int]:
+    """How many weights each column block drops: the running total stays the matrix's whatever the blocks round to."""
+    counts: list[int] = []
+    for start in range(0, columns, column_block):
+        stop = min(start + column_block, columns)
+        counts.append(min(round(sparsity * rows * stop) - sum(counts), rows * (stop - start)))
+    return counts
+
+
+def sweep_guards(start: Tensor, weight: Tensor, keep: Tensor, factor: Factor, config: PruneConfig) -> dict[str, Tensor]:
+    """Guards of a sweep that chose its mask, or was given one: its weights, its count, its first choice."""
+    wrong = guards.swept(start, weight, keep, factor.r, factor.dead)
+    if config.method != "sparsegpt" or not start.numel():
+        return {"obs_sweep": wrong}
+    scale = torch.where(factor.dead, 0, 1 / factor.r.diagonal())
+    if config.nm:
+        first = slice(0, config.nm[1])
+        wrong = wrong | guards.counted(keep, config.nm) | guards.chosen(start[:, first], keep[:, first].contiguous(),
+                                                                        scale[first], nm=config.nm)
+        return {"obs_sweep": wrong}
+    rows, columns = start.shape
+    counts = drop_counts(config.sparsities[0], rows, columns, config.column_block)
+    first = slice(0, min(config.column_block, columns))
+    chosen = guards.chosen(start[:, first], keep[:, first], scale[first], total=keep[:, first].numel() - counts[0])
+    return {"obs_sweep": wrong | chosen | (torch.count_nonzero(keep) != keep.numel() - sum(counts))}
+
+
+def mask_guards(weight: Tensor, mask: Tensor, config: PruneConfig, statistics: Statistics | None) -> dict[str, Tensor]:
+    """Guards of :func:`score_mask`."""
+    wanda = config.method == "wanda"
+    scale = statistics.norm if wanda and statistics is not None else None
+    if config.nm:
+        return {"nm_mask": guards.counted(mask, config.nm) | guards.chosen(weight, mask, scale, nm=config.nm)}
+    size = weight.shape[1] if wanda else weight.numel()
+    kept = size - round(config.sparsities[0] * size)
+    if wanda:
+        return {"select_mask": guards.chosen(weight, mask, scale, per_row=kept)}
+    return {"select_mask": guards.chosen(weight, mask, scale, total=kept)}
 
 
 def score_mask(weight: Tensor, config: PruneConfig, statistics: Statistics | None) -> Tensor:
@@ -159,7 +199,7 @@ def solve(weight: Tensor, config: PruneConfig, statistics: Statistics | None, fa
     original = weight.float().contiguous()
     if factor is None or statistics is None:
         mask = score_mask(original, config, statistics)
-        return Solved(original.masked_fill(~mask, 0), mask)
+        return Solved(original.masked_fill(~mask, 0), mask, wrong=mask_guards(original, mask, config, statistics))
     start = original
     if statistics.cross is not None:
         start = dense_target_start(original, statistics, factor)
@@ -167,16 +207,19 @@ def solve(weight: Tensor, config: PruneConfig, statistics: Statistics | None, fa
         updated = start.clone()
         mask = obs_prune(updated, factor, sparsity=None if config.nm else config.sparsities[0], nm=config.nm,
                          column_block=config.column_block)
+        wrong = sweep_guards(start, updated, mask, factor, config)
         if config.reconstruct == "none":
             updated = original.masked_fill(~mask, 0)
     else:
         mask = score_mask(original, config, statistics)
+        wrong = mask_guards(original, mask, config, statistics)
         if config.reconstruct == "none":
-            return Solved(original.masked_fill(~mask, 0), mask)
+            return Solved(original.masked_fill(~mask, 0), mask, wrong=wrong)
         updated = start.clone()
         obs_prune(updated, factor, mask=mask, column_block=config.column_block)
+        wrong |= sweep_guards(start, updated, mask, factor, config)
     if config.reconstruct != "refit":
-        return Solved(updated, mask, factor.damping)
+        return Solved(updated, mask, factor.damping, wrong=wrong)
     h = damped(statistics.gram, statistics.count, factor.damping)
     found = exact_refit(start.masked_fill(factor.dead, 0), mask, h, updated)
-    return Solved(found.weight, mask, factor.damping, updated, found)
+    return Solved(found.weight, mask, factor.damping, updated, found, wrong)

@@ -27,6 +27,7 @@ from pyprune.model.blocks import WeightRef
 from pyprune.model.recording import Stop
 from pyprune.model.routing import expert_lists
 from pyprune.model.watching import Watch
+from pyprune.ops import guards
 
 AGAIN = "#"
 """Suffix of the name of a weight where its later products in an application of the block are meant, apart from the
@@ -59,6 +60,15 @@ class Statistics:
     """Centred sum of squares, float64 ``[c]``, merged by Chan's formula; empty where no moments are wanted."""
     cross: Tensor | None = None
     """float32 ``[c, c]``, ``X̄ᵀX`` with the dense stream's inputs X̄, where the layer-wise target is dense (GP)."""
+    wrong: Tensor | None = None
+    """bool scalar on the device: whether the first update failed its guard (:mod:`pyprune.ops.guards`)."""
+    redo: Callable[[str], None] | None = None
+    """Set where the pass cannot be made again: hears of the op when the first update, at fault, is made again."""
+
+    @property
+    def op(self) -> str:
+        """The op whose result ``wrong`` judges."""
+        return "gram_update" if self.want_gram else "column_moments"
 
     def __post_init__(self):
         self.count = torch.zeros((), dtype=torch.int64, device=self.device)
@@ -70,7 +80,16 @@ class Statistics:
     def update(self, x: Tensor, dense: Tensor | None = None) -> None:
         """Add tokens ``x [tokens, c]``; ``dense`` are the same tokens in the dense stream."""
         with self.clock("statistics"):
+            first = self.wrong is None
             self._update(x)
+            if first and self.redo is not None and self.wrong is not None and bool(self.wrong):
+                self.__post_init__()
+                self.wrong = None
+                with ops.backend("reference"):
+                    self._update(x)
+                if not self.wrong:
+                    self.redo(self.op)
+                self.wrong = torch.zeros((), dtype=torch.bool, device=self.device)
             if dense is not None:
                 if self.cross is None:
                     self.cross = torch.zeros_like(self.gram)
@@ -79,12 +98,16 @@ class Statistics:
     def _update(self, x: Tensor) -> None:
         if self.want_moments:
             count, mean, m2 = ops.column_moments(x)
+            if self.wrong is None and not self.want_gram:
+                self.wrong = guards.moments(x, count, mean, m2)
             total = (self.count + count).clamp(min=1).double()
             delta = mean.double() - self.mean
             self.m2 += m2.double() + delta.square() * (self.count * count / total)
             self.mean += delta * (count / total)
         if self.want_gram:
             ops.gram_update(self.gram, x, sums=self.sums, count=self.count, precision=self.precision)
+            if self.wrong is None:
+                self.wrong = guards.gram(self.gram, x, self.count, self.precision)
         else:
             self.count += x.shape[0]
 
@@ -92,6 +115,10 @@ class Statistics:
         """Statistics of both inputs together."""
         both = copy.copy(self)
         both.count = self.count + other.count
+        if self.wrong is not None and other.wrong is not None:
+            both.wrong = self.wrong | other.wrong
+        else:
+            both.wrong = self.wrong if other.wrong is None else other.wrong
         both.gram, both.sums = self.gram + other.gram, self.sums + other.sums
         if self.cross is not None and other.cross is not None:
             both.cross = self.cross + other.cross
@@ -113,9 +140,10 @@ class Statistics:
     def tokens(self) -> int:
         return int(self.count)
 
-    def finite(self) -> bool:
+    def finite(self) -> Tensor:
+        """bool scalar on the device."""
         values = self.gram.diagonal() if self.want_gram else self.m2
-        return bool(torch.isfinite(values).all())
+        return torch.isfinite(values).all()
 
 
 class Sink(Protocol):

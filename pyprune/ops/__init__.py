@@ -2,9 +2,9 @@
 
 Back-ends: ``cuda`` (``pyprune._C``, CUDA C++), ``triton`` (``pyprune.triton_kernels``), ``cpu`` (``pyprune._C``,
 OpenMP) and ``reference`` (plain PyTorch). ``auto`` takes the one that :mod:`pyprune.ops.qualification` found right and
-fastest on this machine among those of ``AUTO``; a back-end the user names is used or refused, never replaced. Three
-CPU ops leave to PyTorch the sizes and types that they have no kernel for: see ``cholesky_cpu``, ``cholesky_solve_cpu``
-and ``linear_cpu`` in :mod:`pyprune.ops.native`.
+fastest on this machine among those of ``AUTO``, in each class of an op's sizes (:mod:`pyprune.ops.classes`); a back-end
+the user names is used or refused. One CPU op leaves to PyTorch the types that it has no kernel for: see ``linear_cpu``
+in :mod:`pyprune.ops.native`.
 
 All functions take float32, bfloat16 or float16 matrices and accumulate in float32. ``mask`` is True where a weight
 is kept, or a token counted.
@@ -15,6 +15,8 @@ This file holds the contracts: one function per op, its arguments checked. Besid
 ``native``          the only file that calls the compiled module ``pyprune._C``
 ``qualification``   which candidate of an op ``auto`` takes on this machine, measured once and kept
 ``trials``          the cases that a candidate is checked and timed on
+``classes``         the classes of an op's sizes that have a verdict of their own
+``guards``          what a run checks of its kernels' results
 
 From outside: the functions of this file; ``native`` and ``qualification`` for ``pyprune env``.
 May import: ``pyprune.triton_kernels``, ``config`` and the other modules without a package.
@@ -31,26 +33,32 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyprune.config import MAX_COLUMN_BLOCK, ConfigError
-from pyprune.ops import qualification
+from pyprune.config import BACKENDS, MAX_COLUMN_BLOCK, OPS, ConfigError, parse_backend
+from pyprune.ops import classes, qualification
 
-BACKENDS = ("cuda", "triton", "cpu", "reference")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-OPS = ("gram_update", "cross_gram_update", "column_moments", "select_mask", "nm_mask", "compress_24", "expand_24",
-       "obs_sweep", "trailing_update", "cholesky", "cholesky_solve", "liar_update", "linear")
-
 FORWARDS = ("forward_float32", "forward_bfloat16")
 """Forward passes of blocks on a CPU, by type: ``pyprune`` (the products and attention of
 :mod:`pyprune.execution.cpu_forward`) or ``torch``."""
+OWN_FIRST: tuple[str, ...] = ("cpu", "reference")
+LIBRARY_FIRST: tuple[str, ...] = ("reference", "cpu")
 
-# Candidates by device type, the default first. A kernel enters the CUDA list only after its tests have passed on a GPU
-# (benchmarks/GPU_QUEUE.md); until then it runs when named.
+# Candidates by device type and class of an op, in the order in which they are taken where none is clearly faster. On a
+# GPU nothing but the reference is taken before it has proved itself there; the reference is the library's product
+# (cuBLAS, cuSOLVER), the last resort and, for large systems, the first choice.
 AUTO: dict[str, dict[str, tuple[str, ...]]] = {
-    "cpu": dict.fromkeys(OPS, ("cpu", "reference")),
-    "cuda": dict.fromkeys(OPS, ("reference",)),
+    "cpu": dict.fromkeys(classes.KEYS, OWN_FIRST) | dict.fromkeys(
+        ("linear/few-rows", "cholesky/medium", "cholesky/large", "cholesky_solve/medium", "cholesky_solve/large"),
+        LIBRARY_FIRST),
+    "cuda": dict.fromkeys(classes.KEYS, ("cuda", "triton", "reference")) | dict.fromkeys(
+        ("gram_update/float32", "gram_update/16-bit", "gram_update/16-bit-wide", "cross_gram_update/float32",
+         "cross_gram_update/16-bit", "column_moments", "liar_update"), ("triton", "reference")) | dict.fromkeys(
+        ("cholesky/medium", "cholesky/large", "cholesky_solve/medium", "cholesky_solve/large"),
+        ("reference", "cuda", "triton")) | dict.fromkeys(
+        ("trailing_update", "linear/few-rows", "linear/rows", "linear/rows-wide"), ("reference",)),
 }
 
-_forced: contextvars.ContextVar[str] = contextvars.ContextVar("pyprune_backend", default="auto")
+_forced: contextvars.ContextVar[dict[str, str] | None] = contextvars.ContextVar("pyprune_backend", default=None)
 
 
 @dataclass(frozen=True)
@@ -68,8 +76,8 @@ class Backend:
         """The implementation of ``op`` as plain data, for another process."""
         return {"name": self.name, "module": self.module, "function": op + self.suffix}
 
-    def why_not(self, op: str, device: torch.device | str) -> str | None:
-        """None if usable for tensors on ``device``, else the reason in a sentence."""
+    def unusable(self, device: torch.device | str) -> str | None:
+        """None if it takes tensors on ``device`` at all, else the reason in a sentence."""
         device = torch.device(device)
         if self.name == "reference":
             return None
@@ -81,12 +89,16 @@ class Backend:
         if self.name == "triton" and device.type == "cpu" and not interpreted:
             return "Triton runs on CPU tensors only in its interpreter (set TRITON_INTERPRET=1 before the first import)"
         try:
-            if self.load(op) is None:
-                return f"{op} has no {self.name} implementation"
             check = getattr(importlib.import_module(self.module), "unusable", None)
             return check(self.name) if check else None
         except ImportError as error:
             return f"{self.name} back-end cannot be imported: {error}"
+
+    def why_not(self, op: str, device: torch.device | str) -> str | None:
+        """The same for one op."""
+        if (reason := self.unusable(device)) is not None:
+            return reason
+        return None if self.load(op) is not None else f"{op} has no {self.name} implementation"
 
 
 TABLE = {
@@ -99,13 +111,13 @@ TABLE = {
 
 @contextlib.contextmanager
 def backend(name: str):
-    """Force one back-end for every op inside the ``with`` block; ``"auto"`` restores the choice by device.
+    """Inside the ``with`` block every op runs on this back-end (or by op, as :func:`pyprune.config.parse_backend`
+    reads it); ``"auto"`` restores the choice by device.
 
-    Raises ``ValueError`` for an unknown name, and the op raises ``RuntimeError`` with the reason if it cannot run.
+    Raises ``ValueError`` for an unknown name, and the op raises ``RuntimeError`` with the reason if it cannot run. A
+    run settles that before it begins: :func:`settle`.
     """
-    if name not in BACKENDS + ("auto",):
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or auto, got {name!r}")
-    token = _forced.set(name)
+    token = _forced.set(parse_backend(name))
     try:
         yield
     finally:
@@ -113,9 +125,11 @@ def backend(name: str):
 
 
 def candidates(device: str) -> qualification.Candidates:
-    """Op → what ``auto`` may take for tensors on a type of device, usable here; for a CPU the forward passes too."""
-    found = {op: [TABLE[name].candidate(op) for name in AUTO[device][op] if TABLE[name].why_not(op, device) is None]
-             for op in OPS}
+    """Class of an op → what ``auto`` may take for tensors on a type of device, usable here; for a CPU the forward
+    passes too."""
+    found = {key: [TABLE[name].candidate(classes.op_of(key)) for name in names
+                   if TABLE[name].why_not(classes.op_of(key), device) is None]
+             for key, names in AUTO[device].items()}
     if device == "cpu":
         plain = {"name": "torch", "module": "contextlib", "function": "nullcontext"}
         own = {"name": "pyprune", "module": "pyprune.execution.cpu_forward", "function": "ForwardMode"}
@@ -124,7 +138,8 @@ def candidates(device: str) -> qualification.Candidates:
 
 
 def verdicts(device: str, *, measure: bool = True, again: bool = False) -> dict[str, dict]:
-    """What ``auto`` takes for tensors on a type of device, op by op, and why; see :func:`qualification.verdicts`."""
+    """What ``auto`` takes for tensors on a type of device, by class of op, and why; see
+    :func:`qualification.verdicts`."""
     return qualification.verdicts(device, candidates(device), measure=measure, again=again)
 
 
@@ -133,51 +148,118 @@ _pinned: contextvars.ContextVar[dict[str, dict[str, str]] | None] = contextvars.
 _settled: dict[tuple[str, bool], dict[str, str]] = {}
 
 
-def taken(op: str, device: str) -> str:
-    """Name of the candidate that an op, or a forward pass of ``FORWARDS``, uses now for tensors on a type of device."""
-    name = _forced.get()
-    if name != "auto":
-        return name if op in OPS else "torch" if name == "reference" else "pyprune"
+def taken(key: str, device: str) -> str:
+    """Name of the candidate that a class of an op, or a forward pass of ``FORWARDS``, uses now for tensors on a type of
+    device."""
+    op = classes.op_of(key)
+    forced = _forced.get() or {}
+    if (name := forced.get(op, forced.get("", "auto"))) != "auto":
+        return _named(op, name)
     pinned = (_pinned.get() or {}).get(device)
     if pinned is not None:
-        return pinned[op]
-    key = device, torch.get_num_threads() == 1
-    if key not in _settled:
-        _settled[key] = {op: verdict["takes"] for op, verdict in verdicts(device).items()}
-    return _settled[key][op]
+        return pinned[key] if key in pinned else pinned[op]
+    return _automatic(device)[key]
 
 
-def settle(device: str, recorded: dict[str, dict[str, str]] | None = None) -> dict[str, dict[str, str]]:
-    """What a run on a type of device takes, device → op → name, for :func:`pinned`: what an interrupted one recorded,
-    else what is in force now, measured if need be. Raises ConfigError for a record that cannot be followed here."""
-    if not recorded:
-        usable = candidates(device)
-        return {device: {op: taken(op, device) for op in usable}}
+def _named(op: str, name: str) -> str:
+    """A back-end, or the forward passes that go with it."""
+    return name if op in OPS else "torch" if name == "reference" else "pyprune"
+
+
+def _automatic(device: str) -> dict[str, str]:
+    """What this machine's measurements say, made if need be."""
+    threads = device, torch.get_num_threads() == 1
+    if threads not in _settled:
+        _settled[threads] = {key: verdict["takes"] for key, verdict in verdicts(device).items()}
+    return _settled[threads]
+
+
+def check_backend(text: str, device: str) -> str | None:
+    """A sentence if some op cannot run on the back-end that was asked for all of them, and takes ``auto``'s instead.
+
+    Raises ConfigError, before any work, if that back-end cannot run here at all, or not the op it was named for.
+    """
+    named = parse_backend(text)
+    absent = {}
+    for name in {named[""]} if "" in named else ():
+        if (reason := TABLE[name].unusable(device)) is not None:
+            raise ConfigError(f"backend {text!r} cannot run on {device}: {reason}; pyprune env shows what can")
+        absent = {op: name for op in OPS if op not in named and TABLE[name].why_not(op, device) is not None}
+    refused = {op: reason for op, name in named.items()
+               if op and name != "auto" and (reason := TABLE[name].why_not(op, device)) is not None}
+    if refused:
+        raise ConfigError(f"backend {text!r} cannot run on {device}: {'; '.join(dict.fromkeys(refused.values()))}; "
+                          "pyprune env shows what can")
+    if not absent:
+        return None
+    return f"the {named['']} back-end has no {', no '.join(absent)}: there the choice is automatic"
+
+
+def settle(device: str, recorded: dict[str, dict[str, str]] | None = None,
+           asked: str = "auto") -> dict[str, dict[str, str]]:
+    """What a run on a type of device takes, device → class of op → name, for :func:`pinned`: what an interrupted one
+    recorded, else what was asked for or is in force now, measured if need be. Raises ConfigError for what cannot be
+    followed here."""
+    if recorded:
+        _check_recorded(recorded)
+        return {kind: _trusted(kind, choices) for kind, choices in recorded.items()}
+    check_backend(asked, device)
+    named, found = parse_backend(asked) or _forced.get() or {}, {}
+    for key in candidates(device):
+        op = classes.op_of(key)
+        name = named.get(op, named.get("", "auto"))
+        if name != "auto" and op in OPS and op not in named and TABLE[name].why_not(op, device) is not None:
+            name = "auto"
+        found[key] = _automatic(device)[key] if name == "auto" else _named(op, name)
+    return {device: found}
+
+
+def _trusted(device: str, choices: dict[str, str]) -> dict[str, str]:
+    """The reference in place of what has failed on this machine since."""
+    known = verdicts(device, measure=False)
+    return {key: "reference" if name in known.get(key, {}).get("failed", {}) else name
+            for key, name in choices.items()}
+
+
+def _check_recorded(recorded: dict[str, dict[str, str]]) -> None:
     for device, choices in recorded.items():
-        usable = candidates(device)
-        for op, name in choices.items():
-            if op not in usable or (op in OPS and (reason := TABLE[name].why_not(op, device)) is not None):
-                raise ConfigError(f"the interrupted run took the {name} back-end for {op}, which cannot run here: "
-                                  f"{reason if op in usable else 'there is no such op'}; resume it where it began, or "
+        known = {*OPS, *candidates(device)}
+        for key, name in choices.items():
+            op = classes.op_of(key)
+            if key not in known or (op in OPS and (reason := TABLE[name].why_not(op, device)) is not None):
+                raise ConfigError(f"the interrupted run took the {name} back-end for {key}, which cannot run here: "
+                                  f"{reason if key in known else 'there is no such op'}; resume it where it began, or "
                                   "start anew in another folder")
-    return recorded
 
 
 @contextlib.contextmanager
 def pinned(choices: dict[str, dict[str, str]]):
-    """Inside the ``with`` block ``auto`` takes these, as :func:`settle` gave them."""
-    token = _pinned.set(choices)
+    """Inside the ``with`` block ops take these, as :func:`settle` gave them."""
+    tokens = _pinned.set(choices), _forced.set(None)
     try:
         yield
     finally:
-        _pinned.reset(token)
+        _forced.reset(tokens[1])
+        _pinned.reset(tokens[0])
+
+
+def disqualify(op: str, device: str, reason: str) -> str:
+    """No more of what ``op`` takes now on a type of device: the reference from here on in this run, and the next
+    candidate in every later one on this machine, until ``pyprune env --qualify``. Returns its name."""
+    names = {taken(key, device) for key in classes.keys_of(op)} - {"reference"}
+    for name in sorted(names):
+        qualification.disqualify(device, candidates(device), classes.keys_of(op), name, reason)
+    for choices in ((_pinned.get() or {}).get(device), *(c for (d, _), c in _settled.items() if d == device)):
+        if choices is not None:
+            choices.update(dict.fromkeys(classes.keys_of(op), "reference"))
+    return ", ".join(sorted(names)) or "reference"
 
 
 _chosen: dict[tuple[str, str, str], object] = {}
 
 
-def _implementation(op: str, device: torch.device):
-    name = taken(op, device.type)
+def _implementation(name_of_class: str, device: torch.device):
+    name, op = taken(name_of_class, device.type), classes.op_of(name_of_class)
     key = (op, device.type, name)
     if key not in _chosen:
         if (reason := TABLE[name].why_not(op, device)) is not None:
@@ -265,7 +347,8 @@ def gram_update(gram: Tensor, x: Tensor, *, sums: Tensor | None = None, count: T
     _like("mask", mask, (tokens,), torch.bool, x.device)
     if precision not in ("float32", "bfloat16"):
         raise ValueError(f"precision must be float32 or bfloat16, got {precision!r}")
-    _implementation("gram_update", x.device)(gram, x, sums=sums, count=count, mask=mask, precision=precision)
+    implementation = _implementation(classes.gram(x, precision), x.device)
+    implementation(gram, x, sums=sums, count=count, mask=mask, precision=precision)
 
 
 def cross_gram_update(cross: Tensor, y: Tensor, x: Tensor, *, mask: Tensor | None = None) -> None:
@@ -277,7 +360,7 @@ def cross_gram_update(cross: Tensor, y: Tensor, x: Tensor, *, mask: Tensor | Non
                          f"and {tuple(x.shape)} {x.dtype} {x.device}")
     _accumulator("cross", cross, (y.shape[1], x.shape[1]), x.device)
     _like("mask", mask, (x.shape[0],), torch.bool, x.device)
-    _implementation("cross_gram_update", x.device)(cross, y, x, mask=mask)
+    _implementation(classes.cross_gram(x), x.device)(cross, y, x, mask=mask)
 
 
 def column_moments(x: Tensor, *, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -306,7 +389,7 @@ def select_mask(w: Tensor, k: int, *, scale: Tensor | None = None, scope: str = 
     size = w.shape[1] if scope == "row" else w.numel()
     if not 0 <= k <= size:
         raise ValueError(f"k must be in [0, {size}] for scope {scope!r} of a {tuple(w.shape)} matrix, got {k}")
-    return _implementation("select_mask", w.device)(w, int(k), scale=scale, scope=scope, apply=apply)
+    return _implementation(classes.selection(scope), w.device)(w, int(k), scale=scale, scope=scope, apply=apply)
 
 
 def nm_mask(w: Tensor, n: int, m: int, *, scale: Tensor | None = None, apply: bool = False) -> Tensor:
@@ -400,7 +483,7 @@ def cholesky(a: Tensor, *, damping: Tensor | None = None) -> tuple[Tensor, Tenso
     float32 ``[batch]``. Returns L ``[batch, n, n]`` and info int32 ``[batch]`` as LAPACK's: 0, or the order of the
     leading minor that is not positive (that matrix's L is then NaN)."""
     _systems(a, damping)
-    return _implementation("cholesky", a.device)(a, damping=damping)
+    return _implementation(classes.systems("cholesky", a), a.device)(a, damping=damping)
 
 
 def cholesky_solve(a: Tensor, b: Tensor, *, damping: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -411,7 +494,7 @@ def cholesky_solve(a: Tensor, b: Tensor, *, damping: Tensor | None = None) -> tu
     if not isinstance(b, Tensor) or b.ndim != 3 or b.shape[:2] != a.shape[:2]:
         raise ValueError(f"b must be [batch, n, k] matching a {tuple(a.shape)}, got {tuple(getattr(b, 'shape', ()))}")
     _like("b", b, tuple(b.shape), torch.float32, a.device)
-    return _implementation("cholesky_solve", a.device)(a, b, damping=damping)
+    return _implementation(classes.systems("cholesky_solve", a), a.device)(a, b, damping=damping)
 
 
 def liar_update(weight: Tensor, keep: Tensor, drop: Tensor, q: Tensor, *, bias: Tensor | None = None,
@@ -443,6 +526,6 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
                          f"{str(getattr(x, 'dtype', type(x).__name__))[6:]} {tuple(getattr(x, 'shape', ()))}")
     _like("bias", bias, (w.shape[0],), w.dtype, w.device)
     wants_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w, bias))
-    if wants_gradient and _forced.get() == "auto":
+    if wants_gradient and not _forced.get():
         return TABLE["reference"].load("linear")(x, w, bias)
-    return _implementation("linear", x.device)(x, w, bias)
+    return _implementation(classes.product(x, w), x.device)(x, w, bias)

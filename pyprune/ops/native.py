@@ -66,10 +66,6 @@ NOT_FINITE = ("the sweep needs finite w and r and a positive diagonal of r (non-
               "failed factorisation, come before it); w is unchanged")
 TOO_DENSE = "not a 2:4 matrix: some group of 4 columns has more than 2 non-zeros"
 BAD_META = "metadata is not that of a 2:4 matrix: a group of 4 columns names one place twice"
-# Measured on two Zen 5 cores: below this many rows packing w costs more than the product gains; above this n a
-# factor per lane outgrows the second-level cache and LAPACK wins.
-LINEAR_MIN_ROWS = 48
-CHOLESKY_MAX_N = 128
 
 
 def _address(x: Tensor | None) -> int:
@@ -176,8 +172,6 @@ def trailing_update_cpu(w: Tensor, e: Tensor, r: Tensor) -> None:
 
 def cholesky_cpu(a: Tensor, *, damping: Tensor | None = None) -> tuple[Tensor, Tensor]:
     batch, n = a.shape[:2]
-    if n > CHOLESKY_MAX_N:
-        return reference.cholesky(a, damping=damping)
     a, damping = a.contiguous(), _dense(damping)
     factor, info = torch.empty(a.shape), torch.empty(batch, dtype=torch.int32)
     _C.cholesky_cpu(a.data_ptr(), _address(damping), factor.data_ptr(), 0, 0, info.data_ptr(), batch, n, 0,
@@ -187,8 +181,6 @@ def cholesky_cpu(a: Tensor, *, damping: Tensor | None = None) -> tuple[Tensor, T
 
 def cholesky_solve_cpu(a: Tensor, b: Tensor, *, damping: Tensor | None = None) -> tuple[Tensor, Tensor]:
     batch, n = a.shape[:2]
-    if n > CHOLESKY_MAX_N:
-        return reference.cholesky_solve(a, b, damping=damping)
     a, b, damping = a.contiguous(), b.contiguous(), _dense(damping)
     x, info = torch.empty(b.shape), torch.empty(batch, dtype=torch.int32)
     _C.cholesky_cpu(a.data_ptr(), _address(damping), 0, b.data_ptr(), x.data_ptr(), info.data_ptr(), batch, n,
@@ -212,7 +204,7 @@ def liar_update_cpu(weight: Tensor, keep: Tensor, drop: Tensor, q: Tensor, *, bi
 def linear_cpu(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     outputs, inputs = w.shape
     rows = math.prod(x.shape[:-1])
-    if x.dtype != torch.float32 or rows < LINEAR_MIN_ROWS:
+    if x.dtype != torch.float32:
         return reference.linear(x, w, bias)
     flat, w, bias = _unit(x.reshape(rows, inputs)), _unit(w), _dense(bias)
     out = torch.empty((*x.shape[:-1], outputs))

@@ -1,11 +1,12 @@
 """Which candidate of each op ``auto`` takes on this machine: measured once, kept, and measured again when anything it
 depends on has changed.
 
-A candidate is a function by name; the first of an op's list is the default. In a process of its own (:mod:`trials`)
-each one proves itself against float64 and is timed against the others; what gives wrong results, crashes or hangs is
-out, and one that is faster than the default by more than ``MARGIN`` takes its place. The verdicts lie in the user's
-cache folder, one JSON per machine, thread class and build. ``PYPRUNE_QUALIFY=0`` measures nothing and takes every
-default.
+A candidate is a function by name; a list holds those of one op, or of one of its size classes. In a process of its own
+(:mod:`trials`) each one proves itself against float64 and is timed against the others; what gives wrong results,
+crashes or hangs is out, and one that is faster than those before it in the list by more than ``MARGIN`` takes their
+place. The verdicts lie in the user's cache folder, one JSON per machine, GPU, thread class and build. Where nothing was
+measured the default is taken: on a CPU, whose kernels the tests of every build have run, the first of the list, on a
+GPU the library's. ``PYPRUNE_QUALIFY=0`` measures nothing and takes every default.
 
 This module knows neither ops nor back-ends: :mod:`pyprune.ops` hands it the candidates.
 """
@@ -15,6 +16,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import importlib.metadata
+import importlib.util
 import json
 import math
 import os
@@ -36,8 +39,8 @@ MARGIN = 1.1
 """A candidate has to be faster than the one before it in the list by this factor to be taken instead."""
 STEP_SECONDS, START_SECONDS = 30.0, 120.0
 """Silence after which a candidate, or the start of the process, is taken to hang."""
-SOURCES = ("execution/cpu_forward.py", "ops/native.py", "ops/reference.py", "ops/trials.py", "ops/qualification.py")
-"""Files of the package, beside the native module, that decide what is measured."""
+SOURCES = ("reference.py", "trials.py", "qualification.py", "classes.py")
+"""Files here that decide what is measured, beside those that hold the candidates."""
 LIMITS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "PYPRUNE_ISA")
 
 Candidates = dict[str, list[dict]]
@@ -62,47 +65,78 @@ def verdicts(device: str, candidates: Candidates, *, measure: bool = True, again
     default is taken until something measures. again: measure even what is known.
     """
     if not enabled():
-        return _defaults(candidates, "the first usable one: PYPRUNE_QUALIFY=0 turned measuring off")
+        return _defaults(device, candidates, f"{_default_is(device)}: PYPRUNE_QUALIFY=0 turned measuring off")
     single = {op: list_ for op, list_ in candidates.items() if len(list_) == 1}
     several = {op: list_ for op, list_ in candidates.items() if len(list_) > 1}
-    found = _defaults(single, "the only one that is usable here")
+    found = _defaults(device, single, "the only one that is usable here")
     if not several:
         return found
     with _lock:
         depends = key(device, several)
-        digest = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:16]
+        digest = _digest(depends)
         known = None if again else _known.get(digest) or _read(digest, depends, several)
         if known is None and not measure:
-            return found | _defaults(several, "the default: not measured on this machine yet")
+            return found | _defaults(device, several, f"{_default_is(device)}: not measured on this machine yet")
         if known is None:
             known = _qualify(device, several, digest, depends)
         _known[digest] = known
     return found | known
 
 
-def _defaults(candidates: Candidates, why: str) -> dict[str, dict]:
-    return {op: {"takes": list_[0]["name"], "why": why} for op, list_ in candidates.items()}
+def _defaults(device: str, candidates: Candidates, why: str) -> dict[str, dict]:
+    names = {op: [c["name"] for c in list_] for op, list_ in candidates.items()}
+    return {op: {"takes": names[op][0] if device == "cpu" else _library(names[op]), "why": why} for op in names}
+
+
+def _library(names: list[str]) -> str:
+    """What needs no proof: PyTorch's own."""
+    return "reference" if "reference" in names else names[-1]
+
+
+def _default_is(device: str) -> str:
+    return "the first usable one" if device == "cpu" else "the library's, since nothing else has proved itself here"
 
 
 def _qualify(device: str, candidates: Candidates, digest: str, depends: dict) -> dict[str, dict]:
-    _say("measuring which back-end of each op is right and fastest on this machine, once: about 15 seconds")
+    _say(f"measuring which back-end of each op is right and fastest on this {'GPU' if device != 'cpu' else 'machine'}, "
+         "once: under a minute")
     started = time.perf_counter()
     try:
         records = _measure(device, candidates)
     except Unmeasured as error:
         _say(f"the back-ends could not be measured, every op takes its default: {error}")
-        return _defaults(candidates, f"the default: it could not be measured, {error}")
+        return _defaults(device, candidates, f"{_default_is(device)}: it could not be measured, {error}")
     found = {op: decide([c["name"] for c in candidates[op]], record) for op, record in records.items()}
     for op, verdict in found.items():
         for name, reason in verdict["failed"].items():
             _say(f"{name} is not used for {op} on this machine: {reason}; {verdict['takes']} is")
     others = [f"{op} {verdict['takes']}" for op, verdict in found.items()
               if verdict["takes"] != candidates[op][0]["name"]]
-    _say(f"measured in {time.perf_counter() - started:.0f} s; not the default: {', '.join(others) or 'none'} "
+    _say(f"measured in {time.perf_counter() - started:.0f} s; not the first of its list: {', '.join(others) or 'none'} "
          "(pyprune env shows all)")
-    _write(digest, {"key": depends, "measured": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-                    "verdicts": found})
+    _write(digest, {"key": depends, "measured": _now(), "verdicts": found})
     return found
+
+
+def disqualify(device: str, candidates: Candidates, ops: list[str], name: str, reason: str) -> None:
+    """Take what failed in a run out of the kept verdicts on some ops; ``verdicts(again=True)`` tries it anew."""
+    several = {op: list_ for op, list_ in candidates.items() if len(list_) > 1}
+    if not enabled() or not several:
+        return
+    with _lock:
+        depends = key(device, several)
+        digest = _digest(depends)
+        known = _known.get(digest) or _read(digest, depends, several)
+        if known is None:
+            return
+        for op in ops:
+            if op not in known or "errors" not in known[op]:
+                continue
+            record = {part: known[op][part] for part in ("errors", "failed", "seconds", "threads") if part in known[op]}
+            record["failed"] = {**record["failed"], name: reason}
+            known[op] = decide([c["name"] for c in several[op]], record)
+        _known[digest] = known
+        _write(digest, {"key": depends, "measured": _now(), "verdicts": known})
 
 
 def _say(text: str) -> None:
@@ -114,7 +148,7 @@ def decide(names: list[str], record: dict) -> dict:
     """The verdict on an op from what its candidates did: the first right one, unless a later one is clearly faster."""
     right = [name for name in names if name in record["errors"] and name not in record["failed"]]
     if not right:
-        return {**record, "takes": names[-1], "why": "no candidate passed its checks: the last resort"}
+        return {**record, "takes": _library(names), "why": "no candidate passed its checks: the last resort"}
     taken = right[0]
     if len(right) == 1:
         return {**record, "takes": taken, "why": "the only one that passed its checks"}
@@ -145,7 +179,7 @@ def _measure(device: str, candidates: Candidates) -> dict[str, dict]:
         ended = _run({"device": device, "threads": threads, "jobs": jobs}, records, waiting)
         if ended is not None:
             op, name, reason = ended
-            records[op]["failed"][name] = reason
+            records[op]["failed"].setdefault(name, reason)
             records[op]["errors"].pop(name, None)
     return records
 
@@ -232,6 +266,14 @@ def _ending(code: int) -> str:
     return f"it took the process down (signal {-code})"
 
 
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def _digest(depends: dict) -> str:
+    return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def key(device: str, candidates: Candidates) -> dict:
     """Everything that a verdict for tensors on ``device`` depends on."""
     name, flags = _processor()
@@ -241,10 +283,26 @@ def key(device: str, candidates: Candidates) -> dict:
         "limits": {limit: os.environ[limit] for limit in LIMITS if limit in os.environ},
         "level": native._C.cpu_level() if native._C else None,
         "threads": "one" if torch.get_num_threads() == 1 else "several",
-        "native": _file_digest(native._C.__file__) if native._C else None, "sources": _sources(),
+        "native": _file_digest(native._C.__file__) if native._C else None,
+        "sources": _sources(tuple(sorted({c["module"] for list_ in candidates.values() for c in list_}))),
         "candidates": {op: [[c["name"], c["module"], c["function"]] for c in list_]
                        for op, list_ in candidates.items()},
+        **({} if device == "cpu" else {"gpu": _gpu()}),
     }
+
+
+def _gpu() -> dict:
+    """The GPU that is current, and what turns kernels into its code."""
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    driver = Path("/proc/driver/nvidia/version")
+    try:
+        triton = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        triton = None
+    return {"name": properties.name, "capability": f"{properties.major}.{properties.minor}",
+            "multiprocessors": properties.multi_processor_count, "memory": properties.total_memory,
+            "driver": driver.read_text().splitlines()[0] if driver.is_file() else None, "cuda": torch.version.cuda,
+            "triton": triton, "tuned": os.environ.get("PYPRUNE_AUTOTUNE") == "1"}
 
 
 @functools.cache
@@ -265,10 +323,17 @@ def _file_digest(path: str) -> str:
 
 
 @functools.cache
-def _sources() -> str:
-    package = Path(__file__).parents[1]
+def _sources(modules: tuple[str, ...]) -> str:
+    """A digest of the files that measure, and of those that hold the candidates: of a package, all of its own."""
+    files = [Path(__file__).with_name(name) for name in SOURCES]
+    for module in modules:
+        spec = importlib.util.find_spec(module)
+        if spec is None:
+            raise ModuleNotFoundError(f"a candidate's module {module} is not here")
+        inside = [path for place in spec.submodule_search_locations or () for path in sorted(Path(place).glob("*.py"))]
+        files += inside or [Path(spec.origin or "")]
     digest = hashlib.sha256()
-    for path in [package / name for name in SOURCES]:
+    for path in files:
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 

@@ -14,33 +14,48 @@ CHUNK_TOKENS = 8192
 
 
 def _rows(x: Tensor, mask: Tensor | None) -> Tensor:
-    return x if mask is None else x[mask]
+    """Rows that do not count become zeros: to leave them out, a GPU would have to be asked how many there are."""
+    return x if mask is None else torch.where(mask.unsqueeze(1), x, 0)
+
+
+def _count(x: Tensor, mask: Tensor | None) -> Tensor | int:
+    return len(x) if mask is None else mask.sum()
+
+
+def _tensor_cores(x: Tensor) -> bool:
+    return x.is_cuda and x.dtype != torch.float32
+
+
+def _add_product(total: Tensor, y: Tensor, x: Tensor) -> None:
+    """``total += yᵀx`` with float32 sums; on a GPU 16-bit products run on its tensor cores, which keep such sums."""
+    if _tensor_cores(x):
+        total.copy_(torch.addmm(total, y.T, x, out_dtype=torch.float32))
+    else:
+        total.addmm_(y.float().T, x.float())
 
 
 def gram_update(gram: Tensor, x: Tensor, *, sums: Tensor | None = None, count: Tensor | None = None,
                 mask: Tensor | None = None, precision: str = "float32") -> None:
-    x = _rows(x, mask)
-    for chunk in x.split(CHUNK_TOKENS):
+    for chunk in _rows(x, mask).split(CHUNK_TOKENS):
         chunk = chunk.to(torch.bfloat16) if precision == "bfloat16" else chunk
-        chunk = chunk.float()
-        gram.addmm_(chunk.T, chunk)
+        _add_product(gram, chunk, chunk)
         if sums is not None:
-            sums += chunk.sum(0)
+            sums += chunk.sum(0, dtype=torch.float32)
     if count is not None:
-        count += len(x)
+        count += _count(x, mask)
 
 
 def cross_gram_update(cross: Tensor, y: Tensor, x: Tensor, *, mask: Tensor | None = None) -> None:
     y, x = _rows(y, mask), _rows(x, mask)
     for a, b in zip(y.split(CHUNK_TOKENS), x.split(CHUNK_TOKENS)):
-        cross.addmm_(a.float().T, b.float())
+        _add_product(cross, a, b)
 
 
 def column_moments(x: Tensor, *, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    count = torch.full((), len(x), device=x.device) if mask is None else mask.sum()
     x = _rows(x, mask).float()
-    count = torch.tensor(len(x), dtype=torch.int64, device=x.device)
-    mean = x.sum(0) / max(len(x), 1)
-    return count, mean, (x - mean).square().sum(0)
+    mean = x.sum(0) / count.clamp(min=1)
+    return count, mean, _rows(x - mean, mask).square().sum(0)
 
 
 def _lowest(score: Tensor, k: int) -> Tensor:
@@ -91,7 +106,7 @@ def expand_24(values: Tensor, meta: Tensor) -> Tensor:
 
     if values.numel() == 0:
         return values.new_empty(values.shape[0], values.shape[1] * 2)
-    return sparse_semi_structured_to_dense_cutlass(values, meta)
+    return sparse_semi_structured_to_dense_cutlass(values.contiguous(), meta.contiguous())
 
 
 def obs_sweep(w: Tensor, r: Tensor, *, mask: Tensor | None = None, k: int | None = None,

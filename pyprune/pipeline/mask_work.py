@@ -183,7 +183,7 @@ class MaskWork:
             return None
         beside = self.trainer.beside(index) if self.trainer and self.config.inputs != "sequential" else {}
         with self.found.clock("forward"):
-            return gather(self.run, self.found.clock, index, module, refs, self.fit, **beside)
+            return gather(self.run, self.found, index, module, refs, self.fit, **beside)
 
     def dense_targets(self, index: int, module: nn.Module,
                       statistics: Observer | None = None) -> dict[WeightRef, Tensor]:

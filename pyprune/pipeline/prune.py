@@ -93,6 +93,8 @@ def _prune(model, config: PruneConfig, tokenizer, in_place: bool, progress: bool
            world: distributed.World) -> PruneResult:
     found, device = Findings(), pick_device(config.device)
     world.lead(lambda: journal.check_settings(settings_of(config)))
+    if (absent := ops.check_backend(config.backend, device.type)) is not None:
+        found.warn(absent)
     seed_all(config.seed)
     with found.clock("load"):
         opened = _open(model, config, tokenizer, in_place, progress, world.same(journal.header.get("streamed")), device)
@@ -107,8 +109,8 @@ def _prune(model, config: PruneConfig, tokenizer, in_place: bool, progress: bool
         data = calibration_data(config, view, tokenizer, positions)
     with found.clock("evaluation"):
         texts = windows_of(config.evaluation, tokenizer, view.is_encoder, positions=positions, warn=found.warn)
-    with ops.backend(config.backend), found.clock("back-ends"):
-        backends = settle_backends(journal, world, device)
+    with found.clock("back-ends"):
+        backends = settle_backends(journal, world, device, config.backend)
     if config.output:
         with found.clock("load"):
             identity = {"settings": settings_of(config), "data": data_identity(data, texts), "model": opened.identity()}
@@ -128,7 +130,7 @@ def _prune(model, config: PruneConfig, tokenizer, in_place: bool, progress: bool
         found.warn(text)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    with Progress(len(view.blocks), enabled=progress) as bar, ops.backend(config.backend), ops.pinned(backends), \
+    with Progress(len(view.blocks), enabled=progress) as bar, ops.pinned(backends), \
             journal.interruptible(follow=world.size > 1):
         work = kind_of(config)(run, found, journal)
         run_blocks(Loop(executor, journal, found, world, config.seed, config.output), work, bar)
@@ -179,10 +181,10 @@ def _open(model, config: PruneConfig, tokenizer, in_place: bool, progress: bool,
     return opened if tokenizer is None else dataclasses.replace(opened, tokenizer=tokenizer)
 
 
-def settle_backends(journal: Journal, world: distributed.World, device: torch.device) -> dict:
+def settle_backends(journal: Journal, world: distributed.World, device: torch.device, asked: str = "auto") -> dict:
     """The back-end that each op takes in this run, the same in all processes: what an interrupted run took, else what
-    this machine's measurements say."""
-    return world.same(world.lead(lambda: ops.settle(device.type, journal.header.get("backends"))) or {})
+    was asked for, or this machine's measurements say."""
+    return world.same(world.lead(lambda: ops.settle(device.type, journal.header.get("backends"), asked)) or {})
 
 
 def begin(journal: Journal, world: distributed.World, identity: dict, blocks: int, **header) -> None:

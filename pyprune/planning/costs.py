@@ -249,7 +249,7 @@ def evaluation_bytes(view: ModelView, config: PruneConfig, streamed: bool, wides
 
 
 def writes_once(view: ModelView, config: PruneConfig, streamed: bool) -> bool:
-    """Whether the finished blocks are linked into the checkpoint; otherwise they wait beside it and are written again."""
+    """Whether finished blocks are linked into the checkpoint; otherwise they wait beside it and are written again."""
     return streamed or (not config.is_curve and assembly.stores_as_held(view.model, view.path))
 
 

@@ -202,7 +202,8 @@ class Split:
         return Split(Moments(columns, outputs, device, precision), Moments(columns, outputs, device, precision))
 
     def update(self, x: Tensor, held: Tensor, e: Tensor | None = None, w: Tensor | None = None) -> None:
-        """Add tokens; ``held`` bool ``[tokens]`` marks those set aside; w: float32 weights ``[tokens]``."""
+        """Add tokens; ``held`` bool ``[tokens]``, in host memory, marks those set aside, so that a device need not be
+        asked how many they are; w: float32 weights ``[tokens]``."""
         self._views.clear()
         if not self.fit.placed and len(x):
             shift_e = torch.zeros(self.fit.outputs, device=x.device)
@@ -210,8 +211,10 @@ class Split:
                 shift_e = mean_of(e.float(), w)
             for part in (self.fit, self.held):
                 part.place(mean_of(x.float(), w), shift_e)
-        for part, rows in ((self.fit, ~held), (self.held, held)):
-            part.update(x[rows], None if e is None else e[rows], None if w is None else w[rows])
+        for part, which in ((self.fit, ~held), (self.held, held)):
+            rows = which.nonzero().flatten().to(x.device, non_blocking=True)
+            part.update(x.index_select(0, rows), None if e is None else e.index_select(0, rows),
+                        None if w is None else w.index_select(0, rows))
 
     def sum_over(self, world) -> None:
         """Moments of the tokens of all processes of a :class:`pyprune.execution.distributed.World`, in each of them."""

@@ -82,13 +82,13 @@ def observe_moments(run: Run, clock: Clock, index: int, module: nn.Module, group
 
     def take(batch: Batch, _) -> None:
         with clock("statistics"):
-            held = _held(stream, batch, first, total).to(device)
+            held = _held(stream, batch, first, total)
             for one in observed:
                 x = taps.inputs.get(one.place)
                 if x is None:
                     continue  # an expert that no token of this batch reached
                 # an expert sees some of the tokens, and which sequences they are from is not known
-                marks = held if len(x) == len(held) else _every_fifth(x)
+                marks = held if len(x) == len(held) else _every_fifth(len(x))
                 one.split.update(x, marks, one.error(batch, taps), one.token_weights(x, taps))
 
     try:
@@ -150,9 +150,9 @@ def _single(stream: Activations, wanted: int) -> list[Batch]:
     return found
 
 
-def _every_fifth(x: Tensor) -> Tensor:
+def _every_fifth(tokens: int) -> Tensor:
     """bool ``[tokens]``: the last of every five tokens."""
-    return torch.arange(len(x), device=x.device) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+    return torch.arange(tokens) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
 
 
 def _held(stream: Activations, batch: Batch, first: int, total: int) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from simulated import factor_of_inverse, load_module, objects, strided
 
 from pyprune import ops
-from pyprune.ops import native, reference
+from pyprune.ops import classes, native, qualification, reference
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to compile the simulated kernels")
 
@@ -22,9 +22,13 @@ LAUNCH = native._launch
 
 
 @pytest.fixture(scope="module")
-def module(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cuda_adapters")
-    return load_module(folder, objects(folder))
+def built(tmp_path_factory):
+    return tmp_path_factory.mktemp("cuda_adapters")
+
+
+@pytest.fixture(scope="module")
+def module(built):
+    return load_module(built, objects(built))
 
 
 @pytest.fixture(autouse=True)
@@ -185,12 +189,11 @@ def test_a_build_that_the_driver_cannot_run_says_so(module, monkeypatch, machine
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setitem(ops.AUTO["cuda"], "nm_mask", ("cuda", "reference"))
     monkeypatch.setattr(ops, "_chosen", {})
-    monkeypatch.setattr(ops, "_settled", {})
-    chosen = ops._implementation("nm_mask", torch.device("cuda:0"))
+    usable = [candidate["name"] for candidate in ops.candidates("cuda")["nm_mask"]]
     if reason is None:
-        assert native.unusable("cuda") is None and chosen is native.nm_mask_cuda
+        assert native.unusable("cuda") is None and usable == ["cuda", "reference"]
     else:
-        assert reason in native.unusable("cuda") and chosen is reference.nm_mask
+        assert reason in native.unusable("cuda") and usable == ["reference"]
         with ops.backend("cuda"), pytest.raises(RuntimeError, match="'cuda' was asked for nm_mask but cannot run"):
             ops._implementation("nm_mask", torch.device("cuda:0"))
 
@@ -203,3 +206,19 @@ def test_a_build_that_the_driver_cannot_run_says_so(module, monkeypatch, machine
 def test_which_gpus_a_build_covers(architectures, runs, does_not):
     for capability in runs + does_not:
         assert native._has_image(architectures, *map(int, capability.split("."))) == (capability in runs)
+
+
+def test_cuda_kernels_prove_themselves_in_the_simulation_and_a_planted_fault_is_found(built, tmp_path, monkeypatch):
+    """In a process of their own, as on a GPU."""
+    monkeypatch.setenv("PYPRUNE_SIMULATED", str(built))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("PYPRUNE_QUALIFY")
+    candidates = {key: [{"name": "cuda", "module": "simulated_ops", "function": function},
+                        {"name": "reference", "module": "pyprune.ops.reference", "function": classes.op_of(key)}]
+                  for key, function in {"nm_mask": "nm_mask_past_the_end", "select_mask/row": "select_mask_cuda",
+                                        "obs_sweep": "obs_sweep_cuda", "cholesky/small": "cholesky_cuda"}.items()}
+    monkeypatch.setattr(native, "_C", None)  # what the verdicts depend on, in this process: nothing that was built
+    found = qualification.verdicts("cpu", candidates)
+    assert [key for key, verdict in found.items() if verdict["failed"]] == ["nm_mask"], found
+    assert "wrote outside" in found["nm_mask"]["failed"]["cuda"]
+    assert all(found[key]["errors"]["cuda"] < 1e-5 for key in candidates if key != "nm_mask")

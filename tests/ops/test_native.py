@@ -228,8 +228,7 @@ def test_cholesky_reports_the_failing_minor_and_only_that_system():
 
 
 @pytest.mark.parametrize("rows, inputs, outputs", [(1, 5, 3), (64, 1, 1), (100, 333, 77), (130, 700, 48), (2, 0, 5)])
-def test_linear(rows, inputs, outputs, monkeypatch):
-    monkeypatch.setattr(native, "LINEAR_MIN_ROWS", 0)
+def test_linear(rows, inputs, outputs):
     x, w, bias = torch.randn(rows, inputs), torch.randn(outputs, inputs), torch.randn(outputs)
     for b in (bias, None):
         truth = x.double() @ w.double().T + (0 if b is None else b.double())

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import same_bytes
@@ -16,18 +17,21 @@ import torch
 from pyprune import ops
 from pyprune.config import ConfigError, Evaluation
 from pyprune.execution.journal import Interrupted, Journal
-from pyprune.ops import native, qualification, trials
+from pyprune.ops import classes, native, qualification, reference, trials
 from pyprune.pipeline.prune import prune
 
-BREAKS = {"gram_update": ("wrong", "result 0 is off by"), "linear": ("unwritten", "not all of it was written"),
-          "cross_gram_update": ("outside", "wrote outside"), "cholesky": ("fickle", "gave different bits"),
+BREAKS = {"gram_update/float32": ("wrong", "result 0 is off by"),
+          "linear/rows": ("unwritten", "not all of it was written"),
+          "cross_gram_update/float32": ("outside", "wrote outside"),
+          "cholesky/small": ("fickle", "gave different bits"), "obs_sweep": ("between_rows", "wrote outside"),
+          "compress_24": ("dense_only", "result 0 is off by"), "trailing_update": ("ruins", "ConnectionError: illegal"),
           "nm_mask": ("raising", "ValueError: no image for this processor"), "column_moments": ("crash", "SIGABRT"),
-          "cholesky_solve": ("hang", "did not answer within")}
+          "cholesky_solve/small": ("hang", "did not answer within")}
 
 
 def pair(op: str, function: str) -> list[dict]:
     return [{"name": "own", "module": "broken", "function": function},
-            {"name": "reference", "module": "pyprune.ops.reference", "function": op}]
+            {"name": "reference", "module": "pyprune.ops.reference", "function": classes.op_of(op)}]
 
 
 @pytest.fixture
@@ -55,22 +59,23 @@ def measured(monkeypatch):
 
 
 def test_broken_candidates_are_out_and_the_next_one_is_taken(cache, monkeypatch, capsys):
-    """Three processes: the first is aborted, the second hangs, the third ends."""
-    monkeypatch.setattr(qualification, "STEP_SECONDS", 6.0)
+    """Four processes: of the first the device is ruined, the second is aborted, the third hangs, the fourth ends."""
+    monkeypatch.setattr(qualification, "STEP_SECONDS", 10.0)  # a busy machine ends a process slowly
     candidates = {op: pair(op, function) for op, (function, _) in BREAKS.items()}
-    candidates["select_mask"] = pair("select_mask", "slow")
+    candidates["select_mask/row"] = pair("select_mask/row", "slow")
     found = qualification.verdicts("cpu", candidates)
     said = capsys.readouterr().err
     for op, (_, reason) in BREAKS.items():
         assert found[op]["takes"] == "reference" and reason in found[op]["failed"]["own"], (op, found[op])
         assert f"own is not used for {op} on this machine: " in said
-    assert not found["select_mask"]["failed"] and found["select_mask"]["takes"] == "reference"
-    assert "times as fast as own" in found["select_mask"]["why"]
+    slow = found["select_mask/row"]
+    assert not slow["failed"] and slow["takes"] == "reference" and "times as fast as own" in slow["why"]
     assert len(list(cache.glob("*.json"))) == 1 and not list(cache.glob("*.tmp"))
 
 
 def test_every_op_has_its_cases_and_what_is_right_passes_them():
-    assert set(trials.CASES) == {*ops.OPS, *ops.FORWARDS}
+    assert set(trials.CASES) == {*classes.KEYS, *ops.FORWARDS} == {*ops.candidates("cpu")}
+    assert {*ops.AUTO["cuda"]} == {*ops.AUTO["cpu"]} == {*classes.KEYS}
     for op, candidates in ops.candidates("cpu").items():
         for candidate in candidates:
             implementation = getattr(importlib.import_module(candidate["module"]), candidate["function"])
@@ -93,9 +98,9 @@ def test_a_default_is_left_only_for_what_is_clearly_faster():
 
 @pytest.mark.skipif(native._C is None, reason="no native module, so none that could change")
 def test_a_verdict_is_kept_and_measured_again_when_what_it_depends_on_changes(cache, measured, monkeypatch):
-    candidates = {"linear": pair("linear", "unwritten")}
+    candidates = {"linear/rows": pair("linear", "unwritten")}
     first = qualification.verdicts("cpu", candidates)
-    assert first["linear"]["takes"] == "own" and len(measured) == 1
+    assert first["linear/rows"]["takes"] == "own" and len(measured) == 1
     qualification._known.clear()
     assert qualification.verdicts("cpu", candidates) == first and len(measured) == 1, "read from the file"
     for change in (lambda m: m.setattr(qualification, "_file_digest", lambda path: "another build"),
@@ -117,8 +122,8 @@ def test_a_verdict_is_kept_and_measured_again_when_what_it_depends_on_changes(ca
 
 def test_where_nothing_can_be_kept_the_verdict_holds_for_the_process(cache, measured, capsys):
     cache.parent.write_text("a file where the folder should be")
-    candidates = {"linear": pair("linear", "unwritten")}
-    assert qualification.verdicts("cpu", candidates)["linear"]["takes"] == "own"
+    candidates = {"linear/rows": pair("linear", "unwritten")}
+    assert qualification.verdicts("cpu", candidates)["linear/rows"]["takes"] == "own"
     assert "the verdicts cannot be kept in" in capsys.readouterr().err
     qualification.verdicts("cpu", candidates)
     assert len(measured) == 1
@@ -126,26 +131,26 @@ def test_where_nothing_can_be_kept_the_verdict_holds_for_the_process(cache, meas
 
 def test_a_process_that_cannot_start_leaves_the_defaults(cache, monkeypatch, capsys):
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    found = qualification.verdicts("cpu", {"linear": pair("linear", "unwritten")})
-    assert found["linear"]["takes"] == "own" and "could not be measured" in capsys.readouterr().err
+    found = qualification.verdicts("cpu", {"linear/rows": pair("linear", "unwritten")})
+    assert found["linear/rows"]["takes"] == "own" and "could not be measured" in capsys.readouterr().err
     assert not list(cache.glob("*")), "not a verdict"
 
 
 def test_ops_take_the_verdict_a_name_and_the_switch_go_before_it(cache, measured, monkeypatch):
     cpu = torch.device("cpu")
-    monkeypatch.setitem(ops.AUTO, "cpu", dict.fromkeys(ops.OPS, ("reference", "cpu")))
+    monkeypatch.setitem(ops.AUTO, "cpu", dict.fromkeys(classes.KEYS, ("reference", "cpu")))
     if native._C is not None:
-        assert ops._implementation("linear", cpu).__module__ == "pyprune.ops.reference"
+        assert ops._implementation("linear/rows", cpu).__module__ == "pyprune.ops.reference"
         with ops.pinned({"cpu": dict.fromkeys([*ops.OPS, *ops.FORWARDS], "cpu")}):
-            assert ops._implementation("linear", cpu) is native.linear_cpu
+            assert ops._implementation("linear/rows", cpu) is native.linear_cpu
         with ops.backend("cpu"):
-            assert ops._implementation("linear", cpu) is native.linear_cpu
+            assert ops._implementation("linear/rows", cpu) is native.linear_cpu
     with ops.backend("cuda"), pytest.raises(RuntimeError, match="cuda"):
-        ops._implementation("linear", cpu)
+        ops._implementation("linear/rows", cpu)
     count = len(measured)
     monkeypatch.setenv("PYPRUNE_QUALIFY", "0")
     monkeypatch.setattr(ops, "_settled", {})
-    assert ops.taken("linear", "cpu") == "reference" and len(measured) == count
+    assert ops.taken("linear/rows", "cpu") == "reference" and len(measured) == count
 
 
 def run(output, **fields):
@@ -155,7 +160,7 @@ def run(output, **fields):
 
 def test_resume_takes_what_the_interrupted_run_took(tmp_path, monkeypatch):
     """The machine's verdict changes between the two; the bytes do not."""
-    everything = [*ops.OPS, *ops.FORWARDS]
+    everything = [*classes.KEYS, *ops.FORWARDS]
     before = {op: "torch" if op in ops.FORWARDS else "reference" for op in everything}
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     monkeypatch.setattr(ops, "_settled", {("cpu", one): before for one in (True, False)})
@@ -172,7 +177,7 @@ def test_resume_takes_what_the_interrupted_run_took(tmp_path, monkeypatch):
     monkeypatch.setattr(ops, "_settled", {})  # the fixed list, which takes the native module
     assert run(cut, resume=True).report["backends"] == {"cpu": before}
     same_bytes.assert_same(whole, cut)
-    assert json.loads((cut / "report.json").read_text())["backends"]["cpu"]["linear"] == "reference"
+    assert json.loads((cut / "report.json").read_text())["backends"]["cpu"]["linear/rows"] == "reference"
 
 
 def test_a_record_that_cannot_be_followed_is_refused():
@@ -201,9 +206,108 @@ def test_env_shows_the_verdicts_and_measures_when_asked(cache, measured, capsys)
 @pytest.mark.skipif(native._C is None, reason="no native module")
 def test_an_instruction_set_is_forced_or_refused():
     code = ("from pyprune import ops\nfrom pyprune.ops import native\n"
-            "assert native._C.cpu_level() == 'portable' and ops.taken('linear', 'cpu') == 'cpu'\n")
+            "assert native._C.cpu_level() == 'portable' and ops.taken('linear/rows', 'cpu') == 'cpu'\n")
     subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYPRUNE_ISA": "portable"}, check=True)
-    code = "from pyprune import ops; ops.taken('linear', 'cpu')"
+    code = "from pyprune import ops; ops.taken('linear/rows', 'cpu')"
     refused = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYPRUNE_ISA": "sse9"},
                              capture_output=True, text=True)
     assert "ConfigError: PYPRUNE_ISA=sse9: instruction set sse9 is not one of this processor's" in refused.stderr
+
+
+def test_the_reference_takes_views_of_any_stride():
+    """Its own trials found that the library's conversion did not."""
+    for key in classes.KEYS:
+        assert trials.check(key, getattr(reference, classes.op_of(key)), "cpu") < 1e-4
+
+
+@pytest.mark.parametrize(("text", "sentence"), [
+    ("cuda", "backend 'cuda' cannot run on cpu: the cuda back-end takes CUDA tensors"),
+    ("obs_sweep=cuda,gram_update=cpu", "backend 'obs_sweep=cuda,gram_update=cpu' cannot run on cpu: the cuda back-end"),
+])
+def test_a_back_end_that_cannot_run_is_refused_before_the_model_is_looked_at(text, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        prune("a folder that is not there", backend=text, device="cpu")
+
+
+@pytest.mark.skipif(native._C is None, reason="no native module")
+def test_back_ends_mix_by_op(monkeypatch, tmp_path):
+    """A back-end without an op leaves it to auto and says so; by op each is named; the report has what ran."""
+    monkeypatch.delattr(native, "gram_update_cpu")
+    monkeypatch.setattr(ops, "_chosen", {})
+    monkeypatch.setattr(ops, "_settled", {})
+    report = run(tmp_path / "mixed", backend="cpu", seed=3).report
+    taken = report["backends"]["cpu"]
+    assert taken["gram_update/float32"] == "reference" and taken["obs_sweep"] == "cpu"
+    assert "the cpu back-end has no gram_update: there the choice is automatic" in report["warnings"]
+    with pytest.raises(ConfigError, match="gram_update has no cpu implementation"):
+        ops.check_backend("reference,gram_update=cpu", "cpu")
+    by_op = run(tmp_path / "by_op", backend="reference,obs_sweep=cpu,linear=auto").report["backends"]["cpu"]
+    assert {key: name for key, name in by_op.items() if name == "cpu"} == {
+        "obs_sweep": "cpu", "linear/rows": "cpu", "linear/rows-wide": "cpu"}
+    assert by_op["forward_float32"] == "torch"
+    assert "backend: reference,obs_sweep=cpu,linear=auto" in (tmp_path / "by_op" / "run.yaml").read_text()
+
+
+def test_what_failed_in_a_run_is_out_until_it_is_measured_again(cache, measured):
+    candidates = {key: pair(key, "unwritten") for key in classes.keys_of("linear")}
+    qualification.verdicts("cpu", candidates)
+    qualification.disqualify("cpu", candidates, classes.keys_of("linear"), "own", "wrong in block 3")
+    qualification._known.clear()
+    found = qualification.verdicts("cpu", candidates)
+    assert {v["takes"] for v in found.values()} == {"reference"} and len(measured) == 1
+    assert all(v["failed"] == {"own": "wrong in block 3"} for v in found.values())
+    again = qualification.verdicts("cpu", candidates, again=True)
+    assert {v["takes"] for v in again.values()} == {"own"} and len(measured) == 2
+
+
+@pytest.mark.skipif(native._C is None, reason="no native module")
+def test_a_resumed_run_does_not_go_back_to_what_failed_a_guard(cache, measured):
+    recorded = ops.settle("cpu")
+    assert recorded["cpu"]["obs_sweep"] == "cpu"
+    with ops.pinned(recorded):
+        assert ops.disqualify("obs_sweep", "cpu", "wrong in block 1") == "cpu"
+        assert ops.taken("obs_sweep", "cpu") == "reference" and ops.taken("nm_mask", "cpu") == "cpu"
+    recorded["cpu"]["obs_sweep"] = "cpu"  # as the journal has it
+    assert ops.settle("cpu", recorded)["cpu"] == {**recorded["cpu"], "obs_sweep": "reference"}
+
+
+def test_triton_kernels_prove_themselves_in_the_interpreter_and_a_planted_fault_is_found(cache, monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(trials, "ROUNDS", 1)
+    candidates = {key: [{"name": "triton", "module": "interpreted", "function": function},
+                        {"name": "reference", "module": "pyprune.ops.reference", "function": classes.op_of(key)}]
+                  for key, function in {"gram_update/16-bit": "gram_update", "nm_mask": "nm_mask",
+                                        "cholesky/small": "cholesky_that_forgets"}.items()}
+    found = qualification.verdicts("cpu", candidates)
+    assert [key for key, verdict in found.items() if verdict["failed"]] == ["cholesky/small"], found
+    assert "not all of it was written" in found["cholesky/small"]["failed"]["triton"]
+    assert found["gram_update/16-bit"]["errors"]["triton"] < 1e-6
+    assert {verdict["takes"] for verdict in found.values()} == {"reference"}, "the interpreter is slower"
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """What a GPU tells of itself, and three usable back-ends on it."""
+    told = SimpleNamespace(name="H100", major=9, minor=0, multi_processor_count=132, total_memory=80 << 30)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: told)
+    monkeypatch.setattr(ops.Backend, "why_not", lambda self, op, device: None)
+    return told
+
+
+def test_on_a_gpu_kernels_are_taken_once_they_have_proved_themselves_there(cache, measured, gpu, monkeypatch):
+    before = ops.verdicts("cuda", measure=False)
+    assert {verdict["takes"] for verdict in before.values()} == {"reference"}
+    found = {key: verdict["takes"] for key, verdict in ops.verdicts("cuda").items()}
+    assert found["obs_sweep"] == found["nm_mask"] == found["select_mask/row"] == found["cholesky/small"] == "cuda"
+    assert found["gram_update/16-bit-wide"] == found["column_moments"] == "triton"
+    assert found["cholesky/large"] == found["trailing_update"] == found["linear/rows"] == "reference"
+    assert len(measured) == 1
+    gpu.name = "another"
+    ops.verdicts("cuda")
+    gpu.minor = 1
+    ops.verdicts("cuda")
+    assert len(measured) == 3, "another GPU, another verdict"
+    monkeypatch.setenv("PYPRUNE_QUALIFY", "0")
+    assert {verdict["takes"] for verdict in ops.verdicts("cuda").values()} == {"reference"}

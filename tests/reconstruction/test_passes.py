@@ -89,7 +89,7 @@ def test_both_streams_count_once_where_one_of_them_does_not_fit(where, call, mon
         found, model = {}, tiny.model("llama")
         gather = mask_work.gather
 
-        def watched(run, clock, index, *args, **streams):
+        def watched(run, findings, index, *args, **streams):
             calls = iter(range(100))
 
             def refuse(module, arguments):
@@ -97,7 +97,7 @@ def test_both_streams_count_once_where_one_of_them_does_not_fit(where, call, mon
                     raise torch.OutOfMemoryError("simulated")
 
             handle = run.view.blocks[1].get_submodule(where).register_forward_pre_hook(refuse, prepend=True)
-            observer = gather(run, clock, index, *args, **streams)
+            observer = gather(run, findings, index, *args, **streams)
             handle.remove()
             found[index] = {name: (int(s.count), s.gram.clone(), s.cross.clone()) for name, s in observer.sinks.items()}
             found[index, "dense"] = torch.cat([d.flatten() for d in streams["dense"].data.values()])

@@ -8,7 +8,7 @@ import time
 
 import torch
 
-from pyprune.ops import reference
+from pyprune.ops import reference, trials
 
 
 def wrong(gram, x, *, sums=None, count=None, mask=None, precision="float32"):
@@ -48,3 +48,22 @@ def slow(w, k, *, scale=None, scope="row", apply=False):
     time.sleep(0.02)
     sum(i * i for i in range(300_000))
     return reference.select_mask(w, k, scale=scale, scope=scope, apply=apply)
+
+
+def between_rows(w, r, *, mask=None, k=None, nm=None):
+    out = reference.obs_sweep(w, r, mask=mask, k=k, nm=nm)
+    if w.stride(0) > w.shape[1]:
+        torch.as_strided(w, (1,), (1,), w.storage_offset() + w.shape[1]).zero_()
+    return out
+
+
+def dense_only(w):
+    values, meta = reference.compress_24(w)
+    if not w.is_contiguous():
+        values = values + 1
+    return values, meta
+
+
+def ruins(w, e, r):
+    trials.ruined = lambda device: True
+    raise ConnectionError("illegal memory access")
