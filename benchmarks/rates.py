@@ -32,9 +32,9 @@ from pyprune.execution.activation_store import Store
 from pyprune.execution.device import cpu_has_bfloat16
 from pyprune.execution.distributed import World
 from pyprune.execution.executor import Activations, Executor, target_tokens
-from pyprune.execution.weight_streaming import skeleton
 from pyprune.masks.solvers import inverse_factor, obs_prune
 from pyprune.model.blocks import ModelView, weights_of
+from pyprune.model.skeleton import skeleton
 from pyprune.planning.costs import work_of
 from pyprune.planning.rehearsal import disk_rates
 

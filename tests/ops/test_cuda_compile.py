@@ -138,5 +138,5 @@ def test_launches_fit_the_shared_memory_of_every_architecture(tmp_path, name, si
     program = tmp_path / "size.cpp"
     program.write_text(f'#include "cuda/{name}.cu"\nnamespace pyprune::cuda {{\n'
                        f'static_assert({size} <= {DEFAULT_SHARED}, "shared memory");\n}}\n')
-    subprocess.run(["g++", "-std=c++17", "-DPYPRUNE_SIM", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests'}",
+    subprocess.run(["g++", "-std=c++17", "-DPYPRUNE_SIM", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests/cuda_sim'}",
                     "-fsyntax-only", str(program)], check=True)
