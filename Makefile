@@ -1,6 +1,6 @@
 # make demo   environment, install, prune SmolLM2-135M on this machine, report what it cost
 # make test   environment, install, lint, tests
-# make lint   ruff, the layers of the packages, types
+# make lint   ruff and its formatter, the layers of the packages, types
 # make format ruff's formatter, over every file
 #
 # Variables:
@@ -33,6 +33,7 @@ test: $(VENV)/.dev lint
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 

@@ -43,23 +43,32 @@ def visible_capabilities() -> list[str]:
     """Compute capabilities of this machine's GPUs ("90"), empty when there is no driver."""
     if not shutil.which("nvidia-smi"):
         return []
-    query = subprocess.run(["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"],
-                           capture_output=True, text=True)
+    query = subprocess.run(
+        ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"], capture_output=True, text=True
+    )
     found = re.findall(r"^(\d+)\.(\d)$", query.stdout, re.M) if query.returncode == 0 else []
     return sorted({major + minor for major, minor in found}, key=int)
 
 
 def cuda_archs() -> list[str]:
     """Architectures to build for, normalised: ["80", "90a", "120+PTX"]; [] means a CPU module."""
-    text = next((os.environ[name] for name in ("PYPRUNE_CUDA_ARCHS", "TORCH_CUDA_ARCH_LIST", "CUDAARCHS")
-                 if os.environ.get(name)), "auto").strip()
+    text = next(
+        (
+            os.environ[name]
+            for name in ("PYPRUNE_CUDA_ARCHS", "TORCH_CUDA_ARCH_LIST", "CUDAARCHS")
+            if os.environ.get(name)
+        ),
+        "auto",
+    ).strip()
     if text.lower() in ("off", "none", "0"):
         return []
     if text.lower() in ("auto", "native"):
         found = [arch + "a" if arch == "90" else arch for arch in visible_capabilities()]
         if text.lower() == "native" and not found:
-            raise SystemExit("PYPRUNE_CUDA_ARCHS=native, but nvidia-smi shows no GPU here; name architectures instead, "
-                             "such as PYPRUNE_CUDA_ARCHS=90a, or set it to off")
+            raise SystemExit(
+                "PYPRUNE_CUDA_ARCHS=native, but nvidia-smi shows no GPU here; name architectures instead, "
+                "such as PYPRUNE_CUDA_ARCHS=90a, or set it to off"
+            )
         return found if find_nvcc() else []
     archs = []
     for item in re.split(r"[;,\s]+", text):
@@ -92,8 +101,10 @@ def version(archs: list[str]) -> str:
         return base_version()
     nvcc = find_nvcc()
     if nvcc is None:
-        raise SystemExit(f"CUDA architectures {';'.join(archs)} were asked for, but there is no nvcc: install the CUDA "
-                         "toolkit and set CUDA_HOME, or set PYPRUNE_CUDA_ARCHS=off for a CPU module")
+        raise SystemExit(
+            f"CUDA architectures {';'.join(archs)} were asked for, but there is no nvcc: install the CUDA "
+            "toolkit and set CUDA_HOME, or set PYPRUNE_CUDA_ARCHS=off for a CPU module"
+        )
     return ".".join([f"{base_version()}+{toolkit(nvcc)}", *(f"sm{a.replace('+PTX', 'ptx')}" for a in archs)])
 
 
@@ -103,9 +114,11 @@ class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
         if compiler is None:
-            raise SystemExit("pyprune's native module needs a C++17 compiler: install one (Debian, Ubuntu: apt install "
-                             "g++; Fedora: dnf install gcc-c++; conda: conda install gxx) and try again, or set "
-                             "PYPRUNE_NATIVE=0 for a slower pure-Python install")
+            raise SystemExit(
+                "pyprune's native module needs a C++17 compiler: install one (Debian, Ubuntu: apt install "
+                "g++; Fedora: dnf install gcc-c++; conda: conda install gxx) and try again, or set "
+                "PYPRUNE_NATIVE=0 for a slower pure-Python install"
+            )
         cmake, ninja = shutil.which("cmake"), shutil.which("ninja")
         if cmake is None or ninja is None:
             raise SystemExit("building without isolation needs cmake and ninja: pip install cmake ninja pybind11")

@@ -54,23 +54,30 @@ def gram(dtype: torch.dtype) -> Case:
         return out
 
     bf16 = dtype == torch.bfloat16
-    return Case(f"gram_update {tokens}×{c} {str(dtype)[6:]} (baseline: float32 X.T @ X)", ours, lambda: x32.T @ x32,
-                5 if bf16 else 1.6, flops=tokens * c * (c + 1), bytes=x.nbytes + out.nbytes, bf16=bf16)
+    return Case(
+        f"gram_update {tokens}×{c} {str(dtype)[6:]} (baseline: float32 X.T @ X)",
+        ours,
+        lambda: x32.T @ x32,
+        5 if bf16 else 1.6,
+        flops=tokens * c * (c + 1),
+        bytes=x.nbytes + out.nbytes,
+        bf16=bf16,
+    )
 
 
 def published_sweep(w: Tensor, r: Tensor, nm: tuple[int, int] | None) -> Tensor:
     """SparseGPT's column loop in PyTorch, 50 % per block of 128 columns or N:M; about a dozen launches per column."""
     w = w.clone()
     for start in range(0, w.shape[1], 128):
-        block, rb = w[:, start:start + 128].clone(), r[start:start + 128, start:start + 128]
+        block, rb = w[:, start : start + 128].clone(), r[start : start + 128, start : start + 128]
         errors, swept = torch.zeros_like(block), torch.zeros_like(block)
         drop = torch.zeros_like(block, dtype=torch.bool)
         if nm is None:
-            score = block**2 / rb.diagonal()**2
+            score = block**2 / rb.diagonal() ** 2
             drop = score <= score.flatten().sort().values[score.numel() // 2 - 1]
         for j in range(block.shape[1]):
             if nm and j % nm[1] == 0:
-                score = block[:, j:j + nm[1]]**2 / rb.diagonal()[j:j + nm[1]]**2
+                score = block[:, j : j + nm[1]] ** 2 / rb.diagonal()[j : j + nm[1]] ** 2
                 drop.scatter_(1, j + score.topk(nm[1] - nm[0], dim=1, largest=False).indices, True)
             column = block[:, j]
             kept = column.clone()
@@ -79,8 +86,8 @@ def published_sweep(w: Tensor, r: Tensor, nm: tuple[int, int] | None) -> Tensor:
             error = (column - kept) / rb[j, j]
             block[:, j:] -= error.unsqueeze(1).matmul(rb[j, j:].unsqueeze(0))
             errors[:, j] = error
-        w[:, start:start + 128] = swept
-        w[:, start + 128:] -= errors.matmul(r[start:start + 128, start + 128:])
+        w[:, start : start + 128] = swept
+        w[:, start + 128 :] -= errors.matmul(r[start : start + 128, start + 128 :])
     return w
 
 
@@ -95,8 +102,15 @@ def sweep(rows: int, c: int, nm: tuple[int, int] | None) -> Case:
         obs_prune(result, factor, **({"nm": nm} if nm else {"sparsity": 0.5}))
         return result
 
-    return Case(f"OBS sweep of a {rows}×{c} matrix, {'2:4' if nm else '50 %'}", ours,
-                lambda: published_sweep(w, r, nm), 10, flops=rows * c * c, bytes=2 * w.nbytes, tolerance=0.02)
+    return Case(
+        f"OBS sweep of a {rows}×{c} matrix, {'2:4' if nm else '50 %'}",
+        ours,
+        lambda: published_sweep(w, r, nm),
+        10,
+        flops=rows * c * c,
+        bytes=2 * w.nbytes,
+        tolerance=0.02,
+    )
 
 
 def row_mask(rows: int, c: int) -> Case:
@@ -104,17 +118,29 @@ def row_mask(rows: int, c: int) -> Case:
 
     def baseline():
         order = (w.abs() * norm).sort(dim=1).indices
-        return torch.ones_like(w, dtype=torch.bool).scatter_(1, order[:, :c // 2], False)
+        return torch.ones_like(w, dtype=torch.bool).scatter_(1, order[:, : c // 2], False)
 
-    return Case(f"Wanda row mask {rows}×{c}", lambda: ops.select_mask(w, c // 2, scale=norm), baseline, 5,
-                bytes=5 * w.numel(), tolerance=0)
+    return Case(
+        f"Wanda row mask {rows}×{c}",
+        lambda: ops.select_mask(w, c // 2, scale=norm),
+        baseline,
+        5,
+        bytes=5 * w.numel(),
+        tolerance=0,
+    )
 
 
 def matrix_mask(rows: int, c: int) -> Case:
     w = torch.randn(rows, c)
     k = w.numel() // 2
-    return Case(f"magnitude mask of a whole {rows}×{c}", lambda: ops.select_mask(w, k, scope="matrix"),
-                lambda: w.abs() > w.abs().flatten().sort().values[k - 1], 5, bytes=5 * w.numel(), tolerance=1e-6)
+    return Case(
+        f"magnitude mask of a whole {rows}×{c}",
+        lambda: ops.select_mask(w, k, scope="matrix"),
+        lambda: w.abs() > w.abs().flatten().sort().values[k - 1],
+        5,
+        bytes=5 * w.numel(),
+        tolerance=1e-6,
+    )
 
 
 def nm(rows: int, c: int) -> Case:
@@ -138,23 +164,38 @@ def nm(rows: int, c: int) -> Case:
 def solve(batch: int, n: int, k: int) -> Case:
     x = torch.randn(batch, n, 2 * n)
     a, b = x @ x.mT / n + 0.1 * torch.eye(n), torch.randn(batch, n, k)
-    return Case(f"Cholesky solve, {batch} systems of n = {n}, {k} right-hand sides",
-                lambda: ops.cholesky_solve(a, b)[0],
-                lambda: torch.cholesky_solve(b, torch.linalg.cholesky_ex(a)[0]), 3,
-                flops=batch * (n**3 / 3 + 2 * n * n * k), bytes=a.nbytes + 2 * b.nbytes, tolerance=1e-3)
+    return Case(
+        f"Cholesky solve, {batch} systems of n = {n}, {k} right-hand sides",
+        lambda: ops.cholesky_solve(a, b)[0],
+        lambda: torch.cholesky_solve(b, torch.linalg.cholesky_ex(a)[0]),
+        3,
+        flops=batch * (n**3 / 3 + 2 * n * n * k),
+        bytes=a.nbytes + 2 * b.nbytes,
+        tolerance=1e-3,
+    )
 
 
 def linear(rows: int, inputs: int, outputs: int) -> Case:
     x, w, bias = torch.randn(rows, inputs), torch.randn(outputs, inputs), torch.randn(outputs)
-    return Case(f"linear {rows}×{inputs}→{outputs} float32", lambda: ops.linear(x, w, bias),
-                lambda: functional.linear(x, w, bias), 1.3, flops=2 * rows * inputs * outputs,
-                bytes=4 * (rows * inputs + inputs * outputs + rows * outputs))
+    return Case(
+        f"linear {rows}×{inputs}→{outputs} float32",
+        lambda: ops.linear(x, w, bias),
+        lambda: functional.linear(x, w, bias),
+        1.3,
+        flops=2 * rows * inputs * outputs,
+        bytes=4 * (rows * inputs + inputs * outputs + rows * outputs),
+    )
 
 
 def moments(tokens: int, c: int) -> Case:
     x = torch.randn(tokens, c)
-    return Case(f"column_moments {tokens}×{c}", lambda: ops.column_moments(x)[2],
-                lambda: torch.var_mean(x, 0, correction=0)[0] * tokens, 1, bytes=x.nbytes)
+    return Case(
+        f"column_moments {tokens}×{c}",
+        lambda: ops.column_moments(x)[2],
+        lambda: torch.var_mean(x, 0, correction=0)[0] * tokens,
+        1,
+        bytes=x.nbytes,
+    )
 
 
 def compress(rows: int, c: int) -> Case:
@@ -162,8 +203,14 @@ def compress(rows: int, c: int) -> Case:
 
     w = torch.randn(rows, c).bfloat16()
     ops.nm_mask(w, 2, 4, apply=True)
-    return Case(f"compress_24 {rows}×{c} bfloat16", lambda: ops.compress_24(w)[1], lambda: convert(w)[1], 1,
-                bytes=w.nbytes * 1.625, tolerance=0)
+    return Case(
+        f"compress_24 {rows}×{c} bfloat16",
+        lambda: ops.compress_24(w)[1],
+        lambda: convert(w)[1],
+        1,
+        bytes=w.nbytes * 1.625,
+        tolerance=0,
+    )
 
 
 CASES = {
@@ -204,9 +251,11 @@ def raise_ceilings(ceiling: dict[str, float]) -> None:
     threads, done = torch.get_num_threads(), {}
     source = torch.zeros(2**25)
     target = torch.empty_like(source)
-    calls = {"float32": lambda: done.update(float32=native._C.cpu_tile_flops(False, 3000, threads)),
-             "bfloat16": lambda: done.update(bfloat16=native._C.cpu_tile_flops(True, 3000, threads)),
-             "copy": lambda: target.copy_(source)}
+    calls = {
+        "float32": lambda: done.update(float32=native._C.cpu_tile_flops(False, 3000, threads)),
+        "bfloat16": lambda: done.update(bfloat16=native._C.cpu_tile_flops(True, 3000, threads)),
+        "copy": lambda: target.copy_(source),
+    }
     best = fastest(calls, repeats=6)
     done["copy"] = 2 * source.nbytes
     for name, amount in done.items():
@@ -217,9 +266,15 @@ def raise_ceilings(ceiling: dict[str, float]) -> None:
 def measure(case: Case) -> dict:
     check(case)
     best = fastest({"ours": case.ours, "baseline": case.baseline}, repeats=9, seconds=12)
-    return {"op": case.name, "ours_ms": best["ours"] * 1e3, "baseline_ms": best["baseline"] * 1e3,
-            "ratio": best["baseline"] / best["ours"], "target": case.target,
-            "gflops": case.flops / best["ours"] / 1e9, "gbytes_per_s": case.bytes / best["ours"] / 1e9}
+    return {
+        "op": case.name,
+        "ours_ms": best["ours"] * 1e3,
+        "baseline_ms": best["baseline"] * 1e3,
+        "ratio": best["baseline"] / best["ours"],
+        "target": case.target,
+        "gflops": case.flops / best["ours"] / 1e9,
+        "gbytes_per_s": case.bytes / best["ours"] / 1e9,
+    }
 
 
 def add_floor(row: dict, flops: float, moved: float, bf16: bool, ceiling: dict[str, float]) -> None:
@@ -256,13 +311,16 @@ def main() -> None:
             row = measure(case)
             measured.append((row, case.flops, case.bytes, case.bf16))
             print(f"{row['op']:72} {row['ratio']:6.1f}×", file=sys.stderr, flush=True)
-    print(", ".join(f"{name} {value / 1e9:.0f} G{'B' if name == 'copy' else 'FLOP'}/s"
-                    for name, value in ceiling.items()))
+    print(
+        ", ".join(f"{name} {value / 1e9:.0f} G{'B' if name == 'copy' else 'FLOP'}/s" for name, value in ceiling.items())
+    )
     for row, *work in measured:
         add_floor(row, *work, ceiling)
-        print(f"{row['op']:72} {row['ours_ms']:9.2f} ms {row['baseline_ms']:9.2f} ms  {row['ratio']:6.1f}× "
-              f"(asked {row['target']:g}×)  floor {row['floor_ms']:8.2f} ms of {row['floor_is']}, "
-              f"{row['share_of_floor']:4.0%}")
+        print(
+            f"{row['op']:72} {row['ours_ms']:9.2f} ms {row['baseline_ms']:9.2f} ms  {row['ratio']:6.1f}× "
+            f"(asked {row['target']:g}×)  floor {row['floor_ms']:8.2f} ms of {row['floor_is']}, "
+            f"{row['share_of_floor']:4.0%}"
+        )
     rows = [row for row, *_ in measured]
     write("bench_ops_cpu" if not options.only else "bench_ops_cpu_part", rows, options.out, ceilings=ceiling)
 

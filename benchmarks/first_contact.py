@@ -21,13 +21,28 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from common import ROOT, result_path, write  # noqa: E402
 
-GROUPS = (("gram_update", "cross_gram_update", "column_moments"), ("select_mask", "nm_mask", "obs_sweep"),
-          ("compress_24", "expand_24"), ("cholesky", "cholesky_solve"), ("liar_update", "linear", "trailing_update"))
+GROUPS = (
+    ("gram_update", "cross_gram_update", "column_moments"),
+    ("select_mask", "nm_mask", "obs_sweep"),
+    ("compress_24", "expand_24"),
+    ("cholesky", "cholesky_solve"),
+    ("liar_update", "linear", "trailing_update"),
+)
 """Ops that are tried in one process, the most wanted first."""
-LLAMA = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_key_value_heads": 32,
-         "vocab_size": 32000}
-TINY = {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "vocab_size": 97}
+LLAMA = {
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "vocab_size": 32000,
+}
+TINY = {
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 97,
+}
 BLOCKS = 32
 
 
@@ -71,8 +86,14 @@ def smoke(device: str, only: str) -> None:
     rows = []
     for group in GROUPS:
         keys = [key for op in group for key in classes.keys_of(op) if only in key]
-        found = {key: [ops.TABLE[name].candidate(classes.op_of(key)) for name in ops.BACKENDS
-                       if ops.TABLE[name].why_not(classes.op_of(key), device) is None] for key in keys}
+        found = {
+            key: [
+                ops.TABLE[name].candidate(classes.op_of(key))
+                for name in ops.BACKENDS
+                if ops.TABLE[name].why_not(classes.op_of(key), device) is None
+            ]
+            for key in keys
+        }
         if not found:
             continue
         try:
@@ -105,8 +126,16 @@ def block(device: str, backends: list[str]) -> None:
     def run(backend: str, count: int):
         generator = torch.Generator().manual_seed(1)
         ids = list(torch.randint(0, shape["vocab_size"], (count, tokens), generator=generator))
-        return pyprune.prune(model(shape), calibration=ids, evaluation={"enabled": False}, backend=backend,
-                             device=device, progress=False, in_place=True, probe_samples=0)
+        return pyprune.prune(
+            model(shape),
+            calibration=ids,
+            evaluation={"enabled": False},
+            backend=backend,
+            device=device,
+            progress=False,
+            in_place=True,
+            probe_samples=0,
+        )
 
     for backend in backends:
         row = {"backend": backend, "tokens": samples * tokens}
@@ -121,10 +150,15 @@ def block(device: str, backends: list[str]) -> None:
             write("block", rows, device=device)
             print(row, flush=True)
             continue
-        row |= {"run_s": time.perf_counter() - begun, "block_s": report["blocks"][0]["seconds"],
-                "seconds": report["seconds"], "backends": report["backends"], "warnings": report["warnings"],
-                "peak_device_memory_bytes": report["peak_device_memory_bytes"],
-                "predicted_run_s": BLOCKS * report["blocks"][0]["seconds"]}
+        row |= {
+            "run_s": time.perf_counter() - begun,
+            "block_s": report["blocks"][0]["seconds"],
+            "seconds": report["seconds"],
+            "backends": report["backends"],
+            "warnings": report["warnings"],
+            "peak_device_memory_bytes": report["peak_device_memory_bytes"],
+            "predicted_run_s": BLOCKS * report["blocks"][0]["seconds"],
+        }
         write("block", rows, device=device)
         print(f"{backend:10} block {row['block_s']:.3f} s, run predicted {row['predicted_run_s']:.0f} s", flush=True)
     kinds = [torch.profiler.ProfilerActivity.CPU]
@@ -139,8 +173,9 @@ def block(device: str, backends: list[str]) -> None:
 
 def tests(path: str, name: str, processes: int) -> int:
     """A test file spread over processes, so that compilations do not wait for each other; JUnit report per process."""
-    listed = subprocess.run([sys.executable, "-m", "pytest", "-q", "--collect-only", path], cwd=ROOT,
-                            capture_output=True, text=True)
+    listed = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "--collect-only", path], cwd=ROOT, capture_output=True, text=True
+    )
     found = [line for line in listed.stdout.splitlines() if "::" in line]
     print(f"{len(found)} tests of {path} in {processes} processes", flush=True)
     if not found:
@@ -149,8 +184,14 @@ def tests(path: str, name: str, processes: int) -> int:
     running = []
     for i in range(min(processes, len(found))):
         log = result_path(f"{name}_{i}", suffix=".log").open("w")
-        command = [sys.executable, "-m", "pytest", "-q", f"--junitxml={result_path(f'{name}_{i}', suffix='.xml')}",
-                   *found[i::processes]]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            f"--junitxml={result_path(f'{name}_{i}', suffix='.xml')}",
+            *found[i::processes],
+        ]
         running.append(subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT))
     worst = max(child.wait() for child in running)
     write(name, [{"tests": len(found), "processes": len(running), "worst_status": worst}])

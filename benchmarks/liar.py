@@ -50,14 +50,18 @@ from pyprune.structured.taps import gradient_sequences, mask_gradients
 CRITERIA = ("wifv", "obs_greedy", "activation", "obs", "taylor", "fisher", "magnitude", "random")
 METHODS = {
     # the baselines and LIAR as published: every token counts the same
-    "none": ("none", "uniform", {}), "bias": ("bias", "uniform", {}), "mask_tuning": ("mask_tuning", "uniform", {}),
+    "none": ("none", "uniform", {}),
+    "bias": ("bias", "uniform", {}),
+    "mask_tuning": ("mask_tuning", "uniform", {}),
     "liar_uniform": ("liar", "uniform", {}),
     # what pyprune does unless told otherwise: tokens weighted, in another way in post-norm and in pre-norm models
     "liar": ("liar", "auto", {}),
-    "bias_relative": ("bias", "relative", {}), "mask_tuning_relative": ("mask_tuning", "relative", {}),
+    "bias_relative": ("bias", "relative", {}),
+    "mask_tuning_relative": ("mask_tuning", "relative", {}),
     "liar_relative": ("liar", "relative", {}),
     # the paper's figure 5b
-    "liar_weight": ("liar", "auto", {"interpolate": "weight"}), "liar_bias": ("liar", "auto", {"interpolate": "bias"}),
+    "liar_weight": ("liar", "auto", {"interpolate": "weight"}),
+    "liar_bias": ("liar", "auto", {"interpolate": "bias"}),
     "liar_p": ("liar", "auto", {"interpolate_weights": True}),
 }
 """Name → reconstruction, token weights, further options."""
@@ -78,9 +82,23 @@ def cells() -> list[dict]:
     out: list[dict] = []
 
     def add(task, pattern, sparsities, criteria, methods, seeds=(0,), **more):
-        out.extend({"task": task, "pattern": pattern, "sparsity": s, "criterion": c, "method": m, "seed": seed,
-                    "sentences": SENTENCES, "inputs": "dense", **more}
-                   for seed in seeds for s in sparsities for c in criteria for m in methods)
+        out.extend(
+            {
+                "task": task,
+                "pattern": pattern,
+                "sparsity": s,
+                "criterion": c,
+                "method": m,
+                "seed": seed,
+                "sentences": SENTENCES,
+                "inputs": "dense",
+                **more,
+            }
+            for seed in seeds
+            for s in sparsities
+            for c in criteria
+            for m in methods
+        )
 
     main = ("wifv", "obs_greedy")
     relative = ("bias_relative", "mask_tuning_relative")
@@ -123,6 +141,7 @@ def cells() -> list[dict]:
 def finished(cells: list[dict], rows: list[dict]) -> set[str]:
     """Keys of the cells that an earlier report holds. It has no test rows, which a comparison needs, so cells that are
     compared with each other count together: all of them or none."""
+
     def group(cell: dict) -> tuple:
         return tuple(v for k, v in cell.items() if k not in ("method", "seed"))
 
@@ -177,8 +196,15 @@ class Bench:
             self.calibration = wikitext(self.tokenizer, "train", count, 512, cell["seed"])
         else:
             self.calibration = token_ids(self.tokenizer, sentences(cell["task"], cell["sentences"], cell["seed"]))
-        config = PruneConfig(pattern=cell["pattern"], sparsity=0.5, criterion="wifv", reconstruct="liar",
-                             inputs="dense", seed=cell["seed"], structured={"nonstandard": "save"})
+        config = PruneConfig(
+            pattern=cell["pattern"],
+            sparsity=0.5,
+            criterion="wifv",
+            reconstruct="liar",
+            inputs="dense",
+            seed=cell["seed"],
+            structured={"nonstandard": "save"},
+        )
         view = ModelView(self.model)
         drawn = CalibrationData(sequences=self.calibration, fingerprint="", description="")
         self.run = Run(config, view, Executor(view, compute_dtype=DTYPE), [weights_of(b) for b in view.blocks], drawn)
@@ -210,14 +236,33 @@ class Bench:
             name = criterion.removesuffix(PLAIN)
             splits = self.splits("auto" if name == criterion else "uniform")
             if name in NEEDS_GRADIENTS and self.gradients is None:
-                self.gradients = mask_gradients(self.run.view, self.structured.prepared.groups,
-                                                gradient_sequences(self.calibration), dtype=DTYPE,
-                                                device=torch.device("cpu"), seed=self.seed)
+                self.gradients = mask_gradients(
+                    self.run.view,
+                    self.structured.prepared.groups,
+                    gradient_sequences(self.calibration),
+                    dtype=DTYPE,
+                    device=torch.device("cpu"),
+                    seed=self.seed,
+                )
             groups = self.structured.prepared.groups
-            self.scores[criterion] = [[score(name, Scored(
-                g, g.consumer.view(block).float(), splits[i][j], has_slot(self.structured, i, g),
-                None if self.gradients is None else self.gradients[i][j], block, 1000 * self.seed + i))
-                for j, g in enumerate(groups[i])] for i, block in enumerate(self.run.view.blocks)]
+            self.scores[criterion] = [
+                [
+                    score(
+                        name,
+                        Scored(
+                            g,
+                            g.consumer.view(block).float(),
+                            splits[i][j],
+                            has_slot(self.structured, i, g),
+                            None if self.gradients is None else self.gradients[i][j],
+                            block,
+                            1000 * self.seed + i,
+                        ),
+                    )
+                    for j, g in enumerate(groups[i])
+                ]
+                for i, block in enumerate(self.run.view.blocks)
+            ]
         return self.scores[criterion]
 
     @torch.no_grad()
@@ -241,8 +286,12 @@ class Bench:
                 done = repair(Problem(weight, bias, group, splits[i][j]), kept, method, **options)
                 seconds += time.perf_counter() - started
                 picks.append(Pick(group, kept, done.weight, done.bias))
-                for name, value in (("dampings", done.damping), ("errors", done.error), ("methods", done.method),
-                                    ("norm_ratios", done.norm_ratio)):
+                for name, value in (
+                    ("dampings", done.damping),
+                    ("errors", done.error),
+                    ("methods", done.method),
+                    ("norm_ratios", done.norm_ratio),
+                ):
                     notes[name].append(value)
             slice_block(block, picks)
         flags = dict.fromkeys(self.structured.prepared.flags.values(), True)
@@ -255,17 +304,34 @@ class Bench:
         method, weighting, _ = METHODS[cell["method"]]
         reads, structured = {}, {"nonstandard": "save"}
         if method != "none" or cell["criterion"] not in WEIGHTS_ALONE:
-            reads = {"calibration": pyprune.Calibration(source=self.calibration, held_out=0),
-                     "compute_dtype": "bfloat16"}
+            reads = {
+                "calibration": pyprune.Calibration(source=self.calibration, held_out=0),
+                "compute_dtype": "bfloat16",
+            }
         if method != "none" or cell["criterion"] in NEEDS_MOMENTS:
             structured["token_weights"] = weighting
-        result = pyprune.prune(self.model, tokenizer=self.tokenizer, pattern=cell["pattern"], sparsity=cell["sparsity"],
-                               criterion=cell["criterion"], reconstruct=method, seed=cell["seed"], probe_samples=0,
-                               progress=False, evaluation={"enabled": False}, structured=structured, **reads)
+        result = pyprune.prune(
+            self.model,
+            tokenizer=self.tokenizer,
+            pattern=cell["pattern"],
+            sparsity=cell["sparsity"],
+            criterion=cell["criterion"],
+            reconstruct=method,
+            seed=cell["seed"],
+            probe_samples=0,
+            progress=False,
+            evaluation={"enabled": False},
+            structured=structured,
+            **reads,
+        )
         rows = result.report["weights"]
-        return result.model, {"seconds_by_phase": result.report["seconds"], "methods": [r["method"] for r in rows],
-                              "dampings": [r["damping"] for r in rows], "errors": [r["error_held_out"] for r in rows],
-                              "norm_ratios": [r["norm_ratio"] for r in rows]}
+        return result.model, {
+            "seconds_by_phase": result.report["seconds"],
+            "methods": [r["method"] for r in rows],
+            "dampings": [r["damping"] for r in rows],
+            "errors": [r["error_held_out"] for r in rows],
+            "norm_ratios": [r["norm_ratio"] for r in rows],
+        }
 
     @torch.no_grad()
     def measure(self, model: torch.nn.Module, task: str) -> dict:
@@ -329,8 +395,14 @@ def main() -> None:
     started, bench, owner = time.monotonic(), None, None
     part, parts = map(int, args.part.split("/"))
     done = finished(cells(), read_cells(args.out))
-    todo = [c for c in cells() if re.search(args.only, key(c)) and share_of(c, parts) == part
-            and key(c) not in done and not (cache / f"{key(c)}.json").exists()]
+    todo = [
+        c
+        for c in cells()
+        if re.search(args.only, key(c))
+        and share_of(c, parts) == part
+        and key(c) not in done
+        and not (cache / f"{key(c)}.json").exists()
+    ]
     print(f"{len(todo)} cells to do", flush=True)
     while todo and time.monotonic() - started < 60 * args.minutes:
         # stay with the statistics at hand while the next few cells need them
@@ -344,13 +416,20 @@ def main() -> None:
         model, notes = bench.propagated(cell) if cell["inputs"] == "propagated" else bench.pruned(cell)
         pruned = time.perf_counter()
         found = bench.measure(model, cell["task"])
-        row = {**cell, **found, **notes,
-               "prune_seconds": pruned - began, "measure_seconds": time.perf_counter() - pruned}
+        row = {
+            **cell,
+            **found,
+            **notes,
+            "prune_seconds": pruned - began,
+            "measure_seconds": time.perf_counter() - pruned,
+        }
         temporary = cache / f"partial{part}"
         temporary.write_text(json.dumps(row))
         temporary.rename(cache / f"{key(cell)}.json")
-        print(f"{key(cell)}: {row['value']:.4f}  ({row['prune_seconds']:.1f} + {row['measure_seconds']:.1f} s)",
-              flush=True)
+        print(
+            f"{key(cell)}: {row['value']:.4f}  ({row['prune_seconds']:.1f} + {row['measure_seconds']:.1f} s)",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

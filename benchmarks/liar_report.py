@@ -12,13 +12,21 @@ from benchmarks.common import data, result_path
 from benchmarks.liar_table import CELL, COMPARED, read_cells, read_differences, write_tables
 from pyprune.evaluation.tasks import paired_bootstrap, read_pairs, spearman
 
-COLOURS = {"none": "#9a9a9a", "bias": "#3b7dd8", "mask_tuning": "#e0862f", "liar_uniform": "#a8d8b0",
-           "liar": "#2a9d4a"}
-NAMES = {"none": "none", "bias": "bias compensation", "mask_tuning": "mask tuning", "liar_uniform": "LIAR as published",
-         "liar": "LIAR"}
+COLOURS = {"none": "#9a9a9a", "bias": "#3b7dd8", "mask_tuning": "#e0862f", "liar_uniform": "#a8d8b0", "liar": "#2a9d4a"}
+NAMES = {
+    "none": "none",
+    "bias": "bias compensation",
+    "mask_tuning": "mask tuning",
+    "liar_uniform": "LIAR as published",
+    "liar": "LIAR",
+}
 BASELINES = ("none", "bias", "mask_tuning", "liar_uniform")
-UNITS = {"sts": "Spearman on STS-B test", "sst2": "accuracy on SST-2 dev", "ppl": "perplexity on WikiText-2 test",
-         "ppl_all": "perplexity on WikiText-2 test, every window"}
+UNITS = {
+    "sts": "Spearman on STS-B test",
+    "sst2": "accuracy on SST-2 dev",
+    "ppl": "perplexity on WikiText-2 test",
+    "ppl_all": "perplexity on WikiText-2 test, every window",
+}
 READING = """Encoder: all-MiniLM-L6-v2 (6 post-norm blocks of 1,536 neurons and 12 heads) on all 1,379 STS-B test pairs
 (Spearman of cosine similarity and human score) and on SST-2 dev with one linear head fitted to the dense model's
 vectors. Decoder: SmolLM2-135M (pre-norm), WikiText-2 test in windows of 1,024 tokens. Calibration: 2,048 unlabelled
@@ -99,8 +107,16 @@ def write_report(cache: Path, out: str | None) -> None:
 
 def report_text(cells: list[dict], differences: list[dict]) -> str:
     """The whole of ``liar.md``."""
-    return "# LIAR on real models\n\n" + READING + CAUSE + tables(cells) + difference_table(differences) \
-        + criterion_table(differences) + sizes(cells) + phases(cells)
+    return (
+        "# LIAR on real models\n\n"
+        + READING
+        + CAUSE
+        + tables(cells)
+        + difference_table(differences)
+        + criterion_table(differences)
+        + sizes(cells)
+        + phases(cells)
+    )
 
 
 def merged(before: list[dict], now: list[dict], names: tuple[str, ...]) -> list[dict]:
@@ -138,10 +154,13 @@ def tables(cells: list[dict]) -> str:
         sparsities = sorted({k[0] for k in found})
         shown = [m for m in COLOURS if any(k[2] == m for k in found)]
         seeds = max(len(v) for v in found.values())
-        out += f"## {UNITS[task]}, {pattern}, {inputs} inputs\n\n" \
-               f"Dense {dense:.{digits}f}. Each entry: {' / '.join(NAMES[m] for m in shown)}; mean " \
-               f"over {seeds} seed{'s'[:seeds > 1]} at most.\n\n| criterion | " + " | ".join(
-                   f"{s:.0%}" for s in sparsities) + " |\n|---"
+        out += (
+            f"## {UNITS[task]}, {pattern}, {inputs} inputs\n\n"
+            f"Dense {dense:.{digits}f}. Each entry: {' / '.join(NAMES[m] for m in shown)}; mean "
+            f"over {seeds} seed{'s'[: seeds > 1]} at most.\n\n| criterion | "
+            + " | ".join(f"{s:.0%}" for s in sparsities)
+            + " |\n|---"
+        )
         out += "|---" * len(sparsities) + "|\n"
         for criterion in sorted({k[1] for k in found}):
             row = []
@@ -176,9 +195,18 @@ def paired_differences(cells: list[dict]) -> list[dict]:
                 base = {c["seed"]: c for c in found.get((sparsity, criterion, other), [])}
                 pairs = [(c, base[c["seed"]]) for c in rows if c["seed"] in base]
                 if pairs:
-                    out.append({"task": task, "pattern": pattern, "inputs": inputs, "sparsity": sparsity,
-                                "criterion": criterion, "against": other, "seeds": len(pairs),
-                                **_bootstrap(task, pairs, gold)})
+                    out.append(
+                        {
+                            "task": task,
+                            "pattern": pattern,
+                            "inputs": inputs,
+                            "sparsity": sparsity,
+                            "criterion": criterion,
+                            "against": other,
+                            "seeds": len(pairs),
+                            **_bootstrap(task, pairs, gold),
+                        }
+                    )
     return out
 
 
@@ -200,24 +228,42 @@ def difference_table(differences: list[dict]) -> str:
     """LIAR minus each baseline, averaged over criteria, and every criterion where LIAR is surely worse."""
     if not differences:
         return ""
-    out = "## LIAR against the baselines\n\nMean over criteria (positive: LIAR is better); in brackets the number of " \
-          "criteria whose 95 % interval lies above zero / below zero.\n\n" \
-          "| task, pattern, inputs | sparsity | criteria | − none | − bias | − mask tuning | − LIAR as published |\n" \
-          + "|---" * 7 + "|\n"
+    out = (
+        "## LIAR against the baselines\n\nMean over criteria (positive: LIAR is better); in brackets the number of "
+        "criteria whose 95 % interval lies above zero / below zero.\n\n"
+        "| task, pattern, inputs | sparsity | criteria | − none | − bias | − mask tuning | − LIAR as published |\n"
+        + "|---" * 7
+        + "|\n"
+    )
     for where in sorted({(d["task"], d["pattern"], d["inputs"], d["sparsity"]) for d in differences}):
         part = [d for d in differences if (d["task"], d["pattern"], d["inputs"], d["sparsity"]) == where]
         cols = []
         for other in BASELINES:
             mine = [d for d in part if d["against"] == other]
             mean = sum(d["difference"] for d in mine) / len(mine) if mine else math.nan
-            cols.append("–" if not mine else f"{mean:+.4f} ({sum(d['low'] > 0 for d in mine)} / "
-                                             f"{sum(d['high'] < 0 for d in mine)})")
-        out += f"| {where[0]}, {where[1]}, {where[2]} | {where[3]:.0%} | {len({d['criterion'] for d in part})} | " \
-               + " | ".join(cols) + " |\n"
+            cols.append(
+                "–"
+                if not mine
+                else f"{mean:+.4f} ({sum(d['low'] > 0 for d in mine)} / {sum(d['high'] < 0 for d in mine)})"
+            )
+        out += (
+            f"| {where[0]}, {where[1]}, {where[2]} | {where[3]:.0%} | {len({d['criterion'] for d in part})} | "
+            + " | ".join(cols)
+            + " |\n"
+        )
     worse = [d for d in differences if d["high"] < 0]
-    out += "\nSurely worse than a baseline (95 %): " + ("; ".join(
-        f"{d['task']} {d['pattern']} {d['sparsity']:.0%} {d['criterion']} against {d['against']} "
-        f"{d['difference']:+.4f}" for d in worse) or "nowhere") + ".\n\n"
+    out += (
+        "\nSurely worse than a baseline (95 %): "
+        + (
+            "; ".join(
+                f"{d['task']} {d['pattern']} {d['sparsity']:.0%} {d['criterion']} against {d['against']} "
+                f"{d['difference']:+.4f}"
+                for d in worse
+            )
+            or "nowhere"
+        )
+        + ".\n\n"
+    )
     return out
 
 
@@ -227,30 +273,47 @@ def criterion_table(differences: list[dict]) -> str:
     for d in differences:
         if d["sparsity"] > 0.3 and d["inputs"] == "dense" and d["against"] in ("bias", "mask_tuning"):
             found.setdefault((d["task"], d["pattern"]), {}).setdefault((d["criterion"], d["against"]), []).append(
-                d["difference"])
+                d["difference"]
+            )
     if not found:
         return ""
-    out = "## Every criterion above 30 %\n\nLIAR minus bias compensation / minus mask tuning, mean over the " \
-          "sparsities above 30 % (positive: LIAR is better; perplexities fall).\n\n"
+    out = (
+        "## Every criterion above 30 %\n\nLIAR minus bias compensation / minus mask tuning, mean over the "
+        "sparsities above 30 % (positive: LIAR is better; perplexities fall).\n\n"
+    )
     criteria = sorted({c for means in found.values() for c, _ in means})
     out += "| task, pattern | " + " | ".join(criteria) + " |\n|---" + "|---" * len(criteria) + "|\n"
     for (task, pattern), means in sorted(found.items()):
-        shown = [" / ".join(f"{sum(v) / len(v):+.{1 if task.startswith('ppl') else 4}f}" if v else "–"
-                            for v in (means.get((c, other)) for other in ("bias", "mask_tuning"))) for c in criteria]
+        shown = [
+            " / ".join(
+                f"{sum(v) / len(v):+.{1 if task.startswith('ppl') else 4}f}" if v else "–"
+                for v in (means.get((c, other)) for other in ("bias", "mask_tuning"))
+            )
+            for c in criteria
+        ]
         out += f"| {task}, {pattern} | " + " | ".join(shown) + " |\n"
     return out + "\n"
 
 
 def sizes(cells: list[dict]) -> str:
     """Effect of the calibration size."""
-    found = sorted((c["sentences"], c["value"]) for c in cells if (
-        c["task"], c["pattern"], c["sparsity"], c["criterion"], c["method"], c["inputs"], c["seed"]) == (
-        "sts", "neurons", 0.5, "wifv", "liar", "dense", 0))
+    found = sorted(
+        (c["sentences"], c["value"])
+        for c in cells
+        if (c["task"], c["pattern"], c["sparsity"], c["criterion"], c["method"], c["inputs"], c["seed"])
+        == ("sts", "neurons", 0.5, "wifv", "liar", "dense", 0)
+    )
     if len(found) < 2:
         return ""
-    return "## Calibration size (STS-B, neurons 50 %, WIFV, LIAR)\n\n| sentences | " + " | ".join(
-        str(n) for n, _ in found) + " |\n|---" + "|---" * len(found) + "|\n| Spearman | " + " | ".join(
-        f"{v:.4f}" for _, v in found) + " |\n\n"
+    return (
+        "## Calibration size (STS-B, neurons 50 %, WIFV, LIAR)\n\n| sentences | "
+        + " | ".join(str(n) for n, _ in found)
+        + " |\n|---"
+        + "|---" * len(found)
+        + "|\n| Spearman | "
+        + " | ".join(f"{v:.4f}" for _, v in found)
+        + " |\n\n"
+    )
 
 
 def phases(cells: list[dict]) -> str:
@@ -258,11 +321,19 @@ def phases(cells: list[dict]) -> str:
     if not timed:
         return ""
     names = sorted({n for c in timed for n in c["seconds_by_phase"]})
-    out = "## Seconds by phase of whole runs (propagated; a shared machine, so ratios only)\n\n| run | " \
-          + " | ".join(names) + " |\n|---" + "|---" * len(names) + "|\n"
+    out = (
+        "## Seconds by phase of whole runs (propagated; a shared machine, so ratios only)\n\n| run | "
+        + " | ".join(names)
+        + " |\n|---"
+        + "|---" * len(names)
+        + "|\n"
+    )
     for c in timed:
-        out += f"| {c['task']} {c['pattern']} {c['sparsity']:.0%} {c['criterion']} {c['method']} | " + " | ".join(
-            f"{c['seconds_by_phase'].get(n, 0):.1f}" for n in names) + " |\n"
+        out += (
+            f"| {c['task']} {c['pattern']} {c['sparsity']:.0%} {c['criterion']} {c['method']} | "
+            + " | ".join(f"{c['seconds_by_phase'].get(n, 0):.1f}" for n in names)
+            + " |\n"
+        )
     return out + "\n"
 
 
@@ -281,7 +352,7 @@ def plot(cells: list[dict], task: str, pattern: str, path: Path) -> None:
     lines = math.ceil(len(criteria) / columns)
     figure, axes = plt.subplots(lines, columns, figsize=(3.2 * columns, 2.7 * lines), sharey=True, squeeze=False)
     dense = dense_value(cells, task)
-    for axis in axes.flat[len(criteria):]:
+    for axis in axes.flat[len(criteria) :]:
         axis.axis("off")
     for axis, criterion in zip(axes.flat, criteria):
         axis.axhline(dense, color="black", linewidth=0.8, linestyle=":")

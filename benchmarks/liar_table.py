@@ -19,16 +19,39 @@ COUNTS = ("seed", "seeds", "sentences", "windows")
 PHASES = "seconds_by_phase"
 CELL = ("task", "pattern", "sparsity", "criterion", "method", "inputs", "sentences", "seed")
 """What names a cell."""
-CELL_COLUMNS = (*CELL, "value", "windows", "error_median", "error_max", "damping_max", "norm_ratio_max",
-                "solve_seconds", "prune_seconds", "measure_seconds", PHASES)
+CELL_COLUMNS = (
+    *CELL,
+    "value",
+    "windows",
+    "error_median",
+    "error_max",
+    "damping_max",
+    "norm_ratio_max",
+    "solve_seconds",
+    "prune_seconds",
+    "measure_seconds",
+    PHASES,
+)
 COMPARED = ("task", "pattern", "inputs", "sparsity", "criterion", "against")
 """What names a comparison of LIAR with another reconstruction."""
 DIFFERENCE_COLUMNS = (*COMPARED, "seeds", "difference", "standard_error", "low", "high")
-SUMMARIES = {"error_median": ("errors", statistics.median), "error_max": ("errors", max),
-             "damping_max": ("dampings", max), "norm_ratio_max": ("norm_ratios", max)}
+SUMMARIES = {
+    "error_median": ("errors", statistics.median),
+    "error_max": ("errors", max),
+    "damping_max": ("dampings", max),
+    "norm_ratio_max": ("norm_ratios", max),
+}
 """Column → the list per group in a cell that was just measured, and what is kept of it."""
-DECIMALS = {"value": 9, "difference": 10, "solve_seconds": 2, "prune_seconds": 1, "measure_seconds": 1,
-            "error_median": 4, "error_max": 4, "norm_ratio_max": 3}
+DECIMALS = {
+    "value": 9,
+    "difference": 10,
+    "solve_seconds": 2,
+    "prune_seconds": 1,
+    "measure_seconds": 1,
+    "error_median": 4,
+    "error_max": 4,
+    "norm_ratio_max": 3,
+}
 """Decimals of a column, six of all others. The report shows four of values and differences, and means of them."""
 
 

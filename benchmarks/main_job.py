@@ -43,12 +43,22 @@ def floor(model, samples: torch.Tensor, dtype: torch.dtype) -> common.Spent:
     return spent
 
 
-def ours(model, samples: torch.Tensor, method: str, pattern: str, dtype: str,
-         inputs: str) -> tuple[object, common.Spent, dict]:
+def ours(
+    model, samples: torch.Tensor, method: str, pattern: str, dtype: str, inputs: str
+) -> tuple[object, common.Spent, dict]:
     calibration = Calibration(source=samples, num_samples=len(samples), seq_len=samples.shape[1], held_out=0)
     with common.Spent() as spent:
-        result = pyprune.prune(model, method=method, pattern=pattern, calibration=calibration, compute_dtype=dtype,
-                               inputs=inputs, evaluation=Evaluation(enabled=False), in_place=True, progress=False)
+        result = pyprune.prune(
+            model,
+            method=method,
+            pattern=pattern,
+            calibration=calibration,
+            compute_dtype=dtype,
+            inputs=inputs,
+            evaluation=Evaluation(enabled=False),
+            in_place=True,
+            progress=False,
+        )
     return result.model, spent, result.report["seconds"]
 
 
@@ -70,9 +80,9 @@ def main() -> None:
     parser.add_argument("--out", help="folder of the result, and of a partial one to go on with")
     options = parser.parse_args()
 
-    samples = torch.from_numpy(np.load(common.data("calibration", "wiki_64x512.npy"))).long()[:options.samples]
+    samples = torch.from_numpy(np.load(common.data("calibration", "wiki_64x512.npy"))).long()[: options.samples]
     held = torch.from_numpy(np.load(common.data("evaluation", "wt2_test_24x1024.npy"))).long()
-    windows = list(held[:options.windows])
+    windows = list(held[: options.windows])
     dense, _ = common.load_model(options.model)
     rows = common.read(NAME, options.out)
     setting = {"model": options.model, "samples": len(samples), "seq_len": samples.shape[1], "windows": len(windows)}
@@ -84,27 +94,46 @@ def main() -> None:
     def keep(**row) -> None:
         rows.append({**setting, **row})
         common.write(NAME, rows, options.out)
-        print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()
-                        if not isinstance(v, dict)), flush=True)
+        print(
+            "  ".join(
+                f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
+                for k, v in row.items()
+                if not isinstance(v, dict)
+            ),
+            flush=True,
+        )
 
     if todo(tool="dense"):
         keep(tool="dense", perplexity=perplexity(dense, windows))
     floors: dict[str, common.Spent] = {}
     for method in options.methods:
         for pattern in options.patterns:
-            for tool, dtype, inputs in [("published loop", "float32", "propagated"), *(
-                    ("pyprune", d, i) for d in options.compute for i in options.inputs)]:
+            for tool, dtype, inputs in [
+                ("published loop", "float32", "propagated"),
+                *(("pyprune", d, i) for d in options.compute for i in options.inputs),
+            ]:
                 key = dict(tool=tool, method=method, pattern=pattern, compute=dtype, inputs=inputs)
                 if not todo(**key):
                     continue
                 if dtype not in floors:
                     floors[dtype] = floor(dense, samples, getattr(torch, dtype))
                 model = copy.deepcopy(dense)
-                model, spent, phases = published(model, samples, method, pattern) if tool != "pyprune" else \
-                    ours(model, samples, method, pattern, dtype, inputs)
+                model, spent, phases = (
+                    published(model, samples, method, pattern)
+                    if tool != "pyprune"
+                    else ours(model, samples, method, pattern, dtype, inputs)
+                )
                 cpu, wall = (seconds * PASSES[inputs] / 2 for seconds in (floors[dtype].cpu, floors[dtype].wall))
-                keep(**key, perplexity=perplexity(model, windows), cpu_seconds=spent.cpu, wall_seconds=spent.wall,
-                     floor_cpu_seconds=cpu, floor_wall_seconds=wall, share=cpu / spent.cpu, phases=phases)
+                keep(
+                    **key,
+                    perplexity=perplexity(model, windows),
+                    cpu_seconds=spent.cpu,
+                    wall_seconds=spent.wall,
+                    floor_cpu_seconds=cpu,
+                    floor_wall_seconds=wall,
+                    share=cpu / spent.cpu,
+                    phases=phases,
+                )
     print(table(rows, setting))
 
 
@@ -112,17 +141,21 @@ def table(rows: list[dict], setting: dict) -> str:
     """Markdown: each row's speed-up over the published loop of the same method and pattern, in CPU seconds."""
     rows = [row for row in rows if all(row.get(k) == v for k, v in setting.items())]
     base = {(r["method"], r["pattern"]): r for r in rows if r["tool"] == "published loop"}
-    lines = ["| tool | inputs | method | pattern | compute | perplexity | CPU s | wall s | faster | floor share |",
-             "|---|---|---|---|---|---|---|---|---|---|"]
+    lines = [
+        "| tool | inputs | method | pattern | compute | perplexity | CPU s | wall s | faster | floor share |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
     for r in rows:
         if r["tool"] == "dense":
             lines.append(f"| dense | | | | | {r['perplexity']:.2f} | | | | |")
             continue
         reference = base.get((r["method"], r["pattern"]))
         faster = f"{reference['cpu_seconds'] / r['cpu_seconds']:.2f}×" if reference else ""
-        lines.append(f"| {r['tool']} | {r.get('inputs', 'propagated')} | {r['method']} | {r['pattern']} | "
-                     f"{r['compute']} | {r['perplexity']:.2f} | {r['cpu_seconds']:.0f} | {r['wall_seconds']:.0f} | "
-                     f"{faster} | {r['share']:.0%} |")
+        lines.append(
+            f"| {r['tool']} | {r.get('inputs', 'propagated')} | {r['method']} | {r['pattern']} | "
+            f"{r['compute']} | {r['perplexity']:.2f} | {r['cpu_seconds']:.0f} | {r['wall_seconds']:.0f} | "
+            f"{faster} | {r['share']:.0%} |"
+        )
     return "\n".join(lines)
 
 

@@ -28,8 +28,11 @@ TARGET_GPU, TARGET_CPU = 1.1, 0.05
 
 def model(device: torch.device, blocks: int) -> tuple[torch.nn.Module, int]:
     """Random weights of LLaMA-7B's block shape on a GPU, of SmolLM2's on a CPU, and the sequence length."""
-    shape = dict(hidden_size=4096, intermediate_size=11008, num_attention_heads=32) if device.type == "cuda" else \
-        dict(hidden_size=576, intermediate_size=1536, num_attention_heads=9, num_key_value_heads=3)
+    shape = (
+        dict(hidden_size=4096, intermediate_size=11008, num_attention_heads=32)
+        if device.type == "cuda"
+        else dict(hidden_size=576, intermediate_size=1536, num_attention_heads=9, num_key_value_heads=3)
+    )
     length = 2048 if device.type == "cuda" else 512
     config = transformers.LlamaConfig(vocab_size=512, num_hidden_layers=blocks, max_position_embeddings=length, **shape)
     torch.manual_seed(0)
@@ -69,8 +72,9 @@ def measure(blocks: int, sequences: int, repeats: int, trace: str | None) -> dic
         def copies() -> None:
             for _ in modules:
                 for batch, hidden in executor.stream(activations):
-                    executor.write(activations, batch, hidden if device.type == "cuda" else
-                                   resident[batch.length, batch.start])  # a view would be written onto itself
+                    executor.write(
+                        activations, batch, hidden if device.type == "cuda" else resident[batch.length, batch.start]
+                    )  # a view would be written onto itself
                 executor.drain()
 
         def pipeline() -> None:
@@ -96,12 +100,20 @@ def measure(blocks: int, sequences: int, repeats: int, trace: str | None) -> dic
     row = {name: min(values) for name, values in seconds.items()}
     moved = blocks * sum(data.numel() * data.element_size() for data in activations.data.values())
     moved *= 2 if device.type == "cuda" else 1
-    return {**row, "blocks": blocks, "sequences": sequences, "length": length, "device": str(device),
-            "bytes_moved": moved, "copy_gb_per_second": moved / row["copies"] / 1e9,
-            "ratio_to_longer": row["pipeline"] / max(row["compute"], row["copies"]),
-            "overhead": statistics.median(p / c for p, c in zip(seconds["pipeline"], seconds["compute"])) - 1,
-            "copies_share": row["copies"] / row["compute"], "all": seconds,
-            "target": f"ratio_to_longer <= {TARGET_GPU}" if device.type == "cuda" else f"overhead <= {TARGET_CPU}"}
+    return {
+        **row,
+        "blocks": blocks,
+        "sequences": sequences,
+        "length": length,
+        "device": str(device),
+        "bytes_moved": moved,
+        "copy_gb_per_second": moved / row["copies"] / 1e9,
+        "ratio_to_longer": row["pipeline"] / max(row["compute"], row["copies"]),
+        "overhead": statistics.median(p / c for p, c in zip(seconds["pipeline"], seconds["compute"])) - 1,
+        "copies_share": row["copies"] / row["compute"],
+        "all": seconds,
+        "target": f"ratio_to_longer <= {TARGET_GPU}" if device.type == "cuda" else f"overhead <= {TARGET_CPU}",
+    }
 
 
 def main() -> None:
@@ -112,10 +124,12 @@ def main() -> None:
     parser.add_argument("--trace")
     arguments = parser.parse_args()
     row = measure(arguments.blocks, arguments.sequences, arguments.repeats, arguments.trace)
-    print(f"compute {row['compute']:.3f} s, copies {row['copies']:.3f} s ({row['copy_gb_per_second']:.1f} GB/s), "
-          f"pipeline {row['pipeline']:.3f} s: {row['ratio_to_longer']:.3f} of the longer; the store "
-          f"copies for {row['copies_share']:.1%} of the compute, the pipeline takes {row['overhead']:+.1%} "
-          f"(target {row['target']})")
+    print(
+        f"compute {row['compute']:.3f} s, copies {row['copies']:.3f} s ({row['copy_gb_per_second']:.1f} GB/s), "
+        f"pipeline {row['pipeline']:.3f} s: {row['ratio_to_longer']:.3f} of the longer; the store "
+        f"copies for {row['copies_share']:.1%} of the compute, the pipeline takes {row['overhead']:+.1%} "
+        f"(target {row['target']})"
+    )
     write("overlap", [row])
 
 

@@ -91,8 +91,9 @@ class ColumnNorms:
         self.squares += torch.norm(rows.float(), p=2, dim=1) ** 2 / self.samples
 
 
-def sparsegpt(stat: Hessian, sparsity: float, nm: tuple[int, int] | None, block_size: int = 128,
-              damping: float = 0.01) -> Tensor:
+def sparsegpt(
+    stat: Hessian, sparsity: float, nm: tuple[int, int] | None, block_size: int = 128, damping: float = 0.01
+) -> Tensor:
     """Prune the layer in place by the column loop; returns the keep mask."""
     w, h = stat.layer.weight.data.clone().float(), stat.h
     dead = torch.diag(h) == 0
@@ -133,7 +134,7 @@ def _drop_nm(metric: Tensor, nm: tuple[int, int]) -> Tensor:
     """The lowest of every group of columns, group by group."""
     drop = torch.zeros_like(metric, dtype=torch.bool)
     for start in range(0, metric.shape[1], nm[1]):
-        lowest = torch.topk(metric[:, start:start + nm[1]], nm[1] - nm[0], dim=1, largest=False)[1]
+        lowest = torch.topk(metric[:, start : start + nm[1]], nm[1] - nm[0], dim=1, largest=False)[1]
         drop.scatter_(1, start + lowest, True)
     return drop
 
@@ -145,7 +146,7 @@ def wanda(stat: ColumnNorms, sparsity: float, nm: tuple[int, int] | None) -> Ten
     drop = torch.zeros_like(metric, dtype=torch.bool) if nm is None else _drop_nm(metric, nm)
     if nm is None:
         order = torch.sort(metric, dim=-1, stable=True)[1]
-        drop.scatter_(1, order[:, :int(metric.shape[1] * sparsity)], True)
+        drop.scatter_(1, order[:, : int(metric.shape[1] * sparsity)], True)
     w[drop] = 0
     return ~drop
 
@@ -165,8 +166,16 @@ def magnitude(layer: nn.Linear, sparsity: float, nm: tuple[int, int] | None) -> 
 STATISTICS = {"sparsegpt": Hessian, "wanda": ColumnNorms, "magnitude": None}
 
 
-def prune_block(block: nn.Module, method: str, sparsity: float, nm, inputs: Tensor, outs: Tensor | None,
-                arguments: dict, timer: Timer) -> dict[str, Tensor]:
+def prune_block(
+    block: nn.Module,
+    method: str,
+    sparsity: float,
+    nm,
+    inputs: Tensor,
+    outs: Tensor | None,
+    arguments: dict,
+    timer: Timer,
+) -> dict[str, Tensor]:
     """Statistics one sample at a time (outputs to ``outs``), then every linear layer; keep masks by layer name."""
     layers = {name: m for name, m in block.named_modules() if isinstance(m, nn.Linear)}
     stats = {name: STATISTICS[method](layer) for name, layer in layers.items()} if STATISTICS[method] else {}
@@ -176,6 +185,7 @@ def prune_block(block: nn.Module, method: str, sparsity: float, nm, inputs: Tens
         def add(module, args, output):
             with timer("statistics"):
                 stat.add(args[0].data)
+
         return add
 
     handles = [layers[name].register_forward_hook(hook(stat)) for name, stat in stats.items()]
@@ -196,8 +206,15 @@ def prune_block(block: nn.Module, method: str, sparsity: float, nm, inputs: Tens
 
 
 @torch.no_grad()
-def prune(model, samples: Tensor, *, method: str = "sparsegpt", sparsity: float = 0.5,
-          nm: tuple[int, int] | None = None, blocks: int | None = None) -> Timer:
+def prune(
+    model,
+    samples: Tensor,
+    *,
+    method: str = "sparsegpt",
+    sparsity: float = 0.5,
+    nm: tuple[int, int] | None = None,
+    blocks: int | None = None,
+) -> Timer:
     """The published layer-wise loop over a LLaMA-shaped model, in place: two passes per block, one sample at a time."""
     timer = Timer()
     with timer("forward"):
@@ -245,9 +262,20 @@ def error_over_samples(blocks: list[nn.Module], inputs: Tensor, targets: Tensor,
     return total / len(inputs)
 
 
-def train(blocks: list[nn.Module], inputs: Tensor, targets: Tensor, arguments: dict, *, epochs: int, batch_size: int,
-          lr: float = 2e-4, betas=(0.9, 0.95), autocast: bool = False, seed: int = 0,
-          validate: bool = True) -> list[float]:
+def train(
+    blocks: list[nn.Module],
+    inputs: Tensor,
+    targets: Tensor,
+    arguments: dict,
+    *,
+    epochs: int,
+    batch_size: int,
+    lr: float = 2e-4,
+    betas=(0.9, 0.95),
+    autocast: bool = False,
+    seed: int = 0,
+    validate: bool = True,
+) -> list[float]:
     """The published inner loop: masked copies, plain AdamW, linear decay, clipping, the loss read back every step.
 
     Returns the error before, each epoch's mean loss, and the error after. ``validate=False`` leaves out the passes
@@ -259,8 +287,12 @@ def train(blocks: list[nn.Module], inputs: Tensor, targets: Tensor, arguments: d
     optimizer = torch.optim.AdamW(params, lr=lr, betas=betas, weight_decay=0.0)
     steps = max(1, len(inputs) // batch_size * epochs)
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, 1 - step / steps))
-    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(inputs, targets), batch_size=batch_size,
-                                         shuffle=True, generator=torch.Generator().manual_seed(seed))
+    loader = torch.utils.data.DataLoader(
+        torch.utils.data.TensorDataset(inputs, targets),
+        batch_size=batch_size,
+        shuffle=True,
+        generator=torch.Generator().manual_seed(seed),
+    )
     losses = [error_over_samples(blocks, inputs, targets, arguments)] if validate else []
     for _ in range(epochs):
         seen = 0.0
@@ -278,10 +310,21 @@ def train(blocks: list[nn.Module], inputs: Tensor, targets: Tensor, arguments: d
 
 
 @torch.no_grad()
-def reconstruct(model, samples: Tensor, *, method: str = "sparsegpt", sparsity: float = 0.5,
-                nm: tuple[int, int] | None = None, propagate: bool = True, cross: bool = False, epochs: int = 3,
-                batch_size: int = 4, autocast: bool = False, seed: int = 0,
-                blocks: int | None = None) -> tuple[Timer, list[float]]:
+def reconstruct(
+    model,
+    samples: Tensor,
+    *,
+    method: str = "sparsegpt",
+    sparsity: float = 0.5,
+    nm: tuple[int, int] | None = None,
+    propagate: bool = True,
+    cross: bool = False,
+    epochs: int = 3,
+    batch_size: int = 4,
+    autocast: bool = False,
+    seed: int = 0,
+    blocks: int | None = None,
+) -> tuple[Timer, list[float]]:
     """Paper R's loop over a LLaMA-shaped model, in place; returns the timer and the error of each block or window.
 
     ``propagate``: targets from the dense stream (GP). ``cross``: windows of two blocks slide by one (CR; needs GP).
@@ -293,8 +336,11 @@ def reconstruct(model, samples: Tensor, *, method: str = "sparsegpt", sparsity: 
         inputs, arguments = first_inputs(model, samples)
     layers = list(model.model.layers)[:blocks]
     dense_inputs, outs, masks = inputs.clone(), torch.zeros_like(inputs), {}
-    windows = [[0], *([i, i + 1] for i in range(len(layers) - 1)), [len(layers) - 1]] if cross \
+    windows = (
+        [[0], *([i, i + 1] for i in range(len(layers) - 1)), [len(layers) - 1]]
+        if cross
         else [[i] for i in range(len(layers))]
+    )
     dense = {}
     for k, window in enumerate(windows):
         for i in window:
@@ -311,8 +357,16 @@ def reconstruct(model, samples: Tensor, *, method: str = "sparsegpt", sparsity: 
         for i in window:
             with_masks(layers[i], masks[i])
         with timer("train"):
-            train(chain, inputs, dense_outs if propagate else outs, arguments, epochs=epochs, batch_size=batch_size,
-                  autocast=autocast, seed=seed)
+            train(
+                chain,
+                inputs,
+                dense_outs if propagate else outs,
+                arguments,
+                epochs=epochs,
+                batch_size=batch_size,
+                autocast=autocast,
+                seed=seed,
+            )
         with timer("forward"):
             errors.append(error_over_samples(chain, inputs, dense_outs, arguments))
         for i in window:

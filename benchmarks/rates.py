@@ -38,8 +38,16 @@ from pyprune.model.skeleton import skeleton
 from pyprune.planning.costs import work_of
 from pyprune.planning.rehearsal import disk_rates
 
-SHEET = {"forward": 989e12, "gram": 989e12, "solve": 67e12, "copy_in": 64e9, "copy_out": 64e9, "reduce": 450e9,
-         "broadcast": 450e9, "between": 50e9}
+SHEET = {
+    "forward": 989e12,
+    "gram": 989e12,
+    "solve": 67e12,
+    "copy_in": 64e9,
+    "copy_out": 64e9,
+    "reduce": 450e9,
+    "broadcast": 450e9,
+    "between": 50e9,
+}
 """H100 SXM: bfloat16 and float32 FLOP/s; in bytes/s PCIe 5 ×16, NVLink one way, 400 Gb/s a GPU between machines."""
 PER_MACHINE = 8
 """GPUs that NVLink joins."""
@@ -61,8 +69,14 @@ def compute_rates(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     """FLOP/s of a block's forward pass, of Gram products, and of factorisation and sweep."""
     cuda = device.type == "cuda"
     h, f = (4096, 11008) if cuda else (1024, 2752)
-    config = transformers.LlamaConfig(vocab_size=512, hidden_size=h, intermediate_size=f, num_hidden_layers=1,
-                                      num_attention_heads=h // 128, max_position_embeddings=2048)
+    config = transformers.LlamaConfig(
+        vocab_size=512,
+        hidden_size=h,
+        intermediate_size=f,
+        num_hidden_layers=1,
+        num_attention_heads=h // 128,
+        max_position_embeddings=2048,
+    )
     torch.manual_seed(0)
     view = ModelView(transformers.LlamaForCausalLM(config).to(dtype).eval())
     executor = Executor(view, device=device)
@@ -84,8 +98,11 @@ def compute_rates(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     def solve() -> None:
         obs_prune(weight.clone(), inverse_factor(gram, len(x), 0.01), sparsity=0.5)
 
-    return {"forward": rows * length * work.passing(length) / forward, "gram": tokens * f**2 / gathered,
-            "solve": (2 * f**3 + 2 * h * f**2) / best(solve, cuda)}
+    return {
+        "forward": rows * length * work.passing(length) / forward,
+        "gram": tokens * f**2 / gathered,
+        "solve": (2 * f**3 + 2 * h * f**2) / best(solve, cuda),
+    }
 
 
 def store_rates(device: torch.device, dtype: torch.dtype, size: int = 2**28) -> dict[str, float]:
@@ -93,8 +110,9 @@ def store_rates(device: torch.device, dtype: torch.dtype, size: int = 2**28) -> 
     cuda = device.type == "cuda"
     length, hidden = 512, 1024
     sequences = [torch.zeros(length, dtype=torch.long)] * (size // (length * hidden * dtype.itemsize))
-    config = transformers.LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
-                                      num_attention_heads=1)
+    config = transformers.LlamaConfig(
+        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
+    )
     executor = Executor(ModelView(transformers.LlamaForCausalLM(config).to(dtype)), device=device)
     found = {}
     with tempfile.TemporaryDirectory(prefix=".pyprune-rates-") as folder:
@@ -112,7 +130,7 @@ def store_rates(device: torch.device, dtype: torch.dtype, size: int = 2**28) -> 
 
             def copy_out(activations=activations, made=made) -> None:
                 for batch in activations.batches():
-                    executor.write(activations, batch, made[:batch.size])
+                    executor.write(activations, batch, made[: batch.size])
                 executor.drain()
 
             found["copy_in" + kind] = total / best(copy_in, cuda)
@@ -144,11 +162,15 @@ def _collectives(rank: int, count: int, port: int, cuda: bool, size: int, path: 
         def together() -> None:
             work()
             dist.barrier()
+
         return best(together, cuda)
 
-    found = {"processes": count, "by": dist.get_backend(),
-             "reduce": 2 * (count - 1) / count * size / timed(lambda: dist.all_reduce(data)),
-             "broadcast": size / timed(lambda: dist.broadcast(data, src=0))}
+    found = {
+        "processes": count,
+        "by": dist.get_backend(),
+        "reduce": 2 * (count - 1) / count * size / timed(lambda: dist.all_reduce(data)),
+        "broadcast": size / timed(lambda: dist.broadcast(data, src=0)),
+    }
     if rank == 0:
         with open(path, "w") as file:
             json.dump(found, file)
@@ -159,9 +181,15 @@ def measure(folder: str | None) -> dict:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" or cpu_has_bfloat16() else torch.float32
     disk = disk_rates(folder, 2**28)
-    return {"device": str(device), "dtype": str(dtype)[6:], **compute_rates(device, dtype),
-            **store_rates(device, dtype),
-            "disk_write": disk["write"], "disk_read": disk["read"], **link_rates(device.type == "cuda")}
+    return {
+        "device": str(device),
+        "dtype": str(dtype)[6:],
+        **compute_rates(device, dtype),
+        **store_rates(device, dtype),
+        "disk_write": disk["write"],
+        "disk_read": disk["read"],
+        **link_rates(device.type == "cuda"),
+    }
 
 
 def seconds_of(rates: dict, processes: int, samples: int, length: int) -> dict[str, float]:
@@ -169,8 +197,14 @@ def seconds_of(rates: dict, processes: int, samples: int, length: int) -> dict[s
 
     Activations and shards move in the background: they count as far as they take longer than what they hide behind.
     """
-    config = transformers.LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=1, vocab_size=8,
-                                      num_attention_heads=32, architectures=["LlamaForCausalLM"])
+    config = transformers.LlamaConfig(
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=1,
+        vocab_size=8,
+        num_attention_heads=32,
+        architectures=["LlamaForCausalLM"],
+    )
     view = ModelView(skeleton(config, torch.bfloat16))
     work = work_of(view, [weights_of(view.blocks[0])], PruneConfig())
     h, f, n = 4096, 11008, processes
@@ -192,12 +226,15 @@ def seconds_of(rates: dict, processes: int, samples: int, length: int) -> dict[s
         load[owner] += cost
     activations = tokens * h * 2
     copies = max(2 * activations / rates["copy_in"], activations / rates["copy_out"])
-    found = {"forward passes": forward, "error probes": probes, "Gram products": gram,
-             "sum of Gram matrices": moved / rates["between" if wide else "reduce"] if n > 1 else 0.0,
-             "factorisations and sweeps": max(load) / rates["solve"],
-             "broadcast of weights and masks":
-                 3 * weights / rates["between" if wide else "broadcast"] if n > 1 else 0.0,
-             "activations, beyond the forward passes": max(0.0, copies - forward)}
+    found = {
+        "forward passes": forward,
+        "error probes": probes,
+        "Gram products": gram,
+        "sum of Gram matrices": moved / rates["between" if wide else "reduce"] if n > 1 else 0.0,
+        "factorisations and sweeps": max(load) / rates["solve"],
+        "broadcast of weights and masks": 3 * weights / rates["between" if wide else "broadcast"] if n > 1 else 0.0,
+        "activations, beyond the forward passes": max(0.0, copies - forward),
+    }
     busy = sum(found.values())
     if "disk_write" in rates:
         disk = 2 * weights * max(1 / rates["disk_write"], 1 / rates["disk_read"])
@@ -207,13 +244,23 @@ def seconds_of(rates: dict, processes: int, samples: int, length: int) -> dict[s
 
 def table(rates: dict, samples: int, length: int, counts: tuple[int, ...] = (1, 8, 64)) -> str:
     """Markdown."""
+
     def text(value: float) -> str:
-        return "–" if value == 0 else f"{value * 1e3:.3g} ms" if value < 1 else \
-            f"{value:.3g} s" if value < 100 else f"{value:,.0f} s"
+        return (
+            "–"
+            if value == 0
+            else f"{value * 1e3:.3g} ms"
+            if value < 1
+            else f"{value:.3g} s"
+            if value < 100
+            else f"{value:,.0f} s"
+        )
 
     columns = [seconds_of(rates, n, samples, length) for n in counts]
-    lines = ["| one block, " + f"{samples} × {length} tokens | " + " | ".join(f"{n}" for n in counts) + " |",
-             "|---|" + "---|" * len(counts)]
+    lines = [
+        "| one block, " + f"{samples} × {length} tokens | " + " | ".join(f"{n}" for n in counts) + " |",
+        "|---|" + "---|" * len(counts),
+    ]
     for part in columns[0]:
         label = f"**{part}**" if part == "sum" else part
         lines.append(f"| {label} | " + " | ".join(text(column[part]) for column in columns) + " |")
@@ -247,8 +294,9 @@ def main() -> None:
         return
     if not (rows := [SHEET] if arguments.sheet else read("rates")):
         sys.exit("nothing was measured yet: run python -m benchmarks.rates first")
-    rates = {name: max(row[name] for row in rows) if isinstance(value, float) else value
-             for name, value in rows[0].items()}
+    rates = {
+        name: max(row[name] for row in rows) if isinstance(value, float) else value for name, value in rows[0].items()
+    }
     if not arguments.sheet and "reduce" not in rates:
         print("one GPU: what lies between GPUs is a data sheet's\n")
         rates = {**rates, **{name: SHEET[name] for name in ("reduce", "broadcast", "between")}}

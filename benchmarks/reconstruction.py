@@ -29,14 +29,46 @@ from pyprune.evaluation.perplexity import windows_of
 NAME = "reconstruction"
 WIKITEXT = dict(source=("wikitext-2", "train.txt"), texts=[("wikitext-2", "test.txt"), ("c4", "c4_sample.jsonl")])
 PRESETS = {
-    "cpu": dict(**WIKITEXT, samples=16, seq_len=256, epochs=6, batch_size=2, lr=6e-4, held_out=8, window=512,
-                max_windows=12, compute_dtype="bfloat16", self_generated=[0, 16, 64]),
-    "peers": dict(source=("calibration", "wiki_64x512.npy"),
-                  texts=[("evaluation", "wt2_test_24x1024.npy"), ("c4", "c4_sample.jsonl")], samples=64, seq_len=512,
-                  epochs=3, batch_size=4, lr=2e-4, held_out=8, window=1024, max_windows=24, compute_dtype="bfloat16",
-                  self_generated=[0]),
-    "paper": dict(**WIKITEXT, samples=256, seq_len=1024, epochs=10, batch_size=8, lr=2e-4, held_out=32, window=1024,
-                  max_windows=None, compute_dtype="auto", self_generated=[0, 64, 256, 1024]),
+    "cpu": dict(
+        **WIKITEXT,
+        samples=16,
+        seq_len=256,
+        epochs=6,
+        batch_size=2,
+        lr=6e-4,
+        held_out=8,
+        window=512,
+        max_windows=12,
+        compute_dtype="bfloat16",
+        self_generated=[0, 16, 64],
+    ),
+    "peers": dict(
+        source=("calibration", "wiki_64x512.npy"),
+        texts=[("evaluation", "wt2_test_24x1024.npy"), ("c4", "c4_sample.jsonl")],
+        samples=64,
+        seq_len=512,
+        epochs=3,
+        batch_size=4,
+        lr=2e-4,
+        held_out=8,
+        window=1024,
+        max_windows=24,
+        compute_dtype="bfloat16",
+        self_generated=[0],
+    ),
+    "paper": dict(
+        **WIKITEXT,
+        samples=256,
+        seq_len=1024,
+        epochs=10,
+        batch_size=8,
+        lr=2e-4,
+        held_out=32,
+        window=1024,
+        max_windows=None,
+        compute_dtype="auto",
+        self_generated=[0, 64, 256, 1024],
+    ),
 }
 """``paper``: 256 × 1024 tokens, batch 8, 10 epochs, lr 2e-4: 320 steps per block, for a GPU.
 
@@ -56,15 +88,30 @@ KEY = ("model", "preset", "mask", "step", "seed", "self_generated")
 
 def config_of(preset: dict, mask: str, step: str, seed: int, extra: int, folder: Path) -> PruneConfig:
     generated = str(folder / f"generated-{preset['seq_len']}-{seed}.jsonl") if extra else None
-    trained = {"reconstruction": Reconstruction(epochs=preset["epochs"], batch_size=preset["batch_size"],
-                                                lr=preset["lr"])} if "BR" in step else {}
+    trained = (
+        {"reconstruction": Reconstruction(epochs=preset["epochs"], batch_size=preset["batch_size"], lr=preset["lr"])}
+        if "BR" in step
+        else {}
+    )
     return PruneConfig(
-        method=mask, sparsity=0.5, **STEPS[step], compute_dtype=preset["compute_dtype"], seed=seed,
+        method=mask,
+        sparsity=0.5,
+        **STEPS[step],
+        compute_dtype=preset["compute_dtype"],
+        seed=seed,
         probe_samples=preset["held_out"],
-        calibration=Calibration(source=str(common.data(*preset["source"])), num_samples=preset["samples"],
-                                seq_len=preset["seq_len"], seed=seed, held_out=preset["held_out"],
-                                self_generated=extra, self_generated_path=generated),
-        evaluation=Evaluation(enabled=False), **trained)
+        calibration=Calibration(
+            source=str(common.data(*preset["source"])),
+            num_samples=preset["samples"],
+            seq_len=preset["seq_len"],
+            seed=seed,
+            held_out=preset["held_out"],
+            self_generated=extra,
+            self_generated_path=generated,
+        ),
+        evaluation=Evaluation(enabled=False),
+        **trained,
+    )
 
 
 def reset_peak() -> None:
@@ -89,7 +136,9 @@ class Texts:
     def __init__(self, dense, tokenizer, preset: dict):
         self.evaluation = Evaluation(
             text=[str(common.data(*parts)) for parts in preset["texts"]],
-            window=preset["window"], max_windows=preset["max_windows"])
+            window=preset["window"],
+            max_windows=preset["max_windows"],
+        )
         self.windows = windows_of(self.evaluation, tokenizer)
         self.dense = self(dense, "dense_")
 
@@ -103,11 +152,18 @@ def measure(dense, tokenizer, config: PruneConfig, texts: Texts) -> dict:
     with common.Spent() as spent:
         result = pyprune.prune(copy.deepcopy(dense), config, tokenizer=tokenizer, in_place=True, progress=False)
     peak, report = peak_gib(), result.report
-    return {"error": report["blocks"][-1]["error"], "error_held_out": report["blocks"][-1]["error_held_out"],
-            **texts(result.model), **texts.dense, "minutes": spent.wall / 60, "cpu_minutes": spent.cpu / 60,
-            "peak_gib": peak, "peak_device_gib": (report["peak_device_memory_bytes"] or 0) / 2**30,
-            "warnings": report["warnings"],
-            "blocks": [[row["error"], row["error_held_out"]] for row in report["blocks"]]}
+    return {
+        "error": report["blocks"][-1]["error"],
+        "error_held_out": report["blocks"][-1]["error_held_out"],
+        **texts(result.model),
+        **texts.dense,
+        "minutes": spent.wall / 60,
+        "cpu_minutes": spent.cpu / 60,
+        "peak_gib": peak,
+        "peak_device_gib": (report["peak_device_memory_bytes"] or 0) / 2**30,
+        "warnings": report["warnings"],
+        "blocks": [[row["error"], row["error_held_out"]] for row in report["blocks"]],
+    }
 
 
 def work_list(options, preset: dict) -> list[dict]:
@@ -118,9 +174,12 @@ def work_list(options, preset: dict) -> list[dict]:
             steps = [s for s in options.steps if not (s == "mask" and mask == "sparsegpt")]
             rows += [dict(mask=mask, step=step, seed=seed, self_generated=0) for step in steps]
         for mask in options.masks if options.generated else []:
-            rows += [dict(mask=mask, step=step, seed=seed, self_generated=extra)
-                     for extra in preset["self_generated"][1:]
-                     for step in ("BR+GP", "BR+GP+CR") if step in options.steps]
+            rows += [
+                dict(mask=mask, step=step, seed=seed, self_generated=extra)
+                for extra in preset["self_generated"][1:]
+                for step in ("BR+GP", "BR+GP+CR")
+                if step in options.steps
+            ]
     return [{"model": options.model, "preset": options.preset, **row} for row in rows]
 
 
@@ -135,23 +194,34 @@ def markdown(rows: list[dict], preset: dict) -> str:
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
         groups.setdefault((row["mask"], row["step"], row["self_generated"]), []).append(row)
-    lines = ["| masks | reconstruction | self-generated | seeds | last-block error | held out | WikiText-2 | C4 "
-             "| minutes | peak GiB |", "|---|---|---|---|---|---|---|---|---|---|"]
+    lines = [
+        "| masks | reconstruction | self-generated | seeds | last-block error | held out | WikiText-2 | C4 "
+        "| minutes | peak GiB |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
     if rows:
         lines.append(f"| dense | | | | | | {rows[0]['dense_wikitext2']:.2f} | {rows[0]['dense_c4']:.2f} | | |")
     for (mask, step, extra), found in groups.items():
         cells = [spread([r[key] for r in found]) for key in ("error", "error_held_out", "wikitext2", "c4")]
-        lines.append(f"| {mask} | {step} | {extra or ''} | {len(found)} | {' | '.join(cells)} | "
-                     f"{spread([r['minutes'] for r in found], 2)} | {spread([r['peak_gib'] for r in found], 3)} |")
-    lines += ["", f"Setting: {json.dumps(preset)}; 50 % unstructured. Errors are relative, "
-              "‖dense − pruned‖² / ‖dense‖² of the last block's output; ± is half the range over seeds.", ""]
+        lines.append(
+            f"| {mask} | {step} | {extra or ''} | {len(found)} | {' | '.join(cells)} | "
+            f"{spread([r['minutes'] for r in found], 2)} | {spread([r['peak_gib'] for r in found], 3)} |"
+        )
+    lines += [
+        "",
+        f"Setting: {json.dumps(preset)}; 50 % unstructured. Errors are relative, "
+        "‖dense − pruned‖² / ‖dense‖² of the last block's output; ± is half the range over seeds.",
+        "",
+    ]
     for mask, expected in (("magnitude", 0.90), ("sparsegpt", 0.75)):
         first = "mask" if mask != "sparsegpt" else "LR"
         ends = [groups.get((mask, step, 0)) for step in (first, "BR+GP+CR")]
         if all(ends):
             before, after = (statistics.fmean(r["error"] for r in found) for found in ends)
-            lines.append(f"- {mask}: last-block error {before:.4g} → {after:.4g}, a fall of {1 - after / before:.0%} "
-                         f"(expected from Shin et al., arXiv 2406.15524: at least {expected:.0%})")
+            lines.append(
+                f"- {mask}: last-block error {before:.4g} → {after:.4g}, a fall of {1 - after / before:.0%} "
+                f"(expected from Shin et al., arXiv 2406.15524: at least {expected:.0%})"
+            )
     return "\n".join(lines) + "\n"
 
 
@@ -190,14 +260,23 @@ def main() -> None:
     preset = PRESETS[options.preset]
     name = f"{NAME}_{options.preset}"
     rows = common.read(name, options.out)
-    missing = [todo for todo in work_list(options, preset)
-               if not any(all(row[key] == todo[key] for key in KEY) for row in rows)]
+    missing = [
+        todo
+        for todo in work_list(options, preset)
+        if not any(all(row[key] == todo[key] for key in KEY) for row in rows)
+    ]
     if missing:
         dense, tokenizer = common.load_model(options.model)
         texts = Texts(dense, tokenizer, preset)
     for todo in missing:
-        config = config_of(preset, todo["mask"], todo["step"], todo["seed"], todo["self_generated"],
-                           common.result_path(name, options.out).parent)
+        config = config_of(
+            preset,
+            todo["mask"],
+            todo["step"],
+            todo["seed"],
+            todo["self_generated"],
+            common.result_path(name, options.out).parent,
+        )
         rows.append({**todo, **measure(dense, tokenizer, config, texts)})
         common.write(name, rows, options.out, setting=preset)
         publish(rows, options, preset, name)

@@ -60,16 +60,25 @@ def main() -> None:
     parser.add_argument("--out")
     options = parser.parse_args()
     tokens = torch.from_numpy(np.load(common.data("calibration", "wiki_64x512.npy"))).long()
-    samples, unseen = tokens[:options.samples], tokens[60:]
+    samples, unseen = tokens[: options.samples], tokens[60:]
     dense = first_blocks(common.load_model(options.model)[0], options.blocks).to(options.device)
     on_gpu = options.device != "cpu"
     rows = []
 
     def keep(tool: str, compute: str, model, spent: common.Spent, train: float, steps: int) -> None:
         base = rows[0] if rows else None
-        rows.append({"tool": tool, "compute": compute, "cpu_seconds": spent.cpu, "wall_seconds": spent.wall,
-                     "train_wall_seconds": train, "steps": steps, "error": block_errors(dense, model, samples),
-                     "error_unseen": block_errors(dense, model, unseen)})
+        rows.append(
+            {
+                "tool": tool,
+                "compute": compute,
+                "cpu_seconds": spent.cpu,
+                "wall_seconds": spent.wall,
+                "train_wall_seconds": train,
+                "steps": steps,
+                "error": block_errors(dense, model, samples),
+                "error_unseen": block_errors(dense, model, unseen),
+            }
+        )
         row = rows[-1]
         if base:
             row["faster_cpu"] = base["cpu_seconds"] / spent.cpu
@@ -79,8 +88,15 @@ def main() -> None:
 
     model = copy.deepcopy(dense)
     with common.Spent() as spent:
-        timer, _ = published_loop.reconstruct(model, samples, propagate=True, cross=options.cross,
-                                              epochs=options.epochs, batch_size=options.batch_size, autocast=on_gpu)
+        timer, _ = published_loop.reconstruct(
+            model,
+            samples,
+            propagate=True,
+            cross=options.cross,
+            epochs=options.epochs,
+            batch_size=options.batch_size,
+            autocast=on_gpu,
+        )
     windows = options.blocks + 1 if options.cross else options.blocks
     steps = -(-len(samples) // options.batch_size) * options.epochs * windows
     keep("published loop", "autocast" if on_gpu else "float32", model, spent, timer.seconds["train"], steps)
@@ -88,13 +104,27 @@ def main() -> None:
         calibration = Calibration(source=samples, num_samples=len(samples), seq_len=samples.shape[1], held_out=0)
         settings = Reconstruction(epochs=options.epochs, batch_size=options.batch_size, autocast=compute)
         with common.Spent() as spent:
-            result = pyprune.prune(copy.deepcopy(dense), reconstruct="cross_block" if options.cross else "block",
-                                   global_propagation=True, calibration=calibration, compute_dtype=compute,
-                                   reconstruction=settings, evaluation=Evaluation(enabled=False), in_place=True,
-                                   progress=False, device=options.device)
+            result = pyprune.prune(
+                copy.deepcopy(dense),
+                reconstruct="cross_block" if options.cross else "block",
+                global_propagation=True,
+                calibration=calibration,
+                compute_dtype=compute,
+                reconstruction=settings,
+                evaluation=Evaluation(enabled=False),
+                in_place=True,
+                progress=False,
+                device=options.device,
+            )
         training = [t for row in result.report["blocks"] for t in row["training"]]
-        keep("pyprune", compute, result.model, spent, sum(t["seconds"] for t in training),
-             sum(t["steps"] for t in training))
+        keep(
+            "pyprune",
+            compute,
+            result.model,
+            spent,
+            sum(t["seconds"] for t in training),
+            sum(t["steps"] for t in training),
+        )
     setting = {key: value for key, value in vars(options).items() if key != "out"}
     print(common.write(NAME, rows, options.out, setting=setting))
 

@@ -38,8 +38,21 @@ DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 TOKEN_WEIGHTS: tuple[TokenWeights, ...] = get_args(TokenWeights)
 STREAMING: tuple[Streaming, ...] = get_args(Streaming)
 BACKENDS = ("cuda", "triton", "cpu", "reference")
-OPS = ("gram_update", "cross_gram_update", "column_moments", "select_mask", "nm_mask", "compress_24", "expand_24",
-       "obs_sweep", "trailing_update", "cholesky", "cholesky_solve", "liar_update", "linear")
+OPS = (
+    "gram_update",
+    "cross_gram_update",
+    "column_moments",
+    "select_mask",
+    "nm_mask",
+    "compress_24",
+    "expand_24",
+    "obs_sweep",
+    "trailing_update",
+    "cholesky",
+    "cholesky_solve",
+    "liar_update",
+    "linear",
+)
 """The functions of :mod:`pyprune.ops`."""
 MAX_COLUMN_BLOCK = 1024
 """Columns that :func:`pyprune.ops.obs_sweep` takes, on every back-end."""
@@ -88,8 +101,10 @@ def members(hint) -> tuple:
 
 def choices(cls: type) -> dict[str, tuple[str, ...]]:
     """Field → its allowed values, for the fields of a section that have a choice of a few."""
-    allowed = {name: [value for member in members(hint) if typing.get_origin(member) is Literal
-                      for value in get_args(member)] for name, hint in typing.get_type_hints(cls).items()}
+    allowed = {
+        name: [value for member in members(hint) if typing.get_origin(member) is Literal for value in get_args(member)]
+        for name, hint in typing.get_type_hints(cls).items()
+    }
     return {name: tuple(dict.fromkeys(values)) for name, values in allowed.items() if values}
 
 
@@ -383,8 +398,9 @@ class PruneConfig:
         parse_backend(self.backend)
         _positive(self, "batch_size", "column_block")
         if self.column_block > MAX_COLUMN_BLOCK:
-            raise ConfigError(f"column_block must be at most {MAX_COLUMN_BLOCK}, what a sweep takes at once, got "
-                              f"{self.column_block}")
+            raise ConfigError(
+                f"column_block must be at most {MAX_COLUMN_BLOCK}, what a sweep takes at once, got {self.column_block}"
+            )
         _positive(self, "probe_samples", "seed", minimum=0)
         if not self.damping > 0:
             raise ConfigError(f"damping must be above 0, got {self.damping!r}")
@@ -405,48 +421,65 @@ class PruneConfig:
     def _check_reconstruction(self) -> None:
         trains = self.reconstruct in ("block", "cross_block")
         if trains and self.inputs == "dense":
-            raise ConfigError(f"reconstruct={self.reconstruct!r} needs inputs='propagated': it trains on the pruned "
-                              "stream")
+            raise ConfigError(
+                f"reconstruct={self.reconstruct!r} needs inputs='propagated': it trains on the pruned stream"
+            )
         if self.reconstruction.layerwise_target == "dense" and not self.global_propagation:
             raise ConfigError("layerwise_target='dense' needs global_propagation: it is the dense stream's outputs")
-        if self.calibration.self_generated and self.calibration.num_samples == 0 \
-                and self.calibration.self_generated_for != "all":
-            raise ConfigError("num_samples is 0: masks and layer-wise statistics have nothing to come from; set "
-                              "self_generated_for='all' to use the self-generated sequences for them too")
-        if self.calibration.self_generated and self.calibration.self_generated_for == "reconstruction" \
-                and not trains:
-            raise ConfigError(f"nothing would use the {self.calibration.self_generated} self-generated sequences: "
-                              f"reconstruct is {self.reconstruct!r}; set self_generated_for='all', or reconstruct="
-                              "'block' or 'cross_block'")
+        if (
+            self.calibration.self_generated
+            and self.calibration.num_samples == 0
+            and self.calibration.self_generated_for != "all"
+        ):
+            raise ConfigError(
+                "num_samples is 0: masks and layer-wise statistics have nothing to come from; set "
+                "self_generated_for='all' to use the self-generated sequences for them too"
+            )
+        if self.calibration.self_generated and self.calibration.self_generated_for == "reconstruction" and not trains:
+            raise ConfigError(
+                f"nothing would use the {self.calibration.self_generated} self-generated sequences: "
+                f"reconstruct is {self.reconstruct!r}; set self_generated_for='all', or reconstruct="
+                "'block' or 'cross_block'"
+            )
 
     def _check_sequential(self) -> None:
         if self.inputs != "sequential":
             return
         if self.is_structured:
-            raise ConfigError(f"inputs='sequential' prunes masks group by group; pattern={self.pattern!r} needs inputs="
-                              "'propagated' or 'dense'")
-        if self.global_propagation and (self.reconstruct not in ("block", "cross_block")
-                                        or self.reconstruction.layerwise_target == "dense"):
-            raise ConfigError("inputs='sequential' meets no inputs of the dense stream, which the layer-wise step of "
-                              "global_propagation fits: set inputs='propagated', or reconstruct='block' or "
-                              "'cross_block' with layerwise_target='local'")
+            raise ConfigError(
+                f"inputs='sequential' prunes masks group by group; pattern={self.pattern!r} needs inputs="
+                "'propagated' or 'dense'"
+            )
+        if self.global_propagation and (
+            self.reconstruct not in ("block", "cross_block") or self.reconstruction.layerwise_target == "dense"
+        ):
+            raise ConfigError(
+                "inputs='sequential' meets no inputs of the dense stream, which the layer-wise step of "
+                "global_propagation fits: set inputs='propagated', or reconstruct='block' or "
+                "'cross_block' with layerwise_target='local'"
+            )
 
     def _check_pattern(self) -> None:
         nm = self.nm
         if nm is None and self.pattern not in ("unstructured", *STRUCTURED_PATTERNS):
-            raise ConfigError(f"pattern must be unstructured, N:M (2:4, 4:8), {', '.join(STRUCTURED_PATTERNS)}, "
-                              f"got {self.pattern!r}")
+            raise ConfigError(
+                f"pattern must be unstructured, N:M (2:4, 4:8), {', '.join(STRUCTURED_PATTERNS)}, got {self.pattern!r}"
+            )
         if nm is not None:
             n, m = nm
             if not 0 < n < m or m > 16:
-                raise ConfigError(f"pattern {self.pattern!r}: N non-zeros in every M weights needs 0 < N < M ≤ 16"
-                                  + (f"; did you mean '{m}:{n}'?" if 0 < m < n <= 16 else ""))
+                raise ConfigError(
+                    f"pattern {self.pattern!r}: N non-zeros in every M weights needs 0 < N < M ≤ 16"
+                    + (f"; did you mean '{m}:{n}'?" if 0 < m < n <= 16 else "")
+                )
             implied = 1 - n / m
             if self.sparsity is None:
                 self.sparsity = implied
             elif isinstance(self.sparsity, (list, tuple)) or abs(float(self.sparsity) - implied) > 1e-9:
-                raise ConfigError(f"sparsity {self.sparsity} contradicts pattern {self.pattern!r}, which is sparsity "
-                                  f"{implied:g}; leave sparsity out or choose another pattern")
+                raise ConfigError(
+                    f"sparsity {self.sparsity} contradicts pattern {self.pattern!r}, which is sparsity "
+                    f"{implied:g}; leave sparsity out or choose another pattern"
+                )
         if self.sparsity is None:
             self.sparsity = 0.5
         values = self.sparsity if isinstance(self.sparsity, (list, tuple)) else [self.sparsity]
@@ -456,9 +489,14 @@ class PruneConfig:
             raise ConfigError("sparsity is an empty list")
         for value in values:
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
-                raise ConfigError(f"sparsity must be in [0, 1), the fraction of zeros, got {value!r}"
-                                  + (f"; did you mean {value / 100:g}?" if isinstance(value, (int, float))
-                                     and 5 <= value < 100 else ""))
+                raise ConfigError(
+                    f"sparsity must be in [0, 1), the fraction of zeros, got {value!r}"
+                    + (
+                        f"; did you mean {value / 100:g}?"
+                        if isinstance(value, (int, float)) and 5 <= value < 100
+                        else ""
+                    )
+                )
         many = isinstance(self.sparsity, (list, tuple))
         self.sparsity = tuple(float(v) for v in values) if many else float(values[0])
 
@@ -498,8 +536,12 @@ class PruneConfig:
         return self.pattern in STRUCTURED_PATTERNS
 
 
-_SECTIONS = {"calibration": Calibration, "evaluation": Evaluation, "reconstruction": Reconstruction,
-             "structured": Structured}
+_SECTIONS = {
+    "calibration": Calibration,
+    "evaluation": Evaluation,
+    "reconstruction": Reconstruction,
+    "structured": Structured,
+}
 
 
 def from_dict(cls, values: dict, where: str = "config"):
@@ -510,8 +552,10 @@ def from_dict(cls, values: dict, where: str = "config"):
     for key in values:
         if key not in names:
             near = difflib.get_close_matches(str(key), names, n=1)
-            raise ConfigError(f"unknown field {key!r} in {where}" + (f"; did you mean {near[0]!r}?" if near else
-                                                                     f"; fields are {', '.join(names)}"))
+            raise ConfigError(
+                f"unknown field {key!r} in {where}"
+                + (f"; did you mean {near[0]!r}?" if near else f"; fields are {', '.join(names)}")
+            )
     hints = typing.get_type_hints(cls)
     for key, value in values.items():
         _check_type(f"{where}.{key}", value, hints[key])
@@ -541,8 +585,10 @@ def _plain(value):
         return str(value)
     if value is None or isinstance(value, (str, int, float, bool)):
         return value
-    raise ConfigError(f"a {type(value).__name__} cannot be written to YAML; give a path instead, so that the run can "
-                      "be repeated from its file")
+    raise ConfigError(
+        f"a {type(value).__name__} cannot be written to YAML; give a path instead, so that the run can "
+        "be repeated from its file"
+    )
 
 
 def to_dict(config) -> dict:

@@ -59,24 +59,34 @@ def watches(config) -> bool:
     return measures_errors(config) or config.reconstruction.select == "validation" or config.reconstruction.early_stop
 
 
-_FACTOR = "only the OBS sweep of masks uses it: method='sparsegpt', or reconstruct='layer', 'refit', 'block' or " \
-          "'cross_block'"
-_DAMPED: Rule = (lambda c: not c.is_structured and needs_factor(c),
-                 _FACTOR + " (the λ of structured patterns is structured.damping)")
-_TEXT = "only a run that looks at text uses it: method='wanda' or 'sparsegpt', a reconstruct that is not 'none', or " \
-        "probe_samples above 0"
+_FACTOR = (
+    "only the OBS sweep of masks uses it: method='sparsegpt', or reconstruct='layer', 'refit', 'block' or 'cross_block'"
+)
+_DAMPED: Rule = (
+    lambda c: not c.is_structured and needs_factor(c),
+    _FACTOR + " (the λ of structured patterns is structured.damping)",
+)
+_TEXT = (
+    "only a run that looks at text uses it: method='wanda' or 'sparsegpt', a reconstruct that is not 'none', or "
+    "probe_samples above 0"
+)
 _READS: Rule = (reads_sequences, _TEXT)
 _TRAINING: Rule = (trains, "only training uses it: reconstruct='block' or 'cross_block' for masks, or pyprune refine")
 _STRUCTURED = "only structured patterns use it: pattern='neurons', 'heads' or 'structured'"
-_RECONSTRUCTED: Rule = (lambda c: not c.is_structured and c.reconstruct != "none",
-                        "only the reconstruction of masks uses it: reconstruct='layer', 'refit', 'block' or "
-                        "'cross_block'")
-_STATISTICS = "only a run that takes statistics of activations uses it: method='wanda' or 'sparsegpt', a criterion " \
-              "such as 'wifv', or a reconstruct that is not 'none'"
+_RECONSTRUCTED: Rule = (
+    lambda c: not c.is_structured and c.reconstruct != "none",
+    "only the reconstruction of masks uses it: reconstruct='layer', 'refit', 'block' or 'cross_block'",
+)
+_STATISTICS = (
+    "only a run that takes statistics of activations uses it: method='wanda' or 'sparsegpt', a criterion "
+    "such as 'wifv', or a reconstruct that is not 'none'"
+)
 
 RUN: dict[str, Rule] = {
-    "method": (lambda c: not c.is_structured, "only masks use it: pattern='unstructured' or N:M; structured patterns "
-               "choose by criterion"),
+    "method": (
+        lambda c: not c.is_structured,
+        "only masks use it: pattern='unstructured' or N:M; structured patterns choose by criterion",
+    ),
     "criterion": (lambda c: c.is_structured, _STRUCTURED + "; masks choose by method"),
     "global_propagation": _RECONSTRUCTED,
     "inputs": (observes, _STATISTICS),
@@ -85,33 +95,74 @@ RUN: dict[str, Rule] = {
     "batch_size": _READS,
     "compute_dtype": _READS,
     "probe_samples": (lambda c: not _curve(c), "errors are measured where there is one sparsity, not a list"),
-    **dict.fromkeys(("calibration.source", "calibration.num_samples", "calibration.seq_len", "calibration.split",
-                     "calibration.subset", "calibration.text_column"), _READS),
+    **dict.fromkeys(
+        (
+            "calibration.source",
+            "calibration.num_samples",
+            "calibration.seq_len",
+            "calibration.split",
+            "calibration.subset",
+            "calibration.text_column",
+        ),
+        _READS,
+    ),
     "calibration.held_out": (
         lambda c: reads_sequences(c) and (watches(c) or not c.calibration.held_out),
-        "only block errors use it, and select='validation' or early_stop: set probe_samples above 0"),
-    **dict.fromkeys(("calibration.self_generated", "calibration.self_generated_path", "calibration.self_generated_for",
-                     "calibration.language"), (needs_sequences, "only statistics and reconstruction use it: "
-                                               "method='wanda' or 'sparsegpt', a criterion that looks at activations, "
-                                               "or a reconstruct that is not 'none'")),
-    **{f"reconstruction.{name}": _TRAINING for name in ("epochs", "lr", "betas", "weight_decay", "batch_size",
-                                                        "micro_batch_size", "autocast", "early_stop")},
+        "only block errors use it, and select='validation' or early_stop: set probe_samples above 0",
+    ),
+    **dict.fromkeys(
+        (
+            "calibration.self_generated",
+            "calibration.self_generated_path",
+            "calibration.self_generated_for",
+            "calibration.language",
+        ),
+        (
+            needs_sequences,
+            "only statistics and reconstruction use it: "
+            "method='wanda' or 'sparsegpt', a criterion that looks at activations, "
+            "or a reconstruct that is not 'none'",
+        ),
+    ),
+    **{
+        f"reconstruction.{name}": _TRAINING
+        for name in (
+            "epochs",
+            "lr",
+            "betas",
+            "weight_decay",
+            "batch_size",
+            "micro_batch_size",
+            "autocast",
+            "early_stop",
+        )
+    },
     "reconstruction.select": _RECONSTRUCTED,
     "structured.allocation": (lambda c: c.is_structured, _STRUCTURED),
     "structured.nonstandard": (lambda c: c.is_structured, _STRUCTURED),
-    "structured.head_scope": (lambda c: c.pattern in ("heads", "structured"),
-                              "only heads use it: pattern='heads' or 'structured'; pattern='neurons' has none"),
-    "structured.token_weights": (lambda c: c.is_structured and observes(c),
-                                 _STRUCTURED + ", with a reconstruct that is not 'none' or a criterion that looks at "
-                                 "activations"),
-    "structured.damping": (lambda c: c.is_structured and (
-        c.reconstruct == "mask_tuning" or c.reconstruct == "liar" and c.structured.interpolate != "bias"),
-        _STRUCTURED + ", with reconstruct='liar' (and interpolate not 'bias') or 'mask_tuning'"),
-    "structured.interpolate": (lambda c: c.is_structured and c.reconstruct == "liar",
-                               _STRUCTURED + ", with reconstruct='liar'"),
-    "structured.interpolate_weights": (lambda c: c.is_structured and c.reconstruct == "liar"
-                                       and c.structured.interpolate != "bias",
-                                       _STRUCTURED + ", with reconstruct='liar' and interpolate not 'bias'"),
+    "structured.head_scope": (
+        lambda c: c.pattern in ("heads", "structured"),
+        "only heads use it: pattern='heads' or 'structured'; pattern='neurons' has none",
+    ),
+    "structured.token_weights": (
+        lambda c: c.is_structured and observes(c),
+        _STRUCTURED + ", with a reconstruct that is not 'none' or a criterion that looks at activations",
+    ),
+    "structured.damping": (
+        lambda c: (
+            c.is_structured
+            and (c.reconstruct == "mask_tuning" or c.reconstruct == "liar" and c.structured.interpolate != "bias")
+        ),
+        _STRUCTURED + ", with reconstruct='liar' (and interpolate not 'bias') or 'mask_tuning'",
+    ),
+    "structured.interpolate": (
+        lambda c: c.is_structured and c.reconstruct == "liar",
+        _STRUCTURED + ", with reconstruct='liar'",
+    ),
+    "structured.interpolate_weights": (
+        lambda c: c.is_structured and c.reconstruct == "liar" and c.structured.interpolate != "bias",
+        _STRUCTURED + ", with reconstruct='liar' and interpolate not 'bias'",
+    ),
 }
 """Fields whose effect depends on the rest of the run."""
 
@@ -124,8 +175,10 @@ CALIBRATION: dict[str, Rule] = {
     "held_out": (lambda c: c.num_samples != 0 or not c.held_out, _CORPUS),
     "split": (lambda c: _SET[0](c.source), _SET[1]),
     "subset": (lambda c: _SET[0](c.source), _SET[1]),
-    "text_column": (lambda c: {"data set", "table"} & kinds(c.source),
-                    "only .jsonl, .json, .csv, .tsv and .parquet files and data sets have columns"),
+    "text_column": (
+        lambda c: {"data set", "table"} & kinds(c.source),
+        "only .jsonl, .json, .csv, .tsv and .parquet files and data sets have columns",
+    ),
     "self_generated_path": _GENERATED,
     "self_generated_for": _GENERATED,
     "language": _GENERATED,
@@ -137,12 +190,16 @@ _MEASURED: Rule = (lambda e: e.enabled, _OFF)
 
 EVALUATION: dict[str, Rule] = {
     **dict.fromkeys(("text", "window", "max_windows", "dtype", "batch_size"), _MEASURED),
-    "bos": (lambda e: e.enabled and kinds(e.text) != {"ids"},
-            "only text that is tokenised here uses it (with evaluation.enabled)"),
+    "bos": (
+        lambda e: e.enabled and kinds(e.text) != {"ids"},
+        "only text that is tokenised here uses it (with evaluation.enabled)",
+    ),
     "split": (lambda e: e.enabled and _SET[0](e.text), _SET[1] + " (with evaluation.enabled)"),
     "subset": (lambda e: e.enabled and _SET[0](e.text), _SET[1] + " (with evaluation.enabled)"),
-    "text_column": (lambda e: e.enabled and {"data set", "table"} & kinds(e.text),
-                    CALIBRATION["text_column"][1] + " (with evaluation.enabled)"),
+    "text_column": (
+        lambda e: e.enabled and {"data set", "table"} & kinds(e.text),
+        CALIBRATION["text_column"][1] + " (with evaluation.enabled)",
+    ),
 }
 """The same of ``Evaluation``."""
 
@@ -176,6 +233,9 @@ def default(cls, name: str):
 
 
 def shown(value) -> str:
-    plain = value is None or isinstance(value, (bool, int, float, str)) or (
-        isinstance(value, (tuple, list)) and all(isinstance(v, (bool, int, float, str)) for v in value))
+    plain = (
+        value is None
+        or isinstance(value, (bool, int, float, str))
+        or (isinstance(value, (tuple, list)) and all(isinstance(v, (bool, int, float, str)) for v in value))
+    )
     return repr(value) if plain and len(repr(value)) < 200 else f"<{type(value).__name__} in memory>"

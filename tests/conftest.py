@@ -93,11 +93,15 @@ def stop_after(monkeypatch):
 
     count = -1
     point = Journal.safe_point
+
     def stopping(self):
         self._stopping = len(self.entries) == count
         point(self)
+
     monkeypatch.setattr(Journal, "safe_point", stopping)
+
     def choose(number):
         nonlocal count
         count = number
+
     return choose

@@ -30,8 +30,21 @@ from safetensors.torch import load_file
 
 import pyprune
 
-LEFT_OUT = ("seconds", "peak_memory_bytes", "peak_device_memory_bytes", "versions", "machine", "model", "output",
-            "directory", "dense", "backends", "source", "text", "description")
+LEFT_OUT = (
+    "seconds",
+    "peak_memory_bytes",
+    "peak_device_memory_bytes",
+    "versions",
+    "machine",
+    "model",
+    "output",
+    "directory",
+    "dense",
+    "backends",
+    "source",
+    "text",
+    "description",
+)
 """Keys of a report that say when, where and on what, not what came out."""
 SMALL = dict(evaluation={"window": 16, "max_windows": 2}, probe_samples=1, progress=False)
 
@@ -133,18 +146,57 @@ def cases(place: Path) -> dict[str, Callable[[], Path]]:
 
     def refine(name: str, *options: str) -> None:
         def work() -> Path:
-            command("refine", str(streamed), "-o", str(place / name), "--dense", str(llama), "--calibration", str(text),
-                    "--num-samples", "8", "--seq-len", "24", "--epochs", "2", "--text", str(text), "--window", "16",
-                    "--max-windows", "2", *options)
+            command(
+                "refine",
+                str(streamed),
+                "-o",
+                str(place / name),
+                "--dense",
+                str(llama),
+                "--calibration",
+                str(text),
+                "--num-samples",
+                "8",
+                "--seq-len",
+                "24",
+                "--epochs",
+                "2",
+                "--text",
+                str(text),
+                "--window",
+                "16",
+                "--max-windows",
+                "2",
+                *options,
+            )
             return place / name
+
         made[name] = work
 
     def shared(name: str, *options: str) -> None:
         def work() -> Path:
-            command("prune", str(llama), "-o", str(place / name), "--calibration", str(text), "--num-samples", "8",
-                    "--seq-len", "24", "--text", str(text), "--window", "16", "--max-windows", "2", *options,
-                    processes=2)
+            command(
+                "prune",
+                str(llama),
+                "-o",
+                str(place / name),
+                "--calibration",
+                str(text),
+                "--num-samples",
+                "8",
+                "--seq-len",
+                "24",
+                "--text",
+                str(text),
+                "--window",
+                "16",
+                "--max-windows",
+                "2",
+                *options,
+                processes=2,
+            )
             return place / name
+
         made[name] = work
 
     for architecture, folder in (("llama", llama), ("bert", bert), ("mixtral", mixtral), ("gpt2", gpt2)):
@@ -158,20 +210,49 @@ def cases(place: Path) -> dict[str, Callable[[], Path]]:
     case("llama-block-gp", llama, method="wanda", sparsity=0.5, reconstruct="block", **both, **trained)
     case("llama-cross", llama, method="sparsegpt", sparsity=0.5, reconstruct="cross_block", **trained)
     case("llama-cross-gp", llama, method="sparsegpt", sparsity=0.5, reconstruct="cross_block", **both, **trained)
-    case("llama-layer-gp", llama, method="sparsegpt", sparsity=0.5, reconstruct="layer", **both,
-         **{**data, "reconstruction": {"layerwise_target": "dense"}})
+    case(
+        "llama-layer-gp",
+        llama,
+        method="sparsegpt",
+        sparsity=0.5,
+        reconstruct="layer",
+        **both,
+        **{**data, "reconstruction": {"layerwise_target": "dense"}},
+    )
     case("llama-heads", llama, pattern="heads", sparsity=0.5, reconstruct="liar", **data)
     case("llama-both", llama, pattern="structured", sparsity=0.5, reconstruct="liar", criterion="obs_greedy", **data)
-    case("bert-both", bert, pattern="structured", sparsity=0.5, reconstruct="liar",
-         structured={"nonstandard": "save"}, **data)
-    case("llama-global", llama, pattern="neurons", sparsity=0.3, reconstruct="bias",
-         structured={"allocation": "global", "nonstandard": "save"}, **data)
+    case(
+        "bert-both",
+        bert,
+        pattern="structured",
+        sparsity=0.5,
+        reconstruct="liar",
+        structured={"nonstandard": "save"},
+        **data,
+    )
+    case(
+        "llama-global",
+        llama,
+        pattern="neurons",
+        sparsity=0.3,
+        reconstruct="bias",
+        structured={"allocation": "global", "nonstandard": "save"},
+        **data,
+    )
     case("llama-bfloat16", llama, method="sparsegpt", sparsity=0.5, compute_dtype="bfloat16", **data)
     case("llama-streamed", llama, method="sparsegpt", sparsity=0.5, stream="always", **data)
     case("llama-neurons-streamed", llama, pattern="neurons", sparsity=0.25, reconstruct="liar", stream="always", **data)
     case("llama-resumed", llama, interrupted, method="sparsegpt", sparsity=0.5, **data)
-    case("llama-cross-resumed", llama, interrupted, method="wanda", sparsity=0.5, reconstruct="cross_block", **both,
-         **trained)
+    case(
+        "llama-cross-resumed",
+        llama,
+        interrupted,
+        method="wanda",
+        sparsity=0.5,
+        reconstruct="cross_block",
+        **both,
+        **trained,
+    )
     case("llama-neurons-resumed", llama, interrupted, pattern="neurons", sparsity=0.25, reconstruct="liar", **data)
     refine("llama-refine")
     refine("llama-refine-cross", "--cross-block", "--stream", "always")
@@ -179,8 +260,15 @@ def cases(place: Path) -> dict[str, Callable[[], Path]]:
     shared("llama-neurons-two-processes", "--pattern", "neurons", "--sparsity", "0.25", "--reconstruct", "liar")
 
     def curve() -> Path:
-        run(llama, place / "curve", pattern="neurons", sparsity=[0.25, 0.5], reconstruct="liar", probe_samples=2,
-            calibration={"source": str(text), "num_samples": 8, "seq_len": 24})
+        run(
+            llama,
+            place / "curve",
+            pattern="neurons",
+            sparsity=[0.25, 0.5],
+            reconstruct="liar",
+            probe_samples=2,
+            calibration={"source": str(text), "num_samples": 8, "seq_len": 24},
+        )
         return place / "curve" / "sparsity-0.5"
 
     made["llama-curve"] = curve
@@ -189,17 +277,24 @@ def cases(place: Path) -> dict[str, Callable[[], Path]]:
 
 def smollm2(place: Path) -> dict[str, Callable[[], Path]]:
     """SmolLM2-135M, few tokens: minutes."""
-    few = dict(calibration={"num_samples": 4, "seq_len": 128, "held_out": 1}, probe_samples=1,
-               evaluation={"window": 128, "max_windows": 2}, progress=False)
+    few = dict(
+        calibration={"num_samples": 4, "seq_len": 128, "held_out": 1},
+        probe_samples=1,
+        evaluation={"window": 128, "max_windows": 2},
+        progress=False,
+    )
 
     def case(name: str, **fields):
         def work() -> Path:
             pyprune.prune("smollm2-135m", output=str(place / name), **few, **fields)
             return place / name
+
         return work
 
-    return {"smollm2-sparsegpt-2to4": case("smollm2-sparsegpt-2to4", method="sparsegpt", pattern="2:4"),
-            "smollm2-neurons": case("smollm2-neurons", pattern="neurons", sparsity=0.25, reconstruct="liar")}
+    return {
+        "smollm2-sparsegpt-2to4": case("smollm2-sparsegpt-2to4", method="sparsegpt", pattern="2:4"),
+        "smollm2-neurons": case("smollm2-neurons", pattern="neurons", sparsity=0.25, reconstruct="liar"),
+    }
 
 
 def differences(before, now, path: str = "") -> list[str]:

@@ -41,8 +41,12 @@ def test_the_picture_has_the_packages_in_the_order_of_the_contract():
     contract = (ROOT / "pyproject.toml").read_text().partition("layers = [")[2].partition("]")[0]
     order = re.findall(r"pyprune\.(\w+)", contract)
     picture = (ROOT / "docs" / "architecture.md").read_text().partition("```\n")[2].partition("```")[0]
-    drawn = [name for line in picture.splitlines() if re.match(r" \w", line)
-             for name in re.findall(r"\w+", re.split(r"  +", line.strip())[0])]
+    drawn = [
+        name
+        for line in picture.splitlines()
+        if re.match(r" \w", line)
+        for name in re.findall(r"\w+", re.split(r"  +", line.strip())[0])
+    ]
     assert drawn == order
 
 
@@ -71,7 +75,7 @@ def exists(name: str) -> bool:
     found = pyprune
     for depth, part in enumerate(parts):
         try:
-            found = importlib.import_module("pyprune." + ".".join(parts[:depth + 1]))
+            found = importlib.import_module("pyprune." + ".".join(parts[: depth + 1]))
         except ImportError:
             if part not in getattr(found, "__dataclass_fields__", {}) and not hasattr(found, part):
                 return False

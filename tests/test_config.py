@@ -31,21 +31,39 @@ from pyprune.config import (
 )
 
 NOT_DEFAULT = {
-    "model": "org/name", "output": "out dir", "method": "wanda", "pattern": "4:8", "sparsity": 0.5,
+    "model": "org/name",
+    "output": "out dir",
+    "method": "wanda",
+    "pattern": "4:8",
+    "sparsity": 0.5,
     "reconstruct": "block",
-    "global_propagation": True, "targets": ["mlp", "layers.1?."], "ignore": ["v_proj"], "damping": 0.1, "seed": 3,
-    "batch_size": 4, "dtype": "bfloat16", "memory_budget_gb": 1.5,
-    "calibration": {"source": "x.npy", "num_samples": 8, "seq_len": 64, "seed": 5, "self_generated": 3,
-                    "language": "en"},
+    "global_propagation": True,
+    "targets": ["mlp", "layers.1?."],
+    "ignore": ["v_proj"],
+    "damping": 0.1,
+    "seed": 3,
+    "batch_size": 4,
+    "dtype": "bfloat16",
+    "memory_budget_gb": 1.5,
+    "calibration": {
+        "source": "x.npy",
+        "num_samples": 8,
+        "seq_len": 64,
+        "seed": 5,
+        "self_generated": 3,
+        "language": "en",
+    },
     "evaluation": {"text": ["a.txt", "b.npy"], "window": 128, "max_windows": None, "bos": False},
     "reconstruction": {"epochs": 2, "lr": 1e-3, "betas": (0.8, 0.9), "select": "validation"},
 }
-STRUCTURED = {"pattern": "structured", "sparsity": [0.1, 0.2],
-              "structured": {"allocation": "global", "damping": 0.5, "nonstandard": "pad"}}
+STRUCTURED = {
+    "pattern": "structured",
+    "sparsity": [0.1, 0.2],
+    "structured": {"allocation": "global", "damping": 0.5, "nonstandard": "pad"},
+}
 
 
-@pytest.mark.parametrize("fields", [{}, NOT_DEFAULT, STRUCTURED,
-                                    {"evaluation": {"enabled": False}}])
+@pytest.mark.parametrize("fields", [{}, NOT_DEFAULT, STRUCTURED, {"evaluation": {"enabled": False}}])
 def test_yaml_round_trip(fields, tmp_path):
     config = from_dict(PruneConfig, fields)
     assert from_yaml(to_yaml(config)) == config
@@ -55,23 +73,41 @@ def test_yaml_round_trip(fields, tmp_path):
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.fixed_dictionaries({}, optional={
-    "method": st.sampled_from(METHODS), "sparsity": st.floats(0, 0.999), "seed": st.integers(0, 2**31),
-    "damping": st.floats(1e-9, 1e3), "model": st.text(), "reconstruct": st.just("layer"),
-    "targets": st.lists(st.text(), max_size=3), "batch_size": st.none() | st.integers(1, 99),
-}).filter(lambda fields: "damping" not in fields or fields.get("method", "sparsegpt") == "sparsegpt"
-          or "reconstruct" in fields) | st.fixed_dictionaries({
-              "pattern": st.sampled_from(STRUCTURED_PATTERNS), "criterion": st.sampled_from(CRITERIA)}))
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "method": st.sampled_from(METHODS),
+            "sparsity": st.floats(0, 0.999),
+            "seed": st.integers(0, 2**31),
+            "damping": st.floats(1e-9, 1e3),
+            "model": st.text(),
+            "reconstruct": st.just("layer"),
+            "targets": st.lists(st.text(), max_size=3),
+            "batch_size": st.none() | st.integers(1, 99),
+        },
+    ).filter(
+        lambda fields: (
+            "damping" not in fields or fields.get("method", "sparsegpt") == "sparsegpt" or "reconstruct" in fields
+        )
+    )
+    | st.fixed_dictionaries({"pattern": st.sampled_from(STRUCTURED_PATTERNS), "criterion": st.sampled_from(CRITERIA)})
+)
 def test_any_valid_configuration_survives_yaml(fields):
     config = PruneConfig(**fields)
     assert from_yaml(to_yaml(config)) == config
 
 
-@pytest.mark.parametrize("cls, allowed", [(PruneConfig, {"method": METHODS, "criterion": CRITERIA}),
-                                          (Calibration, {"self_generated_for": ("reconstruction", "all")}),
-                                          (Evaluation, {"dtype": ("auto", "float32", "bfloat16", "float16")}),
-                                          (Reconstruction, {"select": ("last", "validation")}),
-                                          (Structured, {"nonstandard": ("refuse", "save", "pad")})])
+@pytest.mark.parametrize(
+    "cls, allowed",
+    [
+        (PruneConfig, {"method": METHODS, "criterion": CRITERIA}),
+        (Calibration, {"self_generated_for": ("reconstruction", "all")}),
+        (Evaluation, {"dtype": ("auto", "float32", "bfloat16", "float16")}),
+        (Reconstruction, {"select": ("last", "validation")}),
+        (Structured, {"nonstandard": ("refuse", "save", "pad")}),
+    ],
+)
 def test_choices_come_from_the_types_and_anything_else_is_refused(cls, allowed):
     assert allowed.items() <= choices(cls).items()
     for name, values in choices(cls).items():
@@ -96,45 +132,48 @@ def test_what_follows_from_what():
     assert PruneConfig(pattern="2:4").nm == (2, 4) and PruneConfig().nm is None
 
 
-@pytest.mark.parametrize(("fields", "sentence"), [
-    ({"sparsity": 1.0}, r"sparsity must be in \[0, 1\).* got 1.0"),
-    ({"sparsity": -0.1}, "got -0.1"),
-    ({"sparsity": 50}, "got 50; did you mean 0.5"),
-    ({"sparsity": 1.5}, "got 1.5"),
-    ({"sparsity": float("nan")}, "got nan"),
-    ({"sparsity": True}, "got True"),
-    ({"sparsity": "half"}, "got 'half'"),
-    ({"sparsity": [0.1, 0.2]}, "a list of sparsities is for structured patterns"),
-    ({"sparsity": [], "pattern": "heads"}, "sparsity is an empty list"),
-    ({"sparsity": 0.3, "pattern": "2:4"}, "sparsity 0.3 contradicts pattern '2:4', which is sparsity 0.5"),
-    ({"pattern": "4:2"}, "needs 0 < N < M.*did you mean '2:4'"),
-    ({"pattern": "4:4"}, "needs 0 < N < M"),
-    ({"pattern": "0:4"}, "needs 0 < N < M"),
-    ({"pattern": "2:64"}, "M ≤ 16"),
-    ({"pattern": "two to four"}, "pattern must be unstructured, N:M"),
-    ({"method": "sparsgpt"}, "method must be one of .*did you mean 'sparsegpt'"),
-    ({"reconstruct": "liar"}, "reconstruct for pattern 'unstructured' must be one of none, layer"),
-    ({"reconstruct": "layer", "pattern": "heads"}, "reconstruct for pattern 'heads' must be one of none, bias"),
-    ({"criterion": "size", "pattern": "heads"}, "criterion must be one of"),
-    ({"global_propagation": True, "inputs": "dense"}, "global_propagation needs inputs='propagated'"),
-    ({"damping": 0.0}, "damping must be above 0, got 0.0"),
-    ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
-    ({"calibration": {"num_samples": -1}}, "num_samples must be at least 0, got -1"),
-    ({"calibration": {"num_samples": 0}}, "there is nothing to calibrate on"),
-    ({"calibration": {"seq_len": 1}}, "seq_len must be at least 2, got 1"),
-    ({"calibration": ["x"]}, "calibration must be a Calibration or a mapping, got list"),
-    ({"evaluation": {"window": 1}}, "window must be at least 2"),
-    ({"evaluation": {"dtype": "int8"}}, "evaluation dtype must be one of"),
-    ({"reconstruction": {"lr": 0.0}}, "lr must be above 0"),
-    ({"sparsty": 0.5}, "unknown field 'sparsty' in config; did you mean 'sparsity'"),
-    ({"calibration": {"samples": 3}}, "unknown field 'samples' in calibration.*num_samples"),
-    ({"seed": "7"}, r"config.seed must be int, got '7' \(str\)"),
-    ({"dtype": "float64"}, "dtype must be one of"),
-    ({"backend": "cuda:0"}, "backend must be one of"),
-    ({"backend": "obs_swep=cuda"}, "op in backend 'obs_swep=cuda' must be one of .*did you mean 'obs_sweep'"),
-    ({"backend": "cuda,linear=fast"}, "backend of linear must be one of auto, cuda"),
-    ({"backend": "linear=cpu,linear=cuda"}, "names two back-ends for linear"),
-])
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"sparsity": 1.0}, r"sparsity must be in \[0, 1\).* got 1.0"),
+        ({"sparsity": -0.1}, "got -0.1"),
+        ({"sparsity": 50}, "got 50; did you mean 0.5"),
+        ({"sparsity": 1.5}, "got 1.5"),
+        ({"sparsity": float("nan")}, "got nan"),
+        ({"sparsity": True}, "got True"),
+        ({"sparsity": "half"}, "got 'half'"),
+        ({"sparsity": [0.1, 0.2]}, "a list of sparsities is for structured patterns"),
+        ({"sparsity": [], "pattern": "heads"}, "sparsity is an empty list"),
+        ({"sparsity": 0.3, "pattern": "2:4"}, "sparsity 0.3 contradicts pattern '2:4', which is sparsity 0.5"),
+        ({"pattern": "4:2"}, "needs 0 < N < M.*did you mean '2:4'"),
+        ({"pattern": "4:4"}, "needs 0 < N < M"),
+        ({"pattern": "0:4"}, "needs 0 < N < M"),
+        ({"pattern": "2:64"}, "M ≤ 16"),
+        ({"pattern": "two to four"}, "pattern must be unstructured, N:M"),
+        ({"method": "sparsgpt"}, "method must be one of .*did you mean 'sparsegpt'"),
+        ({"reconstruct": "liar"}, "reconstruct for pattern 'unstructured' must be one of none, layer"),
+        ({"reconstruct": "layer", "pattern": "heads"}, "reconstruct for pattern 'heads' must be one of none, bias"),
+        ({"criterion": "size", "pattern": "heads"}, "criterion must be one of"),
+        ({"global_propagation": True, "inputs": "dense"}, "global_propagation needs inputs='propagated'"),
+        ({"damping": 0.0}, "damping must be above 0, got 0.0"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"calibration": {"num_samples": -1}}, "num_samples must be at least 0, got -1"),
+        ({"calibration": {"num_samples": 0}}, "there is nothing to calibrate on"),
+        ({"calibration": {"seq_len": 1}}, "seq_len must be at least 2, got 1"),
+        ({"calibration": ["x"]}, "calibration must be a Calibration or a mapping, got list"),
+        ({"evaluation": {"window": 1}}, "window must be at least 2"),
+        ({"evaluation": {"dtype": "int8"}}, "evaluation dtype must be one of"),
+        ({"reconstruction": {"lr": 0.0}}, "lr must be above 0"),
+        ({"sparsty": 0.5}, "unknown field 'sparsty' in config; did you mean 'sparsity'"),
+        ({"calibration": {"samples": 3}}, "unknown field 'samples' in calibration.*num_samples"),
+        ({"seed": "7"}, r"config.seed must be int, got '7' \(str\)"),
+        ({"dtype": "float64"}, "dtype must be one of"),
+        ({"backend": "cuda:0"}, "backend must be one of"),
+        ({"backend": "obs_swep=cuda"}, "op in backend 'obs_swep=cuda' must be one of .*did you mean 'obs_sweep'"),
+        ({"backend": "cuda,linear=fast"}, "backend of linear must be one of auto, cuda"),
+        ({"backend": "linear=cpu,linear=cuda"}, "names two back-ends for linear"),
+    ],
+)
 def test_refusals(fields, sentence):
     with pytest.raises(ConfigError, match=sentence) as refusal:
         from_dict(PruneConfig, fields)
@@ -142,8 +181,11 @@ def test_refusals(fields, sentence):
 
 
 def test_yaml_that_is_not_a_configuration(tmp_path):
-    for text, sentence in [("a: [\n", "not valid YAML"), ("- 1\n- 2\n", "must be a mapping"),
-                           ("sparsty: 0.5\nseed: 1\n", "did you mean 'sparsity'")]:
+    for text, sentence in [
+        ("a: [\n", "not valid YAML"),
+        ("- 1\n- 2\n", "must be a mapping"),
+        ("sparsty: 0.5\nseed: 1\n", "did you mean 'sparsity'"),
+    ]:
         with pytest.raises(ConfigError, match=sentence):
             from_yaml(text)
     with pytest.raises(ConfigError, match="no such configuration file: nowhere.yaml"):
@@ -165,8 +207,11 @@ def test_override_changes_what_is_named_and_nothing_else():
 def test_the_command_line_has_every_field_once_and_documents_it():
     signature = inspect.signature(commands.prune).parameters
     fields = options.configuration_fields()
-    assert len(fields) == sum(len(dataclasses.fields(c)) for c in (
-        PruneConfig, Calibration, Evaluation, Reconstruction, Structured)) - 4
+    assert (
+        len(fields)
+        == sum(len(dataclasses.fields(c)) for c in (PruneConfig, Calibration, Evaluation, Reconstruction, Structured))
+        - 4
+    )
     own = {"model", "config", "plan", "resume", "as_json"}
     assert len(signature) - len(own) == len(fields) - 1  # ``model`` is the argument
     group = typer.main.get_command(commands.app)
@@ -175,15 +220,46 @@ def test_the_command_line_has_every_field_once_and_documents_it():
     assert all(p.help for p in group.commands["prune"].params)
     evaluation = {flag for p in group.commands["eval"].params for flag in p.opts}
     assert {"--text", "--window", "--max-windows", "--dtype", "--device", "--json"} <= evaluation
-    assert {"--method", "--sparsity", "--pattern", "--calibration", "--num-samples", "--seq-len", "--seed", "--config",
-            "--plan", "--json", "--resume", "--text", "--window", "--max-windows", "--damping", "--criterion",
-            "--reconstruct", "--self-generated", "--select", "--compute-dtype", "--dtype", "--device", "--backend",
-            "--inputs", "--targets", "--ignore", "--memory-budget-gb", "-o"} <= set(flags)
+    assert {
+        "--method",
+        "--sparsity",
+        "--pattern",
+        "--calibration",
+        "--num-samples",
+        "--seq-len",
+        "--seed",
+        "--config",
+        "--plan",
+        "--json",
+        "--resume",
+        "--text",
+        "--window",
+        "--max-windows",
+        "--damping",
+        "--criterion",
+        "--reconstruct",
+        "--self-generated",
+        "--select",
+        "--compute-dtype",
+        "--dtype",
+        "--device",
+        "--backend",
+        "--inputs",
+        "--targets",
+        "--ignore",
+        "--memory-budget-gb",
+        "-o",
+    } <= set(flags)
 
 
 def test_options_become_the_configuration_they_name():
-    given = {"sparsity": "0.1,0.3", "pattern": "neurons", "calibration.source": "x.txt", "evaluation.text": ["a.npy"],
-             "global_propagation": False}
+    given = {
+        "sparsity": "0.1,0.3",
+        "pattern": "neurons",
+        "calibration.source": "x.txt",
+        "evaluation.text": ["a.npy"],
+        "global_propagation": False,
+    }
     config = override(None, options.nested(given))
     assert (config.sparsity, config.calibration.source, config.evaluation.text) == ((0.1, 0.3), "x.txt", "a.npy")
     trained = override(None, options.nested({"reconstruct": "block", "reconstruction.betas": (0.5, 0.6)}))

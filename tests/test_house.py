@@ -56,8 +56,11 @@ TESTED_IN = {
 def modules() -> list[str]:
     """``package/module`` of every file of pyprune; the kernels' packages are tested through ``ops``."""
     found = [path.relative_to(PACKAGE).with_suffix("") for path in PACKAGE.rglob("*.py")]
-    return sorted(path.as_posix() for path in found
-                  if path.name != "__init__" and not path.as_posix().startswith("triton_kernels/"))
+    return sorted(
+        path.as_posix()
+        for path in found
+        if path.name != "__init__" and not path.as_posix().startswith("triton_kernels/")
+    )
 
 
 def beside(module: str) -> Path:

@@ -46,14 +46,28 @@ def nvcc(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
 
 
-@pytest.mark.parametrize("variable, text, archs, cmake, version", [
-    ("PYPRUNE_CUDA_ARCHS", "90a", ["90a"], "90a-real", "+cu130.sm90a"),
-    ("PYPRUNE_CUDA_ARCHS", "80;90a;100;120", ["80", "90a", "100", "120"], "80-real;90a-real;100-real;120-real",
-     "+cu130.sm80.sm90a.sm100.sm120"),
-    ("TORCH_CUDA_ARCH_LIST", "8.0 9.0a+PTX", ["80", "90a+PTX"], "80-real;90a-real;90a-virtual", "+cu130.sm80.sm90aptx"),
-    ("CUDAARCHS", "86-real,120f", ["86", "120f"], "86-real;120f-real", "+cu130.sm86.sm120f"),
-    ("PYPRUNE_CUDA_ARCHS", "off", [], "", ""),
-])
+@pytest.mark.parametrize(
+    "variable, text, archs, cmake, version",
+    [
+        ("PYPRUNE_CUDA_ARCHS", "90a", ["90a"], "90a-real", "+cu130.sm90a"),
+        (
+            "PYPRUNE_CUDA_ARCHS",
+            "80;90a;100;120",
+            ["80", "90a", "100", "120"],
+            "80-real;90a-real;100-real;120-real",
+            "+cu130.sm80.sm90a.sm100.sm120",
+        ),
+        (
+            "TORCH_CUDA_ARCH_LIST",
+            "8.0 9.0a+PTX",
+            ["80", "90a+PTX"],
+            "80-real;90a-real;90a-virtual",
+            "+cu130.sm80.sm90aptx",
+        ),
+        ("CUDAARCHS", "86-real,120f", ["86", "120f"], "86-real;120f-real", "+cu130.sm86.sm120f"),
+        ("PYPRUNE_CUDA_ARCHS", "off", [], "", ""),
+    ],
+)
 def test_architectures_and_version(setup_py, nvcc, monkeypatch, variable, text, archs, cmake, version):
     monkeypatch.setenv(variable, text)
     assert setup_py["cuda_archs"]() == archs
@@ -81,8 +95,13 @@ def test_native_without_a_gpu_says_so(setup_py, monkeypatch):
         setup_py["cuda_archs"]()
 
 
-@pytest.mark.parametrize("path, message", [("", "needs a C\\+\\+17 compiler: install one .*PYPRUNE_NATIVE=0"),
-                                           ("compiler only", "pip install cmake ninja pybind11")])
+@pytest.mark.parametrize(
+    "path, message",
+    [
+        ("", "needs a C\\+\\+17 compiler: install one .*PYPRUNE_NATIVE=0"),
+        ("compiler only", "pip install cmake ninja pybind11"),
+    ],
+)
 def test_missing_tools_are_named(setup_py, monkeypatch, tmp_path, path, message):
     (tmp_path / "c++").touch(mode=0o755)
     monkeypatch.setenv("PATH", str(tmp_path) if path else "")
@@ -105,8 +124,9 @@ def source_tree(target):
 
 
 def run(*command, cwd, **environment):
-    done = subprocess.run(command, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True,
-                          timeout=600)
+    done = subprocess.run(
+        command, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     return done.stdout
 
@@ -142,15 +162,27 @@ def test_a_build_for_two_architectures(tmp_path):
     """It compiles, it imports without a driver and says for which GPUs it is, and the machine code of both is in it."""
     (tmp_path / "tree").mkdir()
     tree = source_tree(tmp_path / "tree")
-    run(sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(tmp_path / "lib"), cwd=tree, MAX_JOBS="2",
-        CUDA_HOME=str(Path(NVCC).resolve().parent.parent), PYPRUNE_CUDA_ARCHS="90a;120+PTX")
+    run(
+        sys.executable,
+        "setup.py",
+        "-q",
+        "build_ext",
+        "--build-lib",
+        str(tmp_path / "lib"),
+        cwd=tree,
+        MAX_JOBS="2",
+        CUDA_HOME=str(Path(NVCC).resolve().parent.parent),
+        PYPRUNE_CUDA_ARCHS="90a;120+PTX",
+    )
     module = next((tmp_path / "lib").glob("pyprune/_C.*"))
     assert cubins(module) == {"90a", "120"}
-    code = ("import importlib.util, torch\n"
-            f"spec = importlib.util.spec_from_file_location('_C', {str(module)!r})\n"
-            "module = importlib.util.module_from_spec(spec)\n"
-            "spec.loader.exec_module(module)\n"
-            "print(module.with_cuda, module.cuda_architectures)")
+    code = (
+        "import importlib.util, torch\n"
+        f"spec = importlib.util.spec_from_file_location('_C', {str(module)!r})\n"
+        "module = importlib.util.module_from_spec(spec)\n"
+        "spec.loader.exec_module(module)\n"
+        "print(module.with_cuda, module.cuda_architectures)"
+    )
     out = run(sys.executable, "-c", code, cwd=tmp_path, CUDA_VISIBLE_DEVICES="")
     assert out.strip() == "True 90a-real,120-real,120-virtual"
 
@@ -166,8 +198,18 @@ def test_wheel_from_sdist(tmp_path):
     with tarfile.open(sdist) as archive:
         archive.extractall(tmp_path / "sdist", **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
     unpacked = next((tmp_path / "sdist").iterdir())
-    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "-o", str(tmp_path), cwd=unpacked,
-        PYPRUNE_CUDA_ARCHS="off", MAX_JOBS="2")
+    run(
+        sys.executable,
+        "-m",
+        "build",
+        "--wheel",
+        "--no-isolation",
+        "-o",
+        str(tmp_path),
+        cwd=unpacked,
+        PYPRUNE_CUDA_ARCHS="off",
+        MAX_JOBS="2",
+    )
 
     wheel = next(tmp_path.glob("*.whl"))
     version = f"{sys.version_info.major}{sys.version_info.minor}"
@@ -181,11 +223,13 @@ def test_wheel_from_sdist(tmp_path):
     installed = tmp_path / "installed"
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(installed)
-    code = ("import torch, pyprune, pyprune._C as C\n"
-            "from pyprune import ops\n"
-            f"assert C.__file__.startswith({str(installed)!r}) and not C.with_cuda\n"
-            "assert ops.status()['gram_update']['cpu'] == 'usable'\n"
-            "print(ops.nm_mask(torch.tensor([[1., 2, 3, 4]]), 2, 4).tolist())")
+    code = (
+        "import torch, pyprune, pyprune._C as C\n"
+        "from pyprune import ops\n"
+        f"assert C.__file__.startswith({str(installed)!r}) and not C.with_cuda\n"
+        "assert ops.status()['gram_update']['cpu'] == 'usable'\n"
+        "print(ops.nm_mask(torch.tensor([[1., 2, 3, 4]]), 2, 4).tolist())"
+    )
     out = run(sys.executable, "-c", code, cwd=installed, CUDA_VISIBLE_DEVICES="")
     assert out.strip() == "[[False, False, True, True]]"
     linked = run("ldd", next(str(p) for p in installed.glob("pyprune/_C.*")), cwd=installed)

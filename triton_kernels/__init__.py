@@ -20,6 +20,19 @@ from pyprune.triton_kernels.products import linear, trailing_update
 from pyprune.triton_kernels.select import select_mask
 from pyprune.triton_kernels.sweep import obs_sweep
 
-__all__ = ["cholesky", "cholesky_solve", "column_moments", "compress_24", "cross_gram_update", "expand_24",
-           "gram_update", "liar_update", "linear", "nm_compress_24", "nm_mask", "obs_sweep", "select_mask",
-           "trailing_update"]
+__all__ = [
+    "cholesky",
+    "cholesky_solve",
+    "column_moments",
+    "compress_24",
+    "cross_gram_update",
+    "expand_24",
+    "gram_update",
+    "liar_update",
+    "linear",
+    "nm_compress_24",
+    "nm_mask",
+    "obs_sweep",
+    "select_mask",
+    "trailing_update",
+]

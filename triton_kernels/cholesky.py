@@ -31,8 +31,11 @@ def _tile(p, i_r, i_c, stride_r, stride_c, n, NB: tl.constexpr):
     """Block (i_r, i_c) of a matrix with n rows and columns, zero outside: [NB, NB]."""
     o_r = i_r * NB + tl.arange(0, NB)
     o_c = i_c * NB + tl.arange(0, NB)
-    return tl.load(p + o_r.to(tl.int64)[:, None] * stride_r + o_c.to(tl.int64)[None, :] * stride_c,
-                   mask=(o_r < n)[:, None] & (o_c < n)[None, :], other=0.0)
+    return tl.load(
+        p + o_r.to(tl.int64)[:, None] * stride_r + o_c.to(tl.int64)[None, :] * stride_c,
+        mask=(o_r < n)[:, None] & (o_c < n)[None, :],
+        other=0.0,
+    )
 
 
 @triton.jit
@@ -71,8 +74,9 @@ def _factor(b_a, NB: tl.constexpr):
 
 
 @triton.jit
-def _block_column(a, factor, inverse, damping, i_k, i_first, i_last, n, stride_ar, stride_ac, KEEP_DIAGONAL,
-                  NB: tl.constexpr):
+def _block_column(
+    a, factor, inverse, damping, i_k, i_first, i_last, n, stride_ar, stride_ac, KEEP_DIAGONAL, NB: tl.constexpr
+):
     """Diagonal block i_k and rows i_first … i_last − 1 below it; returns the failed order within the block."""
     b_a = _diagonal_tile(a, i_k, stride_ar, stride_ac, n, damping, NB)
     for i_j in range(i_k):
@@ -98,15 +102,28 @@ def _block_column(a, factor, inverse, damping, i_k, i_first, i_last, n, stride_a
 
 
 @triton.jit
-def fused_kernel(a, damping, factor, inverse, info, n, stride_ab, stride_ar, stride_ac, HAS_DAMPING: tl.constexpr,
-                 NB: tl.constexpr):
+def fused_kernel(
+    a, damping, factor, inverse, info, n, stride_ab, stride_ar, stride_ac, HAS_DAMPING: tl.constexpr, NB: tl.constexpr
+):
     i_b = tl.program_id(0).to(tl.int64)
     blocks = tl.cdiv(n, NB)
     extra = tl.load(damping + i_b) if HAS_DAMPING else 0.0
     order = 0
     for i_k in range(blocks):
-        failed = _block_column(a + i_b * stride_ab, factor + i_b * n * n, inverse + i_b * blocks * NB * NB, extra, i_k,
-                               i_k + 1, blocks, n, stride_ar, stride_ac, True, NB)
+        failed = _block_column(
+            a + i_b * stride_ab,
+            factor + i_b * n * n,
+            inverse + i_b * blocks * NB * NB,
+            extra,
+            i_k,
+            i_k + 1,
+            blocks,
+            n,
+            stride_ar,
+            stride_ac,
+            True,
+            NB,
+        )
         order = tl.where((order == 0) & (failed > 0), i_k * NB + failed, order)
         # the next block column reads what the other threads of this program have just stored
         tl.debug_barrier()
@@ -114,14 +131,38 @@ def fused_kernel(a, damping, factor, inverse, info, n, stride_ab, stride_ar, str
 
 
 @triton.jit
-def column_kernel(a, damping, factor, inverse, info, i_k, n, stride_ab, stride_ar, stride_ac,
-                  HAS_DAMPING: tl.constexpr, NB: tl.constexpr):
+def column_kernel(
+    a,
+    damping,
+    factor,
+    inverse,
+    info,
+    i_k,
+    n,
+    stride_ab,
+    stride_ar,
+    stride_ac,
+    HAS_DAMPING: tl.constexpr,
+    NB: tl.constexpr,
+):
     i_b = tl.program_id(1).to(tl.int64)
     i_r = i_k + tl.program_id(0)
     blocks = tl.cdiv(n, NB)
     extra = tl.load(damping + i_b) if HAS_DAMPING else 0.0
-    failed = _block_column(a + i_b * stride_ab, factor + i_b * n * n, inverse + i_b * blocks * NB * NB, extra, i_k,
-                           tl.maximum(i_r, i_k + 1), i_r + 1, n, stride_ar, stride_ac, i_r == i_k, NB)
+    failed = _block_column(
+        a + i_b * stride_ab,
+        factor + i_b * n * n,
+        inverse + i_b * blocks * NB * NB,
+        extra,
+        i_k,
+        tl.maximum(i_r, i_k + 1),
+        i_r + 1,
+        n,
+        stride_ar,
+        stride_ac,
+        i_r == i_k,
+        NB,
+    )
     if i_r == i_k:
         order = tl.load(info + i_b)
         tl.store(info + i_b, tl.where((order == 0) & (failed > 0), i_k * NB + failed, order))
@@ -134,14 +175,17 @@ def poison_kernel(factor, info, n, BR: tl.constexpr, BC: tl.constexpr):
     if tl.load(info + i_b) != 0:
         o_r = tl.program_id(0) * BR + tl.arange(0, BR)
         o_c = tl.program_id(1) * BC + tl.arange(0, BC)
-        tl.store(factor + i_b * n * n + o_r.to(tl.int64)[:, None] * n + o_c[None, :],
-                 tl.full([BR, BC], float("nan"), dtype=tl.float32),
-                 mask=(o_r < n)[:, None] & (o_c[None, :] <= o_r[:, None]))
+        tl.store(
+            factor + i_b * n * n + o_r.to(tl.int64)[:, None] * n + o_c[None, :],
+            tl.full([BR, BC], float("nan"), dtype=tl.float32),
+            mask=(o_r < n)[:, None] & (o_c[None, :] <= o_r[:, None]),
+        )
 
 
 @triton.jit
-def solve_kernel(factor, inverse, info, b, x, n, k, stride_bb, stride_br, stride_bc, NB: tl.constexpr,
-                 BK: tl.constexpr):
+def solve_kernel(
+    factor, inverse, info, b, x, n, k, stride_bb, stride_br, stride_bc, NB: tl.constexpr, BK: tl.constexpr
+):
     i_b = tl.program_id(1).to(tl.int64)
     blocks = tl.cdiv(n, NB)
     p_factor = factor + i_b * n * n
@@ -216,8 +260,9 @@ def cholesky(a: Tensor, *, damping: Tensor | None = None) -> tuple[Tensor, Tenso
 
 def _substitute(cfg, factor, inverse, info, b, x):
     batch, n, k = b.shape
-    solve_kernel[(triton.cdiv(k, cfg["BK"]), batch)](factor, inverse, info, b, x, n, k, *b.stride(),
-                                                     NB=NB, **cfg.launch())
+    solve_kernel[(triton.cdiv(k, cfg["BK"]), batch)](
+        factor, inverse, info, b, x, n, k, *b.stride(), NB=NB, **cfg.launch()
+    )
 
 
 @on_device
@@ -229,7 +274,12 @@ def cholesky_solve(a: Tensor, b: Tensor, *, damping: Tensor | None = None) -> tu
     factor, inverse, info = _factorise(a, damping, _factor_config(a, damping))
     if k:
         choices = [c for c in SOLVE if c["BK"] <= max(16, triton.next_power_of_2(k))]
-        cfg = pick("cholesky_solve", (batch, n, k), choices[::-1], a.device,
-                   lambda c: _substitute(c, factor, inverse, info, b, x))
+        cfg = pick(
+            "cholesky_solve",
+            (batch, n, k),
+            choices[::-1],
+            a.device,
+            lambda c: _substitute(c, factor, inverse, info, b, x),
+        )
         _substitute(cfg, factor, inverse, info, b, x)
     return x, info

@@ -35,8 +35,23 @@ def _meta_offset(o_r, o_c, rows):
 
 
 @triton.jit
-def compress_kernel(w, scale, keep, values, meta, fault, rows, c, stride_wr, stride_wc, CHOOSE: tl.constexpr,
-                    HAS_SCALE: tl.constexpr, APPLY: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):
+def compress_kernel(
+    w,
+    scale,
+    keep,
+    values,
+    meta,
+    fault,
+    rows,
+    c,
+    stride_wr,
+    stride_wc,
+    CHOOSE: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    APPLY: tl.constexpr,
+    BR: tl.constexpr,
+    BC: tl.constexpr,
+):
     o_r = tl.program_id(0) * BR + tl.arange(0, BR)
     o_c = tl.program_id(1) * BC + tl.arange(0, BC)
     m_c = o_c < c
@@ -79,15 +94,19 @@ def compress_kernel(w, scale, keep, values, meta, fault, rows, c, stride_wr, str
     # [BR, BC / 2]
     b_values = tl.reshape(tl.join(b_va, b_vb), [BR, BC // 2])
     o_v = tl.program_id(1) * (BC // 2) + tl.arange(0, BC // 2)
-    tl.store(values + o_r.to(tl.int64)[:, None] * (c // 2) + o_v[None, :], b_values.to(dtype),
-             mask=(o_r < rows)[:, None] & (o_v < c // 2)[None, :])
+    tl.store(
+        values + o_r.to(tl.int64)[:, None] * (c // 2) + o_v[None, :],
+        b_values.to(dtype),
+        mask=(o_r < rows)[:, None] & (o_v < c // 2)[None, :],
+    )
     # [BR, BC / 16]
     o_q = tl.arange(0, 4) * 4
     b_bits = tl.reshape(i_a | (i_b << 2), [BR, BC // 16, 4]) << o_q[None, None, :]
     b_meta = tl.sum(b_bits, axis=2)
     o_m = tl.program_id(1) * (BC // 16) + tl.arange(0, BC // 16)
-    tl.store(meta + _meta_offset(o_r, o_m, rows), b_meta.to(tl.int16),
-             mask=(o_r < rows)[:, None] & (o_m < c // 16)[None, :])
+    tl.store(
+        meta + _meta_offset(o_r, o_m, rows), b_meta.to(tl.int16), mask=(o_r < rows)[:, None] & (o_m < c // 16)[None, :]
+    )
 
 
 @triton.jit
@@ -95,12 +114,16 @@ def expand_kernel(values, meta, dense, fault, rows, c, stride_vr, stride_vc, BR:
     o_r = tl.program_id(0) * BR + tl.arange(0, BR)
     o_v = tl.program_id(1) * (BC // 2) + tl.arange(0, BC // 2)
     # [BR, BC / 2]
-    b_v = tl.load(values + o_r.to(tl.int64)[:, None] * stride_vr + o_v.to(tl.int64)[None, :] * stride_vc,
-                  mask=(o_r < rows)[:, None] & (o_v < c // 2)[None, :], other=0.0)
+    b_v = tl.load(
+        values + o_r.to(tl.int64)[:, None] * stride_vr + o_v.to(tl.int64)[None, :] * stride_vc,
+        mask=(o_r < rows)[:, None] & (o_v < c // 2)[None, :],
+        other=0.0,
+    )
     b_va, b_vb = tl.split(tl.reshape(b_v.to(tl.float32), [BR, BC // 4, 2]))
     o_m = tl.program_id(1) * (BC // 16) + tl.arange(0, BC // 16)
-    b_meta = tl.load(meta + _meta_offset(o_r, o_m, rows), mask=(o_r < rows)[:, None] & (o_m < c // 16)[None, :],
-                     other=0).to(tl.int32)
+    b_meta = tl.load(
+        meta + _meta_offset(o_r, o_m, rows), mask=(o_r < rows)[:, None] & (o_m < c // 16)[None, :], other=0
+    ).to(tl.int32)
     o_q = tl.arange(0, 4) * 4
     # [BR, BC / 4]
     b_bits = tl.reshape(b_meta[:, :, None] >> o_q[None, None, :], [BR, BC // 4])
@@ -115,8 +138,11 @@ def expand_kernel(values, meta, dense, fault, rows, c, stride_vr, stride_vc, BR:
     b_w3 = tl.where(i_a == 3, b_va, tl.where(i_b == 3, b_vb, 0.0))
     b_w = tl.reshape(tl.join(tl.join(b_w0, b_w2), tl.join(b_w1, b_w3)), [BR, BC])
     o_c = tl.program_id(1) * BC + tl.arange(0, BC)
-    tl.store(dense + o_r.to(tl.int64)[:, None] * c + o_c[None, :], b_w.to(b_v.dtype),
-             mask=(o_r < rows)[:, None] & (o_c < c)[None, :])
+    tl.store(
+        dense + o_r.to(tl.int64)[:, None] * c + o_c[None, :],
+        b_w.to(b_v.dtype),
+        mask=(o_r < rows)[:, None] & (o_c < c)[None, :],
+    )
 
 
 def _compress(w: Tensor, scale: Tensor | None, keep: Tensor | None, apply: bool) -> tuple[Tensor, Tensor]:
@@ -129,9 +155,21 @@ def _compress(w: Tensor, scale: Tensor | None, keep: Tensor | None, apply: bool)
     if w.numel():
         grid = (triton.cdiv(rows, COMPRESS["BR"]), triton.cdiv(c, COMPRESS["BC"]))
         fault = faults.word("compress_24" if keep is None else "nm_mask", w.device)
-        compress_kernel[grid](w, w if scale is None else scale.contiguous(), meta if keep is None else keep, values,
-                              meta, fault, rows, c, *w.stride(), CHOOSE=keep is not None, HAS_SCALE=scale is not None,
-                              APPLY=apply, **COMPRESS.launch())
+        compress_kernel[grid](
+            w,
+            w if scale is None else scale.contiguous(),
+            meta if keep is None else keep,
+            values,
+            meta,
+            fault,
+            rows,
+            c,
+            *w.stride(),
+            CHOOSE=keep is not None,
+            HAS_SCALE=scale is not None,
+            APPLY=apply,
+            **COMPRESS.launch(),
+        )
         faults.after(w.device)
     return values, meta
 
@@ -164,7 +202,15 @@ def expand_24(values: Tensor, meta: Tensor) -> Tensor:
     dense = torch.empty(rows, c, dtype=values.dtype, device=values.device)
     if dense.numel():
         grid = (triton.cdiv(rows, EXPAND["BR"]), triton.cdiv(c, EXPAND["BC"]))
-        expand_kernel[grid](values, meta.contiguous(), dense, faults.word("expand_24", values.device), rows, c,
-                            *values.stride(), **EXPAND.launch())
+        expand_kernel[grid](
+            values,
+            meta.contiguous(),
+            dense,
+            faults.word("expand_24", values.device),
+            rows,
+            c,
+            *values.stride(),
+            **EXPAND.launch(),
+        )
         faults.after(values.device)
     return dense

@@ -13,12 +13,12 @@ from pyprune.devices import indexed
 
 REASONS = {
     "select_mask": "w has NaN scores, so there is no order to select by; rows that have them (scope 'matrix': all "
-                   "rows) are unchanged",
+    "rows) are unchanged",
     "nm_mask": "w has NaN scores, so there is no order to select by; groups that have them are unchanged",
     "compress_24": "not a 2:4 matrix: some group of 4 columns has more than 2 non-zeros",
     "expand_24": "metadata does not name two different columns in order: not made by compress_24",
     "obs_sweep": "the sweep needs finite w and r and a positive diagonal of r (non-finite weights or activations, or a "
-                 "failed factorisation, come before it); rows that met a fault are unchanged",
+    "failed factorisation, come before it); rows that met a fault are unchanged",
 }
 _words: dict[torch.device, Tensor] = {}
 
@@ -29,7 +29,7 @@ def word(op: str, device: torch.device) -> Tensor:
         _words[device] = torch.zeros(len(REASONS), dtype=torch.int32, pin_memory=device.type == "cuda")
     raise_met(device)
     index = list(REASONS).index(op)
-    return _words[device][index:index + 1]
+    return _words[device][index : index + 1]
 
 
 def raise_met(device: torch.device) -> None:

@@ -110,9 +110,29 @@ def _store_partial(partial, b_acc, i_split, i_row, i_col, c, BC: tl.constexpr):
 
 
 @triton.jit
-def gram_kernel(x, mask, gram, sums, count, partial, partial_sums, tokens, c, stride_xt, stride_xc, per_split,
-                HAS_MASK: tl.constexpr, HAS_SUMS: tl.constexpr, HAS_COUNT: tl.constexpr, SPLIT: tl.constexpr,
-                PARTS: tl.constexpr, ROUND: tl.constexpr, GROUP: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
+def gram_kernel(
+    x,
+    mask,
+    gram,
+    sums,
+    count,
+    partial,
+    partial_sums,
+    tokens,
+    c,
+    stride_xt,
+    stride_xc,
+    per_split,
+    HAS_MASK: tl.constexpr,
+    HAS_SUMS: tl.constexpr,
+    HAS_COUNT: tl.constexpr,
+    SPLIT: tl.constexpr,
+    PARTS: tl.constexpr,
+    ROUND: tl.constexpr,
+    GROUP: tl.constexpr,
+    BT: tl.constexpr,
+    BC: tl.constexpr,
+):
     i_row, i_col = lower_tile(tl.program_id(0), GROUP)
     if i_row * BC >= c:
         return
@@ -188,9 +208,27 @@ def gram_reduce_kernel(gram, sums, partial, partial_sums, c, splits, HAS_SUMS: t
 
 
 @triton.jit
-def cross_kernel(y, x, mask, cross, partial, tokens, cy, cx, stride_yt, stride_yc, stride_xt, stride_xc, per_split,
-                 HAS_MASK: tl.constexpr, SPLIT: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr,
-                 BT: tl.constexpr, BC: tl.constexpr):
+def cross_kernel(
+    y,
+    x,
+    mask,
+    cross,
+    partial,
+    tokens,
+    cy,
+    cx,
+    stride_yt,
+    stride_yc,
+    stride_xt,
+    stride_xc,
+    per_split,
+    HAS_MASK: tl.constexpr,
+    SPLIT: tl.constexpr,
+    PARTS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BT: tl.constexpr,
+    BC: tl.constexpr,
+):
     # GROUP rows of tiles at a time, column by column
     n_cols = tl.cdiv(cx, BC)
     i_first = tl.program_id(0) // (GROUP * n_cols) * GROUP
@@ -262,23 +300,53 @@ def _launch_gram(cfg, gram, x, sums, count, mask, rounded):
         partial_sums = gram.new_empty(splits, c)
     flags = dict(HAS_SUMS=sums is not None)
     for start in range(0, tokens, splits * per_split):
-        part = x[start:start + splits * per_split]
+        part = x[start : start + splits * per_split]
         used = triton.cdiv(len(part), per_split)
         gram_kernel[(last * (last + 1) // 2, used)](
-            part, part if mask is None else mask[start:start + len(part)], gram, gram if sums is None else sums,
-            gram if count is None else count, partial, partial_sums, len(part), c, *part.stride(), per_split,
-            HAS_MASK=mask is not None, HAS_COUNT=count is not None, SPLIT=splits > 1,
-            PARTS=2 if x.dtype == torch.float32 and not rounded else 1, ROUND=rounded, GROUP=group, **flags,
-            **cfg.launch())
+            part,
+            part if mask is None else mask[start : start + len(part)],
+            gram,
+            gram if sums is None else sums,
+            gram if count is None else count,
+            partial,
+            partial_sums,
+            len(part),
+            c,
+            *part.stride(),
+            per_split,
+            HAS_MASK=mask is not None,
+            HAS_COUNT=count is not None,
+            SPLIT=splits > 1,
+            PARTS=2 if x.dtype == torch.float32 and not rounded else 1,
+            ROUND=rounded,
+            GROUP=group,
+            **flags,
+            **cfg.launch(),
+        )
         if splits > 1:
             gram_reduce_kernel[(tiles * (tiles + 1) // 2,)](
-                gram, gram if sums is None else sums, partial, partial_sums, c, used, BC=cfg["BC"], **flags,
-                **REDUCE.launch())
+                gram,
+                gram if sums is None else sums,
+                partial,
+                partial_sums,
+                c,
+                used,
+                BC=cfg["BC"],
+                **flags,
+                **REDUCE.launch(),
+            )
 
 
 @on_device
-def gram_update(gram: Tensor, x: Tensor, *, sums: Tensor | None = None, count: Tensor | None = None,
-                mask: Tensor | None = None, precision: str = "float32") -> None:
+def gram_update(
+    gram: Tensor,
+    x: Tensor,
+    *,
+    sums: Tensor | None = None,
+    count: Tensor | None = None,
+    mask: Tensor | None = None,
+    precision: str = "float32",
+) -> None:
     if x.numel() == 0:
         if count is not None:
             count += len(x) if mask is None else mask.sum()
@@ -287,9 +355,21 @@ def gram_update(gram: Tensor, x: Tensor, *, sums: Tensor | None = None, count: T
     mask = None if mask is None else mask.contiguous().view(torch.uint8)
     shape = (triton.next_power_of_2(len(x)), x.shape[1], str(x.dtype), rounded, mask is not None)
     choices = configs(x.shape[1], x.dtype) + gram_persistent.configs(x, mask)
-    cfg = pick("gram_update", shape, choices, x.device,
-               lambda c: _launch_gram(c, torch.empty_like(gram), x, None if sums is None else sums.clone(),
-                                      None if count is None else count.clone(), mask, rounded))
+    cfg = pick(
+        "gram_update",
+        shape,
+        choices,
+        x.device,
+        lambda c: _launch_gram(
+            c,
+            torch.empty_like(gram),
+            x,
+            None if sums is None else sums.clone(),
+            None if count is None else count.clone(),
+            mask,
+            rounded,
+        ),
+    )
     _launch_gram(cfg, gram, x, sums, count, mask, rounded)
 
 
@@ -299,15 +379,30 @@ def _launch_cross(cfg, cross, y, x, mask):
     splits, per_split = _splits(x, rows * cols, cfg["BT"])
     partial = cross.new_empty(splits, cy, cx) if splits > 1 else cross
     for start in range(0, tokens, splits * per_split):
-        part_y, part_x = y[start:start + splits * per_split], x[start:start + splits * per_split]
+        part_y, part_x = y[start : start + splits * per_split], x[start : start + splits * per_split]
         used = triton.cdiv(len(part_x), per_split)
         cross_kernel[(rows * cols, used)](
-            part_y, part_x, part_x if mask is None else mask[start:start + len(part_x)], cross, partial, len(part_x),
-            cy, cx, *part_y.stride(), *part_x.stride(), per_split, HAS_MASK=mask is not None, SPLIT=splits > 1,
-            PARTS=2 if x.dtype == torch.float32 else 1, GROUP=L2_GROUP, **cfg.launch())
+            part_y,
+            part_x,
+            part_x if mask is None else mask[start : start + len(part_x)],
+            cross,
+            partial,
+            len(part_x),
+            cy,
+            cx,
+            *part_y.stride(),
+            *part_x.stride(),
+            per_split,
+            HAS_MASK=mask is not None,
+            SPLIT=splits > 1,
+            PARTS=2 if x.dtype == torch.float32 else 1,
+            GROUP=L2_GROUP,
+            **cfg.launch(),
+        )
         if splits > 1:
-            cross_reduce_kernel[(triton.cdiv(cy * cx, 1024),)](cross, partial, cy * cx, used, BLOCK=1024,
-                                                               num_warps=4, enable_fp_fusion=True)
+            cross_reduce_kernel[(triton.cdiv(cy * cx, 1024),)](
+                cross, partial, cy * cx, used, BLOCK=1024, num_warps=4, enable_fp_fusion=True
+            )
 
 
 @on_device
@@ -317,6 +412,11 @@ def cross_gram_update(cross: Tensor, y: Tensor, x: Tensor, *, mask: Tensor | Non
     mask = None if mask is None else mask.contiguous().view(torch.uint8)
     shape = (triton.next_power_of_2(len(x)), *cross.shape, str(x.dtype), mask is not None)
     choices = configs(max(cross.shape), x.dtype)
-    cfg = pick("cross_gram_update", shape, NARROW_CROSS if choices is NARROW else choices, x.device,
-               lambda c: _launch_cross(c, torch.empty_like(cross), y, x, mask))
+    cfg = pick(
+        "cross_gram_update",
+        shape,
+        NARROW_CROSS if choices is NARROW else choices,
+        x.device,
+        lambda c: _launch_cross(c, torch.empty_like(cross), y, x, mask),
+    )
     _launch_cross(cfg, cross, y, x, mask)

@@ -38,9 +38,24 @@ ADD = config(8, BR=32)
 
 
 @triton.jit
-def gram_persistent_kernel(x, x_rows, x_columns, partial, tokens, c, stride_xt, per_split, units, walked, squares,
-                           USE_TMA: tl.constexpr, GROUP: tl.constexpr, BT: tl.constexpr, BM: tl.constexpr,
-                           BN: tl.constexpr):
+def gram_persistent_kernel(
+    x,
+    x_rows,
+    x_columns,
+    partial,
+    tokens,
+    c,
+    stride_xt,
+    per_split,
+    units,
+    walked,
+    squares,
+    USE_TMA: tl.constexpr,
+    GROUP: tl.constexpr,
+    BT: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
     # units: (split, square, half), the half fastest; BN = 2·BM. walked: squares with those beyond the matrix
     for i_unit in tl.range(tl.program_id(0), units, tl.num_programs(0)):
         i_split = i_unit // (2 * walked)
@@ -79,8 +94,12 @@ def gram_persistent_add_kernel(gram, partial, c, squares, splits, BM: tl.constex
     o_col = i_col * BN + tl.arange(0, BN)
     m_lower = (o_row < c)[:, None] & (o_row[:, None] >= o_col[None, :])
     i_tile = (i_square * (i_square + 1) // 2 + i_col) * 2 + tl.program_id(0) % 2
-    p_part = (partial + i_tile.to(tl.int64) * BM * BN + (i_part * BR + tl.arange(0, BR))[:, None] * BN
-              + tl.arange(0, BN)[None, :])
+    p_part = (
+        partial
+        + i_tile.to(tl.int64) * BM * BN
+        + (i_part * BR + tl.arange(0, BR))[:, None] * BN
+        + tl.arange(0, BN)[None, :]
+    )
     b_sum = tl.zeros([BR, BN], dtype=tl.float32)
     for _ in range(splits):
         b_sum += tl.load(p_part, mask=m_lower, other=0.0)
@@ -97,8 +116,9 @@ def with_tma(device: torch.device) -> bool:
 
     12.x has TMA, but its products take operands from registers, as 8.x's do, and Triton 3.6 needs a stack there.
     """
-    return TensorDescriptor is not None and (device.type != "cuda"
-                                             or 9 <= torch.cuda.get_device_capability(device)[0] < 12)
+    return TensorDescriptor is not None and (
+        device.type != "cuda" or 9 <= torch.cuda.get_device_capability(device)[0] < 12
+    )
 
 
 def configs(x: Tensor, mask: Tensor | None) -> tuple[Config, ...]:
@@ -112,6 +132,7 @@ def configs(x: Tensor, mask: Tensor | None) -> tuple[Config, ...]:
 
 def splits_of(tiles: int, steps: int, programs: int) -> int:
     """Parts of the tokens that share a tile: what fills the last wave of programs, at 5 % for each part's scratch."""
+
     def cost(splits: int) -> float:
         return -(-tiles * splits // programs) / splits + 0.05 * splits * tiles / programs
 
@@ -136,11 +157,24 @@ def launch_gram(cfg: Config, gram: Tensor, x: Tensor, sums: Tensor | None, count
         views = [TensorDescriptor.from_tensor(part, [bt, width]) for width in (bm, bn)] if use_tma else [part, part]
         units = 2 * walked * splits
         gram_persistent_kernel[(min(programs, units),)](
-            part, *views, partial, len(part), c, part.stride(0), per_split, units, walked, squares, USE_TMA=use_tma,
-            GROUP=group, **cfg.launch())
+            part,
+            *views,
+            partial,
+            len(part),
+            c,
+            part.stride(0),
+            per_split,
+            units,
+            walked,
+            squares,
+            USE_TMA=use_tma,
+            GROUP=group,
+            **cfg.launch(),
+        )
         add = ADD.launch() | dict(BR=min(ADD["BR"], bm))
-        gram_persistent_add_kernel[(2 * squares, bm // add["BR"])](gram, partial, c, squares, splits, BM=bm, BN=bn,
-                                                                   **add)
+        gram_persistent_add_kernel[(2 * squares, bm // add["BR"])](
+            gram, partial, c, squares, splits, BM=bm, BN=bn, **add
+        )
     if sums is not None:
         sums += x.sum(0, dtype=torch.float32)
     if count is not None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 def on_device(op: Callable) -> Callable:
     """``op`` with the GPU of its first tensor current while it launches."""
+
     @functools.wraps(op)
     def launched(*arguments, **options):
         device = next(x.device for x in (*arguments, *options.values()) if isinstance(x, Tensor))

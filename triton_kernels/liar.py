@@ -31,16 +31,39 @@ def shift_kernel(mean, keep, drop, q, shift, k, d, stride_qk, stride_qd, BK: tl.
         m_k = o_k < k
         b_mean = tl.load(mean + tl.load(keep + o_k, mask=m_k, other=0), mask=m_k, other=0.0)
         # [BK, BD]
-        b_q = tl.load(q + o_k.to(tl.int64)[:, None] * stride_qk + o_d.to(tl.int64)[None, :] * stride_qd,
-                      mask=m_k[:, None] & m_d[None, :], other=0.0)
+        b_q = tl.load(
+            q + o_k.to(tl.int64)[:, None] * stride_qk + o_d.to(tl.int64)[None, :] * stride_qd,
+            mask=m_k[:, None] & m_d[None, :],
+            other=0.0,
+        )
         b_sum += tl.sum(b_q * b_mean[:, None], axis=0)
     b_mean = tl.load(mean + tl.load(drop + o_d, mask=m_d, other=0), mask=m_d, other=0.0)
     tl.store(shift + o_d, b_mean - b_sum, mask=m_d)
 
 
 @triton.jit
-def liar_kernel(w, keep, drop, q, shift, bias, updated, new_bias, r, k, d, stride_wr, stride_wc, stride_qk, stride_qd,
-                HAS_SHIFT: tl.constexpr, HAS_BIAS: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr):
+def liar_kernel(
+    w,
+    keep,
+    drop,
+    q,
+    shift,
+    bias,
+    updated,
+    new_bias,
+    r,
+    k,
+    d,
+    stride_wr,
+    stride_wc,
+    stride_qk,
+    stride_qd,
+    HAS_SHIFT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BR: tl.constexpr,
+    BK: tl.constexpr,
+    BD: tl.constexpr,
+):
     i_k = tl.program_id(1)
     o_r = tl.program_id(0) * BR + tl.arange(0, BR)
     o_k = i_k * BK + tl.arange(0, BK)
@@ -56,8 +79,11 @@ def liar_kernel(w, keep, drop, q, shift, bias, updated, new_bias, r, k, d, strid
         # [BR, BD]
         b_w = tl.load(p_row + i_column[None, :] * stride_wc, mask=m_r[:, None] & m_d[None, :], other=0.0).to(tl.float32)
         # [BD, BK]
-        b_q = tl.load(q + o_k.to(tl.int64)[None, :] * stride_qk + o_d.to(tl.int64)[:, None] * stride_qd,
-                      mask=m_d[:, None] & m_k[None, :], other=0.0)
+        b_q = tl.load(
+            q + o_k.to(tl.int64)[None, :] * stride_qk + o_d.to(tl.int64)[:, None] * stride_qd,
+            mask=m_d[:, None] & m_k[None, :],
+            other=0.0,
+        )
         b_acc = _multiply_add(b_acc, b_w, b_q, 3)
         if HAS_SHIFT:
             b_bias += tl.sum(b_w * tl.load(shift + o_d, mask=m_d, other=0.0)[None, :], axis=1)
@@ -76,14 +102,30 @@ def _launch(cfg, weight, keep, drop, q, shift, bias, updated, new_bias):
     r, k, d = len(weight), len(keep), len(drop)
     # the first column of programs makes the bias even where nothing is kept
     grid = (triton.cdiv(r, cfg["BR"]), max(1, triton.cdiv(k, cfg["BK"])))
-    liar_kernel[grid](weight, keep, drop, q, updated if shift is None else shift, updated if bias is None else bias,
-                      updated, updated if new_bias is None else new_bias, r, k, d, *weight.stride(), *q.stride(),
-                      HAS_SHIFT=shift is not None, HAS_BIAS=bias is not None, **cfg.launch())
+    liar_kernel[grid](
+        weight,
+        keep,
+        drop,
+        q,
+        updated if shift is None else shift,
+        updated if bias is None else bias,
+        updated,
+        updated if new_bias is None else new_bias,
+        r,
+        k,
+        d,
+        *weight.stride(),
+        *q.stride(),
+        HAS_SHIFT=shift is not None,
+        HAS_BIAS=bias is not None,
+        **cfg.launch(),
+    )
 
 
 @on_device
-def liar_update(weight: Tensor, keep: Tensor, drop: Tensor, q: Tensor, *, bias: Tensor | None = None,
-                mean: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+def liar_update(
+    weight: Tensor, keep: Tensor, drop: Tensor, q: Tensor, *, bias: Tensor | None = None, mean: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
     r, k, d = len(weight), len(keep), len(drop)
     keep, drop = keep.contiguous(), drop.contiguous()
     updated = torch.empty(r, k, dtype=torch.float32, device=weight.device)
@@ -97,7 +139,8 @@ def liar_update(weight: Tensor, keep: Tensor, drop: Tensor, q: Tensor, *, bias: 
             shift_kernel[grid](mean, keep, drop, q, shift, k, d, *q.stride(), **SHIFT.launch())
     arguments = weight, keep, drop, q, shift, bias, updated, new_bias
     if r and (k or mean is not None):
-        cfg = pick("liar_update", (r, k, d, str(weight.dtype)), CONFIGS, weight.device,
-                   lambda c: _launch(c, *arguments))
+        cfg = pick(
+            "liar_update", (r, k, d, str(weight.dtype)), CONFIGS, weight.device, lambda c: _launch(c, *arguments)
+        )
         _launch(cfg, *arguments)
     return updated, bias if mean is None else new_bias

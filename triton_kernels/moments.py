@@ -29,8 +29,21 @@ def _merge(n_a, b_mean_a, b_m2_a, n_b, b_mean_b, b_m2_b):
 
 
 @triton.jit
-def moments_kernel(x, mask, counts, means, squares, tokens, c, stride_xt, stride_xc, per_split,
-                   HAS_MASK: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
+def moments_kernel(
+    x,
+    mask,
+    counts,
+    means,
+    squares,
+    tokens,
+    c,
+    stride_xt,
+    stride_xc,
+    per_split,
+    HAS_MASK: tl.constexpr,
+    BT: tl.constexpr,
+    BC: tl.constexpr,
+):
     i_split = tl.program_id(1)
     start = i_split * per_split
     stop = tl.minimum(start + per_split, tokens)
@@ -46,8 +59,9 @@ def moments_kernel(x, mask, counts, means, squares, tokens, c, stride_xt, stride
             m_t = m_t & (tl.load(mask + o_t, mask=m_t, other=0) != 0)
         m_x = m_t[:, None] & m_c[None, :]
         # [BT, BC]
-        b_x = tl.load(x + o_t.to(tl.int64)[:, None] * stride_xt + o_c.to(tl.int64)[None, :] * stride_xc,
-                      mask=m_x, other=0.0).to(tl.float32)
+        b_x = tl.load(
+            x + o_t.to(tl.int64)[:, None] * stride_xt + o_c.to(tl.int64)[None, :] * stride_xc, mask=m_x, other=0.0
+        ).to(tl.float32)
         n_tile = tl.sum(m_t.to(tl.float32), axis=0)
         b_tile_mean = tl.sum(b_x, axis=0) / tl.maximum(n_tile, 1.0)
         b_off = tl.where(m_x, b_x - b_tile_mean[None, :], 0.0)
@@ -74,8 +88,9 @@ def moments_merge_kernel(counts, means, squares, count, mean, m2, c, splits, BC:
         b_n = tl.load(p_count)
         n_part = tl.sum(b_n, axis=0)
         total += b_n.to(tl.int64)
-        n, b_mean, b_m2 = _merge(n, b_mean, b_m2, n_part, tl.load(p_mean, mask=m_c, other=0.0),
-                                 tl.load(p_m2, mask=m_c, other=0.0))
+        n, b_mean, b_m2 = _merge(
+            n, b_mean, b_m2, n_part, tl.load(p_mean, mask=m_c, other=0.0), tl.load(p_m2, mask=m_c, other=0.0)
+        )
         p_count += 1
         p_mean += c
         p_m2 += c
@@ -94,10 +109,22 @@ def _launch(cfg, x, mask):
     empty = dict(dtype=torch.float32, device=x.device)
     counts, parts = torch.empty(splits, **empty), torch.empty(2, splits, c, **empty)
     count, out = torch.empty((), dtype=torch.int64, device=x.device), torch.empty(2, c, **empty)
-    moments_kernel[(blocks, splits)](x, x if mask is None else mask, counts, parts[0], parts[1], tokens, c, *x.stride(),
-                                     per_split, HAS_MASK=mask is not None, **cfg.launch())
-    moments_merge_kernel[(triton.cdiv(c, BC_MERGE),)](counts, parts[0], parts[1], count, out[0], out[1], c, splits,
-                                                      BC=BC_MERGE, num_warps=4, enable_fp_fusion=True)
+    moments_kernel[(blocks, splits)](
+        x,
+        x if mask is None else mask,
+        counts,
+        parts[0],
+        parts[1],
+        tokens,
+        c,
+        *x.stride(),
+        per_split,
+        HAS_MASK=mask is not None,
+        **cfg.launch(),
+    )
+    moments_merge_kernel[(triton.cdiv(c, BC_MERGE),)](
+        counts, parts[0], parts[1], count, out[0], out[1], c, splits, BC=BC_MERGE, num_warps=4, enable_fp_fusion=True
+    )
     return count, out[0], out[1]
 
 
@@ -107,6 +134,11 @@ def column_moments(x: Tensor, *, mask: Tensor | None = None) -> tuple[Tensor, Te
         count = torch.tensor(len(x), device=x.device) if mask is None else mask.sum()
         return count, *torch.zeros(2, x.shape[1], device=x.device)
     mask = None if mask is None else mask.contiguous().view(torch.uint8)
-    cfg = pick("column_moments", (triton.next_power_of_2(len(x)), x.shape[1], str(x.dtype)), CONFIGS, x.device,
-               lambda cfg: _launch(cfg, x, mask))
+    cfg = pick(
+        "column_moments",
+        (triton.next_power_of_2(len(x)), x.shape[1], str(x.dtype)),
+        CONFIGS,
+        x.device,
+        lambda cfg: _launch(cfg, x, mask),
+    )
     return _launch(cfg, x, mask)

@@ -41,8 +41,23 @@ def _keep(b_score, N: tl.constexpr, M: tl.constexpr, MP: tl.constexpr):
 
 
 @triton.jit
-def nm_kernel(w, scale, keep, fault, rows, c, stride_wr, stride_wc, HAS_SCALE: tl.constexpr, APPLY: tl.constexpr,
-              N: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):
+def nm_kernel(
+    w,
+    scale,
+    keep,
+    fault,
+    rows,
+    c,
+    stride_wr,
+    stride_wc,
+    HAS_SCALE: tl.constexpr,
+    APPLY: tl.constexpr,
+    N: tl.constexpr,
+    M: tl.constexpr,
+    MP: tl.constexpr,
+    BR: tl.constexpr,
+    BC: tl.constexpr,
+):
     # BC padded columns hold BC / MP groups; for a power of two MP = M and padding vanishes
     o_r = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     o_p = tl.program_id(1) * BC + tl.arange(0, BC)
@@ -79,8 +94,23 @@ def _launch(cfg, w, n, m, scale, apply, keep, fault):
     columns = w.shape[1] // m * padded
     bc, br = tile(cfg["TILE"], columns, padded)
     nm_kernel[(triton.cdiv(w.shape[0], br), triton.cdiv(columns, bc))](
-        w, w if scale is None else scale, keep, fault, *w.shape, *w.stride(), HAS_SCALE=scale is not None, APPLY=apply,
-        N=n, M=m, MP=padded, BR=br, BC=bc, num_warps=cfg.warps, num_stages=cfg.stages, enable_fp_fusion=True)
+        w,
+        w if scale is None else scale,
+        keep,
+        fault,
+        *w.shape,
+        *w.stride(),
+        HAS_SCALE=scale is not None,
+        APPLY=apply,
+        N=n,
+        M=m,
+        MP=padded,
+        BR=br,
+        BC=bc,
+        num_warps=cfg.warps,
+        num_stages=cfg.stages,
+        enable_fp_fusion=True,
+    )
 
 
 @on_device
@@ -90,8 +120,13 @@ def nm_mask(w: Tensor, n: int, m: int, *, scale: Tensor | None = None, apply: bo
         return keep
     scale = None if scale is None else scale.contiguous()
     target, fault = keep.view(torch.uint8), faults.word("nm_mask", w.device)
-    cfg = pick("nm_mask", (*w.shape, n, m, str(w.dtype), apply), CONFIGS, w.device,
-               lambda cfg: _launch(cfg, w.clone() if apply else w, n, m, scale, apply, target, fault))
+    cfg = pick(
+        "nm_mask",
+        (*w.shape, n, m, str(w.dtype), apply),
+        CONFIGS,
+        w.device,
+        lambda cfg: _launch(cfg, w.clone() if apply else w, n, m, scale, apply, target, fault),
+    )
     _launch(cfg, w, n, m, scale, apply, target, fault)
     faults.after(w.device)
     return keep

@@ -30,16 +30,31 @@ INFINITY_KEY = tl.constexpr(0x7F800000)
 def _keys(w, scale, o_r, o_c, rows, c, stride_wr, stride_wc, HAS_SCALE: tl.constexpr):
     """Integer keys of the scores of a tile [BR, BC], and which of them exist."""
     m_w = (o_r < rows)[:, None] & (o_c < c)[None, :]
-    b_score = tl.abs(tl.load(w + o_r[:, None] * stride_wr + o_c.to(tl.int64)[None, :] * stride_wc, mask=m_w,
-                             other=0.0).to(tl.float32))
+    b_score = tl.abs(
+        tl.load(w + o_r[:, None] * stride_wr + o_c.to(tl.int64)[None, :] * stride_wc, mask=m_w, other=0.0).to(
+            tl.float32
+        )
+    )
     if HAS_SCALE:
         b_score = b_score * tl.load(scale + o_c, mask=o_c < c, other=0.0)[None, :]
     return _key(b_score), m_w
 
 
 @triton.jit
-def row_kernel(w, scale, keep, fault, k, rows, c, stride_wr, stride_wc, HAS_SCALE: tl.constexpr, APPLY: tl.constexpr,
-               BC: tl.constexpr):
+def row_kernel(
+    w,
+    scale,
+    keep,
+    fault,
+    k,
+    rows,
+    c,
+    stride_wr,
+    stride_wc,
+    HAS_SCALE: tl.constexpr,
+    APPLY: tl.constexpr,
+    BC: tl.constexpr,
+):
     i_r = tl.program_id(0).to(tl.int64)
     o_c = tl.arange(0, BC)
     b_key, m_w = _keys(w, scale, i_r + tl.arange(0, 1), o_c, rows, c, stride_wr, stride_wc, HAS_SCALE)
@@ -69,14 +84,32 @@ def row_kernel(w, scale, keep, fault, k, rows, c, stride_wr, stride_wc, HAS_SCAL
     m_c = o_c < c
     tl.store(keep + i_r * c + o_c, (b_drop == 0).to(tl.uint8), mask=m_c)
     if APPLY:
-        tl.store(w + i_r * stride_wr + o_c.to(tl.int64) * stride_wc, tl.zeros([BC], dtype=w.dtype.element_ty),
-                 mask=b_drop & m_c)
+        tl.store(
+            w + i_r * stride_wr + o_c.to(tl.int64) * stride_wc,
+            tl.zeros([BC], dtype=w.dtype.element_ty),
+            mask=b_drop & m_c,
+        )
 
 
 @triton.jit
-def histogram_kernel(w, scale, state, histogram, nans, fault, rows, c, stride_wr, stride_wc, PER_ROW: tl.constexpr,
-                     HAS_SCALE: tl.constexpr, SHIFT: tl.constexpr, BITS: tl.constexpr, BR: tl.constexpr,
-                     BC: tl.constexpr):
+def histogram_kernel(
+    w,
+    scale,
+    state,
+    histogram,
+    nans,
+    fault,
+    rows,
+    c,
+    stride_wr,
+    stride_wc,
+    PER_ROW: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    SHIFT: tl.constexpr,
+    BITS: tl.constexpr,
+    BR: tl.constexpr,
+    BC: tl.constexpr,
+):
     i_r = tl.program_id(0).to(tl.int64)
     i_segment = i_r * PER_ROW
     o_c = tl.program_id(1) * BC + tl.arange(0, BC)
@@ -112,8 +145,20 @@ def digit_kernel(state, histogram, SHIFT: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
-def tie_kernel(w, scale, state, ties, rows, c, stride_wr, stride_wc, PER_ROW: tl.constexpr, HAS_SCALE: tl.constexpr,
-               BR: tl.constexpr, BC: tl.constexpr):
+def tie_kernel(
+    w,
+    scale,
+    state,
+    ties,
+    rows,
+    c,
+    stride_wr,
+    stride_wc,
+    PER_ROW: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    BR: tl.constexpr,
+    BC: tl.constexpr,
+):
     i_r = tl.program_id(0).to(tl.int64)
     o_c = tl.program_id(1) * BC + tl.arange(0, BC)
     b_key, m_w = _keys(w, scale, i_r * BR + tl.arange(0, BR), o_c, rows, c, stride_wr, stride_wc, HAS_SCALE)
@@ -122,8 +167,23 @@ def tie_kernel(w, scale, state, ties, rows, c, stride_wr, stride_wc, PER_ROW: tl
 
 
 @triton.jit
-def mask_kernel(w, scale, state, before, nans, keep, rows, c, stride_wr, stride_wc, PER_ROW: tl.constexpr,
-                HAS_SCALE: tl.constexpr, APPLY: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):
+def mask_kernel(
+    w,
+    scale,
+    state,
+    before,
+    nans,
+    keep,
+    rows,
+    c,
+    stride_wr,
+    stride_wc,
+    PER_ROW: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    APPLY: tl.constexpr,
+    BR: tl.constexpr,
+    BC: tl.constexpr,
+):
     i_r = tl.program_id(0).to(tl.int64)
     o_r = i_r * BR + tl.arange(0, BR)
     o_c = tl.program_id(1) * BC + tl.arange(0, BC)
@@ -139,12 +199,16 @@ def mask_kernel(w, scale, state, before, nans, keep, rows, c, stride_wr, stride_
     b_drop = (b_key < value) | (b_tie & (b_order <= spare))
     tl.store(keep + o_r[:, None] * c + o_c[None, :], (b_drop == 0).to(tl.uint8), mask=m_w)
     if APPLY:
-        tl.store(w + o_r[:, None] * stride_wr + o_c.to(tl.int64)[None, :] * stride_wc,
-                 tl.zeros([BR, BC], dtype=w.dtype.element_ty), mask=b_drop & m_w)
+        tl.store(
+            w + o_r[:, None] * stride_wr + o_c.to(tl.int64)[None, :] * stride_wc,
+            tl.zeros([BR, BC], dtype=w.dtype.element_ty),
+            mask=b_drop & m_w,
+        )
 
 
-def _select_in_memory(w: Tensor, k: int, scale: Tensor | None, keep: Tensor, per_row: bool, apply: bool,
-                      fault: Tensor) -> None:
+def _select_in_memory(
+    w: Tensor, k: int, scale: Tensor | None, keep: Tensor, per_row: bool, apply: bool, fault: Tensor
+) -> None:
     """Radix select of each row (``per_row``) or of the matrix."""
     rows, c = w.shape
     bc = min(triton.next_power_of_2(c), TILE)
@@ -159,8 +223,9 @@ def _select_in_memory(w: Tensor, k: int, scale: Tensor | None, keep: Tensor, per
     ties = torch.empty(grid, dtype=torch.int32, device=w.device)
     shape = dict(PER_ROW=int(per_row), HAS_SCALE=scale is not None, BR=br, BC=bc, num_warps=8)
     for shift, bits in PASSES:
-        histogram_kernel[grid](w, given, state, histogram, nans, fault, rows, c, *w.stride(), SHIFT=shift, BITS=bits,
-                               **shape)
+        histogram_kernel[grid](
+            w, given, state, histogram, nans, fault, rows, c, *w.stride(), SHIFT=shift, BITS=bits, **shape
+        )
         digit_kernel[(segments,)](state, histogram, SHIFT=shift, BITS=bits, num_warps=4)
     tie_kernel[grid](w, given, state, ties, rows, c, *w.stride(), **shape)
     flat = ties if per_row else ties.reshape(1, -1)
@@ -180,8 +245,20 @@ def select_mask(w: Tensor, k: int, *, scale: Tensor | None = None, scope: str = 
     target, fault = keep.view(torch.uint8), faults.word("select_mask", w.device)
     if scope == "row" and c <= ROW_LIMIT:
         block = triton.next_power_of_2(c)
-        row_kernel[(rows,)](w, w if scale is None else scale, target, fault, k, rows, c, *w.stride(),
-                            HAS_SCALE=scale is not None, APPLY=apply, BC=block, num_warps=row_warps(block))
+        row_kernel[(rows,)](
+            w,
+            w if scale is None else scale,
+            target,
+            fault,
+            k,
+            rows,
+            c,
+            *w.stride(),
+            HAS_SCALE=scale is not None,
+            APPLY=apply,
+            BC=block,
+            num_warps=row_warps(block),
+        )
     else:
         _select_in_memory(w, k, scale, target, scope == "row", apply, fault)
     faults.after(w.device)

@@ -37,8 +37,25 @@ def _choose(b_w, b_scale, b_keep, o_b, j, n_drop, GROUP: tl.constexpr):
 
 
 @triton.jit
-def sweep_kernel(w, r, mask, keep, error, loss, fault, rows, b, stride_w, stride_r, stride_m, stride_k, n_drop,
-                 GROUP: tl.constexpr, BR: tl.constexpr, BB: tl.constexpr):
+def sweep_kernel(
+    w,
+    r,
+    mask,
+    keep,
+    error,
+    loss,
+    fault,
+    rows,
+    b,
+    stride_w,
+    stride_r,
+    stride_m,
+    stride_k,
+    n_drop,
+    GROUP: tl.constexpr,
+    BR: tl.constexpr,
+    BB: tl.constexpr,
+):
     # GROUP = 0: the mask is given; else it is chosen per group of GROUP columns
     o_r = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     o_b = tl.arange(0, BB)
@@ -94,13 +111,30 @@ def _launch(cfg, w, r, mask, nm, keep, error, loss, fault):
     given = keep if mask is None else mask
     n, m = nm or (0, 0)
     sweep_kernel[(triton.cdiv(rows, cfg["BR"]),)](
-        w, r, given, keep, error, loss, fault, rows, b, w.stride(0), r.stride(0), given.stride(0), keep.stride(0),
-        m - n, GROUP=m, BB=max(16, triton.next_power_of_2(b)), **cfg.launch())
+        w,
+        r,
+        given,
+        keep,
+        error,
+        loss,
+        fault,
+        rows,
+        b,
+        w.stride(0),
+        r.stride(0),
+        given.stride(0),
+        keep.stride(0),
+        m - n,
+        GROUP=m,
+        BB=max(16, triton.next_power_of_2(b)),
+        **cfg.launch(),
+    )
 
 
 @on_device
-def obs_sweep(w: Tensor, r: Tensor, *, mask: Tensor | None = None, k: int | None = None,
-              nm: tuple[int, int] | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def obs_sweep(
+    w: Tensor, r: Tensor, *, mask: Tensor | None = None, k: int | None = None, nm: tuple[int, int] | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     rows, b = w.shape
     if nm is not None and nm[1] > BLOCK:
         raise ValueError(f"the Triton sweep chooses groups of at most {BLOCK} columns, got {nm[0]}:{nm[1]}")
@@ -120,9 +154,23 @@ def obs_sweep(w: Tensor, r: Tensor, *, mask: Tensor | None = None, k: int | None
     head = slice(0, min(step, b))
     if b > step:  # a bad factor must not reach w by the products either: its zero diagonal stops every sub-block
         r = torch.where(r.isfinite().all() & (r.diagonal() > 0).all(), r, 0)
-    cfg = pick("obs_sweep", (rows, b, nm), CONFIGS, w.device,
-               lambda c: _launch(c, w[:, head].clone(), r[head, head], None if mask is None else mask[:, head], nm,
-                                 torch.empty_like(out[:, head]), torch.empty_like(error[:, head]), loss.clone(), fault))
+    cfg = pick(
+        "obs_sweep",
+        (rows, b, nm),
+        CONFIGS,
+        w.device,
+        lambda c: _launch(
+            c,
+            w[:, head].clone(),
+            r[head, head],
+            None if mask is None else mask[:, head],
+            nm,
+            torch.empty_like(out[:, head]),
+            torch.empty_like(error[:, head]),
+            loss.clone(),
+            fault,
+        ),
+    )
     for start in range(0, b, step):
         own, right = slice(start, min(start + step, b)), slice(min(start + step, b), b)
         given = None if mask is None else mask[:, own]

@@ -24,5 +24,7 @@ def lower_tile(i_tile, GROUP: tl.constexpr):
     i_row = tl.where((i_row + 1) * (i_row + 2) // 2 <= i_inner, i_row + 1, i_row)
     i_column = i_inner - i_row * (i_row + 1) // 2
     in_square = i_inner < 0
-    return (i_first + tl.where(in_square, i_rest % GROUP, i_row),
-            tl.where(in_square, i_rest // GROUP, i_first + i_column))
+    return (
+        i_first + tl.where(in_square, i_rest % GROUP, i_row),
+        tl.where(in_square, i_rest // GROUP, i_first + i_column),
+    )

@@ -95,8 +95,14 @@ def milliseconds(run: Callable[[], None], repeats: int = 10) -> float:
     return best
 
 
-def pick(op: str, shape: Hashable, configs: Sequence[Config], device: torch.device,
-         trial: Callable[[Config], None] | None = None, timer=milliseconds) -> Config:
+def pick(
+    op: str,
+    shape: Hashable,
+    configs: Sequence[Config],
+    device: torch.device,
+    trial: Callable[[Config], None] | None = None,
+    timer=milliseconds,
+) -> Config:
     """The configuration to launch ``op`` with; ``trial(config)`` must run it on scratch outputs."""
     if device.type != "cuda":
         return configs[-1]  # the interpreter: lists end with the configuration of the fewest programs or steps

@@ -21,14 +21,26 @@ app = typer.Typer(name="pyprune", no_args_is_help=True, add_completion=False, pr
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on standard output.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the interrupted run in the same folder.")]
 RUN_FIELDS = [path for path in configuration_fields() if path != "model"]
-EVALUATION_FIELDS = [path for path in configuration_fields() if path.startswith("evaluation.")
-                     and path != "evaluation.enabled"]
+EVALUATION_FIELDS = [
+    path for path in configuration_fields() if path.startswith("evaluation.") and path != "evaluation.enabled"
+]
 
-REFINE_FIELDS = ["output", "dtype", "compute_dtype", "device", "seed", "stream", "memory_budget_gb",
-                 "global_propagation",
-                 *(path for path in configuration_fields()
-                   if path.startswith(("calibration.", "reconstruction.", "evaluation."))
-                   and path not in ("calibration.self_generated_for", "reconstruction.layerwise_target"))]
+REFINE_FIELDS = [
+    "output",
+    "dtype",
+    "compute_dtype",
+    "device",
+    "seed",
+    "stream",
+    "memory_budget_gb",
+    "global_propagation",
+    *(
+        path
+        for path in configuration_fields()
+        if path.startswith(("calibration.", "reconstruction.", "evaluation."))
+        and path not in ("calibration.self_generated_for", "reconstruction.layerwise_target")
+    ),
+]
 
 
 def _version(asked: bool) -> None:
@@ -38,8 +50,11 @@ def _version(asked: bool) -> None:
 
 
 @app.callback()
-def options(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True,
-                                                  help="Print the version.")] = False):
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+):
     """One-shot pruning of transformers: what it does, what it costs, on CPU and GPU."""
 
 
@@ -69,8 +84,9 @@ def silent() -> bool:
 def prune(
     model: Annotated[str | None, typer.Argument(help="Hub id, local folder, .gguf file or packaged name.")] = None,
     config: Annotated[Path | None, typer.Option("--config", help="A run.yaml to repeat. Options override it.")] = None,
-    plan: Annotated[bool, typer.Option("--plan", help="List every weight, estimate memory, time and disk, "
-                                             "and prune nothing.")] = False,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="List every weight, estimate memory, time and disk, and prune nothing.")
+    ] = False,
     resume: Resume = False,
     as_json: Json = False,
     *,
@@ -99,8 +115,9 @@ def prune(
 @with_fields(REFINE_FIELDS)
 def refine(
     model: Annotated[str, typer.Argument(help="Folder of a pruned model, masked or structured.")],
-    dense: Annotated[str | None, typer.Option(help="The model it was pruned from. By default the one "
-                                              "that its pruning.json names.")] = None,
+    dense: Annotated[
+        str | None, typer.Option(help="The model it was pruned from. By default the one that its pruning.json names.")
+    ] = None,
     cross_block: Annotated[bool, typer.Option("--cross-block", help="Train windows of two blocks (CR).")] = False,
     resume: Resume = False,
     as_json: Json = False,
@@ -116,12 +133,18 @@ def refine(
     output = fields.pop("output", None)
     if output is None:
         raise ConfigError("no output folder: name one with -o")
-    sections = {name: from_dict(cls, fields.pop(section, {}), section) for name, section, cls in (
-        ("calibration", "calibration", Calibration), ("evaluation", "evaluation", Evaluation),
-        ("settings", "reconstruction", Reconstruction))}
+    sections = {
+        name: from_dict(cls, fields.pop(section, {}), section)
+        for name, section, cls in (
+            ("calibration", "calibration", Calibration),
+            ("evaluation", "evaluation", Evaluation),
+            ("settings", "reconstruction", Reconstruction),
+        )
+    }
     with interruptible():
-        found = refine_checkpoint(model, output, dense=dense, cross_block=cross_block, resume=resume, **sections,
-                                  **fields)
+        found = refine_checkpoint(
+            model, output, dense=dense, cross_block=cross_block, resume=resume, **sections, **fields
+        )
     if silent():
         return None
     return _print_json(found) if as_json else print_refinement(found, output)
@@ -131,12 +154,18 @@ def refine(
 @with_fields(EVALUATION_FIELDS)
 def evaluate(
     model: Annotated[str, typer.Argument(help="Folder, Hub id, .gguf file or packaged name.")],
-    device: Annotated[str, typer.Option(help="Where to run: cpu, cuda or cuda:1; auto takes a GPU if "
-                                           "there is one.")] = "auto",
-    latency: Annotated[bool, typer.Option("--latency", help="Measure size, peak memory and tokens per second "
-                                          "beside the dense model's instead.")] = False,
-    against: Annotated[str | None, typer.Option(help="The dense model for --latency. By default the one that "
-                                                "MODEL was pruned from.")] = None,
+    device: Annotated[
+        str, typer.Option(help="Where to run: cpu, cuda or cuda:1; auto takes a GPU if there is one.")
+    ] = "auto",
+    latency: Annotated[
+        bool,
+        typer.Option(
+            "--latency", help="Measure size, peak memory and tokens per second beside the dense model's instead."
+        ),
+    ] = False,
+    against: Annotated[
+        str | None, typer.Option(help="The dense model for --latency. By default the one that MODEL was pruned from.")
+    ] = None,
     plot: Annotated[Path | None, typer.Option(help="Picture (.png) of the --latency comparison to write.")] = None,
     as_json: Json = False,
     *,
@@ -172,16 +201,19 @@ def evaluate(
 
 
 @app.command()
-def inspect(directory: Annotated[Path, typer.Argument(help="Folder of a safetensors or .bin checkpoint.")],
-            as_json: Json = False):
+def inspect(
+    directory: Annotated[Path, typer.Argument(help="Folder of a safetensors or .bin checkpoint.")],
+    as_json: Json = False,
+):
     """Show the true sparsity, N:M violations and coverage of a checkpoint, read from its files."""
     found = pyprune.inspect(directory)
     return _print_json(found) if as_json else rendering.print_inspection(found)
 
 
 @app.command()
-def compare(directories: Annotated[list[Path], typer.Argument(help="Folders that pyprune wrote.")],
-            as_json: Json = False):
+def compare(
+    directories: Annotated[list[Path], typer.Argument(help="Folders that pyprune wrote.")], as_json: Json = False
+):
     """Show runs side by side: settings, perplexity, reconstruction error and time."""
     rows = pyprune.compare(directories)
     if as_json:
@@ -202,16 +234,27 @@ def generate(
 ):
     """Sample calibration sequences from MODEL itself (arXiv 2406.15524), for --self-generated-path."""
     live, tokenizer = pyprune.load(model, dtype)
-    rows = pyprune.generate(live, tokenizer, num_samples, seq_len=seq_len, seed=seed, batch_size=batch_size,
-                            language=language, path=output,
-                            progress=lambda done, total: print(f"generated {done}/{total}", file=sys.stderr))
+    rows = pyprune.generate(
+        live,
+        tokenizer,
+        num_samples,
+        seq_len=seq_len,
+        seed=seed,
+        batch_size=batch_size,
+        language=language,
+        path=output,
+        progress=lambda done, total: print(f"generated {done}/{total}", file=sys.stderr),
+    )
     print(f"{len(rows)} sequences of {seq_len} tokens in {output}")
 
 
 @app.command()
-def env(qualify: Annotated[bool, typer.Option("--qualify", help="Check and time the back-ends now, even if that was "
-                                              "done before.")] = False,
-        as_json: Json = False):
+def env(
+    qualify: Annotated[
+        bool, typer.Option("--qualify", help="Check and time the back-ends now, even if that was done before.")
+    ] = False,
+    as_json: Json = False,
+):
     """Show versions, devices, the native module, and which back-end each op takes here and why."""
     from pyprune.cli.environment import environment, print_environment
 

@@ -20,21 +20,32 @@ def environment(qualify: bool = False) -> dict:
     from pyprune.ops import native
 
     module = native._C
-    gpus = [{"name": p.name, "capability": f"{p.major}.{p.minor}", "memory_bytes": p.total_memory}
-            for p in map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))]
+    gpus = [
+        {"name": p.name, "capability": f"{p.major}.{p.minor}", "memory_bytes": p.total_memory}
+        for p in map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    ]
     devices = ["cpu", "cuda"] if gpus else ["cpu"]
     verdicts = {device: ops.verdicts(device, measure=qualify, again=qualify) for device in devices}
     return {
-        "pyprune": pyprune.__version__, "python": platform.python_version(), "platform": platform.platform(),
+        "pyprune": pyprune.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
         "packages": {name: _version(name) for name in PACKAGES},
-        "cpu": {"cores": os.cpu_count(), "threads": torch.get_num_threads(),
-                "level": module.cpu_level() if module else None},
+        "cpu": {
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "level": module.cpu_level() if module else None,
+        },
         "gpus": gpus,
-        "native": {"built": module is not None, "cuda": bool(module and module.with_cuda),
-                   "cuda_architectures": getattr(module, "cuda_architectures", None) or None},
+        "native": {
+            "built": module is not None,
+            "cuda": bool(module and module.with_cuda),
+            "cuda_architectures": getattr(module, "cuda_architectures", None) or None,
+        },
         "backends": {device: ops.status(device) for device in devices},
-        "chosen": {device: {op: verdict["takes"] for op, verdict in found.items()}
-                   for device, found in verdicts.items()},
+        "chosen": {
+            device: {op: verdict["takes"] for op, verdict in found.items()} for device, found in verdicts.items()
+        },
         "verdicts": verdicts,
     }
 
@@ -55,22 +66,34 @@ def print_environment(found: dict, out: TextIO | None = None) -> None:
     console = open_console(out)
     packages = ", ".join(f"{name} {version or 'not installed'}" for name, version in found["packages"].items())
     console.print(f"pyprune {found['pyprune']}, Python {found['python']}, {found['platform']}\n{packages}")
-    console.print(f"CPU: {found['cpu']['cores']} cores, {found['cpu']['threads']} threads, kernels for "
-                  f"{found['cpu']['level'] or 'plain PyTorch only'}")
+    console.print(
+        f"CPU: {found['cpu']['cores']} cores, {found['cpu']['threads']} threads, kernels for "
+        f"{found['cpu']['level'] or 'plain PyTorch only'}"
+    )
     for gpu in found["gpus"]:
-        console.print(f"GPU: {gpu['name']}, compute capability {gpu['capability']}, "
-                      f"{gpu['memory_bytes'] / 2**30:.0f} GiB")
+        console.print(
+            f"GPU: {gpu['name']}, compute capability {gpu['capability']}, {gpu['memory_bytes'] / 2**30:.0f} GiB"
+        )
     native = found["native"]
-    console.print("native module: " + ("not built" if not native["built"] else "CPU kernels" + (
-        f" and CUDA kernels for {native['cuda_architectures']}" if native["cuda"] else "; no CUDA kernels")))
+    console.print(
+        "native module: "
+        + (
+            "not built"
+            if not native["built"]
+            else "CPU kernels"
+            + (f" and CUDA kernels for {native['cuda_architectures']}" if native["cuda"] else "; no CUDA kernels")
+        )
+    )
     for device, status in found["backends"].items():
         names, reasons = list(next(iter(status.values()))), set()
         table = Table("op", *names, "auto takes", title=f"tensors on {device}", title_justify="left")
         for op, states in status.items():
-            table.add_row(op, *("yes" if states[name] == "usable" else "–" for name in names),
-                          _taken(found["chosen"][device], op))
-            reasons |= {f"{name}: {states[name]}" for name in names
-                        if states[name] != "usable" and "has no" not in states[name]}
+            table.add_row(
+                op, *("yes" if states[name] == "usable" else "–" for name in names), _taken(found["chosen"][device], op)
+            )
+            reasons |= {
+                f"{name}: {states[name]}" for name in names if states[name] != "usable" and "has no" not in states[name]
+            }
         console.print(table)
         for reason in sorted(reasons):
             console.print(f"  {reason}")
@@ -96,11 +119,14 @@ def _why(verdicts: dict[str, dict], device: str):
         return table
     for op, verdict in verdicts.items():
         failed = "".join(f"; not {name}: {reason}" for name, reason in verdict.get("failed", {}).items())
-        shown = ("; ".join(f"{name} " + ", ".join(f"{1e3 * s:.3g}" for s in seconds)
-                           for name, seconds in verdict.get("seconds", {}).items()))
+        shown = "; ".join(
+            f"{name} " + ", ".join(f"{1e3 * s:.3g}" for s in seconds)
+            for name, seconds in verdict.get("seconds", {}).items()
+        )
         error = verdict.get("errors", {}).get(verdict["takes"])
         table.add_row(op, verdict["takes"], verdict["why"] + failed, shown, "" if error is None else f"{error:.0e}")
     threads = {verdict["threads"] for verdict in verdicts.values() if "threads" in verdict}
-    table.caption = "; ".join("timed on one thread, in its CPU seconds" if n == 1 else f"timed on {n} threads"
-                              for n in sorted(threads))
+    table.caption = "; ".join(
+        "timed on one thread, in its CPU seconds" if n == 1 else f"timed on {n} threads" for n in sorted(threads)
+    )
     return table

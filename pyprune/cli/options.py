@@ -28,8 +28,12 @@ from pyprune.config import (
     members,
 )
 
-SECTIONS = {"calibration": Calibration, "evaluation": Evaluation, "reconstruction": Reconstruction,
-            "structured": Structured}
+SECTIONS = {
+    "calibration": Calibration,
+    "evaluation": Evaluation,
+    "reconstruction": Reconstruction,
+    "structured": Structured,
+}
 RENAMED = {"calibration.source": "calibration", "evaluation.text": "text", "evaluation.enabled": "evaluation"}
 SHORT = {"output": "-o"}
 TEXTUAL = {"sparsity": str, "calibration.source": str, "evaluation.text": list[str]}
@@ -38,19 +42,25 @@ TEXTUAL = {"sparsity": str, "calibration.source": str, "evaluation.text": list[s
 
 def field_docs(cls) -> dict[str, str]:
     """Field → the string literal below it."""
-    body = next(node.body for node in ast.parse(textwrap.dedent(inspect.getsource(cls))).body
-                if isinstance(node, ast.ClassDef))
-    return {node.target.id: " ".join(following.value.value.replace("``", "").split())
-            for node, following in zip(body, body[1:])
-            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
-            and isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
-            and isinstance(following.value.value, str)}
+    body = next(
+        node.body for node in ast.parse(textwrap.dedent(inspect.getsource(cls))).body if isinstance(node, ast.ClassDef)
+    )
+    return {
+        node.target.id: " ".join(following.value.value.replace("``", "").split())
+        for node, following in zip(body, body[1:])
+        if isinstance(node, ast.AnnAssign)
+        and isinstance(node.target, ast.Name)
+        and isinstance(following, ast.Expr)
+        and isinstance(following.value, ast.Constant)
+        and isinstance(following.value.value, str)
+    }
 
 
 def configuration_fields() -> dict[str, tuple[type, dataclasses.Field]]:
     """``calibration.seq_len`` → its dataclass and field, for every field of a run."""
     found: dict[str, tuple[type, dataclasses.Field]] = {
-        f.name: (PruneConfig, f) for f in dataclasses.fields(PruneConfig) if f.name not in SECTIONS}
+        f.name: (PruneConfig, f) for f in dataclasses.fields(PruneConfig) if f.name not in SECTIONS
+    }
     for section, cls in SECTIONS.items():
         found |= {f"{section}.{f.name}": (cls, f) for f in dataclasses.fields(cls)}
     return found
@@ -76,9 +86,15 @@ def _annotation(path: str, cls, field: dataclasses.Field, name: str):
     flag = "--" + name.replace("_", "-")
     flags = f"{flag}/--no-{flag[2:]}" if kind is bool else flag
     panel = path.rpartition(".")[0].capitalize() or None
-    return Annotated[kind | None, typer.Option(*filter(None, [flags, SHORT.get(path)]), rich_help_panel=panel,
-                                                metavar=f"[{'|'.join(allowed)}]" if allowed else None,
-                                                help=field_docs(cls).get(field.name))]
+    return Annotated[
+        kind | None,
+        typer.Option(
+            *filter(None, [flags, SHORT.get(path)]),
+            rich_help_panel=panel,
+            metavar=f"[{'|'.join(allowed)}]" if allowed else None,
+            help=field_docs(cls).get(field.name),
+        ),
+    ]
 
 
 def with_fields(paths: list[str]):
@@ -92,8 +108,12 @@ def with_fields(paths: list[str]):
 
     def decorate(function):
         own = [p for p in inspect.signature(function, eval_str=True).parameters.values() if p.name != "fields"]
-        added = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None,
-                                   annotation=_annotation(path, *every[path], name)) for name, path in names.items()]
+        added = [
+            inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_annotation(path, *every[path], name)
+            )
+            for name, path in names.items()
+        ]
 
         @functools.wraps(function)
         def command(**values):

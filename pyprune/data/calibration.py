@@ -88,15 +88,24 @@ def _check_rows(rows: list[Tensor], calibration: Calibration, vocab_size: int | 
     """Refuse token ids that are fewer, shorter or others than asked for."""
     name, asked = texts.describe(calibration.source), calibration.samples
     if len(rows) < asked:
-        raise ConfigError(f"{asked} calibration samples were asked for, but {name} has {len(rows)} rows; give more, or "
-                          f"set num_samples={len(rows)}")
-    texts.check_rows(rows[:asked + calibration.held_out], name, "a sequence")
-    texts.check_vocabulary(rows[:asked + calibration.held_out], vocab_size)
+        raise ConfigError(
+            f"{asked} calibration samples were asked for, but {name} has {len(rows)} rows; give more, or "
+            f"set num_samples={len(rows)}"
+        )
+    texts.check_rows(rows[: asked + calibration.held_out], name, "a sequence")
+    texts.check_vocabulary(rows[: asked + calibration.held_out], vocab_size)
     texts.check_length(rows, name, "seq_len", calibration.tokens)
 
 
-def load(calibration: Calibration, tokenizer=None, *, encoder: bool = False, vocab_size: int | None = None,
-         model_config: Any = None, measures: bool = True) -> CalibrationData:
+def load(
+    calibration: Calibration,
+    tokenizer=None,
+    *,
+    encoder: bool = False,
+    vocab_size: int | None = None,
+    model_config: Any = None,
+    measures: bool = True,
+) -> CalibrationData:
     """Sequences to fit on and held-out sequences.
 
     model_config: names the padding id where the tokenizer does not. measures: whether anything is measured on held-out
@@ -109,22 +118,26 @@ def load(calibration: Calibration, tokenizer=None, *, encoder: bool = False, voc
         return CalibrationData(sequences=[], fingerprint=fingerprint([]), description="no corpus text: 0 sequences")
     if rows is not None:
         data = _from_rows(rows, calibration, tokenizer, encoder, vocab_size)
-        data.warnings += thin.padding(data.sequences, texts.describe(calibration.source), calibration.source, tokenizer,
-                                      model_config)
+        data.warnings += thin.padding(
+            data.sequences, texts.describe(calibration.source), calibration.source, tokenizer, model_config
+        )
     else:
         data = _from_text(calibration, tokenizer, encoder, vocab_size)
     data.warnings += thin.repetition(data.sequences, data.held_out)
     if measures and calibration.held_out and not data.held_out:
-        data.warnings.append(f"there is no held-out measure: {texts.describe(calibration.source)} has no sequence that "
-                             "is not fitted on; give more, or a smaller num_samples")
+        data.warnings.append(
+            f"there is no held-out measure: {texts.describe(calibration.source)} has no sequence that "
+            "is not fitted on; give more, or a smaller num_samples"
+        )
     return data
 
 
 def _from_text(calibration: Calibration, tokenizer, encoder: bool, vocab_size: int | None) -> CalibrationData:
     need_tokenizer(tokenizer, "calibration text")
     asked, name = calibration.samples, texts.describe(calibration.source)
-    pieces = _pieces(_documents(calibration, encoder), tokenizer, calibration.tokens, asked + calibration.held_out,
-                     encoder)
+    pieces = _pieces(
+        _documents(calibration, encoder), tokenizer, calibration.tokens, asked + calibration.held_out, encoder
+    )
     _check_count(len(pieces), calibration, encoder)
     texts.check_vocabulary(pieces, vocab_size)
     order = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(calibration.seed or 0)).tolist()
@@ -132,17 +145,27 @@ def _from_text(calibration: Calibration, tokenizer, encoder: bool, vocab_size: i
     fit = chosen[:asked]
     held_out = thin.others(chosen[asked:], fit, calibration.held_out)
     missing = len(held_out) < calibration.held_out
-    return _assemble(fit, held_out, name, f"; {len(held_out)} of the {calibration.held_out} held-out sequences asked "
-                     "for, as it has no more" if missing else "")
+    return _assemble(
+        fit,
+        held_out,
+        name,
+        f"; {len(held_out)} of the {calibration.held_out} held-out sequences asked for, as it has no more"
+        if missing
+        else "",
+    )
 
 
-def _from_rows(rows: list[Tensor], calibration: Calibration, tokenizer, encoder: bool,
-               vocab_size: int | None) -> CalibrationData:
+def _from_rows(
+    rows: list[Tensor], calibration: Calibration, tokenizer, encoder: bool, vocab_size: int | None
+) -> CalibrationData:
     _check_rows(rows, calibration, vocab_size)
     name, asked, longest = texts.describe(calibration.source), calibration.samples, max(map(len, rows))
-    how = "rows as given" if calibration.tokens >= longest else \
-        f"the first {calibration.seq_len} of their {longest} tokens"
-    rows = [row[:calibration.seq_len] for row in rows]
+    how = (
+        "rows as given"
+        if calibration.tokens >= longest
+        else f"the first {calibration.seq_len} of their {longest} tokens"
+    )
+    rows = [row[: calibration.seq_len] for row in rows]
     fit = rows[:asked]
     held_out = thin.others(rows[asked:], fit, calibration.held_out)
     texts.check_vocabulary(held_out, vocab_size)
@@ -161,8 +184,12 @@ def _from_rows(rows: list[Tensor], calibration: Calibration, tokenizer, encoder:
 def _assemble(fit: list[Tensor], held_out: list[Tensor], source: str, rest: str = "") -> CalibrationData:
     lengths = sorted({len(row) for row in fit})
     width = f"{lengths[0]}" if len(lengths) == 1 else f"{lengths[0]} to {lengths[-1]}"
-    return CalibrationData(sequences=fit, held_out=held_out, fingerprint=fingerprint(fit),
-                           description=f"{source}: {len(fit)} sequences of {width} tokens{rest}")
+    return CalibrationData(
+        sequences=fit,
+        held_out=held_out,
+        fingerprint=fingerprint(fit),
+        description=f"{source}: {len(fit)} sequences of {width} tokens{rest}",
+    )
 
 
 def need_tokenizer(tokenizer, what: str) -> None:
@@ -175,8 +202,9 @@ def _documents(calibration: Calibration, encoder: bool = False) -> Iterable[str]
     """Texts of the source; for an encoder a plain text file is one text per line."""
     if calibration.source is None:
         return texts.builtin("calibration")
-    found = texts.read(calibration.source, split=calibration.split, subset=calibration.subset,
-                       text_column=calibration.text_column)
+    found = texts.read(
+        calibration.source, split=calibration.split, subset=calibration.subset, text_column=calibration.text_column
+    )
     if encoder and str(calibration.source).endswith(".txt"):
         return (line for text in found for line in text.splitlines())
     return found
@@ -188,7 +216,7 @@ def _pieces(documents: Iterable[str], tokenizer, length: int, wanted: int, encod
     prefix = bos_prefix(tokenizer)
     content = length - len(prefix)
     ids = tokenize(documents, tokenizer, POOL * wanted * content)
-    return [torch.cat([prefix, ids[i:i + content]]) for i in range(0, len(ids) - content + 1, content)]
+    return [torch.cat([prefix, ids[i : i + content]]) for i in range(0, len(ids) - content + 1, content)]
 
 
 def _sentences(documents: Iterable[str], tokenizer, longest: int) -> Iterator[Tensor]:
@@ -236,7 +264,15 @@ def _check_count(found: int, calibration: Calibration, encoder: bool) -> None:
         return
     name = texts.describe(calibration.source)
     if found == 0:
-        raise ConfigError(f"calibration text from {name} is " + ("empty" if encoder else "shorter than one sequence of "
-                          f"{calibration.seq_len} tokens; give more text or a smaller seq_len"))
-    raise ConfigError(f"{calibration.num_samples} calibration samples of {calibration.seq_len} tokens were asked for, "
-                      f"but {name} has only {found}; give more text, or set num_samples={found} or a smaller seq_len")
+        raise ConfigError(
+            f"calibration text from {name} is "
+            + (
+                "empty"
+                if encoder
+                else f"shorter than one sequence of {calibration.seq_len} tokens; give more text or a smaller seq_len"
+            )
+        )
+    raise ConfigError(
+        f"{calibration.num_samples} calibration samples of {calibration.seq_len} tokens were asked for, "
+        f"but {name} has only {found}; give more text, or set num_samples={found} or a smaller seq_len"
+    )

@@ -31,10 +31,19 @@ MAX_REJECTION = 100
 """Candidates tried for each sequence asked for, before a language filter is called hopeless."""
 
 
-def generate(model, tokenizer, n: int, *, seq_len: int, seed: int = 0, batch_size: int = 32,
-             language: str | None = None, path: str | Path | None = None,
-             progress: Callable[[int, int], None] | None = None,
-             detect: Callable[[str], str] | None = None) -> list[Tensor]:
+def generate(
+    model,
+    tokenizer,
+    n: int,
+    *,
+    seq_len: int,
+    seed: int = 0,
+    batch_size: int = 32,
+    language: str | None = None,
+    path: str | Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    detect: Callable[[str], str] | None = None,
+) -> list[Tensor]:
     """``n`` sequences of ``seq_len`` tokens sampled from ``model``, as a list of int64 tensors ``[seq_len]``.
 
     Special tokens (end of text, padding, …) are never drawn, so every sequence has its full length. ``language``: ISO
@@ -45,8 +54,15 @@ def generate(model, tokenizer, n: int, *, seq_len: int, seed: int = 0, batch_siz
     hardly any candidate is in.
     """
     _check(model, n, seq_len, batch_size)
-    settings = {"kind": KIND, "model": model_digest(model), "seq_len": seq_len, "seed": seed, "language": language,
-                "greedy_tokens": GREEDY_TOKENS, "temperature": 1.0}
+    settings = {
+        "kind": KIND,
+        "model": model_digest(model),
+        "seq_len": seq_len,
+        "seed": seed,
+        "language": language,
+        "greedy_tokens": GREEDY_TOKENS,
+        "temperature": 1.0,
+    }
     rows = _open(path, settings) if path is not None else []
     if language is not None and len(rows) < n:
         detect = detect or _detector()
@@ -60,12 +76,17 @@ def generate(model, tokenizer, n: int, *, seq_len: int, seed: int = 0, batch_siz
         while len(rows) < n:
             while len(waiting) < min(batch_size, n - len(rows)):
                 if candidate >= limit:
-                    raise ConfigError(f"only {len(rows)} of {n} sequences after {candidate} candidates are in language "
-                                      f"{language!r} by their first {GREEDY_TOKENS} tokens; choose another or none")
+                    raise ConfigError(
+                        f"only {len(rows)} of {n} sequences after {candidate} candidates are in language "
+                        f"{language!r} by their first {GREEDY_TOKENS} tokens; choose another or none"
+                    )
                 indices = range(candidate, candidate + min(batch_size, n - len(rows)))
                 starts = _greedy(model, vocabulary, seed, indices, min(GREEDY_TOKENS, seq_len))
-                waiting += [(i, start) for i, start in zip(indices, starts)
-                            if language is None or detect is None or detect(tokenizer.decode(start)) == language]
+                waiting += [
+                    (i, start)
+                    for i, start in zip(indices, starts)
+                    if language is None or detect is None or detect(tokenizer.decode(start)) == language
+                ]
                 candidate = indices.stop
             batch, waiting = waiting[:batch_size], waiting[batch_size:]
             places = [i for i, _ in batch]
@@ -95,8 +116,10 @@ def _check(model, n: int, seq_len: int, batch_size: int) -> None:
         if value < least:
             raise ConfigError(f"{name} must be at least {least}, got {value}")
     if not predicts_next_token(model):
-        raise ConfigError(f"{type(model).__name__} does not predict the next token (as encoders, classifiers and "
-                          "embedding models do not), so it cannot generate text; calibrate it on a corpus")
+        raise ConfigError(
+            f"{type(model).__name__} does not predict the next token (as encoders, classifiers and "
+            "embedding models do not), so it cannot generate text; calibrate it on a corpus"
+        )
     longest = positions_named(model.config)
     if longest and seq_len > longest:
         raise ConfigError(f"seq_len {seq_len} is above the model's {longest} positions")
@@ -166,8 +189,9 @@ def _detector() -> Callable[[str], str]:
     try:
         import py3langid
     except ImportError as error:
-        raise ConfigError("a language filter needs py3langid: pip install 'pyprune[language]', or leave language out"
-                          ) from error
+        raise ConfigError(
+            "a language filter needs py3langid: pip install 'pyprune[language]', or leave language out"
+        ) from error
     return lambda text: py3langid.classify(text)[0]
 
 
@@ -183,8 +207,10 @@ def _open(path: str | Path, settings: dict) -> list[dict]:
     found, rows = read(path, whole)
     for key, value in settings.items():
         if found.get(key) != value:
-            raise ConfigError(f"{path} was generated with {key}={found.get(key)!r}, not {value!r}; give another path "
-                              "or delete the file")
+            raise ConfigError(
+                f"{path} was generated with {key}={found.get(key)!r}, not {value!r}; give another path "
+                "or delete the file"
+            )
     if len(whole) < len(raw):
         with open(path, "r+b") as file:
             file.truncate(len(whole))

@@ -109,8 +109,9 @@ def check_length(rows: list[Tensor], name: str, field: str, asked: int) -> None:
     """Raise ConfigError if no row has as many tokens as the field asks for."""
     longest = max(map(len, rows))
     if asked > longest:
-        raise ConfigError(f"{field} is {asked}, but {name} has rows of {longest} tokens; leave {field} out or set "
-                          f"{field}={longest}")
+        raise ConfigError(
+            f"{field} is {asked}, but {name} has rows of {longest} tokens; leave {field} out or set {field}={longest}"
+        )
 
 
 def check_vocabulary(sequences: list[Tensor], vocab_size: int | None) -> None:
@@ -120,8 +121,10 @@ def check_vocabulary(sequences: list[Tensor], vocab_size: int | None) -> None:
     for i, row in enumerate(sequences):
         wrong = row[(row < 0) | (row >= vocab_size)]
         if wrong.numel():
-            raise ConfigError(f"token id {wrong[0].item()} in sequence {i} is outside the model's vocabulary of "
-                              f"{vocab_size}; were these ids made with another tokenizer?")
+            raise ConfigError(
+                f"token id {wrong[0].item()} in sequence {i} is outside the model's vocabulary of "
+                f"{vocab_size}; were these ids made with another tokenizer?"
+            )
 
 
 def read(source: Any, *, split: str, subset: str | None, text_column: str | None) -> Iterator[str]:
@@ -136,11 +139,14 @@ def read(source: Any, *, split: str, subset: str | None, text_column: str | None
             raise ConfigError(f"a list as a source must hold texts, got {kinds}")
         return iter(source)
     if not isinstance(source, (str, Path)):
-        raise ConfigError(f"a source is a path, a Hub data set, a list of texts or token ids, got "
-                          f"{type(source).__name__}")
+        raise ConfigError(
+            f"a source is a path, a Hub data set, a list of texts or token ids, got {type(source).__name__}"
+        )
     if str(source).startswith("<"):
-        raise ConfigError(f"the source {source} was in memory when this configuration was written; put a path to the "
-                          "same data in its place")
+        raise ConfigError(
+            f"the source {source} was in memory when this configuration was written; put a path to the "
+            "same data in its place"
+        )
     path = Path(source)
     if path.is_file() and path.suffix in (".txt", ".md", ".rst", ""):
         return iter(_text_rows(path))
@@ -164,11 +170,13 @@ def _dataset(source: str, path: Path, split: str, subset: str | None) -> Iterabl
     try:
         if path.is_file():
             if path.suffix not in DATA_FILES:
-                raise ConfigError(f"{path}: cannot read {path.suffix!r} files; give .txt, .npy, "
-                                  f"{', '.join(DATA_FILES)}")
+                raise ConfigError(
+                    f"{path}: cannot read {path.suffix!r} files; give .txt, .npy, {', '.join(DATA_FILES)}"
+                )
             options = {"sep": "\t"} if path.suffix == ".tsv" else {}
-            return datasets.load_dataset(DATA_FILES[path.suffix], data_files=str(path), split="train", streaming=True,
-                                         **options)
+            return datasets.load_dataset(
+                DATA_FILES[path.suffix], data_files=str(path), split="train", streaming=True, **options
+            )
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             found = datasets.load_from_disk(str(path))
             return found[split] if isinstance(found, datasets.DatasetDict) else found
@@ -182,8 +190,10 @@ def _dataset(source: str, path: Path, split: str, subset: str | None) -> Iterabl
         raise ConfigError(f"data set {source!r} has no split {split!r}") from error
     except Exception as error:  # the data set library raises a dozen types for a name it cannot find or reach
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ConfigError(f"cannot load the data set {source!r} (split {split!r}, subset {subset!r}): {reason}; it is "
-                          "neither a local file nor a data set that can be reached") from error
+        raise ConfigError(
+            f"cannot load the data set {source!r} (split {split!r}, subset {subset!r}): {reason}; it is "
+            "neither a local file nor a data set that can be reached"
+        ) from error
 
 
 def _columns(rows: Iterable[dict], source: str, text_column: str | None) -> Iterator[str]:
@@ -204,8 +214,10 @@ def _find_columns(row: dict, source: str, text_column: str | None) -> list[str]:
         wanted = [name.strip() for name in text_column.split(",")]
         missing = [name for name in wanted if name not in strings]
         if missing:
-            raise ConfigError(f"text_column {missing[0]!r} is no text column of {source}; its text columns are "
-                              f"{', '.join(strings) or 'none'}")
+            raise ConfigError(
+                f"text_column {missing[0]!r} is no text column of {source}; its text columns are "
+                f"{', '.join(strings) or 'none'}"
+            )
         return wanted
     if {"sentence1", "sentence2"} <= set(strings) and "text" not in strings:
         return ["sentence1", "sentence2"]

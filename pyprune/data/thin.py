@@ -32,16 +32,22 @@ def repetition(fitted: list[Tensor], held_out: list[Tensor]) -> list[str]:
     found, count = [], len(fitted)
     constant = sum(bool((row == row[0]).all()) for row in fitted)
     if constant:
-        found.append(f"{constant} of {count} calibration sequences {_verb(constant, 'repeat')} one token throughout: "
-                     "such input says next to nothing about the weights")
+        found.append(
+            f"{constant} of {count} calibration sequences {_verb(constant, 'repeat')} one token throughout: "
+            "such input says next to nothing about the weights"
+        )
     repeated = count - len({_key(row) for row in fitted})
     if repeated:
-        found.append(f"{repeated} of {count} calibration sequences {_verb(repeated, 'repeat')} another one: they add "
-                     "no information")
+        found.append(
+            f"{repeated} of {count} calibration sequences {_verb(repeated, 'repeat')} another one: they add "
+            "no information"
+        )
     shared = _shared(fitted, held_out)
     if shared:
-        found.append(f"{shared} of {len(held_out)} held-out sequences {_verb(shared, 'share')} most of their text with "
-                     "fitted ones: the held-out error does not measure generalisation")
+        found.append(
+            f"{shared} of {len(held_out)} held-out sequences {_verb(shared, 'share')} most of their text with "
+            "fitted ones: the held-out error does not measure generalisation"
+        )
     return found
 
 
@@ -58,9 +64,12 @@ def padding(rows: list[Tensor], name: str, source: Any, tokenizer, model_config)
     ends = [token_of(owner) for owner in owners for token_of in (begin_token, end_tokens)]
     least = 2 if any(pad == e or isinstance(e, list) and pad in e for e in ends) else 1
     padded = sum(bool((row[:least] == pad).all() or (row[-least:] == pad).all()) for row in rows)
-    return [] if not padded else [
+    if not padded:
+        return []
+    return [
         f"{padded} of {len(rows)} rows of {name} begin or end with the padding id {pad} and came without an attention "
-        "mask: padding counts as text; give input_ids and attention_mask, or rows without it"]
+        "mask: padding counts as text; give input_ids and attention_mask, or rows without it"
+    ]
 
 
 def _verb(count: int, verb: str) -> str:

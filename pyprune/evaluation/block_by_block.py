@@ -27,8 +27,14 @@ class Meter:
     """Measures every model of a run on the same windows: on the device where it fits, block by block where its weights
     are streamed, each process its share of the windows."""
 
-    def __init__(self, texts: list[tuple[str, list[Tensor]]], evaluation: Evaluation, device: torch.device,
-                 store: Store, world: World):
+    def __init__(
+        self,
+        texts: list[tuple[str, list[Tensor]]],
+        evaluation: Evaluation,
+        device: torch.device,
+        store: Store,
+        world: World,
+    ):
         self.texts, self.evaluation, self.device, self.store, self.world = texts, evaluation, device, store, world
         self.notes: list[str] = []
         """What the user should know of where it was measured."""
@@ -42,29 +48,38 @@ class Meter:
         if not texts:
             return []
         split = all(len(windows) >= world.size for _, windows in texts)
-        own = [(name, windows[world.rank::world.size] if split else windows) for name, windows in texts]
+        own = [(name, windows[world.rank :: world.size] if split else windows) for name, windows in texts]
         if isinstance(weights, Streamed):
             rows = measure_streamed(weights.view, weights, own, self.evaluation, self.store, self.device)
         else:
             with placed(model, self.device, self.evaluation) as fits:
                 rows = measure(model, own, self.evaluation)
-            note = (f"perplexity was measured on the CPU: the whole model does not fit on {self.device}; "
-                    "stream='always' measures block by block there")
+            note = (
+                f"perplexity was measured on the CPU: the whole model does not fit on {self.device}; "
+                "stream='always' measures block by block there"
+            )
             if not fits and note not in self.notes:
                 self.notes.append(note)
         return world.mean_perplexity(rows, [len(windows) for _, windows in texts]) if split else rows
 
 
 @torch.no_grad()
-def measure_streamed(view: ModelView, weights: Streamed, named: list[tuple[str, list[Tensor]]], evaluation: Evaluation,
-                     store: Store, device: torch.device) -> list[dict]:
+def measure_streamed(
+    view: ModelView,
+    weights: Streamed,
+    named: list[tuple[str, list[Tensor]]],
+    evaluation: Evaluation,
+    store: Store,
+    device: torch.device,
+) -> list[dict]:
     """One row per text, as :func:`pyprune.evaluation.perplexity.measure` returns them."""
     if not named:
         return []
     check_causal(view.model)
     start, dtype = time.perf_counter(), forward_dtype(view.model, evaluation.dtype)
-    executor = Executor(view, device=device, compute_dtype=dtype, batch_size=evaluation.batch_size, weights=weights,
-                        store=store)
+    executor = Executor(
+        view, device=device, compute_dtype=dtype, batch_size=evaluation.batch_size, weights=weights, store=store
+    )
     executor.mode = contextlib.nullcontext  # torch's own products, as in the evaluation of a model in memory
     rows = [window for _, windows in named for window in windows]
     losses = [0.0] * len(rows)
@@ -80,28 +95,36 @@ def measure_streamed(view: ModelView, weights: Streamed, named: list[tuple[str, 
                 beside = executor.beside([last], activations, batch)
                 arguments = beside.fill(executor.arguments(last, batch.length, batch.size))
                 out = module(hidden, *arguments.args, **arguments.kwargs)
-                ids = activations.ids[batch.length][batch.start:batch.stop]
+                ids = activations.ids[batch.length][batch.start : batch.stop]
                 home = embedding_device(view.model)
                 out = (out[0].to(home), *out[1:]) if isinstance(out, tuple) else out.to(home)
                 found = window_losses(view.complete(ids.to(home), out).logits, ids.to(home)).tolist()
-                for row, loss in zip(activations.rows[batch.length][batch.start:batch.stop], found):
+                for row, loss in zip(activations.rows[batch.length][batch.start : batch.stop], found):
                     losses[row] = loss
         weights.release(last)
     seconds = time.perf_counter() - start
     result = []
     for name, windows in named:
-        own, losses = losses[:len(windows)], losses[len(windows):]
-        result.append({"text": name, "perplexity": perplexity_of(own), "windows": len(windows),
-                       "window": len(windows[0]), "dtype": str(dtype)[6:],
-                       "seconds": seconds * len(windows) / len(rows)})
+        own, losses = losses[: len(windows)], losses[len(windows) :]
+        result.append(
+            {
+                "text": name,
+                "perplexity": perplexity_of(own),
+                "windows": len(windows),
+                "window": len(windows[0]),
+                "dtype": str(dtype)[6:],
+                "seconds": seconds * len(windows) / len(rows),
+            }
+        )
     return result
 
 
 @contextlib.contextmanager
 def rest_in(view: ModelView, dtype: torch.dtype) -> Iterator[None]:
     """Embeddings, final norm and head in another type for the duration; blocks and buffers are left alone."""
-    rest: list[nn.Parameter] = [p for p in view.model.parameters() if not p.is_meta and p.is_floating_point()
-                                and p.dtype != dtype]
+    rest: list[nn.Parameter] = [
+        p for p in view.model.parameters() if not p.is_meta and p.is_floating_point() and p.dtype != dtype
+    ]
     before = [p.data for p in rest]
     for parameter in rest:
         parameter.data = parameter.data.to(dtype)

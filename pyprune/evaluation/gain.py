@@ -35,8 +35,15 @@ def dense_of(name: str | Path, option: str = "--against") -> str:
     return found
 
 
-def measure_side_by_side(models: Sequence[str | Path], *, tokens: int = 512, new_tokens: int = 32,
-                         batch_size: int = 1, dtype: str = "auto", rounds: int = 2) -> list[dict]:
+def measure_side_by_side(
+    models: Sequence[str | Path],
+    *,
+    tokens: int = 512,
+    new_tokens: int = 32,
+    batch_size: int = 1,
+    dtype: str = "auto",
+    rounds: int = 2,
+) -> list[dict]:
     """Parameters, weight and file bytes, peak memory and tokens per second of each model; the first is the base.
 
     Every model runs in a fresh process, so that peak memory is its own; they take turns for ``rounds`` rounds and the
@@ -58,8 +65,20 @@ def measure_side_by_side(models: Sequence[str | Path], *, tokens: int = 512, new
 
 
 def _in_a_process(name: str, tokens: int, new_tokens: int, batch_size: int, dtype: str) -> dict:
-    command = [sys.executable, "-m", "pyprune.evaluation.gain", name, "--tokens", str(tokens),
-               "--new-tokens", str(new_tokens), "--batch-size", str(batch_size), "--dtype", dtype]
+    command = [
+        sys.executable,
+        "-m",
+        "pyprune.evaluation.gain",
+        name,
+        "--tokens",
+        str(tokens),
+        "--new-tokens",
+        str(new_tokens),
+        "--batch-size",
+        str(batch_size),
+        "--dtype",
+        dtype,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ))
     if done.returncode:
         raise ConfigError((done.stderr.strip().splitlines() or ["the measuring process died"])[-1])
@@ -93,12 +112,17 @@ def _encoder(model: nn.Module, tokens: int, batch_size: int, directory: Path | N
         model(ids)
         best = min(best, time.perf_counter() - start)
     files = [] if directory is None else [f for f in directory.iterdir() if f.suffix in (".safetensors", ".bin")]
-    return {"parameters": sum(p.numel() for p in model.parameters()),
-            "file_bytes": sum(f.stat().st_size for f in files) or None,
-            "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-                1 if sys.platform == "darwin" else 1024),
-            "forward_tokens_per_second": batch_size * tokens / best, "tokens": tokens, "batch_size": batch_size,
-            "dtype": str(next(model.parameters()).dtype)[6:], "device": "cpu"}
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "file_bytes": sum(f.stat().st_size for f in files) or None,
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        * (1 if sys.platform == "darwin" else 1024),
+        "forward_tokens_per_second": batch_size * tokens / best,
+        "tokens": tokens,
+        "batch_size": batch_size,
+        "dtype": str(next(model.parameters()).dtype)[6:],
+        "device": "cpu",
+    }
 
 
 def record(rows: list[dict], directory: str | Path) -> list[Path]:
@@ -115,8 +139,10 @@ def record(rows: list[dict], directory: str | Path) -> list[Path]:
     if importlib.util.find_spec("matplotlib"):
         plot(rows, picture)
     write_bytes(path, (json.dumps(plain(report), indent=1, allow_nan=False) + "\n").encode())
-    write_bytes(folder / "README.md", model_card(report, folder.resolve().name, picture.name if picture.is_file() else
-                                                 None).encode())
+    write_bytes(
+        folder / "README.md",
+        model_card(report, folder.resolve().name, picture.name if picture.is_file() else None).encode(),
+    )
     return [path, folder / "README.md", *([picture] if picture.is_file() else [])]
 
 
@@ -142,10 +168,15 @@ def plot(rows: list[dict], path: str | Path) -> None:
     keys = [k for k in LABELS if all(row["ratios"].get(k) for row in rows)]
     figure, axis = plt.subplots(figsize=(1.5 + 1.2 * len(keys), 2.8))
     for i, row in enumerate(rows):
-        axis.bar([j + 0.8 * i / len(rows) for j in range(len(keys))], [row["ratios"][k] for k in keys],
-                 width=0.75 / len(rows), label=Path(str(row["model"])).name)
-    axis.set_xticks([j + 0.4 * (len(rows) - 1) / len(rows) for j in range(len(keys))], [LABELS[k][0] for k in keys],
-                    fontsize=8)
+        axis.bar(
+            [j + 0.8 * i / len(rows) for j in range(len(keys))],
+            [row["ratios"][k] for k in keys],
+            width=0.75 / len(rows),
+            label=Path(str(row["model"])).name,
+        )
+    axis.set_xticks(
+        [j + 0.4 * (len(rows) - 1) / len(rows) for j in range(len(keys))], [LABELS[k][0] for k in keys], fontsize=8
+    )
     axis.set_ylabel(f"relative to {Path(str(rows[0]['model'])).name}", fontsize=8)
     axis.axhline(1, color="black", linewidth=0.6)
     axis.legend(fontsize=8, frameon=False)
@@ -163,8 +194,9 @@ def _main() -> None:
     parser.add_argument("--dtype")
     args = parser.parse_args()
     try:
-        row = measure(args.model, tokens=args.tokens, new_tokens=args.new_tokens, batch_size=args.batch_size,
-                      dtype=args.dtype)
+        row = measure(
+            args.model, tokens=args.tokens, new_tokens=args.new_tokens, batch_size=args.batch_size, dtype=args.dtype
+        )
     except ConfigError as error:
         sys.exit(str(error))
     print(json.dumps(row))

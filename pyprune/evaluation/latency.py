@@ -17,8 +17,15 @@ from pyprune.model.blocks import read_on
 
 
 @torch.no_grad()
-def latency(model: nn.Module, *, tokens: int = 512, new_tokens: int = 32, batch_size: int = 1, repeats: int = 3,
-            directory: str | Path | None = None) -> dict:
+def latency(
+    model: nn.Module,
+    *,
+    tokens: int = 512,
+    new_tokens: int = 32,
+    batch_size: int = 1,
+    repeats: int = 3,
+    directory: str | Path | None = None,
+) -> dict:
     """Size and speed: parameters, bytes on disk, peak memory, tokens per second in prefill and in decode.
 
     model: a causal model, measured where it is. Prefill is one forward pass over ``[batch_size, tokens]`` random ids;
@@ -35,15 +42,28 @@ def latency(model: nn.Module, *, tokens: int = 512, new_tokens: int = 32, batch_
         torch.cuda.reset_peak_memory_stats(device)
     runs = [_timed_run(model, ids, new_tokens) for _ in range(repeats + 1)][1:]
     prefill, decode = (min(column) for column in zip(*runs))
-    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else \
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    size = None if directory is None else sum(f.stat().st_size for f in Path(directory).iterdir()
-                                              if f.suffix in (".safetensors", ".bin"))
-    return {"parameters": sum(p.numel() for p in model.parameters()), "file_bytes": size, "peak_memory_bytes": peak,
-            "prefill_tokens_per_second": batch_size * tokens / prefill,
-            "decode_tokens_per_second": batch_size * new_tokens / decode,
-            "tokens": tokens, "new_tokens": new_tokens, "batch_size": batch_size,
-            "dtype": str(next(model.parameters()).dtype)[6:], "device": str(device)}
+    peak = (
+        torch.cuda.max_memory_allocated(device)
+        if device.type == "cuda"
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    )
+    size = (
+        None
+        if directory is None
+        else sum(f.stat().st_size for f in Path(directory).iterdir() if f.suffix in (".safetensors", ".bin"))
+    )
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "file_bytes": size,
+        "peak_memory_bytes": peak,
+        "prefill_tokens_per_second": batch_size * tokens / prefill,
+        "decode_tokens_per_second": batch_size * new_tokens / decode,
+        "tokens": tokens,
+        "new_tokens": new_tokens,
+        "batch_size": batch_size,
+        "dtype": str(next(model.parameters()).dtype)[6:],
+        "device": str(device),
+    }
 
 
 def _timed_run(model: nn.Module, ids: Tensor, new_tokens: int) -> tuple[float, float]:

@@ -35,8 +35,14 @@ POSITIONS = 256
 """Logits of this many positions are widened to float32 at a time: the vocabulary is wide."""
 
 
-def windows(evaluation: Evaluation, tokenizer=None, *, source: Any = ..., vocab_size: int | None = None,
-            tokens: int | None = None) -> list[Tensor]:
+def windows(
+    evaluation: Evaluation,
+    tokenizer=None,
+    *,
+    source: Any = ...,
+    vocab_size: int | None = None,
+    tokens: int | None = None,
+) -> list[Tensor]:
     """Windows of one source: rows of token ids as given, or the text cut from its beginning.
 
     source: one of ``evaluation.text``; left out, ``evaluation.text`` itself. Rows are cut to ``evaluation.window``; one
@@ -48,16 +54,21 @@ def windows(evaluation: Evaluation, tokenizer=None, *, source: Any = ..., vocab_
     source = evaluation.text if source is ... else source
     found = texts.token_rows(source)
     if found is not None:
-        found = found[:evaluation.max_windows]
+        found = found[: evaluation.max_windows]
         texts.check_rows(found, texts.describe(source), "a window")
         if evaluation.window is not None:
             if kinds(evaluation.text) == {"ids"}:
                 texts.check_length(found, texts.describe(source), "window", evaluation.window)
-            found = [row[:evaluation.window] for row in found]
+            found = [row[: evaluation.window] for row in found]
     else:
         need_tokenizer(tokenizer, "evaluation text")
-        documents = texts.builtin("evaluation") if source is None else texts.read(
-            source, split=evaluation.split, subset=evaluation.subset, text_column=evaluation.text_column)
+        documents = (
+            texts.builtin("evaluation")
+            if source is None
+            else texts.read(
+                source, split=evaluation.split, subset=evaluation.subset, text_column=evaluation.text_column
+            )
+        )
         found = _cut(documents, evaluation, tokenizer, texts.describe(source), tokens or evaluation.tokens)
     texts.check_vocabulary(found, vocab_size)
     return found
@@ -69,14 +80,17 @@ def _cut(documents: Iterable[str], evaluation: Evaluation, tokenizer, name: str,
     enough = None if evaluation.max_windows is None else evaluation.max_windows * content
     ids = tokenize(documents, tokenizer, enough)
     if len(ids) < content:
-        raise ConfigError(f"evaluation text from {name} has {len(ids)} tokens, fewer than one window of "
-                          f"{tokens}; give more text or a smaller window")
-    return [torch.cat([prefix, ids[i:i + content]]) for i in range(0, len(ids) - content + 1, content)]
+        raise ConfigError(
+            f"evaluation text from {name} has {len(ids)} tokens, fewer than one window of "
+            f"{tokens}; give more text or a smaller window"
+        )
+    return [torch.cat([prefix, ids[i : i + content]]) for i in range(0, len(ids) - content + 1, content)]
 
 
 @torch.no_grad()
-def perplexity(model: nn.Module, windows: list[Tensor], *, dtype: torch.dtype | str = "auto", batch_size: int = 1,
-               progress=None) -> float:
+def perplexity(
+    model: nn.Module, windows: list[Tensor], *, dtype: torch.dtype | str = "auto", batch_size: int = 1, progress=None
+) -> float:
     """Perplexity of a causal language model over windows of token ids; NaN or inf if its logits are.
 
     dtype: type of the weights and activations in the forward passes; the model's own parameters stay as they are.
@@ -116,9 +130,12 @@ class NotFinite(ConfigError):
 
 def warnings_for(rows: list[dict], whose: str) -> list[str]:
     """A sentence for every text on which the perplexity is not finite. whose: ``dense``, ``pruned``, …"""
-    return [f"the {whose} model's perplexity on {row['text']} is not finite: its weights or activations overflow or "
-            f"hold NaN in {row['dtype']}" for row in rows
-            if row["perplexity"] is None or not math.isfinite(row["perplexity"])]
+    return [
+        f"the {whose} model's perplexity on {row['text']} is not finite: its weights or activations overflow or "
+        f"hold NaN in {row['dtype']}"
+        for row in rows
+        if row["perplexity"] is None or not math.isfinite(row["perplexity"])
+    ]
 
 
 def _batches(windows: list[Tensor], batch_size: int) -> Iterable[list[Tensor]]:
@@ -139,8 +156,12 @@ def window_losses(logits: Tensor, ids: Tensor) -> Tensor:
     for start in range(0, last, POSITIONS):
         stop = min(start + POSITIONS, last)
         part = logits[:, start:stop].float()
-        total += F.cross_entropy(part.flatten(0, 1), ids[:, start + 1:stop + 1].flatten(), reduction="none").view(
-            len(ids), -1).double().sum(1)
+        total += (
+            F.cross_entropy(part.flatten(0, 1), ids[:, start + 1 : stop + 1].flatten(), reduction="none")
+            .view(len(ids), -1)
+            .double()
+            .sum(1)
+        )
     return total / last
 
 
@@ -151,8 +172,10 @@ def device_of(model: nn.Module) -> torch.device:
 def check_causal(model: nn.Module) -> None:
     """Raise ConfigError for a model that does not predict the next token."""
     if not predicts_next_token(model):
-        raise ConfigError(f"{type(model).__name__} does not predict the next token, so it has no perplexity; evaluate "
-                          "it on its own task, or set evaluation.enabled=False")
+        raise ConfigError(
+            f"{type(model).__name__} does not predict the next token, so it has no perplexity; evaluate "
+            "it on its own task, or set evaluation.enabled=False"
+        )
 
 
 def forward_dtype(model: nn.Module, dtype: torch.dtype | str = "auto") -> torch.dtype:
@@ -180,8 +203,9 @@ def _forward_in(model: nn.Module, dtype: torch.dtype):
     yield lambda **inputs: torch.func.functional_call(model, cast, (), inputs)
 
 
-def evaluate(model: Any, evaluation: Any = None, *, tokenizer=None, device: str | None = None, progress=None,
-             **fields) -> dict:
+def evaluate(
+    model: Any, evaluation: Any = None, *, tokenizer=None, device: str | None = None, progress=None, **fields
+) -> dict:
     """Perplexity of a model on one or several texts.
 
     model: a live causal model with its ``tokenizer``, or what :func:`pyprune.load` takes.
@@ -205,15 +229,24 @@ def evaluate(model: Any, evaluation: Any = None, *, tokenizer=None, device: str 
     bad = [row for row in rows if not math.isfinite(row["perplexity"])]
     if bad:
         cause = not_finite(model.state_dict().items())
-        raise NotFinite({**found, "warnings": [
+        told = [
             f"the perplexity on {row['text']} is {row['perplexity']}: the model's weights or activations hold NaN or "
-            f"inf in {row['dtype']}" + (f", {cause}" if cause else "") for row in bad]})
+            f"inf in {row['dtype']}" + (f", {cause}" if cause else "")
+            for row in bad
+        ]
+        raise NotFinite({**found, "warnings": told})
     return found
 
 
-def windows_of(evaluation: Evaluation, tokenizer=None, encoder: bool = False, *,
-               vocab_size: int | None = None, positions: Positions | None = None,
-               warn: Callable[[str], None] = warnings.warn) -> list[tuple[str, list[Tensor]]]:
+def windows_of(
+    evaluation: Evaluation,
+    tokenizer=None,
+    encoder: bool = False,
+    *,
+    vocab_size: int | None = None,
+    positions: Positions | None = None,
+    warn: Callable[[str], None] = warnings.warn,
+) -> list[tuple[str, list[Tensor]]]:
     """Name and windows of every text of ``evaluation``, to be measured on the dense and on the pruned model.
 
     positions: of the model; ``warn`` is called where they made windows shorter, or where windows exceed them.
@@ -231,14 +264,16 @@ def window_tokens(evaluation: Evaluation, positions: Positions | None) -> int:
     return min(WINDOW, positions.count) if positions else WINDOW
 
 
-def _windows(evaluation: Evaluation, tokenizer, vocab_size: int | None, positions: Positions | None,
-             warn: Callable[[str], None]) -> list[tuple[str, list[Tensor]]]:
+def _windows(
+    evaluation: Evaluation, tokenizer, vocab_size: int | None, positions: Positions | None, warn: Callable[[str], None]
+) -> list[tuple[str, list[Tensor]]]:
     tokens = window_tokens(evaluation, positions)
     if positions and evaluation.window:
         positions.check([evaluation.window], "evaluation windows", "window", lambda message: None)
-    named = [(texts.describe(source), windows(evaluation, tokenizer, source=source, vocab_size=vocab_size,
-                                              tokens=tokens))
-             for source in texts.sources(evaluation.text)]
+    named = [
+        (texts.describe(source), windows(evaluation, tokenizer, source=source, vocab_size=vocab_size, tokens=tokens))
+        for source in texts.sources(evaluation.text)
+    ]
     if positions and evaluation.window is None and tokens < WINDOW and kinds(evaluation.text) != {"ids"}:
         warn(f"evaluation windows have {tokens} tokens, not {WINDOW}: {positions.model} has no more positions")
     if positions:
@@ -249,19 +284,30 @@ def _windows(evaluation: Evaluation, tokenizer, vocab_size: int | None, position
 def refuse_text(evaluation: Evaluation, view: ModelView) -> None:
     """Raise ConfigError for an evaluation text that was named for a model that has no perplexity."""
     if view.is_encoder and evaluation.text is not None:
-        raise ConfigError(f"evaluation.text={shown(evaluation.text)} would do nothing: {type(view.model).__name__} "
-                          "does not predict the next token, so it has no perplexity; leave it out")
+        raise ConfigError(
+            f"evaluation.text={shown(evaluation.text)} would do nothing: {type(view.model).__name__} "
+            "does not predict the next token, so it has no perplexity; leave it out"
+        )
 
 
-def measure(model: nn.Module, named: list[tuple[str, list[Tensor]]], evaluation: Evaluation,
-            progress=None) -> list[dict]:
+def measure(
+    model: nn.Module, named: list[tuple[str, list[Tensor]]], evaluation: Evaluation, progress=None
+) -> list[dict]:
     """One row per text: perplexity (NaN where the logits are not finite) and its conditions."""
     rows = []
     for name, found in named:
         dtype, start = forward_dtype(model, evaluation.dtype), time.perf_counter()
         value = perplexity(model, found, dtype=dtype, batch_size=evaluation.batch_size, progress=progress)
-        rows.append({"text": name, "perplexity": value, "windows": len(found), "window": len(found[0]),
-                     "dtype": str(dtype)[6:], "seconds": time.perf_counter() - start})
+        rows.append(
+            {
+                "text": name,
+                "perplexity": value,
+                "windows": len(found),
+                "window": len(found[0]),
+                "dtype": str(dtype)[6:],
+                "seconds": time.perf_counter() - start,
+            }
+        )
     return rows
 
 
@@ -286,6 +332,9 @@ def placed(model: nn.Module, device: torch.device, evaluation: Evaluation) -> It
 
 
 def _settings(evaluation: Any, fields: dict) -> Evaluation:
-    given = {f.name: getattr(evaluation, f.name) for f in dataclasses.fields(Evaluation)} if isinstance(
-        evaluation, Evaluation) else {"text": evaluation}
+    given = (
+        {f.name: getattr(evaluation, f.name) for f in dataclasses.fields(Evaluation)}
+        if isinstance(evaluation, Evaluation)
+        else {"text": evaluation}
+    )
     return from_dict(Evaluation, {**given, **fields}, "evaluation")

@@ -41,7 +41,7 @@ def encode(model: nn.Module, sequences: Sequence[Tensor], *, dtype: torch.dtype 
         for length, members in sorted(lengths.items()):
             step = max(1, BATCH_TOKENS // length)
             for start in range(0, len(members), step):
-                part = members[start:start + step]
+                part = members[start : start + step]
                 ids = torch.stack([sequences[rows[0]] for rows in part]).to(device)
                 vectors = model(ids)[0].float().mean(1).cpu()
                 if out is None:
@@ -58,17 +58,21 @@ def read_pairs(path: str | Path) -> tuple[list[str], list[str], Tensor]:
     """``{sentence1, sentence2, score}`` lines of a jsonl file. Raises ConfigError for any other."""
     try:
         rows = [json.loads(line) for line in Path(path).read_text().splitlines() if line.strip()]
-        return ([r["sentence1"] for r in rows], [r["sentence2"] for r in rows],
-                torch.tensor([float(r["score"]) for r in rows]))
+        return (
+            [r["sentence1"] for r in rows],
+            [r["sentence2"] for r in rows],
+            torch.tensor([float(r["score"]) for r in rows]),
+        )
     except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} is not a jsonl of sentence1, sentence2 and score: {error!r}") from error
 
 
-def similarities(model: nn.Module, tokenizer, first: Sequence[str], second: Sequence[str], *,
-                 dtype: torch.dtype = torch.float32) -> Tensor:
+def similarities(
+    model: nn.Module, tokenizer, first: Sequence[str], second: Sequence[str], *, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """Cosine of the two sentences' vectors, float32 ``[pairs]``."""
     vectors = encode(model, token_ids(tokenizer, [*first, *second]), dtype=dtype)
-    return nn.functional.cosine_similarity(vectors[:len(first)], vectors[len(first):])
+    return nn.functional.cosine_similarity(vectors[: len(first)], vectors[len(first) :])
 
 
 def spearman(x: Tensor, y: Tensor) -> float:
@@ -84,8 +88,7 @@ def _ranks(x: Tensor) -> Tensor:
     return (last - (counts.double() - 1) / 2)[inverse]
 
 
-def sts_spearman(model: nn.Module, tokenizer, pairs: str | Path | tuple, *,
-                 dtype: torch.dtype = torch.float32) -> dict:
+def sts_spearman(model: nn.Module, tokenizer, pairs: str | Path | tuple, *, dtype: torch.dtype = torch.float32) -> dict:
     """STS-B: Spearman of cosine similarity against the human scores.
 
     pairs: a jsonl path or ``(first, second, scores)``. Returns ``{"spearman", "pairs", "similarities"}``.
@@ -103,8 +106,12 @@ def paired_bootstrap(statistic, rows: int, *, samples: int = 2000, seed: int = 0
     generator = torch.Generator().manual_seed(seed)
     values = torch.tensor([statistic(torch.randint(rows, (rows,), generator=generator)) for _ in range(samples)])
     low, high = values.quantile(torch.tensor([0.025, 0.975])).tolist()
-    return {"difference": statistic(torch.arange(rows)), "standard_error": float(values.std()), "low": low,
-            "high": high}
+    return {
+        "difference": statistic(torch.arange(rows)),
+        "standard_error": float(values.std()),
+        "low": low,
+        "high": high,
+    }
 
 
 def fit_head(vectors: Tensor, labels: Tensor, *, decay: float = 1e-4, steps: int = 100) -> Tensor:

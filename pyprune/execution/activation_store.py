@@ -34,8 +34,10 @@ def available_memory() -> int:
     with open("/proc/meminfo") as file:
         fields = dict(line.split(":") for line in file)
     free = int(fields["MemAvailable"].split()[0]) * 1024
-    for used, limit in (("/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory.max"),
-                        ("/sys/fs/cgroup/memory/memory.usage_in_bytes", "/sys/fs/cgroup/memory/memory.limit_in_bytes")):
+    for used, limit in (
+        ("/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory.max"),
+        ("/sys/fs/cgroup/memory/memory.usage_in_bytes", "/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+    ):
         with contextlib.suppress(OSError, ValueError):
             free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
     data = resource.getrlimit(resource.RLIMIT_DATA)[0]
@@ -181,13 +183,13 @@ class Ring:
             # it may be given away again while a copy is under way.
             self.into.wait_stream(self.api.current_stream(self.device))
             self._keep(slot.device, self.into)
-        buffer = slot.device[:host.numel()].view(host.shape)
+        buffer = slot.device[: host.numel()].view(host.shape)
         if not self._pinned(host):
             if slot.busy:
                 slot.filled.synchronize()
             if slot.staging is None or slot.staging.numel() < host.numel():
                 slot.staging = self._pin(host.numel(), host.dtype)
-            staging = slot.staging[:host.numel()].view(host.shape)
+            staging = slot.staging[: host.numel()].view(host.shape)
             staging.copy_(host)
             host, slot.busy = staging, True
         self.into.wait_event(slot.used)

@@ -130,8 +130,12 @@ class TrainingMode(TorchFunctionMode):
             # shaped out here: what a function returns as a view may not be changed in place, as DeBERTa does
             out = _Linear.apply(x.reshape(-1, x.shape[-1]), args[1], bias, self.buffers[id(args[1])])
             return out.view(*x.shape[:-1], len(args[1]))
-        if (func is functional.scaled_dot_product_attention and len(args) == 3 and _plain_attention(*args, **kwargs)
-                and ops.taken("forward_bfloat16", "cpu") == "pyprune"):
+        if (
+            func is functional.scaled_dot_product_attention
+            and len(args) == 3
+            and _plain_attention(*args, **kwargs)
+            and ops.taken("forward_bfloat16", "cpu") == "pyprune"
+        ):
             scale = kwargs.get("scale") or args[0].shape[-1] ** -0.5
             return _Attention.apply(*args, bool(kwargs.get("is_causal")), scale)
         return func(*args, **kwargs)
@@ -156,8 +160,22 @@ class ForwardMode(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _plain_attention(q: Tensor, k: Tensor, v: Tensor, attn_mask=None, dropout_p: float = 0.0, is_causal: bool = False,
-                     scale: float | None = None, enable_gqa: bool = False) -> bool:
-    return (q.dtype == torch.bfloat16 and attn_mask is None and not dropout_p and q.ndim == 4
-            and q.shape[-2] == k.shape[-2] and (q.shape[1] == k.shape[1] or enable_gqa)
-            and q.shape[:-1].numel() * k.shape[-2] <= MAX_PROBABILITIES)
+def _plain_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask=None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> bool:
+    return (
+        q.dtype == torch.bfloat16
+        and attn_mask is None
+        and not dropout_p
+        and q.ndim == 4
+        and q.shape[-2] == k.shape[-2]
+        and (q.shape[1] == k.shape[1] or enable_gqa)
+        and q.shape[:-1].numel() * k.shape[-2] <= MAX_PROBABILITIES
+    )

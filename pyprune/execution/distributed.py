@@ -148,8 +148,14 @@ class World:
             total = sum(part["windows"] for part in parts)
             bad = any(not 0 < part["perplexity"] < math.inf for part in parts)
             mean = 0 if bad else sum(math.log(part["perplexity"]) * part["windows"] for part in parts) / total
-            result.append({**parts[0], "perplexity": math.nan if bad else math.exp(mean), "windows": whole[k],
-                           "seconds": max(part["seconds"] for part in parts)})
+            result.append(
+                {
+                    **parts[0],
+                    "perplexity": math.nan if bad else math.exp(mean),
+                    "windows": whole[k],
+                    "seconds": max(part["seconds"] for part in parts),
+                }
+            )
         return result
 
     @contextlib.contextmanager
@@ -158,8 +164,10 @@ class World:
         try:
             yield
         except RuntimeError as error:
-            raise PeerError(f"process {self.rank} of {self.size} stopped because another one did "
-                            f"({' '.join(str(error).split())[:120]}); finished blocks are safe, {AGAIN}") from error
+            raise PeerError(
+                f"process {self.rank} of {self.size} stopped because another one did "
+                f"({' '.join(str(error).split())[:120]}); finished blocks are safe, {AGAIN}"
+            ) from error
 
     def close(self, failed: bool = False) -> None:
         """Leave the world; after a failure, without waiting for the other processes."""
@@ -174,10 +182,15 @@ class Torchrun(World):
         if cuda:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         # NCCL for tensors on GPUs, gloo for objects and host tensors
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo",
-                                timeout=datetime.timedelta(minutes=COLLECTIVE_MINUTES))
-        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
-                              timeout=datetime.timedelta(seconds=SILENCE))
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=datetime.timedelta(minutes=COLLECTIVE_MINUTES)
+        )
+        store = dist.TCPStore(
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            is_master=False,
+            timeout=datetime.timedelta(seconds=SILENCE),
+        )
         self.pulse = Pulse(store, self.rank, self.size)
         self._heart = threading.Thread(target=self.pulse.beat, daemon=True, name="pyprune-heartbeat")
         self._heart.start()
@@ -204,8 +217,15 @@ class Pulse:
     A collective that waits for a dead process may never return (NCCL), so this cannot be an exception.
     """
 
-    def __init__(self, store, rank: int, size: int, leave: Callable[[int], None] = os._exit, beat: float = BEAT,
-                 silence: float = SILENCE):
+    def __init__(
+        self,
+        store,
+        rank: int,
+        size: int,
+        leave: Callable[[int], None] = os._exit,
+        beat: float = BEAT,
+        silence: float = SILENCE,
+    ):
         self.store, self.rank, self.size, self.leave = store, rank, size, leave
         self.interval, self.silence = beat, silence
         self.running = False
@@ -233,8 +253,12 @@ class Pulse:
             except (RuntimeError, dist.DistError):
                 name = "the process that keeps the store"
             if name is not None and self.running and not self._ended.is_set():
-                print(f"pyprune: process {self.rank} of {self.size} stops: no sign of life from {name}; finished "
-                      f"blocks are safe, {AGAIN}", file=sys.stderr, flush=True)
+                print(
+                    f"pyprune: process {self.rank} of {self.size} stops: no sign of life from {name}; finished "
+                    f"blocks are safe, {AGAIN}",
+                    file=sys.stderr,
+                    flush=True,
+                )
                 self.leave(LOST)
                 return
 

@@ -70,8 +70,14 @@ class Activations:
     order.
     """
 
-    def __init__(self, sequences: Sequence[Tensor], hidden: int, dtype: torch.dtype, store: Store | None = None,
-                 batch_tokens: int = CPU_TOKENS):
+    def __init__(
+        self,
+        sequences: Sequence[Tensor],
+        hidden: int,
+        dtype: torch.dtype,
+        store: Store | None = None,
+        batch_tokens: int = CPU_TOKENS,
+    ):
         """batch_tokens: tokens per batch where no batch size is given, :func:`target_tokens` of the device that reads
         them."""
         self.store = store or Store()
@@ -105,10 +111,10 @@ class Activations:
         return out
 
     def read(self, batch: Batch) -> Tensor:
-        return self.data[batch.length][batch.start:batch.stop]
+        return self.data[batch.length][batch.start : batch.stop]
 
     def write(self, batch: Batch, hidden: Tensor) -> None:
-        self.data[batch.length][batch.start:batch.stop].copy_(hidden)
+        self.data[batch.length][batch.start : batch.stop].copy_(hidden)
 
     def like(self) -> Activations:
         """A second stream over the same sequences, its values a copy of this one's."""
@@ -130,8 +136,11 @@ class Activations:
     def left_for(self, batch: Batch) -> dict[tuple, Tensor]:
         """What blocks left for later ones in these sequences."""
         rows = slice(batch.start, batch.stop)
-        return {key: self.left[key][batch.length][rows] for key, done in self._leavers.items()
-                if batch.length in done and done[batch.length][rows].all()}
+        return {
+            key: self.left[key][batch.length][rows]
+            for key, done in self._leavers.items()
+            if batch.length in done and done[batch.length][rows].all()
+        }
 
     def room_left(self, batch: Batch, key: tuple, tensor: Tensor) -> Tensor:
         """Where what a block leaves in these sequences goes."""
@@ -164,9 +173,18 @@ class Resident:
 class Executor:
     """Runs single blocks of a model over stored activations, in ``compute_dtype`` on ``device``."""
 
-    def __init__(self, view: ModelView, *, device: torch.device | str = "cpu", compute_dtype: torch.dtype | None = None,
-                 batch_size: int | None = None, weights: Resident | None = None, store: Store | None = None,
-                 world: World | None = None, warn: Callable[[str], None] = lambda message: None):
+    def __init__(
+        self,
+        view: ModelView,
+        *,
+        device: torch.device | str = "cpu",
+        compute_dtype: torch.dtype | None = None,
+        batch_size: int | None = None,
+        weights: Resident | None = None,
+        store: Store | None = None,
+        world: World | None = None,
+        warn: Callable[[str], None] = lambda message: None,
+    ):
         """weights: how the blocks are read and released (None: they are in memory). store: where activations are kept.
         world: the processes that share the calibration sequences. warn: is called with a sentence when a batch did not
         fit on the device and was halved.
@@ -193,28 +211,35 @@ class Executor:
             return self._embed_part(list(sequences))
         tokens = target_tokens(self.device)
         shell = Activations(sequences, 0, self.dtype, batch_tokens=tokens)
-        passes = ((batch, *self._record(shell.ids[batch.length][batch.start:batch.stop]))
-                  for batch in shell.batches(self.batch_size))
+        passes = (
+            (batch, *self._record(shell.ids[batch.length][batch.start : batch.stop]))
+            for batch in shell.batches(self.batch_size)
+        )
         first = next(passes)
         activations = Activations(sequences, first[1].shape[-1], self.dtype, self.store, tokens)
         for batch, hidden, arguments, own in itertools.chain([first], passes):
             activations.write(batch, hidden)
             for number, tensor in own.items():
                 dtype = self.dtype if tensor.is_floating_point() else tensor.dtype
-                rows = activations.room(activations.beside.setdefault(number, {}), batch.length, tensor.shape[1:],
-                                        dtype)
-                rows[batch.start:batch.stop].copy_(tensor)
+                rows = activations.room(
+                    activations.beside.setdefault(number, {}), batch.length, tensor.shape[1:], dtype
+                )
+                rows[batch.start : batch.stop].copy_(tensor)
             self._arguments.setdefault((batch.length, batch.size), arguments)
         return activations
 
     def _embed_part(self, sequences: list[Tensor]) -> Activations:
         if len(sequences) < self.world.size:
-            raise ConfigError(f"{self.world.size} processes cannot share {len(sequences)} calibration sequences; start "
-                              "fewer, or calibrate on more")
+            raise ConfigError(
+                f"{self.world.size} processes cannot share {len(sequences)} calibration sequences; start "
+                "fewer, or calibrate on more"
+            )
         first, stop = self.world.span(len(sequences))
         own = self.embed(sequences[first:stop])
-        own.span = {length: (sum(len(s) == length for s in sequences), sum(len(s) == length for s in sequences[:first]))
-                    for length in sorted({len(s) for s in sequences})}
+        own.span = {
+            length: (sum(len(s) == length for s in sequences), sum(len(s) == length for s in sequences[:first]))
+            for length in sorted({len(s) for s in sequences})
+        }
         return own
 
     def _record(self, ids: Tensor) -> tuple[Tensor, list[Arguments], dict[int, Tensor]]:
@@ -248,8 +273,9 @@ class Executor:
         """Block ``index`` ready to run: itself where type and device already fit, else a copy for the duration."""
         self.weights.acquire(index)
         block = self.view.blocks[index]
-        fits = all(p.device == self.device and (p.dtype == self.dtype or not p.is_floating_point())
-                   for p in block.parameters())
+        fits = all(
+            p.device == self.device and (p.dtype == self.dtype or not p.is_floating_point()) for p in block.parameters()
+        )
         module = block if fits else moved(block, self.device, self.dtype)
         try:
             with expert_loop(self.view.model.config):
@@ -281,22 +307,31 @@ class Executor:
             if target.left is beside.origin and key not in beside.written:
                 continue
             if len(tensor) != batch.size:
-                raise ConfigError(f"a block leaves a tensor of shape {list(tensor.shape)} under {key[0]!r} for later "
-                                  f"blocks, which has no row for each of {batch.size} sequences; it cannot be stored "
-                                  "with them")
+                raise ConfigError(
+                    f"a block leaves a tensor of shape {list(tensor.shape)} under {key[0]!r} for later "
+                    f"blocks, which has no row for each of {batch.size} sequences; it cannot be stored "
+                    "with them"
+                )
             self.transfers.write(target.room_left(batch, key, tensor), tensor)
 
     def drain(self) -> None:
         self.transfers.drain()
 
-    def run(self, index: int, module: nn.Module, source: Activations, target: Activations | None = None,
-            each: Callable[[Batch, Tensor | None], None] | None = None,
-            through: Callable[[Callable[[], Tensor]], Tensor | None] | None = None) -> None:
+    def run(
+        self,
+        index: int,
+        module: nn.Module,
+        source: Activations,
+        target: Activations | None = None,
+        each: Callable[[Batch, Tensor | None], None] | None = None,
+        through: Callable[[Callable[[], Tensor]], Tensor | None] | None = None,
+    ) -> None:
         """Pass ``source`` through a block; outputs go to ``target`` (may be ``source``) and to ``each``.
 
         through: is called with each forward pass as a function, runs it and returns its output; it may end the pass
         early and return None.
         """
+
         def one(part: Batch, x: Tensor) -> tuple[Tensor | None, Beside]:
             beside = self.beside([index], source, part)
             forward = functools.partial(self.forward, index, module, x, beside)
@@ -343,14 +378,18 @@ class Executor:
         Raises ConfigError for a single sequence, saying what would fit.
         """
         if batch.size == 1:
-            raise ConfigError(f"one sequence of {batch.length} tokens does not fit on {self.device} beside block "
-                              f"{index} ({block_bytes(self.view.blocks[index]) / 1e9:.2f} GB); use a shorter seq_len "
-                              f"(about {batch.length // 2}), a 16-bit compute_dtype, or device='cpu'")
+            raise ConfigError(
+                f"one sequence of {batch.length} tokens does not fit on {self.device} beside block "
+                f"{index} ({block_bytes(self.view.blocks[index]) / 1e9:.2f} GB); use a shorter seq_len "
+                f"(about {batch.length // 2}), a 16-bit compute_dtype, or device='cpu'"
+            )
         middle = batch.size // 2
         if self.batch_size is None or self.batch_size > middle:
             self.batch_size = middle
-            self.warn(f"block {index} ran out of memory on {self.device} with {batch.size} sequences of {batch.length} "
-                      f"tokens: batches of {middle} from there on; set batch_size={middle} to begin with that")
+            self.warn(
+                f"block {index} ran out of memory on {self.device} with {batch.size} sequences of {batch.length} "
+                f"tokens: batches of {middle} from there on; set batch_size={middle} to begin with that"
+            )
         first = Batch(batch.length, batch.start, batch.start + middle)
         second = Batch(batch.length, first.stop, batch.stop)
         return [(first, hidden[:middle]), (second, hidden[middle:])]

@@ -70,8 +70,10 @@ class Journal:
             lock.seek(0)
             owner = lock.read().strip()
             lock.close()
-            raise ConfigError(f"another run (process {owner or 'unknown'}) is writing to {self.output}; wait for it, "
-                              "or choose another output folder") from None
+            raise ConfigError(
+                f"another run (process {owner or 'unknown'}) is writing to {self.output}; wait for it, "
+                "or choose another output folder"
+            ) from None
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
@@ -104,8 +106,9 @@ class Journal:
         if self.complete:
             return
         if resume and any(self.output.glob("pruning.json")) or any(self.output.glob("sparsity-*/pruning.json")):
-            raise ConfigError(f"{self.output} holds a finished checkpoint: there is nothing to resume; choose another "
-                              "output folder")
+            raise ConfigError(
+                f"{self.output} holds a finished checkpoint: there is nothing to resume; choose another output folder"
+            )
         checkpoint.check_output(self.output, allow=FOLDER)
 
     def _read(self, resume: bool) -> None:
@@ -119,8 +122,10 @@ class Journal:
         self.header = json.loads(path.read_text())
         found = sorted(self.folder.glob("block-*.json"))
         if not resume:
-            raise ConfigError(f"{self.output} holds an interrupted run with {len(found)} of {self.header['blocks']} "
-                              f"blocks done; {RESUME}, or remove {self.folder}")
+            raise ConfigError(
+                f"{self.output} holds an interrupted run with {len(found)} of {self.header['blocks']} "
+                f"blocks done; {RESUME}, or remove {self.folder}"
+            )
         for index, path in enumerate(found):
             if path.name != f"block-{index:05}.json":
                 break
@@ -129,19 +134,24 @@ class Journal:
     def _read_mark(self, resume: bool) -> None:
         """Take up a run whose checkpoint was assembled, if all its files are there as they were."""
         if not resume:
-            raise ConfigError(f"{self.output} holds a finished run that was not moved out whole; {RESUME}, or remove "
-                              f"{self.folder}")
+            raise ConfigError(
+                f"{self.output} holds a finished run that was not moved out whole; {RESUME}, or remove {self.folder}"
+            )
         try:
             mark = json.loads((self.folder / MARK).read_text())
             files = mark.pop("files")
             mark["identity"]["settings"]
         except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{self.folder / MARK} does not say whose checkpoint lies there; remove {self.folder} "
-                              "and whatever was moved out of it, and run again") from error
+            raise ConfigError(
+                f"{self.folder / MARK} does not say whose checkpoint lies there; remove {self.folder} "
+                "and whatever was moved out of it, and run again"
+            ) from error
         for name, known in files.items():
             if known not in (_stamp(folder / name) for folder in (self.folder / "checkpoint", self.output)):
-                raise ConfigError(f"{name} of the finished run in {self.output} is missing or was changed; empty that "
-                                  "folder and run again")
+                raise ConfigError(
+                    f"{name} of the finished run in {self.output} is missing or was changed; empty that "
+                    "folder and run again"
+                )
         self.header = mark
 
     def _clear(self) -> None:
@@ -182,8 +192,11 @@ class Journal:
 
     def _refuse(self, found: list[str]) -> None:
         if found:
-            raise ConfigError(f"the interrupted run in {self.output} was another one: " + "; ".join(found)
-                              + f". Give what it was given, or remove {self.folder} to start anew")
+            raise ConfigError(
+                f"the interrupted run in {self.output} was another one: "
+                + "; ".join(found)
+                + f". Give what it was given, or remove {self.folder} to start anew"
+            )
 
     def _drop_damaged(self) -> None:
         """Forget steps from the first whose files are missing or not what was written."""
@@ -265,8 +278,11 @@ class Journal:
             if self._stopping:
                 raise KeyboardInterrupt
             self._stopping = True
-            print(f"\npyprune: stopping after this block; once more stops at once, and loses it ({RESUME})",
-                  file=sys.stderr, flush=True)
+            print(
+                f"\npyprune: stopping after this block; once more stops at once, and loses it ({RESUME})",
+                file=sys.stderr,
+                flush=True,
+            )
 
         for number in before:
             signal.signal(number, handle)
@@ -289,8 +305,9 @@ class Journal:
         """Between two blocks: raise :class:`Interrupted` if a signal asked for it."""
         if self._stopping:
             where = self.output if self.keeps else "the output folder"
-            raise Interrupted(f"stopped with {len(self.entries)} of {self.total} blocks done, safe in {where}; "
-                              f"{RESUME}")
+            raise Interrupted(
+                f"stopped with {len(self.entries)} of {self.total} blocks done, safe in {where}; {RESUME}"
+            )
 
     def explain(self, error: OutputError) -> OutputError:
         """Add to an error what is kept and how to go on."""
@@ -308,8 +325,11 @@ class Journal:
             staging.mkdir()
             fill(staging)
             checkpoint.settle(staging)
-            files = {path.relative_to(staging).as_posix(): _stamp(path) for path in sorted(staging.rglob("*"))
-                     if path.is_file()}
+            files = {
+                path.relative_to(staging).as_posix(): _stamp(path)
+                for path in sorted(staging.rglob("*"))
+                if path.is_file()
+            }
             write_bytes(self.folder / MARK, json.dumps({**self.header, "files": files}, indent=1).encode())
         except Exception as error:
             (self.folder / MARK).unlink(missing_ok=True)
@@ -397,8 +417,11 @@ def _final(file: str) -> bool:
 def _differences(before, now, path: str = "") -> list[str]:
     """``sparsity was 0.5, now 0.6`` for every leaf that differs."""
     if isinstance(before, dict) and isinstance(now, dict):
-        return [text for key in sorted({*before, *now})
-                for text in _differences(before.get(key), now.get(key), f"{path}.{key}" if path else key)]
+        return [
+            text
+            for key in sorted({*before, *now})
+            for text in _differences(before.get(key), now.get(key), f"{path}.{key}" if path else key)
+        ]
     before, now = (json.loads(json.dumps(value)) for value in (before, now))
     if before == now:
         return []

@@ -37,8 +37,9 @@ class Pass:
         self._threads = torch.get_num_threads()
         self._device = device
         self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
-        self._thread = threading.Thread(target=contextvars.copy_context().run, args=(self._run, work), daemon=True,
-                                        name="pyprune-pass")
+        self._thread = threading.Thread(
+            target=contextvars.copy_context().run, args=(self._run, work), daemon=True, name="pyprune-pass"
+        )
 
     def step(self) -> None:
         """Let it move until it waits or is done. Raises what it raised."""

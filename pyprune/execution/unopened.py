@@ -92,11 +92,15 @@ class Unopened:
         reason = obstacle or self.why_whole()
         if reason is not None:
             if stream == "always":
-                raise ConfigError(f"{self.name} cannot be streamed: {reason}; set stream='never' (or auto) to load it "
-                                  "whole")
+                raise ConfigError(
+                    f"{self.name} cannot be streamed: {reason}; set stream='never' (or auto) to load it whole"
+                )
             return False, reason
-        why = "stream is always" if stream == "always" else \
-            f"their {self.bytes / 2**30:.1f} GiB are more than half of the {free / 2**30:.1f} GiB that are free"
+        why = (
+            "stream is always"
+            if stream == "always"
+            else f"their {self.bytes / 2**30:.1f} GiB are more than half of the {free / 2**30:.1f} GiB that are free"
+        )
         return True, why if self.files else why + "; if the names in their files, which are not here, are the model's"
 
     def _unreadable(self) -> str | None:
@@ -125,6 +129,8 @@ class Unopened:
                 return f"its config says that {found[0]} and {found[1]} are one, its files hold two"
             for key in found:
                 if files.info(key)[1] != shapes[key]:
-                    raise ConfigError(f"{key} in {self.name} has shape {list(files.info(key)[1])}, its architecture "
-                                      f"needs {list(shapes[key])}")
+                    raise ConfigError(
+                        f"{key} in {self.name} has shape {list(files.info(key)[1])}, its architecture "
+                        f"needs {list(shapes[key])}"
+                    )
         return None

@@ -83,8 +83,11 @@ class Streamed(Resident):
     def save(self, folder: Path) -> None:
         """Write config and weights of the finished model, its blocks linked from where the journal wrote them."""
         inside = f"{self.view.path}."
-        rest = {name: tensor for name, tensor in self.view.model.state_dict().items()
-                if name in self.files and not name.startswith(inside)}
+        rest = {
+            name: tensor
+            for name, tensor in self.view.model.state_dict().items()
+            if name in self.files and not name.startswith(inside)
+        }
         shards = [self.saved[index] for index in range(len(self.view.blocks))]
         assembly.link(self.view.model, folder, assembly.BlockShards(self.view.path, shards), rest, as_named=True)
 
@@ -116,10 +119,16 @@ class Opened:
 
     def identity(self) -> dict:
         """What tells this model from another: its class, its type and a digest of its weights or of its files."""
-        digest = self.weights.files.fingerprint() if isinstance(self.weights, Streamed) else \
-            weights_digest(self.model.state_dict().items())
-        return {"architecture": type(self.model).__name__, "weights": digest,
-                "dtype": str(next(self.model.parameters()).dtype)[6:]}
+        digest = (
+            self.weights.files.fingerprint()
+            if isinstance(self.weights, Streamed)
+            else weights_digest(self.model.state_dict().items())
+        )
+        return {
+            "architecture": type(self.model).__name__,
+            "weights": digest,
+            "dtype": str(next(self.model.parameters()).dtype)[6:],
+        }
 
 
 def weights_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
@@ -134,8 +143,14 @@ def weights_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
     return digest.hexdigest()
 
 
-def open_checkpoint(name: str, dtype: str = "auto", stream: str = "auto", obstacle: str | None = None,
-                    streamed: bool | None = None, pin: bool = False) -> Opened:
+def open_checkpoint(
+    name: str,
+    dtype: str = "auto",
+    stream: str = "auto",
+    obstacle: str | None = None,
+    streamed: bool | None = None,
+    pin: bool = False,
+) -> Opened:
     """Open a checkpoint for streaming or load it whole, as :meth:`Unopened.streams` decides.
 
     obstacle: why the caller needs it whole. streamed: what an interrupted run did, which its continuation repeats.

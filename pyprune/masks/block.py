@@ -36,8 +36,16 @@ ERRORS = ("error", "error_sweep", "error_held_out", "error_held_out_sweep")
 calibration and on held-out inputs."""
 
 
-def gather(run: Run, found: Findings, index: int, module: nn.Module, refs: list[WeightRef], fit: Activations,
-           target: Activations | None = None, dense: Activations | None = None) -> Observer[Statistics]:
+def gather(
+    run: Run,
+    found: Findings,
+    index: int,
+    module: nn.Module,
+    refs: list[WeightRef],
+    fit: Activations,
+    target: Activations | None = None,
+    dense: Activations | None = None,
+) -> Observer[Statistics]:
     """Statistics pass over one block; finite or a ConfigError that names weight, sequence and token.
 
     target: takes the block's outputs, which the pass otherwise does not finish (with dense inputs, ``fit`` itself).
@@ -71,22 +79,39 @@ def sink_of(run: Run, found: Findings, index: int, once: bool) -> Callable[[int,
     """
     gram = needs_factor(run.config)
     redo = functools.partial(distrust, found, run.executor.device, index) if once else None
-    return functools.partial(Statistics, want_gram=gram, want_moments=run.config.method == "wanda" and not gram,
-                             precision="bfloat16" if run.executor.dtype == torch.bfloat16 else "float32",
-                             clock=found.clock, redo=redo)
+    return functools.partial(
+        Statistics,
+        want_gram=gram,
+        want_moments=run.config.method == "wanda" and not gram,
+        precision="bfloat16" if run.executor.dtype == torch.bfloat16 else "float32",
+        clock=found.clock,
+        redo=redo,
+    )
 
 
 def refuse_non_finite(run: Run, index: int, module: nn.Module, refs: list[WeightRef], fit: Activations) -> NoReturn:
     """Raise the ConfigError that says where statistics which are not finite came from."""
     find_non_finite(run.executor, index, module, refs, fit, lambda ref: run.view.name(index, ref))
-    raise ConfigError(f"the statistics of block {index} are not finite" + (
-        f" (process {run.world.rank} of {run.world.size} holds none of the sequences at fault; see the others' "
-        "messages)" if run.world.size > 1 else ": the inputs overflow float32 when squared"))
+    raise ConfigError(
+        f"the statistics of block {index} are not finite"
+        + (
+            f" (process {run.world.rank} of {run.world.size} holds none of the sequences at fault; see the others' "
+            "messages)"
+            if run.world.size > 1
+            else ": the inputs overflow float32 when squared"
+        )
+    )
 
 
-def prune_block(run: Run, found: Findings, index: int, module: nn.Module, observer: Gathered[Statistics] | None,
-                inputs: Sequence[Gathered[Inputs]],
-                only: Sequence[WeightRef] | None = None) -> dict[WeightRef, Tensor]:
+def prune_block(
+    run: Run,
+    found: Findings,
+    index: int,
+    module: nn.Module,
+    observer: Gathered[Statistics] | None,
+    inputs: Sequence[Gathered[Inputs]],
+    only: Sequence[WeightRef] | None = None,
+) -> dict[WeightRef, Tensor]:
     """Solve the selected weights of a block; each input group is factored once. Writes block and compute copy, and
     returns the keep masks.
 
@@ -151,8 +176,14 @@ class Own:
         return {op for op, _ in self.wrong if next(flat)}
 
 
-def _solve(run: Run, found: Findings, index: int, groups: dict[str | None, list[WeightRef]],
-           observer: Gathered[Statistics] | None, inputs: Sequence[Gathered[Inputs]]) -> Own:
+def _solve(
+    run: Run,
+    found: Findings,
+    index: int,
+    groups: dict[str | None, list[WeightRef]],
+    observer: Gathered[Statistics] | None,
+    inputs: Sequence[Gathered[Inputs]],
+) -> Own:
     """Solve groups of weights; the block stays as it is."""
     config, block, own = run.config, run.view.blocks[index], Own()
     for leader, refs in groups.items():
@@ -173,19 +204,29 @@ def _solve(run: Run, found: Findings, index: int, groups: dict[str | None, list[
         for ref in refs:
             weight = ref.view(block)
             if ref.expert is not None and statistics is not None and statistics.count < weight.shape[1]:
-                found.warn(f"{run.view.name(index, ref)} saw {int(statistics.count)} calibration tokens, fewer than "
-                           f"its {weight.shape[1]} inputs: what is chosen there rests on too little data")
+                found.warn(
+                    f"{run.view.name(index, ref)} saw {int(statistics.count)} calibration tokens, fewer than "
+                    f"its {weight.shape[1]} inputs: what is chosen there rests on too little data"
+                )
             before = weight.to(run.executor.device)
             solved = solve(before, group_config, statistics, factor)
-            row = {"name": run.view.name(index, ref), "block": index, "shape": list(weight.shape),
-                   "damping": solved.damping}
+            row = {
+                "name": run.view.name(index, ref),
+                "block": index,
+                "shape": list(weight.shape),
+                "damping": solved.damping,
+            }
             results = {"": solved.weight} if solved.swept is None else {"": solved.weight, "_sweep": solved.swept}
-            errors = {key + step: weight_error_sums(probe.sinks[probe.leader[ref.name]].x, before, result)
-                      for probe, key in zip(inputs, ("error", "error_held_out")) if ref.name in probe.leader
-                      for step, result in results.items()}
+            errors = {
+                key + step: weight_error_sums(probe.sinks[probe.leader[ref.name]].x, before, result)
+                for probe, key in zip(inputs, ("error", "error_held_out"))
+                if ref.name in probe.leader
+                for step, result in results.items()
+            }
             if solved.refit and not solved.refit.converged:
-                found.warn(f"{row['name']}: the refit was stopped after {solved.refit.steps} steps, before its "
-                           "tolerance")
+                found.warn(
+                    f"{row['name']}: the refit was stopped after {solved.refit.steps} steps, before its tolerance"
+                )
             written = solved.weight.to(weight.dtype)
             own.solved[ref] = written, solved.mask
             own.sums += [torch.count_nonzero(written), *errors.values()]
@@ -205,8 +246,10 @@ def suspects(observer: Observer[Statistics]) -> set[str]:
 def distrust(found: Findings, device: torch.device, index: int, op: str) -> None:
     """An op's result failed its guard where the reference's does not: use it no more, and say so."""
     name = ops.disqualify(op, device.type, f"its result failed a guard in block {index} of a run")
-    found.warn(f"{op} by the {name} back-end gave a wrong result in block {index}: the block was done again by the "
-               "reference, which takes its place; pyprune env --qualify tries it anew")
+    found.warn(
+        f"{op} by the {name} back-end gave a wrong result in block {index}: the block was done again by the "
+        "reference, which takes its place; pyprune env --qualify tries it anew"
+    )
 
 
 def solve_cost(block: nn.Module, refs: list[WeightRef]) -> float:
@@ -215,8 +258,14 @@ def solve_cost(block: nn.Module, refs: list[WeightRef]) -> float:
     return columns**3 + sum(ref.view(block).shape[0] * columns**2 for ref in refs)
 
 
-def exchange_solved(run: Run, module: nn.Module, block: nn.Module, owners: list[int], groups: list[list[WeightRef]],
-                    masks: dict[WeightRef, Tensor]) -> None:
+def exchange_solved(
+    run: Run,
+    module: nn.Module,
+    block: nn.Module,
+    owners: list[int],
+    groups: list[list[WeightRef]],
+    masks: dict[WeightRef, Tensor],
+) -> None:
     """Give every process the weights and masks that others solved."""
     if run.world.size == 1:
         return

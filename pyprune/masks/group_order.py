@@ -73,8 +73,11 @@ def record(executor: Executor, index: int, module: nn.Module, refs: list[WeightR
 
 
 def _attributes(module: nn.Module) -> dict[str, object]:
-    return {f"{path}.{name}".lstrip("."): value for path, part in module.named_modules()
-            for name, value in vars(part).items()}
+    return {
+        f"{path}.{name}".lstrip("."): value
+        for path, part in module.named_modules()
+        for name, value in vars(part).items()
+    }
 
 
 def _same(a, b) -> bool:
@@ -101,11 +104,17 @@ def _groups(module: nn.Module, refs: list[WeightRef], observer: Observer) -> tup
         if name in routed:
             place, _, kind = routed[name]
             kinds.setdefault(place, {}).setdefault(kind, len(kinds[place]))
-    leads = {(routed[name][0], routed[name][2]): routed[observer.leader[name]][2] for name in first
-             if name in routed and observer.leader[name] in routed}
+    leads = {
+        (routed[name][0], routed[name][2]): routed[observer.leader[name]][2]
+        for name in first
+        if name in routed and observer.leader[name] in routed
+    }
     starts = {place: min(first[name] for name in first if routed.get(name, ("",))[0] == place) for place in kinds}
-    together = {place for place in kinds if _kind_by_kind([routed[name] for name in first if name in routed], place,
-                                                          kinds[place])}
+    together = {
+        place
+        for place in kinds
+        if _kind_by_kind([routed[name] for name in first if name in routed], place, kinds[place])
+    }
     members: dict[str, list[WeightRef]] = {}
     for ref in refs:
         leader = observer.leader.get(ref.name)
@@ -122,8 +131,9 @@ def _groups(module: nn.Module, refs: list[WeightRef], observer: Observer) -> tup
         inner = (kinds[place][kind], number) if place in together else (number, kinds[place][kind])
         return starts[place], *inner
 
-    return tuple(sorted((Group(place_of(leader), tuple(own)) for leader, own in members.items()),
-                        key=lambda group: group.place))
+    return tuple(
+        sorted((Group(place_of(leader), tuple(own)) for leader, own in members.items()), key=lambda group: group.place)
+    )
 
 
 def _experts(module: nn.Module, refs: list[WeightRef]) -> dict[str, tuple[str, int, str]]:
@@ -133,7 +143,7 @@ def _experts(module: nn.Module, refs: list[WeightRef]) -> dict[str, tuple[str, i
         numbers = {name: number for number, name in enumerate(module.get_submodule(path)._modules)}
         for ref in refs:
             if ref.path.startswith(f"{path}."):
-                name, _, kind = ref.path[len(path) + 1:].partition(".")
+                name, _, kind = ref.path[len(path) + 1 :].partition(".")
                 found[ref.name] = path, numbers[name], kind
     return found
 

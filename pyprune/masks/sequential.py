@@ -129,6 +129,7 @@ class SequentialPass:
         def forward():
             beside = executor.beside([self.index], source, batch)
             return executor.forward(self.index, self.module, source.read(batch), beside), beside
+
         return forward
 
     def _each(self, lanes: list[Lane]) -> None:
@@ -220,15 +221,25 @@ class SequentialPass:
             refuse_non_finite(self.run, self.index, self.module, list(group.refs), self.lanes[0].source)
         if not sink.tokens:
             gathered = Gathered()  # an expert that only sequences which measure errors reach
-        self._solve(group.refs, gathered, [self._gathered(group, sinks.pop(group.leader)) if group.leader in sinks
-                                           else Gathered() for sinks in self.streams])
+        self._solve(
+            group.refs,
+            gathered,
+            [
+                self._gathered(group, sinks.pop(group.leader)) if group.leader in sinks else Gathered()
+                for sinks in self.streams
+            ],
+        )
         self.pruned.add(group.leader)
 
     def _gathered(self, group: Group, sink: S) -> Gathered[S]:
         return Gathered({group.leader: sink}, {ref.name: group.leader for ref in group.refs})
 
-    def _solve(self, refs: list[WeightRef] | tuple[WeightRef, ...], gathered: Gathered[Statistics],
-               inputs: list[Gathered[Inputs]]) -> None:
+    def _solve(
+        self,
+        refs: list[WeightRef] | tuple[WeightRef, ...],
+        gathered: Gathered[Statistics],
+        inputs: list[Gathered[Inputs]],
+    ) -> None:
         if not refs:
             return
         self.dense |= {ref: ref.view(self.block).clone() for ref in refs}

@@ -61,8 +61,10 @@ def inverse_factor(gram: Tensor, count: Tensor | int, damping: float, name: str 
         if int(info) == 0:
             del flipped
             return Factor(invert_lower(factor).flip(0, 1), dead, used)
-    raise ConfigError(f"the Hessian of {name} has no Cholesky factor with damping up to {used:g} of its mean diagonal; "
-                      "use more calibration tokens or a larger damping")
+    raise ConfigError(
+        f"the Hessian of {name} has no Cholesky factor with damping up to {used:g} of its mean diagonal; "
+        "use more calibration tokens or a larger damping"
+    )
 
 
 def invert_lower(factor: Tensor, leaf: int = 128) -> Tensor:
@@ -79,8 +81,9 @@ def _invert_lower(factor: Tensor, out: Tensor, start: int, stop: int, leaf: int)
     # a function of its own: a closure that calls itself is a reference cycle and would keep every factor alive
     if stop - start <= leaf:
         identity = torch.eye(stop - start, dtype=factor.dtype, device=factor.device)
-        out[start:stop, start:stop] = torch.linalg.solve_triangular(factor[start:stop, start:stop], identity,
-                                                                    upper=False)
+        out[start:stop, start:stop] = torch.linalg.solve_triangular(
+            factor[start:stop, start:stop], identity, upper=False
+        )
         return
     middle = (start + stop) // 2
     _invert_lower(factor, out, start, middle, leaf)
@@ -89,8 +92,15 @@ def _invert_lower(factor: Tensor, out: Tensor, start: int, stop: int, leaf: int)
     torch.mm(out[middle:stop, middle:stop], below, out=out[middle:stop, start:middle]).neg_()
 
 
-def obs_prune(weight: Tensor, factor: Factor, *, sparsity: float | None = None, nm: tuple[int, int] | None = None,
-              mask: Tensor | None = None, column_block: int = 128) -> Tensor:
+def obs_prune(
+    weight: Tensor,
+    factor: Factor,
+    *,
+    sparsity: float | None = None,
+    nm: tuple[int, int] | None = None,
+    mask: Tensor | None = None,
+    column_block: int = 128,
+) -> Tensor:
     """SparseGPT's sweep over a whole matrix, in place; returns the keep mask (arXiv 2301.00774).
 
     One-sided: columns go from left to right, and a column's error is made up for by later columns only. The best
@@ -120,11 +130,11 @@ def obs_prune(weight: Tensor, factor: Factor, *, sparsity: float | None = None, 
             choice = {"k": next(counts)}
         kept, error, _ = ops.obs_sweep(block, factor.r[start:stop, start:stop].contiguous(), **choice)
         keep[:, start:stop] = kept
-        errors[:, start - first:stop - first] = error
+        errors[:, start - first : stop - first] = error
         if stop < last:
             ops.trailing_update(weight[:, stop:last], error, factor.r[start:stop, stop:last])
         elif stop < columns:
-            ops.trailing_update(weight[:, stop:], errors[:, :stop - first], factor.r[first:stop, stop:])
+            ops.trailing_update(weight[:, stop:], errors[:, : stop - first], factor.r[first:stop, stop:])
     return keep
 
 
@@ -145,8 +155,11 @@ def sweep_guards(start: Tensor, weight: Tensor, keep: Tensor, factor: Factor, co
     scale = torch.where(factor.dead, 0, 1 / factor.r.diagonal())
     if config.nm:
         first = slice(0, config.nm[1])
-        wrong = wrong | guards.counted(keep, config.nm) | guards.chosen(start[:, first], keep[:, first].contiguous(),
-                                                                        scale[first], nm=config.nm)
+        wrong = (
+            wrong
+            | guards.counted(keep, config.nm)
+            | guards.chosen(start[:, first], keep[:, first].contiguous(), scale[first], nm=config.nm)
+        )
         return {"obs_sweep": wrong}
     rows, columns = start.shape
     counts = drop_counts(config.sparsities[0], rows, columns, config.column_block)
@@ -205,8 +218,13 @@ def solve(weight: Tensor, config: PruneConfig, statistics: Statistics | None, fa
         start = dense_target_start(original, statistics, factor)
     if config.method == "sparsegpt":
         updated = start.clone()
-        mask = obs_prune(updated, factor, sparsity=None if config.nm else config.sparsities[0], nm=config.nm,
-                         column_block=config.column_block)
+        mask = obs_prune(
+            updated,
+            factor,
+            sparsity=None if config.nm else config.sparsities[0],
+            nm=config.nm,
+            column_block=config.column_block,
+        )
         wrong = sweep_guards(start, updated, mask, factor, config)
         if config.reconstruct == "none":
             updated = original.masked_fill(~mask, 0)

@@ -214,8 +214,9 @@ class Observer(Gathered[S]):
         self._module, self._make = module, sink
         self._names = {ref.name for ref in refs}
         lists = expert_lists(module)
-        self._routed = {ref.name for ref in refs if ref.expert is not None or
-                        any(ref.path.startswith(f"{path}.") for path in lists)}
+        self._routed = {
+            ref.name for ref in refs if ref.expert is not None or any(ref.path.startswith(f"{path}.") for path in lists)
+        }
         """Weights that see the tokens routed to them, which the two streams choose differently."""
         self._watch = Watch(module, refs, lambda ref, x: self.see(ref.name, x))
         self.alone = {ref.name for ref in self._watch.shared}
@@ -230,8 +231,11 @@ class Observer(Gathered[S]):
         self.calls.append(call)
         key = name + AGAIN if call[2] else name
         if key not in self.leader:
-            same = [leader for leader, seen in self._recent
-                    if seen is x and not {leader.removesuffix(AGAIN), name} & self.alone]
+            same = [
+                leader
+                for leader, seen in self._recent
+                if seen is x and not {leader.removesuffix(AGAIN), name} & self.alone
+            ]
             self.leader[key] = same[0] if same else key
             if not same:
                 self.sinks[key] = self._make(x.shape[-1], x.device)
@@ -270,8 +274,10 @@ class Observer(Gathered[S]):
         for (step, key), count in counts.items():
             if counts[step, self.leader[key]] != count:
                 one, other = (part.removesuffix(AGAIN) for part in (key, self.leader[key]))
-                raise ConfigError(f"{one} and {other} read the same input at first, then different ones; name one of "
-                                  "them among the weights to ignore")
+                raise ConfigError(
+                    f"{one} and {other} read the same input at first, then different ones; name one of "
+                    "them among the weights to ignore"
+                )
 
     def _end(self) -> Call | None:
         """The last call of the pass that was just made, if every other pass makes the same calls: no weight has been
@@ -314,9 +320,16 @@ def rows_of(x: Tensor, batch: int) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def observe(executor: Executor, index: int, module: nn.Module, refs: list[WeightRef], activations: Activations,
-            sink: Callable[[int, torch.device], S], target: Activations | None = None,
-            dense: Activations | None = None) -> Observer[S]:
+def observe(
+    executor: Executor,
+    index: int,
+    module: nn.Module,
+    refs: list[WeightRef],
+    activations: Activations,
+    sink: Callable[[int, torch.device], S],
+    target: Activations | None = None,
+    dense: Activations | None = None,
+) -> Observer[S]:
     """Run a block over ``activations`` and return the observer with one filled sink per group.
 
     The pass ends before the block's last projection unless ``target`` wants the outputs.
@@ -354,13 +367,16 @@ def observe(executor: Executor, index: int, module: nn.Module, refs: list[Weight
     return observer
 
 
-def _again(executor: Executor, index: int, observer: Observer, batch: Batch,
-           hidden: Tensor) -> list[tuple[Batch, Tensor, frozenset[Call]]]:
+def _again(
+    executor: Executor, index: int, observer: Observer, batch: Batch, hidden: Tensor
+) -> list[tuple[Batch, Tensor, frozenset[Call]]]:
     """Halves of a batch that ran out of memory, with the calls whose sinks have seen it."""
     if observer.updating is not None:
-        raise ConfigError(f"the statistics of {observer.updating} in block {index} do not fit on {executor.device} "
-                          f"beside a batch of {batch.size} × {batch.length} tokens; set a smaller batch_size, or "
-                          "device='cpu'")
+        raise ConfigError(
+            f"the statistics of {observer.updating} in block {index} do not fit on {executor.device} "
+            f"beside a batch of {batch.size} × {batch.length} tokens; set a smaller batch_size, or "
+            "device='cpu'"
+        )
     seen = observer.skip | set(observer.calls)
     return [(part, x, seen) for part, x in executor.halve(batch, hidden, index)]
 
@@ -370,9 +386,15 @@ def reduce_statistics(world: World, observer: Gathered[Statistics]) -> None:
     if world.size == 1:
         return
     known: dict[str, tuple[str, dict]] = {}
-    for leaders, kinds in world.everyone((observer.leader, {
-            name: {"columns": s.columns, "want_gram": s.want_gram, "want_moments": s.want_moments}
-            for name, s in observer.sinks.items()})):
+    for leaders, kinds in world.everyone(
+        (
+            observer.leader,
+            {
+                name: {"columns": s.columns, "want_gram": s.want_gram, "want_moments": s.want_moments}
+                for name, s in observer.sinks.items()
+            },
+        )
+    ):
         for name, leader in leaders.items():
             known.setdefault(name, (leader, kinds.get(leader, {})))
     device = next(iter(observer.sinks.values())).device if observer.sinks else torch.device("cpu")
@@ -393,8 +415,14 @@ def reduce_statistics(world: World, observer: Gathered[Statistics]) -> None:
         world.sum_(sink.gram, sink.sums, sink.count, sink.cross)
 
 
-def find_non_finite(executor: Executor, index: int, module: nn.Module, refs: list[WeightRef], activations: Activations,
-                    where: Callable[[WeightRef], str]) -> None:
+def find_non_finite(
+    executor: Executor,
+    index: int,
+    module: nn.Module,
+    refs: list[WeightRef],
+    activations: Activations,
+    where: Callable[[WeightRef], str],
+) -> None:
     """Raise ConfigError naming the first weight whose input holds NaN or infinity, with sequence and token."""
     by_name = {ref.name: ref for ref in refs}
     for batch in activations.batches(1):
@@ -410,15 +438,17 @@ def find_non_finite(executor: Executor, index: int, module: nn.Module, refs: lis
             if len(bad):
                 token, column = bad[0].tolist()
                 sequence = activations.rows[batch.length][batch.start]
-                raise ConfigError(f"input of {where(by_name[name])} is {sink.x[token, column].item()} at calibration "
-                                  f"sequence {sequence}, token {token}, column {column}; the statistics would be "
-                                  "meaningless: check the checkpoint, or load it in a wider dtype")
+                raise ConfigError(
+                    f"input of {where(by_name[name])} is {sink.x[token, column].item()} at calibration "
+                    f"sequence {sequence}, token {token}, column {column}; the statistics would be "
+                    "meaningless: check the checkpoint, or load it in a wider dtype"
+                )
 
 
 def weight_error_sums(x: Tensor, weight: Tensor, pruned: Tensor) -> Tensor:
     """``[‖X Wᵀ − X W'ᵀ‖², ‖X Wᵀ‖²]`` on the device, for inputs ``[tokens, c]`` (evenly thinned to ``ERROR_TOKENS``) and
     weights ``[out, c]``."""
-    x = x[::max(1, len(x) // ERROR_TOKENS)].float().contiguous()
+    x = x[:: max(1, len(x) // ERROR_TOKENS)].float().contiguous()
     weight = weight.float()
     lost = ops.linear(x, weight - pruned).square_().sum()
     return torch.stack([lost, ops.linear(x, weight).square_().sum()])

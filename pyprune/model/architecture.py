@@ -28,8 +28,10 @@ def model_class(config, gguf: bool = False, origin: Origin | None = None):
     fitting = _fitting_class(config, files)
     if fitting is not None and classes[:1] != [fitting]:
         named = ", ".join(config.architectures or []) or "no class"
-        origin.notes.append(f"config.json names {named} in architectures; loaded as {fitting.__name__}, which uses "
-                            "every tensor of the checkpoint")
+        origin.notes.append(
+            f"config.json names {named} in architectures; loaded as {fitting.__name__}, which uses "
+            "every tensor of the checkpoint"
+        )
     return fitting or (classes[0] if classes else transformers.AutoModel)
 
 
@@ -46,8 +48,15 @@ def _fitting_class(config, files) -> type | None:
     """The class of a config's kind whose tensors have the names and shapes of those in the files, none left over."""
     import transformers
 
-    kinds = ("FOR_MASKED_LM", "FOR_CAUSAL_LM", "FOR_PRETRAINING", "FOR_SEQUENCE_CLASSIFICATION",
-             "FOR_TOKEN_CLASSIFICATION", "FOR_QUESTION_ANSWERING", "FOR_MULTIPLE_CHOICE")
+    kinds = (
+        "FOR_MASKED_LM",
+        "FOR_CAUSAL_LM",
+        "FOR_PRETRAINING",
+        "FOR_SEQUENCE_CLASSIFICATION",
+        "FOR_TOKEN_CLASSIFICATION",
+        "FOR_QUESTION_ANSWERING",
+        "FOR_MULTIPLE_CHOICE",
+    )
     mappings = [getattr(transformers, f"MODEL_{kind}_MAPPING", {}) for kind in kinds]
     for mapping in [*mappings, transformers.MODEL_MAPPING]:
         cls = mapping.get(type(config), None)
@@ -61,10 +70,16 @@ def _fits(cls: type, config, files) -> bool:
     with torch.device("meta"):
         model = cls(copy.deepcopy(config))
     state, tables = model.state_dict(), dict(model.named_buffers())
-    tied = {key for key, parameter in model.named_parameters(remove_duplicate=False)
-            if parameter is not model.get_parameter(key)} | set(getattr(model, "all_tied_weights_keys", None) or ())
-    return set(files.where) <= {*state, *tables} and set(state) - set(files.where) <= tied and all(
-        tuple(files.shape(key)) == tuple(state[key].shape) for key in files.where if key in state)
+    tied = {
+        key
+        for key, parameter in model.named_parameters(remove_duplicate=False)
+        if parameter is not model.get_parameter(key)
+    } | set(getattr(model, "all_tied_weights_keys", None) or ())
+    return (
+        set(files.where) <= {*state, *tables}
+        and set(state) - set(files.where) <= tied
+        and all(tuple(files.shape(key)) == tuple(state[key].shape) for key in files.where if key in state)
+    )
 
 
 def assume_causal(config) -> None:

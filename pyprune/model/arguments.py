@@ -44,9 +44,11 @@ class LeftForLater(collections.UserDict):
         """There is no batch that it belongs to."""
 
     def __getitem__(self, key):
-        raise ConfigError(f"a block reads {key!r} from what earlier blocks left for it, and cannot be examined alone; "
-                          "structured pruning needs blocks that do not share keys and values: choose an unstructured "
-                          "or N:M pattern")
+        raise ConfigError(
+            f"a block reads {key!r} from what earlier blocks left for it, and cannot be examined alone; "
+            "structured pruning needs blocks that do not share keys and values: choose an unstructured "
+            "or N:M pattern"
+        )
 
     def __contains__(self, key):
         return self[key]
@@ -62,6 +64,7 @@ class Arguments:
     def to(self, device, dtype, memo: dict) -> Arguments:
         """Floating tensors cast to ``dtype``, all tensors moved, tuples and dicts walked; a tensor that several
         blocks share stays shared through ``memo``."""
+
         def cast(path: Path, value):
             if not isinstance(value, Tensor):
                 return value
@@ -69,6 +72,7 @@ class Arguments:
                 moved = value.to(device, dtype if value.is_floating_point() else value.dtype)
                 memo[id(value)] = (moved, value)  # the original stays alive, so its id stays its own
             return memo[id(value)][0]
+
         return self.map(cast)
 
     def map(self, change: Callable[[Path, object], object]) -> Arguments:
@@ -76,8 +80,10 @@ class Arguments:
         return self._mapped(change, ())
 
     def _mapped(self, change: Callable[[Path, object], object], path: Path) -> Arguments:
-        return Arguments(_map(change, self.args, (*path, "args")),
-                         {k: _map(change, v, (*path, "kwargs", k)) for k, v in self.kwargs.items()})
+        return Arguments(
+            _map(change, self.args, (*path, "args")),
+            {k: _map(change, v, (*path, "kwargs", k)) for k, v in self.kwargs.items()},
+        )
 
     def values(self) -> dict[Path, object]:
         found: dict[Path, object] = {}
@@ -97,12 +103,16 @@ def _map(change, value, path: Path):
 
 def tidy(model: str, arguments: Arguments) -> Arguments:
     """Recorded arguments with stand-ins for mappings that blocks fill. Raises ConfigError for a live cache."""
+
     def change(path: Path, value):
         if any(cls.__name__.endswith("Cache") for cls in type(value).__mro__):
-            raise ConfigError(f"{model} hands its blocks a {type(value).__name__} ({place(path)}) even with "
-                              "use_cache=False; it would grow with every calibration pass, so this model cannot be "
-                              "pruned block by block")
+            raise ConfigError(
+                f"{model} hands its blocks a {type(value).__name__} ({place(path)}) even with "
+                "use_cache=False; it would grow with every calibration pass, so this model cannot be "
+                "pruned block by block"
+            )
         return LeftForLater() if isinstance(value, MutableMapping) and not value else value
+
     return arguments.map(change)
 
 
@@ -132,7 +142,9 @@ class Tokenwise:
                     return value
                 tensors[slots[path]] = value
                 return Slot(slots[path])
+
             return change
+
         return [a.map(cut(slots)) for slots, a in zip(self.slots, recorded)], tensors
 
     def numbers(self, indices: Iterable[int]) -> list[int]:
@@ -158,18 +170,23 @@ def find_tokenwise(model: str, record: Record, batches: tuple[Tensor, Tensor]) -
     for index, parts in enumerate(zip(recorded, changed, disturbed)):
         value, new, behind = (part.values() for part in parts)
         if not value.keys() == new.keys() == behind.keys():
-            raise ConfigError(f"block {index} of {model} gets other arguments for other tokens; it cannot be run apart "
-                              "from the model")
+            raise ConfigError(
+                f"block {index} of {model} gets other arguments for other tokens; it cannot be run apart from the model"
+            )
         slots.append({})
         for path, tensor in value.items():
             if not same(tensor, behind[path]):
-                raise ConfigError(f"{place(path)} of block {index} of {model} is computed from the output of earlier "
-                                  "blocks and changes as they are pruned; this model cannot be pruned block by block")
+                raise ConfigError(
+                    f"{place(path)} of block {index} of {model} is computed from the output of earlier "
+                    "blocks and changes as they are pruned; this model cannot be pruned block by block"
+                )
             if same(tensor, new[path]):
                 continue
             if not _rowwise(tensor, new[path], len(ids)):
-                raise ConfigError(f"{place(path)} of block {index} of {model} depends on the tokens of the whole batch "
-                                  "and has no row for each sequence; it cannot be stored with the sequences")
+                raise ConfigError(
+                    f"{place(path)} of block {index} of {model} depends on the tokens of the whole batch "
+                    "and has no row for each sequence; it cannot be stored with the sequences"
+                )
             slots[-1][path] = numbers.setdefault(id(tensor), len(numbers))
     return Tokenwise(tuple(slots))
 
@@ -226,6 +243,7 @@ class Beside:
             if isinstance(value, Slot):
                 return self.tensors[value.number]
             return left if isinstance(value, LeftForLater) else value
+
         return arguments.map(change)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Beside:
@@ -246,8 +264,10 @@ class Left(MutableMapping):
 
     def __setitem__(self, key, value) -> None:
         if not (isinstance(value, (tuple, list)) and value and all(isinstance(v, Tensor) for v in value)):
-            raise ConfigError(f"a block leaves a {type(value).__name__} under {key!r} for later blocks; only tuples of "
-                              "tensors can be stored with the sequences")
+            raise ConfigError(
+                f"a block leaves a {type(value).__name__} under {key!r} for later blocks; only tuples of "
+                "tensors can be stored with the sequences"
+            )
         for i, tensor in enumerate(value):
             self.store[key, i] = tensor
             self.written.add((key, i))

@@ -54,8 +54,10 @@ def link(model: nn.Module, folder: Path, blocks: BlockShards, rest: dict[str, Te
             shutil.copyfile(shard.path, path)
     shards = [Shard(paths[0]), *blocks.shards]
     where = {name: path.name for shard, path in zip(shards, paths) for name in shard.entries}
-    checkpoint.write_json(folder / "model.safetensors.index.json",
-                          {"metadata": {"total_size": sum(shard.bytes for shard in shards)}, "weight_map": where})
+    checkpoint.write_json(
+        folder / "model.safetensors.index.json",
+        {"metadata": {"total_size": sum(shard.bytes for shard in shards)}, "weight_map": where},
+    )
 
 
 def stored_bytes(model: nn.Module) -> int:
@@ -70,8 +72,9 @@ def stores_as_held(model: Any, path: str) -> bool:
     from transformers.core_model_loading import revert_weight_conversion
 
     inside = f"{path}."
-    if type(model).save_pretrained is not PreTrainedModel.save_pretrained or \
-            getattr(model, "_hf_peft_config_loaded", False):
+    if type(model).save_pretrained is not PreTrainedModel.save_pretrained or getattr(
+        model, "_hf_peft_config_loaded", False
+    ):
         return False
     if any(len(names) > 1 and any(name.startswith(inside) for name in names) for names in names_of(model)):
         return False
@@ -93,6 +96,9 @@ def names_of(model: nn.Module) -> list[list[str]]:
 def _hold(model: nn.Module, blocks: BlockShards) -> bool:
     """Whether the shards hold exactly the blocks' tensors: several sparsities share one shard, and a structured model
     may be given biases after its last block."""
-    held = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in model.state_dict().items()
-            if name.startswith(f"{blocks.path}.")}
+    held = {
+        name: (tensor.dtype, tuple(tensor.shape))
+        for name, tensor in model.state_dict().items()
+        if name.startswith(f"{blocks.path}.")
+    }
     return held == {name: shard.info(name) for shard in blocks.shards for name in shard.entries}

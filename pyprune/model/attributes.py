@@ -17,8 +17,16 @@ from pyprune.config import ConfigError
 
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "n_ctx")
 EXPERTS = ("num_experts", "num_local_experts")
-NARROWED = ("hidden_size", "intermediate_size", "moe_intermediate_size", "num_attention_heads", "num_key_value_heads",
-            "word_embed_proj_dim", "ffn_dim", "n_inner")
+NARROWED = (
+    "hidden_size",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "word_embed_proj_dim",
+    "ffn_dim",
+    "n_inner",
+)
 """Sizes that can be halved together and still fit each other."""
 
 
@@ -108,8 +116,9 @@ def token_embedding(model: Any) -> nn.Embedding:
     """The table of a model's token ids. Raises ConfigError for a model that has none."""
     found = find_embedding(model)
     if found is None:
-        raise ConfigError(f"{type(model).__name__} has no table of token ids; give a Hugging Face model that reads "
-                          "text")
+        raise ConfigError(
+            f"{type(model).__name__} has no table of token ids; give a Hugging Face model that reads text"
+        )
     return found
 
 

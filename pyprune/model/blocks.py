@@ -102,24 +102,37 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     Raises ConfigError if the model has no such list, or is an encoder–decoder.
     """
     if not hasattr(model, "config") or find_embedding(model) is None:
-        raise ConfigError(f"{type(model).__name__} is no Hugging Face model that reads token ids: pyprune prunes "
-                          "decoder-only and encoder-only language models")
+        raise ConfigError(
+            f"{type(model).__name__} is no Hugging Face model that reads token ids: pyprune prunes "
+            "decoder-only and encoder-only language models"
+        )
     if any(hasattr(module, "_rescale_layers") for module in model.modules()):
-        raise ConfigError(f"{type(model).__name__} rescales its own weights during its forward pass, so that what is "
-                          "saved would not be what was pruned; pyprune does not prune it")
+        raise ConfigError(
+            f"{type(model).__name__} rescales its own weights during its forward pass, so that what is "
+            "saved would not be what was pruned; pyprune does not prune it"
+        )
     # T5's and its kin's encoders alone keep the flag of the whole model
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and any(
-            name.rpartition(".")[2] == "decoder" for name, _ in model.named_modules()):
-        raise ConfigError(f"{type(model).__name__} is an encoder–decoder; pyprune prunes decoder-only and encoder-only "
-                          "models")
-    found = [(sum(p.numel() for p in module.parameters()), name, module) for name, module in model.named_modules()
-             if isinstance(module, nn.ModuleList) and len(module) and all(map(weights_of, module))]
+        name.rpartition(".")[2] == "decoder" for name, _ in model.named_modules()
+    ):
+        raise ConfigError(
+            f"{type(model).__name__} is an encoder–decoder; pyprune prunes decoder-only and encoder-only models"
+        )
+    found = [
+        (sum(p.numel() for p in module.parameters()), name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) and all(map(weights_of, module))
+    ]
     if not found:
         if is_quantised(model):
-            raise ConfigError(f"{type(model).__name__} is quantised; prune it in float32, bfloat16 or float16, then "
-                              "quantise the result")
-        raise ConfigError(f"{type(model).__name__} has no list of transformer blocks with linear layers; give a "
-                          "Hugging Face decoder or encoder")
+            raise ConfigError(
+                f"{type(model).__name__} is quantised; prune it in float32, bfloat16 or float16, then "
+                "quantise the result"
+            )
+        raise ConfigError(
+            f"{type(model).__name__} has no list of transformer blocks with linear layers; give a "
+            "Hugging Face decoder or encoder"
+        )
     _, name, blocks = max(found, key=lambda item: item[0])
     return name, blocks
 
@@ -135,7 +148,8 @@ def block_list(model: nn.Module, path: str) -> nn.ModuleList:
 def is_quantised(model: nn.Module) -> bool:
     """Whether a model's config or the classes of its layers say so."""
     return quantisation(model.config) is not None or any(
-        "quant" in f"{type(module).__module__}.{type(module).__name__}".lower() for module in model.modules())
+        "quant" in f"{type(module).__module__}.{type(module).__name__}".lower() for module in model.modules()
+    )
 
 
 def select_weights(view: ModelView, targets: list[str], ignore: list[str]) -> list[list[WeightRef]]:
@@ -154,8 +168,10 @@ def select_weights(view: ModelView, targets: list[str], ignore: list[str]) -> li
                 hint = f"it names {outside[0]}, which lies outside the blocks" if outside else "it matches nothing"
                 if any(pattern in name for name in names):
                     hint += f" (whole components count; write {f'*{pattern}*'!r} for a part of one)"
-                raise ConfigError(f"{field} pattern {pattern!r} selects no prunable weight: {hint}; prunable in each "
-                                  f"block: {', '.join(kinds)}")
+                raise ConfigError(
+                    f"{field} pattern {pattern!r} selects no prunable weight: {hint}; prunable in each "
+                    f"block: {', '.join(kinds)}"
+                )
     for_routers = [p for p in targets if not any(names[name] for name in names if matches(name, [p]))]
 
     def chosen(name: str) -> bool:
@@ -251,18 +267,24 @@ def check_usable(view: ModelView, streamed: bool = False) -> None:
     """
     for name, parameter in view.model.named_parameters():
         if parameter.is_meta and not (streamed and name.startswith(f"{view.path}.")):
-            raise ConfigError(f"{name} is on the meta device: {type(view.model).__name__} has no weights yet; load "
-                              "them first, or name the checkpoint instead")
+            raise ConfigError(
+                f"{name} is on the meta device: {type(view.model).__name__} has no weights yet; load "
+                "them first, or name the checkpoint instead"
+            )
     for index, block in enumerate(view.blocks):
         for ref in weights_of(block):
             weight = ref.parameter(block)
             if weight.dtype == torch.float64:
-                raise ConfigError(f"{view.name(index, ref)} is float64; convert the model with model.float(), or load "
-                                  "it with dtype='float32'")
+                raise ConfigError(
+                    f"{view.name(index, ref)} is float64; convert the model with model.float(), or load "
+                    "it with dtype='float32'"
+                )
             if weight.dtype not in FLOATS or type(weight.data) is not Tensor:
                 kind = str(weight.dtype)[6:] if type(weight.data) is Tensor else type(weight.data).__name__
-                raise ConfigError(f"{view.name(index, ref)} is {kind}: the model is quantised or packed; prune it in "
-                                  "float32, bfloat16 or float16, then quantise the result")
+                raise ConfigError(
+                    f"{view.name(index, ref)} is {kind}: the model is quantised or packed; prune it in "
+                    "float32, bfloat16 or float16, then quantise the result"
+                )
 
 
 def check_finite(tensors: Iterable[tuple[str, Tensor]]) -> None:
@@ -281,9 +303,13 @@ def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
             place = (~torch.isfinite(tensor)).nonzero()[0].tolist()
             return f"{name} holds {tensor[tuple(place)].item()} at {place}"
     return None
+
+
 def refuse_shared(view: ModelView, pattern: str) -> None:
     """Refuse structured pruning of blocks that are applied several times."""
     if view.shared:
-        raise ConfigError(f"pattern {pattern!r} cannot be pruned in {type(view.model).__name__}: blocks of {view.path} "
-                          "are applied several times in a forward pass, or share weights; use an unstructured or N:M "
-                          "pattern")
+        raise ConfigError(
+            f"pattern {pattern!r} cannot be pruned in {type(view.model).__name__}: blocks of {view.path} "
+            "are applied several times in a forward pass, or share weights; use an unstructured or N:M "
+            "pattern"
+        )

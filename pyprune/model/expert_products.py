@@ -46,8 +46,9 @@ class Experts:
             if _slices(matrix, stack.mT) and not found:
                 path = next(iter(members.values())).path
                 way = "[experts, out, in]" if transposed else "[experts, in, out]"
-                raise ConfigError(f"{path} is multiplied as {way}, which its shape does not tell; ignore it to prune "
-                                  "the rest")
+                raise ConfigError(
+                    f"{path} is multiplied as {way}, which its shape does not tell; ignore it to prune the rest"
+                )
             if len(found) == 1:
                 return [(members[e], x.reshape(-1, x.shape[-1])) for e in found if e in members]
             if found:

@@ -27,7 +27,7 @@ def _matcher(pattern: str) -> Callable[[str], bool]:
     """A function from a full name to whether the pattern names it. Raises ConfigError for a broken expression."""
     if pattern.startswith(REGEX):
         try:
-            search = re.compile(pattern[len(REGEX):]).search
+            search = re.compile(pattern[len(REGEX) :]).search
         except re.error as error:
             raise ConfigError(f"{pattern!r} is no regular expression: {error}") from error
         return lambda name: search(name) is not None

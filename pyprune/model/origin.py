@@ -21,8 +21,20 @@ from torch import Tensor
 from pyprune.model.blocks import check_finite
 from pyprune.model.shards import Files, write_shard
 
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".ot", ".onnx", ".onnx_data",
-           ".tflite")
+WEIGHTS = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".gguf",
+    ".h5",
+    ".msgpack",
+    ".ot",
+    ".onnx",
+    ".onnx_data",
+    ".tflite",
+)
 """How files of weights end, in whatever form; an index of shards, ``….index.json``, goes with them."""
 LOADED = ("model.safetensors", "model-[0-9]*-of-[0-9]*.safetensors", "model.safetensors.index.json")
 """Weights that transformers takes, of all that a repository on the Hub may hold."""
@@ -82,8 +94,10 @@ class Origin:
         buffers = dict(model.named_buffers())
         for name in sorted(names):
             if self.files is None or name not in self.files:
-                self.notes.append(f"{type(model).__name__} does not use {name}, which the checkpoint stores under "
-                                  "another name: it is missing from the written one")
+                self.notes.append(
+                    f"{type(model).__name__} does not use {name}, which the checkpoint stores under "
+                    "another name: it is missing from the written one"
+                )
                 continue
             tensor = self.files.read(name)
             check_finite([(name, tensor)])
@@ -91,9 +105,11 @@ class Origin:
                 self.kept.append(name)
         if self.kept:
             more = f" and {len(self.kept) - 1} more" if len(self.kept) > 1 else ""
-            self.notes.append(f"{type(model).__name__} does not use {self.kept[0]}{more} of the checkpoint: kept "
-                              "unchanged in the written one; if they are part of your model, put the class that uses "
-                              "them into architectures of config.json")
+            self.notes.append(
+                f"{type(model).__name__} does not use {self.kept[0]}{more} of the checkpoint: kept "
+                "unchanged in the written one; if they are part of your model, put the class that uses "
+                "them into architectures of config.json"
+            )
 
     def carry(self, folder: Path) -> None:
         """Copy everything but weights and what a run writes itself into ``folder``."""
@@ -104,8 +120,11 @@ class Origin:
         for path, folders, names in os.walk(self.folder):
             here = Path(path)
             place = here.relative_to(self.folder)
-            folders[:] = [name for name in folders if not name.startswith(".") and (
-                place / name in modules or not has_weights(here / name))]
+            folders[:] = [
+                name
+                for name in folders
+                if not name.startswith(".") and (place / name in modules or not has_weights(here / name))
+            ]
             for name in names:
                 if name.startswith(".") or is_weights(name) and place not in modules:
                     continue
@@ -126,8 +145,10 @@ class Origin:
         else:
             first = folder / "model-00001-of-00001.safetensors"
             os.replace(folder / "model.safetensors", first)
-            index = {"metadata": {"total_size": first.stat().st_size},
-                     "weight_map": dict.fromkeys(Files(folder).where, first.name)}
+            index = {
+                "metadata": {"total_size": first.stat().st_size},
+                "weight_map": dict.fromkeys(Files(folder).where, first.name),
+            }
         tensors = {name: tensor for name, tensor in tensors.items() if name not in index["weight_map"]}
         write_shard(folder / KEPT, tensors)
         index["weight_map"] |= dict.fromkeys(tensors, KEPT)

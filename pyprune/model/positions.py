@@ -29,10 +29,14 @@ class Positions:
         if longest <= self.count:
             return
         if self.table:
-            raise ConfigError(f"{what} have up to {longest} tokens, but {self.model} has {self.count} positions; set "
-                              f"{field} to at most {self.count}, or give shorter rows")
-        warn(f"{what} have up to {longest} tokens, more than the {self.count} positions {self.model} was made for: "
-             "what is measured there says little of shorter text")
+            raise ConfigError(
+                f"{what} have up to {longest} tokens, but {self.model} has {self.count} positions; set "
+                f"{field} to at most {self.count}, or give shorter rows"
+            )
+        warn(
+            f"{what} have up to {longest} tokens, more than the {self.count} positions {self.model} was made for: "
+            "what is measured there says little of shorter text"
+        )
 
 
 def positions_of(view: ModelView) -> Positions | None:
@@ -49,8 +53,10 @@ def positions_of(view: ModelView) -> Positions | None:
     if count is None:
         return None
     # sines of every position (GPT-J), causal masks (GPT-Neo); integers are only counted off (DeBERTa)
-    fixed = any(buffer.ndim >= 2 and count in buffer.shape and buffer.dtype not in (torch.int64, torch.int32)
-                for buffer in view.model.buffers())
+    fixed = any(
+        buffer.ndim >= 2 and count in buffer.shape and buffer.dtype not in (torch.int64, torch.int32)
+        for buffer in view.model.buffers()
+    )
     return Positions(name, count, fixed)
 
 
@@ -71,10 +77,16 @@ def _tables(view: ModelView) -> list[int]:
         with _Lookups() as lookups:
             view.record(torch.full((1, length), any_token(view.model), device=device))
         seen.append(lookups.found)
-    outside = {parameter.data_ptr() for name, parameter in view.model.named_parameters()
-               if not name.startswith(f"{view.path}.")}
-    return [rows - (seen[0][key][0] - 1) for key, (last, rows) in seen[1].items()
-            if key in outside and key in seen[0] and last == seen[0][key][0] + 1]
+    outside = {
+        parameter.data_ptr()
+        for name, parameter in view.model.named_parameters()
+        if not name.startswith(f"{view.path}.")
+    }
+    return [
+        rows - (seen[0][key][0] - 1)
+        for key, (last, rows) in seen[1].items()
+        if key in outside and key in seen[0] and last == seen[0][key][0] + 1
+    ]
 
 
 class _Lookups(TorchFunctionMode):

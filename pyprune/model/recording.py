@@ -77,8 +77,11 @@ in a one-tuple what is no tensor. None for a block that returns the hidden state
 def _form(out, given: Arguments) -> Form:
     if not isinstance(out, (tuple, list)):
         return None
-    places = {id(value): place for place, value in (*enumerate(given.args), *given.kwargs.items())
-              if isinstance(value, Tensor)}
+    places = {
+        id(value): place
+        for place, value in (*enumerate(given.args), *given.kwargs.items())
+        if isinstance(value, Tensor)
+    }
     return tuple(places.get(id(value), COMPUTED) if isinstance(value, Tensor) else (value,) for value in out[1:])
 
 
@@ -127,8 +130,9 @@ def _units(blocks: nn.ModuleList, order: list[int]) -> list[list[int]]:
 class Recorded:
     """A model as the blocks that its forward pass applies, and what it hands them."""
 
-    def __init__(self, model: nn.Module, path: str, slots: nn.ModuleList,
-                 matrices: Callable[[nn.Module], list[Tensor]]):
+    def __init__(
+        self, model: nn.Module, path: str, slots: nn.ModuleList, matrices: Callable[[nn.Module], list[Tensor]]
+    ):
         """slots: the model's own list of blocks, at ``path``. matrices: what would be pruned of a block."""
         self.model, self.path, self.slots, self._matrices = model, path, slots, matrices
         self.hold: Callable = lambda index: contextlib.nullcontext()
@@ -172,8 +176,10 @@ class Recorded:
         if order == plain or set(order) != set(plain):
             return plain, whole and chained and order == plain and calls[0][1].shape[:-1] == ids.shape
         if not chained:
-            raise ConfigError(f"{self._name} applies the blocks of {self.path} {len(order)} times in a forward pass, "
-                              "but not each to the output of the one before; such loops cannot be pruned")
+            raise ConfigError(
+                f"{self._name} applies the blocks of {self.path} {len(order)} times in a forward pass, "
+                "but not each to the output of the one before; such loops cannot be pruned"
+            )
         return order, whole
 
     @functools.cached_property
@@ -207,8 +213,9 @@ class Recorded:
         try:
             self._pass(ids, calls, learn, end=len(self.order))
         except Exception as error:  # each architecture has its own way to miss what it needs
-            raise ConfigError(f"{self._name} cannot be run block by block on token ids: "
-                              f"{' '.join(str(error).split())[:300]}") from error
+            raise ConfigError(
+                f"{self._name} cannot be run block by block on token ids: {' '.join(str(error).split())[:300]}"
+            ) from error
         self._check_chain(calls, ids)
         if not any(form and COMPUTED in form for form in forms):
             return forms
@@ -227,13 +234,17 @@ class Recorded:
             raise ConfigError(f"{self._name} calls none of its blocks; it cannot be pruned block by block")
         first = calls[0][1]
         if first.shape[:-1] != ids.shape:
-            raise ConfigError(f"{self._name} passes states of shape {list(first.shape)} between its blocks for "
-                              f"{ids.shape[0]} sequences of {ids.shape[1]} tokens; only [sequences, tokens, hidden] "
-                              "can be stored and calibrated block by block")
+            raise ConfigError(
+                f"{self._name} passes states of shape {list(first.shape)} between its blocks for "
+                f"{ids.shape[0]} sequences of {ids.shape[1]} tokens; only [sequences, tokens, hidden] "
+                "can be stored and calibrated block by block"
+            )
         for (before, *_), (place, hidden, _) in zip(calls, calls[1:]):
             if not same(hidden, first):
-                raise ConfigError(f"{self._name} changes the hidden states between its blocks {before} and {place}: "
-                                  "pruning block by block would not follow its forward pass")
+                raise ConfigError(
+                    f"{self._name} changes the hidden states between its blocks {before} and {place}: "
+                    "pruning block by block would not follow its forward pass"
+                )
 
     @functools.cached_property
     def tokenwise(self) -> Tokenwise:
@@ -256,17 +267,23 @@ class Recorded:
         """disturbed: the stand-ins change the states, and what blocks compute for later ones they compute without the
         weights that would be pruned, so that arguments show which depend on either."""
         calls: list[Call] = []
-        self._pass(input_ids, calls, functools.partial(self._returned, self.forms, disturbed=disturbed),
-                   end=len(self.order))
+        self._pass(
+            input_ids, calls, functools.partial(self._returned, self.forms, disturbed=disturbed), end=len(self.order)
+        )
         if [place for place, _, _ in calls] != self.order:
-            raise ConfigError(f"{self._name} called {len(calls)} of its {len(self.order)} blocks in one forward pass; "
-                              "its block order cannot be followed")
+            raise ConfigError(
+                f"{self._name} called {len(calls)} of its {len(self.order)} blocks in one forward pass; "
+                "its block order cannot be followed"
+            )
         steps = [tidy(self._name, given) for _, _, given in calls]
         if not self.shared:
             return calls[0][1], steps
         rest = iter(steps)
-        return calls[0][1], [Arguments((tuple(next(rest) for _ in block.order),), {}) for block in self.blocks
-                             if isinstance(block, Repeated)]
+        return calls[0][1], [
+            Arguments((tuple(next(rest) for _ in block.order),), {})
+            for block in self.blocks
+            if isinstance(block, Repeated)
+        ]
 
     @torch.no_grad()
     def complete(self, input_ids: Tensor, outputs):
@@ -282,16 +299,27 @@ class Recorded:
 
         return self._pass(input_ids, calls, give)
 
-    def _returned(self, forms: list[Form], block: nn.Module, place: int, hidden: Tensor, given: Arguments,
-                  disturbed: bool = False):
+    def _returned(
+        self, forms: list[Form], block: nn.Module, place: int, hidden: Tensor, given: Arguments, disturbed: bool = False
+    ):
         """What a stand-in returns: the hidden states it was given, and beside them what the block's form says."""
         hidden, form = disturb(hidden) if disturbed else hidden, forms[place]
         if form is None:
             return hidden
         computed = self._run(block, place, hidden, given, disturbed)[0] if COMPUTED in form else ()
-        return (hidden, *(computed[k] if entry is COMPUTED else entry[0] if isinstance(entry, tuple)
-                          else given.args[entry] if isinstance(entry, int) else given.kwargs[entry]
-                          for k, entry in enumerate(form, 1)))
+        return (
+            hidden,
+            *(
+                computed[k]
+                if entry is COMPUTED
+                else entry[0]
+                if isinstance(entry, tuple)
+                else given.args[entry]
+                if isinstance(entry, int)
+                else given.kwargs[entry]
+                for k, entry in enumerate(form, 1)
+            ),
+        )
 
     def _run(self, block: nn.Module, place: int, hidden: Tensor, given: Arguments, hollow: bool = False):
         """A block's output, and its arguments in its own type; hollow: without the weights that would be pruned."""
@@ -307,8 +335,9 @@ class Recorded:
     def _pass(self, input_ids: Tensor, calls: list[Call], give: Callable, end: int | None = None):
         """The model's own forward with recorders in place of its blocks."""
         with contextlib.suppress(Stop), torch.no_grad():
-            return self._forward(input_ids, [Recorder(block, place, calls, give, end)
-                                             for place, block in enumerate(self.slots)])
+            return self._forward(
+                input_ids, [Recorder(block, place, calls, give, end) for place, block in enumerate(self.slots)]
+            )
 
     def _forward(self, input_ids: Tensor, stand_ins: list[nn.Module]):
         originals = list(self.slots)
@@ -331,8 +360,9 @@ def _same_arguments(one: Call, other: Call) -> bool:
 def uncached(model: nn.Module) -> Iterator[dict]:
     """The model makes no cache for the duration, whatever its head: its configurations say so, and so do the options
     yielded, to be passed to its forward where that has the parameter."""
-    configs: dict[int, Any] = {id(m.config): m.config for m in model.modules()
-               if getattr(getattr(m, "config", None), "use_cache", False)}
+    configs: dict[int, Any] = {
+        id(m.config): m.config for m in model.modules() if getattr(getattr(m, "config", None), "use_cache", False)
+    }
     try:
         for config in configs.values():
             config.use_cache = False

@@ -38,8 +38,11 @@ def expert_lists(block: nn.Module) -> dict[str, int]:
         if isinstance(module, (nn.ModuleList, nn.ModuleDict)) and len(module) > 1:
             members = list(module.children())
             alike = len({type(m) for m in members}) == 1 and any(isinstance(m, nn.Linear) for m in members[0].modules())
-            beside = [p for name, p in modules[_parent(path)].named_parameters()
-                      if not f"{_parent(path)}.{name}".lstrip(".").startswith(f"{path}.")]
+            beside = [
+                p
+                for name, p in modules[_parent(path)].named_parameters()
+                if not f"{_parent(path)}.{name}".lstrip(".").startswith(f"{path}.")
+            ]
             if alike and any(p.ndim == 2 and p.shape[0] == len(module) for p in beside):
                 found[path] = len(module)
     return found
@@ -73,7 +76,7 @@ def routers(block: nn.Module) -> set[str]:
         branches: dict[str, list[str]] = {}
         for path in linear:
             if _inside(path, holder):
-                first = path[len(holder):].lstrip(".").partition(".")[0]
+                first = path[len(holder) :].lstrip(".").partition(".")[0]
                 branches.setdefault(f"{holder}.{first}".lstrip("."), []).append(path)
         for branch, paths in branches.items():
             narrow = branch not in lists and all(linear[path] in numbers | {1} for path in paths)

@@ -22,8 +22,18 @@ from torch import Tensor
 
 from pyprune.config import ConfigError
 
-CODES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-         "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+CODES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 NAMES = {dtype: code for code, dtype in CODES.items()}
 CHUNK = 16 * 2**20
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -71,8 +81,11 @@ def write_shard(path: Path, tensors: dict[str, Tensor]) -> str:
     offset = 0
     for name, tensor in tensors.items():
         size = tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape),
-                        "data_offsets": [offset, offset + size]}
+        header[name] = {
+            "dtype": NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + size],
+        }
         offset += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -88,8 +101,8 @@ def _write(path: Path, first: list[memoryview], rest=(), size: int = 0) -> str:
             for group in (first, rest):
                 for part in group:
                     for start in range(0, len(part), CHUNK):
-                        digest.update(part[start:start + CHUNK])
-                        file.write(part[start:start + CHUNK])
+                        digest.update(part[start : start + CHUNK])
+                        file.write(part[start : start + CHUNK])
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -119,22 +132,27 @@ class Shard:
             with open(self.path, "rb") as file:
                 length = int.from_bytes(file.read(8), "little")
                 if size < 8 or length > size - 8:
-                    raise ConfigError(f"{self.path} is truncated or no safetensors file: its header of {length} bytes "
-                                      f"does not fit its {size} bytes; download or write it again")
+                    raise ConfigError(
+                        f"{self.path} is truncated or no safetensors file: its header of {length} bytes "
+                        f"does not fit its {size} bytes; download or write it again"
+                    )
                 header = json.loads(file.read(length))
         except OSError as error:
             raise ConfigError(f"cannot read {self.path}: {error.strerror}") from error
         except ValueError as error:
             if isinstance(error, ConfigError):
                 raise
-            raise ConfigError(f"{self.path} is damaged: its header is not valid JSON; download or write it "
-                              "again") from error
+            raise ConfigError(
+                f"{self.path} is damaged: its header is not valid JSON; download or write it again"
+            ) from error
         self.start = 8 + length
         self.entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
         end = max((entry["data_offsets"][1] for entry in self.entries.values()), default=0)
         if self.start + end > size:
-            raise ConfigError(f"{self.path} is truncated: its tensors end at byte {self.start + end}, the file at "
-                              f"{size}; download or write it again")
+            raise ConfigError(
+                f"{self.path} is truncated: its tensors end at byte {self.start + end}, the file at "
+                f"{size}; download or write it again"
+            )
 
     @property
     def bytes(self) -> int:
@@ -145,8 +163,10 @@ class Shard:
         """Type and shape of a tensor, from the header."""
         entry = self.entries[name]
         if entry["dtype"] not in CODES:
-            raise ConfigError(f"{name} in {self.path} is stored as {entry['dtype']}, which pyprune does not prune; "
-                              "convert the checkpoint to bfloat16, float16 or float32")
+            raise ConfigError(
+                f"{name} in {self.path} is stored as {entry['dtype']}, which pyprune does not prune; "
+                "convert the checkpoint to bfloat16, float16 or float32"
+            )
         return CODES[entry["dtype"]], tuple(entry["shape"])
 
     def read(self, name: str, pin: bool = False) -> Tensor:
@@ -155,15 +175,17 @@ class Shard:
         tensor = torch.empty(shape, dtype=dtype, pin_memory=pin)
         start, stop = self.entries[name]["data_offsets"]
         if stop - start != tensor.numel() * tensor.element_size():
-            raise ConfigError(f"{name} in {self.path} has {stop - start} bytes, its shape {list(shape)} needs "
-                              f"{tensor.numel() * tensor.element_size()}; the file is damaged")
+            raise ConfigError(
+                f"{name} in {self.path} has {stop - start} bytes, its shape {list(shape)} needs "
+                f"{tensor.numel() * tensor.element_size()}; the file is damaged"
+            )
         if not tensor.numel():
             return tensor
         view, done = memory_of(tensor), 0
         handle = os.open(self.path, os.O_RDONLY)
         try:
             while done < len(view):
-                got = os.preadv(handle, [view[done:done + CHUNK]], self.start + start + done)
+                got = os.preadv(handle, [view[done : done + CHUNK]], self.start + start + done)
                 if got == 0:
                     raise ConfigError(f"{self.path} ended inside {name}; it is truncated: download or write it again")
                 done += got
@@ -209,8 +231,9 @@ class Files:
 
     @property
     def bytes(self) -> int:
-        return sum(stop - start for name, shard in self.where.items()
-                   for start, stop in [shard.entries[name]["data_offsets"]])
+        return sum(
+            stop - start for name, shard in self.where.items() for start, stop in [shard.entries[name]["data_offsets"]]
+        )
 
     def bytes_as(self, dtype: torch.dtype) -> int:
         """What the tensors take in memory when the floating-point ones are of this type."""

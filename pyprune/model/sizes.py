@@ -15,8 +15,15 @@ HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
 GROUPS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
 HEADS_PER_GROUP = "num_key_value_groups"
 WIDTHS = ("all_head_size", "split_size")
-NEURONS = ("intermediate_size", "intermediate_dim", "ffn_dim", "moe_intermediate_size", "n_inner", "ffn_hidden_size",
-           "d_ff")
+NEURONS = (
+    "intermediate_size",
+    "intermediate_dim",
+    "ffn_dim",
+    "moe_intermediate_size",
+    "n_inner",
+    "ffn_hidden_size",
+    "d_ff",
+)
 EXPERT_NEURONS = "moe_intermediate_size"
 BIAS_FLAGS = ("mlp_bias", "attention_bias", "use_bias", "enable_bias")
 """Names of config fields that give linear layers biases."""
@@ -40,8 +47,9 @@ def head_attributes(module: nn.Module, before: Heads, after: Heads) -> dict:
     """New values of the attributes in which a module keeps its heads, and under ``config`` of those in its config."""
     values: dict = {name: after.count for name in HEADS if getattr(module, name, None) == before.count}
     values |= {name: after.groups for name in GROUPS if getattr(module, name, None) == before.groups}
-    values |= {name: after.count * after.size for name in WIDTHS
-               if getattr(module, name, None) == before.count * before.size}
+    values |= {
+        name: after.count * after.size for name in WIDTHS if getattr(module, name, None) == before.count * before.size
+    }
     if getattr(module, HEADS_PER_GROUP, None) == before.count // before.groups:
         values[HEADS_PER_GROUP] = after.count // after.groups
     if hasattr(module, "config"):
@@ -117,6 +125,7 @@ def apply_attributes(module: nn.Module, values: dict) -> None:
 
 def sized_class(cls: Any, sizes: dict) -> Any:
     """A subclass of a Hugging Face model class whose instances have the shapes of ``sizes`` (a :func:`layout`)."""
+
     def init(self, config, *args, **kwargs):
         cls.__init__(self, config, *args, **kwargs)
         _resize(self, sizes)

@@ -33,8 +33,9 @@ class Watch:
     What is watched is this very module; a copy of it on another device needs a watch of its own.
     """
 
-    def __init__(self, block: nn.Module, refs: Iterable[WeightRef], see: See | None = None, *,
-                 replace: Replace | None = None):
+    def __init__(
+        self, block: nn.Module, refs: Iterable[WeightRef], see: See | None = None, *, replace: Replace | None = None
+    ):
         refs = list(refs)
         self.shared: set[WeightRef] = set()
         """Weights that several modules of the block multiply with."""
@@ -61,7 +62,8 @@ class Watch:
             mode = _ExpertMode(experts, see, replace)
             self._handles += [
                 block.register_forward_pre_hook(lambda *_: mode.__enter__() and None, prepend=True),
-                block.register_forward_hook(lambda *_: mode.__exit__(None, None, None), always_call=True)]
+                block.register_forward_hook(lambda *_: mode.__exit__(None, None, None), always_call=True),
+            ]
 
     def close(self) -> None:
         for handle in self._handles:
@@ -82,12 +84,14 @@ def _input(args: tuple, kwargs: dict) -> Tensor:
 def _before(ref: WeightRef, see: See):
     def hook(module, args, kwargs):
         see(ref, _input(args, kwargs))
+
     return hook
 
 
 def _after(ref: WeightRef, replace: Replace):
     def hook(module, args, kwargs, output):
         return replace(ref, _input(args, kwargs), output)
+
     return hook
 
 
@@ -126,6 +130,7 @@ def expert_loop(config) -> Iterator[None]:
 
 def begin_gradients(block: nn.Module):
     """Gradients begin at the hidden states that a block is called with; returns the handle that ends it."""
+
     def hook(module, args, kwargs):
         hidden = args[0] if args else kwargs["hidden_states"]
         if hidden.requires_grad:

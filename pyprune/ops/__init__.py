@@ -47,15 +47,29 @@ LIBRARY_FIRST: tuple[str, ...] = ("reference", "cpu")
 # GPU nothing but the reference is taken before it has proved itself there; the reference is the library's product
 # (cuBLAS, cuSOLVER), the last resort and, for large systems, the first choice.
 AUTO: dict[str, dict[str, tuple[str, ...]]] = {
-    "cpu": dict.fromkeys(classes.KEYS, OWN_FIRST) | dict.fromkeys(
+    "cpu": dict.fromkeys(classes.KEYS, OWN_FIRST)
+    | dict.fromkeys(
         ("linear/few-rows", "cholesky/medium", "cholesky/large", "cholesky_solve/medium", "cholesky_solve/large"),
-        LIBRARY_FIRST),
-    "cuda": dict.fromkeys(classes.KEYS, ("cuda", "triton", "reference")) | dict.fromkeys(
-        ("gram_update/float32", "gram_update/16-bit", "gram_update/16-bit-wide", "cross_gram_update/float32",
-         "cross_gram_update/16-bit", "column_moments", "liar_update"), ("triton", "reference")) | dict.fromkeys(
+        LIBRARY_FIRST,
+    ),
+    "cuda": dict.fromkeys(classes.KEYS, ("cuda", "triton", "reference"))
+    | dict.fromkeys(
+        (
+            "gram_update/float32",
+            "gram_update/16-bit",
+            "gram_update/16-bit-wide",
+            "cross_gram_update/float32",
+            "cross_gram_update/16-bit",
+            "column_moments",
+            "liar_update",
+        ),
+        ("triton", "reference"),
+    )
+    | dict.fromkeys(
         ("cholesky/medium", "cholesky/large", "cholesky_solve/medium", "cholesky_solve/large"),
-        ("reference", "cuda", "triton")) | dict.fromkeys(
-        ("trailing_update", "linear/few-rows", "linear/rows", "linear/rows-wide"), ("reference",)),
+        ("reference", "cuda", "triton"),
+    )
+    | dict.fromkeys(("trailing_update", "linear/few-rows", "linear/rows", "linear/rows-wide"), ("reference",)),
 }
 
 _forced: contextvars.ContextVar[dict[str, str] | None] = contextvars.ContextVar("pyprune_backend", default=None)
@@ -127,9 +141,14 @@ def backend(name: str):
 def candidates(device: str) -> qualification.Candidates:
     """Class of an op → what ``auto`` may take for tensors on a type of device, usable here; for a CPU the forward
     passes too."""
-    found = {key: [TABLE[name].candidate(classes.op_of(key)) for name in names
-                   if TABLE[name].why_not(classes.op_of(key), device) is None]
-             for key, names in AUTO[device].items()}
+    found = {
+        key: [
+            TABLE[name].candidate(classes.op_of(key))
+            for name in names
+            if TABLE[name].why_not(classes.op_of(key), device) is None
+        ]
+        for key, names in AUTO[device].items()
+    }
     if device == "cpu":
         plain = {"name": "torch", "module": "contextlib", "function": "nullcontext"}
         own = {"name": "pyprune", "module": "pyprune.execution.cpu_forward", "function": "ForwardMode"}
@@ -143,8 +162,9 @@ def verdicts(device: str, *, measure: bool = True, again: bool = False) -> dict[
     return qualification.verdicts(device, candidates(device), measure=measure, again=again)
 
 
-_pinned: contextvars.ContextVar[dict[str, dict[str, str]] | None] = contextvars.ContextVar("pyprune_pinned",
-                                                                                          default=None)
+_pinned: contextvars.ContextVar[dict[str, dict[str, str]] | None] = contextvars.ContextVar(
+    "pyprune_pinned", default=None
+)
 _settled: dict[tuple[str, bool], dict[str, str]] = {}
 
 
@@ -185,18 +205,24 @@ def check_backend(text: str, device: str) -> str | None:
         if (reason := TABLE[name].unusable(device)) is not None:
             raise ConfigError(f"backend {text!r} cannot run on {device}: {reason}; pyprune env shows what can")
         absent = {op: name for op in OPS if op not in named and TABLE[name].why_not(op, device) is not None}
-    refused = {op: reason for op, name in named.items()
-               if op and name != "auto" and (reason := TABLE[name].why_not(op, device)) is not None}
+    refused = {
+        op: reason
+        for op, name in named.items()
+        if op and name != "auto" and (reason := TABLE[name].why_not(op, device)) is not None
+    }
     if refused:
-        raise ConfigError(f"backend {text!r} cannot run on {device}: {'; '.join(dict.fromkeys(refused.values()))}; "
-                          "pyprune env shows what can")
+        raise ConfigError(
+            f"backend {text!r} cannot run on {device}: {'; '.join(dict.fromkeys(refused.values()))}; "
+            "pyprune env shows what can"
+        )
     if not absent:
         return None
     return f"the {named['']} back-end has no {', no '.join(absent)}: there the choice is automatic"
 
 
-def settle(device: str, recorded: dict[str, dict[str, str]] | None = None,
-           asked: str = "auto") -> dict[str, dict[str, str]]:
+def settle(
+    device: str, recorded: dict[str, dict[str, str]] | None = None, asked: str = "auto"
+) -> dict[str, dict[str, str]]:
     """What a run on a type of device takes, device → class of op → name, for :func:`pinned`: what an interrupted one
     recorded, else what was asked for or is in force now, measured if need be. Raises ConfigError for what cannot be
     followed here."""
@@ -217,8 +243,7 @@ def settle(device: str, recorded: dict[str, dict[str, str]] | None = None,
 def _trusted(device: str, choices: dict[str, str]) -> dict[str, str]:
     """The reference in place of what has failed on this machine since."""
     known = verdicts(device, measure=False)
-    return {key: "reference" if name in known.get(key, {}).get("failed", {}) else name
-            for key, name in choices.items()}
+    return {key: "reference" if name in known.get(key, {}).get("failed", {}) else name for key, name in choices.items()}
 
 
 def _check_recorded(recorded: dict[str, dict[str, str]]) -> None:
@@ -227,9 +252,11 @@ def _check_recorded(recorded: dict[str, dict[str, str]]) -> None:
         for key, name in choices.items():
             op = classes.op_of(key)
             if key not in known or (op in OPS and (reason := TABLE[name].why_not(op, device)) is not None):
-                raise ConfigError(f"the interrupted run took the {name} back-end for {key}, which cannot run here: "
-                                  f"{reason if key in known else 'there is no such op'}; resume it where it began, or "
-                                  "start anew in another folder")
+                raise ConfigError(
+                    f"the interrupted run took the {name} back-end for {key}, which cannot run here: "
+                    f"{reason if key in known else 'there is no such op'}; resume it where it began, or "
+                    "start anew in another folder"
+                )
 
 
 @contextlib.contextmanager
@@ -301,8 +328,10 @@ def _like(name: str, x: Tensor | None, shape: tuple, dtype: torch.dtype, device:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
     if tuple(x.shape) != tuple(shape) or x.dtype != dtype or x.device != device:
-        raise ValueError(f"{name} must be {str(dtype)[6:]} {tuple(shape)} on {device}, "
-                         f"got {str(x.dtype)[6:]} {tuple(x.shape)} on {x.device}")
+        raise ValueError(
+            f"{name} must be {str(dtype)[6:]} {tuple(shape)} on {device}, "
+            f"got {str(x.dtype)[6:]} {tuple(x.shape)} on {x.device}"
+        )
 
 
 def _accumulator(name: str, x: Tensor, shape: tuple, device: torch.device) -> None:
@@ -316,8 +345,9 @@ def _written(name: str, x: Tensor) -> None:
     span = 0
     for stride, size in sorted((stride, size) for stride, size in zip(x.stride(), x.shape) if size > 1):
         if stride <= span:
-            raise ValueError(f"{name} is changed in place, but its elements overlap: shape {tuple(x.shape)}, "
-                             f"strides {x.stride()}")
+            raise ValueError(
+                f"{name} is changed in place, but its elements overlap: shape {tuple(x.shape)}, strides {x.stride()}"
+            )
         span += stride * (size - 1)
 
 
@@ -328,8 +358,15 @@ def _group(n: int, m: int, columns: int) -> None:
         raise ValueError(f"{n}:{m} needs a width divisible by {m}, got {columns}")
 
 
-def gram_update(gram: Tensor, x: Tensor, *, sums: Tensor | None = None, count: Tensor | None = None,
-                mask: Tensor | None = None, precision: str = "float32") -> None:
+def gram_update(
+    gram: Tensor,
+    x: Tensor,
+    *,
+    sums: Tensor | None = None,
+    count: Tensor | None = None,
+    mask: Tensor | None = None,
+    precision: str = "float32",
+) -> None:
     """``gram += xᵀx`` (symmetric, in place), with ``sums += Σx`` and ``count += tokens`` in the same pass.
 
     gram: float32 ``[c, c]``, contiguous; x: ``[tokens, c]``, any strides; sums: float32 ``[c]``; count: int64 scalar
@@ -356,8 +393,10 @@ def cross_gram_update(cross: Tensor, y: Tensor, x: Tensor, *, mask: Tensor | Non
     _matrix("x", x)
     _matrix("y", y)
     if y.shape[0] != x.shape[0] or y.dtype != x.dtype or y.device != x.device:
-        raise ValueError(f"y and x need the same tokens, dtype and device, got {tuple(y.shape)} {y.dtype} {y.device} "
-                         f"and {tuple(x.shape)} {x.dtype} {x.device}")
+        raise ValueError(
+            f"y and x need the same tokens, dtype and device, got {tuple(y.shape)} {y.dtype} {y.device} "
+            f"and {tuple(x.shape)} {x.dtype} {x.device}"
+        )
     _accumulator("cross", cross, (y.shape[1], x.shape[1]), x.device)
     _like("mask", mask, (x.shape[0],), torch.bool, x.device)
     _implementation(classes.cross_gram(x), x.device)(cross, y, x, mask=mask)
@@ -426,8 +465,9 @@ def expand_24(values: Tensor, meta: Tensor) -> Tensor:
     return _implementation("expand_24", values.device)(values, meta)
 
 
-def obs_sweep(w: Tensor, r: Tensor, *, mask: Tensor | None = None, k: int | None = None,
-              nm: tuple[int, int] | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def obs_sweep(
+    w: Tensor, r: Tensor, *, mask: Tensor | None = None, k: int | None = None, nm: tuple[int, int] | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """OBS sweep of one column block (SparseGPT, arXiv 2301.00774, algorithm 1), in place on ``w``.
 
     w: float32 ``[rows, b]``, unit column stride, b ≤ 1024, finite; r: float32 ``[b, b]``, the block of the upper
@@ -497,8 +537,9 @@ def cholesky_solve(a: Tensor, b: Tensor, *, damping: Tensor | None = None) -> tu
     return _implementation(classes.systems("cholesky_solve", a), a.device)(a, b, damping=damping)
 
 
-def liar_update(weight: Tensor, keep: Tensor, drop: Tensor, q: Tensor, *, bias: Tensor | None = None,
-                mean: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+def liar_update(
+    weight: Tensor, keep: Tensor, drop: Tensor, q: Tensor, *, bias: Tensor | None = None, mean: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
     """LIAR's interpolation (arXiv 2407.13331): ``W' = W_K + W_D Qᵀ``, ``b' = b + W_D (μ_D − Qᵀ μ_K)``.
 
     weight: ``[r, c]``; keep int64 ``[K]``; drop int64 ``[D]``; q float32 ``[K, D]``; mean float32 ``[c]`` or None for
@@ -520,10 +561,17 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     gradient is wanted the reference runs, unless a back-end is named.
     """
     _matrix("w", w)
-    if (not isinstance(x, Tensor) or x.ndim < 1 or x.shape[-1] != w.shape[1] or x.dtype != w.dtype
-            or x.device != w.device):
-        raise ValueError(f"x must be {str(w.dtype)[6:]} [..., {w.shape[1]}] on {w.device}, got "
-                         f"{str(getattr(x, 'dtype', type(x).__name__))[6:]} {tuple(getattr(x, 'shape', ()))}")
+    if (
+        not isinstance(x, Tensor)
+        or x.ndim < 1
+        or x.shape[-1] != w.shape[1]
+        or x.dtype != w.dtype
+        or x.device != w.device
+    ):
+        raise ValueError(
+            f"x must be {str(w.dtype)[6:]} [..., {w.shape[1]}] on {w.device}, got "
+            f"{str(getattr(x, 'dtype', type(x).__name__))[6:]} {tuple(getattr(x, 'shape', ()))}"
+        )
     _like("bias", bias, (w.shape[0],), w.dtype, w.device)
     wants_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w, bias))
     if wants_gradient and not _forced.get():

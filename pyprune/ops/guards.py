@@ -51,7 +51,8 @@ def moments(x: Tensor, count: Tensor, mean: Tensor, m2: Tensor) -> Tensor:
     true, square = wide.mean(0), wide.square().mean(0)
     centred = (wide - true).square().sum(0)
     close = ((mean[columns] - true).abs() <= MOMENTS * square.sqrt()).all() & (
-        (m2[columns] - centred).abs() <= MOMENTS * len(x) * square).all()
+        (m2[columns] - centred).abs() <= MOMENTS * len(x) * square
+    ).all()
     return square.isfinite().all() & ~(close & (count == len(x)))
 
 
@@ -62,8 +63,15 @@ def _disordered(score: Tensor, keep: Tensor) -> Tensor:
     return (dropped > kept * (1 + 1e-5)).any()
 
 
-def chosen(w: Tensor, keep: Tensor, scale: Tensor | None, *, nm: tuple[int, int] | None = None,
-           per_row: int = 0, total: int | None = None) -> Tensor:
+def chosen(
+    w: Tensor,
+    keep: Tensor,
+    scale: Tensor | None,
+    *,
+    nm: tuple[int, int] | None = None,
+    per_row: int = 0,
+    total: int | None = None,
+) -> Tensor:
     """``keep`` is to have the largest ``|w| · scale`` of every m, a row or all: exactly ``per_row`` or ``total``."""
     if not w.numel():
         return torch.zeros((), dtype=torch.bool, device=w.device)

@@ -44,8 +44,10 @@ def unusable(name: str) -> str | None:
             return reason
         major, minor = torch.cuda.get_device_capability()
         if not _has_image(_C.cuda_architectures, major, minor):
-            return (f"this build has kernels for {_C.cuda_architectures}, not for this GPU's compute capability "
-                    f"{major}.{minor}: rebuild with PYPRUNE_CUDA_ARCHS=native")
+            return (
+                f"this build has kernels for {_C.cuda_architectures}, not for this GPU's compute capability "
+                f"{major}.{minor}: rebuild with PYPRUNE_CUDA_ARCHS=native"
+            )
     return None
 
 
@@ -62,8 +64,10 @@ def _has_image(architectures: str, major: int, minor: int) -> bool:
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 NAN_SCORE = "{0} has NaN scores, so there is no order to select by; {0} is unchanged"
-NOT_FINITE = ("the sweep needs finite w and r and a positive diagonal of r (non-finite weights or activations, or a "
-              "failed factorisation, come before it); w is unchanged")
+NOT_FINITE = (
+    "the sweep needs finite w and r and a positive diagonal of r (non-finite weights or activations, or a "
+    "failed factorisation, come before it); w is unchanged"
+)
 TOO_DENSE = "not a 2:4 matrix: some group of 4 columns has more than 2 non-zeros"
 BAD_META = "metadata is not that of a 2:4 matrix: a group of 4 columns names one place twice"
 
@@ -81,36 +85,83 @@ def _dense(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
-def gram_update_cpu(gram: Tensor, x: Tensor, *, sums: Tensor | None = None, count: Tensor | None = None,
-                    mask: Tensor | None = None, precision: str = "float32") -> None:
+def gram_update_cpu(
+    gram: Tensor,
+    x: Tensor,
+    *,
+    sums: Tensor | None = None,
+    count: Tensor | None = None,
+    mask: Tensor | None = None,
+    precision: str = "float32",
+) -> None:
     x, mask = _unit(x), _dense(mask)
     total = sums if sums is None or sums.is_contiguous() else sums.contiguous()
-    _C.gram_update_cpu(gram.data_ptr(), x.data_ptr(), *x.shape, x.stride(0), TYPES[x.dtype], _address(total),
-                       _address(count), _address(mask), precision == "bfloat16", torch.get_num_threads())
+    _C.gram_update_cpu(
+        gram.data_ptr(),
+        x.data_ptr(),
+        *x.shape,
+        x.stride(0),
+        TYPES[x.dtype],
+        _address(total),
+        _address(count),
+        _address(mask),
+        precision == "bfloat16",
+        torch.get_num_threads(),
+    )
     if sums is not None and total is not None and total is not sums:
         sums.copy_(total)
 
 
 def cross_gram_update_cpu(cross: Tensor, y: Tensor, x: Tensor, *, mask: Tensor | None = None) -> None:
     y, x, mask = _unit(y), _unit(x), _dense(mask)
-    _C.cross_gram_update_cpu(cross.data_ptr(), y.data_ptr(), y.shape[1], y.stride(0), x.data_ptr(), x.shape[1],
-                             x.stride(0), x.shape[0], TYPES[x.dtype], _address(mask), torch.get_num_threads())
+    _C.cross_gram_update_cpu(
+        cross.data_ptr(),
+        y.data_ptr(),
+        y.shape[1],
+        y.stride(0),
+        x.data_ptr(),
+        x.shape[1],
+        x.stride(0),
+        x.shape[0],
+        TYPES[x.dtype],
+        _address(mask),
+        torch.get_num_threads(),
+    )
 
 
 def column_moments_cpu(x: Tensor, *, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     x, mask = _unit(x), _dense(mask)
     mean, m2 = torch.empty(x.shape[1]), torch.empty(x.shape[1])
-    count = _C.column_moments_cpu(x.data_ptr(), *x.shape, x.stride(0), TYPES[x.dtype], _address(mask),
-                                  mean.data_ptr(), m2.data_ptr(), torch.get_num_threads())
+    count = _C.column_moments_cpu(
+        x.data_ptr(),
+        *x.shape,
+        x.stride(0),
+        TYPES[x.dtype],
+        _address(mask),
+        mean.data_ptr(),
+        m2.data_ptr(),
+        torch.get_num_threads(),
+    )
     return torch.tensor(count, dtype=torch.int64), mean, m2
 
 
-def select_mask_cpu(w: Tensor, k: int, *, scale: Tensor | None = None, scope: str = "row",
-                    apply: bool = False) -> Tensor:
+def select_mask_cpu(
+    w: Tensor, k: int, *, scale: Tensor | None = None, scope: str = "row", apply: bool = False
+) -> Tensor:
     work, scale = _unit(w), _dense(scale)
     mask = torch.empty(w.shape, dtype=torch.bool)
-    if not _C.select_mask_cpu(work.data_ptr(), work.stride(0), *w.shape, TYPES[w.dtype], _address(scale), k,
-                              scope == "row", apply, mask.data_ptr(), torch.get_num_threads()):
+    if not _C.select_mask_cpu(
+        work.data_ptr(),
+        work.stride(0),
+        *w.shape,
+        TYPES[w.dtype],
+        _address(scale),
+        k,
+        scope == "row",
+        apply,
+        mask.data_ptr(),
+        torch.get_num_threads(),
+    ):
         raise ValueError(NAN_SCORE.format("w"))
     if apply and work is not w:
         w.copy_(work)
@@ -120,8 +171,18 @@ def select_mask_cpu(w: Tensor, k: int, *, scale: Tensor | None = None, scope: st
 def nm_mask_cpu(w: Tensor, n: int, m: int, *, scale: Tensor | None = None, apply: bool = False) -> Tensor:
     work, scale = _unit(w), _dense(scale)
     mask = torch.empty(w.shape, dtype=torch.bool)
-    if not _C.nm_mask_cpu(work.data_ptr(), work.stride(0), *w.shape, TYPES[w.dtype], _address(scale), n, m, apply,
-                          mask.data_ptr(), torch.get_num_threads()):
+    if not _C.nm_mask_cpu(
+        work.data_ptr(),
+        work.stride(0),
+        *w.shape,
+        TYPES[w.dtype],
+        _address(scale),
+        n,
+        m,
+        apply,
+        mask.data_ptr(),
+        torch.get_num_threads(),
+    ):
         raise ValueError(NAN_SCORE.format("w"))
     if apply and work is not w:
         w.copy_(work)
@@ -133,8 +194,9 @@ def compress_24_cpu(w: Tensor) -> tuple[Tensor, Tensor]:
     rows, columns = w.shape
     values = torch.empty((rows, columns // 2), dtype=w.dtype)
     meta = torch.empty((rows, columns // 16), dtype=torch.int16)
-    if not _C.compress_24_cpu(w.data_ptr(), w.stride(0), rows, columns, values.data_ptr(), meta.data_ptr(),
-                              torch.get_num_threads()):
+    if not _C.compress_24_cpu(
+        w.data_ptr(), w.stride(0), rows, columns, values.data_ptr(), meta.data_ptr(), torch.get_num_threads()
+    ):
         raise ValueError(TOO_DENSE)
     return values, meta
 
@@ -147,8 +209,9 @@ def expand_24_cpu(values: Tensor, meta: Tensor) -> Tensor:
     return w
 
 
-def obs_sweep_cpu(w: Tensor, r: Tensor, *, mask: Tensor | None = None, k: int | None = None,
-                  nm: tuple[int, int] | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def obs_sweep_cpu(
+    w: Tensor, r: Tensor, *, mask: Tensor | None = None, k: int | None = None, nm: tuple[int, int] | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     if k is not None:
         mask = select_mask_cpu(w, k, scale=1 / r.diagonal(), scope="matrix")
     if mask is None:
@@ -158,24 +221,45 @@ def obs_sweep_cpu(w: Tensor, r: Tensor, *, mask: Tensor | None = None, k: int | 
     r = _unit(r)
     n, m = nm or (0, 0)
     error, loss = torch.empty(w.shape), torch.empty(w.shape[0])
-    if not _C.obs_sweep_cpu(w.data_ptr(), w.stride(0), r.data_ptr(), r.stride(0), *w.shape, keep.data_ptr(), n, m,
-                            error.data_ptr(), loss.data_ptr(), torch.get_num_threads()):
+    if not _C.obs_sweep_cpu(
+        w.data_ptr(),
+        w.stride(0),
+        r.data_ptr(),
+        r.stride(0),
+        *w.shape,
+        keep.data_ptr(),
+        n,
+        m,
+        error.data_ptr(),
+        loss.data_ptr(),
+        torch.get_num_threads(),
+    ):
         raise ValueError(NOT_FINITE)
     return keep, error, loss
 
 
 def trailing_update_cpu(w: Tensor, e: Tensor, r: Tensor) -> None:
     e, r = _unit(e), _unit(r)
-    _C.trailing_update_cpu(w.data_ptr(), w.stride(0), e.data_ptr(), e.stride(0), r.data_ptr(), r.stride(0), *w.shape,
-                           e.shape[1], torch.get_num_threads())
+    _C.trailing_update_cpu(
+        w.data_ptr(),
+        w.stride(0),
+        e.data_ptr(),
+        e.stride(0),
+        r.data_ptr(),
+        r.stride(0),
+        *w.shape,
+        e.shape[1],
+        torch.get_num_threads(),
+    )
 
 
 def cholesky_cpu(a: Tensor, *, damping: Tensor | None = None) -> tuple[Tensor, Tensor]:
     batch, n = a.shape[:2]
     a, damping = a.contiguous(), _dense(damping)
     factor, info = torch.empty(a.shape), torch.empty(batch, dtype=torch.int32)
-    _C.cholesky_cpu(a.data_ptr(), _address(damping), factor.data_ptr(), 0, 0, info.data_ptr(), batch, n, 0,
-                    torch.get_num_threads())
+    _C.cholesky_cpu(
+        a.data_ptr(), _address(damping), factor.data_ptr(), 0, 0, info.data_ptr(), batch, n, 0, torch.get_num_threads()
+    )
     return factor, info
 
 
@@ -183,18 +267,41 @@ def cholesky_solve_cpu(a: Tensor, b: Tensor, *, damping: Tensor | None = None) -
     batch, n = a.shape[:2]
     a, b, damping = a.contiguous(), b.contiguous(), _dense(damping)
     x, info = torch.empty(b.shape), torch.empty(batch, dtype=torch.int32)
-    _C.cholesky_cpu(a.data_ptr(), _address(damping), 0, b.data_ptr(), x.data_ptr(), info.data_ptr(), batch, n,
-                    b.shape[2], torch.get_num_threads())
+    _C.cholesky_cpu(
+        a.data_ptr(),
+        _address(damping),
+        0,
+        b.data_ptr(),
+        x.data_ptr(),
+        info.data_ptr(),
+        batch,
+        n,
+        b.shape[2],
+        torch.get_num_threads(),
+    )
     return x, info
 
 
-def liar_update_cpu(weight: Tensor, keep: Tensor, drop: Tensor, q: Tensor, *, bias: Tensor | None = None,
-                    mean: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+def liar_update_cpu(
+    weight: Tensor, keep: Tensor, drop: Tensor, q: Tensor, *, bias: Tensor | None = None, mean: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
     updated = weight.index_select(1, keep).float().contiguous()
     dropped = weight.index_select(1, drop).float().contiguous()
     q = q.contiguous()
-    _C.linear_cpu(dropped.data_ptr(), drop.numel(), q.data_ptr(), drop.numel(), 0, updated.data_ptr(), keep.numel(),
-                  weight.shape[0], keep.numel(), drop.numel(), True, torch.get_num_threads())
+    _C.linear_cpu(
+        dropped.data_ptr(),
+        drop.numel(),
+        q.data_ptr(),
+        drop.numel(),
+        0,
+        updated.data_ptr(),
+        keep.numel(),
+        weight.shape[0],
+        keep.numel(),
+        drop.numel(),
+        True,
+        torch.get_num_threads(),
+    )
     if mean is not None:
         shift = dropped @ (mean[drop] - q.T @ mean[keep])
         bias = shift if bias is None else bias.float() + shift
@@ -208,8 +315,20 @@ def linear_cpu(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
         return reference.linear(x, w, bias)
     flat, w, bias = _unit(x.reshape(rows, inputs)), _unit(w), _dense(bias)
     out = torch.empty((*x.shape[:-1], outputs))
-    _C.linear_cpu(flat.data_ptr(), flat.stride(0), w.data_ptr(), w.stride(0), _address(bias), out.data_ptr(), outputs,
-                  rows, outputs, inputs, False, torch.get_num_threads())
+    _C.linear_cpu(
+        flat.data_ptr(),
+        flat.stride(0),
+        w.data_ptr(),
+        w.stride(0),
+        _address(bias),
+        out.data_ptr(),
+        outputs,
+        rows,
+        outputs,
+        inputs,
+        False,
+        torch.get_num_threads(),
+    )
     return out
 
 
@@ -218,8 +337,13 @@ def linear_cpu(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
 # check_cuda. What the faulty call left alone: the whole weight (select_mask with scope "matrix", a bad r in obs_sweep),
 # that row (select_mask, obs_sweep), that group (nm_mask).
 
-FAULTS = {"select_mask": NAN_SCORE.format("w"), "nm_mask": NAN_SCORE.format("w"), "compress_24": TOO_DENSE,
-          "expand_24": BAD_META, "obs_sweep": NOT_FINITE}
+FAULTS = {
+    "select_mask": NAN_SCORE.format("w"),
+    "nm_mask": NAN_SCORE.format("w"),
+    "compress_24": TOO_DENSE,
+    "expand_24": BAD_META,
+    "obs_sweep": NOT_FINITE,
+}
 _faults: dict[torch.device, Tensor] = {}
 
 
@@ -252,13 +376,26 @@ def _launch(op: str, device: torch.device, *arguments) -> None:
         getattr(_C, f"{op}_cuda")(device.index, *arguments, torch.cuda.current_stream(device).cuda_stream)
 
 
-def select_mask_cuda(w: Tensor, k: int, *, scale: Tensor | None = None, scope: str = "row",
-                     apply: bool = False) -> Tensor:
+def select_mask_cuda(
+    w: Tensor, k: int, *, scale: Tensor | None = None, scope: str = "row", apply: bool = False
+) -> Tensor:
     work, scale = _unit(w), _dense(scale)
     keep = torch.empty(w.shape, dtype=torch.bool, device=w.device)
     workspace = torch.empty(_C.cuda_select_workspace if scope == "matrix" else 0, dtype=torch.int32, device=w.device)
-    _launch("select_mask", w.device, work.data_ptr(), TYPES[w.dtype], *w.shape, work.stride(0), _address(scale), k,
-            apply, keep.data_ptr(), _fault("select_mask", w.device), workspace.data_ptr())
+    _launch(
+        "select_mask",
+        w.device,
+        work.data_ptr(),
+        TYPES[w.dtype],
+        *w.shape,
+        work.stride(0),
+        _address(scale),
+        k,
+        apply,
+        keep.data_ptr(),
+        _fault("select_mask", w.device),
+        workspace.data_ptr(),
+    )
     if apply and work is not w:
         w.copy_(work)
     return keep
@@ -267,8 +404,20 @@ def select_mask_cuda(w: Tensor, k: int, *, scale: Tensor | None = None, scope: s
 def nm_mask_cuda(w: Tensor, n: int, m: int, *, scale: Tensor | None = None, apply: bool = False) -> Tensor:
     work, scale = _unit(w), _dense(scale)
     keep = torch.empty(w.shape, dtype=torch.bool, device=w.device)
-    _launch("nm_mask", w.device, work.data_ptr(), TYPES[w.dtype], *w.shape, work.stride(0), _address(scale), n, m,
-            apply, keep.data_ptr(), _fault("nm_mask", w.device))
+    _launch(
+        "nm_mask",
+        w.device,
+        work.data_ptr(),
+        TYPES[w.dtype],
+        *w.shape,
+        work.stride(0),
+        _address(scale),
+        n,
+        m,
+        apply,
+        keep.data_ptr(),
+        _fault("nm_mask", w.device),
+    )
     if apply and work is not w:
         w.copy_(work)
     return keep
@@ -279,28 +428,41 @@ def compress_24_cuda(w: Tensor) -> tuple[Tensor, Tensor]:
     rows, columns = w.shape
     values = torch.empty((rows, columns // 2), dtype=w.dtype, device=w.device)
     meta = torch.empty((rows, columns // 16), dtype=torch.int16, device=w.device)
-    _launch("compress_24", w.device, w.data_ptr(), rows, columns, w.stride(0), values.data_ptr(), meta.data_ptr(),
-            _fault("compress_24", w.device))
+    _launch(
+        "compress_24",
+        w.device,
+        w.data_ptr(),
+        rows,
+        columns,
+        w.stride(0),
+        values.data_ptr(),
+        meta.data_ptr(),
+        _fault("compress_24", w.device),
+    )
     return values, meta
 
 
 def expand_24_cuda(values: Tensor, meta: Tensor) -> Tensor:
     values, meta = values.contiguous(), meta.contiguous()
     w = torch.empty((values.shape[0], values.shape[1] * 2), dtype=values.dtype, device=values.device)
-    _launch("expand_24", w.device, values.data_ptr(), meta.data_ptr(), *w.shape, w.data_ptr(),
-            _fault("expand_24", w.device))
+    _launch(
+        "expand_24", w.device, values.data_ptr(), meta.data_ptr(), *w.shape, w.data_ptr(), _fault("expand_24", w.device)
+    )
     return w
 
 
-def obs_sweep_cuda(w: Tensor, r: Tensor, *, mask: Tensor | None = None, k: int | None = None,
-                   nm: tuple[int, int] | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def obs_sweep_cuda(
+    w: Tensor, r: Tensor, *, mask: Tensor | None = None, k: int | None = None, nm: tuple[int, int] | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """A launch takes 128 columns: wider blocks are swept in pieces, the update between them one product each."""
     fault = _fault("obs_sweep", w.device)
     rows, columns = w.shape
     n, m = nm or (0, 1)
     if m > _C.cuda_sweep_columns:
-        raise ValueError(f"the cuda back-end chooses among at most {_C.cuda_sweep_columns} weights while it sweeps, "
-                         f"got {n}:{m}; choose the mask first or use another back-end")
+        raise ValueError(
+            f"the cuda back-end chooses among at most {_C.cuda_sweep_columns} weights while it sweeps, "
+            f"got {n}:{m}; choose the mask first or use another back-end"
+        )
     if k is not None:
         mask = select_mask_cuda(w, k, scale=1 / r.diagonal(), scope="matrix")
     piece = _C.cuda_sweep_columns // m * m
@@ -313,11 +475,26 @@ def obs_sweep_cuda(w: Tensor, r: Tensor, *, mask: Tensor | None = None, k: int |
     for i, start in enumerate(range(0, columns, piece)):
         part = slice(start, min(start + piece, columns))
         chosen = 0 if mask is None else mask[:, part].data_ptr()
-        _launch("obs_sweep", w.device, w[:, part].data_ptr(), rows, part.stop - start, w.stride(0),
-                r[part, part].data_ptr(), r.stride(0), chosen, n, m, keep[:, part].data_ptr(),
-                error[:, part].data_ptr(), columns, loss[i].data_ptr(), fault)
+        _launch(
+            "obs_sweep",
+            w.device,
+            w[:, part].data_ptr(),
+            rows,
+            part.stop - start,
+            w.stride(0),
+            r[part, part].data_ptr(),
+            r.stride(0),
+            chosen,
+            n,
+            m,
+            keep[:, part].data_ptr(),
+            error[:, part].data_ptr(),
+            columns,
+            loss[i].data_ptr(),
+            fault,
+        )
         if part.stop < columns:
-            w[:, part.stop:].addmm_(error[:, part], r[part, part.stop:], alpha=-1)
+            w[:, part.stop :].addmm_(error[:, part], r[part, part.stop :], alpha=-1)
     return keep, error, loss[0] if len(loss) == 1 else loss.sum(0)
 
 

@@ -98,8 +98,10 @@ def _default_is(device: str) -> str:
 
 
 def _qualify(device: str, candidates: Candidates, digest: str, depends: dict) -> dict[str, dict]:
-    _say(f"measuring which back-end of each op is right and fastest on this {'GPU' if device != 'cpu' else 'machine'}, "
-         "once: under a minute")
+    _say(
+        f"measuring which back-end of each op is right and fastest on this {'GPU' if device != 'cpu' else 'machine'}, "
+        "once: under a minute"
+    )
     started = time.perf_counter()
     try:
         records = _measure(device, candidates)
@@ -110,10 +112,13 @@ def _qualify(device: str, candidates: Candidates, digest: str, depends: dict) ->
     for op, verdict in found.items():
         for name, reason in verdict["failed"].items():
             _say(f"{name} is not used for {op} on this machine: {reason}; {verdict['takes']} is")
-    others = [f"{op} {verdict['takes']}" for op, verdict in found.items()
-              if verdict["takes"] != candidates[op][0]["name"]]
-    _say(f"measured in {time.perf_counter() - started:.0f} s; not the first of its list: {', '.join(others) or 'none'} "
-         "(pyprune env shows all)")
+    others = [
+        f"{op} {verdict['takes']}" for op, verdict in found.items() if verdict["takes"] != candidates[op][0]["name"]
+    ]
+    _say(
+        f"measured in {time.perf_counter() - started:.0f} s; not the first of its list: {', '.join(others) or 'none'} "
+        "(pyprune env shows all)"
+    )
     _write(digest, {"key": depends, "measured": _now(), "verdicts": found})
     return found
 
@@ -170,12 +175,15 @@ def _ratio(seconds: dict[str, list[float]], slow: str, fast: str) -> float:
 def _measure(device: str, candidates: Candidates) -> dict[str, dict]:
     """Op → ``errors``, ``failed``, ``seconds`` by candidate. A process that a candidate ends is followed by another."""
     threads = _free_threads()
-    records: dict[str, dict] = {op: {"errors": {}, "failed": {}, "seconds": {}, "threads": threads}
-                                for op in candidates}
+    records: dict[str, dict] = {
+        op: {"errors": {}, "failed": {}, "seconds": {}, "threads": threads} for op in candidates
+    }
     waiting = list(candidates)
     while waiting:
-        jobs = [{"op": op, "candidates": [c for c in candidates[op] if c["name"] not in records[op]["failed"]]}
-                for op in waiting]
+        jobs = [
+            {"op": op, "candidates": [c for c in candidates[op] if c["name"] not in records[op]["failed"]]}
+            for op in waiting
+        ]
         ended = _run({"device": device, "threads": threads, "jobs": jobs}, records, waiting)
         if ended is not None:
             op, name, reason = ended
@@ -202,8 +210,14 @@ def _run(order: dict, records: dict[str, dict], waiting: list[str]) -> tuple[str
     lines: queue.Queue[str | None] = queue.Queue()
     trying = None
     with tempfile.TemporaryFile() as errors:
-        child = subprocess.Popen([sys.executable, "-c", start], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                 stderr=errors, text=True, env={**os.environ, "PYPRUNE_QUALIFY": "0"})
+        child = subprocess.Popen(
+            [sys.executable, "-c", start],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env={**os.environ, "PYPRUNE_QUALIFY": "0"},
+        )
         stdin, stdout = child.stdin, child.stdout
         if stdin is None or stdout is None:
             raise RuntimeError("a process that was started with pipes has none")
@@ -217,7 +231,7 @@ def _run(order: dict, records: dict[str, dict], waiting: list[str]) -> tuple[str
             while (line := lines.get(timeout=limit)) is not None:
                 if not line.startswith(MARK):
                     continue
-                event, limit = json.loads(line[len(MARK):]), STEP_SECONDS
+                event, limit = json.loads(line[len(MARK) :]), STEP_SECONDS
                 if "trying" in event:
                     trying = event["op"], event["trying"]
                 elif "done" in event:
@@ -278,15 +292,19 @@ def key(device: str, candidates: Candidates) -> dict:
     """Everything that a verdict for tensors on ``device`` depends on."""
     name, flags = _processor()
     return {
-        "device": device, "processor": name, "flags": flags, "torch": torch.__version__,
+        "device": device,
+        "processor": name,
+        "flags": flags,
+        "torch": torch.__version__,
         "torch_capability": torch.backends.cpu.get_cpu_capability(),
         "limits": {limit: os.environ[limit] for limit in LIMITS if limit in os.environ},
         "level": native._C.cpu_level() if native._C else None,
         "threads": "one" if torch.get_num_threads() == 1 else "several",
         "native": _file_digest(native._C.__file__) if native._C else None,
         "sources": _sources(tuple(sorted({c["module"] for list_ in candidates.values() for c in list_}))),
-        "candidates": {op: [[c["name"], c["module"], c["function"]] for c in list_]
-                       for op, list_ in candidates.items()},
+        "candidates": {
+            op: [[c["name"], c["module"], c["function"]] for c in list_] for op, list_ in candidates.items()
+        },
         **({} if device == "cpu" else {"gpu": _gpu()}),
     }
 
@@ -299,18 +317,27 @@ def _gpu() -> dict:
         triton = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
         triton = None
-    return {"name": properties.name, "capability": f"{properties.major}.{properties.minor}",
-            "multiprocessors": properties.multi_processor_count, "memory": properties.total_memory,
-            "driver": driver.read_text().splitlines()[0] if driver.is_file() else None, "cuda": torch.version.cuda,
-            "triton": triton, "tuned": os.environ.get("PYPRUNE_AUTOTUNE") == "1"}
+    return {
+        "name": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory": properties.total_memory,
+        "driver": driver.read_text().splitlines()[0] if driver.is_file() else None,
+        "cuda": torch.version.cuda,
+        "triton": triton,
+        "tuned": os.environ.get("PYPRUNE_AUTOTUNE") == "1",
+    }
 
 
 @functools.cache
 def _processor() -> tuple[str, str]:
     """Model name, and a digest of the instruction sets it has."""
     info = Path("/proc/cpuinfo")
-    fields = dict(line.split(":", 1) for line in info.read_text().split("\n\n")[0].splitlines() if ":" in line) \
-        if info.is_file() else {}
+    fields = (
+        dict(line.split(":", 1) for line in info.read_text().split("\n\n")[0].splitlines() if ":" in line)
+        if info.is_file()
+        else {}
+    )
     fields = {name.strip(): value.strip() for name, value in fields.items()}
     flags = fields.get("flags") or fields.get("Features") or ""
     name = fields.get("model name") or platform.processor() or platform.machine()
@@ -352,8 +379,10 @@ def _read(digest: str, depends: dict, candidates: Candidates) -> dict[str, dict]
     try:
         kept = json.loads(_path(digest).read_text())
         found = {op: kept["verdicts"][op] for op in candidates}
-        right = kept["key"] == depends and all(found[op]["takes"] in [c["name"] for c in candidates[op]]
-                                               and isinstance(found[op]["why"], str) for op in found)
+        right = kept["key"] == depends and all(
+            found[op]["takes"] in [c["name"] for c in candidates[op]] and isinstance(found[op]["why"], str)
+            for op in found
+        )
         return found if right else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -367,5 +396,7 @@ def _write(digest: str, value: dict) -> None:
             json.dump(value, file, indent=1)
         os.replace(file.name, path)
     except OSError as error:
-        _say(f"the verdicts cannot be kept in {path.parent} ({error.strerror or error}): they hold for this process, "
-             "and the next one measures again")
+        _say(
+            f"the verdicts cannot be kept in {path.parent} ({error.strerror or error}): they hold for this process, "
+            "and the next one measures again"
+        )

@@ -34,8 +34,15 @@ def _add_product(total: Tensor, y: Tensor, x: Tensor) -> None:
         total.addmm_(y.float().T, x.float())
 
 
-def gram_update(gram: Tensor, x: Tensor, *, sums: Tensor | None = None, count: Tensor | None = None,
-                mask: Tensor | None = None, precision: str = "float32") -> None:
+def gram_update(
+    gram: Tensor,
+    x: Tensor,
+    *,
+    sums: Tensor | None = None,
+    count: Tensor | None = None,
+    mask: Tensor | None = None,
+    precision: str = "float32",
+) -> None:
     for chunk in _rows(x, mask).split(CHUNK_TOKENS):
         chunk = chunk.to(torch.bfloat16) if precision == "bfloat16" else chunk
         _add_product(gram, chunk, chunk)
@@ -109,12 +116,15 @@ def expand_24(values: Tensor, meta: Tensor) -> Tensor:
     return sparse_semi_structured_to_dense_cutlass(values.contiguous(), meta.contiguous())
 
 
-def obs_sweep(w: Tensor, r: Tensor, *, mask: Tensor | None = None, k: int | None = None,
-              nm: tuple[int, int] | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def obs_sweep(
+    w: Tensor, r: Tensor, *, mask: Tensor | None = None, k: int | None = None, nm: tuple[int, int] | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     diagonal = r.diagonal()
     if not (w.isfinite().all() and r.isfinite().all() and (diagonal > 0).all()):
-        raise ValueError("the sweep needs finite w and r and a positive diagonal of r (non-finite weights or "
-                         "activations, or a failed factorisation, come before it); w is unchanged")
+        raise ValueError(
+            "the sweep needs finite w and r and a positive diagonal of r (non-finite weights or "
+            "activations, or a failed factorisation, come before it); w is unchanged"
+        )
     if k is not None:
         mask = select_mask(w, k, scale=1 / diagonal, scope="matrix")
     keep = torch.ones_like(w, dtype=torch.bool) if mask is None else mask.clone()
@@ -147,8 +157,9 @@ def cholesky_solve(a: Tensor, b: Tensor, *, damping: Tensor | None = None) -> tu
     return torch.cholesky_solve(b, factor), info
 
 
-def liar_update(weight: Tensor, keep: Tensor, drop: Tensor, q: Tensor, *, bias: Tensor | None = None,
-                mean: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+def liar_update(
+    weight: Tensor, keep: Tensor, drop: Tensor, q: Tensor, *, bias: Tensor | None = None, mean: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
     kept, dropped = weight[:, keep].float(), weight[:, drop].float()
     updated = kept + dropped @ q.T
     if mean is not None:

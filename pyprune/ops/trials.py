@@ -59,9 +59,9 @@ class Guarded:
         width = start.shape[-1] + gap if gap else 0
         size = start.numel() if not gap else start.shape[0] * width
         self.memory = torch.full((size + 2 * BAND,), GUARD, dtype=start.dtype, device=start.device)
-        inside = self.memory[BAND:BAND + size]
+        inside = self.memory[BAND : BAND + size]
         whole = inside.view(start.shape[0], width) if gap else inside.view(start.shape)
-        self.tensor, self.between = whole[..., :start.shape[-1]], whole[..., start.shape[-1]:]
+        self.tensor, self.between = whole[..., : start.shape[-1]], whole[..., start.shape[-1] :]
         if start.ndim:
             self.tensor.copy_(start)
 
@@ -82,8 +82,8 @@ def _within(x: Tensor, gap: int) -> Tensor:
     if not gap:
         return x
     whole = x.new_full((x.shape[0], x.shape[1] + gap), 7.0)
-    whole[:, 1:1 + x.shape[1]] = x
-    return whole[:, 1:1 + x.shape[1]]
+    whole[:, 1 : 1 + x.shape[1]] = x
+    return whole[:, 1 : 1 + x.shape[1]]
 
 
 def gram_update(device, tokens, c, dtype=torch.float32, gap=0) -> Case:
@@ -95,8 +95,14 @@ def gram_update(device, tokens, c, dtype=torch.float32, gap=0) -> Case:
         implementation(gram.tensor, x, sums=sums.tensor, count=count)
         return gram.checked(), sums.checked(), count
 
-    return Case(call, lambda: (start.double() + x.double().T @ x.double(), 1 + x.double().sum(0),
-                               torch.tensor(tokens, device=device)))
+    return Case(
+        call,
+        lambda: (
+            start.double() + x.double().T @ x.double(),
+            1 + x.double().sum(0),
+            torch.tensor(tokens, device=device),
+        ),
+    )
 
 
 def cross_gram_update(device, tokens, cy, cx, dtype=torch.float32, gap=0) -> Case:
@@ -114,8 +120,10 @@ def cross_gram_update(device, tokens, cy, cx, dtype=torch.float32, gap=0) -> Cas
 def column_moments(device, tokens, c, gap=0) -> Case:
     x, counted = _within(_normal(device, tokens, c) + 3, gap), torch.arange(tokens, device=device) % 5 > 0
     wide = x[counted].double()
-    return Case(lambda implementation: implementation(x, mask=counted),
-                lambda: (counted.sum(), wide.mean(0), (wide - wide.mean(0)).square().sum(0)))
+    return Case(
+        lambda implementation: implementation(x, mask=counted),
+        lambda: (counted.sum(), wide.mean(0), (wide - wide.mean(0)).square().sum(0)),
+    )
 
 
 def select_mask(device, rows, columns, scope, apply=True, gap=0) -> Case:
@@ -155,8 +163,11 @@ def _two_of_four(device, rows, columns, dtype) -> Tensor:
 
 def compress_24(device, rows, columns, dtype, gap=0) -> Case:
     w = _within(_two_of_four(device, rows, columns, dtype), gap)
-    return Case(lambda implementation: implementation(w),
-                lambda: tuple(t.double() if t.is_floating_point() else t for t in reference.compress_24(w)), 0.0)
+    return Case(
+        lambda implementation: implementation(w),
+        lambda: tuple(t.double() if t.is_floating_point() else t for t in reference.compress_24(w)),
+        0.0,
+    )
 
 
 def expand_24(device, rows, columns, dtype, gap=0) -> Case:
@@ -221,8 +232,11 @@ def cholesky_solve(device, batch, n, k, gap=0) -> Case:
     a, damping = _systems(device, batch, n)
     b = _normal(device, batch, n, k, seed=1)
     b = b.mT.contiguous().mT if gap else b
-    return Case(lambda implementation: implementation(a, b, damping=damping),
-                lambda: reference.cholesky_solve(a.double(), b.double(), damping=damping.double()), 1e-4)
+    return Case(
+        lambda implementation: implementation(a, b, damping=damping),
+        lambda: reference.cholesky_solve(a.double(), b.double(), damping=damping.double()),
+        1e-4,
+    )
 
 
 def liar_update(device, rows, columns, kept, gap=0) -> Case:
@@ -243,35 +257,46 @@ def liar_update(device, rows, columns, kept, gap=0) -> Case:
 def linear(device, rows, outputs, inputs, gap=0) -> Case:
     x, w = _within(_normal(device, rows, inputs), gap), _within(_normal(device, outputs, inputs, seed=1), gap)
     bias = _normal(device, outputs, seed=2)
-    return Case(lambda implementation: (implementation(x, w, bias),),
-                lambda: (x.double() @ w.double().T + bias.double(),))
+    return Case(
+        lambda implementation: (implementation(x, w, bias),), lambda: (x.double() @ w.double().T + bias.double(),)
+    )
 
 
 def _forward(dtype: torch.dtype, tolerance: float):
     def case(device, sequences, tokens, hidden, inner, heads, groups, gap=0) -> Case:
         """A LLaMA block: attention with grouped key heads, and the gated layers."""
         d = hidden // heads
-        shapes = [(hidden, hidden), (groups * d, hidden), (groups * d, hidden), (hidden, hidden), (inner, hidden),
-                  (inner, hidden), (hidden, inner)]
+        shapes = [
+            (hidden, hidden),
+            (groups * d, hidden),
+            (groups * d, hidden),
+            (hidden, hidden),
+            (inner, hidden),
+            (inner, hidden),
+            (hidden, inner),
+        ]
         weights = [_normal(device, *shape, seed=i).div(shape[1] ** 0.5).to(dtype) for i, shape in enumerate(shapes)]
         x = _normal(device, sequences, tokens, hidden, dtype=dtype, seed=9)
 
         def block(x, weights):
             q, k, v, o, gate, up, down = weights
             normed = functional.rms_norm(x, (hidden,))
-            queries, keys, values = (functional.linear(normed, w).view(*x.shape[:2], -1, d).transpose(1, 2)
-                                     for w in (q, k, v))
+            queries, keys, values = (
+                functional.linear(normed, w).view(*x.shape[:2], -1, d).transpose(1, 2) for w in (q, k, v)
+            )
             mixed = functional.scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=True)
             x = x + functional.linear(mixed.transpose(1, 2).reshape(x.shape), o)
             normed = functional.rms_norm(x, (hidden,))
-            return x + functional.linear(functional.silu(functional.linear(normed, gate))
-                                         * functional.linear(normed, up), down)
+            return x + functional.linear(
+                functional.silu(functional.linear(normed, gate)) * functional.linear(normed, up), down
+            )
 
         def call(mode):
             with torch.no_grad(), mode():
                 return (block(x, weights),)
 
         return Case(call, lambda: (block(x.double(), [w.double() for w in weights]),), tolerance, whole=True)
+
     return case
 
 
@@ -412,8 +437,9 @@ def _seconds(case: Case, implementation: Callable, device) -> float:
     return sum(spent)
 
 
-def times(op: str, implementations: dict[str, Callable], device, hurry: bool,
-          entering: Callable[[str], None]) -> dict[str, list[float]]:
+def times(
+    op: str, implementations: dict[str, Callable], device, hurry: bool, entering: Callable[[str], None]
+) -> dict[str, list[float]]:
     """Candidate → its best seconds at every size; candidates take turns, so that a busy moment hits all of them."""
     make, _, sizes = CASES[op]
     found: dict[str, list[float]] = {name: [] for name in implementations}

@@ -106,8 +106,15 @@ def run_blocks(loop: Loop, work: BlockWork, bar: Progress) -> None:
         if index >= done:
             found.blocks.append({"block": index, **work.row(index), "seconds": time.perf_counter() - started})
             with found.clock("write"):
-                journal.commit(index, {"row": found.blocks[index], "warnings": found.warnings,
-                                       "seconds": found.clock.seconds, **work.record(index)})
+                journal.commit(
+                    index,
+                    {
+                        "row": found.blocks[index],
+                        "warnings": found.warnings,
+                        "seconds": found.clock.seconds,
+                        **work.record(index),
+                    },
+                )
         if loop.world.any(journal.stopping):  # also: process 0 has written what the others may read
             journal.stop()
         for i in work.settled(index):

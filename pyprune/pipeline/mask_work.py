@@ -56,10 +56,14 @@ class MaskWork:
         dense = 1 if "dense" in beside else 2 * cross or int(sequential and trains(config))
         if sequential:
             follows = trains(config) or config.reconstruction.select == "validation"
-        return Passes(statistics=1, propagation=follows + cross, dense=dense,
-                      training=config.reconstruction.epochs * (1 + cross) if trains(config) else 0,
-                      keeps_outputs=config.inputs != "propagated" or ("local" in beside and not cross),
-                      streams=("inputs", *beside))
+        return Passes(
+            statistics=1,
+            propagation=follows + cross,
+            dense=dense,
+            training=config.reconstruction.epochs * (1 + cross) if trains(config) else 0,
+            keeps_outputs=config.inputs != "propagated" or ("local" in beside and not cross),
+            streams=("inputs", *beside),
+        )
 
     def start(self) -> None:
         if self.passes.statistics and self.run.data.sequences:
@@ -123,8 +127,9 @@ class MaskWork:
         self.found.warn(f"block {index} was pruned as by inputs='propagated': {self.orders[key].trouble}")
         return None
 
-    def pass_in_halves(self, index: int, module: nn.Module, order: GroupOrder,
-                       fit: Activations) -> dict[WeightRef, Tensor]:
+    def pass_in_halves(
+        self, index: int, module: nn.Module, order: GroupOrder, fit: Activations
+    ) -> dict[WeightRef, Tensor]:
         """:class:`SequentialPass` over all streams of the run, with smaller batches where memory runs out. Raises
         Declined if it does so with single sequences too."""
         executor, asked, advances = self.executor, self.executor.batch_size, self.trainer is None
@@ -142,8 +147,10 @@ class MaskWork:
                     executor.batch_size = asked
                     raise Declined(f"the activations of all sequences do not fit on {device} at once") from None
                 executor.batch_size = half = batch // 2
-                self.found.warn(f"block {index} ran out of memory on {device} with batches of {batch} sequences: "
-                                f"batches of {half} from there on; set batch_size={half} to begin with that")
+                self.found.warn(
+                    f"block {index} ran out of memory on {device} with batches of {batch} sequences: "
+                    f"batches of {half} from there on; set batch_size={half} to begin with that"
+                )
 
     def order_of(self, index: int, module: nn.Module, key: Hashable, fit: Activations) -> GroupOrder:
         """Order of the groups of blocks like this one, the same in all processes; with the reason if there is no room
@@ -151,8 +158,7 @@ class MaskWork:
         world, refs = self.run.world, self.run.selected[index]
         order = self.executor.attempt(lambda: record(self.executor, index, module, refs, fit))
         if order is NO_ROOM:
-            order = GroupOrder(trouble=f"one sequence of {max(fit.rows)} tokens does not fit on "
-                                       f"{self.executor.device}")
+            order = GroupOrder(trouble=f"one sequence of {max(fit.rows)} tokens does not fit on {self.executor.device}")
         order = world.same(order)
         if order.trouble is not None or key in self.admitted:
             return order
@@ -161,8 +167,10 @@ class MaskWork:
         if not world.any(needed > room):
             return order
         needed, room = max((pair for pair in world.everyone((needed, room))), key=lambda pair: pair[0] - pair[1])
-        return GroupOrder(trouble=f"its {tokens} tokens would keep {needed / 1e9:.2g} GB of activations at once, and "
-                                  f"there is room for {room / 1e9:.2g} GB (memory_budget_gb)")
+        return GroupOrder(
+            trouble=f"its {tokens} tokens would keep {needed / 1e9:.2g} GB of activations at once, and "
+            f"there is room for {room / 1e9:.2g} GB (memory_budget_gb)"
+        )
 
     def structure(self, index: int) -> Hashable:
         return structure(self.run.view.blocks[index], self.run.selected[index])
@@ -173,8 +181,10 @@ class MaskWork:
         if not refs:
             return []
         with self.found.clock("probe"):
-            return [observe(self.executor, index, module, refs, probe.pruned, lambda columns, device: Inputs())
-                    for probe in self.probes]
+            return [
+                observe(self.executor, index, module, refs, probe.pruned, lambda columns, device: Inputs())
+                for probe in self.probes
+            ]
 
     def observe(self, index: int, module: nn.Module) -> Observer | None:
         """Statistics of the calibration data, None if none are needed."""
@@ -185,8 +195,9 @@ class MaskWork:
         with self.found.clock("forward"):
             return gather(self.run, self.found, index, module, refs, self.fit, **beside)
 
-    def dense_targets(self, index: int, module: nn.Module,
-                      statistics: Observer | None = None) -> dict[WeightRef, Tensor]:
+    def dense_targets(
+        self, index: int, module: nn.Module, statistics: Observer | None = None
+    ) -> dict[WeightRef, Tensor]:
         """What block reconstruction is trained towards; returns copies of the dense weights."""
         if not self.trainer:
             return {}
@@ -194,14 +205,16 @@ class MaskWork:
             self.trainer.dense(index, module, gathered=statistics is not None)
         return {ref: ref.view(self.run.view.blocks[index]).clone() for ref in self.run.selected[index]}
 
-    def choose_and_solve(self, index: int, module: nn.Module, statistics: Observer | None,
-                         inputs: list[Observer]) -> dict[WeightRef, Tensor]:
+    def choose_and_solve(
+        self, index: int, module: nn.Module, statistics: Observer | None, inputs: list[Observer]
+    ) -> dict[WeightRef, Tensor]:
         """Masks and layer-wise weights of the block; returns the keep masks."""
         with self.found.clock("solve"):
             return prune_block(self.run, self.found, index, module, statistics, inputs)
 
-    def reconstruct(self, index: int, module: nn.Module, original: dict[WeightRef, Tensor],
-                    masks: dict[WeightRef, Tensor]) -> None:
+    def reconstruct(
+        self, index: int, module: nn.Module, original: dict[WeightRef, Tensor], masks: dict[WeightRef, Tensor]
+    ) -> None:
         """Block-wise or cross-block training of the kept weights."""
         if self.trainer:
             with self.found.clock("reconstruct"):

@@ -24,8 +24,15 @@ class Progress:
     total: blocks in all. block: blocks finished so far. error: the last measured reconstruction error.
     """
 
-    def __init__(self, total: int, *, label: str = "pruning", enabled: bool = True, out: TextIO | None = None,
-                 listener: Callable[[int, int], None] | None = None):
+    def __init__(
+        self,
+        total: int,
+        *,
+        label: str = "pruning",
+        enabled: bool = True,
+        out: TextIO | None = None,
+        listener: Callable[[int, int], None] | None = None,
+    ):
         self.listener = listener
         """Called with (blocks finished, blocks in all) after each."""
         self.total, self.label, self.enabled = total, label, enabled
@@ -83,6 +90,13 @@ def _bar(out: TextIO) -> RichProgress:
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.progress import Progress as RichProgress
 
-    return RichProgress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-                        TextColumn("{task.fields[note]}"), TimeElapsedColumn(), TextColumn("left"),
-                        TimeRemainingColumn(), console=Console(file=out))
+    return RichProgress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=Console(file=out),
+    )

@@ -67,8 +67,16 @@ def _sections(fields: dict) -> dict:
     return wrapped
 
 
-def prune(model: str | Path | nn.Module | None = None, config: PruneConfig | dict | None = None, *, tokenizer=None,
-          in_place: bool = False, progress: bool = True, resume: bool = False, **fields) -> PruneResult:
+def prune(
+    model: str | Path | nn.Module | None = None,
+    config: PruneConfig | dict | None = None,
+    *,
+    tokenizer=None,
+    in_place: bool = False,
+    progress: bool = True,
+    resume: bool = False,
+    **fields,
+) -> PruneResult:
     """Prune a model in one shot and say what it cost.
 
     model: Hub id, local folder, ``.gguf`` file, packaged name, or a live ``nn.Module`` (give its ``tokenizer`` unless
@@ -89,8 +97,9 @@ def prune(model: str | Path | nn.Module | None = None, config: PruneConfig | dic
         return _prune(model, config, tokenizer, in_place, progress and world.leads, journal, world)
 
 
-def _prune(model, config: PruneConfig, tokenizer, in_place: bool, progress: bool, journal: Journal,
-           world: distributed.World) -> PruneResult:
+def _prune(
+    model, config: PruneConfig, tokenizer, in_place: bool, progress: bool, journal: Journal, world: distributed.World
+) -> PruneResult:
     found, device = Findings(), pick_device(config.device)
     world.lead(lambda: journal.check_settings(settings_of(config)))
     if (absent := ops.check_backend(config.backend, device.type)) is not None:
@@ -121,17 +130,34 @@ def _prune(model, config: PruneConfig, tokenizer, in_place: bool, progress: bool
     store = make_store(config.memory_budget_gb, journal.folder if journal.keeps else None, device)
     measured = Meter(texts, config.evaluation, device, store, world)
     with found.clock("evaluation"):
-        dense = kept(journal, world, "dense", lambda: measured(view.model, opened.weights),
-                     "measuring the dense model", progress and bool(texts))
-    executor = Executor(view, device=device, compute_dtype=pick_dtype(config.compute_dtype),
-                        batch_size=config.batch_size, weights=opened.weights, store=store, world=world, warn=found.warn)
+        dense = kept(
+            journal,
+            world,
+            "dense",
+            lambda: measured(view.model, opened.weights),
+            "measuring the dense model",
+            progress and bool(texts),
+        )
+    executor = Executor(
+        view,
+        device=device,
+        compute_dtype=pick_dtype(config.compute_dtype),
+        batch_size=config.batch_size,
+        weights=opened.weights,
+        store=store,
+        world=world,
+        warn=found.warn,
+    )
     run = Run(config, view, executor, selected, data, world)
     for text in [*opened.origin.notes, *data.warnings, *thin_statistics(run), *unmeasured(config, view, texts)]:
         found.warn(text)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    with Progress(len(view.blocks), enabled=progress) as bar, ops.pinned(backends), \
-            journal.interruptible(follow=world.size > 1):
+    with (
+        Progress(len(view.blocks), enabled=progress) as bar,
+        ops.pinned(backends),
+        journal.interruptible(follow=world.size > 1),
+    ):
         work = kind_of(config)(run, found, journal)
         run_blocks(Loop(executor, journal, found, world, config.seed, config.output), work, bar)
     peak_device = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
@@ -142,20 +168,27 @@ def _prune(model, config: PruneConfig, tokenizer, in_place: bool, progress: bool
         pruned = {sparsity: measured(member, opened.weights) for sparsity, member in models.items()}
     for entry in (structured or {}).get("curve", []):
         entry["evaluation"] = compared(dense, pruned[entry["sparsity"]])
-    rows = {"dense": dense, **{"pruned" if len(models) == 1 else f"pruned (sparsity {sparsity:g})": found_rows
-                               for sparsity, found_rows in pruned.items()}}
+    rows = {
+        "dense": dense,
+        **{
+            "pruned" if len(models) == 1 else f"pruned (sparsity {sparsity:g})": found_rows
+            for sparsity, found_rows in pruned.items()
+        },
+    }
     for text in [*measured.notes, *(text for whose, row in rows.items() for text in warnings_for(row, whose))]:
         found.warn(text)
-    report = build_report(run, found, live, compared(dense, list(pruned.values())[-1]), work.coverage(), structured,
-                          peak_device, backends)
+    report = build_report(
+        run, found, live, compared(dense, list(pruned.values())[-1]), work.coverage(), structured, peak_device, backends
+    )
     if isinstance(opened.weights, Streamed):
         result: PruneResult = StreamedResult(opened.weights, tokenizer, config, report, opened.origin)
     else:
         result = PruneResult(live, tokenizer, config, report, models if structured else {}, opened.origin)
     if config.output:
         with found.clock("write"):
-            world.lead(lambda: journal.finish(
-                lambda folder: result.fill(folder, BlockShards(view.path, journal.shards()))))
+            world.lead(
+                lambda: journal.finish(lambda folder: result.fill(folder, BlockShards(view.path, journal.shards())))
+            )
     return result
 
 
@@ -164,8 +197,9 @@ def kind_of(config: PruneConfig) -> type[MaskWork | StructuredWork]:
     return StructuredWork if config.is_structured else MaskWork
 
 
-def _open(model, config: PruneConfig, tokenizer, in_place: bool, progress: bool, streamed: bool | None,
-          device: torch.device) -> Opened:
+def _open(
+    model, config: PruneConfig, tokenizer, in_place: bool, progress: bool, streamed: bool | None, device: torch.device
+) -> Opened:
     """The model of a run: the live one or a copy of it, or the one that the configuration names."""
     if isinstance(model, nn.Module):
         check_finite(model.state_dict().items())
@@ -194,8 +228,15 @@ def begin(journal: Journal, world: distributed.World, identity: dict, blocks: in
     journal.total = blocks
 
 
-def kept(journal: Journal, world: distributed.World, name: str, work: Callable[[], T], doing: str, progress: bool,
-         label: str = "pruning") -> T:
+def kept(
+    journal: Journal,
+    world: distributed.World,
+    name: str,
+    work: Callable[[], T],
+    doing: str,
+    progress: bool,
+    label: str = "pruning",
+) -> T:
     """What an interrupted run worked out under this name, else ``work()``, kept for the next."""
     value = world.same(journal.kept(name))
     if value is None:
@@ -209,8 +250,10 @@ def unmeasured(config: PruneConfig, view: ModelView, texts: list) -> list[str]:
     """A sentence if perplexity was to be measured and cannot be."""
     if not config.evaluation.enabled or texts or view.is_encoder:
         return []
-    return ["no perplexity: the text that it is measured on by default needs a tokenizer; pass tokenizer=, or give "
-            "token ids as evaluation text"]
+    return [
+        "no perplexity: the text that it is measured on by default needs a tokenizer; pass tokenizer=, or give "
+        "token ids as evaluation text"
+    ]
 
 
 def published(config: PruneConfig, weights: Resident) -> PruneResult:
@@ -222,8 +265,12 @@ def published(config: PruneConfig, weights: Resident) -> PruneResult:
     folders = {s: f"{output}/sparsity-{s:g}" if config.is_curve else output for s in config.sparsities}
     loaded = {s: checkpoint.load(folder) for s, folder in folders.items()}
     last = list(loaded)[-1]
-    return PruneResult(*loaded[last], config, read_report(folders[last]),
-                       {s: found.model for s, found in loaded.items()} if config.is_curve else {})
+    return PruneResult(
+        *loaded[last],
+        config,
+        read_report(folders[last]),
+        {s: found.model for s, found in loaded.items()} if config.is_curve else {},
+    )
 
 
 def make_store(budget_gb: float | None, folder: Path | None, device: torch.device) -> Store:
@@ -246,26 +293,39 @@ def check_weights(view: ModelView, selected: list[list[WeightRef]], config: Prun
             known.add(ref.path)
             columns = ref.view(block).shape[1]
             if columns % group:
-                raise ConfigError(f"pattern {config.pattern} does not divide the {columns} inputs of "
-                                  f"{view.name(i, ref)}; choose another pattern or ignore that weight")
+                raise ConfigError(
+                    f"pattern {config.pattern} does not divide the {columns} inputs of "
+                    f"{view.name(i, ref)}; choose another pattern or ignore that weight"
+                )
 
 
-def calibration_data(config: PruneConfig, view: ModelView, tokenizer,
-                     positions: Positions | None) -> calibration.CalibrationData:
+def calibration_data(
+    config: PruneConfig, view: ModelView, tokenizer, positions: Positions | None
+) -> calibration.CalibrationData:
     """The sequences of a run; none where the weights alone decide and nothing could be read to measure errors on."""
     settings, decides, model = config.calibration, needs_sequences(config), view.model
     if not reads_sequences(config) or (not decides and settings.source is None and tokenizer is None):
-        data = calibration.CalibrationData(sequences=[], fingerprint=calibration.fingerprint([]),
-                                           description="none: masks come from the weights alone")
+        data = calibration.CalibrationData(
+            sequences=[], fingerprint=calibration.fingerprint([]), description="none: masks come from the weights alone"
+        )
         if reads_sequences(config):
-            data.warnings.append("block errors were not measured: the text that they are measured on by default needs "
-                                 "a tokenizer; pass tokenizer=, or give token ids as calibration")
+            data.warnings.append(
+                "block errors were not measured: the text that they are measured on by default needs "
+                "a tokenizer; pass tokenizer=, or give token ids as calibration"
+            )
         return data
-    data = calibration.load(settings, tokenizer, encoder=view.is_encoder, model_config=model.config,
-                            vocab_size=vocabulary_size(model), measures=watches(config))
+    data = calibration.load(
+        settings,
+        tokenizer,
+        encoder=view.is_encoder,
+        model_config=model.config,
+        vocab_size=vocabulary_size(model),
+        measures=watches(config),
+    )
     if positions:
-        positions.check(lengths_of(data, calibration.coerce(settings)), "calibration sequences", "seq_len",
-                        data.warnings.append)
+        positions.check(
+            lengths_of(data, calibration.coerce(settings)), "calibration sequences", "seq_len", data.warnings.append
+        )
     if settings.self_generated:
         add_generated(data, settings, model, tokenizer)
     return data
@@ -283,8 +343,10 @@ def thin_statistics(run: Run) -> list[str]:
         return []
     width, name = max(found, key=lambda item: item[0])
     more = f" and of {len(found) - 1} more matrices" if len(found) > 1 else ""
-    return [f"{tokens} calibration tokens are fewer than the {width} inputs of {name}{more}: what is chosen there "
-            "rests on too little data; give more or longer sequences"]
+    return [
+        f"{tokens} calibration tokens are fewer than the {width} inputs of {name}{more}: what is chosen there "
+        "rests on too little data; give more or longer sequences"
+    ]
 
 
 def lengths_of(data: calibration.CalibrationData, settings: Calibration) -> list[int]:
@@ -296,12 +358,21 @@ def add_generated(data: calibration.CalibrationData, settings: Calibration, mode
     """Sequences sampled from the dense model join the corpus samples, or wait for the reconstruction."""
     calibration.need_tokenizer(tokenizer, "self-generated calibration")
     settings = calibration.coerce(settings)
-    sequences = generate(model, tokenizer, settings.self_generated, seq_len=settings.tokens, seed=settings.seed or 0,
-                         language=settings.language, path=settings.self_generated_path)
+    sequences = generate(
+        model,
+        tokenizer,
+        settings.self_generated,
+        seq_len=settings.tokens,
+        seed=settings.seed or 0,
+        language=settings.language,
+        path=settings.self_generated_path,
+    )
     data.description += f"; {len(sequences)} self-generated sequences of {settings.seq_len} tokens"
     if len(calibration.bos_prefix(tokenizer)):
-        data.warnings.append(f"the self-generated sequences do not begin with {begin_text(tokenizer)!r}, with which "
-                             "the tokenizer starts every text: they are drawn from a random first token")
+        data.warnings.append(
+            f"the self-generated sequences do not begin with {begin_text(tokenizer)!r}, with which "
+            "the tokenizer starts every text: they are drawn from a random first token"
+        )
     if settings.self_generated_for == "all":
         data.sequences = data.sequences + sequences
         data.fingerprint = calibration.fingerprint(data.sequences)

@@ -74,8 +74,11 @@ class Request:
     def asked(self) -> dict:
         """What decides the result, as plain data."""
         names = ("cross_block", "global_propagation", "seed", "dtype", "compute_dtype")
-        return {**{name: getattr(self, name) for name in names}, "settings": to_dict(self.settings),
-                "calibration": _named(self.calibration)}
+        return {
+            **{name: getattr(self, name) for name in names},
+            "settings": to_dict(self.settings),
+            "calibration": _named(self.calibration),
+        }
 
     def identity(self) -> dict:
         """The same, but for where the data lie: they have fingerprints."""
@@ -84,8 +87,15 @@ class Request:
         return {**asked, "calibration": kept, "evaluation": {"dtype": self.evaluation.dtype}}
 
 
-def refine_checkpoint(directory: str | Path, output: str | Path, *, dense: str | Path | None = None,
-                      resume: bool = False, progress: bool = True, **fields) -> dict:
+def refine_checkpoint(
+    directory: str | Path,
+    output: str | Path,
+    *,
+    dense: str | Path | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    **fields,
+) -> dict:
     """Refine a checkpoint by :func:`pyprune.refine` and write it to ``output``, whole or not at all.
 
     dense: the model it was pruned from; None: what its ``pruning.json`` names.
@@ -109,19 +119,37 @@ def _refine(request: Request, world: World, journal: Journal, progress: bool) ->
     announce(f"loading {request.directory} and {request.dense}", progress, LABEL)
     with found.clock("load"):
         pruned = open_checkpoint(request.directory, request.dtype, request.stream, None, header.get("streamed"), pin)
-        dense = open_checkpoint(request.dense, request.dtype, request.stream, samples_itself(request.calibration),
-                                header.get("dense_streamed"), pin)
+        dense = open_checkpoint(
+            request.dense,
+            request.dtype,
+            request.stream,
+            samples_itself(request.calibration),
+            header.get("dense_streamed"),
+            pin,
+        )
     tokenizer = pruned.tokenizer or dense.tokenizer
     with found.clock("calibration"):
         data = sequences_for(pruned.view, dense.view, request.calibration, tokenizer, request.settings, request.seed)
         refuse_text(request.evaluation, pruned.view)
-        texts = windows_of(request.evaluation, tokenizer, pruned.view.is_encoder,
-                           positions=positions_of(pruned.view), warn=found.warn)
+        texts = windows_of(
+            request.evaluation, tokenizer, pruned.view.is_encoder, positions=positions_of(pruned.view), warn=found.warn
+        )
     backends = settle_backends(journal, world, where)
-    identity = {"settings": request.identity(), "data": data_identity(data, texts), "model": pruned.identity(),
-                "dense": dense.identity()}
-    begin(journal, world, identity, len(pruned.view.blocks), streamed=pruned.weights.streamed,
-          dense_streamed=dense.weights.streamed, backends=backends)
+    identity = {
+        "settings": request.identity(),
+        "data": data_identity(data, texts),
+        "model": pruned.identity(),
+        "dense": dense.identity(),
+    }
+    begin(
+        journal,
+        world,
+        identity,
+        len(pruned.view.blocks),
+        streamed=pruned.weights.streamed,
+        dense_streamed=dense.weights.streamed,
+        backends=backends,
+    )
     if world.same(journal.complete):
         world.lead(journal.publish)
         return json.loads((Path(request.output).expanduser() / RECORD).read_text())
@@ -129,30 +157,66 @@ def _refine(request: Request, world: World, journal: Journal, progress: bool) ->
     store = make_store(request.memory_budget_gb, journal.folder if journal.keeps else None, where)
     meter = Meter(texts, request.evaluation, where, store, world)
     with found.clock("evaluation"):
-        measured = kept(journal, world, "measured", lambda: {"dense": meter(dense.model, dense.weights),
-                                                             "pruned": meter(pruned.model, pruned.weights)},
-                        "measuring the dense and the pruned model", progress and bool(texts), LABEL)
-    executors = [Executor(one.view, device=where, compute_dtype=dtype, weights=one.weights, store=store, world=world,
-                          warn=found.warn) for one in (pruned, dense)]
-    with Progress(len(pruned.view.blocks), label=LABEL, enabled=progress) as bar, ops.pinned(backends), \
-            journal.interruptible(follow=world.size > 1):
-        work = RefineWork(executors[0], executors[1], data, request.settings, cross_block=request.cross_block,
-                          global_propagation=request.global_propagation, seed=request.seed, found=found,
-                          journal=journal)
+        measured = kept(
+            journal,
+            world,
+            "measured",
+            lambda: {"dense": meter(dense.model, dense.weights), "pruned": meter(pruned.model, pruned.weights)},
+            "measuring the dense and the pruned model",
+            progress and bool(texts),
+            LABEL,
+        )
+    executors = [
+        Executor(
+            one.view, device=where, compute_dtype=dtype, weights=one.weights, store=store, world=world, warn=found.warn
+        )
+        for one in (pruned, dense)
+    ]
+    with (
+        Progress(len(pruned.view.blocks), label=LABEL, enabled=progress) as bar,
+        ops.pinned(backends),
+        journal.interruptible(follow=world.size > 1),
+    ):
+        work = RefineWork(
+            executors[0],
+            executors[1],
+            data,
+            request.settings,
+            cross_block=request.cross_block,
+            global_propagation=request.global_propagation,
+            seed=request.seed,
+            found=found,
+            journal=journal,
+        )
         run_blocks(Loop(executors[0], journal, found, world, request.seed, request.output), work, bar)
     announce("measuring the refined model", progress and bool(texts), LABEL)
     with found.clock("evaluation"):
         measured = {**measured, "refined": meter(pruned.model, pruned.weights)}
-    result = {"model": request.directory, "dense": request.dense, **request.asked(),
-              "windows": [row for rows in work.windows for row in rows],
-              "evaluation": [{**rest, **{name: values[k]["perplexity"] for name, values in measured.items()}}
-                             for k, rest in enumerate(measured["refined"])],
-              "backends": backends, "seconds": time.perf_counter() - started,
-              "warnings": [*found.warnings, *meter.notes, *(text for whose, rows in measured.items()
-                                                            for text in warnings_for(rows, whose))]}
+    result = {
+        "model": request.directory,
+        "dense": request.dense,
+        **request.asked(),
+        "windows": [row for rows in work.windows for row in rows],
+        "evaluation": [
+            {**rest, **{name: values[k]["perplexity"] for name, values in measured.items()}}
+            for k, rest in enumerate(measured["refined"])
+        ],
+        "backends": backends,
+        "seconds": time.perf_counter() - started,
+        "warnings": [
+            *found.warnings,
+            *meter.notes,
+            *(text for whose, rows in measured.items() for text in warnings_for(rows, whose)),
+        ],
+    }
     source, name = Path(request.directory).expanduser(), Path(request.output).name
-    world.lead(lambda: journal.finish(lambda folder: _fill(
-        folder, pruned, BlockShards(pruned.view.path, journal.shards()), tokenizer, source, result, name)))
+    world.lead(
+        lambda: journal.finish(
+            lambda folder: _fill(
+                folder, pruned, BlockShards(pruned.view.path, journal.shards()), tokenizer, source, result, name
+            )
+        )
+    )
     return result
 
 
@@ -179,35 +243,53 @@ def _fill(folder: Path, opened: Opened, blocks: BlockShards, tokenizer, source: 
         return
     report = {**read_report(source), "refinement": found}
     if found["evaluation"]:
-        report["evaluation"] = [{**row, "pruned": row["refined"], "before_refinement": row["pruned"]}
-                                for row in found["evaluation"]]
+        report["evaluation"] = [
+            {**row, "pruned": row["refined"], "before_refinement": row["pruned"]} for row in found["evaluation"]
+        ]
     checkpoint.write_json(folder / "report.json", report)
     (folder / "README.md").write_text(model_card(report, name) + card_line(found))
 
 
 def card_line(found: dict) -> str:
     """What the model card adds: that the weights are not those of the pruning alone."""
-    how = ("cross-block" if found["cross_block"] else "block") + " reconstruction" + (
-        " with global propagation" if found["global_propagation"] else "")
-    was = "; ".join(f"{perplexity_text(row['pruned'])} → {perplexity_text(row['refined'])} on {row['text']}"
-                    for row in found["evaluation"])
-    return (f"- refined after pruning by {how} against `{found['dense']}` (arXiv 2406.15524)"
-            + (f", perplexity {was}" if was else "") + ": `refinement.json`\n"
-            + "".join(f"- warning: {text}\n" for text in distinct(found["warnings"])))
+    how = (
+        ("cross-block" if found["cross_block"] else "block")
+        + " reconstruction"
+        + (" with global propagation" if found["global_propagation"] else "")
+    )
+    was = "; ".join(
+        f"{perplexity_text(row['pruned'])} → {perplexity_text(row['refined'])} on {row['text']}"
+        for row in found["evaluation"]
+    )
+    return (
+        f"- refined after pruning by {how} against `{found['dense']}` (arXiv 2406.15524)"
+        + (f", perplexity {was}" if was else "")
+        + ": `refinement.json`\n"
+        + "".join(f"- warning: {text}\n" for text in distinct(found["warnings"]))
+    )
 
 
 def print_refinement(found: dict, directory: str | Path, out: TextIO | None = None) -> None:
     """Perplexity before and after, the error of the last window, where everything lies."""
     out = out or sys.stdout
     for row in found["evaluation"]:
-        print(f"perplexity {perplexity_text(row['dense'])} dense, {perplexity_text(row['pruned'])} pruned → "
-              f"{perplexity_text(row['refined'])} refined  ({row['windows']} windows of {row['window']} tokens, "
-              f"{row['text']})", file=out)
+        print(
+            f"perplexity {perplexity_text(row['dense'])} dense, {perplexity_text(row['pruned'])} pruned → "
+            f"{perplexity_text(row['refined'])} refined  ({row['windows']} windows of {row['window']} tokens, "
+            f"{row['text']})",
+            file=out,
+        )
     last = found["windows"][-1]
-    held_out = f", {last['before_held_out']:.4g} → {last['after_held_out']:.4g} on held-out text" \
-        if "after_held_out" in last else ""
-    print(f"error of the last block {last['before_calibration']:.4g} → {last['after_calibration']:.4g}{held_out} "
-          "(relative to dense)", file=out)
+    held_out = (
+        f", {last['before_held_out']:.4g} → {last['after_held_out']:.4g} on held-out text"
+        if "after_held_out" in last
+        else ""
+    )
+    print(
+        f"error of the last block {last['before_calibration']:.4g} → {last['after_calibration']:.4g}{held_out} "
+        "(relative to dense)",
+        file=out,
+    )
     for text in found["warnings"]:
         print(f"warning: {text}", file=out)
     print(f"{found['seconds']:.1f} s, written to {directory}", file=out)

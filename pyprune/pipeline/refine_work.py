@@ -30,8 +30,19 @@ NAMES = ("calibration", "held_out")
 class RefineWork:
     """The work of one run that trains a pruned model against the dense one."""
 
-    def __init__(self, pruned: Executor, dense: Executor, data: CalibrationData, settings: Reconstruction, *,
-                 cross_block: bool, global_propagation: bool, seed: int, found: Findings, journal: Journal):
+    def __init__(
+        self,
+        pruned: Executor,
+        dense: Executor,
+        data: CalibrationData,
+        settings: Reconstruction,
+        *,
+        cross_block: bool,
+        global_propagation: bool,
+        seed: int,
+        found: Findings,
+        journal: Journal,
+    ):
         """settings: steps, learning rate, selection. global_propagation: targets are the dense model's own stream."""
         self.pruned, self.dense, self.data, self.settings = pruned, dense, data, settings
         self.cross, self.propagate, self.seed = cross_block, global_propagation, seed
@@ -49,7 +60,8 @@ class RefineWork:
         fit = self.data.sequences + self.data.generated
         self.streams, self.targets = (
             [executor.embed(rows, shared=shared) for rows, shared in ((fit, True), (self.data.held_out, False)) if rows]
-            for executor in (self.pruned, self.dense))
+            for executor in (self.pruned, self.dense)
+        )
 
     def enter(self, index: int, module: nn.Module, done: bool) -> None:
         if self.propagate:
@@ -105,16 +117,29 @@ class RefineWork:
             for source, target in zip(self.streams, self.targets):
                 _through(self.dense, window, source, target)
         blocks = [self.blocks[i] for i in window]
-        net = TrainedWindow(self.pruned, window, blocks, [_masks(block) for block in blocks],
-                            training_dtype(self.pruned, self.settings.autocast))
+        net = TrainedWindow(
+            self.pruned,
+            window,
+            blocks,
+            [_masks(block) for block in blocks],
+            training_dtype(self.pruned, self.settings.autocast),
+        )
         trace, before, after = self._improve(net)
         if trace.micro_batch_size:  # the next window will not fit either
             self.settings = dataclasses.replace(self.settings, micro_batch_size=trace.micro_batch_size)
         if trace.diverged:
             self.found.warn(f"training of blocks {window} met a loss that is not finite and was undone; lower lr")
-        return {"blocks": window, "steps": trace.steps, "seconds": trace.seconds, "diverged": trace.diverged,
-                **{f"{when}_{name}": value for when, errors in (("before", before), ("after", after))
-                   for name, value in zip(NAMES, errors)}}
+        return {
+            "blocks": window,
+            "steps": trace.steps,
+            "seconds": trace.seconds,
+            "diverged": trace.diverged,
+            **{
+                f"{when}_{name}": value
+                for when, errors in (("before", before), ("after", after))
+                for name, value in zip(NAMES, errors)
+            },
+        }
 
     def _improve(self, net: TrainedWindow) -> tuple[Trace, list[float], list[float]]:
         """Train a window and write it; errors before and after are those of the model's own weights, in their type.

@@ -52,9 +52,16 @@ class PruneResult:
         """One result per sparsity, where several were asked for."""
         if len(self.models) < 2:
             return []
-        return [PruneResult(model, self.tokenizer, dataclasses.replace(self.config, sparsity=sparsity),
-                            report_of(self.report, sparsity), origin=self.origin)
-                for sparsity, model in self.models.items()]
+        return [
+            PruneResult(
+                model,
+                self.tokenizer,
+                dataclasses.replace(self.config, sparsity=sparsity),
+                report_of(self.report, sparsity),
+                origin=self.origin,
+            )
+            for sparsity, model in self.models.items()
+        ]
 
     def _write(self, folder: Path, name: str, blocks: BlockShards | None = None) -> None:
         assembly.save(self.model, folder, blocks)
@@ -98,7 +105,12 @@ def report_of(report: dict, sparsity: float) -> dict:
     entry = next(e for e in whole["curve"] if e["sparsity"] == sparsity)
     total = sum(r["shape"][0] * r["shape"][1] for r in entry["layers"])
     dropped = sum(r["sparsity"] * r["shape"][0] * r["shape"][1] for r in entry["layers"])
-    return {**report, "config": {**report["config"], "sparsity": sparsity}, "weights": entry["layers"],
-            "model": {**report["model"], "parameters": entry["parameters"]}, "sparsity": dropped / total,
-            "evaluation": entry.get("evaluation", []),
-            "structured": {"notes": whole["notes"], "inputs": whole["inputs"], **entry}}
+    return {
+        **report,
+        "config": {**report["config"], "sparsity": sparsity},
+        "weights": entry["layers"],
+        "model": {**report["model"], "parameters": entry["parameters"]},
+        "sparsity": dropped / total,
+        "evaluation": entry.get("evaluation", []),
+        "structured": {"notes": whole["notes"], "inputs": whole["inputs"], **entry},
+    }

@@ -33,8 +33,9 @@ class StructuredWork:
         self.last = len(run.view.blocks) - 1
         self.inputs, self.passes = self.inputs_of(run.config), self.passes_of(run.config)
         if self.inputs != run.config.inputs:
-            found.warn("several sparsities share one pass over the dense stream; prune one at a time for "
-                       "inputs='propagated'")
+            found.warn(
+                "several sparsities share one pass over the dense stream; prune one at a time for inputs='propagated'"
+            )
         with found.clock("groups"):
             self.structured: StructuredRun = prepare(run, found)
         self.prepared, self.targets = self.structured.prepared, self.structured.targets
@@ -60,8 +61,13 @@ class StructuredWork:
         streams = ["inputs"]
         if config.reconstruct != "none":
             streams += ["dense"] if config.pattern == "neurons" else ["dense", "sums of the attention"]
-        return Passes(statistics=2 if config.pattern == "structured" else 1, propagation=1, allocation=int(shares),
-                      dense=int("dense" in streams), streams=tuple(streams))
+        return Passes(
+            statistics=2 if config.pattern == "structured" else 1,
+            propagation=1,
+            allocation=int(shares),
+            dense=int("dense" in streams),
+            streams=tuple(streams),
+        )
 
     def start(self) -> None:
         if self.passes.statistics and self.run.data.sequences:
@@ -109,15 +115,27 @@ class StructuredWork:
 
     def tensors(self, index: int) -> list[Written]:
         view = self.run.view
-        return [Written(index, {f"{self._prefix(target)}{view.path}.{index}.{name}": tensor for target in self.targets
-                                for name, tensor in target.blocks[index].state_dict().items()})]
+        return [
+            Written(
+                index,
+                {
+                    f"{self._prefix(target)}{view.path}.{index}.{name}": tensor
+                    for target in self.targets
+                    for name, tensor in target.blocks[index].state_dict().items()
+                },
+            )
+        ]
 
     def row(self, index: int) -> dict:
         return errors_of(self.probes)
 
     def record(self, index: int) -> dict:
-        return {"targets": [{"rows": [row for row in t.rows if row["block"] == index],
-                             "attributes": t.attributes[index]} for t in self.targets]}
+        return {
+            "targets": [
+                {"rows": [row for row in t.rows if row["block"] == index], "attributes": t.attributes[index]}
+                for t in self.targets
+            ]
+        }
 
     def settled(self, index: int) -> list[int]:
         return [index]
@@ -133,9 +151,18 @@ class StructuredWork:
 
     def entry(self) -> dict:
         """What the report says of the structure; of several sparsities, one entry each in ``curve``."""
-        entries = [{"sparsity": t.sparsity, "standard": t.edits is not None, "reason": t.reason, "edits": t.edits,
-                    "parameters": sum(p.numel() for p in t.model.parameters()), "layers": t.rows, "layout": t.layout}
-                   for t in self.targets]
+        entries = [
+            {
+                "sparsity": t.sparsity,
+                "standard": t.edits is not None,
+                "reason": t.reason,
+                "edits": t.edits,
+                "parameters": sum(p.numel() for p in t.model.parameters()),
+                "layers": t.rows,
+                "layout": t.layout,
+            }
+            for t in self.targets
+        ]
         curve = {"curve": entries} if self.run.config.is_curve else {}
         return {"notes": self.prepared.notes, "inputs": self.inputs, **entries[-1], **curve}
 
@@ -172,7 +199,8 @@ def _finish(work: StructuredRun, target: Target) -> None:
         for key, value in flags.items():
             setattr(target.model.config, key, value)
         config_edits.add_biases(target.model, flags)
-        sizes = [{g.name: n for g, n in zip(block, counts)}
-                 for block, counts in zip(work.prepared.groups, target.counts)]
+        sizes = [
+            {g.name: n for g, n in zip(block, counts)} for block, counts in zip(work.prepared.groups, target.counts)
+        ]
         target.layout = config_edits.layout(target.model, work.run.view.path, target.attributes, sizes)
     target.model.eval()

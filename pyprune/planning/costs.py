@@ -72,8 +72,9 @@ def tokens_of(config: PruneConfig) -> int:
 
 def probe_sequences(config: PruneConfig) -> int:
     """Sequences that errors are measured on, of the calibration data and held out."""
-    return min(config.probe_samples, config.calibration.samples) + min(config.probe_samples,
-                                                                           config.calibration.held_out)
+    return min(config.probe_samples, config.calibration.samples) + min(
+        config.probe_samples, config.calibration.held_out
+    )
 
 
 @dataclasses.dataclass
@@ -102,19 +103,26 @@ def work_of(view: ModelView, selected: list[list[WeightRef]], config: PruneConfi
     factors, share = needs_factor(config) or config.is_structured, active_share(view.model.config)
     for block, refs, alike in kinds(view, selected):
         experts = {ref.path for ref in weights_of(block) if ref.expert is not None}
-        forward += len(alike) * sum(2 * p.numel() * (share if name in experts else 1)
-                                    for name, p in block.named_parameters() if p.ndim >= 2)
+        forward += len(alike) * sum(
+            2 * p.numel() * (share if name in experts else 1) for name, p in block.named_parameters() if p.ndim >= 2
+        )
         for x in inputs_of(view, block, refs):
             statistics += len(alike) * x.count * x.share * (x.width**2 if factors else x.width)
             solve += len(alike) * x.count * 2 * x.width**3 if factors else 0
-        solve += len(alike) * sum(2 * rows * columns * (columns if factors else 1)
-                                  for rows, columns in shapes_of(block, refs))
+        solve += len(alike) * sum(
+            2 * rows * columns * (columns if factors else 1) for rows, columns in shapes_of(block, refs)
+        )
         if config.reconstruct == "refit":
             solve += len(alike) * sum(refit_flops(rows, columns) for rows, columns in shapes_of(block, refs))
     model, blocks = view.model, view.distinct
     head = output_layer(model)
-    return Work(forward / blocks, 4.0 * attention_size(model.config), statistics / blocks, solve / blocks,
-                0.0 if head is None else 2.0 * head.weight.numel())
+    return Work(
+        forward / blocks,
+        4.0 * attention_size(model.config),
+        statistics / blocks,
+        solve / blocks,
+        0.0 if head is None else 2.0 * head.weight.numel(),
+    )
 
 
 def refit_flops(rows: int, columns: int) -> float:
@@ -164,8 +172,15 @@ def evaluation_windows(view: ModelView, config: PruneConfig) -> int:
     return len(sources(config.evaluation.text)) * (config.evaluation.max_windows or 0)
 
 
-def memory_of(view: ModelView, selected: list[list[WeightRef]], config: PruneConfig, compute: torch.dtype,
-              streamed: bool, gpu: bool, budget: float = math.inf) -> tuple[dict[str, int], dict[str, int]]:
+def memory_of(
+    view: ModelView,
+    selected: list[list[WeightRef]],
+    config: PruneConfig,
+    compute: torch.dtype,
+    streamed: bool,
+    gpu: bool,
+    budget: float = math.inf,
+) -> tuple[dict[str, int], dict[str, int]]:
     """Bytes by part, at the moment of its peak, of the host and of a GPU; without one, all is in host memory.
 
     budget: host memory for activations; what is above it lies in files.
@@ -198,11 +213,16 @@ def memory_of(view: ModelView, selected: list[list[WeightRef]], config: PruneCon
         solve = max(solve, masks + max(12 * largest_input**2, 4 * largest_input**2 + 12 * matrix))
         if config.reconstruct == "refit":
             solve = max([solve, *(masks + refit_bytes(rows, columns) for rows, columns in shapes_of(one, refs))])
-    kept = {"statistics": grams, "probes": probe_sequences(config) * calibration.tokens * inputs * compute.itemsize,
-            "paused_passes": paused_bytes(config, hidden, widest, compute)}
+    kept = {
+        "statistics": grams,
+        "probes": probe_sequences(config) * calibration.tokens * inputs * compute.itemsize,
+        "paused_passes": paused_bytes(config, hidden, widest, compute),
+    }
     ring = 2 * DEPTH * hidden if gpu else 0
-    moments = [{**block, **kept, "batches": batch * (4 * widest + hidden + ring) * compute.itemsize},
-               {**block, **kept, "solve": solve, "batches": batch * ring * compute.itemsize}]
+    moments = [
+        {**block, **kept, "batches": batch * (4 * widest + hidden + ring) * compute.itemsize},
+        {**block, **kept, "solve": solve, "batches": batch * ring * compute.itemsize},
+    ]
     if trains(config):
         micro = (config.reconstruction.micro_batch_size or config.reconstruction.batch_size) * calibration.tokens
         moments.append({**block, "training": window * (20 * largest + 4 * micro * (6 * widest + 12 * hidden))})
@@ -236,16 +256,22 @@ def evaluation_bytes(view: ModelView, config: PruneConfig, streamed: bool, wides
     if view.is_encoder or not config.evaluation.enabled:
         return 0
     asked, own = config.evaluation.dtype, next(view.blocks.parameters()).dtype
-    dtype = getattr(torch, asked) if asked != "auto" else \
-        torch.bfloat16 if own == torch.float32 and cpu_has_bfloat16() else own
+    dtype = (
+        getattr(torch, asked)
+        if asked != "auto"
+        else torch.bfloat16
+        if own == torch.float32 and cpu_has_bfloat16()
+        else own
+    )
     vocabulary, hidden = vocabulary_size(view.model), embedding_width(view.model)
     tokens = config.evaluation.batch_size * config.evaluation.tokens
     everything = sum(p.numel() for p in view.model.parameters())
     blocks = sum(p.numel() for p in view.blocks.parameters())
     cast = 0 if dtype == own else (everything if not streamed else everything - blocks + 2 * blocks // len(view.blocks))
     kept = evaluation_windows(view, config) * config.evaluation.tokens * hidden if streamed else 0
-    return (cast + kept + tokens * max(vocabulary, 4 * widest + hidden)) * dtype.itemsize \
-        + 8 * config.evaluation.batch_size * min(POSITIONS, config.evaluation.tokens) * vocabulary
+    return (
+        cast + kept + tokens * max(vocabulary, 4 * widest + hidden)
+    ) * dtype.itemsize + 8 * config.evaluation.batch_size * min(POSITIONS, config.evaluation.tokens) * vocabulary
 
 
 def writes_once(view: ModelView, config: PruneConfig, streamed: bool) -> bool:

@@ -90,26 +90,42 @@ def plan(config: PruneConfig | dict) -> dict:
     host, on_device = memory_of(view, selected, config, compute, streamed, gpu, budget)
     seconds = rehearse(config, view, work, small, streamed)
     return {
-        "model": {"name": name, "architecture": type(view.model).__name__, "blocks": len(view.blocks),
-                  "parameters": sum(p.numel() for p in view.model.parameters()), "dtype": str(dtype)[6:]},
-        "settings": {name: getattr(config, name) for name in ("method", "criterion", "pattern", "sparsity",
-                                                              "reconstruct", "global_propagation")},
-        "device": str(device), "compute_dtype": str(compute)[6:],
-        "weights": weights, "coverage": view.coverage(selected), "patterns": _patterns(view, config),
+        "model": {
+            "name": name,
+            "architecture": type(view.model).__name__,
+            "blocks": len(view.blocks),
+            "parameters": sum(p.numel() for p in view.model.parameters()),
+            "dtype": str(dtype)[6:],
+        },
+        "settings": {
+            name: getattr(config, name)
+            for name in ("method", "criterion", "pattern", "sparsity", "reconstruct", "global_propagation")
+        },
+        "device": str(device),
+        "compute_dtype": str(compute)[6:],
+        "weights": weights,
+        "coverage": view.coverage(selected),
+        "patterns": _patterns(view, config),
         "memory_bytes": {**host, "total": sum(host.values())},
         "device_memory_bytes": {**on_device, "total": sum(on_device.values())} if gpu else None,
         "free_bytes": free,
-        "calibration": {"sequences": config.calibration.samples + config.calibration.self_generated,
-                        "tokens": tokens_of(config)},
-        "passes": passes_of(config).counts(), "streamed": streamed, "streamed_because": why,
+        "calibration": {
+            "sequences": config.calibration.samples + config.calibration.self_generated,
+            "tokens": tokens_of(config),
+        },
+        "passes": passes_of(config).counts(),
+        "streamed": streamed,
+        "streamed_because": why,
         "disk_bytes": {**disk_of(view, config, streamed, spilled), "free": _free_disk(config)},
-        "flops": flops_of(view, work, config), "seconds": {**seconds, "total": sum(seconds.values())},
+        "flops": flops_of(view, work, config),
+        "seconds": {**seconds, "total": sum(seconds.values())},
         "not_counted": _not_counted(view, config),
     }
 
 
-def _weights(view: ModelView, selected: list[list[WeightRef]], targeted: list[list[WeightRef]],
-             config: PruneConfig) -> list[dict]:
+def _weights(
+    view: ModelView, selected: list[list[WeightRef]], targeted: list[list[WeightRef]], config: PruneConfig
+) -> list[dict]:
     found: list[list[dict]] = [[] for _ in view.blocks]
     for block, refs, alike in kinds(view, selected):
         everything, plain, chosen = weights_of(block, routers=True), set(weights_of(block)), set(refs)
@@ -118,12 +134,29 @@ def _weights(view: ModelView, selected: list[list[WeightRef]], targeted: list[li
         for i in alike:
             for ref, shape in zip(everything, shapes):
                 prune = ref in chosen
-                found[i].append({"name": view.name(i, ref), "shape": list(shape), "prune": prune,
-                                 "why": None if prune else f"no part of its {config.pattern}" if ref in targeted[i] else
-                                 "not among targets, or ignored" if ref in plain else
-                                 "routes to experts: pruned if a target names such layers alone"})
-            found[i] += [{"name": view.full_name(i, name), "shape": shape, "prune": False,
-                          "why": "no matrix that a linear layer multiplies by"} for name, shape in rest]
+                found[i].append(
+                    {
+                        "name": view.name(i, ref),
+                        "shape": list(shape),
+                        "prune": prune,
+                        "why": None
+                        if prune
+                        else f"no part of its {config.pattern}"
+                        if ref in targeted[i]
+                        else "not among targets, or ignored"
+                        if ref in plain
+                        else "routes to experts: pruned if a target names such layers alone",
+                    }
+                )
+            found[i] += [
+                {
+                    "name": view.full_name(i, name),
+                    "shape": shape,
+                    "prune": False,
+                    "why": "no matrix that a linear layer multiplies by",
+                }
+                for name, shape in rest
+            ]
     return [row for rows in found for row in rows]
 
 
@@ -134,8 +167,14 @@ def _patterns(view: ModelView, config: PruneConfig) -> list[dict]:
     for field in ("targets", "ignore"):
         for pattern in getattr(config, field):
             found = [name for name in names if matches(name, [pattern])]
-            rows.append({"field": field, "pattern": pattern, "weights": len(found),
-                         "examples": found if len(found) < 4 else [*found[:2], found[-1]]})
+            rows.append(
+                {
+                    "field": field,
+                    "pattern": pattern,
+                    "weights": len(found),
+                    "examples": found if len(found) < 4 else [*found[:2], found[-1]],
+                }
+            )
     return rows
 
 

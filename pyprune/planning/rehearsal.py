@@ -41,8 +41,9 @@ BATCHES, PATIENCE, REPEATS = 2, 1.5, 3
 """Batches of a rehearsal. It is repeated until so many seconds or runs are spent; the fastest counts."""
 
 
-def rehearse(config: PruneConfig, view: ModelView, work: Work, own: ModelView,
-             streamed: bool = False) -> dict[str, float]:
+def rehearse(
+    config: PruneConfig, view: ModelView, work: Work, own: ModelView, streamed: bool = False
+) -> dict[str, float]:
     """Estimated seconds by phase of the whole run.
 
     work: of the model of ``view``, which may be without weights. own: its :func:`rehearsal_model`.
@@ -73,8 +74,7 @@ def rehearse(config: PruneConfig, view: ModelView, work: Work, own: ModelView,
     texts = Evaluation(enabled=False)
     if config.evaluation.enabled and not view.is_encoder:
         texts = Evaluation(text=ids(1, window), dtype=config.evaluation.dtype, batch_size=config.evaluation.batch_size)
-    asked = settings(count, length, texts,
-                     min(1, config.reconstruction.epochs))
+    asked = settings(count, length, texts, min(1, config.reconstruction.epochs))
     runs: list[dict] = []
     began = time.perf_counter()
     while not runs or (len(runs) < REPEATS and time.perf_counter() - began < PATIENCE):
@@ -97,9 +97,13 @@ def rehearse(config: PruneConfig, view: ModelView, work: Work, own: ModelView,
     }
     outside = ("evaluation", "load", "write", "calibration")
     seconds = {phase: value * scale.get(phase, wider) for phase, value in found.items() if phase not in outside}
-    seconds["evaluation"] = found.get("evaluation", 0.0) * evaluation_windows(view, config) * (
-        config.evaluation.tokens / window) * (blocks * work.passing(window) + work.head) / (
-        2 * small.passing(window) + small.head)
+    seconds["evaluation"] = (
+        found.get("evaluation", 0.0)
+        * evaluation_windows(view, config)
+        * (config.evaluation.tokens / window)
+        * (blocks * work.passing(window) + work.head)
+        / (2 * small.passing(window) + small.head)
+    )
     stored = sum(p.numel() * p.element_size() for p in view.model.parameters())
     rates = disk_rates(config.output)
     seconds["load"] = stored / rates["read"]
@@ -118,8 +122,11 @@ def forward_units(steps: int, blocks: int, view: ModelView, config: PruneConfig)
     sizes = [math.prod(ref.view(view.blocks[0]).shape) for ref in refs]
     whole = passes.keeps_outputs or any(ref.expert is not None for ref in refs)
     stopped = 1.0 if whole else 1 - sizes[-1] / sum(sizes)
-    return (passes.statistics * blocks * (1 + (steps - 1) * stopped) + passes.propagation * (blocks - 1) * steps
-            + (passes.dense + passes.allocation) * blocks * steps)
+    return (
+        passes.statistics * blocks * (1 + (steps - 1) * stopped)
+        + passes.propagation * (blocks - 1) * steps
+        + (passes.dense + passes.allocation) * blocks * steps
+    )
 
 
 def rehearsal_model(config: Any, dtype: torch.dtype) -> tuple[nn.Module, bool]:

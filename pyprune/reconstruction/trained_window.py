@@ -24,15 +24,22 @@ from pyprune.model.recording import call_block
 class TrainedWindow:
     """A window of blocks under training: compute copies in ``dtype``, float32 masters, masks as multipliers."""
 
-    def __init__(self, executor: Executor, indices: list[int], blocks: list[nn.Module],
-                 masks: list[dict[str, Tensor]], dtype: torch.dtype):
+    def __init__(
+        self,
+        executor: Executor,
+        indices: list[int],
+        blocks: list[nn.Module],
+        masks: list[dict[str, Tensor]],
+        dtype: torch.dtype,
+    ):
         """masks: per block, parameter path → bool tensor of the parameter's shape, True where kept.
 
         Raises ConfigError if all this does not fit the device.
         """
         self.executor, self.indices, self.dtype = executor, indices, dtype
         self.bytes = sum(p.numel() for block in blocks for p in block.parameters() if p.is_floating_point()) * (
-            16 if dtype == torch.float32 else 16 + dtype.itemsize)
+            16 if dtype == torch.float32 else 16 + dtype.itemsize
+        )
         """Weights, masters, gradients and optimiser state."""
         with self.fits():
             self._copy(blocks, masks)
@@ -62,8 +69,9 @@ class TrainedWindow:
                 self.masters.append(master)
                 self.scales.append(scale)
                 # the CPU's linear layers add their gradients to float32 buffers, see pyprune.execution.cpu_forward
-                self.buffers.append(torch.zeros_like(param, dtype=torch.float32) if on_cpu and param.ndim == 2
-                                    else None)
+                self.buffers.append(
+                    torch.zeros_like(param, dtype=torch.float32) if on_cpu and param.ndim == 2 else None
+                )
                 self._homes.append(home)
         by_weight = {id(p): b for p, b in zip(self.params, self.buffers) if b is not None}
         self._mode = TrainingMode(by_weight) if on_cpu else contextlib.nullcontext()
@@ -89,8 +97,9 @@ class TrainedWindow:
 
     def optimizer(self, settings: Reconstruction) -> torch.optim.Optimizer:
         """AdamW over the masters, its state made at once: what does not fit shows before anything is trained."""
-        optimizer = torch.optim.AdamW(self.masters, lr=settings.lr, betas=settings.betas,
-                                      weight_decay=settings.weight_decay, fused=True)
+        optimizer = torch.optim.AdamW(
+            self.masters, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
+        )
         with self.fits():
             for master in self.masters:
                 step = torch.zeros((), dtype=torch.float32, device=master.device)
@@ -191,20 +200,27 @@ class TrainedWindow:
         try:
             yield
         except torch.OutOfMemoryError as error:
-            raise ConfigError(f"training blocks {self.indices} takes {self.bytes / 1e9:.2f} GB on "
-                              f"{self.executor.device} for weights, gradients and optimiser state, and that does not "
-                              f"fit; use {' or '.join(self._instead())}") from error
+            raise ConfigError(
+                f"training blocks {self.indices} takes {self.bytes / 1e9:.2f} GB on "
+                f"{self.executor.device} for weights, gradients and optimiser state, and that does not "
+                f"fit; use {' or '.join(self._instead())}"
+            ) from error
 
     def too_long(self, length: int) -> ConfigError:
         """The error for a single sequence that does not fit."""
         instead = [f"a shorter seq_len (about {length // 2})", *self._instead()]
-        return ConfigError(f"one sequence of {length} tokens does not fit on {self.executor.device} in the training of "
-                           f"blocks {self.indices}, beside {self.bytes / 1e9:.2f} GB of weights, gradients and "
-                           f"optimiser state; use {', '.join(instead[:-1])}, or {instead[-1]}")
+        return ConfigError(
+            f"one sequence of {length} tokens does not fit on {self.executor.device} in the training of "
+            f"blocks {self.indices}, beside {self.bytes / 1e9:.2f} GB of weights, gradients and "
+            f"optimiser state; use {', '.join(instead[:-1])}, or {instead[-1]}"
+        )
 
     def _instead(self) -> list[str]:
-        return [*(["reconstruct='block' (one block at a time)"] if len(self.indices) > 1 else []),
-                *(["autocast='bfloat16'"] if self.dtype == torch.float32 else []), "device='cpu'"]
+        return [
+            *(["reconstruct='block' (one block at a time)"] if len(self.indices) > 1 else []),
+            *(["autocast='bfloat16'"] if self.dtype == torch.float32 else []),
+            "device='cpu'",
+        ]
 
 
 def _compute_copy(block: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:

@@ -65,9 +65,9 @@ def schedule(activations: list[Activations], batch_size: int, generator: torch.G
         order = torch.randperm(len(pool), generator=generator).tolist()
         items = [(pool[k][0], length, pool[k][1]) for k in order]
         whole = len(items) // batch_size * batch_size
-        batches += [items[k:k + batch_size] for k in range(0, whole, batch_size)]
+        batches += [items[k : k + batch_size] for k in range(0, whole, batch_size)]
         rest += items[whole:]
-    batches += [rest[k:k + batch_size] for k in range(0, len(rest), batch_size)]
+    batches += [rest[k : k + batch_size] for k in range(0, len(rest), batch_size)]
     return [_grouped(batches[k]) for k in torch.randperm(len(batches), generator=generator).tolist()]
 
 
@@ -85,7 +85,7 @@ def _micro_batches(pairs: Pairs, batch: list[tuple], size: int) -> list[tuple[in
         first, here = pairs[s][0].span[length][1], len(pairs[s][0].rows.get(length, ()))
         if own := [(s, row - first) for row in rows if first <= row < first + here]:
             by_length.setdefault(length, []).extend(own)
-    return [(length, items[k:k + size]) for length, items in by_length.items() for k in range(0, len(items), size)]
+    return [(length, items[k : k + size]) for length, items in by_length.items() for k in range(0, len(items), size)]
 
 
 def _host_batch(streams: list[dict[int, Tensor]], length: int, items: list[tuple[int, int]], pin: bool) -> Tensor:
@@ -96,12 +96,13 @@ def _host_batch(streams: list[dict[int, Tensor]], length: int, items: list[tuple
         places = [k for k, item in enumerate(items) if item[0] == s]
         rows = torch.tensor([items[k][1] for k in places])
         # the items of a stream lie side by side: a step's rows come stream by stream
-        torch.index_select(streams[s][length], 0, rows, out=out[places[0]:places[-1] + 1])
+        torch.index_select(streams[s][length], 0, rows, out=out[places[0] : places[-1] + 1])
     return out
 
 
-def _host_beside(window: TrainedWindow, inputs: list[Activations], length: int, items: list[tuple[int, int]],
-                 pin: bool) -> Beside:
+def _host_beside(
+    window: TrainedWindow, inputs: list[Activations], length: int, items: list[tuple[int, int]], pin: bool
+) -> Beside:
     """What belongs to the sequences of a micro-batch beside their hidden states."""
     first, beside = inputs[items[0][0]], Beside()
     if first.beside:
@@ -158,14 +159,22 @@ def _halved(window: TrainedWindow, pairs: Pairs, batch: list[tuple], size: int) 
     if most == 1:
         raise window.too_long(length)
     device = window.executor.device
-    window.executor.warn(f"training of blocks {window.indices} ran out of memory on {device} with {most} sequences "
-                          f"of {length} tokens: {most // 2} at a time from there on, the steps are the same; set "
-                          f"micro_batch_size={most // 2} to begin with that")
+    window.executor.warn(
+        f"training of blocks {window.indices} ran out of memory on {device} with {most} sequences "
+        f"of {length} tokens: {most // 2} at a time from there on, the steps are the same; set "
+        f"micro_batch_size={most // 2} to begin with that"
+    )
     return most // 2
 
 
-def _epoch(window: TrainedWindow, optimizer: torch.optim.Optimizer, pairs: Pairs, batches: list[list[tuple]],
-           rates: list[float], size: int) -> tuple[float, int]:
+def _epoch(
+    window: TrainedWindow,
+    optimizer: torch.optim.Optimizer,
+    pairs: Pairs,
+    batches: list[list[tuple]],
+    rates: list[float],
+    size: int,
+) -> tuple[float, int]:
     """One step per batch at the rate beside it, ``size`` sequences at a time; returns the sum of the losses, read from
     the device at the end only, and the size that fitted."""
     executor = window.executor
@@ -196,8 +205,9 @@ def steps_of(pairs: Pairs, settings: Reconstruction) -> int:
     return settings.epochs * len(schedule([x for x, _ in pairs], settings.batch_size, generator))
 
 
-def train(window: TrainedWindow, pairs: Pairs, settings: Reconstruction, *, seed: int = 0,
-          held_out: Pairs | None = None) -> Trace:
+def train(
+    window: TrainedWindow, pairs: Pairs, settings: Reconstruction, *, seed: int = 0, held_out: Pairs | None = None
+) -> Trace:
     """Minimise the mean squared error of the window's outputs; its masters hold the result.
 
     AdamW, linear decay to zero, ``settings.epochs`` passes in seeded random order. With ``held_out`` pairs the relative
@@ -255,10 +265,16 @@ def relative_error(window: TrainedWindow, pairs: Pairs) -> float:
 
 
 @torch.no_grad()
-def window_error_sums(executor: Executor, indices: list[int], forward: Callable[[Tensor, Beside], Tensor],
-                      inputs: Activations, targets: Activations) -> Tensor:
+def window_error_sums(
+    executor: Executor,
+    indices: list[int],
+    forward: Callable[[Tensor, Beside], Tensor],
+    inputs: Activations,
+    targets: Activations,
+) -> Tensor:
     """``[‖T − f(x)‖², ‖T‖²]`` of a stream through the blocks of a window, float64, on the device; a batch that does not
     fit is halved."""
+
     def measured(part: Batch, x: Tensor) -> Tensor:
         out = forward(x, executor.beside(indices, inputs, part)).float()
         target = targets.read(part).to(executor.device, non_blocking=True).float()

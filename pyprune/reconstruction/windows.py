@@ -69,7 +69,8 @@ class ProbeStreams(Streams):
 def wanted(config: PruneConfig) -> bool:
     """Whether a run needs a :class:`WindowTrainer`."""
     return config.reconstruct in ("block", "cross_block") or (
-        config.reconstruct in LAYERWISE and (config.global_propagation or config.reconstruction.select == "validation"))
+        config.reconstruct in LAYERWISE and (config.global_propagation or config.reconstruction.select == "validation")
+    )
 
 
 def streams_beside(config: PruneConfig) -> tuple[str, ...]:
@@ -99,8 +100,10 @@ class WindowTrainer:
         self.probes = [ProbeStreams(p.name, p.pruned, p.dense) for p in probes]
         self.watch = next((p for p in self.probes if p.name == "held_out"), None)
         if self.watch is None and (self.settings.select == "validation" or self.settings.early_stop):
-            raise ConfigError("select='validation' and early_stop need held-out sequences: set held_out (and "
-                              "probe_samples) above 0, or give more calibration text")
+            raise ConfigError(
+                "select='validation' and early_stop need held-out sequences: set held_out (and "
+                "probe_samples) above 0, or give more calibration text"
+            )
         self.dtype = training_dtype(run.executor, self.settings.autocast)
         self.masks: dict[int, dict[str, Tensor]] = {}
         self.steps: dict[int, list[dict]] = {}
@@ -111,7 +114,7 @@ class WindowTrainer:
     def trained(self, window: list[int]) -> bool:
         """Whether there is anything to learn: a dense window behind a dense prefix is its own target, but rounding."""
         first = 0 if self.run.config.global_propagation else window[0]
-        return self.trains and any(self.run.selected[first:window[-1] + 1])
+        return self.trains and any(self.run.selected[first : window[-1] + 1])
 
     def window(self, index: int) -> list[int]:
         """The blocks that train when the masks of block ``index`` are known."""
@@ -150,8 +153,9 @@ class WindowTrainer:
                 self.executor.run(index, module, source, streams.local)
 
     @torch.no_grad()
-    def reconstruct(self, index: int, module: nn.Module, original: dict[WeightRef, Tensor],
-               masks: dict[WeightRef, Tensor]) -> None:
+    def reconstruct(
+        self, index: int, module: nn.Module, original: dict[WeightRef, Tensor], masks: dict[WeightRef, Tensor]
+    ) -> None:
         """After the layer-wise step of block ``index``: measure it, train the windows that end here, settle.
 
         module: the block's compute copy, or itself. original: dense weights; masks: keep masks, both ``[out, in]``.
@@ -218,15 +222,23 @@ class WindowTrainer:
         if trace.micro_batch_size:  # the next window will not fit either
             self.settings = dataclasses.replace(self.settings, micro_batch_size=trace.micro_batch_size)
         if trace.diverged:
-            self.found.warn(f"training of blocks {window} met a loss that is not finite and "
-                          + (f"was undone to epoch {trace.kept}" if trace.kept else "was undone") + "; lower lr")
+            self.found.warn(
+                f"training of blocks {window} met a loss that is not finite and "
+                + (f"was undone to epoch {trace.kept}" if trace.kept else "was undone")
+                + "; lower lr"
+            )
 
     def _sync(self, module: nn.Module, block: nn.Module) -> None:
         if module is not block:
             module.load_state_dict(block.state_dict())
 
-    def _write(self, block: nn.Module, module: nn.Module, weights: dict[WeightRef, Tensor],
-               masks: dict[WeightRef, Tensor] | None = None) -> None:
+    def _write(
+        self,
+        block: nn.Module,
+        module: nn.Module,
+        weights: dict[WeightRef, Tensor],
+        masks: dict[WeightRef, Tensor] | None = None,
+    ) -> None:
         """Weights, or what masks leave of them, into a block and its compute copy."""
         for ref, weight in weights.items():
             keep = None if masks is None else masks[ref].to(weight.device)  # solved on the device, stored on the host
@@ -267,6 +279,7 @@ class WindowTrainer:
         the window where its other block was just trained too."""
         through = step == "cross_block 1" and index > 0
         with self.executor.compute(index - 1) if through else contextlib.nullcontext(module) as before:
+
             def forward(hidden: Tensor, beside: Beside) -> Tensor:
                 if through:
                     hidden = self.executor.forward(index - 1, before, hidden, beside)
@@ -274,9 +287,10 @@ class WindowTrainer:
 
             blocks = [index - 1, index] if through else [index]
             behind = through or step == "cross_block 2"
-            sums = [window_error_sums(self.executor, blocks, forward, probe.inputs if behind else probe.pruned,
-                                      probe.dense)
-                    for probe in self.probes]
+            sums = [
+                window_error_sums(self.executor, blocks, forward, probe.inputs if behind else probe.pruned, probe.dense)
+                for probe in self.probes
+            ]
         found = torch.stack(sums).tolist() if sums else []
         row = {"step": step, **{probe.name: ratio(*pair) for probe, pair in zip(self.probes, found)}}
         self.steps.setdefault(index, []).append(row)
@@ -284,9 +298,18 @@ class WindowTrainer:
 
     def row(self, index: int) -> dict:
         """What this block adds to the report: error after every step, and how its windows were trained."""
-        training = [{"blocks": t.blocks, "steps": t.steps, "seconds": t.seconds, "loss": t.loss, "held_out": t.held_out,
-                     "kept_epoch": t.kept, **({"diverged": True} if t.diverged else {})}
-                    for t in self.traces.get(index, [])]
+        training = [
+            {
+                "blocks": t.blocks,
+                "steps": t.steps,
+                "seconds": t.seconds,
+                "loss": t.loss,
+                "held_out": t.held_out,
+                "kept_epoch": t.kept,
+                **({"diverged": True} if t.diverged else {}),
+            }
+            for t in self.traces.get(index, [])
+        ]
         return {"steps": self.steps.get(index, []), "training": training}
 
     def finish(self) -> None:
@@ -300,10 +323,12 @@ class WindowTrainer:
         if worse:
             _, block, base, final = max(worse, key=lambda item: item[0])
             where = f"block {block}" if len(worse) == 1 else f"{len(worse)} of {self.last + 1} blocks, most in {block}"
-            self.found.warn(f"reconstruction overfits in {where}: calibration error fell from "
-                          f"{base['calibration']:.4g} to {final['calibration']:.4g} while held-out error rose from "
-                          f"{base['held_out']:.4g} to {final['held_out']:.4g}; give more or self-generated sequences, "
-                          "or select='validation'")
+            self.found.warn(
+                f"reconstruction overfits in {where}: calibration error fell from "
+                f"{base['calibration']:.4g} to {final['calibration']:.4g} while held-out error rose from "
+                f"{base['held_out']:.4g} to {final['held_out']:.4g}; give more or self-generated sequences, "
+                "or select='validation'"
+            )
 
 
 def training_dtype(executor: Executor, autocast: str) -> torch.dtype:

@@ -39,21 +39,34 @@ def compare(directories: Sequence[str | Path]) -> list[dict]:
         if (refined := report.get("refinement")) is not None:
             window, seconds = refined["windows"][-1], seconds + refined["seconds"]
             error, held_out = window["after_calibration"], window.get("after_held_out")
-        rows.append({
-            "directory": str(directory), "model": report["model"]["name"],
-            **{name: config.get(name) for name in ("method", "criterion", "pattern", "reconstruct",
-                                                   "global_propagation")},
-            "refined": None if refined is None else {
-                "reconstruct": "cross_block" if refined["cross_block"] else "block",
-                "global_propagation": refined["global_propagation"]},
-            "sparsity": report["sparsity"], "coverage": report["coverage"]["fraction"],
-            "evaluation": [{name: e.get(name) for name in ("text", "windows", "window", "dense", "pruned")}
-                           for e in report.get("evaluation") or []],
-            "block_error": error, "block_error_held_out": held_out, "seconds": seconds,
-            "peak_memory_bytes": report["peak_memory_bytes"],
-            "parameters": report["model"]["parameters"],
-            "calibration": report["calibration"]["fingerprint"][:12],
-        })
+        rows.append(
+            {
+                "directory": str(directory),
+                "model": report["model"]["name"],
+                **{
+                    name: config.get(name)
+                    for name in ("method", "criterion", "pattern", "reconstruct", "global_propagation")
+                },
+                "refined": None
+                if refined is None
+                else {
+                    "reconstruct": "cross_block" if refined["cross_block"] else "block",
+                    "global_propagation": refined["global_propagation"],
+                },
+                "sparsity": report["sparsity"],
+                "coverage": report["coverage"]["fraction"],
+                "evaluation": [
+                    {name: e.get(name) for name in ("text", "windows", "window", "dense", "pruned")}
+                    for e in report.get("evaluation") or []
+                ],
+                "block_error": error,
+                "block_error_held_out": held_out,
+                "seconds": seconds,
+                "peak_memory_bytes": report["peak_memory_bytes"],
+                "parameters": report["model"]["parameters"],
+                "calibration": report["calibration"]["fingerprint"][:12],
+            }
+        )
     return rows
 
 
@@ -63,19 +76,36 @@ def print_comparison(rows: list[dict], out: TextIO | None = None) -> None:
 
     console = open_console(out)
     table = Table()
-    for heading in ("folder", "pruned by", "pattern", "sparsity", "perplexity", "dense", "block error", "held out",
-                    "seconds"):
-        table.add_column(heading, overflow="fold", justify="left" if heading in ("folder", "pruned by", "pattern")
-                         else "right")
+    for heading in (
+        "folder",
+        "pruned by",
+        "pattern",
+        "sparsity",
+        "perplexity",
+        "dense",
+        "block error",
+        "held out",
+        "seconds",
+    ):
+        table.add_column(
+            heading, overflow="fold", justify="left" if heading in ("folder", "pruned by", "pattern") else "right"
+        )
     for row in rows:
         structured = row["pattern"] in ("neurons", "heads", "structured")
         how = f"{row['criterion' if structured else 'method']} + {reconstruction_text(row)}"
         if row["refined"]:
             how += f", refined: {reconstruction_text(row['refined'])}"
-        table.add_row(row["directory"], how, row["pattern"], f"{row['sparsity']:.3f}",
-                      "\n".join(perplexity_text(e["pruned"]) for e in row["evaluation"]),
-                      "\n".join(perplexity_text(e["dense"]) for e in row["evaluation"]),
-                      number(row["block_error"], 3), number(row["block_error_held_out"], 3), f"{row['seconds']:.1f}")
+        table.add_row(
+            row["directory"],
+            how,
+            row["pattern"],
+            f"{row['sparsity']:.3f}",
+            "\n".join(perplexity_text(e["pruned"]) for e in row["evaluation"]),
+            "\n".join(perplexity_text(e["dense"]) for e in row["evaluation"]),
+            number(row["block_error"], 3),
+            number(row["block_error_held_out"], 3),
+            f"{row['seconds']:.1f}",
+        )
     console.print(table)
     for text in differences(rows):
         console.print(f"note: {text}")

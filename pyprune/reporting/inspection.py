@@ -41,14 +41,30 @@ def inspect(directory: str | Path) -> dict:
         non_finite += bad
         if tensor.ndim in (2, 3) and _in_block(name):
             matrix = tensor.mT if any(name.endswith(t) for t in transposed) else tensor
-            rows.append({"name": name, "shape": list(matrix.shape), "dtype": str(tensor.dtype)[6:],
-                         "zeros": empty, "sparsity": empty / tensor.numel(), "non_finite": bad,
-                         "violations": {key: violations(matrix, *nm) for key, nm in PATTERNS.items()}})
+            rows.append(
+                {
+                    "name": name,
+                    "shape": list(matrix.shape),
+                    "dtype": str(tensor.dtype)[6:],
+                    "zeros": empty,
+                    "sparsity": empty / tensor.numel(),
+                    "non_finite": bad,
+                    "violations": {key: violations(matrix, *nm) for key, nm in PATTERNS.items()},
+                }
+            )
     if not rows:
         raise ConfigError(f"{directory} has no matrices inside numbered blocks: not a transformer checkpoint")
-    return {"path": str(directory), "format": files[0].suffix[1:], "bytes": sum(f.stat().st_size for f in files),
-            "parameters": parameters, "sparsity_of_model": zeros / parameters, **_summary(rows),
-            "non_finite": non_finite, "pruning": _record(folder), "weights": rows}
+    return {
+        "path": str(directory),
+        "format": files[0].suffix[1:],
+        "bytes": sum(f.stat().st_size for f in files),
+        "parameters": parameters,
+        "sparsity_of_model": zeros / parameters,
+        **_summary(rows),
+        "non_finite": non_finite,
+        "pruning": _record(folder),
+        "weights": rows,
+    }
 
 
 def violations(matrix: Tensor, n: int, m: int) -> int | None:
@@ -67,14 +83,24 @@ def _summary(rows: list[dict]) -> dict:
         counts = [row["violations"][key] for row in pruned]
         groups = sum(size[row["name"]] // m for row in pruned if row["violations"][key] is not None)
         broken = sum(c for c in counts if c is not None)
-        patterns[key] = {"groups": groups, "violations": broken, "fraction": broken / groups if groups else None,
-                         "undivided": sum(c is None for c in counts)}
-    return {"sparsity": sum(row["zeros"] for row in rows) / total,
-            "sparsity_of_pruned": sum(row["zeros"] for row in pruned) / reached if reached else 0.0,
-            "patterns": patterns,
-            "holds": [key for key, p in patterns.items() if pruned and not p["violations"] and not p["undivided"]],
-            "coverage": {"fraction": reached / total, "matrices": len(rows), "pruned": len(pruned),
-                         "dense": [row["name"] for row in rows if row["sparsity"] < PRUNED]}}
+        patterns[key] = {
+            "groups": groups,
+            "violations": broken,
+            "fraction": broken / groups if groups else None,
+            "undivided": sum(c is None for c in counts),
+        }
+    return {
+        "sparsity": sum(row["zeros"] for row in rows) / total,
+        "sparsity_of_pruned": sum(row["zeros"] for row in pruned) / reached if reached else 0.0,
+        "patterns": patterns,
+        "holds": [key for key, p in patterns.items() if pruned and not p["violations"] and not p["undivided"]],
+        "coverage": {
+            "fraction": reached / total,
+            "matrices": len(rows),
+            "pruned": len(pruned),
+            "dense": [row["name"] for row in rows if row["sparsity"] < PRUNED],
+        },
+    }
 
 
 def _numel(shape: list[int]) -> int:
@@ -118,7 +144,6 @@ def _transposed(folder: Path) -> set[str]:
         return set()
     import transformers
 
-
     try:
         config = transformers.AutoConfig.from_pretrained(folder)
         with torch.device("meta"):
@@ -126,8 +151,12 @@ def _transposed(folder: Path) -> set[str]:
     except (OSError, ValueError, KeyError, ImportError, RuntimeError):
         return set()  # an architecture transformers does not know: nn.Linear's [out, in] is all that can be assumed
     before = len(view.path.rpartition(".")[0])
-    return {view.full_name(i, ref.path)[before:].removeprefix(".") for i, block in enumerate(view.blocks)
-            for ref in weights_of(block) if ref.transposed}
+    return {
+        view.full_name(i, ref.path)[before:].removeprefix(".")
+        for i, block in enumerate(view.blocks)
+        for ref in weights_of(block)
+        if ref.transposed
+    }
 
 
 def _record(folder: Path) -> dict | None:

@@ -23,16 +23,20 @@ CALIBRATION_PLACES = ("source", "split", "subset", "text_column", "self_generate
 def settings_of(config: PruneConfig) -> dict:
     """The fields that decide the result."""
     settings = {key: value for key, value in config_for_report(config).items() if key not in PLACES}
-    settings["calibration"] = {key: value for key, value in settings["calibration"].items()
-                               if key not in CALIBRATION_PLACES}
+    settings["calibration"] = {
+        key: value for key, value in settings["calibration"].items() if key not in CALIBRATION_PLACES
+    }
     return {**settings, "evaluation": {"dtype": config.evaluation.dtype}}
 
 
 def data_identity(data: CalibrationData, texts: list[tuple[str, list[Tensor]]]) -> dict:
     """Fingerprints of the very token ids of calibration, held-out and evaluation sequences."""
-    return {"calibration": data.fingerprint, "held_out": fingerprint(data.held_out),
-            **({"generated": fingerprint(data.generated)} if data.generated else {}),
-            "evaluation": [fingerprint(windows) for _, windows in texts]}
+    return {
+        "calibration": data.fingerprint,
+        "held_out": fingerprint(data.held_out),
+        **({"generated": fingerprint(data.generated)} if data.generated else {}),
+        "evaluation": [fingerprint(windows) for _, windows in texts],
+    }
 
 
 def compared(dense: list[dict], pruned: list[dict]) -> list[dict]:
@@ -40,8 +44,16 @@ def compared(dense: list[dict], pruned: list[dict]) -> list[dict]:
     return [{**d, "dense": d["perplexity"], "pruned": p["perplexity"]} for d, p in zip(dense, pruned)]
 
 
-def build_report(run: Run, found: Findings, model: nn.Module, evaluation: list[dict], coverage: dict,
-                 structured: dict | None, peak_device: int | None, backends: dict) -> dict:
+def build_report(
+    run: Run,
+    found: Findings,
+    model: nn.Module,
+    evaluation: list[dict],
+    coverage: dict,
+    structured: dict | None,
+    peak_device: int | None,
+    backends: dict,
+) -> dict:
     """The run as one plain dict: what ``report.json`` holds.
 
     model: as it is now. evaluation: perplexity of the dense and the pruned model, one row per text. coverage: share of
@@ -52,14 +64,21 @@ def build_report(run: Run, found: Findings, model: nn.Module, evaluation: list[d
     targeted = sum(w["shape"][0] * w["shape"][1] for w in found.weights)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     if coverage["fraction"] < 1:
-        found.warn(f"{1 - coverage['fraction']:.1%} of the blocks' matrix weights were left dense: "
-                   + ", ".join(coverage["skipped"][:4]) + (" …" if len(coverage["skipped"]) > 4 else ""))
+        found.warn(
+            f"{1 - coverage['fraction']:.1%} of the blocks' matrix weights were left dense: "
+            + ", ".join(coverage["skipped"][:4])
+            + (" …" if len(coverage["skipped"]) > 4 else "")
+        )
     return {
         "version": 1,
         "config": config_for_report(run.config),
-        "model": {"name": run.config.model or type(model).__name__, "architecture": type(model).__name__,
-                  "blocks": len(run.view.blocks), "parameters": sum(p.numel() for p in model.parameters()),
-                  "dtype": str(next(model.parameters()).dtype)[6:]},
+        "model": {
+            "name": run.config.model or type(model).__name__,
+            "architecture": type(model).__name__,
+            "blocks": len(run.view.blocks),
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "dtype": str(next(model.parameters()).dtype)[6:],
+        },
         "sparsity": pruned_weights / targeted if targeted else 0.0,
         "coverage": coverage,
         "evaluation": evaluation,
@@ -69,12 +88,19 @@ def build_report(run: Run, found: Findings, model: nn.Module, evaluation: list[d
         "seconds": found.clock.seconds,
         "peak_memory_bytes": peak,
         "peak_device_memory_bytes": peak_device,
-        "calibration": {"description": run.data.description, "fingerprint": run.data.fingerprint,
-                        "samples": len(run.data.sequences), "tokens": sum(map(len, run.data.sequences))},
+        "calibration": {
+            "description": run.data.description,
+            "fingerprint": run.data.fingerprint,
+            "samples": len(run.data.sequences),
+            "tokens": sum(map(len, run.data.sequences)),
+        },
         "warnings": found.warnings,
         "versions": versions(),
-        "machine": {"platform": platform.platform(), "threads": torch.get_num_threads(),
-                    "device": str(run.executor.device)},
+        "machine": {
+            "platform": platform.platform(),
+            "threads": torch.get_num_threads(),
+            "device": str(run.executor.device),
+        },
         "backends": backends,
     }
 
@@ -85,8 +111,13 @@ def config_for_report(config: PruneConfig) -> dict:
     plain.calibration, plain.evaluation = copy.copy(config.calibration), copy.copy(config.evaluation)
     for section, key in ((plain.calibration, "source"), (plain.evaluation, "text")):
         value = getattr(section, key)
-        if not (value is None or isinstance(value, str) or
-                isinstance(value, (list, tuple)) and key == "text" and all(isinstance(v, str) for v in value)):
+        if not (
+            value is None
+            or isinstance(value, str)
+            or isinstance(value, (list, tuple))
+            and key == "text"
+            and all(isinstance(v, str) for v in value)
+        ):
             setattr(section, key, f"<{type(value).__name__} in memory>")
     return to_dict(plain)
 
@@ -107,10 +138,18 @@ def pruning_record(report: dict) -> dict:
     config = report.get("config", {})
     names = ("method", "pattern", "sparsity", "reconstruct", "criterion", "seed")
     structured = report.get("structured")
-    kept = {} if not structured else {"structured": {name: value for name, value in structured.items()
-                                                     if name not in ("layers", "curve")}}
-    return {"format": 1, **{name: config.get(name) for name in names}, "settings": config, **kept,
-            **{name: report.get(name) for name in ("model", "weights", "coverage", "calibration", "versions")}}
+    kept = (
+        {}
+        if not structured
+        else {"structured": {name: value for name, value in structured.items() if name not in ("layers", "curve")}}
+    )
+    return {
+        "format": 1,
+        **{name: config.get(name) for name in names},
+        "settings": config,
+        **kept,
+        **{name: report.get(name) for name in ("model", "weights", "coverage", "calibration", "versions")},
+    }
 
 
 def run_yaml(report: dict, config: PruneConfig) -> str:
@@ -120,7 +159,9 @@ def run_yaml(report: dict, config: PruneConfig) -> str:
     try:
         return to_yaml(config)
     except ConfigError:
-        note = ("# The run took its calibration or evaluation data from memory; put a path to the same data in\n"
-                "# place of the <…> below to repeat it. Calibration token ids: sha256\n"
-                f"# {report['calibration']['fingerprint']}\n")
+        note = (
+            "# The run took its calibration or evaluation data from memory; put a path to the same data in\n"
+            "# place of the <…> below to repeat it. Calibration token ids: sha256\n"
+            f"# {report['calibration']['fingerprint']}\n"
+        )
         return note + yaml.safe_dump(report["config"], sort_keys=False)

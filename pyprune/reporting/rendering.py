@@ -40,8 +40,10 @@ def headline(report: dict) -> str:
     sparsity = config["sparsity"]
     shown = ", ".join(f"{s:g}" for s in sparsity) if isinstance(sparsity, (list, tuple)) else f"{sparsity:g}"
     structured = config["pattern"] in ("neurons", "heads", "structured")
-    return f"{config['criterion'] if structured else config['method']} {config['pattern']}, sparsity {shown}, " \
-           f"reconstruct {reconstruction_text(config)}"
+    return (
+        f"{config['criterion'] if structured else config['method']} {config['pattern']}, sparsity {shown}, "
+        f"reconstruct {reconstruction_text(config)}"
+    )
 
 
 def reconstruction_text(config: dict) -> str:
@@ -87,25 +89,47 @@ def summary_rows(report: dict) -> list[tuple[str, str]]:
     curve = (report.get("structured") or {}).get("curve", [])
     for entry in curve:
         shown = ", ".join(perplexity_text(row["pruned"]) for row in entry.get("evaluation", []))
-        rows.append((f"at {entry['sparsity']:g}", f"{entry['parameters']:,} parameters"
-                     + (f", perplexity {shown}" if shown else "")))
+        rows.append(
+            (
+                f"at {entry['sparsity']:g}",
+                f"{entry['parameters']:,} parameters" + (f", perplexity {shown}" if shown else ""),
+            )
+        )
     for row in (report.get("evaluation") or []) if len(curve) < 2 else []:
-        rows.append(("perplexity", f"{perplexity_text(row['dense'])} dense → {perplexity_text(row['pruned'])} pruned  "
-                     f"({row['windows']} windows of {row['window']} tokens, {row['text']})"))
+        rows.append(
+            (
+                "perplexity",
+                f"{perplexity_text(row['dense'])} dense → {perplexity_text(row['pruned'])} pruned  "
+                f"({row['windows']} windows of {row['window']} tokens, {row['text']})",
+            )
+        )
     coverage = report["coverage"]
-    rows.append(("sparsity", f"{report['sparsity']:.4f} of the pruned weights; they are {coverage['fraction']:.1%} of "
-                 "the blocks' matrix weights"))
+    rows.append(
+        (
+            "sparsity",
+            f"{report['sparsity']:.4f} of the pruned weights; they are {coverage['fraction']:.1%} of "
+            "the blocks' matrix weights",
+        )
+    )
     last = report["blocks"][-1] if report.get("blocks") else {}
     if last.get("error") is not None:
         held = "" if last.get("error_held_out") is None else f", {number(last['error_held_out'])} on held-out text"
         rows.append(("block error", f"{number(last.get('error'))} after the last block{held} (relative to dense)"))
         if last.get("steps"):
-            rows.append(("last block", " → ".join(
-                f"{s['step']} {number(s.get('calibration'), 3)} / {number(s.get('held_out'), 3)}"
-                for s in last["steps"]) + " (calibration / held out)"))
+            rows.append(
+                (
+                    "last block",
+                    " → ".join(
+                        f"{s['step']} {number(s.get('calibration'), 3)} / {number(s.get('held_out'), 3)}"
+                        for s in last["steps"]
+                    )
+                    + " (calibration / held out)",
+                )
+            )
     seconds = report["seconds"]
-    phases = ", ".join(f"{phase} {value:.1f}" for phase, value in sorted(seconds.items(), key=lambda p: -p[1])
-                       if value >= 0.05)
+    phases = ", ".join(
+        f"{phase} {value:.1f}" for phase, value in sorted(seconds.items(), key=lambda p: -p[1]) if value >= 0.05
+    )
     rows.append(("seconds", f"{sum(seconds.values()):.1f}: {phases}"))
     rows.append(("peak memory", f"{report['peak_memory_bytes'] / 2**30:.2f} GiB"))
     if (refitted := refit_text(report)) is not None:
@@ -137,8 +161,10 @@ def inputs_text(report: dict) -> str | None:
     elif not ways and (config["method"] != "magnitude" or config["reconstruct"] != "none"):
         ways = [config["inputs"]]
     counts = {way: ways.count(way) for way in INPUTS if way in ways}
-    parts = [f"{way}: {INPUTS[way]}" + (f" ({count} of {len(ways)} blocks)" if len(counts) > 1 else "")
-             for way, count in counts.items()]
+    parts = [
+        f"{way}: {INPUTS[way]}" + (f" ({count} of {len(ways)} blocks)" if len(counts) > 1 else "")
+        for way, count in counts.items()
+    ]
     return "; ".join(parts) or None
 
 
@@ -147,8 +173,10 @@ def distinct(warnings: list[str]) -> list[str]:
     kinds: dict[str, list[str]] = {}
     for text in warnings:
         kinds.setdefault(re.sub(r"\d+(\.\d+)?", "0", text), []).append(text)
-    return [texts[0] + (f" (and {len(texts) - 1} like it, in report.json)" if len(texts) > 1 else "")
-            for texts in kinds.values()]
+    return [
+        texts[0] + (f" (and {len(texts) - 1} like it, in report.json)" if len(texts) > 1 else "")
+        for texts in kinds.values()
+    ]
 
 
 def print_evaluation(found: dict, out: TextIO | None = None) -> None:
@@ -156,8 +184,11 @@ def print_evaluation(found: dict, out: TextIO | None = None) -> None:
     for row in found.get("texts", [found]):
         if not math.isfinite(row["perplexity"]):
             continue
-        print(f"perplexity {perplexity_text(row['perplexity'])}  ({row['windows']} windows of {row['window']} tokens, "
-              f"{row['dtype']}, {row['seconds']:.1f} s, {row['text']})", file=out or sys.stdout)
+        print(
+            f"perplexity {perplexity_text(row['perplexity'])}  ({row['windows']} windows of {row['window']} tokens, "
+            f"{row['dtype']}, {row['seconds']:.1f} s, {row['text']})",
+            file=out or sys.stdout,
+        )
 
 
 def print_inspection(found: dict, out: TextIO | None = None) -> None:
@@ -165,12 +196,15 @@ def print_inspection(found: dict, out: TextIO | None = None) -> None:
     from rich.table import Table
 
     console = open_console(out)
-    console.print(f"{found['path']}: {found['parameters']:,} parameters, {found['bytes'] / 2**20:.1f} MiB of "
-                  f"{found['format']}")
+    console.print(
+        f"{found['path']}: {found['parameters']:,} parameters, {found['bytes'] / 2**20:.1f} MiB of {found['format']}"
+    )
     coverage = found["coverage"]
-    console.print(f"sparsity {found['sparsity']:.4f} of the blocks' matrices, {found['sparsity_of_model']:.4f} of all "
-                  f"parameters; {coverage['pruned']} of {coverage['matrices']} matrices are pruned, "
-                  f"{coverage['fraction']:.1%} of their weights, to {found['sparsity_of_pruned']:.4f}")
+    console.print(
+        f"sparsity {found['sparsity']:.4f} of the blocks' matrices, {found['sparsity_of_model']:.4f} of all "
+        f"parameters; {coverage['pruned']} of {coverage['matrices']} matrices are pruned, "
+        f"{coverage['fraction']:.1%} of their weights, to {found['sparsity_of_pruned']:.4f}"
+    )
     for name, row in found["patterns"].items():
         console.print(f"{name}: {row['violations']:,} violations in {row['groups']:,} groups of the pruned matrices")
     if found["non_finite"]:
@@ -182,10 +216,13 @@ def print_inspection(found: dict, out: TextIO | None = None) -> None:
     for kind, rows in kinds.items():
         spread = [row["sparsity"] for row in rows]
         broken = [[row["violations"][name] for row in rows] for name in found["patterns"]]
-        table.add_row(kind, str(len(rows)), "×".join(map(str, rows[0]["shape"])),
-                      f"{min(spread):.3f}" if max(spread) - min(spread) < 5e-4 else
-                      f"{min(spread):.3f} … {max(spread):.3f}",
-                      *("–" if None in counts else f"{sum(counts):,}" for counts in broken))
+        table.add_row(
+            kind,
+            str(len(rows)),
+            "×".join(map(str, rows[0]["shape"])),
+            f"{min(spread):.3f}" if max(spread) - min(spread) < 5e-4 else f"{min(spread):.3f} … {max(spread):.3f}",
+            *("–" if None in counts else f"{sum(counts):,}" for counts in broken),
+        )
     console.print(table)
 
 
@@ -194,8 +231,10 @@ def print_plan(found: dict, out: TextIO | None = None) -> None:
     from rich.table import Table
 
     console, model = open_console(out), found["model"]
-    console.print(f"{model['name']}: {model['architecture']}, {model['blocks']} blocks, {model['parameters']:,} "
-                  f"parameters in {model['dtype']}\n{headline({'config': found['settings']})}")
+    console.print(
+        f"{model['name']}: {model['architecture']}, {model['blocks']} blocks, {model['parameters']:,} "
+        f"parameters in {model['dtype']}\n{headline({'config': found['settings']})}"
+    )
     kinds: dict[tuple, list[dict]] = {}
     for row in found["weights"]:
         kinds.setdefault((_kind(row["name"]), row["prune"], row["why"], tuple(row["shape"])), []).append(row)
@@ -218,27 +257,43 @@ def plan_rows(found: dict) -> list[tuple[str, str]]:
     training = f", {found['passes']['training']} to train" if found["passes"].get("training") else ""
     rows = [
         *((row["field"], _pattern_text(row)) for row in found["patterns"]),
-        ("coverage", f"{found['coverage']['fraction']:.1%} of the blocks' matrix weights; the embedding and the head "
-                     "stay dense"),
+        (
+            "coverage",
+            f"{found['coverage']['fraction']:.1%} of the blocks' matrix weights; the embedding and the head stay dense",
+        ),
         ("device", f"{found['device']}, forward passes in {found['compute_dtype']}"),
-        ("weights", f"{'streamed block by block' if found['streamed'] else 'loaded whole'}: "
-                    f"{found['streamed_because']}"),
-        ("passes", f"{sum(passes.values())} per block ({', '.join(passes)}){training}, "
-                   f"over {calibration['sequences']} sequences, {calibration['tokens']:,} tokens" if passes else
-                   "none: no calibration data is needed"),
+        (
+            "weights",
+            f"{'streamed block by block' if found['streamed'] else 'loaded whole'}: {found['streamed_because']}",
+        ),
+        (
+            "passes",
+            f"{sum(passes.values())} per block ({', '.join(passes)}){training}, "
+            f"over {calibration['sequences']} sequences, {calibration['tokens']:,} tokens"
+            if passes
+            else "none: no calibration data is needed",
+        ),
         ("host memory", _parts(found["memory_bytes"], size_text, f", {size_text(free['memory'])} free")),
-        ("device memory", "none: everything is computed on the CPU" if found["device_memory_bytes"] is None else
-         _parts(found["device_memory_bytes"], size_text, f", {size_text(free['device'])} free")),
-        ("disk", f"{size_text(disk['while_running'])} while running, {size_text(disk['checkpoint'])} at the end, "
-                 f"{size_text(disk['free'])} free"),
+        (
+            "device memory",
+            "none: everything is computed on the CPU"
+            if found["device_memory_bytes"] is None
+            else _parts(found["device_memory_bytes"], size_text, f", {size_text(free['device'])} free"),
+        ),
+        (
+            "disk",
+            f"{size_text(disk['while_running'])} while running, {size_text(disk['checkpoint'])} at the end, "
+            f"{size_text(disk['free'])} free",
+        ),
         ("time", "about " + _parts(found["seconds"], duration_text)),
     ]
     if found["not_counted"]:
         rows.append(("", "not counted: " + "; ".join(found["not_counted"])))
     for what, needed, there in (
-            ("host memory", found["memory_bytes"]["total"] - found["memory_bytes"]["process"], free["memory"]),
-            ("device memory", (found["device_memory_bytes"] or {}).get("total", 0), free["device"]),
-            ("disk", disk["while_running"], disk["free"])):
+        ("host memory", found["memory_bytes"]["total"] - found["memory_bytes"]["process"], free["memory"]),
+        ("device memory", (found["device_memory_bytes"] or {}).get("total", 0), free["device"]),
+        ("disk", disk["while_running"], disk["free"]),
+    ):
         if there is not None and needed > there:
             rows.append(("warning", f"more {what} is needed than is free"))
     return rows
@@ -249,23 +304,24 @@ def _pattern_text(row: dict) -> str:
     examples = row["examples"]
     if not examples:
         return f"{row['pattern']!r}: no weight of the blocks, only what stays dense anyway"
-    shown = ", ".join(examples) if len(examples) == row["weights"] else \
-        f"{', '.join(examples[:-1])} … {examples[-1]}"
+    shown = ", ".join(examples) if len(examples) == row["weights"] else f"{', '.join(examples[:-1])} … {examples[-1]}"
     return f"{row['pattern']!r}: {row['weights']} weight{'s' if row['weights'] > 1 else ''}, {shown}"
 
 
 def _parts(values: dict, text: Callable[[float], str], free: str = "") -> str:
     """The total, then what it is made of, largest first; what is below a hundredth of it is left out."""
     parts = {name: value for name, value in values.items() if name != "total" and value >= values["total"] / 100}
-    shown = ", ".join(f"{name.replace('_', ' ')} {text(value)}" for name, value in
-                      sorted(parts.items(), key=lambda part: -part[1]))
+    shown = ", ".join(
+        f"{name.replace('_', ' ')} {text(value)}" for name, value in sorted(parts.items(), key=lambda part: -part[1])
+    )
     return f"{text(values['total'])}{free}: {shown}"
 
 
 def size_text(size: float) -> str:
     """``37.8 GiB``."""
-    unit, name = next((u, n) for u, n in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (1, "B"))
-                      if size >= 0.995 * u or u == 1)
+    unit, name = next(
+        (u, n) for u, n in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (1, "B")) if size >= 0.995 * u or u == 1
+    )
     return f"{size / unit:.{0 if name == 'B' or size >= 100 * unit else 1}f} {name}"
 
 
@@ -286,40 +342,77 @@ def model_card(report: dict, name: str, picture: str | None = None) -> str:
     config, model = report["config"], report["model"]
     encoder = not report.get("evaluation") and not model["architecture"].endswith(("ForCausalLM", "LMHeadModel"))
     auto = "AutoModel" if encoder else "AutoModelForCausalLM"
-    lines = ["---", "library_name: transformers", "tags: [pyprune, pruning, sparsity]", "---", "",
-             f"# {name}", "",
-             f"{model['name']} ({model['architecture']}, {model['parameters']:,} parameters, {model['dtype']}) pruned "
-             f"in one shot with pyprune: {headline(report)}. " + _outcome(report)
-             + " Embeddings and the head are as they were.", ""]
+    lines = [
+        "---",
+        "library_name: transformers",
+        "tags: [pyprune, pruning, sparsity]",
+        "---",
+        "",
+        f"# {name}",
+        "",
+        f"{model['name']} ({model['architecture']}, {model['parameters']:,} parameters, {model['dtype']}) pruned "
+        f"in one shot with pyprune: {headline(report)}. "
+        + _outcome(report)
+        + " Embeddings and the head are as they were.",
+        "",
+    ]
     if report.get("evaluation"):
         lines += ["| text | windows | dense perplexity | pruned perplexity |", "|---|---|---|---|"]
-        lines += [f"| {row['text']} | {row['windows']} × {row['window']} tokens, {row.get('dtype', '')} | "
-                  f"{perplexity_text(row['dense'])} | {perplexity_text(row['pruned'])} |"
-                  for row in report["evaluation"]]
+        lines += [
+            f"| {row['text']} | {row['windows']} × {row['window']} tokens, {row.get('dtype', '')} | "
+            f"{perplexity_text(row['dense'])} | {perplexity_text(row['pruned'])} |"
+            for row in report["evaluation"]
+        ]
         lines += ["", "Windows do not overlap; each is seen by itself. The same code measures both columns.", ""]
     lines += _gain(report.get("gain"), picture)
     own = bool((report.get("structured") or {}).get("layout"))
-    lines += ["## Use", "", "```python", *(
-                  ["import pyprune", "", f'model, tokenizer = pyprune.load("{name}")'] if own else
-                  [f"from transformers import {auto}, AutoTokenizer", "",
-                   f'model = {auto}.from_pretrained("{name}", dtype="auto")',
-                   f'tokenizer = AutoTokenizer.from_pretrained("{name}")']), "```", "",
-              *([f"Only pyprune loads this model, a stock config cannot say its sizes: "
-                 f"{report['structured']['reason']}.", ""] if own else []),
-              "The file stores zeros like any other number: it is not smaller, and by itself not faster, than the "
-              "dense one." if config["pattern"] not in ("neurons", "heads", "structured") else
-              "The matrices themselves are smaller, so every runtime gains.", "",
-              "## How it was made", "",
-              f"- calibration: {report['calibration']['description']} (token ids sha256 "
-              f"`{report['calibration']['fingerprint'][:16]}…`)"]
+    lines += [
+        "## Use",
+        "",
+        "```python",
+        *(
+            ["import pyprune", "", f'model, tokenizer = pyprune.load("{name}")']
+            if own
+            else [
+                f"from transformers import {auto}, AutoTokenizer",
+                "",
+                f'model = {auto}.from_pretrained("{name}", dtype="auto")',
+                f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
+            ]
+        ),
+        "```",
+        "",
+        *(
+            [
+                f"Only pyprune loads this model, a stock config cannot say its sizes: "
+                f"{report['structured']['reason']}.",
+                "",
+            ]
+            if own
+            else []
+        ),
+        "The file stores zeros like any other number: it is not smaller, and by itself not faster, than the dense one."
+        if config["pattern"] not in ("neurons", "heads", "structured")
+        else "The matrices themselves are smaller, so every runtime gains.",
+        "",
+        "## How it was made",
+        "",
+        f"- calibration: {report['calibration']['description']} (token ids sha256 "
+        f"`{report['calibration']['fingerprint'][:16]}…`)",
+    ]
     if (inputs := inputs_text(report)) is not None:
         lines.append(f"- statistics of inputs, {inputs}")
     if config["reconstruct"] in RECONSTRUCTIONS:
-        lines.append(f"- reconstruction: {RECONSTRUCTIONS[config['reconstruct']]}"
-                     + ("; the targets are the dense model's own stream" if config.get("global_propagation") else ""))
+        lines.append(
+            f"- reconstruction: {RECONSTRUCTIONS[config['reconstruct']]}"
+            + ("; the targets are the dense model's own stream" if config.get("global_propagation") else "")
+        )
     lines += [f"- warning: {text}" for text in distinct(report.get("warnings") or [])]
-    lines += ["- settings: `run.yaml` repeats the run (`pyprune prune --config run.yaml -o DIR`)",
-              "- error of every weight and block, seconds by phase: `report.json`; per weight: `pruning.json`", ""]
+    lines += [
+        "- settings: `run.yaml` repeats the run (`pyprune prune --config run.yaml -o DIR`)",
+        "- error of every weight and block, seconds by phase: `report.json`; per weight: `pruning.json`",
+        "",
+    ]
     return "\n".join(lines)
 
 
@@ -331,11 +424,15 @@ def cell(row: dict, key: str, base: dict) -> str:
     return f"{value / unit:,.1f} {name}{beside}" if value else "–"
 
 
-LABELS = {"parameters": ("parameters", 1e6, "M"), "weight_bytes": ("weights", 2**20, "MiB"),
-          "file_bytes": ("file", 2**20, "MiB"), "peak_memory_bytes": ("peak memory", 2**20, "MiB"),
-          "forward_tokens_per_second": ("forward", 1, "tokens/s"),
-          "prefill_tokens_per_second": ("prefill", 1, "tokens/s"),
-          "decode_tokens_per_second": ("decode", 1, "tokens/s")}
+LABELS = {
+    "parameters": ("parameters", 1e6, "M"),
+    "weight_bytes": ("weights", 2**20, "MiB"),
+    "file_bytes": ("file", 2**20, "MiB"),
+    "peak_memory_bytes": ("peak memory", 2**20, "MiB"),
+    "forward_tokens_per_second": ("forward", 1, "tokens/s"),
+    "prefill_tokens_per_second": ("prefill", 1, "tokens/s"),
+    "decode_tokens_per_second": ("decode", 1, "tokens/s"),
+}
 """Measure → its label, unit and the unit's name."""
 
 
@@ -345,10 +442,17 @@ def _gain(rows: list[dict] | None, picture: str | None) -> list[str]:
         return []
     base, own = rows[0], rows[-1]
     lines = ["| | dense | pruned |", "|---|---|---|"]
-    lines += [f"| {label} | {cell(base, key, base)} | {cell(own, key, base)} |"
-              for key, (label, _, _) in LABELS.items() if own.get(key)]
-    lines += ["", f"Measured by `pyprune eval --latency` on {own['device']}, {own['dtype']}, {own['tokens']} tokens, "
-              f"batch size {own['batch_size']}, each model in a process of its own.", ""]
+    lines += [
+        f"| {label} | {cell(base, key, base)} | {cell(own, key, base)} |"
+        for key, (label, _, _) in LABELS.items()
+        if own.get(key)
+    ]
+    lines += [
+        "",
+        f"Measured by `pyprune eval --latency` on {own['device']}, {own['dtype']}, {own['tokens']} tokens, "
+        f"batch size {own['batch_size']}, each model in a process of its own.",
+        "",
+    ]
     return [*lines, *([f"![gain]({picture})", ""] if picture else [])]
 
 

@@ -45,7 +45,7 @@ def choose(group: Coupled, scores: Tensor, count: int) -> Tensor:
     pools = _pools(group)
     kept = []
     for pool in pools:
-        order = scores[pool].sort(descending=True, stable=True).indices[:count // len(pools)]
+        order = scores[pool].sort(descending=True, stable=True).indices[: count // len(pools)]
         kept.append(pool[order])
     return torch.cat(kept).sort().values
 

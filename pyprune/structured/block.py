@@ -76,8 +76,9 @@ class StructuredRun:
         return self.found.clock
 
 
-def _dense_pass(run: Run, index: int, module: nn.Module, groups: list[Coupled], stream: Activations,
-                sums: list[Activations | None]) -> None:
+def _dense_pass(
+    run: Run, index: int, module: nn.Module, groups: list[Coupled], stream: Activations, sums: list[Activations | None]
+) -> None:
     """Advance the dense stream by one block and keep what each consumer's output should add up to."""
     taps = Taps(module, groups)
 
@@ -108,10 +109,15 @@ def score_group(work: StructuredRun, index: int, i: int, split: Split | None) ->
     if criterion in NEEDS_MOMENTS and (split is None or split.count == 0):
         criterion = "magnitude"
         work.found.warn(f"{run.view.path}.{index}.{group.name} saw no calibration token: chosen by magnitude")
-    layer = Scored(group, group.consumer.view(block).to(run.executor.device).float(), split,
-                   centred=has_slot(work, index, group), block=block,
-                   seed=hash((run.config.seed, index, i)) % 2**31,
-                   gradients=None if prepared.gradients is None else prepared.gradients[index][i])
+    layer = Scored(
+        group,
+        group.consumer.view(block).to(run.executor.device).float(),
+        split,
+        centred=has_slot(work, index, group),
+        block=block,
+        seed=hash((run.config.seed, index, i)) % 2**31,
+        gradients=None if prepared.gradients is None else prepared.gradients[index][i],
+    )
     with work.clock("score"):
         return score(criterion, layer)
 
@@ -128,8 +134,9 @@ def has_slot(work: StructuredRun, index: int, group: Coupled) -> bool:
     return flagged or has_bias(work.run.view.blocks[index], group)
 
 
-def repair_group(work: StructuredRun, target: Target, index: int, i: int, split: Split | None,
-                 scores: Tensor) -> tuple[Pick, dict]:
+def repair_group(
+    work: StructuredRun, target: Target, index: int, i: int, split: Split | None, scores: Tensor
+) -> tuple[Pick, dict]:
     """Choose and repair one consumer for one sparsity; with its row of the target's report."""
     run = work.run
     config, block = run.config, run.view.blocks[index]
@@ -146,17 +153,34 @@ def repair_group(work: StructuredRun, target: Target, index: int, i: int, split:
             columns = group.columns_of(kept).to(weight.device)
             done = Repair(weight[:, columns], bias, "none")
         else:
-            done = repair(Problem(weight, bias, group, split), kept, config.reconstruct or "none", damping=s.damping,
-                          interpolate=s.interpolate, interpolate_weights=s.interpolate_weights)
+            done = repair(
+                Problem(weight, bias, group, split),
+                kept,
+                config.reconstruct or "none",
+                damping=s.damping,
+                interpolate=s.interpolate,
+                interpolate_weights=s.interpolate_weights,
+            )
     name = run.view.name(index, group.consumer)
     for warning in done.warnings:
         work.found.warn(f"{name} {warning}")
     row = {
-        "name": name, "block": index, "shape": list(weight.shape), "kind": group.kind, "units": group.units,
-        "kept": count, "method": done.method, "damping": done.damping, "error_held_out": done.error, "error": None,
-        "errors": done.errors, "norm_ratio": done.norm_ratio, "warnings": done.warnings,
+        "name": name,
+        "block": index,
+        "shape": list(weight.shape),
+        "kind": group.kind,
+        "units": group.units,
+        "kept": count,
+        "method": done.method,
+        "damping": done.damping,
+        "error_held_out": done.error,
+        "error": None,
+        "errors": done.errors,
+        "norm_ratio": done.norm_ratio,
+        "warnings": done.warnings,
         "tokens": 0 if split is None else split.count,
-        "sparsity": 1 - count / group.units}
+        "sparsity": 1 - count / group.units,
+    }
     # a bias that was a slot only stays absent where nothing was put in it
     return Pick(group, kept, done.weight, done.bias, None if target.padded is None else target.padded[index][i]), row
 
@@ -183,8 +207,9 @@ def dense_block(work: StructuredRun, index: int, module: nn.Module, stream: Acti
             target.attributes.append(slice_block(target.blocks[index], chosen))
 
 
-def propagated_block(work: StructuredRun, index: int, module: nn.Module, pruned: Activations | None,
-                     dense: Activations | None) -> None:
+def propagated_block(
+    work: StructuredRun, index: int, module: nn.Module, pruned: Activations | None, dense: Activations | None
+) -> None:
     """Heads, then neurons, each on the input that the pruned prefix and the pruned attention leave them."""
     groups, target = work.prepared.groups[index], work.targets[0]
     sums: list[Activations | None] = [None] * len(groups)
@@ -200,8 +225,9 @@ def propagated_block(work: StructuredRun, index: int, module: nn.Module, pruned:
             continue
         splits: list = [None] * len(stage)
         if pruned is not None:
-            splits = observe_moments(work.run, work.clock, index, module, [groups[i] for i in stage], pruned,
-                             dense=[sums[i] for i in stage])
+            splits = observe_moments(
+                work.run, work.clock, index, module, [groups[i] for i in stage], pruned, dense=[sums[i] for i in stage]
+            )
         [picks] = _picks(work, index, stage, splits)
         with work.clock("slice"):
             for path, values in slice_block(target.blocks[index], picks).items():

@@ -28,8 +28,7 @@ class DependencyTracer:
         return leaf.clone()  # what follows may write into it, which a leaf does not allow
 
     def first_expert(self, ref: WeightRef) -> int | None:
-        return min((r.expert for r in self.inputs if r.path == ref.path and r.expert is not None),
-                   default=None)
+        return min((r.expert for r in self.inputs if r.path == ref.path and r.expert is not None), default=None)
 
     def __enter__(self) -> DependencyTracer:
         return self
@@ -44,8 +43,9 @@ class DependencyTracer:
             return {}
         cotangent = torch.randn(part.shape, generator=self.generator).to(part)
         refs = list(self.leaves)
-        grads = torch.autograd.grad(part, [self.leaves[r] for r in refs], cotangent, retain_graph=True,
-                                    allow_unused=True)
+        grads = torch.autograd.grad(
+            part, [self.leaves[r] for r in refs], cotangent, retain_graph=True, allow_unused=True
+        )
         rows = {r: g.reshape(-1, g.shape[-1]).abs().sum(0) > 0 for r, g in zip(refs, grads) if g is not None}
         return {r: v for r, v in rows.items() if bool(v.any())}
 
@@ -64,6 +64,7 @@ def landing(block: nn.Module, hidden: Tensor, arguments: Arguments, consumer: We
             def hook(_, args):
                 if args and isinstance(args[0], Tensor):
                     seen.setdefault(name, args[0])
+
             return hook
 
         def move(_, args, output, moved=moved, seen=seen):
@@ -89,8 +90,9 @@ def landing(block: nn.Module, hidden: Tensor, arguments: Arguments, consumer: We
             continue
         step = (after - before).reshape(delta.shape)
         scale = delta.abs().max()
-        if float((step - delta).abs().max()) <= 1e-3 * float(scale) and \
-                float((before.reshape(own.shape) - own).abs().max()) > 1e-3 * float(scale):
+        if float((step - delta).abs().max()) <= 1e-3 * float(scale) and float(
+            (before.reshape(own.shape) - own).abs().max()
+        ) > 1e-3 * float(scale):
             return name
     return None
 
@@ -113,7 +115,8 @@ def normed(block: nn.Module, hidden: Tensor, arguments: Arguments, target: str |
                 handle.remove()
 
     plain = run(norm.register_forward_hook(lambda _, args, out: kept.update(out=out)))
-    held = run(norm.register_forward_hook(lambda *_: kept["out"]),
-               loud.register_forward_hook(lambda _, args, out: 4 * out))
+    held = run(
+        norm.register_forward_hook(lambda *_: kept["out"]), loud.register_forward_hook(lambda _, args, out: 4 * out)
+    )
     scaled = run(norm.register_forward_pre_hook(lambda _, args: (4 * args[0], *args[1:])))
     return all(float((other - plain).norm()) <= 1e-2 * float(plain.norm()) for other in (held, scaled))

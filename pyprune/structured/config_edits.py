@@ -40,8 +40,10 @@ def bias_flags(model: nn.Module, consumers: dict[str, str]) -> dict[str, str]:
         if getattr(model.get_submodule(path), "bias", None) is not None:
             continue
         for flag in BIAS_FLAGS:
-            if getattr(model.config, flag, None) is False and \
-                    getattr(empty_like(model, {flag: True}).get_submodule(path), "bias", None) is not None:
+            if (
+                getattr(model.config, flag, None) is False
+                and getattr(empty_like(model, {flag: True}).get_submodule(path), "bias", None) is not None
+            ):
                 found[kind] = flag
                 break
     return found
@@ -79,8 +81,10 @@ def standard_edits(model: nn.Module, dense: dict[str, Coupled], units: dict[str,
         if not wrong and not missing:
             return edits
         if wrong:
-            reason = reason or (f"a {type(model.config).__name__} with {_said(edits)} makes {wrong[0]} "
-                                f"{list(want.get(wrong[0], ()))}, the pruned model has {list(have[wrong[0]])}")
+            reason = reason or (
+                f"a {type(model.config).__name__} with {_said(edits)} makes {wrong[0]} "
+                f"{list(want.get(wrong[0], ()))}, the pruned model has {list(have[wrong[0]])}"
+            )
     raise ConfigError(reason or f"{type(model.config).__name__} has no field for these sizes")
 
 
@@ -116,8 +120,11 @@ def layout(model: nn.Module, path: str, attributes: list[dict[str, dict]], block
         "architecture": type(model).__name__,
         "blocks": blocks,
         "shapes": {n: list(p.shape) for n, p in model.named_parameters() if dense.get(n) != tuple(p.shape)},
-        "attributes": {f"{path}.{i}.{m}" if m else f"{path}.{i}": values
-                       for i, changed in enumerate(attributes) for m, values in changed.items()},
+        "attributes": {
+            f"{path}.{i}.{m}" if m else f"{path}.{i}": values
+            for i, changed in enumerate(attributes)
+            for m, values in changed.items()
+        },
     }
 
 

@@ -56,7 +56,6 @@ class Scored:
         return columns.double()[self.group.columns.to(columns.device)].sum(1)
 
 
-
 def random(layer: Scored) -> Tensor:
     """Uniform numbers from the run's seed."""
     generator = torch.Generator().manual_seed(layer.seed)
@@ -177,8 +176,7 @@ def _greedy_columns(weight: Tensor, inverse: Tensor, pool: int = POOL, block: in
         scores = (weight.square().sum(0) / inverse.diagonal()).masked_fill(~left, torch.inf)
         remaining = c - len(order)
         candidates = scores.topk(min(pool, remaining), largest=False).indices
-        chosen, cost = _greedy_in_pool(weight[:, candidates], inverse[candidates][:, candidates],
-                                       min(block, remaining))
+        chosen, cost = _greedy_in_pool(weight[:, candidates], inverse[candidates][:, candidates], min(block, remaining))
         gone = candidates[chosen]
         order += place[gone].tolist()
         losses += cost
@@ -209,8 +207,14 @@ def _greedy_in_pool(weight: Tensor, h_inverse: Tensor, count: int) -> tuple[Tens
 
 
 CRITERIA: dict[str, Callable[[Scored], Tensor]] = {
-    "random": random, "magnitude": magnitude, "activation": activation, "wifv": wifv, "taylor": taylor,
-    "fisher": fisher, "obs": obs, "obs_greedy": obs_greedy,
+    "random": random,
+    "magnitude": magnitude,
+    "activation": activation,
+    "wifv": wifv,
+    "taylor": taylor,
+    "fisher": fisher,
+    "obs": obs,
+    "obs_greedy": obs_greedy,
 }
 NEEDS_GRADIENTS = ("taylor", "fisher")
 NEEDS_MOMENTS = ("activation", "wifv", "obs", "obs_greedy")

@@ -102,8 +102,9 @@ class Coupled:
         return kept, self.groups
 
 
-def find_groups(view: ModelView, pattern: str, head_scope: str = "groups",
-                weights: Resident | None = None) -> list[list[Coupled]]:
+def find_groups(
+    view: ModelView, pattern: str, head_scope: str = "groups", weights: Resident | None = None
+) -> list[list[Coupled]]:
     """Coupled groups of every block for ``neurons``, ``heads`` or ``structured`` (both).
 
     head_scope: ``groups`` drops key/value heads with all their query heads, ``queries`` query heads equally many per
@@ -127,8 +128,10 @@ def find_groups(view: ModelView, pattern: str, head_scope: str = "groups",
         wanted = [g for g in known[key] if pattern in ("structured", g.kind)]
         for kind in ("heads", "neurons"):
             if pattern in ("structured", kind) and not any(g.kind == kind for g in wanted):
-                raise ConfigError(f"no prunable {kind} found in block {index} ({type(block).__name__}): no projection "
-                                  f"has an input that splits into {kind} with rows of their own in its producers")
+                raise ConfigError(
+                    f"no prunable {kind} found in block {index} ({type(block).__name__}): no projection "
+                    f"has an input that splits into {kind} with rows of their own in its producers"
+                )
         out.append(wanted)
     return out
 
@@ -149,8 +152,10 @@ def examine(block: nn.Module, hidden: Tensor, arguments: Arguments, head_scope: 
     for ref in refs:
         if ref in tracer.inputs and (ref.expert is None or ref.expert == tracer.first_expert(ref)):
             found += _classify(ref, tracer, output, head_scope)
-    found = [replace(g, target=landing(traced, hidden, arguments, g.consumer)) if g.consumer.expert is None else g
-             for g in found]
+    found = [
+        replace(g, target=landing(traced, hidden, arguments, g.consumer)) if g.consumer.expert is None else g
+        for g in found
+    ]
     found = [replace(g, normed=normed(traced, hidden, arguments, g.target, g.consumer.module_path)) for g in found]
     found = [g for group in found for g in _per_expert(group, refs)]
     found = [replace(g, slots=_with_biases(g.slots, block)) for g in found]
@@ -264,5 +269,8 @@ def _per_expert(group: Coupled, refs: list[WeightRef]) -> list[Coupled]:
     """The group of one expert, repeated for each expert of the same parameter."""
     if group.consumer.expert is None:
         return [group]
-    return [replace(group, consumer=ref, slots=tuple(replace(s, expert=ref.expert) for s in group.slots))
-            for ref in refs if ref.path == group.consumer.path]
+    return [
+        replace(group, consumer=ref, slots=tuple(replace(s, expert=ref.expert) for s in group.slots))
+        for ref in refs
+        if ref.path == group.consumer.path
+    ]

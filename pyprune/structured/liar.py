@@ -65,8 +65,16 @@ class Repair:
     warnings: list[str] = field(default_factory=list)
 
 
-def repair(problem: Problem, kept: Tensor, method: str = "liar", *, damping: float | None = None,
-           interpolate: str = "both", interpolate_weights: bool = False, guard: bool = True) -> Repair:
+def repair(
+    problem: Problem,
+    kept: Tensor,
+    method: str = "liar",
+    *,
+    damping: float | None = None,
+    interpolate: str = "both",
+    interpolate_weights: bool = False,
+    guard: bool = True,
+) -> Repair:
     """Reconstruct one consumer for the kept units.
 
     kept: int64 units, ascending. damping: λ relative to the mean diagonal; None chooses it on held-out tokens.
@@ -199,8 +207,9 @@ class _Pieces:
 
 def solve_damped(a: Tensor, b: Tensor, damping: float) -> tuple[Tensor, bool]:
     """``(a + λI)⁻¹ b``: float32 ``[n, n]``, ``[n, k]`` → ``[n, k]``, and whether it came out finite."""
-    solution, info = ops.cholesky_solve(a[None].contiguous(), b[None].contiguous(),
-                                        damping=torch.tensor([damping], device=a.device))
+    solution, info = ops.cholesky_solve(
+        a[None].contiguous(), b[None].contiguous(), damping=torch.tensor([damping], device=a.device)
+    )
     return solution[0], int(info[0]) == 0 and bool(torch.isfinite(solution).all())
 
 
@@ -258,8 +267,9 @@ def _liar(pieces: _Pieces, damping: float | None, interpolate_weights: bool, gua
         reason = f"its held-out error {error:.3g} is above {instead}'s {least:.3g}"
     if chosen is None or reason is not None:
         bias = pieces.bias(pieces.kept_weight) if instead == "bias" else problem.bias
-        return Repair(pieces.kept_weight.clone(), bias, instead, None, errors=errors,
-                      warnings=[f"LIAR was not used: {reason}"])
+        return Repair(
+            pieces.kept_weight.clone(), bias, instead, None, errors=errors, warnings=[f"LIAR was not used: {reason}"]
+        )
     system, kd, cross = pieces.total()
     direct = len(problem.weight) < len(d) and not interpolate_weights
     if direct:  # fewer outputs than dropped columns: solve for W_D Qᵀ itself
@@ -272,7 +282,7 @@ def _liar(pieces: _Pieces, damping: float | None, interpolate_weights: bool, gua
     if direct:
         weight = pieces.kept_weight + solution.T
         return Repair(weight, pieces.bias(weight), "liar", chosen, errors=errors)
-    q, correction = solution[:, :len(d)].contiguous(), solution[:, len(d):]
+    q, correction = solution[:, : len(d)].contiguous(), solution[:, len(d) :]
     if interpolate_weights:
         # the paper's W_K (I + P Qᵀ), P the least-squares map of the kept weights onto the dropped ones
         p = torch.linalg.pinv(pieces.kept_weight) @ pieces.dropped_weight
@@ -318,8 +328,13 @@ def _mask_tuning(problem: Problem, kept: Tensor, pieces: _Pieces, damping: float
     chosen, best = choose_damping(a, f[:, None], damping, error)
     errors = {"mask_tuning": best, "none": pieces.held_error(None)}
     if chosen is None or (guard and errors["none"] < best and held_out(problem)):
-        return Repair(pieces.kept_weight.clone(), problem.bias, "none", errors=errors,
-                      warnings=["mask tuning was not used: its held-out error is above plain slicing's"])
+        return Repair(
+            pieces.kept_weight.clone(),
+            problem.bias,
+            "none",
+            errors=errors,
+            warnings=["mask tuning was not used: its held-out error is above plain slicing's"],
+        )
     share = pieces.view.share
     a, f = share * a + (1 - share) * held_a, share * f + (1 - share) * held_f
     delta, _ = solve_damped(a, f[:, None], chosen * _scale(a))
@@ -333,9 +348,13 @@ def _warn(out: Repair, problem: Problem, pieces: _Pieces) -> None:
     if out.method == "liar":
         out.norm_ratio = float(out.weight.norm() / pieces.kept_weight.norm().clamp(min=1e-30))
         if out.norm_ratio > NORM_RATIO:
-            out.warnings.append(f"norm grew {out.norm_ratio:.1f}-fold (healthy: 1.0–1.6): an outlier column of its "
-                                "input was rebuilt from collinear ones; more calibration tokens or damping help")
+            out.warnings.append(
+                f"norm grew {out.norm_ratio:.1f}-fold (healthy: 1.0–1.6): an outlier column of its "
+                "input was rebuilt from collinear ones; more calibration tokens or damping help"
+            )
         wanted = TOKENS_PER_COLUMN[problem.group.kind]
         if problem.tokens < wanted * columns:
-            out.warnings.append(f"{problem.tokens} calibration tokens for {columns} kept columns; LIAR wants at least "
-                                f"{wanted} tokens per column")
+            out.warnings.append(
+                f"{problem.tokens} calibration tokens for {columns} kept columns; LIAR wants at least "
+                f"{wanted} tokens per column"
+            )

@@ -213,8 +213,11 @@ class Split:
                 part.place(mean_of(x.float(), w), shift_e)
         for part, which in ((self.fit, ~held), (self.held, held)):
             rows = which.nonzero().flatten().to(x.device, non_blocking=True)
-            part.update(x.index_select(0, rows), None if e is None else e.index_select(0, rows),
-                        None if w is None else w.index_select(0, rows))
+            part.update(
+                x.index_select(0, rows),
+                None if e is None else e.index_select(0, rows),
+                None if w is None else w.index_select(0, rows),
+            )
 
     def sum_over(self, world) -> None:
         """Moments of the tokens of all processes of a :class:`pyprune.execution.distributed.World`, in each of them."""
@@ -236,8 +239,9 @@ class Split:
             part.weighted = weighted > 0
             part.move(shift, shift_e)
             count = torch.tensor(part.count, device=device)
-            world.sum_(part.gram, part.sums, part.cross, part.sums_e, part.plain_sums, part.plain_squares, part.totals,
-                       count)
+            world.sum_(
+                part.gram, part.sums, part.cross, part.sums_e, part.plain_sums, part.plain_squares, part.totals, count
+            )
             part.count = int(count)
 
     @property
@@ -310,8 +314,17 @@ class Split:
         point_e = offset_e = moved_e = None
         if with_e:
             point_e, offset_e, moved_e = f + shift_e, v - f, total_e - f if centred else torch.zeros_like(f)
-        return View(d + shift, point_e, first, second, u - d, offset_e, total - d if centred else zero, moved_e,
-                    fit.mass / self.mass)
+        return View(
+            d + shift,
+            point_e,
+            first,
+            second,
+            u - d,
+            offset_e,
+            total - d if centred else zero,
+            moved_e,
+            fit.mass / self.mass,
+        )
 
     def finite(self) -> bool:
         return self.fit.finite() and self.held.finite()

@@ -56,9 +56,17 @@ class _Observed:
         return token_weights(power, x.float().square() @ self.column_powers)
 
 
-def observe_moments(run: Run, clock: Clock, index: int, module: nn.Module, groups: list[Coupled],
-                    stream: Activations, *, target: Activations | None = None,
-                    dense: list[Activations | None] | None = None) -> list[Split]:
+def observe_moments(
+    run: Run,
+    clock: Clock,
+    index: int,
+    module: nn.Module,
+    groups: list[Coupled],
+    stream: Activations,
+    *,
+    target: Activations | None = None,
+    dense: list[Activations | None] | None = None,
+) -> list[Split]:
     """Moments of the groups' inputs over a stream; outputs go to ``target``, errors are taken against ``dense``.
 
     With several processes each passes its own sequences, and all get the moments of all. Raises ConfigError if an
@@ -76,8 +84,13 @@ def observe_moments(run: Run, clock: Clock, index: int, module: nn.Module, group
         split = Split.make(weight.shape[1], 0 if wanted is None else weight.shape[0], device, precision)
         powers = weight.float().square().sum(0).to(device) if kind == "relative" else None
         observed.append(_Observed(i, split, weight, wanted, powers, mean))
-    taps = Taps(module, groups, sums=means is not None or any(one.dense is not None for one in observed),
-                powers="relative" in kinds, stop=target is None)
+    taps = Taps(
+        module,
+        groups,
+        sums=means is not None or any(one.dense is not None for one in observed),
+        powers="relative" in kinds,
+        stop=target is None,
+    )
     first, total = run.world.span(len(run.data.sequences))[0], len(run.data.sequences)
 
     def take(batch: Batch, _) -> None:
@@ -102,8 +115,10 @@ def observe_moments(run: Run, clock: Clock, index: int, module: nn.Module, group
             split.sum_over(run.world)
     for split, group in zip(splits, groups):
         if not split.finite():
-            raise ConfigError(f"the inputs of {run.view.path}.{index}.{group.name} are not finite on the calibration "
-                              "data; check the checkpoint, or load it in a wider dtype")
+            raise ConfigError(
+                f"the inputs of {run.view.path}.{index}.{group.name} are not finite on the calibration "
+                "data; check the checkpoint, or load it in a wider dtype"
+            )
     return splits
 
 
@@ -158,6 +173,6 @@ def _every_fifth(tokens: int) -> Tensor:
 def _held(stream: Activations, batch: Batch, first: int, total: int) -> Tensor:
     """Tokens of a batch that are set aside; ``first``: place of this process's first sequence among all ``total``."""
     if total >= 2 * HELD_OUT_EVERY:
-        rows = torch.tensor(stream.rows[batch.length][batch.start:batch.stop]) + first
+        rows = torch.tensor(stream.rows[batch.length][batch.start : batch.stop]) + first
         return (rows % HELD_OUT_EVERY == HELD_OUT_EVERY - 1).repeat_interleave(batch.length)
     return held_out_tokens(batch.size, batch.length, batch.start, total)

@@ -31,8 +31,10 @@ def prepare(run: Run, found: Findings) -> StructuredRun:
     groups = find_groups(view, config.pattern, config.structured.head_scope, run.executor.weights)
     groups = [[g for g in block if _selected(g, refs)] for block, refs in zip(groups, run.selected)]
     if not any(groups):
-        raise ConfigError(f"targets and ignore leave no whole {config.pattern} to prune: a group goes only if its "
-                          "consumer and all its producers are selected")
+        raise ConfigError(
+            f"targets and ignore leave no whole {config.pattern} to prune: a group goes only if its "
+            "consumer and all its producers are selected"
+        )
     for block in groups:
         for g in block:
             if len(g.pools.unique()) == g.units:
@@ -46,10 +48,15 @@ def prepare(run: Run, found: Findings) -> StructuredRun:
         with found.clock("gradients"):
             gradients = _gradients(run, groups)
     flags, notes = _flags(run, groups)
-    if config.reconstruct == "none" and config.criterion in ("wifv", "obs", "obs_greedy") and any(
-            g.kind == "heads" for block in groups for g in block):
-        notes.append(f"{config.criterion} chooses heads for a repair that takes up their mean; without reconstruction "
-                     "it can be worse than random")
+    if (
+        config.reconstruct == "none"
+        and config.criterion in ("wifv", "obs", "obs_greedy")
+        and any(g.kind == "heads" for block in groups for g in block)
+    ):
+        notes.append(
+            f"{config.criterion} chooses heads for a repair that takes up their mean; without reconstruction "
+            "it can be worse than random"
+        )
     prepared = Preparation(groups, gradients, flags, notes, _biases(run, flags), selected, view.coverage(selected))
     sparsities = config.sparsities
     targets = []
@@ -66,8 +73,15 @@ def _gradients(run: Run, groups: list[list[Coupled]]) -> list[list[Tensor]]:
     chosen = gradient_sequences(run.data.sequences)
     alone = len(chosen) < run.world.size
     first, stop = (0, len(chosen)) if alone else run.world.span(len(chosen))
-    own = mask_gradients(run.view, groups, chosen[first:stop], first, dtype=run.executor.dtype,
-                         device=next(run.view.model.parameters()).device, seed=run.config.seed)
+    own = mask_gradients(
+        run.view,
+        groups,
+        chosen[first:stop],
+        first,
+        dtype=run.executor.dtype,
+        device=next(run.view.model.parameters()).device,
+        seed=run.config.seed,
+    )
     parts = [own] if alone else run.world.everyone(own)
     return [[torch.cat([part[i][j] for part in parts]) for j in range(len(block))] for i, block in enumerate(groups)]
 
@@ -101,8 +115,10 @@ def _selected(group: Coupled, refs: list) -> bool:
 def _single(group: Coupled) -> str:
     if group.heads and group.units == group.heads and group.groups == group.heads:
         return "head_scope='queries' needs several query heads a group; this model has one, use head_scope='groups'"
-    return (f"{group.name} has a single key/value group, which cannot be dropped; use head_scope='queries' to drop "
-            "query heads inside it")
+    return (
+        f"{group.name} has a single key/value group, which cannot be dropped; use head_scope='queries' to drop "
+        "query heads inside it"
+    )
 
 
 def _verify(run: Run, groups: list[list[Coupled]]) -> None:
@@ -126,17 +142,26 @@ def _flags(run: Run, groups: list[list[Coupled]]) -> tuple[dict[str, str], list[
         return {}, []
     index = next(i for i, block in enumerate(groups) if block)
     dense = config_edits.dense_groups(groups[index])
-    flags = config_edits.bias_flags(run.view.model, {
-        kind: config_edits.consumer_path(run.view.path, index, g.consumer) for kind, g in dense.items()
-        if g.consumer.expert is None})
+    flags = config_edits.bias_flags(
+        run.view.model,
+        {
+            kind: config_edits.consumer_path(run.view.path, index, g.consumer)
+            for kind, g in dense.items()
+            if g.consumer.expert is None
+        },
+    )
     notes = []
     for kind, group in dense.items():
         if kind in flags:
-            notes.append(f"{flags[kind]}=True gives {group.name} the bias of the reconstruction; the other biases it "
-                         "adds are zeros")
+            notes.append(
+                f"{flags[kind]}=True gives {group.name} the bias of the reconstruction; the other biases it "
+                "adds are zeros"
+            )
         elif not has_bias(run.view.blocks[index], group):
-            notes.append(f"{type(run.view.model).__name__} has no bias slot at {group.name}: the bias-free solution on "
-                         "uncentred moments is used")
+            notes.append(
+                f"{type(run.view.model).__name__} has no bias slot at {group.name}: the bias-free solution on "
+                "uncentred moments is used"
+            )
     return flags, notes
 
 
@@ -186,13 +211,17 @@ def _decide(run: Run, prepared: Preparation, target: Target) -> None:
     except ConfigError as error:
         target.reason = str(error)
     if mode == "refuse":
-        raise ConfigError(f"sparsity {target.sparsity:g} makes a model that stock tools cannot load: {target.reason}. "
-                          "Choose another sparsity or pattern, or structured.nonstandard='save' (for pyprune.load) or "
-                          "'pad' (zeros, stock tools, no smaller)")
+        raise ConfigError(
+            f"sparsity {target.sparsity:g} makes a model that stock tools cannot load: {target.reason}. "
+            "Choose another sparsity or pattern, or structured.nonstandard='save' (for pyprune.load) or "
+            "'pad' (zeros, stock tools, no smaller)"
+        )
     if mode == "save":
         return
-    widest = {k: max(c for b, cs in zip(prepared.groups, target.counts) for g, c in zip(b, cs) if g.kind == k)
-              for k in {g.kind for b in prepared.groups for g in b}}
+    widest = {
+        k: max(c for b, cs in zip(prepared.groups, target.counts) for g, c in zip(b, cs) if g.kind == k)
+        for k in {g.kind for b in prepared.groups for g in b}
+    }
     dense = {g.kind: g.units for b in prepared.groups for g in b}
     tries = [widest, *({**widest, kind: dense[kind]} for kind in ("heads", "neurons") if kind in dense), dense]
     for sizes in tries:
@@ -215,13 +244,12 @@ def _edits(run: Run, prepared: Preparation, counts: list[list[int]], flags: dict
         some_dense = any(all(g.kind != kind for g in block) for block in prepared.groups)
         if len(sizes) > 1 or some_dense:
             shown = ", ".join(map(str, sorted(sizes)[:4])) + (", others dense" if some_dense else "")
-            raise ConfigError(f"a {type(model.config).__name__} has one size for all blocks, these differ in {kind} "
-                              f"({shown})")
+            raise ConfigError(
+                f"a {type(model.config).__name__} has one size for all blocks, these differ in {kind} ({shown})"
+            )
         units[kind] = sizes.pop()
     shell = config_edits.empty_like(model, {})
     for block, found, widths in zip(block_list(shell, run.view.path), prepared.groups, counts):
         slice_block(block, [Pick(g, choose(g, -torch.arange(g.units).double(), n)) for g, n in zip(found, widths)])
     dense = config_edits.dense_groups(next(b for b in prepared.groups if b))
     return config_edits.standard_edits(shell, dense, units, flags)
-
-

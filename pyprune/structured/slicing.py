@@ -155,7 +155,7 @@ def verify(block: nn.Module, groups: list[Coupled], hidden: Tensor, arguments: A
     picks = []
     for group in groups:
         pools = [(group.pools == p).nonzero()[:, 0] for p in group.pools.unique()]
-        picks.append(Pick(group, torch.cat([p[1 - len(p) % 2::2] if len(p) > 1 else p for p in pools]).sort().values))
+        picks.append(Pick(group, torch.cat([p[1 - len(p) % 2 :: 2] if len(p) > 1 else p for p in pools]).sort().values))
     dense, masked, sliced = (copy.deepcopy(block).float() for _ in range(3))
     for pick in picks:
         mask_units(masked, pick.group, pick.kept)
@@ -167,11 +167,17 @@ def verify(block: nn.Module, groups: list[Coupled], hidden: Tensor, arguments: A
     try:
         got = call_block(sliced, hidden, arguments)
     except RuntimeError as error:
-        hint = ("; where position biases are handed to the blocks for all heads (T5, ALiBi), pattern='neurons' is what "
-                "can be pruned" if any(group.kind == "heads" for group in groups) else "")
+        hint = (
+            "; where position biases are handed to the blocks for all heads (T5, ALiBi), pattern='neurons' is what "
+            "can be pruned"
+            if any(group.kind == "heads" for group in groups)
+            else ""
+        )
         raise ConfigError(f"{name} cannot be made smaller: its forward fails at other sizes ({error}){hint}") from error
     wrong, size = float((got - want).norm()), float(want.norm().clamp(min=1e-30))
     off, effect = wrong / size, float((call_block(dense, hidden, arguments) - want).norm())
     if not off < 1e-4 or (off > 1e-6 and wrong > 0.1 * effect):  # heads may do little beside the residual stream
-        raise ConfigError(f"{name}: the sliced block differs from the masked one by {off:.2g}; something in it "
-                          "couples heads or neurons in a way pyprune does not know")
+        raise ConfigError(
+            f"{name}: the sliced block differs from the masked one by {off:.2g}; something in it "
+            "couples heads or neurons in a way pyprune does not know"
+        )

@@ -26,8 +26,9 @@ class Taps:
     Experts have inputs only. With ``stop`` the pass ends when all is seen.
     """
 
-    def __init__(self, block: nn.Module, groups: list[Coupled], *, sums: bool = True, powers: bool = False,
-                 stop: bool = False):
+    def __init__(
+        self, block: nn.Module, groups: list[Coupled], *, sums: bool = True, powers: bool = False, stop: bool = False
+    ):
         self.groups, self.stop = groups, stop
         self.inputs: dict[int, Tensor] = {}
         self.sums: dict[int, Tensor] = {}
@@ -64,18 +65,21 @@ class Taps:
         def hook(module, args, output):
             self.sums[i] = output.reshape(-1, output.shape[-1])
             self._check()
+
         return hook
 
     def _on_power(self, i: int):
         def hook(module, args, output):
             self.powers[i] = output.reshape(-1, output.shape[-1]).float().square().sum(1)
             self._check()
+
         return hook
 
     def _on_sum(self, i: int):
         def hook(module, args):
             self.sums[i] = args[0].reshape(-1, args[0].shape[-1])
             self._check()
+
         return hook
 
     def _check(self) -> None:
@@ -100,8 +104,16 @@ class Taps:
             handle.remove()
 
 
-def mask_gradients(view: ModelView, groups: list[list[Coupled]], sequences: list[Tensor], first: int = 0, *,
-                   dtype: torch.dtype, device: torch.device, seed: int = 0) -> list[list[Tensor]]:
+def mask_gradients(
+    view: ModelView,
+    groups: list[list[Coupled]],
+    sequences: list[Tensor],
+    first: int = 0,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int = 0,
+) -> list[list[Tensor]]:
     """Derivative of each sequence's loss by each unit's mask, float32 ``[sequences, units]`` per block and group.
 
     Decoders: mean next-token loss. Encoders have no loss of their own: the sum of the mean-pooled, normalised sentence
@@ -125,7 +137,9 @@ def mask_gradients(view: ModelView, groups: list[list[Coupled]], sequences: list
             def backward(gradient):
                 columns = (gradient.float() * x.detach().float()).reshape(size, -1, x.shape[-1]).sum(1)
                 store.append(columns[:, group.columns.to(columns.device)].sum(2).cpu())
+
             x.register_hook(backward)
+
         return hook
 
     for index, block in enumerate(groups):
@@ -137,11 +151,14 @@ def mask_gradients(view: ModelView, groups: list[list[Coupled]], sequences: list
     try:
         for batch in shell.batches(None):
             for begin in range(batch.start, batch.stop, step := 1 if alone else max(1, 2048 // batch.length)):
-                ids = shell.ids[batch.length][begin:min(begin + step, batch.stop)].to(device)
+                ids = shell.ids[batch.length][begin : min(begin + step, batch.stop)].to(device)
                 size = len(ids)
-                places = [first + row for row in shell.rows[batch.length][begin:begin + size]]
-                with torch.enable_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32), \
-                        uncached(model) as options:
+                places = [first + row for row in shell.rows[batch.length][begin : begin + size]]
+                with (
+                    torch.enable_grad(),
+                    torch.autocast(device.type, dtype, enabled=dtype != torch.float32),
+                    uncached(model) as options,
+                ):
                     result = model(ids, **options)
                     loss = _probe_loss(result, places, seed) if view.is_encoder else _token_loss(result.logits, ids)
                 loss.backward()
@@ -175,6 +192,7 @@ def _probe_loss(result, places: list[int], seed: int) -> Tensor:
     pooled = hidden.float().mean(1) if hidden.ndim == 3 else hidden.float()
     if pooled.shape[1] > 1:  # one number, a reward, has a size and no direction
         pooled = nn.functional.normalize(pooled, dim=-1)
-    directions = [torch.randn(pooled.shape[1], generator=torch.Generator().manual_seed((seed << 20) + place))
-                  for place in places]
+    directions = [
+        torch.randn(pooled.shape[1], generator=torch.Generator().manual_seed((seed << 20) + place)) for place in places
+    ]
     return (pooled * torch.stack(directions).to(pooled)).sum()

@@ -20,8 +20,13 @@ SCRIPT = ROOT / "benchmarks" / "gpu_run.sh"
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU: the script itself runs")
 def test_the_rehearsal_runs_every_step_and_leaves_its_results(tmp_path):
     """Over five seconds (half a minute of work): every step is a process of its own, as on the GPU."""
-    done = subprocess.run(["bash", str(SCRIPT), "--rehearse"], capture_output=True, text=True, timeout=900,
-                          env={**os.environ, "OUT": str(tmp_path), "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        ["bash", str(SCRIPT), "--rehearse"],
+        capture_output=True,
+        text=True,
+        timeout=900,
+        env={**os.environ, "OUT": str(tmp_path), "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"},
+    )
     log = (tmp_path / "log.txt").read_text()
     assert done.returncode == 0, done.stdout + log
     read = {path.stem: json.loads(path.read_text())["rows"] for path in tmp_path.glob("*.json")}

@@ -40,8 +40,12 @@ def test_a_run_does_no_cell_again_that_the_table_holds(tmp_path):
     assert len(merged(rows, planned, CELL)) == len(planned)  # each is known again, sparsity 1/3 too
     # a missing cell is measured together with those that it is compared with: they share test rows
     lost = rows.pop(next(i for i, row in enumerate(rows) if row["sparsity"] == 1 / 3))
-    group = [cell for cell in planned if (cell["pattern"], cell["sparsity"], cell["criterion"])
-             == (lost["pattern"], lost["sparsity"], lost["criterion"])]
+    group = [
+        cell
+        for cell in planned
+        if (cell["pattern"], cell["sparsity"], cell["criterion"])
+        == (lost["pattern"], lost["sparsity"], lost["criterion"])
+    ]
     assert {key(cell) for cell in planned} - finished(planned, rows) == {key(cell) for cell in group}
 
 
@@ -63,10 +67,24 @@ def test_new_cells_join_the_table_and_old_rows_stay_byte_for_byte(tmp_path, monk
         (tmp_path / name).write_bytes((RESULTS / name).read_bytes())
     cache = tmp_path / "cells"
     cache.mkdir()
-    cell = {"task": "sst2", "pattern": "neurons", "sparsity": 0.5, "criterion": "wifv", "method": "liar", "seed": 7,
-            "sentences": 2048, "inputs": "dense", "value": 0.8311, "rows": [0.5, 0.25], "errors": [0.1, None, 0.4, 0.2],
-            "dampings": [None, 0.01, 0.3, 0.1], "norm_ratios": [1.0, 1.25, 1.5, 1.0], "methods": ["liar"] * 4,
-            "prune_seconds": 1.26, "seconds_by_phase": {"forward": 1.26, "solve": 0.04}}
+    cell = {
+        "task": "sst2",
+        "pattern": "neurons",
+        "sparsity": 0.5,
+        "criterion": "wifv",
+        "method": "liar",
+        "seed": 7,
+        "sentences": 2048,
+        "inputs": "dense",
+        "value": 0.8311,
+        "rows": [0.5, 0.25],
+        "errors": [0.1, None, 0.4, 0.2],
+        "dampings": [None, 0.01, 0.3, 0.1],
+        "norm_ratios": [1.0, 1.25, 1.5, 1.0],
+        "methods": ["liar"] * 4,
+        "prune_seconds": 1.26,
+        "seconds_by_phase": {"forward": 1.26, "solve": 0.04},
+    }
     (cache / "one.json").write_text(json.dumps(cell))
     monkeypatch.setattr(liar_report, "plot", lambda *args: None)
     liar_report.write_report(cache, str(tmp_path))
@@ -76,10 +94,23 @@ def test_new_cells_join_the_table_and_old_rows_stay_byte_for_byte(tmp_path, monk
     assert (tmp_path / "liar_differences.csv").read_bytes() == (RESULTS / "liar_differences.csv").read_bytes()
     found = next(row for row in liar_table.read_cells(str(tmp_path)) if row["seed"] == 7)
     # per repaired group of the block: the median of 0.1, 0.2 and 0.4, and the largest of each
-    assert found == {"task": "sst2", "pattern": "neurons", "sparsity": 0.5, "criterion": "wifv", "method": "liar",
-                     "inputs": "dense", "sentences": 2048, "seed": 7, "value": 0.8311, "error_median": 0.2,
-                     "error_max": 0.4, "damping_max": 0.3, "norm_ratio_max": 1.5, "prune_seconds": 1.3,
-                     "seconds_by_phase": {"forward": 1.3, "solve": 0.0}}
+    assert found == {
+        "task": "sst2",
+        "pattern": "neurons",
+        "sparsity": 0.5,
+        "criterion": "wifv",
+        "method": "liar",
+        "inputs": "dense",
+        "sentences": 2048,
+        "seed": 7,
+        "value": 0.8311,
+        "error_median": 0.2,
+        "error_max": 0.4,
+        "damping_max": 0.3,
+        "norm_ratio_max": 1.5,
+        "prune_seconds": 1.3,
+        "seconds_by_phase": {"forward": 1.3, "solve": 0.0},
+    }
 
 
 def test_result_files_are_small_enough_to_read():

@@ -15,7 +15,8 @@ from pyprune.model.blocks import ModelView, weights_of
 from pyprune.pipeline.prune import prune
 
 _spec = importlib.util.spec_from_file_location(
-    "published_loop", Path(__file__).parents[2] / "benchmarks" / "published_loop.py")
+    "published_loop", Path(__file__).parents[2] / "benchmarks" / "published_loop.py"
+)
 published_loop = importlib.util.module_from_spec(_spec)
 sys.modules[_spec.name] = published_loop  # dataclasses look their module up
 _spec.loader.exec_module(published_loop)
@@ -23,8 +24,13 @@ IDS = tiny.ids(24, 32)
 
 
 def ours(**fields):
-    return prune(tiny.model("llama"), calibration=Calibration(source=IDS, num_samples=24, seq_len=32, held_out=0),
-                 evaluation=Evaluation(enabled=False), progress=False, **fields).model
+    return prune(
+        tiny.model("llama"),
+        calibration=Calibration(source=IDS, num_samples=24, seq_len=32, held_out=0),
+        evaluation=Evaluation(enabled=False),
+        progress=False,
+        **fields,
+    ).model
 
 
 @torch.no_grad()
@@ -57,8 +63,11 @@ def test_reconstruction_loop_and_ours_reach_the_same_error(cross):
     theirs = tiny.model("llama")
     settings = dict(epochs=10, batch_size=4)
     published_loop.reconstruct(theirs, IDS, cross=cross, **settings)
-    mine = ours(reconstruct="cross_block" if cross else "block", global_propagation=True,
-                reconstruction=Reconstruction(**settings))
+    mine = ours(
+        reconstruct="cross_block" if cross else "block",
+        global_propagation=True,
+        reconstruction=Reconstruction(**settings),
+    )
     for block in ModelView(theirs).blocks:
         assert all(abs((ref.view(block) == 0).float().mean().item() - 0.5) < 2e-3 for ref in weights_of(block))
     assert last_error(mine) == pytest.approx(last_error(theirs), rel=0.05)

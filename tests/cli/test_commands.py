@@ -34,8 +34,25 @@ def ids(tmp_path_factory):
 @pytest.fixture
 def pruned(capsys, tmp_path, folder, ids):
     """A finished run's folder and what the command printed."""
-    code, out, err = call(capsys, "prune", folder, "-o", tmp_path / "one", "--method", "sparsegpt", "--pattern", "2:4",
-                          "--calibration", ids, "--num-samples", 8, "--seed", 0, "--text", ids)
+    code, out, err = call(
+        capsys,
+        "prune",
+        folder,
+        "-o",
+        tmp_path / "one",
+        "--method",
+        "sparsegpt",
+        "--pattern",
+        "2:4",
+        "--calibration",
+        ids,
+        "--num-samples",
+        8,
+        "--seed",
+        0,
+        "--text",
+        ids,
+    )
     assert code == 0, err
     return tmp_path / "one", out, err
 
@@ -44,8 +61,16 @@ def test_prune_prints_what_it_did_and_where_it_is(pruned, folder):
     path, out, err = pruned
     report = json.loads((path / "report.json").read_text())
     row = report["evaluation"][0]
-    for text in (f"{row['dense']:.2f} dense → {row['pruned']:.2f} pruned", "12 windows of 24 tokens", "0.5000",
-                 "100.0%", "seconds", "peak memory", str(path), "report.json"):
+    for text in (
+        f"{row['dense']:.2f} dense → {row['pruned']:.2f} pruned",
+        "12 windows of 24 tokens",
+        "0.5000",
+        "100.0%",
+        "seconds",
+        "peak memory",
+        str(path),
+        "report.json",
+    ):
         assert text in out
     assert "pruning 3/3" in err and "left" in err and "error" in err, "progress, error and time left are in the log"
     order = [err.index(text) for text in ("loading", "measuring the dense", "pruning 1/3", "measuring the pruned")]
@@ -58,16 +83,46 @@ def test_run_yaml_repeats_to_the_bit_and_options_override_it(capsys, tmp_path, p
     first, second = (stored(tmp_path / name) for name in ("one", "two"))
     assert first.keys() == second.keys() and first
     assert all((first[name] == second[name]).all() for name in first)
-    code, _, _ = call(capsys, "prune", "--config", path / "run.yaml", "-o", tmp_path / "three", "--pattern", "4:8",
-                      "--method", "wanda", "--reconstruct", "none", "--num-samples", 6)
+    code, _, _ = call(
+        capsys,
+        "prune",
+        "--config",
+        path / "run.yaml",
+        "-o",
+        tmp_path / "three",
+        "--pattern",
+        "4:8",
+        "--method",
+        "wanda",
+        "--reconstruct",
+        "none",
+        "--num-samples",
+        6,
+    )
     record = json.loads((tmp_path / "three" / "pruning.json").read_text())
     assert code == 0 and (record["pattern"], record["method"]) == ("4:8", "wanda")
     assert record["settings"]["calibration"]["num_samples"] == 6 and record["settings"]["evaluation"]["text"]
 
 
 def test_json_is_all_there_is_on_standard_output(capsys, tmp_path, folder, ids):
-    code, out, _ = call(capsys, "prune", folder, "-o", tmp_path / "out", "--sparsity", 0.25, "--method", "magnitude",
-                        "--calibration", ids, "--num-samples", 8, "--text", ids, "--json")
+    code, out, _ = call(
+        capsys,
+        "prune",
+        folder,
+        "-o",
+        tmp_path / "out",
+        "--sparsity",
+        0.25,
+        "--method",
+        "magnitude",
+        "--calibration",
+        ids,
+        "--num-samples",
+        8,
+        "--text",
+        ids,
+        "--json",
+    )
     report = json.loads(out)
     assert code == 0 and report["sparsity"] == pytest.approx(0.25, abs=1e-3)
     written = json.loads((tmp_path / "out" / "report.json").read_text())
@@ -75,12 +130,14 @@ def test_json_is_all_there_is_on_standard_output(capsys, tmp_path, folder, ids):
 
 
 def test_eval_json(capsys, folder, ids):
-    code, out, _ = call(capsys, "eval", folder, "--text", ids, "--window", 24, "--max-windows", 5, "--dtype",
-                        "float32", "--json")
+    code, out, _ = call(
+        capsys, "eval", folder, "--text", ids, "--window", 24, "--max-windows", 5, "--dtype", "float32", "--json"
+    )
     found = json.loads(out)
     assert code == 0 and (found["windows"], found["dtype"]) == (5, "float32")
-    assert found["perplexity"] == pytest.approx(pyprune.evaluate(
-        pyprune.load(folder).model, tiny.ids(12, 24)[:5], dtype="float32")["perplexity"])
+    assert found["perplexity"] == pytest.approx(
+        pyprune.evaluate(pyprune.load(folder).model, tiny.ids(12, 24)[:5], dtype="float32")["perplexity"]
+    )
     code, out, _ = call(capsys, "eval", folder, "--text", ids, "--text", ids, "--dtype", "float32")
     assert code == 0 and out.count("perplexity") == 2
 
@@ -132,18 +189,27 @@ def test_help_and_usage_errors(capsys):
     assert code == 2 and "--sparsity" in err
 
 
-@pytest.mark.parametrize("arguments, said", [
-    (["--version"], f"pyprune {pyprune.__version__}\n"), (["--help"], "prune"),
-    (["prune", "--help"], "wanda|sparsegpt"), (["eval", "--help"], "--latency")])
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--version"], f"pyprune {pyprune.__version__}\n"),
+        (["--help"], "prune"),
+        (["prune", "--help"], "wanda|sparsegpt"),
+        (["eval", "--help"], "--latency"),
+    ],
+)
 def test_what_needs_no_model_loads_no_library(arguments, said):
     """Loading torch takes seconds; help and version are there at once."""
-    code = ("import atexit, sys\n"
-            "heavy = {'torch', 'transformers', 'datasets', 'numpy', 'triton', 'safetensors'}\n"
-            "atexit.register(lambda: print('loaded', sorted(heavy & set(sys.modules)), file=sys.stderr))\n"
-            "from pyprune.cli.commands import main\n"
-            f"main({arguments!r})")
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
-                         env={**os.environ, "COLUMNS": "200"})
+    code = (
+        "import atexit, sys\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'numpy', 'triton', 'safetensors'}\n"
+        "atexit.register(lambda: print('loaded', sorted(heavy & set(sys.modules)), file=sys.stderr))\n"
+        "from pyprune.cli.commands import main\n"
+        f"main({arguments!r})"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"}
+    )
     assert run.returncode == 0 and run.stderr == "loaded []\n"
     assert run.stdout == said if "--version" in arguments else said in run.stdout
 
@@ -154,17 +220,28 @@ def test_help_shows_the_choices_and_a_wrong_one_is_refused_in_a_sentence(capsys,
     for choice in ("[magnitude|wanda|sparsegpt]", "[auto|always|never]", "[groups|queries]", "[propagated|dense]"):
         assert choice in out
     code, _, err = call(capsys, "prune", "somewhere", "-o", "out", "--method", "wander")
-    assert (code, err) == (2, "error: method must be one of magnitude, wanda, sparsegpt, got 'wander'; "
-                              "did you mean 'wanda'?\n")
+    assert (code, err) == (
+        2,
+        "error: method must be one of magnitude, wanda, sparsegpt, got 'wander'; did you mean 'wanda'?\n",
+    )
 
 
 def test_import_is_light_and_module_runs(tmp_path):
     """``import pyprune`` pulls in no torch; ``python -m pyprune`` is the command; output is only what it says."""
-    light = subprocess.run([sys.executable, "-c", "import pyprune, sys; pyprune.PruneConfig; pyprune.ConfigError\n"
-                            "sys.exit(bool({'torch', 'transformers', 'datasets', 'numpy'} & set(sys.modules)))"])
+    light = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import pyprune, sys; pyprune.PruneConfig; pyprune.ConfigError\n"
+            "sys.exit(bool({'torch', 'transformers', 'datasets', 'numpy'} & set(sys.modules)))",
+        ]
+    )
     assert light.returncode == 0
-    run = subprocess.run([sys.executable, "-m", "pyprune", "prune", "nowhere/at/all", "-o", str(tmp_path / "o")],
-                         capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-m", "pyprune", "prune", "nowhere/at/all", "-o", str(tmp_path / "o")],
+        capture_output=True,
+        text=True,
+    )
     assert (run.returncode, run.stdout) == (2, "")
     assert run.stderr == "error: unknown model 'nowhere/at/all': no such file or folder\n"
 

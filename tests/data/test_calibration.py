@@ -23,7 +23,7 @@ def numbered(n):
 def test_pieces_are_cut_from_the_text_and_held_out_ones_are_others(tokenizer):
     data = load(Calibration(source=[PROSE], num_samples=10, seq_len=50, held_out=5), tokenizer)
     whole = tokenizer(PROSE, add_special_tokens=False)["input_ids"]
-    pieces = [tuple(whole[i:i + 50]) for i in range(0, len(whole) - 49, 50)]
+    pieces = [tuple(whole[i : i + 50]) for i in range(0, len(whole) - 49, 50)]
     taken = [tuple(row.tolist()) for row in data.sequences + data.held_out]
     assert (len(data.sequences), len(data.held_out)) == (10, 5)
     assert all(row in pieces for row in taken)
@@ -73,8 +73,9 @@ def test_bos_starts_every_sequence_where_the_tokenizer_starts_texts_with_it():
 
 def test_encoder_gets_one_text_a_sequence_with_special_tokens_and_no_padding():
     source = [*numbered(30), "x" * 500, "", "Sentence number 3 says something of its own."]
-    data = load(Calibration(source=source, num_samples=28, seq_len=64, held_out=3), tiny.tokenizer(encoder=True),
-                encoder=True)
+    data = load(
+        Calibration(source=source, num_samples=28, seq_len=64, held_out=3), tiny.tokenizer(encoder=True), encoder=True
+    )
     rows = data.sequences + data.held_out
     assert all(row[0] == 1 and row[-1] == 2 and 0 not in row for row in rows)
     assert len({len(row) for row in rows}) > 1 and max(map(len, rows)) <= 64
@@ -158,7 +159,8 @@ def test_wikitext_gives_the_rows_of_the_hub_data_set(tmp_path):
     assert "\n\n".join(rows) == "\n\n = Title = \n\n\n\n\n He was a guest @-@ star . \n\n\n\n\n = = Early = = \n"
     (tmp_path / "prose.txt").write_text("One line.\n\nAnother.\n")
     assert list(texts.read(tmp_path / "prose.txt", split="test", subset=None, text_column=None)) == [
-        "One line.\n\nAnother.\n"]
+        "One line.\n\nAnother.\n"
+    ]
 
 
 def test_tokenising_a_part_gives_the_beginning_of_the_whole(tokenizer):
@@ -169,22 +171,25 @@ def test_tokenising_a_part_gives_the_beginning_of_the_whole(tokenizer):
     assert tokenizer.decode(whole) == "\n\n".join(documents)
 
 
-@pytest.mark.parametrize(("source", "fields", "sentence"), [
-    (["short"], {}, "shorter than one sequence of 50 tokens"),
-    ([PROSE[:300]], {}, "10 calibration samples of 50 tokens were asked for, but .* has only 6; .*num_samples=6"),
-    (tiny.ids(4, 9), {}, "10 calibration samples were asked for, but .* has 4 rows; .*num_samples=4"),
-    (torch.rand(12, 9), {}, "must be integers, got float32"),
-    (torch.arange(12), {}, r"must be a matrix \[samples, tokens\], got shape \[12\]"),
-    (tiny.ids(12, 1), {}, "row 0 of .* has 1 tokens; a sequence needs at least 2"),
-    ((tiny.ids(12, 9), torch.ones(12, 8)), {}, r"mask has shape \[12, 8\], the token ids \[12, 9\]"),
-    (tiny.ids(12, 9) + 5, {}, r"token id \d+ in sequence \d+ is outside the model's vocabulary of 96"),
-    (-tiny.ids(12, 9), {}, "is outside the model's vocabulary of 96"),
-    ([1, 2, 3], {}, "a list as a source must hold texts, got int"),
-    ({"ids": tiny.ids(1, 3)}, {}, "a mapping of token ids needs input_ids, got the keys ids"),
-    ("missing.txt", {}, "no such file or folder: missing.txt"),
-    ("missing.npy", {}, "no such file: missing.npy"),
-    ("no-such/data-set", {}, "cannot load the data set 'no-such/data-set'"),
-])
+@pytest.mark.parametrize(
+    ("source", "fields", "sentence"),
+    [
+        (["short"], {}, "shorter than one sequence of 50 tokens"),
+        ([PROSE[:300]], {}, "10 calibration samples of 50 tokens were asked for, but .* has only 6; .*num_samples=6"),
+        (tiny.ids(4, 9), {}, "10 calibration samples were asked for, but .* has 4 rows; .*num_samples=4"),
+        (torch.rand(12, 9), {}, "must be integers, got float32"),
+        (torch.arange(12), {}, r"must be a matrix \[samples, tokens\], got shape \[12\]"),
+        (tiny.ids(12, 1), {}, "row 0 of .* has 1 tokens; a sequence needs at least 2"),
+        ((tiny.ids(12, 9), torch.ones(12, 8)), {}, r"mask has shape \[12, 8\], the token ids \[12, 9\]"),
+        (tiny.ids(12, 9) + 5, {}, r"token id \d+ in sequence \d+ is outside the model's vocabulary of 96"),
+        (-tiny.ids(12, 9), {}, "is outside the model's vocabulary of 96"),
+        ([1, 2, 3], {}, "a list as a source must hold texts, got int"),
+        ({"ids": tiny.ids(1, 3)}, {}, "a mapping of token ids needs input_ids, got the keys ids"),
+        ("missing.txt", {}, "no such file or folder: missing.txt"),
+        ("missing.npy", {}, "no such file: missing.npy"),
+        ("no-such/data-set", {}, "cannot load the data set 'no-such/data-set'"),
+    ],
+)
 def test_refusals(tokenizer, source, fields, sentence):
     with pytest.raises(ConfigError, match=sentence) as refusal:
         load(Calibration(source=source, num_samples=10, seq_len=50, **fields), tokenizer, vocab_size=96)
@@ -202,8 +207,12 @@ def test_files_that_are_not_what_they_seem(tmp_path, tokenizer):
     (tmp_path / "broken.jsonl").write_text('{"text": "fine"}\n{"text": \n')
     (tmp_path / "numbers.jsonl").write_text('{"n": 1}\n')
     (tmp_path / "model.bin").write_bytes(b"\0")
-    for name, sentence in [("ids.npy", "not a .npy array"), ("latin.txt", "not UTF-8 text: .* at byte 3"),
-                           ("broken.jsonl", "cannot read|cannot load"), ("numbers.jsonl", "no text column: .* are n"),
-                           ("model.bin", "cannot read '.bin' files")]:
+    for name, sentence in [
+        ("ids.npy", "not a .npy array"),
+        ("latin.txt", "not UTF-8 text: .* at byte 3"),
+        ("broken.jsonl", "cannot read|cannot load"),
+        ("numbers.jsonl", "no text column: .* are n"),
+        ("model.bin", "cannot read '.bin' files"),
+    ]:
         with pytest.raises(ConfigError, match=sentence):
             load(Calibration(source=str(tmp_path / name), num_samples=1, seq_len=4), tokenizer)

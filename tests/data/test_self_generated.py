@@ -26,9 +26,19 @@ class Words:
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    config = LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-                         num_key_value_heads=2, vocab_size=32, max_position_embeddings=64, pad_token_id=0,
-                         bos_token_id=0, eos_token_id=1, initializer_range=0.3)
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=32,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        bos_token_id=0,
+        eos_token_id=1,
+        initializer_range=0.3,
+    )
     return LlamaForCausalLM(config).eval()
 
 
@@ -125,8 +135,9 @@ def test_refusals(model):
     renamed = MptForCausalLM(MptConfig(d_model=32, n_heads=4, n_layers=1, max_seq_len=16, vocab_size=32))
     with pytest.raises(ConfigError, match="above the model's 16 positions"):
         generate(renamed, Words(), 1, seq_len=17)
-    encoder = BertModel(BertConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
-                                   vocab_size=32))
+    encoder = BertModel(
+        BertConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, vocab_size=32)
+    )
     with pytest.raises(ConfigError, match="encoder"):
         generate(encoder, Words(), 1, seq_len=8)
 

@@ -26,15 +26,21 @@ def array(tmp_path):
     return str(tmp_path / "ids.npy")
 
 
-@pytest.mark.parametrize(("asked", "sentence"), [
-    ({"seq_len": 100_000}, "seq_len is 100000, but .* has rows of 24 tokens; leave seq_len out or set seq_len=24"),
-    ({"num_samples": 13}, "13 calibration samples were asked for, but .* has 12 rows")])
+@pytest.mark.parametrize(
+    ("asked", "sentence"),
+    [
+        ({"seq_len": 100_000}, "seq_len is 100000, but .* has rows of 24 tokens; leave seq_len out or set seq_len=24"),
+        ({"num_samples": 13}, "13 calibration samples were asked for, but .* has 12 rows"),
+    ],
+)
 def test_every_way_in_refuses_what_an_array_cannot_meet(array, folder, tmp_path, asked, sentence):
     settings = Calibration(source=array, **asked)
     small = tiny.model("llama")
-    for attempt in (lambda: pyprune.prune(small, calibration=settings, evaluation=OFF),
-                    lambda: pyprune.refine(small, small, settings),
-                    lambda: pyprune.plan({"model": str(folder), "calibration": {"source": array, **asked}})):
+    for attempt in (
+        lambda: pyprune.prune(small, calibration=settings, evaluation=OFF),
+        lambda: pyprune.refine(small, small, settings),
+        lambda: pyprune.plan({"model": str(folder), "calibration": {"source": array, **asked}}),
+    ):
         with pytest.raises(ConfigError, match=sentence):
             attempt()
     with pytest.raises(ConfigError, match="window is 100000, but .* has rows of 24 tokens"):
@@ -54,8 +60,7 @@ def test_a_shorter_seq_len_cuts_every_row_and_it_is_said(array):
 
 def test_a_source_means_the_same_wherever_it_is_given(array):
     ids = tiny.ids(12, 24)
-    for source in (array, ids, ids.numpy(), list(ids), {"input_ids": ids}, Calibration(source=ids),
-                   {"source": array}):
+    for source in (array, ids, ids.numpy(), list(ids), {"input_ids": ids}, Calibration(source=ids), {"source": array}):
         found = coerce(source)
         assert (found.num_samples, found.seq_len) == (12, 24), source
     assert (coerce(None).num_samples, coerce(None).seq_len) == (64, 512)
@@ -71,10 +76,14 @@ def test_the_plan_counts_the_rows_of_an_array(array, folder):
     assert found["calibration"] == {"sequences": 12, "tokens": 12 * 24}
 
 
-@pytest.mark.parametrize("fields", [
-    {"method": "magnitude", "pattern": "2:4"},
-    {"pattern": "neurons", "criterion": "magnitude", "reconstruct": "none"},
-    {"pattern": "neurons", "criterion": "random", "reconstruct": "none"}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"method": "magnitude", "pattern": "2:4"},
+        {"pattern": "neurons", "criterion": "magnitude", "reconstruct": "none"},
+        {"pattern": "neurons", "criterion": "random", "reconstruct": "none"},
+    ],
+)
 def test_weights_alone_need_no_text(fields):
     result = run(tiny.model("llama"), evaluation=Evaluation(), **fields)
     found = result.report
@@ -98,8 +107,9 @@ def test_a_folder_without_a_tokenizer_is_pruned_by_magnitude(tmp_path):
     tiny.model("llama").save_pretrained(tmp_path / "dense")
     found = pyprune.prune(str(tmp_path / "dense"), method="magnitude", output=str(tmp_path / "out"), progress=False)
     assert found.report["sparsity"] == pytest.approx(0.5) and (tmp_path / "out" / "README.md").is_file()
-    again = pyprune.prune(config=from_yaml(tmp_path / "out" / "run.yaml"), output=str(tmp_path / "again"),
-                          progress=False)
+    again = pyprune.prune(
+        config=from_yaml(tmp_path / "out" / "run.yaml"), output=str(tmp_path / "again"), progress=False
+    )
     assert again.report["weights"] == found.report["weights"]
 
 
@@ -126,8 +136,10 @@ def warned(**fields) -> str:
 
 def test_fewer_tokens_than_columns():
     said = warned(calibration=tiny.ids(3, 16))  # 48 tokens; mlp.down_proj has 64 inputs, the others 32
-    assert "48 calibration tokens are fewer than the 64 inputs of model.layers.0.mlp.down_proj.weight and of 2 more" \
+    assert (
+        "48 calibration tokens are fewer than the 64 inputs of model.layers.0.mlp.down_proj.weight and of 2 more"
         in said
+    )
     assert "calibration tokens are fewer" not in warned(calibration=tiny.ids(4, 16))
 
 
@@ -184,8 +196,9 @@ def test_padding_without_a_mask(side):
     ids[2:4, rows], mask[2:4, rows] = pad, 0
     said = warned(calibration=Calibration(source=ids, held_out=0))  # the model's config names the padding id
     assert "2 of 6 rows" in said and "attention_mask" in said
-    assert "attention_mask" not in warned(calibration=Calibration(source={"input_ids": ids, "attention_mask": mask},
-                                                                  held_out=0))
+    assert "attention_mask" not in warned(
+        calibration=Calibration(source={"input_ids": ids, "attention_mask": mask}, held_out=0)
+    )
 
 
 def test_self_generated_text_without_bos():
@@ -199,6 +212,11 @@ def test_self_generated_text_without_bos():
 
 def test_refine_says_it_too():
     told: list[str] = []
-    pyprune.refine(tiny.model("llama"), tiny.model("llama"), tiny.ids(4, 16)[:1].repeat(4, 1), warn=told.append,
-                   settings=pyprune.Reconstruction(epochs=0))
+    pyprune.refine(
+        tiny.model("llama"),
+        tiny.model("llama"),
+        tiny.ids(4, 16)[:1].repeat(4, 1),
+        warn=told.append,
+        settings=pyprune.Reconstruction(epochs=0),
+    )
     assert "repeat another one" in " ".join(told)

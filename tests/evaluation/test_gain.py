@@ -19,8 +19,15 @@ def pair(tmp_path_factory):
     """Folder of a dense LLaMA, and of the same one without half its neurons."""
     root = tmp_path_factory.mktemp("speed")
     tiny.model("llama", intermediate_size=512).save_pretrained(root / "dense")
-    pyprune.prune(str(root / "dense"), pattern="neurons", sparsity=0.5, calibration=tiny.ids(20, 24), progress=False,
-                  output=str(root / "pruned"), evaluation={"enabled": False})
+    pyprune.prune(
+        str(root / "dense"),
+        pattern="neurons",
+        sparsity=0.5,
+        calibration=tiny.ids(20, 24),
+        progress=False,
+        output=str(root / "pruned"),
+        evaluation={"enabled": False},
+    )
     return root / "dense", root / "pruned"
 
 
@@ -64,8 +71,15 @@ def test_a_folder_without_a_report_is_left_alone(pair):
 
 def test_model_card_says_how_to_load(pair, tmp_path):
     assert "are gone" in (pair[1] / "README.md").read_text()
-    own = pyprune.prune(tiny.model("bert"), pattern="heads", sparsity=0.5, calibration=tiny.ids(20, 24), progress=False,
-                        evaluation={"enabled": False}, structured={"nonstandard": "save"})
+    own = pyprune.prune(
+        tiny.model("bert"),
+        pattern="heads",
+        sparsity=0.5,
+        calibration=tiny.ids(20, 24),
+        progress=False,
+        evaluation={"enabled": False},
+        structured={"nonstandard": "save"},
+    )
     own.save(tmp_path / "own")
     card = (tmp_path / "own" / "README.md").read_text()
     assert 'pyprune.load("own")' in card and "num_attention_heads=2" in card

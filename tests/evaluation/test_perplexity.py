@@ -38,7 +38,8 @@ def model():
 def test_perplexity_is_its_definition(model, batch_size):
     rows = list(tiny.ids(4, 30)) + list(tiny.ids(2, 17)) + list(tiny.ids(1, 2))
     assert perplexity(model, rows, dtype="float32", batch_size=batch_size) == pytest.approx(
-        by_definition(model, rows), rel=1e-5)
+        by_definition(model, rows), rel=1e-5
+    )
 
 
 def test_windows_longer_than_the_chunk_of_logits(model):
@@ -80,7 +81,7 @@ def test_mode_is_restored_and_dropout_is_off():
 def test_windows_of_text_do_not_overlap_and_start_at_the_beginning(tokenizer):
     rows = windows(Evaluation(text=[PROSE], window=64, max_windows=5), tokenizer)
     whole = tokenizer(PROSE, add_special_tokens=False)["input_ids"]
-    assert [row.tolist() for row in rows] == [whole[i:i + 64] for i in range(0, 5 * 64, 64)]
+    assert [row.tolist() for row in rows] == [whole[i : i + 64] for i in range(0, 5 * 64, 64)]
     assert len(windows(Evaluation(text=[PROSE], window=64, max_windows=None), tokenizer)) == len(whole) // 64
 
 
@@ -102,12 +103,21 @@ def test_evaluate_takes_text_ids_files_and_folders(tmp_path, folder, tokenizer):
         found = pyprune.evaluate(model, text, dtype="float32")
         assert found["perplexity"] == pytest.approx(truth, rel=1e-5) and (found["windows"], found["window"]) == (3, 24)
     assert pyprune.evaluate(folder, str(tmp_path / "ids.npy"), dtype="float32")["perplexity"] == pytest.approx(
-        truth, rel=1e-5)
-    several = pyprune.evaluate(folder, [str(tmp_path / "prose.txt"), str(tmp_path / "ids.npy")], window=50,
-                               max_windows=4, dtype="float32")
+        truth, rel=1e-5
+    )
+    several = pyprune.evaluate(
+        folder, [str(tmp_path / "prose.txt"), str(tmp_path / "ids.npy")], window=50, max_windows=4, dtype="float32"
+    )
     assert [row["windows"] for row in several["texts"]] == [4, 3]
-    assert several["perplexity"] == several["texts"][0]["perplexity"] == pytest.approx(
-        pyprune.evaluate(model, [PROSE], tokenizer=tokenizer, window=50, max_windows=4, dtype="float32")["perplexity"])
+    assert (
+        several["perplexity"]
+        == several["texts"][0]["perplexity"]
+        == pytest.approx(
+            pyprune.evaluate(model, [PROSE], tokenizer=tokenizer, window=50, max_windows=4, dtype="float32")[
+                "perplexity"
+            ]
+        )
+    )
     assert pyprune.evaluate(model, Evaluation(text=ids, max_windows=2), max_windows=1)["windows"] == 1
 
 
@@ -129,12 +139,15 @@ def test_non_finite_logits(folder):
         pyprune.evaluate(model, tiny.ids(2, 9))
 
 
-@pytest.mark.parametrize(("text", "sentence"), [
-    (["too short"], "has 9 tokens, fewer than one window of 128"),
-    (tiny.ids(2, 9) + 100, "outside the model's vocabulary of 104"),
-    (tiny.ids(2, 1), "row 0 .* has 1 tokens"),
-    ("missing.npy", "no such file: missing.npy"),
-])
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (["too short"], "has 9 tokens, fewer than one window of 128"),
+        (tiny.ids(2, 9) + 100, "outside the model's vocabulary of 104"),
+        (tiny.ids(2, 1), "row 0 .* has 1 tokens"),
+        ("missing.npy", "no such file: missing.npy"),
+    ],
+)
 def test_refusals(model, tokenizer, text, sentence):
     with pytest.raises(ConfigError, match=sentence):
         pyprune.evaluate(model, text, tokenizer=tokenizer)

@@ -47,13 +47,15 @@ def test_beyond_the_budget_activations_are_mapped_from_files_that_are_gone(tmp_p
 def test_a_full_disk_is_an_error_before_anything_is_computed(tmp_path, monkeypatch):
     def full(*args):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(OutputError, match="no room to write .*activations-.*are free there"):
         run(memory_budget_gb=1e-9)
 
 
-@pytest.mark.parametrize("fields", [dict(), dict(reconstruct="block", global_propagation=True,
-                                                 reconstruction=Reconstruction(epochs=1))])
+@pytest.mark.parametrize(
+    "fields", [dict(), dict(reconstruct="block", global_propagation=True, reconstruction=Reconstruction(epochs=1))]
+)
 def test_both_back_ends_give_the_same_bits(fields):
     assert equal(run(**fields), run(memory_budget_gb=1e-9, **fields))
 
@@ -63,6 +65,7 @@ def test_available_memory_is_what_is_left():
 
 
 # Below, the ring on a device whose streams run as late and as unordered as their events allow.
+
 
 class Device:
     """Streams, events and memory with ``torch.cuda``'s meaning: work is queued, and done in any order that events

@@ -51,8 +51,9 @@ def test_bfloat16_attention_is_as_exact_as_the_fused_kernel_at_large_logits(larg
     q, k, v = torch.randn(2, 6, 300, 64), torch.randn(2, 2, 300, 64), torch.randn(2, 2, 300, 64)
     logits = q @ k.repeat_interleave(3, 1).transpose(-1, -2) / 8
     q, k, v = (q * (largest / logits.abs().max())).bfloat16(), k.bfloat16(), v.bfloat16()
-    want = nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double(), is_causal=True,
-                                                      enable_gqa=True)
+    want = nn.functional.scaled_dot_product_attention(
+        q.double(), k.double(), v.double(), is_causal=True, enable_gqa=True
+    )
     fused = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     with ForwardMode():
         forward = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)

@@ -99,7 +99,9 @@ def refer():
     return found
 """
 
-JOURNAL = COMMON + """
+JOURNAL = (
+    COMMON
+    + """
 def run(output, seed=0, model="one", resume=False):
     '''A run as prune and refine make theirs, without the arithmetic.'''
     def fill(folder):
@@ -139,8 +141,11 @@ assert deaths > 15, deaths
 assert len(seen) > 2, seen
 print(total)
 """
+)
 
-REAL = COMMON + """
+REAL = (
+    COMMON
+    + """
 ids, kind = tiny.ids(6, 8), ""
 for name in ("one", "two"):
     tiny.model("llama", seed=ord(name[0]), num_hidden_layers=2).save_pretrained(root / name)
@@ -172,12 +177,18 @@ for kind in ("never", "always", "sparsities", "refine"):
         check(root / "out")
 print(total)
 """
+)
 
 
 def drive(code, *arguments) -> int:
     """Standard output of a driver in a process of its own, which may fork before any thread runs."""
-    done = subprocess.run([sys.executable, "-c", code, str(SUPPORT), *map(str, arguments)], capture_output=True,
-                          text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(SUPPORT), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return int(done.stdout)
 

@@ -31,8 +31,9 @@ THREE = ("sparsegpt", "moe", "sequential_moe", "block", "liar", "refine")
 def torchrun(processes: int, *arguments, timeout: int = 120, **options) -> subprocess.CompletedProcess:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(SUPPORT)])}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    return subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, timeout=timeout,
-                          env=environment, **options)
+    return subprocess.run(
+        [*command, *map(str, arguments)], capture_output=True, text=True, timeout=timeout, env=environment, **options
+    )
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +47,9 @@ def results(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name, processes", [(name, n) for n, names in ((2, CASES), (3, THREE))
-                                             for name in names if name in MASKS])
+@pytest.mark.parametrize(
+    "name, processes", [(name, n) for n, names in ((2, CASES), (3, THREE)) for name in names if name in MASKS]
+)
 def test_any_number_of_processes_gives_the_same_masks_and_perplexity(results, name, processes):
     alone, shared = (torch.load(results / f"{name}-{n}.pt") for n in (1, processes))
     kept = [((alone[key] == 0) == (shared[key] == 0)).float().mean().item() for key in alone]
@@ -99,8 +101,10 @@ def test_a_process_that_dies_stops_the_others_and_any_number_resumes(tmp_path, r
 
     result = torchrun_case.case("sparsegpt", output=str(output), resume=True)  # begun by two, ended by one
     reference = torch.load(results / "sparsegpt-2.pt")
-    kept = [((value == 0) == (reference[key] == 0)).float().mean().item()
-            for key, value in result.model.state_dict().items()]
+    kept = [
+        ((value == 0) == (reference[key] == 0)).float().mean().item()
+        for key, value in result.model.state_dict().items()
+    ]
     assert min(kept) > 0.995
     assert [row["block"] for row in result.report["blocks"]] == [0, 1, 2]
 
@@ -112,17 +116,46 @@ def test_the_command_line_runs_under_torchrun(tmp_path):
     model.save_pretrained(tmp_path / "dense")
     numpy.save(tmp_path / "ids.npy", tiny.ids(8, 16).numpy())
     numpy.save(tmp_path / "text.npy", tiny.ids(4, 16, seed=1).numpy())
-    arguments = ["prune", tmp_path / "dense", "-o", tmp_path / "out", "--method", "wanda", "--stream", "always",
-                 "--calibration", tmp_path / "ids.npy", "--num-samples", "8", "--seq-len", "16", "--window", "16",
-                 "--text", tmp_path / "text.npy"]
+    arguments = [
+        "prune",
+        tmp_path / "dense",
+        "-o",
+        tmp_path / "out",
+        "--method",
+        "wanda",
+        "--stream",
+        "always",
+        "--calibration",
+        tmp_path / "ids.npy",
+        "--num-samples",
+        "8",
+        "--seq-len",
+        "16",
+        "--window",
+        "16",
+        "--text",
+        tmp_path / "text.npy",
+    ]
     done = torchrun(2, "-m", "pyprune", *arguments)
     assert done.returncode == 0, done.stderr[-800:]
     assert len(re.findall("sparsity 0.5", done.stdout)) == 1, "one process reports"
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["sparsity"] == pytest.approx(0.5, abs=0.01) and report["calibration"]["samples"] == 8
     assert len(list((tmp_path / "out").glob("*.safetensors"))) == 4
-    arguments = ["refine", tmp_path / "out", "-o", tmp_path / "refined", "--epochs", "2", "--lr", "2e-3",
-                 "--reconstruction-batch-size", "4", "--cross-block", *arguments[6:]]
+    arguments = [
+        "refine",
+        tmp_path / "out",
+        "-o",
+        tmp_path / "refined",
+        "--epochs",
+        "2",
+        "--lr",
+        "2e-3",
+        "--reconstruction-batch-size",
+        "4",
+        "--cross-block",
+        *arguments[6:],
+    ]
     done = torchrun(2, "-m", "pyprune", *arguments)
     assert done.returncode == 0, done.stderr[-800:]
     assert len(re.findall("refined  ", done.stdout)) == 1, "one process reports"

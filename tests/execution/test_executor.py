@@ -29,27 +29,39 @@ def test_sequences_of_different_length_are_never_padded():
     sequences = [torch.arange(3, 3 + n) for n in (7, 4, 7, 9, 4)]
     activations = Activations(sequences, 2, torch.float32)
     assert {length: tuple(data.shape) for length, data in activations.data.items()} == {
-        4: (2, 4, 2), 7: (2, 7, 2), 9: (1, 9, 2)}
+        4: (2, 4, 2),
+        7: (2, 7, 2),
+        9: (1, 9, 2),
+    }
     assert activations.rows == {4: [1, 4], 7: [0, 2], 9: [3]} and activations.tokens == 31
-    covered = [row for b in activations.batches(1) for row in activations.rows[b.length][b.start:b.stop]]
+    covered = [row for b in activations.batches(1) for row in activations.rows[b.length][b.start : b.stop]]
     assert sorted(covered) == [0, 1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("fields, whole, stopped", [
-    (dict(method="magnitude"), [0, 0, 0], [0, 0, 0]),
-    (dict(method="wanda"), [5, 5, 1], [3, 3, 3]),  # the first batch finds the order, the rest stop; last: not passed on
-    (dict(method="sparsegpt"), [5, 5, 1], [3, 3, 3]),
-    (dict(method="wanda", inputs="dense"), [4, 4, 4], [0, 0, 0]),  # one pass in all
-])
+@pytest.mark.parametrize(
+    "fields, whole, stopped",
+    [
+        (dict(method="magnitude"), [0, 0, 0], [0, 0, 0]),
+        (
+            dict(method="wanda"),
+            [5, 5, 1],
+            [3, 3, 3],
+        ),  # the first batch finds the order, the rest stop; last: not passed on
+        (dict(method="sparsegpt"), [5, 5, 1], [3, 3, 3]),
+        (dict(method="wanda", inputs="dense"), [4, 4, 4], [0, 0, 0]),  # one pass in all
+    ],
+)
 def test_blocks_run_no_more_than_the_method_needs(monkeypatch, fields, whole, stopped):
     """12 sequences in 4 batches; calls of a block that reach its end, and that stop before its last product."""
     started, ended = collections.Counter(), collections.Counter()
     forward = Executor.forward
+
     def counting(self, index, module, hidden, beside):
         started[index] += 1
         out = forward(self, index, module, hidden, beside)
         ended[index] += 1
         return out
+
     monkeypatch.setattr(Executor, "forward", counting)
     reads = {"calibration": tiny.ids(12, 24), "batch_size": 3} if any(whole) else {}
     prune(tiny.model("llama"), evaluation=Evaluation(enabled=False), progress=False, probe_samples=0, **reads, **fields)
@@ -60,9 +72,11 @@ def test_blocks_run_no_more_than_the_method_needs(monkeypatch, fields, whole, st
 def limited(most: int, where: str):
     """A model that runs out of memory at a layer with more than ``most`` sequences."""
     model = tiny.model("llama")
+
     def refuse(module, args):
         if args[0].shape[0] > most:
             raise torch.OutOfMemoryError("simulated")
+
     model.get_submodule(where).register_forward_pre_hook(refuse)
     return model
 
@@ -73,19 +87,24 @@ def test_a_batch_that_does_not_fit_is_halved_and_counted_once(where, inputs, mon
 
     counts = []
     gather = mask_work.gather
+
     def counting(run, index, *args):
         observer = gather(run, index, *args)
         counts.append({name: s.tokens for name, s in observer.sinks.items()})
         return observer
+
     monkeypatch.setattr(mask_work, "gather", counting)
     result = run(limited(3, where), batch_size=12, inputs=inputs)
     assert [set(c.values()) for c in counts] == [{12 * 24}] * 3
     assert "ran out of memory" in " ".join(result.report["warnings"]) and "batch_size=3" in " ".join(
-        result.report["warnings"])
+        result.report["warnings"]
+    )
     monkeypatch.undo()
     plain = run(batch_size=12, inputs=inputs)
-    agree = [((p == 0) == (q == 0)).float().mean().item() for p, q in zip(result.model.parameters(),
-                                                                       plain.model.parameters())]
+    agree = [
+        ((p == 0) == (q == 0)).float().mean().item()
+        for p, q in zip(result.model.parameters(), plain.model.parameters())
+    ]
     assert min(agree) > 0.99
 
 
@@ -99,6 +118,7 @@ def test_statistics_that_do_not_fit_are_not_counted_twice(monkeypatch):
 
     def refuse(self, x):
         raise torch.OutOfMemoryError("simulated")
+
     monkeypatch.setattr(Statistics, "_update", refuse)
     with pytest.raises(ConfigError, match="the statistics of self_attn.q_proj.weight in block 0 do not fit"):
         run()

@@ -48,7 +48,9 @@ def stop_after(monkeypatch):
         def stopping(self):
             self._stopping = len(self.entries) == count
             point(self)
+
         monkeypatch.setattr(Journal, "safe_point", stopping)
+
     return after
 
 
@@ -150,8 +152,13 @@ print(total, kills, round(wall, 2))
 
 
 def test_sigkill_during_writes_and_at_random_moments_changes_nothing(tmp_path):
-    done = subprocess.run([sys.executable, "-c", DRIVER, str(SUPPORT), str(tmp_path / "out"), str(tmp_path / "count")],
-                          capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        [sys.executable, "-c", DRIVER, str(SUPPORT), str(tmp_path / "out"), str(tmp_path / "count")],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     events, kills = map(int, done.stdout.split()[-3:-1])
     assert events > 40 and kills > 3
@@ -165,8 +172,15 @@ def test_resume_gives_the_same_bytes_and_a_whole_report(interrupted, whole):
     assert len({row["name"] for row in result.report["weights"]}) == len(result.report["weights"]) == 21
 
 
-@pytest.mark.parametrize("fields", [dict(method="wanda", pattern="2:4"), dict(method="magnitude"),
-                                    dict(inputs="dense"), dict(compute_dtype="bfloat16", probe_samples=0)])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(method="wanda", pattern="2:4"),
+        dict(method="magnitude"),
+        dict(inputs="dense"),
+        dict(compute_dtype="bfloat16", probe_samples=0),
+    ],
+)
 def test_every_method_resumes_to_the_same_bytes(tmp_path, stop_after, fields):
     run(tmp_path / "whole", **fields)
     stop_after(1)
@@ -185,13 +199,18 @@ def test_an_interrupted_folder_is_refused_without_resume(interrupted):
         run(interrupted)
 
 
-@pytest.mark.parametrize("change, message", [
-    (dict(sparsity=0.6), "sparsity was 0.5, now 0.6"),
-    (dict(calibration=tiny.ids(12, 24, seed=9)), "data.calibration was"),
-    (dict(model=tiny.model("llama", seed=5)), "model.weights was"),
-    (dict(method="wanda", reconstruct="layer", damping=0.1),
-     "damping was 0.01, now 0.1; method was 'sparsegpt', now 'wanda'"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(sparsity=0.6), "sparsity was 0.5, now 0.6"),
+        (dict(calibration=tiny.ids(12, 24, seed=9)), "data.calibration was"),
+        (dict(model=tiny.model("llama", seed=5)), "model.weights was"),
+        (
+            dict(method="wanda", reconstruct="layer", damping=0.1),
+            "damping was 0.01, now 0.1; method was 'sparsegpt', now 'wanda'",
+        ),
+    ],
+)
 def test_another_run_is_not_resumed_and_the_difference_is_named(interrupted, whole, change, message):
     with pytest.raises(ConfigError, match=message):
         run(interrupted, resume=True, **change)
@@ -256,10 +275,12 @@ def test_a_run_that_fails_before_its_first_block_leaves_no_folder(tmp_path):
 
 def test_sigint_stops_after_the_block_at_work(tmp_path, whole, monkeypatch, capfd):
     commit = Journal.commit
+
     def commit_and_signal(self, index, record):
         if index == 0:
             os.kill(os.getpid(), signal.SIGINT)
         commit(self, index, record)
+
     monkeypatch.setattr(Journal, "commit", commit_and_signal)
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(Interrupted, match="1 of 3 blocks done"):
@@ -283,9 +304,11 @@ def test_a_second_sigint_stops_at_once(tmp_path):
 
 def test_signals_are_left_alone_outside_the_main_thread_and_without_output(tmp_path):
     before, seen = signal.getsignal(signal.SIGINT), []
+
     def inside(journal):
         with journal.interruptible():
             seen.append(signal.getsignal(signal.SIGINT))
+
     inside(Journal(None))
     other = Journal(tmp_path / "out")
     thread = threading.Thread(target=inside, args=(other,))
@@ -298,12 +321,14 @@ def test_signals_are_left_alone_outside_the_main_thread_and_without_output(tmp_p
 @pytest.mark.parametrize("number, text", [(errno.ENOSPC, "no room to write"), (errno.EIO, "cannot write")])
 def test_a_disk_that_fails_loses_nothing(tmp_path, whole, monkeypatch, number, text):
     sync, calls = os.fsync, 0
+
     def failing(handle):
         nonlocal calls
         calls += 1
         if calls == 9:  # the second block's shard: run.json, dense.json and the first block's two files took two each
             raise OSError(number, os.strerror(number))
         sync(handle)
+
     monkeypatch.setattr(os, "fsync", failing)
     with pytest.raises(OutputError, match=f"{text}.*1 of 3 blocks are safe; mend that and continue with --resume"):
         run(tmp_path / "out")
@@ -332,6 +357,7 @@ def test_a_full_disk_at_the_very_end_loses_nothing(tmp_path):
 def test_an_output_that_cannot_be_written_is_refused_before_any_work(tmp_path, monkeypatch):
     def refuse(self, *args, **kwargs):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
     monkeypatch.setattr(Path, "mkdir", refuse)
     with pytest.raises(OutputError, match="cannot write .*Permission denied"):
         run(tmp_path / "out")

@@ -28,6 +28,7 @@ def passes(told: list, *lengths: int) -> list[Pass]:
                 told.append((k, step))
                 holder[0].wait()
             return k
+
         holder.append(Pass(work, CPU))
         found += holder
     return found
@@ -59,11 +60,17 @@ def test_modes_gradients_and_context_belong_to_each_pass():
     def work(name, mode, grad):
         with torch.set_grad_enabled(grad), mode:
             running[name].wait()
-            seen[name] = (float(torch.add(torch.ones(()), 1)), torch.is_grad_enabled(), setting.get(),
-                          torch.get_num_threads())
+            seen[name] = (
+                float(torch.add(torch.ones(()), 1)),
+                torch.is_grad_enabled(),
+                setting.get(),
+                torch.get_num_threads(),
+            )
 
-    running = {"plain": Pass(lambda: work("plain", torch.overrides.BaseTorchFunctionMode(), True), CPU),
-               "mode": Pass(lambda: work("mode", Doubling(), False), CPU)}
+    running = {
+        "plain": Pass(lambda: work("plain", torch.overrides.BaseTorchFunctionMode(), True), CPU),
+        "mode": Pass(lambda: work("mode", Doubling(), False), CPU),
+    }
     setting.reset(token)
     threads_here = torch.get_num_threads()
     for each in (*running.values(), *running.values()):
@@ -75,6 +82,7 @@ def test_modes_gradients_and_context_belong_to_each_pass():
 def test_an_exception_comes_out_of_the_step_and_the_thread_is_gone():
     def work():
         raise KeyError("inside")
+
     one = Pass(work, CPU)
     with pytest.raises(KeyError, match="inside"):
         one.step()
@@ -101,6 +109,7 @@ def test_what_a_pass_cleans_up_is_cleaned_up_when_it_is_abandoned():
             raise
         finally:
             told.append("closed")
+
     one = Pass(work, CPU)
     one.step()
     one.abandon()

@@ -60,10 +60,16 @@ def test_streamed_and_whole_give_the_same_bytes_and_perplexities(tmp_path, archi
     assert all(torch.equal(p, q) for p, q in zip(loaded.parameters(), whole.model.parameters()))
 
 
-@pytest.mark.parametrize("fields", [
-    dict(compute_dtype="bfloat16"), dict(dtype="bfloat16", method="wanda", pattern="2:4"), dict(inputs="dense"),
-    dict(reconstruct="block", global_propagation=True, reconstruction=Reconstruction(epochs=1)),
-    dict(reconstruct="cross_block", reconstruction=Reconstruction(epochs=1))])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(compute_dtype="bfloat16"),
+        dict(dtype="bfloat16", method="wanda", pattern="2:4"),
+        dict(inputs="dense"),
+        dict(reconstruct="block", global_propagation=True, reconstruction=Reconstruction(epochs=1)),
+        dict(reconstruct="cross_block", reconstruction=Reconstruction(epochs=1)),
+    ],
+)
 def test_every_way_of_pruning_streams(tmp_path, fields):
     path = source(tmp_path / "dense")
     run(path, tmp_path / "whole", "never", **fields)
@@ -77,9 +83,11 @@ def test_a_streamed_run_resumes_to_the_same_bytes(tmp_path, monkeypatch):
     path = source(tmp_path / "dense", tie_word_embeddings=True)
     run(path, tmp_path / "whole")
     point = Journal.safe_point
+
     def stopping(self):
         self._stopping = len(self.entries) == 2
         point(self)
+
     monkeypatch.setattr(Journal, "safe_point", stopping)
     with pytest.raises(Interrupted):
         run(path, tmp_path / "parts")
@@ -105,10 +113,12 @@ def test_only_two_blocks_are_ever_present(tmp_path, monkeypatch):
 
     most = 0
     acquire = Streamed.acquire
+
     def counting(self, index):
         nonlocal most
         acquire(self, index)
         most = max(most, sum(not next(b.parameters()).is_meta for b in self.view.blocks))
+
     monkeypatch.setattr(Streamed, "acquire", counting)
     run(source(tmp_path / "dense"), tmp_path / "out")
     assert most == 1  # the one at work; the next one waits in the reader
@@ -123,6 +133,7 @@ def test_reading_ahead_while_recorders_stand_in_for_the_blocks_reads_the_blocks(
     opened = open_model(PruneConfig(model=path, output=str(tmp_path / "out"), stream="always"))
     view, found = opened.weights.view, {}
     plain = type(view)._forward
+
     def forward(self, input_ids, stand_ins):
         originals = list(self.blocks)
         for i, module in enumerate(stand_ins):
@@ -131,6 +142,7 @@ def test_reading_ahead_while_recorders_stand_in_for_the_blocks_reads_the_blocks(
         for i, block in enumerate(originals):
             self.blocks[i] = block
         return plain(self, input_ids, stand_ins)
+
     view._forward = forward.__get__(view)
     view.record(tiny.ids(1, 8))
     assert set(found) == set(view.blocks[1].state_dict())
@@ -162,8 +174,14 @@ print(status("VmHWM") - before[1], result.report["sparsity"])
 
 
 def test_a_model_prunes_in_a_memory_limit_far_below_its_size(tmp_path):
-    config = transformers.LlamaConfig(vocab_size=tiny.VOCABULARY, hidden_size=512, intermediate_size=1408,
-                                      num_hidden_layers=30, num_attention_heads=8, max_position_embeddings=64)
+    config = transformers.LlamaConfig(
+        vocab_size=tiny.VOCABULARY,
+        hidden_size=512,
+        intermediate_size=1408,
+        num_hidden_layers=30,
+        num_attention_heads=8,
+        max_position_embeddings=64,
+    )
     torch.manual_seed(0)
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "dense", max_shard_size="100MB")
     size = sum(p.stat().st_size for p in (tmp_path / "dense").glob("*.safetensors"))
@@ -175,8 +193,13 @@ def test_a_model_prunes_in_a_memory_limit_far_below_its_size(tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "262144"}
 
     def attempt(stream):
-        return subprocess.run([sys.executable, "-c", LIMITED, str(SUPPORT), str(tmp_path), stream, str(limit)],
-                              text=True, capture_output=True, timeout=240, env=environment)
+        return subprocess.run(
+            [sys.executable, "-c", LIMITED, str(SUPPORT), str(tmp_path), stream, str(limit)],
+            text=True,
+            capture_output=True,
+            timeout=240,
+            env=environment,
+        )
 
     whole = attempt("never")
     assert whole.returncode != 0 and "emory" in whole.stderr, "the limit must be too small to load the model whole"
@@ -205,11 +228,13 @@ def test_auto_loads_whole_what_fits_or_cannot_be_streamed(tmp_path):
 def broken(tmp_path):
     """A function that rewrites the tensors of a tiny checkpoint."""
     path = Path(source(tmp_path / "dense"))
+
     def rewrite(change):
         tensors = load_file(path / "model.safetensors")
         change(tensors)
         save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
         return str(path)
+
     return rewrite
 
 
@@ -224,14 +249,18 @@ def test_a_missing_tensor_is_named(broken, tmp_path):
 def test_a_tensor_of_another_shape_is_named_with_both(broken, tmp_path):
     name = "model.layers.2.self_attn.q_proj.weight"
     path = broken(lambda t: t.update({name: torch.zeros(16, 32)}))
-    with pytest.raises(ConfigError, match=r"layers\.2\.self_attn\.q_proj\.weight in .* has shape \[16, 32\], its "
-                                          r"architecture needs \[32, 32\]"):
+    with pytest.raises(
+        ConfigError,
+        match=r"layers\.2\.self_attn\.q_proj\.weight in .* has shape \[16, 32\], its "
+        r"architecture needs \[32, 32\]",
+    ):
         run(path, tmp_path / "out")
 
 
 def test_a_weight_that_is_nan_is_named_with_its_place(broken, tmp_path):
     def poison(t):
         t["model.layers.1.mlp.down_proj.weight"][3, 7] = float("nan")
+
     path = broken(poison)
     with pytest.raises(ConfigError, match=r"layers\.1\.mlp\.down_proj\.weight holds nan at \[3, 7\]"):
         run(path, tmp_path / "out")
@@ -258,9 +287,11 @@ def test_a_block_that_changes_between_two_halves_of_a_run_is_noticed(tmp_path, m
 
     path = Path(source(tmp_path / "dense"))
     point = Journal.safe_point
+
     def stopping(self):
         self._stopping = True
         point(self)
+
     monkeypatch.setattr(Journal, "safe_point", stopping)
     with pytest.raises(Interrupted):
         run(path, tmp_path / "out")

@@ -25,12 +25,15 @@ def names(found) -> list[list[str]]:
     return [[ref.name.removesuffix(".weight").rpartition(".")[2] for ref in group.refs] for group in found.groups]
 
 
-@pytest.mark.parametrize("family, expected", [
-    ("llama", [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]),
-    ("gpt_neox", [["query_key_value"], ["dense"], ["dense_h_to_4h"], ["dense_4h_to_h"]]),
-    ("falcon", [["query_key_value", "dense_h_to_4h"], ["dense"], ["dense_4h_to_h"]]),  # both read one norm's output
-    ("bert", [["query", "key", "value"], ["dense"], ["dense"], ["dense"]]),
-])
+@pytest.mark.parametrize(
+    "family, expected",
+    [
+        ("llama", [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]),
+        ("gpt_neox", [["query_key_value"], ["dense"], ["dense_h_to_4h"], ["dense_4h_to_h"]]),
+        ("falcon", [["query_key_value", "dense_h_to_4h"], ["dense"], ["dense_4h_to_h"]]),  # both read one norm's output
+        ("bert", [["query", "key", "value"], ["dense"], ["dense"], ["dense"]]),
+    ],
+)
 def test_groups_come_in_the_order_of_their_use(family, expected):
     assert names(order(zoo.build(family), 16)) == expected
 
@@ -44,8 +47,10 @@ def test_experts_that_the_recorded_sequence_does_not_reach_have_the_places_of_th
     experts = [ref for group in short.groups for ref in group.refs if ref.expert is not None]
     assert len(experts) == 8
     for number in range(4):  # an expert's second product needs its first
-        first, second = (next(k for k, ref in enumerate(experts) if ref.expert == number and kind in ref.path)
-                         for kind in ("gate_up", "down"))
+        first, second = (
+            next(k for k, ref in enumerate(experts) if ref.expert == number and kind in ref.path)
+            for kind in ("gate_up", "down")
+        )
         assert first < second
 
 
@@ -68,6 +73,7 @@ def test_bytes_alive_at_a_pause_are_known():
     def gauge(module, args):
         alive.update(args[0])
         seen.append(alive.peak)
+
     block.up.register_forward_pre_hook(gauge)
     block.down.register_forward_pre_hook(gauge)
     x = torch.randn(5, 8)

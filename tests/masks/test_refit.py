@@ -147,12 +147,22 @@ def refitted(model=None, **fields):
     return run(model, reconstruct="refit", **fields)
 
 
-@pytest.mark.parametrize("fields", [dict(), dict(method="wanda", pattern="2:4"), dict(method="magnitude"),
-                                    dict(inputs="dense"), dict(global_propagation=True)])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(),
+        dict(method="wanda", pattern="2:4"),
+        dict(method="magnitude"),
+        dict(inputs="dense"),
+        dict(global_propagation=True),
+    ],
+)
 def test_the_report_has_both_errors_of_every_weight(fields):
     """Errors on all calibration sequences: the refit fits exactly these, up to its damping."""
-    result, swept = refitted(samples=16, probe_samples=16, **fields), run(samples=16, probe_samples=16,
-                                                                         reconstruct="layer", **fields)
+    result, swept = (
+        refitted(samples=16, probe_samples=16, **fields),
+        run(samples=16, probe_samples=16, reconstruct="layer", **fields),
+    )
     rows = {row["name"]: row for row in result.report["weights"]}
     for name, row in rows.items():
         assert row["error"] < row["error_sweep"] * 1.001 or fields.get("global_propagation"), name
@@ -175,8 +185,9 @@ def test_wide_layers_are_refitted_in_a_run_and_a_stopped_search_is_said(monkeypa
     assert len(errors) == 3 and all(row["error"] < 0.95 * row["error_sweep"] for row in errors)
     monkeypatch.setattr(refit, "MOST_STEPS", 1)
     stopped = wide(targets=["layers.1."]).report
-    assert stopped["warnings"][0] == ("model.layers.1.mlp.down_proj.weight: the refit was stopped after 1 steps, "
-                                      "before its tolerance")
+    assert stopped["warnings"][0] == (
+        "model.layers.1.mlp.down_proj.weight: the refit was stopped after 1 steps, before its tolerance"
+    )
     (row,) = [row for row in stopped["weights"] if "down_proj" in row["name"]]
     assert row["error"] < row["error_sweep"], "each step lowers it"
 
@@ -197,8 +208,16 @@ def test_validation_judges_the_refit_against_the_mask():
 
 def test_resume_and_streaming_give_the_same_bits(folder, tmp_path, monkeypatch):
     def written(name, **fields):
-        prune(str(folder), output=str(tmp_path / name), reconstruct="refit", method="wanda", progress=False,
-              calibration=tiny.ids(8, 24), evaluation=Evaluation(enabled=False), **fields)
+        prune(
+            str(folder),
+            output=str(tmp_path / name),
+            reconstruct="refit",
+            method="wanda",
+            progress=False,
+            calibration=tiny.ids(8, 24),
+            evaluation=Evaluation(enabled=False),
+            **fields,
+        )
         return {n: t for path in (tmp_path / name).glob("*.safetensors") for n, t in load_file(path).items()}
 
     whole = written("whole", stream="never")

@@ -16,8 +16,24 @@ import pyprune
 from pyprune.config import Calibration, ConfigError, Reconstruction
 
 IDS, PROBE = tiny.ids(16, 16), tiny.ids(2, 12, seed=9)
-CHOSEN = ["llama", "qwen3", "gemma2", "phi3", "gpt2", "gpt_neox", "falcon", "falcon_new", "bloom", "opt", "bert",
-          "mixtral", "qwen2_moe", "deepseek_v3", "modernbert", "cohere"]
+CHOSEN = [
+    "llama",
+    "qwen3",
+    "gemma2",
+    "phi3",
+    "gpt2",
+    "gpt_neox",
+    "falcon",
+    "falcon_new",
+    "bloom",
+    "opt",
+    "bert",
+    "mixtral",
+    "qwen2_moe",
+    "deepseek_v3",
+    "modernbert",
+    "cohere",
+]
 
 
 def pruned(model, **fields):
@@ -53,9 +69,14 @@ def groups(model, names: list[str], ids: torch.Tensor) -> list[list[str]]:
 
         handles.append(module.register_forward_pre_hook(see))
     for module, keys in experts.items():
+
         def see_all(module, args, keys=keys):
-            found.extend((torch.empty(0), [name]) for key in ("gate_up_proj", "up_proj", "down_proj")
-                         for name in keys.get(key, []))
+            found.extend(
+                (torch.empty(0), [name])
+                for key in ("gate_up_proj", "up_proj", "down_proj")
+                for name in keys.get(key, [])
+            )
+
         handles.append(module.register_forward_pre_hook(see_all))
     reference.forward(model, ids)
     for handle in handles:
@@ -63,8 +84,9 @@ def groups(model, names: list[str], ids: torch.Tensor) -> list[list[str]]:
     return [members for _, members in found]
 
 
-@pytest.mark.parametrize("method, pattern", [("wanda", "unstructured"), ("sparsegpt", "unstructured"),
-                                             ("sparsegpt", "2:4")])
+@pytest.mark.parametrize(
+    "method, pattern", [("wanda", "unstructured"), ("sparsegpt", "unstructured"), ("sparsegpt", "2:4")]
+)
 @pytest.mark.parametrize("name", CHOSEN)
 def test_weights_are_those_of_a_reference_that_prunes_group_by_group(name, method, pattern):
     model = zoo.build(name)
@@ -106,17 +128,26 @@ def test_weights_are_those_of_a_reference_that_prunes_group_by_group(name, metho
 
 # ---- one pass --------------------------------------------------------------------------------------------------------
 
+
 def linear_layers(model) -> dict[str, torch.nn.Module]:
-    return {name: part for name, part in model.get_submodule("model.layers").named_modules()
-            if isinstance(part, torch.nn.Linear)}
+    return {
+        name: part
+        for name, part in model.get_submodule("model.layers").named_modules()
+        if isinstance(part, torch.nn.Linear)
+    }
 
 
 def test_every_product_is_computed_once_for_every_batch():
     model, counts = tiny.model("llama"), Counter()
     for name, part in linear_layers(model).items():
         part.register_forward_hook(lambda *given, name=name: counts.update([(name, *given[1][0].shape[:2])]))
-    pruned(model, calibration={"source": tiny.ids(14, 24), "num_samples": 12, "held_out": 2}, batch_size=4,
-           probe_samples=2, in_place=True)
+    pruned(
+        model,
+        calibration={"source": tiny.ids(14, 24), "num_samples": 12, "held_out": 2},
+        batch_size=4,
+        probe_samples=2,
+        in_place=True,
+    )
     for name in linear_layers(model):
         last = name.startswith("2.")
         # the last block's output is needed of the error probes alone: the others' passes end before its last product
@@ -169,13 +200,23 @@ def test_errors_are_those_of_passes_of_their_own():
             assert row[key] == pytest.approx(float(lost / total), rel=1e-3), row["name"]
 
 
-@pytest.mark.parametrize("fields", [{}, {"method": "wanda", "pattern": "2:4"}, {"reconstruct": "refit"},
-                                    {"reconstruct": "block", "reconstruction": Reconstruction(epochs=1)}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"method": "wanda", "pattern": "2:4"},
+        {"reconstruct": "refit"},
+        {"reconstruct": "block", "reconstruction": Reconstruction(epochs=1)},
+    ],
+)
 def test_a_resumed_run_gives_the_same_bytes(fields, tmp_path, monkeypatch):
     from pyprune.execution.journal import Interrupted, Journal
 
-    settings = {"calibration": Calibration(source=tiny.ids(15, 16), num_samples=12, held_out=3, seq_len=16),
-                "probe_samples": 2, **fields}
+    settings = {
+        "calibration": Calibration(source=tiny.ids(15, 16), num_samples=12, held_out=3, seq_len=16),
+        "probe_samples": 2,
+        **fields,
+    }
     whole = pruned(tiny.model("llama"), output=str(tmp_path / "whole"), **settings)
     for blocks in (1, 2):
         point = Journal.safe_point
@@ -189,8 +230,9 @@ def test_a_resumed_run_gives_the_same_bytes(fields, tmp_path, monkeypatch):
             with pytest.raises(Interrupted):
                 pruned(tiny.model("llama"), output=str(tmp_path / str(blocks)), **settings)
         # what is free now decides nothing for blocks like those that were done
-        resumed = pruned(tiny.model("llama"), output=str(tmp_path / str(blocks)), resume=True, memory_budget_gb=1e-5,
-                         **settings)
+        resumed = pruned(
+            tiny.model("llama"), output=str(tmp_path / str(blocks)), resume=True, memory_budget_gb=1e-5, **settings
+        )
         for name, value in whole.model.state_dict().items():
             assert torch.equal(value, resumed.model.state_dict()[name]), name
         assert [row["error"] for row in resumed.report["blocks"]] == [row["error"] for row in whole.report["blocks"]]
@@ -201,8 +243,9 @@ def test_a_resumed_run_gives_the_same_bytes(fields, tmp_path, monkeypatch):
 @pytest.mark.parametrize("architecture", ["llama", "opt"])
 def test_streamed_and_whole_give_the_same_weights(architecture, tmp_path):
     tiny.model(architecture).save_pretrained(tmp_path / "dense")
-    whole, streamed = (pruned(str(tmp_path / "dense"), output=str(tmp_path / stream), stream=stream)
-                       for stream in ("never", "always"))
+    whole, streamed = (
+        pruned(str(tmp_path / "dense"), output=str(tmp_path / stream), stream=stream) for stream in ("never", "always")
+    )
     assert not fell_back(streamed)
     for (name, one), other in zip(whole.model.state_dict().items(), streamed.model.state_dict().values()):
         assert torch.equal(one, other), name
@@ -211,19 +254,23 @@ def test_streamed_and_whole_give_the_same_weights(architecture, tmp_path):
 def test_a_bfloat16_copy_computes_and_the_model_s_own_weights_are_written():
     result = pruned(tiny.model("llama"), compute_dtype="bfloat16")
     plain = pruned(tiny.model("llama"))
-    agree = [((p == 0) == (q == 0)).float().mean().item() for p, q in zip(result.model.parameters(),
-                                                                       plain.model.parameters())]
+    agree = [
+        ((p == 0) == (q == 0)).float().mean().item()
+        for p, q in zip(result.model.parameters(), plain.model.parameters())
+    ]
     assert min(agree) > 0.85 and result.model.dtype == torch.float32 and result.report["sparsity"] == 0.5
 
 
 # ---- with reconstruction ---------------------------------------------------------------------------------------------
 
+
 def test_block_reconstruction_begins_with_the_same_layer_wise_step():
     layer = pruned(tiny.model("llama"))
     fields = {"calibration": {"source": tiny.ids(16, 16), "num_samples": 16, "held_out": 0}}
     for reconstruct in ("block", "cross_block"):
-        untrained = pruned(tiny.model("llama"), reconstruct=reconstruct, reconstruction=Reconstruction(epochs=0),
-                           **fields)
+        untrained = pruned(
+            tiny.model("llama"), reconstruct=reconstruct, reconstruction=Reconstruction(epochs=0), **fields
+        )
         assert not fell_back(untrained)
         for name, value in layer.model.state_dict().items():
             assert torch.equal(value, untrained.model.state_dict()[name]), name
@@ -231,9 +278,14 @@ def test_block_reconstruction_begins_with_the_same_layer_wise_step():
 
 @pytest.mark.parametrize("global_propagation", [False, True])
 def test_training_lowers_the_error_that_the_layer_wise_step_left(global_propagation):
-    result = pruned(tiny.model("llama"), reconstruct="block", global_propagation=global_propagation, probe_samples=4,
-                    calibration={"source": tiny.ids(20, 16), "num_samples": 16, "held_out": 4},
-                    reconstruction=Reconstruction(epochs=8, lr=1e-3, batch_size=4))
+    result = pruned(
+        tiny.model("llama"),
+        reconstruct="block",
+        global_propagation=global_propagation,
+        probe_samples=4,
+        calibration={"source": tiny.ids(20, 16), "num_samples": 16, "held_out": 4},
+        reconstruction=Reconstruction(epochs=8, lr=1e-3, batch_size=4),
+    )
     assert not fell_back(result)
     for row in result.report["blocks"]:
         steps = {step["step"]: step["calibration"] for step in row["steps"]}
@@ -242,12 +294,14 @@ def test_training_lowers_the_error_that_the_layer_wise_step_left(global_propagat
 
 # ---- where it cannot be done -----------------------------------------------------------------------------------------
 
+
 def same_as_propagated(result, model, **fields) -> None:
     plain = pruned(model, **{**fields, "inputs": "propagated"})
     for name, value in plain.model.state_dict().items():
         assert torch.equal(value, result.model.state_dict()[name]), name
     assert [{**row, "error": 0} for row in result.report["weights"]] == [
-        {**row, "error": 0} for row in plain.report["weights"]]
+        {**row, "error": 0} for row in plain.report["weights"]
+    ]
     assert {row["inputs"] for row in result.report["blocks"]} == {"propagated"}
 
 
@@ -275,7 +329,7 @@ class Odd(torch.nn.Module):
     def forward(self, x):
         out = self.down_proj(torch.nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
         if x[0, 0, 0] > self.threshold:
-            out = out + 0.1 * self.up_proj(0.5 * x)[..., :x.shape[-1]]
+            out = out + 0.1 * self.up_proj(0.5 * x)[..., : x.shape[-1]]
         return out
 
 
@@ -318,13 +372,15 @@ def test_a_module_that_keeps_something_of_a_pass_is_seen():
 
 # ---- what goes wrong -------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("layer", ["input_layernorm", "mlp.act_fn"])
 def test_an_input_that_is_not_finite_is_named_as_before(layer):
     told = []
     for inputs in ("propagated", "sequential"):
         model = tiny.model("llama")
         model.model.layers[1].get_submodule(layer).register_forward_hook(
-            lambda module, args, out: out.index_fill(-1, torch.tensor([3]), float("inf")))
+            lambda module, args, out: out.index_fill(-1, torch.tensor([3]), float("inf"))
+        )
         with pytest.raises(ConfigError, match="is -?inf at calibration sequence 0, token 0, column 3") as caught:
             pruned(model, inputs=inputs, method="wanda")
         told.append(str(caught.value).replace("-inf", "inf"))
@@ -338,6 +394,7 @@ def failing(at: int, error: Exception):
         calls["all"] += 1
         if calls["all"] == at:
             raise error
+
     model.model.layers[1].mlp.down_proj.register_forward_pre_hook(fail)
     return model
 
@@ -357,15 +414,20 @@ def test_batches_that_run_out_of_memory_are_halved_and_the_block_begins_again():
     def refuse(module, args):
         if args[0].shape[0] > 5:
             raise torch.OutOfMemoryError("simulated")
+
     model.model.layers[1].mlp.down_proj.register_forward_pre_hook(refuse)
     result = pruned(model, batch_size=12)
     assert not fell_back(result) and not passes()
-    assert any("block 1 ran out of memory on cpu with batches of 12 sequences" in text and "batch_size=3" not in text
-               for text in result.report["warnings"])
+    assert any(
+        "block 1 ran out of memory on cpu with batches of 12 sequences" in text and "batch_size=3" not in text
+        for text in result.report["warnings"]
+    )
     assert any("batch_size=3" in text for text in result.report["warnings"])
     plain = pruned(tiny.model("llama"), batch_size=3)
-    agree = [((p == 0) == (q == 0)).float().mean().item() for p, q in zip(result.model.parameters(),
-                                                                       plain.model.parameters())]
+    agree = [
+        ((p == 0) == (q == 0)).float().mean().item()
+        for p, q in zip(result.model.parameters(), plain.model.parameters())
+    ]
     assert min(agree) > 0.99
 
 
@@ -376,19 +438,25 @@ def test_a_thread_that_the_system_refuses_is_no_failure(monkeypatch):
         if self.name == "pyprune-pass" and len(passes()) >= 3:
             raise RuntimeError("can't start new thread")
         start(self)
+
     monkeypatch.setattr(threading.Thread, "start", refuse)
     result = pruned(tiny.model("llama"), batch_size=2)
     assert "need a thread each" in fell_back(result)[0] and not passes()
     same_as_propagated(result, tiny.model("llama"), batch_size=2)
 
 
-@pytest.mark.parametrize("fields, sentence", [
-    (dict(pattern="neurons"), "inputs='sequential' prunes masks group by group; pattern='neurons'"),
-    (dict(global_propagation=True), "inputs='sequential' meets no inputs of the dense stream"),
-    (dict(global_propagation=True, reconstruct="block", reconstruction={"layerwise_target": "dense"}),
-     "inputs='sequential' meets no inputs of the dense stream"),
-    (dict(method="magnitude"), "inputs"),
-])
+@pytest.mark.parametrize(
+    "fields, sentence",
+    [
+        (dict(pattern="neurons"), "inputs='sequential' prunes masks group by group; pattern='neurons'"),
+        (dict(global_propagation=True), "inputs='sequential' meets no inputs of the dense stream"),
+        (
+            dict(global_propagation=True, reconstruct="block", reconstruction={"layerwise_target": "dense"}),
+            "inputs='sequential' meets no inputs of the dense stream",
+        ),
+        (dict(method="magnitude"), "inputs"),
+    ],
+)
 def test_what_it_does_not_serve_is_refused_before_any_work(fields, sentence):
     with pytest.raises(ConfigError, match=sentence):
         pruned(tiny.model("llama"), **fields)
@@ -398,8 +466,10 @@ def test_report_summary_and_model_card_say_which_way_was_used(tmp_path):
     from pyprune.reporting.rendering import model_card, summary_rows
 
     result = pruned(tiny.model("llama"), output=str(tmp_path / "out"))
-    assert ("inputs", "sequential: of each group of layers behind the pruned groups before it, in one pass") in \
-        summary_rows(result.report)
+    assert (
+        "inputs",
+        "sequential: of each group of layers behind the pruned groups before it, in one pass",
+    ) in summary_rows(result.report)
     assert "- statistics of inputs, sequential: of each group" in model_card(result.report, "out")
     assert "inputs: sequential" in (tmp_path / "out" / "run.yaml").read_text()
     mixed = copy.deepcopy(result.report)
@@ -408,11 +478,14 @@ def test_report_summary_and_model_card_say_which_way_was_used(tmp_path):
     assert "propagated: of the dense block" in text and "(1 of 3 blocks)" in text and "(2 of 3 blocks)" in text
 
 
-@pytest.mark.parametrize("fields, passes", [
-    ({}, {"statistics": 1, "propagation": 0, "dense": 0}),
-    ({"reconstruct": "block"}, {"statistics": 1, "propagation": 1, "dense": 1}),
-    ({"reconstruct": "block", "global_propagation": True}, {"statistics": 1, "propagation": 1, "dense": 1}),
-])
+@pytest.mark.parametrize(
+    "fields, passes",
+    [
+        ({}, {"statistics": 1, "propagation": 0, "dense": 0}),
+        ({"reconstruct": "block"}, {"statistics": 1, "propagation": 1, "dense": 1}),
+        ({"reconstruct": "block", "global_propagation": True}, {"statistics": 1, "propagation": 1, "dense": 1}),
+    ],
+)
 def test_the_plan_counts_the_passes_that_a_run_makes(fields, passes, tmp_path, monkeypatch):
     from pyprune.execution.executor import Executor
 
@@ -425,6 +498,7 @@ def test_the_plan_counts_the_passes_that_a_run_makes(fields, passes, tmp_path, m
     def counting(self, index, module, hidden, beside):
         counts[index, len(hidden)] += 1
         return forward(self, index, module, hidden, beside)
+
     monkeypatch.setattr(Executor, "forward", counting)
     training = {"reconstruction": Reconstruction(epochs=0)} if fields else {}
     pruned(tiny.model("llama"), batch_size=16, **fields, **training)

@@ -31,9 +31,9 @@ def sparsegpt_float64(weight, h, sparsity=None, nm=None, column_block=128):
             keep[:, start:stop] = mask.reshape(-1, stop - start)
         for j in range(start, stop):
             if nm and j % nm[1] == 0:
-                score = (w[:, j:j + nm[1]] / u.diagonal()[j:j + nm[1]]).square()
-                drop = score.argsort(dim=1, stable=True)[:, :nm[1] - nm[0]]
-                keep[:, j:j + nm[1]] = torch.ones_like(score, dtype=torch.bool).scatter(1, drop, False)
+                score = (w[:, j : j + nm[1]] / u.diagonal()[j : j + nm[1]]).square()
+                drop = score.argsort(dim=1, stable=True)[:, : nm[1] - nm[0]]
+                keep[:, j : j + nm[1]] = torch.ones_like(score, dtype=torch.bool).scatter(1, drop, False)
             e = torch.where(keep[:, j], 0, w[:, j]) / u[j, j]
             w[:, j:] -= e[:, None] * u[j, j:]
             w[:, j].masked_fill_(~keep[:, j], 0)
@@ -97,11 +97,11 @@ def test_two_four_with_orthogonal_inputs_keeps_the_two_largest():
     swept = weight.clone()
     obs_prune(swept, inverse_factor(gram, 100, DAMPING), nm=(2, 4))
     for row, start in itertools.product(range(8), range(0, 16, 4)):
-        group = weight[row, start:start + 4]
-        best = max(itertools.combinations(range(4), 2), key=lambda pair: sum(group[i]**2 for i in pair))
+        group = weight[row, start : start + 4]
+        best = max(itertools.combinations(range(4), 2), key=lambda pair: sum(group[i] ** 2 for i in pair))
         truth = torch.zeros(4)
         truth[list(best)] = group[list(best)]
-        torch.testing.assert_close(swept[row, start:start + 4], truth, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(swept[row, start : start + 4], truth, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])

@@ -46,8 +46,10 @@ def test_expert_statistics_see_only_their_tokens(architecture):
     block = view.blocks[0]
     moe = block.mlp
     inputs, routes = [], []
-    handles = [moe.register_forward_pre_hook(lambda m, a: inputs.append(a[0].reshape(-1, 32))),
-               moe.experts.register_forward_pre_hook(lambda m, a: routes.append(a[1]))]
+    handles = [
+        moe.register_forward_pre_hook(lambda m, a: inputs.append(a[0].reshape(-1, 32))),
+        moe.experts.register_forward_pre_hook(lambda m, a: routes.append(a[1])),
+    ]
     with executor.compute(0) as module:
         observer = observe(executor, 0, module, weights_of(block), stream, lambda c, d: Statistics(c, d))
     for handle in handles:

@@ -50,8 +50,9 @@ def test_each_tensor_is_stored_once_with_its_sequences(name, count):
     assert len(view.tokenwise.numbers(range(len(view.blocks)))) == count
     stream = Executor(view, batch_size=2).embed(ragged())
     assert len(stream.beside) == count
-    assert all({length: len(t) for length, t in tensors.items()} == {7: 2, 12: 4, 20: 1}
-               for tensors in stream.beside.values())
+    assert all(
+        {length: len(t) for length, t in tensors.items()} == {7: 2, 12: 4, 20: 1} for tensors in stream.beside.values()
+    )
     assert stream.like().beside is stream.beside
 
 
@@ -103,7 +104,7 @@ def test_a_window_in_training_sees_its_own_sequences(name):
     stream = executor.embed(sequences)
     last = len(view.blocks) - 1
     for index, block in enumerate(view.blocks):
-        for window in ([index], [index, index + 1])[:1 if index == last else 2]:
+        for window in ([index], [index, index + 1])[: 1 if index == last else 2]:
             target = stream.like()
             for length, rows in target.rows.items():
                 target.data[length].copy_(torch.stack([truth[window[-1]][row] for row in rows]))
@@ -111,8 +112,11 @@ def test_a_window_in_training_sees_its_own_sequences(name):
             trained = TrainedWindow(executor, window, blocks, [{} for _ in window], torch.float32)
             assert relative_error(trained, [(stream, target)]) < 1e-8
             power = sum(t.square().mean().item() for t in truth[window[-1]]) / len(sequences)
-            trace = train(trained, [(stream, target), (stream, target)],
-                          Reconstruction(epochs=1, lr=1e-12, batch_size=4, micro_batch_size=2))
+            trace = train(
+                trained,
+                [(stream, target), (stream, target)],
+                Reconstruction(epochs=1, lr=1e-12, batch_size=4, micro_batch_size=2),
+            )
             assert trace.loss[0] < 1e-8 * power
         executor.run(index, block, stream, stream)
 
@@ -134,23 +138,36 @@ def test_masks_are_those_of_the_whole_model(name):
     model, ids = build(name), tiny.ids(12, 12)
     masks = hooked.wanda_masks(model, hooked.run_whole(model, list(ids))[1])
     for batch_size in (1, 5):
-        result = pyprune.prune(model, method="wanda", inputs="dense", calibration=ids, batch_size=batch_size,
-                               evaluation=NONE, progress=False)
+        result = pyprune.prune(
+            model,
+            method="wanda",
+            inputs="dense",
+            calibration=ids,
+            batch_size=batch_size,
+            evaluation=NONE,
+            progress=False,
+        )
         assert hooked.disagreement(result.model, masks) < 1e-3
 
 
-@pytest.mark.parametrize("fields", [
-    dict(method="sparsegpt"), dict(method="wanda", reconstruct="block"),
-    dict(method="wanda", reconstruct="layer", global_propagation=True),
-    dict(method="wanda", reconstruct="cross_block", global_propagation=True)],
-    ids=["sparsegpt", "BR", "layer GP", "CR GP"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(method="sparsegpt"),
+        dict(method="wanda", reconstruct="block"),
+        dict(method="wanda", reconstruct="layer", global_propagation=True),
+        dict(method="wanda", reconstruct="cross_block", global_propagation=True),
+    ],
+    ids=["sparsegpt", "BR", "layer GP", "CR GP"],
+)
 @pytest.mark.parametrize("name", ["gemma4", "gemma4 with shared keys", "synthetic"])
 def test_reported_errors_are_those_of_the_whole_pruned_model(name, fields):
     model, ids = build(name), tiny.ids(8, 12)
     if "block" in fields.get("reconstruct", ""):
         fields = {**fields, "reconstruction": Reconstruction(epochs=1, lr=1e-4, batch_size=4)}
-    result = pyprune.prune(model, calibration=ids, probe_samples=8, batch_size=3, evaluation=NONE, progress=False,
-                           **fields)
+    result = pyprune.prune(
+        model, calibration=ids, probe_samples=8, batch_size=3, evaluation=NONE, progress=False, **fields
+    )
     dense, pruned = (hooked.run_whole(m, list(ids))[0] for m in (model, result.model))
     for row, want, got in zip(result.report["blocks"], dense, pruned):
         lost = sum((a - b).square().sum() for a, b in zip(want, got))
@@ -160,8 +177,9 @@ def test_reported_errors_are_those_of_the_whole_pruned_model(name, fields):
 def test_zamba2_is_reported_as_the_whole_pruned_model_is():
     """Its shared transformer is changed again by later blocks, so the last block is compared alone."""
     model, ids = build("zamba2"), tiny.ids(8, 12)
-    result = pyprune.prune(model, method="wanda", calibration=ids, probe_samples=8, batch_size=3, evaluation=NONE,
-                           progress=False)
+    result = pyprune.prune(
+        model, method="wanda", calibration=ids, probe_samples=8, batch_size=3, evaluation=NONE, progress=False
+    )
     dense, pruned = (hooked.run_whole(m, list(ids))[0] for m in (model, result.model))
     lost = sum((a - b).square().sum() for a, b in zip(dense[-1], pruned[-1]))
     total = sum(a.square().sum() for a in dense[-1])
@@ -172,9 +190,20 @@ def test_zamba2_is_reported_as_the_whole_pruned_model_is():
 @pytest.mark.parametrize("name", ["gemma4", "synthetic"])
 def test_structured_pruning_reports_the_errors_of_the_whole_pruned_model(name, reconstruct):
     model, ids = build(name), tiny.ids(12, 12)
-    result = pyprune.prune(model, pattern="neurons", sparsity=0.25, criterion="wifv", reconstruct=reconstruct,
-                           calibration=ids, probe_samples=12, batch_size=5, evaluation=NONE, progress=False,
-                           structured=dict(nonstandard="save"), ignore=["*per_layer*"] if name == "gemma4" else [])
+    result = pyprune.prune(
+        model,
+        pattern="neurons",
+        sparsity=0.25,
+        criterion="wifv",
+        reconstruct=reconstruct,
+        calibration=ids,
+        probe_samples=12,
+        batch_size=5,
+        evaluation=NONE,
+        progress=False,
+        structured=dict(nonstandard="save"),
+        ignore=["*per_layer*"] if name == "gemma4" else [],
+    )
     dense, pruned = (hooked.run_whole(m, list(ids))[0] for m in (model, result.model))
     for row, want, got in zip(result.report["blocks"], dense, pruned):
         lost = sum((a - b).square().sum() for a, b in zip(want, got))
@@ -194,19 +223,34 @@ def test_perplexity_block_by_block_is_that_of_the_whole_model(name):
 
 def test_a_streamed_run_gives_the_model_of_a_run_in_memory(tmp_path):
     build("gemma4 with shared keys").save_pretrained(tmp_path / "dense")
-    fields = dict(method="wanda", reconstruct="block", global_propagation=True, calibration=tiny.ids(8, 12),
-                  reconstruction=Reconstruction(epochs=1, lr=1e-3, batch_size=4), progress=False, evaluation=Evaluation(
-                      text=tiny.ids(3, 12, seed=1), dtype="float32"))
-    one, other = (pyprune.prune(str(tmp_path / "dense"), output=str(tmp_path / stream), stream=stream, **fields)
-                  for stream in ("never", "always"))
+    fields = dict(
+        method="wanda",
+        reconstruct="block",
+        global_propagation=True,
+        calibration=tiny.ids(8, 12),
+        reconstruction=Reconstruction(epochs=1, lr=1e-3, batch_size=4),
+        progress=False,
+        evaluation=Evaluation(text=tiny.ids(3, 12, seed=1), dtype="float32"),
+    )
+    one, other = (
+        pyprune.prune(str(tmp_path / "dense"), output=str(tmp_path / stream), stream=stream, **fields)
+        for stream in ("never", "always")
+    )
     assert all(torch.equal(p, q) for p, q in zip(one.model.state_dict().values(), other.model.state_dict().values()))
     for a, b in zip(one.report["evaluation"], other.report["evaluation"]):
         assert a["pruned"] == pytest.approx(b["pruned"], rel=1e-5)
 
 
 def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path, monkeypatch):
-    fields = dict(method="wanda", reconstruct="cross_block", global_propagation=True, calibration=tiny.ids(8, 12),
-                  reconstruction=Reconstruction(epochs=1, lr=1e-3, batch_size=4), evaluation=NONE, progress=False)
+    fields = dict(
+        method="wanda",
+        reconstruct="cross_block",
+        global_propagation=True,
+        calibration=tiny.ids(8, 12),
+        reconstruction=Reconstruction(epochs=1, lr=1e-3, batch_size=4),
+        evaluation=NONE,
+        progress=False,
+    )
     whole = pyprune.prune(build("gemma4 with shared keys"), **fields).model
     point = Journal.safe_point
 
@@ -224,8 +268,10 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path, monkeypatch):
 
 def test_what_cannot_be_right_is_refused_before_any_work():
     cases = {"states of shape .* between its blocks": gemma3n()}
-    for kind, sentence in (("earlier blocks", r"extra\['tokens'\] of block 1 of Synthetic is computed from the output"),
-                           ("whole batch", r"extra\['tokens'\] of block 0 of Synthetic depends on the tokens of the")):
+    for kind, sentence in (
+        ("earlier blocks", r"extra\['tokens'\] of block 1 of Synthetic is computed from the output"),
+        ("whole batch", r"extra\['tokens'\] of block 0 of Synthetic depends on the tokens of the"),
+    ):
         cases[sentence] = Synthetic()
         cases[sentence].kind = kind
     for sentence, model in cases.items():
@@ -247,8 +293,14 @@ def test_a_plan_says_what_the_run_would(tmp_path):
 
 def test_structured_pruning_of_shared_keys_is_refused():
     with pytest.raises(ConfigError, match="reads 'sliding_attention' from what earlier blocks left .* unstructured"):
-        pyprune.prune(build("gemma4 with shared keys"), pattern="neurons", sparsity=0.25, calibration=tiny.ids(4, 12),
-                      evaluation=NONE, progress=False)
+        pyprune.prune(
+            build("gemma4 with shared keys"),
+            pattern="neurons",
+            sparsity=0.25,
+            calibration=tiny.ids(4, 12),
+            evaluation=NONE,
+            progress=False,
+        )
 
 
 def test_weights_of_the_per_layer_inputs_are_among_the_pruned():

@@ -38,8 +38,11 @@ def logits(folder) -> torch.Tensor:
     """Of plain transformers, which must find every weight."""
     import transformers
 
-    auto = transformers.AutoModel if "roberta" in json.loads((Path(folder) / "config.json").read_text())[
-        "model_type"] else transformers.AutoModelForCausalLM
+    auto = (
+        transformers.AutoModel
+        if "roberta" in json.loads((Path(folder) / "config.json").read_text())["model_type"]
+        else transformers.AutoModelForCausalLM
+    )
     model, info = auto.from_pretrained(folder, output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     with torch.no_grad():
@@ -49,12 +52,14 @@ def logits(folder) -> torch.Tensor:
 @pytest.fixture
 def plain(tmp_path, monkeypatch):
     """The checkpoint of a run by its fields, written by transformers as one file."""
+
     def write(model, **fields):
         with monkeypatch.context() as patch:
             patch.setattr(assembly, "stores_as_held", lambda model, path: False)
             run(model, tmp_path / "plain", **fields)
         assert names(tmp_path / "plain") == ["model.safetensors"]
         return tmp_path / "plain"
+
     return write
 
 
@@ -70,8 +75,7 @@ def test_linked_blocks_are_the_model_that_transformers_would_write(tmp_path, pla
     assert names(tmp_path / "out") == [f"model-{k:05}-of-00004.safetensors" for k in (1, 2, 3, 4)]
     assert_same(whole, tmp_path / "out")
     assert torch.equal(logits(whole), logits(tmp_path / "out"))
-    assert json.loads((tmp_path / "out" / "config.json").read_text()) == \
-        json.loads((whole / "config.json").read_text())
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == json.loads((whole / "config.json").read_text())
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     tensors = stored(tmp_path / "out")
     assert index["weight_map"].keys() == tensors.keys()
@@ -83,11 +87,22 @@ def test_linked_blocks_are_the_model_that_transformers_would_write(tmp_path, pla
     assert_same(whole, tmp_path / "again")
 
 
-@pytest.mark.parametrize("fields", [
-    dict(reconstruct="cross_block", reconstruction=Reconstruction(epochs=1)), dict(compute_dtype="bfloat16"),
-    dict(dtype="bfloat16"), dict(pattern="structured", criterion="wifv", reconstruct="liar", sparsity=0.5),
-    dict(pattern="neurons", criterion="wifv", reconstruct="liar", sparsity=0.5,
-         structured={"nonstandard": "pad", "allocation": "global"})])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(reconstruct="cross_block", reconstruction=Reconstruction(epochs=1)),
+        dict(compute_dtype="bfloat16"),
+        dict(dtype="bfloat16"),
+        dict(pattern="structured", criterion="wifv", reconstruct="liar", sparsity=0.5),
+        dict(
+            pattern="neurons",
+            criterion="wifv",
+            reconstruct="liar",
+            sparsity=0.5,
+            structured={"nonstandard": "pad", "allocation": "global"},
+        ),
+    ],
+)
 def test_every_kind_of_run_links_what_it_would_have_written(tmp_path, plain, monkeypatch, fields):
     tiny.model("llama").save_pretrained(tmp_path / "dense")
     whole = plain(str(tmp_path / "dense"), **fields)
@@ -101,8 +116,13 @@ def test_a_refinement_links_its_blocks_too(tmp_path, monkeypatch):
     tiny.model("llama").save_pretrained(tmp_path / "dense")
     run(str(tmp_path / "dense"), tmp_path / "pruned", method="wanda")
     assert len(names(tmp_path / "pruned")) == 4
-    fields = dict(calibration=Calibration(source=tiny.ids(6, 16)), evaluation=Evaluation(enabled=False), progress=False,
-                  dense=str(tmp_path / "dense"), settings=Reconstruction(epochs=1))
+    fields = dict(
+        calibration=Calibration(source=tiny.ids(6, 16)),
+        evaluation=Evaluation(enabled=False),
+        progress=False,
+        dense=str(tmp_path / "dense"),
+        settings=Reconstruction(epochs=1),
+    )
     refine_checkpoint(tmp_path / "pruned", tmp_path / "linked", **fields)
     monkeypatch.setattr(assembly, "stores_as_held", lambda model, path: False)
     refine_checkpoint(tmp_path / "pruned", tmp_path / "plain", **fields)
@@ -122,8 +142,14 @@ def test_experts_that_transformers_takes_apart_are_written_by_it(tmp_path, archi
 
 def test_what_is_not_the_model_s_own_is_not_linked(tmp_path):
     """Several sparsities share a shard; one module at two places of the list is stored once."""
-    run(tiny.model("llama"), tmp_path / "curve", pattern="neurons", criterion="wifv", sparsity=[0.25, 0.5],
-        reconstruct="none")
+    run(
+        tiny.model("llama"),
+        tmp_path / "curve",
+        pattern="neurons",
+        criterion="wifv",
+        sparsity=[0.25, 0.5],
+        reconstruct="none",
+    )
     assert names(tmp_path / "curve") == ["model.safetensors"] * 2
     model = tiny.model("llama")
     model.model.layers[2].mlp = model.model.layers[1].mlp
@@ -146,8 +172,7 @@ def test_a_weight_is_written_once(tmp_path, stream):
         return int(rows["wchar"])
 
     before = written()
-    run(str(tmp_path / "dense"), tmp_path / "out", method="magnitude", probe_samples=0, calibration={},
-        stream=stream)
+    run(str(tmp_path / "dense"), tmp_path / "out", method="magnitude", probe_samples=0, calibration={}, stream=stream)
     rest = sum(path.stat().st_size for path in (tmp_path / "out").iterdir() if path.suffix != ".safetensors")
     assert size <= written() - before < size + 3 * rest + 100_000 < 1.1 * size
 
@@ -181,6 +206,7 @@ def test_a_run_that_was_stopped_links_what_both_its_parts_wrote(tmp_path, monkey
     monkeypatch.setattr(Journal, "safe_point", point)
     run(model, tmp_path / "parts", resume=True)
     assert len(names(tmp_path / "parts")) == 4
-    assert [p.read_bytes() for p in sorted((tmp_path / "parts").glob("*.safetensors"))] == \
-        [p.read_bytes() for p in sorted((tmp_path / "whole").glob("*.safetensors"))]
+    assert [p.read_bytes() for p in sorted((tmp_path / "parts").glob("*.safetensors"))] == [
+        p.read_bytes() for p in sorted((tmp_path / "whole").glob("*.safetensors"))
+    ]
     assert all(path.stat().st_nlink == 1 for path in (tmp_path / "parts").iterdir()), "the journal's own names are gone"

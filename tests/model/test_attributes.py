@@ -17,15 +17,63 @@ from pyprune.model import architecture, attributes, sizes
 
 PACKAGE = Path(pyprune.__file__).parent
 NAMES = {
-    *attributes.POSITIONS, *attributes.EXPERTS, *attributes.NARROWED, *sizes.HEADS, *sizes.GROUPS, *sizes.WIDTHS,
-    *sizes.NEURONS, *sizes.BIAS_FLAGS, sizes.HEADS_PER_GROUP, "head_dim", "num_experts_per_tok", "num_hidden_layers",
-    "num_kv_shared_layers", "layer_types", "pad_token_id", "bos_token", "bos_token_id", "eos_token_id",
-    "is_encoder_decoder", "is_decoder", "is_causal", "quantization_config", "quant_method", "architectures", "auto_map",
-    "model_type", "attribute_map", "generation_config", "use_cache", "past_key_values", "cache_params",
-    "_experts_implementation", "_attn_implementation", "attn_implementation", "sliding_window", "tie_word_embeddings",
-    "torch_dtype", "get_text_config", "text_config", "get_input_embeddings", "get_output_embeddings", "num_embeddings",
-    "lm_head", "hidden_states", "last_hidden_state", "base_model_prefix", "q_proj", "k_proj", "v_proj", "o_proj",
-    "gate_proj", "up_proj", "down_proj", "self_attn", "mlp", "router", "experts",
+    *attributes.POSITIONS,
+    *attributes.EXPERTS,
+    *attributes.NARROWED,
+    *sizes.HEADS,
+    *sizes.GROUPS,
+    *sizes.WIDTHS,
+    *sizes.NEURONS,
+    *sizes.BIAS_FLAGS,
+    sizes.HEADS_PER_GROUP,
+    "head_dim",
+    "num_experts_per_tok",
+    "num_hidden_layers",
+    "num_kv_shared_layers",
+    "layer_types",
+    "pad_token_id",
+    "bos_token",
+    "bos_token_id",
+    "eos_token_id",
+    "is_encoder_decoder",
+    "is_decoder",
+    "is_causal",
+    "quantization_config",
+    "quant_method",
+    "architectures",
+    "auto_map",
+    "model_type",
+    "attribute_map",
+    "generation_config",
+    "use_cache",
+    "past_key_values",
+    "cache_params",
+    "_experts_implementation",
+    "_attn_implementation",
+    "attn_implementation",
+    "sliding_window",
+    "tie_word_embeddings",
+    "torch_dtype",
+    "get_text_config",
+    "text_config",
+    "get_input_embeddings",
+    "get_output_embeddings",
+    "num_embeddings",
+    "lm_head",
+    "hidden_states",
+    "last_hidden_state",
+    "base_model_prefix",
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+    "self_attn",
+    "mlp",
+    "router",
+    "experts",
 }
 ALLOWED = {("execution/cpu_forward.py", "is_causal")}
 """Names that mean something else in a file: an argument of torch's own attention."""
@@ -48,13 +96,16 @@ def test_only_the_model_package_spells_names_of_hugging_face():
     assert spelled(PACKAGE / "model" / "attributes.py")  # the search finds what is there
 
 
-@pytest.mark.parametrize("config, count", [
-    (hf.LlamaConfig(max_position_embeddings=77), 77),
-    (hf.GPT2Config(n_positions=65), 65),
-    (hf.MptConfig(max_seq_len=55), 55),
-    (hf.BloomConfig(), None),
-    (hf.XLNetConfig(), None),
-])
+@pytest.mark.parametrize(
+    "config, count",
+    [
+        (hf.LlamaConfig(max_position_embeddings=77), 77),
+        (hf.GPT2Config(n_positions=65), 65),
+        (hf.MptConfig(max_seq_len=55), 55),
+        (hf.BloomConfig(), None),
+        (hf.XLNetConfig(), None),
+    ],
+)
 def test_positions_under_every_name(config, count):
     assert attributes.positions_named(config) == count
 
@@ -77,7 +128,10 @@ def test_a_config_without_heads_has_no_attention():
 def test_padding_and_ends_of_configs_and_tokenizers():
     config = hf.LlamaConfig(pad_token_id=None, bos_token_id=3, eos_token_id=[4, 5])
     assert (attributes.pad_token(config), attributes.begin_token(config), attributes.end_tokens(config)) == (
-        None, 3, [4, 5])
+        None,
+        3,
+        [4, 5],
+    )
     assert attributes.pad_token(None) is None
     assert attributes.special_tokens(config) == {3, 4, 5}
 
@@ -128,6 +182,8 @@ def test_heads_of_modules_and_configs():
     values = sizes.head_attributes(attention, sizes.Heads(4, 4, 8), sizes.Heads(3, 3, 8))
     assert (values["num_heads"], values["split_size"]) == (3, 24)
     assert sizes.neuron_fields(hf.Qwen3MoeConfig(intermediate_size=64, moe_intermediate_size=64), 64, True) == [
-        "moe_intermediate_size", "intermediate_size"]
+        "moe_intermediate_size",
+        "intermediate_size",
+    ]
     falcon = sizes.head_fields(hf.FalconConfig(), after)
     assert "head_dim" not in falcon

@@ -31,7 +31,8 @@ def test_block_by_block_forward_is_the_models_own(architecture):
     seen = {}
     for i, block in enumerate(view.blocks):
         block.register_forward_hook(
-            lambda m, a, out, i=i: seen.__setitem__(i, out[0] if isinstance(out, tuple) else out))
+            lambda m, a, out, i=i: seen.__setitem__(i, out[0] if isinstance(out, tuple) else out)
+        )
     ids = tiny.ids(3, 20)
     with expert_loop(model.config):
         logits(model, ids)
@@ -70,15 +71,24 @@ def test_only_routers_are_uncovered(architecture):
     assert len(routers) == (3 if architecture in ("mixtral", "qwen3_moe") else 0)
 
 
-@pytest.mark.parametrize("method,pattern", [("magnitude", "2:4"), ("wanda", "unstructured"), ("sparsegpt", "2:4"),
-                                            ("sparsegpt", "unstructured")])
+@pytest.mark.parametrize(
+    "method,pattern",
+    [("magnitude", "2:4"), ("wanda", "unstructured"), ("sparsegpt", "2:4"), ("sparsegpt", "unstructured")],
+)
 @pytest.mark.parametrize("architecture", ALL)
 def test_prune_save_reload(architecture, method, pattern, tmp_path):
     model = tiny.model(architecture)
     before = copy.deepcopy(model.state_dict())
     ids = tiny.ids(16, 24)
-    result = pyprune.prune(model, method=method, pattern=pattern, sparsity=0.5, calibration=ids, progress=False,
-                           evaluation=pyprune.Evaluation(enabled=False))
+    result = pyprune.prune(
+        model,
+        method=method,
+        pattern=pattern,
+        sparsity=0.5,
+        calibration=ids,
+        progress=False,
+        evaluation=pyprune.Evaluation(enabled=False),
+    )
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items()), "the input was touched"
     view = ModelView(result.model)
     blocks = {key for key in before if key.startswith(view.path)}
@@ -98,5 +108,3 @@ def test_prune_save_reload(architecture, method, pattern, tmp_path):
     reloaded = auto.from_pretrained(tmp_path / "out").eval()
     probe = tiny.ids(2, 16, seed=9)
     torch.testing.assert_close(logits(reloaded, probe), logits(result.model, probe), rtol=0, atol=0)
-
-

@@ -47,13 +47,16 @@ def test_resolve_by_kind(tmp_path, folder):
     assert checkpoint.resolve("some-org/some-model") == checkpoint.Source("some-org/some-model", local=False)
 
 
-@pytest.mark.parametrize(("name", "sentence"), [
-    ("./nowhere", "unknown model './nowhere': no such file or folder"),
-    ("a/b/c", "unknown model 'a/b/c': no such file or folder"),
-    ("missing.gguf", "unknown model 'missing.gguf': no such file or folder"),
-    ("no such model", "unknown model 'no such model'"),
-    ("no-such-org/no-such-model", "cannot load model 'no-such-org/no-such-model'"),
-])
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("./nowhere", "unknown model './nowhere': no such file or folder"),
+        ("a/b/c", "unknown model 'a/b/c': no such file or folder"),
+        ("missing.gguf", "unknown model 'missing.gguf': no such file or folder"),
+        ("no such model", "unknown model 'no such model'"),
+        ("no-such-org/no-such-model", "cannot load model 'no-such-org/no-such-model'"),
+    ],
+)
 def test_unknown_models(name, sentence):
     with pytest.raises(ConfigError, match=sentence) as refusal:
         checkpoint.load_model(name)
@@ -96,8 +99,14 @@ def test_a_model_is_loaded_as_the_class_its_config_names(tmp_path, cls):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_types_are_kept_from_file_to_file(tmp_path, dtype):
     tiny.model("llama").to(getattr(torch, dtype)).save_pretrained(tmp_path / "dense")
-    result = pyprune.prune(str(tmp_path / "dense"), method="magnitude", calibration=tiny.ids(6, 24),
-                           evaluation=NO_EVALUATION, progress=False, output=str(tmp_path / "pruned"))
+    result = pyprune.prune(
+        str(tmp_path / "dense"),
+        method="magnitude",
+        calibration=tiny.ids(6, 24),
+        evaluation=NO_EVALUATION,
+        progress=False,
+        output=str(tmp_path / "pruned"),
+    )
     written = stored(tmp_path / "pruned")
     assert {str(t.dtype)[6:] for t in written.values()} == {dtype}
     assert result.report["model"]["dtype"] == dtype
@@ -107,16 +116,30 @@ def test_types_are_kept_from_file_to_file(tmp_path, dtype):
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory, folder):
     path = tmp_path_factory.mktemp("saved") / "pruned"
-    result = pyprune.prune(str(folder), pattern="2:4", calibration=tiny.ids(8, 24), progress=False, output=str(path),
-                           evaluation=Evaluation(text=tiny.ids(3, 24)))
+    result = pyprune.prune(
+        str(folder),
+        pattern="2:4",
+        calibration=tiny.ids(8, 24),
+        progress=False,
+        output=str(path),
+        evaluation=Evaluation(text=tiny.ids(3, 24)),
+    )
     return result, path
 
 
 def test_a_saved_folder_holds_everything_and_plain_transformers_loads_it(saved):
     result, path = saved
     names = {p.name for p in path.iterdir()}
-    assert names >= {"model.safetensors.index.json", "config.json", "generation_config.json", "tokenizer.json", "pruning.json",
-                     "report.json", "run.yaml", "README.md"}
+    assert names >= {
+        "model.safetensors.index.json",
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "pruning.json",
+        "report.json",
+        "run.yaml",
+        "README.md",
+    }
     model = hf.AutoModelForCausalLM.from_pretrained(path)
     ids = tiny.ids(2, 24)
     with torch.no_grad():
@@ -132,10 +155,12 @@ def test_the_record_says_what_was_done(saved):
     assert (record["method"], record["pattern"], record["sparsity"], record["seed"]) == ("sparsegpt", "2:4", 0.5, 0)
     assert record["calibration"]["fingerprint"] == result.report["calibration"]["fingerprint"]
     assert {row["name"]: row["sparsity"] for row in record["weights"]} == {
-        name: 0.5 for name, p in result.model.named_parameters() if name.endswith("proj.weight")}
+        name: 0.5 for name, p in result.model.named_parameters() if name.endswith("proj.weight")
+    }
     assert {"torch", "transformers", "pyprune", "python"} <= set(record["versions"])
     assert json.loads((path / "report.json").read_text())["evaluation"][0]["pruned"] == pytest.approx(
-        pyprune.evaluate(path, tiny.ids(3, 24))["perplexity"], rel=1e-6)
+        pyprune.evaluate(path, tiny.ids(3, 24))["perplexity"], rel=1e-6
+    )
 
 
 def test_the_card_has_the_table_and_loads_as_it_says(saved, monkeypatch):

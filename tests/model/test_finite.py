@@ -20,9 +20,15 @@ from pyprune.evaluation.perplexity import NotFinite, perplexity_of
 from pyprune.pipeline.refine_checkpoint import refine_checkpoint
 from pyprune.reporting import rendering
 
-LLAMA = {"model.embed_tokens.weight": (7, 3), "lm_head.weight": (0, 1), "model.norm.weight": (3,),
-         "model.layers.2.input_layernorm.weight": (31,), "model.layers.2.mlp.down_proj.weight": (3, 63),
-         "model.layers.0.self_attn.q_proj.bias": (5,), "extra.table": (1, 1)}
+LLAMA = {
+    "model.embed_tokens.weight": (7, 3),
+    "lm_head.weight": (0, 1),
+    "model.norm.weight": (3,),
+    "model.layers.2.input_layernorm.weight": (31,),
+    "model.layers.2.mlp.down_proj.weight": (3, 63),
+    "model.layers.0.self_attn.q_proj.bias": (5,),
+    "extra.table": (1, 1),
+}
 
 
 def poisoned(folder, name: str, place: tuple, value: float = math.nan) -> str:
@@ -37,9 +43,17 @@ def poisoned(folder, name: str, place: tuple, value: float = math.nan) -> str:
 
 def run(model, **fields):
     how = {} if "pattern" in fields else {"method": "magnitude"}
-    return pyprune.prune(model, progress=False, **{
-        **how, "ignore": ["down_proj"], "calibration": tiny.ids(8, 24),
-        "evaluation": Evaluation(enabled=False), **fields})
+    return pyprune.prune(
+        model,
+        progress=False,
+        **{
+            **how,
+            "ignore": ["down_proj"],
+            "calibration": tiny.ids(8, 24),
+            "evaluation": Evaluation(enabled=False),
+            **fields,
+        },
+    )
 
 
 @pytest.mark.parametrize("stream", ["never", "always"])
@@ -86,8 +100,14 @@ def test_refinement_looks_at_both_models(tmp_path, stream, damaged):
     for name in ("pruned", "dense"):
         poisoned(tmp_path / name, "model.norm.weight", (3,), math.nan if name == damaged else 1.0)
     with pytest.raises(ConfigError, match=r"model\.norm\.weight holds nan at \[3\]"):
-        refine_checkpoint(tmp_path / "pruned", tmp_path / "out", dense=tmp_path / "dense", stream=stream,
-                          calibration=Calibration(source=tiny.ids(8, 24), num_samples=8, seq_len=24), progress=False)
+        refine_checkpoint(
+            tmp_path / "pruned",
+            tmp_path / "out",
+            dense=tmp_path / "dense",
+            stream=stream,
+            calibration=Calibration(source=tiny.ids(8, 24), num_samples=8, seq_len=24),
+            progress=False,
+        )
 
 
 def test_perplexity_of_losses_that_are_too_large_is_infinite():
@@ -113,8 +133,12 @@ def hot(tmp_path_factory):
 
 @pytest.mark.parametrize("stream", ["never", "always"])
 def test_a_perplexity_that_is_not_finite_is_a_warning_in_every_output(hot, tmp_path, stream):
-    result = run(str(hot), stream=stream, evaluation=Evaluation(text=tiny.ids(2, 16), dtype="float32"),
-                 output=str(tmp_path / "out"))
+    result = run(
+        str(hot),
+        stream=stream,
+        evaluation=Evaluation(text=tiny.ids(2, 16), dtype="float32"),
+        output=str(tmp_path / "out"),
+    )
     told = [text for text in result.report["warnings"] if "is not finite" in text]
     assert [text.split("'s")[0] for text in told] == ["the dense model", "the pruned model"]
     assert "in float32" in told[0]
@@ -126,8 +150,16 @@ def test_a_perplexity_that_is_not_finite_is_a_warning_in_every_output(hot, tmp_p
 
 
 def test_every_sparsity_is_looked_at(hot, tmp_path):
-    result = run(str(hot), pattern="neurons", sparsity=[0.25, 0.5], ignore=[], inputs="dense", criterion="random",
-                 evaluation=Evaluation(text=tiny.ids(2, 16), dtype="float32"), output=str(tmp_path / "out"))
+    result = run(
+        str(hot),
+        pattern="neurons",
+        sparsity=[0.25, 0.5],
+        ignore=[],
+        inputs="dense",
+        criterion="random",
+        evaluation=Evaluation(text=tiny.ids(2, 16), dtype="float32"),
+        output=str(tmp_path / "out"),
+    )
     told = " ".join(result.report["warnings"])
     assert "pruned (sparsity 0.25) model's perplexity" in told and "pruned (sparsity 0.5) model's perplexity" in told
     assert "is not finite" in (tmp_path / "out" / "sparsity-0.25" / "README.md").read_text()
@@ -135,9 +167,13 @@ def test_every_sparsity_is_looked_at(hot, tmp_path):
 
 def test_a_refinement_says_it_too(hot, tmp_path):
     run(str(hot), output=str(tmp_path / "pruned"))
-    found = refine_checkpoint(tmp_path / "pruned", tmp_path / "out", progress=False,
-                              calibration=Calibration(source=tiny.ids(8, 16), num_samples=8, seq_len=16),
-                              evaluation=Evaluation(text=tiny.ids(2, 16), dtype="float32"))
+    found = refine_checkpoint(
+        tmp_path / "pruned",
+        tmp_path / "out",
+        progress=False,
+        calibration=Calibration(source=tiny.ids(8, 16), num_samples=8, seq_len=16),
+        evaluation=Evaluation(text=tiny.ids(2, 16), dtype="float32"),
+    )
     told = [text.split("'s")[0] for text in found["warnings"] if "is not finite" in text]
     assert told == ["the dense model", "the pruned model", "the refined model"]
     assert "- warning: the refined model's perplexity" in (tmp_path / "out" / "README.md").read_text()

@@ -34,11 +34,22 @@ def write_gguf(model, path) -> None:
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_tokenizer_model("no_vocab")
-    names = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-             "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-             "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
-    whole = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight",
-             "lm_head.weight": "output.weight"}
+    names = {
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+        "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+    }
+    whole = {
+        "model.embed_tokens.weight": "token_embd.weight",
+        "model.norm.weight": "output_norm.weight",
+        "lm_head.weight": "output.weight",
+    }
     for name, value in model.state_dict().items():
         if name in whole:
             writer.add_tensor(whole[name], value.numpy())
@@ -57,16 +68,24 @@ def write_gguf(model, path) -> None:
 def llama_cpp_logits(path, ids: list[int]) -> torch.Tensor:
     reader = llama_cpp.Llama(str(path), n_ctx=64, logits_all=True, verbose=False, n_threads=1)
     reader.eval(ids)
-    return torch.from_numpy(np.array(reader.scores[:len(ids)]))
+    return torch.from_numpy(np.array(reader.scores[: len(ids)]))
 
 
 @pytest.mark.parametrize("pattern", ["neurons", "structured"])
 def test_llama_cpp_reads_the_pruned_model(pattern, tmp_path):
     # widths llama.cpp's kernels take: rows of whole 32s
-    dense = tiny.model("llama", hidden_size=64, intermediate_size=128, num_attention_heads=4, num_key_value_heads=2,
-                       head_dim=16)
-    result = pyprune.prune(dense, pattern=pattern, sparsity=0.5, calibration=tiny.ids(60, 24), inputs="dense",
-                           progress=False, evaluation={"enabled": False})
+    dense = tiny.model(
+        "llama", hidden_size=64, intermediate_size=128, num_attention_heads=4, num_key_value_heads=2, head_dim=16
+    )
+    result = pyprune.prune(
+        dense,
+        pattern=pattern,
+        sparsity=0.5,
+        calibration=tiny.ids(60, 24),
+        inputs="dense",
+        progress=False,
+        evaluation={"enabled": False},
+    )
     result.save(tmp_path / "out")
     model = pyprune.load(tmp_path / "out").model
     assert model.config.intermediate_size == 64

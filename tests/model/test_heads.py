@@ -40,14 +40,32 @@ def bert(**changes):
 
 
 def recurrent_gemma():
-    return hf.RecurrentGemmaConfig(vocab_size=tiny.VOCABULARY, hidden_size=32, intermediate_size=64, lru_width=32,
-                                   num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=1, head_dim=8,
-                                   attention_window_size=16, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    return hf.RecurrentGemmaConfig(
+        vocab_size=tiny.VOCABULARY,
+        hidden_size=32,
+        intermediate_size=64,
+        lru_width=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        head_dim=8,
+        attention_window_size=16,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
 
 
 def mamba():
-    return hf.MambaConfig(vocab_size=tiny.VOCABULARY, hidden_size=32, state_size=4, num_hidden_layers=3,
-                          pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    return hf.MambaConfig(
+        vocab_size=tiny.VOCABULARY,
+        hidden_size=32,
+        state_size=4,
+        num_hidden_layers=3,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
 
 
 LANGUAGE = {
@@ -61,17 +79,20 @@ READING = {
     "LlamaForSequenceClassification": lambda: hf.LlamaForSequenceClassification(tiny.CONFIGS["llama"]()),
     "GPT2ForSequenceClassification": lambda: hf.GPT2ForSequenceClassification(tiny.CONFIGS["gpt2"]()),
     "Qwen2ForSequenceClassification of a reward": lambda: hf.Qwen2ForSequenceClassification(
-        hf.Qwen2Config(**tiny._GROUPED, num_labels=1, architectures=["Qwen2ForCausalLM"])),
+        hf.Qwen2Config(**tiny._GROUPED, num_labels=1, architectures=["Qwen2ForCausalLM"])
+    ),
     "MistralForTokenClassification": lambda: hf.MistralForTokenClassification(tiny.CONFIGS["mistral"]()),
     "LlamaForQuestionAnswering": lambda: hf.LlamaForQuestionAnswering(tiny.CONFIGS["llama"]()),
     "MistralModel": lambda: hf.MistralModel(tiny.CONFIGS["mistral"]()),
     "LlamaModel of a causal checkpoint": lambda: hf.LlamaModel(
-        hf.LlamaConfig(**tiny._GROUPED, architectures=["LlamaForCausalLM"])),
+        hf.LlamaConfig(**tiny._GROUPED, architectures=["LlamaForCausalLM"])
+    ),
     "a reward head of its own": lambda: Reward(tiny.CONFIGS["llama"]()),
     "BertModel as decoder": lambda: hf.BertModel(bert(is_decoder=True)),
     "BertForMaskedLM": lambda: hf.BertForMaskedLM(bert()),
-    "FlaubertWithLMHeadModel": lambda: hf.FlaubertWithLMHeadModel(hf.FlaubertConfig(
-        vocab_size=tiny.VOCABULARY, emb_dim=32, n_layers=2, n_heads=4)),
+    "FlaubertWithLMHeadModel": lambda: hf.FlaubertWithLMHeadModel(
+        hf.FlaubertConfig(vocab_size=tiny.VOCABULARY, emb_dim=32, n_layers=2, n_heads=4)
+    ),
     "BertForSequenceClassification": lambda: hf.BertForSequenceClassification(bert()),
     "a Llama made bidirectional": lambda: _bidirectional(),
 }
@@ -118,23 +139,47 @@ def test_blocks_run_again_and_again_as_the_whole_model_runs_them(name):
     assert getattr(model.config, "use_cache", True), "the model's own setting was not put back"
 
 
-@pytest.mark.parametrize("name", ["LlamaForSequenceClassification", "MistralForTokenClassification", "MistralModel",
-                                  "a reward head of its own", "BertModel as decoder", "BertLMHeadModel as decoder"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "LlamaForSequenceClassification",
+        "MistralForTokenClassification",
+        "MistralModel",
+        "a reward head of its own",
+        "BertModel as decoder",
+        "BertLMHeadModel as decoder",
+    ],
+)
 def test_masks_are_those_of_the_whole_model(name):
     model = build(name)
     sequences = list(tiny.ids(12, 16))
     masks = hooked.wanda_masks(model, hooked.run_whole(model, sequences)[1])
-    result = pyprune.prune(model, method="wanda", inputs="dense", calibration=tiny.ids(12, 16), batch_size=5,
-                           evaluation=NONE, progress=False)
+    result = pyprune.prune(
+        model,
+        method="wanda",
+        inputs="dense",
+        calibration=tiny.ids(12, 16),
+        batch_size=5,
+        evaluation=NONE,
+        progress=False,
+    )
     assert hooked.disagreement(result.model, masks) < 1e-3
 
 
 @pytest.mark.parametrize("name", ["LlamaForSequenceClassification", "MistralModel", "BertModel as decoder"])
-@pytest.mark.parametrize("fields", [dict(reconstruct="block"), dict(reconstruct="cross_block",
-                                                                    global_propagation=True)])
+@pytest.mark.parametrize(
+    "fields", [dict(reconstruct="block"), dict(reconstruct="cross_block", global_propagation=True)]
+)
 def test_reconstruction_trains_behind_any_head(name, fields):
-    result = pyprune.prune(build(name), method="wanda", calibration=tiny.ids(12, 16), evaluation=NONE, progress=False,
-                           reconstruction=Reconstruction(epochs=2, lr=1e-3, batch_size=4), **fields)
+    result = pyprune.prune(
+        build(name),
+        method="wanda",
+        calibration=tiny.ids(12, 16),
+        evaluation=NONE,
+        progress=False,
+        reconstruction=Reconstruction(epochs=2, lr=1e-3, batch_size=4),
+        **fields,
+    )
     for row in result.report["blocks"]:
         assert all(loss > 0 and loss == loss for trace in row["training"] for loss in trace["loss"])
         first, last = row["steps"][0]["calibration"], row["steps"][-1]["calibration"]
@@ -172,8 +217,13 @@ def test_a_classifier_is_calibrated_on_whole_texts(tokenizer):
     torch.manual_seed(0)
     model = hf.LlamaForSequenceClassification(hf.LlamaConfig(**{**tiny._GROUPED, "vocab_size": tiny.CHARACTERS}))
     texts = ["a first text", "another", "and a third one that is longer"]
-    result = pyprune.prune(model, tokenizer=tokenizer, method="wanda", progress=False, calibration=pyprune.Calibration(
-        source=texts, num_samples=3, held_out=0, seq_len=64))
+    result = pyprune.prune(
+        model,
+        tokenizer=tokenizer,
+        method="wanda",
+        progress=False,
+        calibration=pyprune.Calibration(source=texts, num_samples=3, held_out=0, seq_len=64),
+    )
     assert "3 sequences of 7 to 30 tokens" in result.report["calibration"]["description"]
 
 
@@ -181,8 +231,11 @@ def test_a_classifier_is_calibrated_on_whole_texts(tokenizer):
 def test_gradients_of_a_classifier_without_padding_id_are_those_of_its_output(labels):
     """Against differences: a mask on one neuron moved a little, through the whole model."""
     torch.manual_seed(0)
-    model = hf.LlamaForSequenceClassification(hf.LlamaConfig(**{**tiny._GROUPED, "pad_token_id": None},
-                                                             num_labels=labels)).double().eval()
+    model = (
+        hf.LlamaForSequenceClassification(hf.LlamaConfig(**{**tiny._GROUPED, "pad_token_id": None}, num_labels=labels))
+        .double()
+        .eval()
+    )
     view, ids = ModelView(model), list(tiny.ids(3, 12))
     groups = find_groups(view, "neurons")
     found = mask_gradients(view, groups, ids, dtype=torch.float32, device=torch.device("cpu"), seed=5)[1][0]
@@ -191,8 +244,11 @@ def test_gradients_of_a_classifier_without_padding_id_are_those_of_its_output(la
         direction = torch.randn(labels, generator=torch.Generator().manual_seed((5 << 20) + row)).double()
         values = []
         for factor in (1 + step, 1 - step):
-            handle = down.register_forward_pre_hook(lambda m, a, f=factor: torch.cat(
-                [a[0][..., :unit], a[0][..., unit:unit + 1] * f, a[0][..., unit + 1:]], -1))
+            handle = down.register_forward_pre_hook(
+                lambda m, a, f=factor: torch.cat(
+                    [a[0][..., :unit], a[0][..., unit : unit + 1] * f, a[0][..., unit + 1 :]], -1
+                )
+            )
             with torch.no_grad():
                 out = model(sequence[None]).logits[0]
             handle.remove()

@@ -12,10 +12,18 @@ import pyprune
 from pyprune.config import ConfigError
 
 IDS = tiny.ids(12, 16)
-_VISION = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, image_size=32,
-               patch_size=8)
-_TEXT = dict(vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
-             bos_token_id=1, eos_token_id=2)
+_VISION = dict(
+    hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, image_size=32, patch_size=8
+)
+_TEXT = dict(
+    vocab_size=96,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    intermediate_size=64,
+    bos_token_id=1,
+    eos_token_id=2,
+)
 
 
 class _Quantised(nn.Linear):
@@ -52,26 +60,47 @@ def _on_meta() -> nn.Module:
 
 
 REFUSED = {
-    "xlnet": (lambda: hf.XLNetModel(hf.XLNetConfig(vocab_size=96, d_model=32, n_layer=2, n_head=4, d_inner=64)),
-              r"XLNetModel passes states of shape \[8, 2, 32\] between its blocks for 2 sequences of 8 tokens"),
-    "rwkv": (lambda: hf.RwkvForCausalLM(hf.RwkvConfig(vocab_size=96, hidden_size=32, num_hidden_layers=2,
-                                                      attention_hidden_size=32, intermediate_size=64)),
-             "RwkvForCausalLM rescales its own weights during its forward pass"),
+    "xlnet": (
+        lambda: hf.XLNetModel(hf.XLNetConfig(vocab_size=96, d_model=32, n_layer=2, n_head=4, d_inner=64)),
+        r"XLNetModel passes states of shape \[8, 2, 32\] between its blocks for 2 sequences of 8 tokens",
+    ),
+    "rwkv": (
+        lambda: hf.RwkvForCausalLM(
+            hf.RwkvConfig(
+                vocab_size=96, hidden_size=32, num_hidden_layers=2, attention_hidden_size=32, intermediate_size=64
+            )
+        ),
+        "RwkvForCausalLM rescales its own weights during its forward pass",
+    ),
     "vision": (lambda: hf.ViTModel(hf.ViTConfig(**_VISION)), "ViTModel is no Hugging Face model that reads token ids"),
-    "images and text": (lambda: hf.CLIPModel(hf.CLIPConfig(text_config=dict(_TEXT), vision_config=dict(_VISION))),
-                        "CLIPModel is no Hugging Face model that reads token ids"),
+    "images and text": (
+        lambda: hf.CLIPModel(hf.CLIPConfig(text_config=dict(_TEXT), vision_config=dict(_VISION))),
+        "CLIPModel is no Hugging Face model that reads token ids",
+    ),
     "module": (lambda: nn.Sequential(nn.Linear(4, 4)), "Sequential is no Hugging Face model that reads token ids"),
-    "list": (lambda: nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(4, 4)])}),
-             "ModuleDict is no Hugging Face model that reads token ids"),
-    "encoder-decoder": (lambda: hf.T5ForConditionalGeneration(hf.T5Config(vocab_size=96, d_model=32, d_kv=8, d_ff=64,
-                                                                          num_layers=2, num_heads=4)),
-                        "T5ForConditionalGeneration is an encoder–decoder"),
-    "no blocks": (lambda: hf.LlamaForCausalLM(hf.LlamaConfig(vocab_size=96, hidden_size=32, intermediate_size=64,
-                                                             num_hidden_layers=0, num_attention_heads=4)),
-                  "LlamaForCausalLM has no list of transformer blocks"),
+    "list": (
+        lambda: nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(4, 4)])}),
+        "ModuleDict is no Hugging Face model that reads token ids",
+    ),
+    "encoder-decoder": (
+        lambda: hf.T5ForConditionalGeneration(
+            hf.T5Config(vocab_size=96, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
+        ),
+        "T5ForConditionalGeneration is an encoder–decoder",
+    ),
+    "no blocks": (
+        lambda: hf.LlamaForCausalLM(
+            hf.LlamaConfig(
+                vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=0, num_attention_heads=4
+            )
+        ),
+        "LlamaForCausalLM has no list of transformer blocks",
+    ),
     "meta": (_on_meta, "model.embed_tokens.weight is on the meta device: LlamaForCausalLM has no weights yet"),
-    "float64": (lambda: tiny.model("llama").double(),
-                r"model.layers.0.self_attn.q_proj.weight is float64; convert the model with model.float\(\)"),
+    "float64": (
+        lambda: tiny.model("llama").double(),
+        r"model.layers.0.self_attn.q_proj.weight is float64; convert the model with model.float\(\)",
+    ),
     "packed": (_quantised, "model.layers.0.mlp.up_proj.weight is int8: the model is quantised or packed"),
     "quantised": (_no_linear_left, "LlamaForCausalLM is quantised; prune it in float32, bfloat16 or float16"),
 }
@@ -105,8 +134,15 @@ def test_a_float64_checkpoint_is_pruned_in_float32(tmp_path):
 
 
 def falcon(**fields) -> nn.Module:
-    config = hf.FalconConfig(vocab_size=tiny.VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-                             bos_token_id=1, eos_token_id=2, **fields)
+    config = hf.FalconConfig(
+        vocab_size=tiny.VOCABULARY,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        bos_token_id=1,
+        eos_token_id=2,
+        **fields,
+    )
     torch.manual_seed(0)
     model = hf.FalconForCausalLM(config).eval()
     with torch.no_grad():
@@ -126,8 +162,9 @@ FALCONS = {
 
 
 def pruned(model: nn.Module, **fields):
-    return pyprune.prune(model, sparsity=0.5, criterion="magnitude", reconstruct="none", calibration=IDS,
-                         progress=False, **fields)
+    return pyprune.prune(
+        model, sparsity=0.5, criterion="magnitude", reconstruct="none", calibration=IDS, progress=False, **fields
+    )
 
 
 @pytest.mark.parametrize("kind", FALCONS)
@@ -137,8 +174,10 @@ def test_falcon_without_half_of_its_neurons_is_the_masked_one(kind, tmp_path):
     probe = tiny.ids(2, 9, seed=9)
     with torch.no_grad():
         for block, smaller in zip(model.transformer.h, result.model.transformer.h):
-            rows = [next(i for i in range(128) if torch.equal(block.mlp.dense_h_to_4h.weight[i], row))
-                    for row in smaller.mlp.dense_h_to_4h.weight]
+            rows = [
+                next(i for i in range(128) if torch.equal(block.mlp.dense_h_to_4h.weight[i], row))
+                for row in smaller.mlp.dense_h_to_4h.weight
+            ]
             assert len(rows) == 64
             block.mlp.dense_4h_to_h.weight[:, [i for i in range(128) if i not in rows]] = 0
         want, got = model(probe).logits, result.model(probe).logits
@@ -160,15 +199,19 @@ def test_falcon_loses_whole_heads(kind, tmp_path):
     result.save(tmp_path / "out")
     probe = tiny.ids(2, 9, seed=9)
     with torch.no_grad():
-        torch.testing.assert_close(pyprune.load(tmp_path / "out").model(probe).logits, result.model(probe).logits,
-                                   rtol=0, atol=0)
+        torch.testing.assert_close(
+            pyprune.load(tmp_path / "out").model(probe).logits, result.model(probe).logits, rtol=0, atol=0
+        )
 
 
-@pytest.mark.parametrize("kind,scope,sentence", [
-    ("parallel", "groups", "has a single key/value group, which cannot be dropped; use head_scope='queries'"),
-    ("alibi", "groups", "pattern='neurons' is what can be pruned"),
-    ("parallel alibi", "queries", "pattern='neurons' is what can be pruned"),
-])
+@pytest.mark.parametrize(
+    "kind,scope,sentence",
+    [
+        ("parallel", "groups", "has a single key/value group, which cannot be dropped; use head_scope='queries'"),
+        ("alibi", "groups", "pattern='neurons' is what can be pruned"),
+        ("parallel alibi", "queries", "pattern='neurons' is what can be pruned"),
+    ],
+)
 def test_heads_of_falcon_that_cannot_go(kind, scope, sentence):
     with pytest.raises(ConfigError, match=sentence):
         pruned(falcon(**FALCONS[kind]), pattern="heads", structured={"head_scope": scope, "nonstandard": "save"})

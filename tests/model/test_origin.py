@@ -23,9 +23,13 @@ from pyprune.reporting.rendering import model_card, summary_rows
 
 POOLING = {"word_embedding_dimension": 32, "pooling_mode_mean_tokens": True}
 SIDE = {
-    "modules.json": json.dumps([{"idx": 0, "name": "0", "path": "", "type": "Transformer"},
-                                {"idx": 1, "name": "1", "path": "1_Pooling", "type": "Pooling"},
-                                {"idx": 2, "name": "2", "path": "2_Dense", "type": "Dense"}]),
+    "modules.json": json.dumps(
+        [
+            {"idx": 0, "name": "0", "path": "", "type": "Transformer"},
+            {"idx": 1, "name": "1", "path": "1_Pooling", "type": "Pooling"},
+            {"idx": 2, "name": "2", "path": "2_Dense", "type": "Dense"},
+        ]
+    ),
     "1_Pooling/config.json": json.dumps(POOLING),
     "2_Dense/config.json": "{}",
     "preprocessor_config.json": '{"size": 3}',
@@ -37,8 +41,10 @@ SIDE = {
     "generation_config.json": '{\n  "do_sample": false,\n  "temperature": 0.6,\n  "top_k": 7, "ours": [1, 2]\n}\n',
 }
 LEFT_OUT = ("pytorch_model.bin", "optimizer.pt", "onnx/model.onnx", "onnx/config.json", ".git/HEAD", "model.gguf")
-EXTRA = {"mtp.head.weight": torch.arange(12.0).reshape(3, 4),
-         "model.layers.1.extra": torch.tensor([3], dtype=torch.int8)}
+EXTRA = {
+    "mtp.head.weight": torch.arange(12.0).reshape(3, 4),
+    "model.layers.1.extra": torch.tensor([3], dtype=torch.int8),
+}
 
 
 def state(folder) -> dict[str, torch.Tensor]:
@@ -100,9 +106,16 @@ def umask():
     os.umask(before)
 
 
-@pytest.mark.parametrize("fields", [
-    dict(stream="never"), dict(stream="always"), dict(pattern="neurons", stream="never"),
-    dict(pattern="neurons", stream="always")], ids=["memory", "streamed", "structured", "structured and streamed"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(stream="never"),
+        dict(stream="always"),
+        dict(pattern="neurons", stream="never"),
+        dict(pattern="neurons", stream="always"),
+    ],
+    ids=["memory", "streamed", "structured", "structured and streamed"],
+)
 def test_nothing_is_lost(dense, tmp_path, fields):
     result = run(dense, tmp_path / "out", **fields)
     assert_whole(dense, tmp_path / "out")
@@ -124,9 +137,14 @@ def test_nothing_is_lost_of_several_sparsities_nor_by_saving_again(dense, tmp_pa
 @pytest.mark.parametrize("stream", ["never", "always"])
 def test_nothing_is_lost_in_a_refinement(dense, tmp_path, stream):
     run(dense, tmp_path / "pruned")
-    found = refine_checkpoint(tmp_path / "pruned", tmp_path / "out", calibration=Calibration(
-        source=tiny.ids(8, 24), num_samples=6, seq_len=24, held_out=2), evaluation=Evaluation(enabled=False),
-        stream=stream, progress=False)
+    found = refine_checkpoint(
+        tmp_path / "pruned",
+        tmp_path / "out",
+        calibration=Calibration(source=tiny.ids(8, 24), num_samples=6, seq_len=24, held_out=2),
+        evaluation=Evaluation(enabled=False),
+        stream=stream,
+        progress=False,
+    )
     assert_whole(dense, tmp_path / "out")
     assert any("does not use" in text for text in found["warnings"])
     assert "does not use" in (tmp_path / "out" / "README.md").read_text()
@@ -183,9 +201,19 @@ def rename(folder, architectures) -> None:
     path.write_text(json.dumps({**config, **({"architectures": architectures} if architectures else {})}))
 
 
-@pytest.mark.parametrize("cls", ["LlamaForCausalLM", "LlamaModel", "LlamaForSequenceClassification", "BertModel",
-                                 "BertForMaskedLM", "BertForPreTraining", "BertForSequenceClassification",
-                                 "GPT2LMHeadModel"])
+@pytest.mark.parametrize(
+    "cls",
+    [
+        "LlamaForCausalLM",
+        "LlamaModel",
+        "LlamaForSequenceClassification",
+        "BertModel",
+        "BertForMaskedLM",
+        "BertForPreTraining",
+        "BertForSequenceClassification",
+        "GPT2LMHeadModel",
+    ],
+)
 def test_a_config_without_architectures_is_loaded_as_the_class_that_uses_every_tensor(tmp_path, cls):
     built = getattr(hf, cls)(tiny.CONFIGS["bert" if "Bert" in cls else "gpt2" if "GPT2" in cls else "llama"]())
     built.save_pretrained(tmp_path)
@@ -205,8 +233,10 @@ def test_a_head_is_never_dropped(tmp_path, stream, architectures):
     assert torch.equal(state(tmp_path / "out")["lm_head.weight"], built.lm_head.weight)
     assert set(state(tmp_path / "out")) == set(state(tmp_path / "dense"))
     named = ", ".join(architectures or []) or "no class"
-    assert (f"config.json names {named} in architectures; loaded as LlamaForCausalLM, which uses every tensor of the "
-            "checkpoint") in result.report["warnings"]
+    assert (
+        f"config.json names {named} in architectures; loaded as LlamaForCausalLM, which uses every tensor of the "
+        "checkpoint"
+    ) in result.report["warnings"]
     assert json.loads((tmp_path / "out" / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
 
 
@@ -231,8 +261,14 @@ def test_a_head_that_its_config_ties_but_its_file_does_not_is_kept(tmp_path):
 
 
 def test_a_live_model_has_only_itself(tmp_path):
-    result = pyprune.prune(tiny.model("llama"), method="magnitude", calibration=tiny.ids(8, 24), progress=False,
-                           evaluation=Evaluation(enabled=False), output=str(tmp_path / "out"))
+    result = pyprune.prune(
+        tiny.model("llama"),
+        method="magnitude",
+        calibration=tiny.ids(8, 24),
+        progress=False,
+        evaluation=Evaluation(enabled=False),
+        output=str(tmp_path / "out"),
+    )
     assert result.origin.folder is None
     assert {path.suffix for path in (tmp_path / "out").iterdir()} <= {".json", ".md", ".yaml", ".safetensors"}
 

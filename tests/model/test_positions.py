@@ -21,11 +21,21 @@ def small(name: str) -> torch.nn.Module:
     sizes = dict(vocab_size=tiny.VOCABULARY, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2)
     made = {
         "gptj": lambda: hf.GPTJForCausalLM(hf.GPTJConfig(**sizes, n_positions=64, rotary_dim=8)),
-        "bloom": lambda: hf.BloomForCausalLM(hf.BloomConfig(vocab_size=tiny.VOCABULARY, hidden_size=32, n_layer=2,
-                                                            n_head=4)),
-        "deberta": lambda: hf.DebertaV2Model(hf.DebertaV2Config(
-            vocab_size=tiny.VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-            num_attention_heads=4, max_position_embeddings=64, relative_attention=True, position_biased_input=False)),
+        "bloom": lambda: hf.BloomForCausalLM(
+            hf.BloomConfig(vocab_size=tiny.VOCABULARY, hidden_size=32, n_layer=2, n_head=4)
+        ),
+        "deberta": lambda: hf.DebertaV2Model(
+            hf.DebertaV2Config(
+                vocab_size=tiny.VOCABULARY,
+                hidden_size=32,
+                intermediate_size=64,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                max_position_embeddings=64,
+                relative_attention=True,
+                position_biased_input=False,
+            )
+        ),
     }
     torch.manual_seed(0)
     return made[name]().eval()
@@ -55,15 +65,20 @@ def test_no_table_and_no_limit():
 @pytest.mark.parametrize("name", TABLES)
 def test_longer_calibration_is_refused_before_any_work(name):
     rows = tiny.ids(6, TABLES[name] + 1)
-    with pytest.raises(ConfigError, match=f"calibration sequences have up to {TABLES[name] + 1} tokens, but .* has "
-                                          f"{TABLES[name]} positions; set seq_len to at most {TABLES[name]}"):
+    with pytest.raises(
+        ConfigError,
+        match=f"calibration sequences have up to {TABLES[name] + 1} tokens, but .* has "
+        f"{TABLES[name]} positions; set seq_len to at most {TABLES[name]}",
+    ):
         pyprune.prune(tiny.model(name), calibration=rows, progress=False)
 
 
 def test_longer_text_and_generated_sequences_are_refused(tokenizer):
     model = tiny.model("gpt2", vocab_size=tiny.CHARACTERS)
-    for calibration in ({"source": [PROSE], "num_samples": 3, "seq_len": 200},
-                        {"num_samples": 0, "seq_len": 200, "self_generated": 2, "self_generated_for": "all"}):
+    for calibration in (
+        {"source": [PROSE], "num_samples": 3, "seq_len": 200},
+        {"num_samples": 0, "seq_len": 200, "self_generated": 2, "self_generated_for": "all"},
+    ):
         with pytest.raises(ConfigError, match="up to 200 tokens, but GPT2LMHeadModel has 128 positions"):
             pyprune.prune(model, tokenizer=tokenizer, calibration=calibration, progress=False)
 
@@ -77,8 +92,10 @@ def test_refinement_refuses_them_too():
 def test_longer_calibration_of_a_rotary_model_is_warned_of():
     model = tiny.model("llama", max_position_embeddings=16)
     result = pyprune.prune(model, method="wanda", calibration=tiny.ids(4, 24), progress=False)
-    assert any("calibration sequences have up to 24 tokens, more than the 16 positions" in text
-               for text in result.report["warnings"])
+    assert any(
+        "calibration sequences have up to 24 tokens, more than the 16 positions" in text
+        for text in result.report["warnings"]
+    )
     quiet = pyprune.prune(model, method="wanda", calibration=tiny.ids(4, 16), progress=False)
     assert not any("positions" in text for text in quiet.report["warnings"])
 
@@ -86,11 +103,14 @@ def test_longer_calibration_of_a_rotary_model_is_warned_of():
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_windows_are_as_long_as_the_positions_and_the_report_says_so(name, tokenizer):
     model = tiny.model(name, vocab_size=tiny.CHARACTERS)
-    result = pyprune.prune(model, method="magnitude", tokenizer=tokenizer, calibration=tiny.ids(4, 24), progress=False,
-                           evaluation=[PROSE])
+    result = pyprune.prune(
+        model, method="magnitude", tokenizer=tokenizer, calibration=tiny.ids(4, 24), progress=False, evaluation=[PROSE]
+    )
     assert result.report["evaluation"][0]["window"] == 128
-    assert f"evaluation windows have 128 tokens, not 1024: {type(model).__name__} has no more positions" in \
-        result.report["warnings"]
+    assert (
+        f"evaluation windows have 128 tokens, not 1024: {type(model).__name__} has no more positions"
+        in result.report["warnings"]
+    )
     with pytest.warns(UserWarning, match="windows have 128 tokens"):
         assert pyprune.evaluate(model, [PROSE], tokenizer=tokenizer)["window"] == 128
 
@@ -101,8 +121,14 @@ def test_longer_windows_that_were_asked_for(tokenizer):
         with pytest.raises(ConfigError, match="evaluation windows have up to 200 tokens, but GPT2LMHeadModel has 128"):
             pyprune.evaluate(table, source, tokenizer=tokenizer, window=200)
         with pytest.raises(ConfigError, match="evaluation windows have up to 200 tokens, but GPT2LMHeadModel has 128"):
-            pyprune.prune(table, method="magnitude", tokenizer=tokenizer, progress=False, calibration=tiny.ids(2, 9),
-                          evaluation={"text": source, "window": 200})
+            pyprune.prune(
+                table,
+                method="magnitude",
+                tokenizer=tokenizer,
+                progress=False,
+                calibration=tiny.ids(2, 9),
+                evaluation={"text": source, "window": 200},
+            )
     with pytest.warns(UserWarning, match="evaluation windows have up to 200 tokens, more than the 128 positions"):
         assert pyprune.evaluate(rotary, [PROSE], tokenizer=tokenizer, window=200)["window"] == 200
 

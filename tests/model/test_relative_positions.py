@@ -16,12 +16,30 @@ from pyprune.masks.statistics import AGAIN, Statistics, observe
 from pyprune.model.blocks import ModelView, weights_of
 from pyprune.model.recording import call_block
 
-_SIZES = dict(vocab_size=tiny.VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=3,
-              num_attention_heads=4, max_position_embeddings=64, pad_token_id=0, relative_attention=True,
-              pos_att_type=["c2p", "p2c"], position_biased_input=False)
+_SIZES = dict(
+    vocab_size=tiny.VOCABULARY,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    max_position_embeddings=64,
+    pad_token_id=0,
+    relative_attention=True,
+    pos_att_type=["c2p", "p2c"],
+    position_biased_input=False,
+)
 _V3 = dict(_SIZES, position_buckets=8, norm_rel_ebd="layer_norm")
-_T5 = dict(vocab_size=tiny.VOCABULARY, d_model=32, d_kv=8, d_ff=64, num_layers=3, num_heads=4, pad_token_id=0,
-           relative_attention_num_buckets=8, relative_attention_max_distance=16)
+_T5 = dict(
+    vocab_size=tiny.VOCABULARY,
+    d_model=32,
+    d_kv=8,
+    d_ff=64,
+    num_layers=3,
+    num_heads=4,
+    pad_token_id=0,
+    relative_attention_num_buckets=8,
+    relative_attention_max_distance=16,
+)
 BUILD = {
     "deberta": lambda: hf.DebertaModel(hf.DebertaConfig(**_SIZES)),
     "deberta_v3": lambda: hf.DebertaV2Model(hf.DebertaV2Config(**_V3, share_att_key=True)),
@@ -82,8 +100,11 @@ def inputs_by_hooks(model: nn.Module, sequences: torch.Tensor) -> dict[str, torc
     for i, block in enumerate(view.blocks):
         for ref in weights_of(block):
             rows = seen.setdefault(view.name(i, ref), [])
-            handles.append(block.get_submodule(ref.module_path).register_forward_pre_hook(
-                lambda m, a, rows=rows: rows.append(a[0].reshape(-1, a[0].shape[-1]))))
+            handles.append(
+                block.get_submodule(ref.module_path).register_forward_pre_hook(
+                    lambda m, a, rows=rows: rows.append(a[0].reshape(-1, a[0].shape[-1]))
+                )
+            )
     for ids in sequences:
         states(model, ids[None])
     for handle in handles:
@@ -102,8 +123,15 @@ def test_statistics_are_those_of_everything_a_layer_reads(name, moments):
     executor = Executor(view, batch_size=3)
     stream = executor.embed(list(ids))
     for i, block in enumerate(view.blocks):
-        observer = observe(executor, i, block, weights_of(block), stream, target=stream,
-                           sink=lambda c, d: Statistics(c, d, want_gram=not moments, want_moments=moments))
+        observer = observe(
+            executor,
+            i,
+            block,
+            weights_of(block),
+            stream,
+            target=stream,
+            sink=lambda c, d: Statistics(c, d, want_gram=not moments, want_moments=moments),
+        )
         assert not any(AGAIN in key for key in observer.leader)
         for ref in weights_of(block):
             x, found = truth[view.name(i, ref)], observer.sinks[observer.leader[ref.name]]
@@ -123,14 +151,19 @@ def test_wanda_masks_are_those_of_hooks_on_the_whole_model(name):
     for i, block in enumerate(view.blocks):
         for ref in weights_of(block):
             scores = ref.view(block).double().abs() * truth[view.name(i, ref)].square().sum(0).sqrt()
-            drop = scores.argsort(dim=1, stable=True)[:, :scores.shape[1] // 2]
+            drop = scores.argsort(dim=1, stable=True)[:, : scores.shape[1] // 2]
             want = torch.ones_like(scores, dtype=torch.bool).scatter_(1, drop, False)
             assert ((ref.view(pruned.blocks[i]) != 0) == want).float().mean() > 0.999, ref.name
 
 
 @pytest.mark.parametrize("name", BUILD)
-@pytest.mark.parametrize("fields", [{"method": "sparsegpt", "pattern": "2:4"},
-                                    {"method": "wanda", "reconstruct": "block", "reconstruction": {"epochs": 2}}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"method": "sparsegpt", "pattern": "2:4"},
+        {"method": "wanda", "reconstruct": "block", "reconstruction": {"epochs": 2}},
+    ],
+)
 def test_masks_reload_in_stock_transformers(name, fields, tmp_path):
     model = build(name)
     result = pyprune.prune(model, calibration=tiny.ids(16, 16), **QUIET, **fields)
@@ -148,8 +181,14 @@ def test_streamed_run_is_the_same_bit_for_bit(name, tmp_path):
     build(name).save_pretrained(tmp_path / "dense")
     made = {}
     for stream in ("always", "never"):
-        pyprune.prune(tmp_path / "dense", method="sparsegpt", calibration=tiny.ids(12, 16), stream=stream,
-                      output=str(tmp_path / stream), **QUIET)
+        pyprune.prune(
+            tmp_path / "dense",
+            method="sparsegpt",
+            calibration=tiny.ids(12, 16),
+            stream=stream,
+            output=str(tmp_path / stream),
+            **QUIET,
+        )
         made[stream] = pyprune.load(tmp_path / stream).model.state_dict()
     assert all(torch.equal(tensor, made["never"][key]) for key, tensor in made["always"].items())
 
@@ -158,8 +197,9 @@ def test_streamed_run_is_the_same_bit_for_bit(name, tmp_path):
 @pytest.mark.parametrize("name", BUILD)
 def test_neurons_go_and_the_smaller_model_reloads(name, criterion, tmp_path):
     model = build(name)
-    result = pyprune.prune(model, pattern="neurons", sparsity=0.5, criterion=criterion, calibration=tiny.ids(12, 16),
-                           **QUIET)
+    result = pyprune.prune(
+        model, pattern="neurons", sparsity=0.5, criterion=criterion, calibration=tiny.ids(12, 16), **QUIET
+    )
     sizes = {tuple(p.shape) for n, p in result.model.named_parameters() if "intermediate" in n or ".wi" in n}
     assert {(32, 32)} == {shape for shape in sizes if len(shape) == 2}
     result.save(tmp_path / "out")
@@ -172,21 +212,32 @@ def test_neurons_go_and_the_smaller_model_reloads(name, criterion, tmp_path):
 def test_whole_heads_of_deberta_go(name, tmp_path):
     """The model with two heads fewer is the dense one with those heads' outputs masked."""
     model = build(name)
-    result = pyprune.prune(model, pattern="heads", sparsity=0.5, criterion="magnitude", reconstruct="none",
-                           calibration=tiny.ids(12, 16), structured={"nonstandard": "save"}, **QUIET)
+    result = pyprune.prune(
+        model,
+        pattern="heads",
+        sparsity=0.5,
+        criterion="magnitude",
+        reconstruct="none",
+        calibration=tiny.ids(12, 16),
+        structured={"nonstandard": "save"},
+        **QUIET,
+    )
     probe = tiny.ids(2, 9, seed=9)
     with torch.no_grad():
         for block, smaller in zip(model.encoder.layer, result.model.encoder.layer):
             assert smaller.attention.self.num_attention_heads == 2
-            rows = [next(i for i in range(32) if torch.equal(block.attention.self.value_proj.weight[i], row))
-                    for row in smaller.attention.self.value_proj.weight]
+            rows = [
+                next(i for i in range(32) if torch.equal(block.attention.self.value_proj.weight[i], row))
+                for row in smaller.attention.self.value_proj.weight
+            ]
             gone = [i for i in range(32) if i not in rows]
             assert {i // 8 for i in gone}.isdisjoint({i // 8 for i in rows})
             block.attention.output.dense.weight[:, gone] = 0
     torch.testing.assert_close(states(result.model, probe), states(model, probe), rtol=1e-4, atol=1e-4)
     result.save(tmp_path / "out")
-    torch.testing.assert_close(states(pyprune.load(tmp_path / "out").model, probe), states(result.model, probe), rtol=0,
-                               atol=0)
+    torch.testing.assert_close(
+        states(pyprune.load(tmp_path / "out").model, probe), states(result.model, probe), rtol=0, atol=0
+    )
 
 
 @pytest.mark.parametrize("name", ["t5", "umt5"])

@@ -18,23 +18,55 @@ from pyprune.masks.solvers import inverse_factor, solve
 from pyprune.masks.statistics import Statistics, observe
 from pyprune.model.blocks import ModelView, select_weights, weights_of
 
-COMMON = dict(vocab_size=tiny.VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-              num_key_value_heads=2, max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+COMMON = dict(
+    vocab_size=tiny.VOCABULARY,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=128,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
 CONFIGS = {
-    "llama4": lambda: hf.Llama4TextConfig(**COMMON, head_dim=8, intermediate_size=16, intermediate_size_mlp=48,
-                                          num_local_experts=4, num_experts_per_tok=1, attention_chunk_size=32,
-                                          interleave_moe_layer_step=1),
-    "gpt_oss": lambda: hf.GptOssConfig(**COMMON, head_dim=8, intermediate_size=16, num_local_experts=4,
-                                       num_experts_per_tok=2, sliding_window=16),
+    "llama4": lambda: hf.Llama4TextConfig(
+        **COMMON,
+        head_dim=8,
+        intermediate_size=16,
+        intermediate_size_mlp=48,
+        num_local_experts=4,
+        num_experts_per_tok=1,
+        attention_chunk_size=32,
+        interleave_moe_layer_step=1,
+    ),
+    "gpt_oss": lambda: hf.GptOssConfig(
+        **COMMON, head_dim=8, intermediate_size=16, num_local_experts=4, num_experts_per_tok=2, sliding_window=16
+    ),
     "phimoe": lambda: hf.PhimoeConfig(**COMMON, intermediate_size=16, num_local_experts=4, num_experts_per_tok=2),
-    "jetmoe": lambda: hf.JetMoeConfig(**{**COMMON, "num_attention_heads": None}, kv_channels=8, intermediate_size=16,
-                                      num_local_experts=4, num_experts_per_tok=2),
-    "qwen2_moe": lambda: hf.Qwen2MoeConfig(**COMMON, intermediate_size=48, moe_intermediate_size=16, num_experts=4,
-                                           num_experts_per_tok=2, shared_expert_intermediate_size=24),
+    "jetmoe": lambda: hf.JetMoeConfig(
+        **{**COMMON, "num_attention_heads": None},
+        kv_channels=8,
+        intermediate_size=16,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+    ),
+    "qwen2_moe": lambda: hf.Qwen2MoeConfig(
+        **COMMON,
+        intermediate_size=48,
+        moe_intermediate_size=16,
+        num_experts=4,
+        num_experts_per_tok=2,
+        shared_expert_intermediate_size=24,
+    ),
 }
-ROUTERS = {"llama4": ["feed_forward.router.weight"], "phimoe": ["mlp.router.weight"],
-           "jetmoe": ["mlp.router.layer.weight", "self_attention.experts.router.layer.weight"],
-           "qwen2_moe": ["mlp.gate.weight", "mlp.shared_expert_gate.weight"], "gpt_oss": ["mlp.router.weight"]}
+ROUTERS = {
+    "llama4": ["feed_forward.router.weight"],
+    "phimoe": ["mlp.router.weight"],
+    "jetmoe": ["mlp.router.layer.weight", "self_attention.experts.router.layer.weight"],
+    "qwen2_moe": ["mlp.gate.weight", "mlp.shared_expert_gate.weight"],
+    "gpt_oss": ["mlp.router.weight"],
+}
 QUIET = dict(progress=False, evaluation=pyprune.Evaluation(enabled=False))
 
 
@@ -130,8 +162,11 @@ def expert_inputs(model: nn.Module, ids: torch.Tensor) -> dict[str, torch.Tensor
             found.setdefault(f"{path}.gate_up_proj[{e}]", []).append(x)
             found.setdefault(f"{path}.down_proj[{e}]", []).append(inner)
 
-    handles = [m.register_forward_pre_hook(lambda m, a, n=n: note(n, m, a))
-               for n, m in model.named_modules() if type(m).__name__ in ("Llama4TextExperts", "GptOssExperts")]
+    handles = [
+        m.register_forward_pre_hook(lambda m, a, n=n: note(n, m, a))
+        for n, m in model.named_modules()
+        if type(m).__name__ in ("Llama4TextExperts", "GptOssExperts")
+    ]
     return collected(model, ids, handles, found)
 
 
@@ -155,13 +190,16 @@ def test_routers_and_gates_stay_dense_and_are_named(architecture):
 def test_gates_of_experts_in_a_list_stay_dense_and_swiglu_gates_do_not():
     result = pyprune.prune(list_moe(), method="magnitude", sparsity=0.5, calibration=rare(), **QUIET)
     skipped = [name for name in result.report["coverage"]["skipped"] if name.startswith("model.layers.0.")]
-    assert sorted(skipped) == sorted(["model.layers.0.mlp.gate.weight", *(
-        f"model.layers.0.mlp.experts.{e}.own_gate.weight" for e in range(6))])
+    assert sorted(skipped) == sorted(
+        ["model.layers.0.mlp.gate.weight", *(f"model.layers.0.mlp.experts.{e}.own_gate.weight" for e in range(6))]
+    )
     assert "model.layers.0.mlp.experts.3.gate_proj.weight" in {row["name"] for row in result.report["weights"]}
 
 
-@pytest.mark.parametrize("architecture,pattern", [("llama4", "router"), ("jetmoe", "*.router.layer.weight"),
-                                                  ("qwen2_moe", "shared_expert_gate")])
+@pytest.mark.parametrize(
+    "architecture,pattern",
+    [("llama4", "router"), ("jetmoe", "*.router.layer.weight"), ("qwen2_moe", "shared_expert_gate")],
+)
 def test_routers_are_pruned_when_a_target_names_them_alone(architecture, pattern):
     view = ModelView(moe(architecture))
     chosen = [view.name(i, ref) for i, refs in enumerate(select_weights(view, [pattern], [])) for ref in refs]
@@ -228,8 +266,9 @@ def test_statistics_of_transposed_experts_count_only_tokens_they_get(architectur
 def test_sparsegpt_on_transposed_experts_reaches_the_reference_objective(architecture, pattern, tmp_path):
     model, ids = moe(architecture), tiny.ids(16, 32)
     inputs = expert_inputs(model, ids)
-    result = pyprune.prune(model, method="sparsegpt", pattern=pattern, sparsity=0.5, inputs="dense", calibration=ids,
-                           **QUIET)
+    result = pyprune.prune(
+        model, method="sparsegpt", pattern=pattern, sparsity=0.5, inputs="dense", calibration=ids, **QUIET
+    )
     config = PruneConfig(method="sparsegpt", pattern=pattern, sparsity=0.5)
     checked = 0
     for name, x in inputs.items():
@@ -261,8 +300,9 @@ def test_block_reconstruction_keeps_the_zeros_of_transposed_experts(architecture
     model, ids = moe(architecture), tiny.ids(8, 24)
     settings = dict(method="wanda", pattern="2:4", calibration=ids, **QUIET)
     plain = pyprune.prune(model, **settings)
-    trained = pyprune.prune(model, reconstruct="block", reconstruction=pyprune.Reconstruction(epochs=3, lr=1e-3),
-                            **settings)
+    trained = pyprune.prune(
+        model, reconstruct="block", reconstruction=pyprune.Reconstruction(epochs=3, lr=1e-3), **settings
+    )
     steps = trained.report["blocks"][0]["steps"]
     assert steps[-1]["calibration"] < steps[0]["calibration"]
     for (name, a), (_, b) in zip(plain.model.named_parameters(), trained.model.named_parameters()):
@@ -351,8 +391,9 @@ def test_masks_of_experts_in_a_list_are_those_of_the_full_forward():
 
 def test_global_propagation_takes_experts_in_a_list_as_they_are():
     """The dense stream sends other tokens to an expert: there is no cross Gram for it, whatever it is stored in."""
-    result = pyprune.prune(list_moe(top=2), method="sparsegpt", sparsity=0.5, global_propagation=True,
-                           calibration=tiny.ids(6, 8), **QUIET)
+    result = pyprune.prune(
+        list_moe(top=2), method="sparsegpt", sparsity=0.5, global_propagation=True, calibration=tiny.ids(6, 8), **QUIET
+    )
     assert all(row["sparsity"] == pytest.approx(0.5, abs=0.01) for row in result.report["weights"])
 
 

@@ -20,9 +20,19 @@ QUIET = dict(progress=False, evaluation=pyprune.Evaluation(enabled=False))
 
 def albert(groups: int = 1, inner: int = 1, layers: int = 4) -> nn.Module:
     torch.manual_seed(0)
-    model = hf.AlbertModel(hf.AlbertConfig(
-        vocab_size=tiny.VOCABULARY, embedding_size=16, hidden_size=32, intermediate_size=64, num_hidden_layers=layers,
-        num_hidden_groups=groups, inner_group_num=inner, num_attention_heads=4, max_position_embeddings=128)).eval()
+    model = hf.AlbertModel(
+        hf.AlbertConfig(
+            vocab_size=tiny.VOCABULARY,
+            embedding_size=16,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=layers,
+            num_hidden_groups=groups,
+            inner_group_num=inner,
+            num_attention_heads=4,
+            max_position_embeddings=128,
+        )
+    ).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(6) if parameter.ndim >= 2 else parameter.add_(0.1 * torch.randn_like(parameter))
@@ -39,8 +49,13 @@ def shared(order: tuple[int, ...]) -> nn.Module:
     return model
 
 
-MODELS = {"albert": albert, "albert, two groups of two": lambda: albert(2, 2), "A A B": lambda: shared((0, 0, 1)),
-          "A B A": lambda: shared((0, 1, 0)), "A B B C": lambda: shared((0, 1, 1, 2))}
+MODELS = {
+    "albert": albert,
+    "albert, two groups of two": lambda: albert(2, 2),
+    "A A B": lambda: shared((0, 0, 1)),
+    "A B A": lambda: shared((0, 1, 0)),
+    "A B B C": lambda: shared((0, 1, 1, 2)),
+}
 
 
 def prune(model, **fields):
@@ -122,8 +137,11 @@ def test_a_loop_with_something_between_its_blocks_is_refused():
 
     def between(layers, index):
         blocks = inner(layers, index)
-        return [lambda hidden, *a, b=b, **k: b(hidden + 1, *a, **k) for b in blocks] if isinstance(index, slice) \
+        return (
+            [lambda hidden, *a, b=b, **k: b(hidden + 1, *a, **k) for b in blocks]
+            if isinstance(index, slice)
             else blocks
+        )
 
     type(model.model.layers).__getitem__ = between
     with pytest.raises(ConfigError, match="not each to the output of the one before"):
@@ -135,8 +153,9 @@ def test_a_loop_with_something_between_its_blocks_is_refused():
 def test_reconstruction_saves_and_reloads(name, reconstruct, tmp_path):
     model = MODELS[name]()
     training = {} if reconstruct == "layer" else {"reconstruction": pyprune.Reconstruction(epochs=2)}
-    result = prune(model, method="sparsegpt", pattern="2:4", reconstruct=reconstruct, output=str(tmp_path / "out"),
-                   **training)
+    result = prune(
+        model, method="sparsegpt", pattern="2:4", reconstruct=reconstruct, output=str(tmp_path / "out"), **training
+    )
     auto = hf.AutoModel if name == "albert" else hf.AutoModelForCausalLM
     again = auto.from_pretrained(tmp_path / "out").eval()
     ids = tiny.ids(2, 16, seed=9)
@@ -146,8 +165,9 @@ def test_reconstruction_saves_and_reloads(name, reconstruct, tmp_path):
     assert 0 < result.report["blocks"][-1]["error"] < 1
 
 
-@pytest.mark.parametrize("fields,match", [
-    ({"pattern": "neurons"}, "applied"), ({"pattern": "heads", "criterion": "magnitude"}, "applied")])
+@pytest.mark.parametrize(
+    "fields,match", [({"pattern": "neurons"}, "applied"), ({"pattern": "heads", "criterion": "magnitude"}, "applied")]
+)
 @pytest.mark.parametrize("name", ["albert", "A A B"])
 def test_structured_pruning_of_shared_blocks_is_refused_before_any_work(name, fields, match, monkeypatch):
     from pyprune.data import calibration
@@ -167,9 +187,17 @@ def test_streaming_shared_blocks_is_refused_before_any_work(tmp_path):
 def test_plan_counts_every_application(tmp_path):
     albert(layers=6).save_pretrained(tmp_path / "dense")
     albert(layers=3).save_pretrained(tmp_path / "half")
-    flops = [pyprune.plan(pyprune.PruneConfig(
-        model=str(tmp_path / name), method="wanda", calibration=pyprune.Calibration(num_samples=4, seq_len=16),
-        evaluation=pyprune.Evaluation(enabled=False)))["flops"]["forward"] for name in ("dense", "half")]
+    flops = [
+        pyprune.plan(
+            pyprune.PruneConfig(
+                model=str(tmp_path / name),
+                method="wanda",
+                calibration=pyprune.Calibration(num_samples=4, seq_len=16),
+                evaluation=pyprune.Evaluation(enabled=False),
+            )
+        )["flops"]["forward"]
+        for name in ("dense", "half")
+    ]
     assert flops[0] == pytest.approx(2 * flops[1])
 
 
@@ -290,6 +318,7 @@ def test_every_application_gets_the_tokens_of_its_own_sequences():
 
 def test_weights_that_part_after_their_second_input_are_refused():
     """One sink serves all later inputs of a weight, so two weights with one sink must read all of them."""
+
     class Parting(nn.Module):
         def __init__(self):
             super().__init__()

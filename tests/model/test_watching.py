@@ -31,8 +31,10 @@ def test_linear_layers_hand_on_the_very_tensor_that_they_read():
     assert set(by_path) == {ref.path for ref in weights_of(block)}
     assert by_path["self_attn.q_proj.weight"] is by_path["self_attn.k_proj.weight"]
     assert by_path["mlp.gate_proj.weight"] is by_path["mlp.up_proj.weight"]
-    gate, up = (nn.functional.linear(by_path["mlp.gate_proj.weight"], block.get_parameter(f"mlp.{name}.weight"))
-                for name in ("gate_proj", "up_proj"))
+    gate, up = (
+        nn.functional.linear(by_path["mlp.gate_proj.weight"], block.get_parameter(f"mlp.{name}.weight"))
+        for name in ("gate_proj", "up_proj")
+    )
     torch.testing.assert_close(by_path["mlp.down_proj.weight"], nn.functional.silu(gate) * up)
 
 
@@ -47,8 +49,11 @@ def test_every_token_is_seen_by_as_many_experts_as_it_is_routed_to():
 
 
 def test_a_replaced_output_is_what_the_block_goes_on_with():
-    for name, path, size in (("llama", "mlp.down_proj.weight", 1), ("gpt2", "mlp.c_proj.weight", 1),
-                             ("qwen3_moe", "mlp.experts.down_proj", 4)):
+    for name, path, size in (
+        ("llama", "mlp.down_proj.weight", 1),
+        ("gpt2", "mlp.c_proj.weight", 1),
+        ("qwen3_moe", "mlp.experts.down_proj", 4),
+    ):
         view, block, hidden, arguments = first_block(name)
         refs = [ref for ref in weights_of(block) if ref.path == path]
         assert len(refs) == size

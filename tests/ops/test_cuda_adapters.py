@@ -34,6 +34,7 @@ def module(built):
 @pytest.fixture(autouse=True)
 def simulated(module, monkeypatch):
     """The adapters launch on the simulation: device 0, no stream."""
+
     def launch(op, device, *arguments):
         getattr(module, f"{op}_cuda")(0, *arguments, 0)
 
@@ -50,8 +51,12 @@ def rand(*shape, seed=0):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_select_mask_of_any_layout(scope, dtype):
     scale = (rand(60, 2).abs() + 0.1)[:, 0]  # not contiguous
-    for w in (rand(70, 60).to(dtype), rand(60, 70).to(dtype).T, strided(70, 60, 67, 1, dtype),
-              rand(140, 120).to(dtype)[::2, ::2]):
+    for w in (
+        rand(70, 60).to(dtype),
+        rand(60, 70).to(dtype).T,
+        strided(70, 60, 67, 1, dtype),
+        rand(140, 120).to(dtype)[::2, ::2],
+    ):
         expected, k = w.clone(), 17 if scope == "row" else 1900
         keep = reference.select_mask(expected, k, scale=scale, scope=scope, apply=True)
         assert torch.equal(native.select_mask_cuda(w, k, scale=scale, scope=scope), keep)
@@ -77,10 +82,18 @@ def test_compress_and_expand():
         assert torch.equal(native.expand_24_cuda(values, meta), w)
 
 
-@pytest.mark.parametrize("columns, choice", [
-    (100, {"k": 700}), (100, {"nm": (2, 4)}), (300, {"k": 2000}), (300, {"mask": True}), (256, {"nm": (4, 8)}),
-    (258, {"nm": (2, 6)}),
-], ids=str)
+@pytest.mark.parametrize(
+    "columns, choice",
+    [
+        (100, {"k": 700}),
+        (100, {"nm": (2, 4)}),
+        (300, {"k": 2000}),
+        (300, {"mask": True}),
+        (256, {"nm": (4, 8)}),
+        (258, {"nm": (2, 6)}),
+    ],
+    ids=str,
+)
 def test_obs_sweep_in_pieces(columns, choice):
     w, r = strided(19, columns, columns + 5, 0), factor_of_inverse(columns, 1)
     if "mask" in choice:
@@ -172,13 +185,21 @@ def test_launches_name_the_device_and_the_stream_of_their_tensors(monkeypatch):
     assert calls == [(1, 7, 8, 42, device)] and current == []
 
 
-@pytest.mark.parametrize("machine, reason", [
-    ({}, None), ({"CUSIM_DRIVER": 13020}, None),
-    ({"CUSIM_DRIVER": 12040}, "made with CUDA 13.0, newer than the driver's 12.4: update the NVIDIA driver, or rebuild "
-                              "with a toolkit of CUDA 12"),
-    ({"CUSIM_DRIVER": 0}, "no NVIDIA driver"), ({"CUSIM_DEVICES": 0}, "CUDA finds no GPU"),
-    ({"CUSIM_STATUS": 803}, "CUDA reports: system has unsupported display driver"),
-])
+@pytest.mark.parametrize(
+    "machine, reason",
+    [
+        ({}, None),
+        ({"CUSIM_DRIVER": 13020}, None),
+        (
+            {"CUSIM_DRIVER": 12040},
+            "made with CUDA 13.0, newer than the driver's 12.4: update the NVIDIA driver, or rebuild "
+            "with a toolkit of CUDA 12",
+        ),
+        ({"CUSIM_DRIVER": 0}, "no NVIDIA driver"),
+        ({"CUSIM_DEVICES": 0}, "CUDA finds no GPU"),
+        ({"CUSIM_STATUS": 803}, "CUDA reports: system has unsupported display driver"),
+    ],
+)
 def test_a_build_that_the_driver_cannot_run_says_so(module, monkeypatch, machine, reason):
     """And ``auto`` takes the next back-end."""
     for name, value in machine.items():
@@ -198,11 +219,17 @@ def test_a_build_that_the_driver_cannot_run_says_so(module, monkeypatch, machine
             ops._implementation("nm_mask", torch.device("cuda:0"))
 
 
-@pytest.mark.parametrize("architectures, runs, does_not", [
-    ("80-real", ["8.0", "8.6", "8.9"], ["9.0", "7.5"]), ("86-real", ["8.6", "8.9"], ["8.0"]),
-    ("90a-real", ["9.0"], ["10.0", "8.9"]), ("120f-real", ["12.0", "12.1"], ["10.0"]),
-    ("80-real;120-real;120-virtual", ["8.9", "12.0", "13.0"], ["9.0", "10.0"]), ("", [], ["9.0"]),
-])
+@pytest.mark.parametrize(
+    "architectures, runs, does_not",
+    [
+        ("80-real", ["8.0", "8.6", "8.9"], ["9.0", "7.5"]),
+        ("86-real", ["8.6", "8.9"], ["8.0"]),
+        ("90a-real", ["9.0"], ["10.0", "8.9"]),
+        ("120f-real", ["12.0", "12.1"], ["10.0"]),
+        ("80-real;120-real;120-virtual", ["8.9", "12.0", "13.0"], ["9.0", "10.0"]),
+        ("", [], ["9.0"]),
+    ],
+)
 def test_which_gpus_a_build_covers(architectures, runs, does_not):
     for capability in runs + does_not:
         assert native._has_image(architectures, *map(int, capability.split("."))) == (capability in runs)
@@ -213,10 +240,18 @@ def test_cuda_kernels_prove_themselves_in_the_simulation_and_a_planted_fault_is_
     monkeypatch.setenv("PYPRUNE_SIMULATED", str(built))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("PYPRUNE_QUALIFY")
-    candidates = {key: [{"name": "cuda", "module": "simulated_ops", "function": function},
-                        {"name": "reference", "module": "pyprune.ops.reference", "function": classes.op_of(key)}]
-                  for key, function in {"nm_mask": "nm_mask_past_the_end", "select_mask/row": "select_mask_cuda",
-                                        "obs_sweep": "obs_sweep_cuda", "cholesky/small": "cholesky_cuda"}.items()}
+    candidates = {
+        key: [
+            {"name": "cuda", "module": "simulated_ops", "function": function},
+            {"name": "reference", "module": "pyprune.ops.reference", "function": classes.op_of(key)},
+        ]
+        for key, function in {
+            "nm_mask": "nm_mask_past_the_end",
+            "select_mask/row": "select_mask_cuda",
+            "obs_sweep": "obs_sweep_cuda",
+            "cholesky/small": "cholesky_cuda",
+        }.items()
+    }
     monkeypatch.setattr(native, "_C", None)  # what the verdicts depend on, in this process: nothing that was built
     found = qualification.verdicts("cpu", candidates)
     assert [key for key, verdict in found.items() if verdict["failed"]] == ["nm_mask"], found

@@ -18,8 +18,15 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 ARCHITECTURES = ("80", "86", "89", "90a", "100", "120")
 KERNELS = ("obs_sweep", "select_mask", "nm_mask", "compress_24", "cholesky", "cholesky_solve", "device")
-EXPECTED = {"obs_sweep": 4, "select_mask": 15, "nm_mask": 15, "compress_24": 2, "cholesky": 6, "cholesky_solve": 2,
-            "device": 0}
+EXPECTED = {
+    "obs_sweep": 4,
+    "select_mask": 15,
+    "nm_mask": 15,
+    "compress_24": 2,
+    "cholesky": 6,
+    "cholesky_solve": 2,
+    "device": 0,
+}
 DEFAULT_SHARED = 48 << 10  # what a block may use on any architecture; launches ask for no more (csrc/cuda/*.cu)
 
 
@@ -28,15 +35,28 @@ def find_nvcc() -> str | None:
     return shutil.which(f"{home}/bin/nvcc") or shutil.which("nvcc")
 
 
-pytestmark = [pytest.mark.skipif(find_nvcc() is None, reason="needs nvcc (the CUDA toolkit) to compile the kernels"),
-              pytest.mark.slow]
+pytestmark = [
+    pytest.mark.skipif(find_nvcc() is None, reason="needs nvcc (the CUDA toolkit) to compile the kernels"),
+    pytest.mark.slow,
+]
 
 
 def compile_kernels(name: str, folder: Path) -> str:
     """One file for all architectures; ptxas's report."""
     targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHITECTURES]
-    command = [find_nvcc(), "-std=c++17", "-O3", f"-I{ROOT / 'csrc'}", "--threads=2", "-Xptxas=-v", *targets, "-c",
-               str(ROOT / "csrc/cuda" / f"{name}.cu"), "-o", str(folder / f"{name}.o")]
+    command = [
+        find_nvcc(),
+        "-std=c++17",
+        "-O3",
+        f"-I{ROOT / 'csrc'}",
+        "--threads=2",
+        "-Xptxas=-v",
+        *targets,
+        "-c",
+        str(ROOT / "csrc/cuda" / f"{name}.cu"),
+        "-o",
+        str(folder / f"{name}.o"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "warning" not in done.stderr, done.stderr
@@ -73,7 +93,9 @@ def machine_code(compiled, name: str) -> dict[tuple[str, str], list[str]]:
 def parse(report: str) -> list[tuple]:
     entry = re.compile(
         r"Compiling entry function '(\w+)' for 'sm_(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
-        r"(\d+) bytes spill loads.*?Used (\d+) registers([^\n]*)", re.S)
+        r"(\d+) bytes spill loads.*?Used (\d+) registers([^\n]*)",
+        re.S,
+    )
     found = []
     for name, arch, stack, stores, loads, registers, rest in entry.findall(report):
         shared = re.search(r"(\d+) bytes smem", rest)
@@ -86,7 +108,8 @@ def parse(report: str) -> list[tuple]:
 def test_every_architecture_compiles_without_spills(reports, name):
     report = reports[name]
     assert {arch: sum(row[0] == arch for row in report) for arch in ARCHITECTURES} == dict.fromkeys(
-        ARCHITECTURES, EXPECTED[name])
+        ARCHITECTURES, EXPECTED[name]
+    )
     for arch, kernel, registers, stack, spilled, shared in report:
         assert spilled == 0 and stack == 0, f"{kernel} on sm_{arch}: {spilled} bytes spilled, stack {stack}"
         assert shared == 0, f"{kernel} on sm_{arch}: shared memory is dynamic here, ptxas found {shared} bytes"
@@ -111,7 +134,7 @@ def test_the_sweeps_loads_wait_for_nothing(compiled):
             continue
         loads = [i for i, line in enumerate(code) if line.startswith("LDG.E.128")]
         assert len(loads) == 8
-        between = code[loads[0]:loads[-1]]
+        between = code[loads[0] : loads[-1]]
         assert not [line for line in between if line.startswith(("F", "MUFU", "SHFL", "BAR", "DEPBAR", "STS"))]
         # the compiler knows that a warp stays together: its shuffles have no second version for when it does not
         assert not [line for line in code if line.startswith("BRA.DIV")], f"{kernel} on sm_{arch}"
@@ -128,15 +151,32 @@ def test_row_selection_reads_its_row_once(compiled):
         assert not [line for line in code if line.startswith(("LDL", "STL"))], f"{kernel} on sm_{arch}: local memory"
 
 
-@pytest.mark.parametrize("name, size", [
-    ("obs_sweep", "SHARED_ANY"), ("select_mask", "sizeof(Scratch)"),
-    ("cholesky", "2 * TILE * (TILE + 1) * sizeof(float)"), ("cholesky", "packed(SMALL, 0) * sizeof(float)"),
-    ("cholesky_solve", "(TILE * (TILE + 1) + TILE * 33) * sizeof(float)"),
-])
+@pytest.mark.parametrize(
+    "name, size",
+    [
+        ("obs_sweep", "SHARED_ANY"),
+        ("select_mask", "sizeof(Scratch)"),
+        ("cholesky", "2 * TILE * (TILE + 1) * sizeof(float)"),
+        ("cholesky", "packed(SMALL, 0) * sizeof(float)"),
+        ("cholesky_solve", "(TILE * (TILE + 1) + TILE * 33) * sizeof(float)"),
+    ],
+)
 def test_launches_fit_the_shared_memory_of_every_architecture(tmp_path, name, size):
     """The sizes that the launches ask for, evaluated by the compiler from the sources themselves."""
     program = tmp_path / "size.cpp"
-    program.write_text(f'#include "cuda/{name}.cu"\nnamespace pyprune::cuda {{\n'
-                       f'static_assert({size} <= {DEFAULT_SHARED}, "shared memory");\n}}\n')
-    subprocess.run(["g++", "-std=c++17", "-DPYPRUNE_SIM", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests/cuda_sim'}",
-                    "-fsyntax-only", str(program)], check=True)
+    program.write_text(
+        f'#include "cuda/{name}.cu"\nnamespace pyprune::cuda {{\n'
+        f'static_assert({size} <= {DEFAULT_SHARED}, "shared memory");\n}}\n'
+    )
+    subprocess.run(
+        [
+            "g++",
+            "-std=c++17",
+            "-DPYPRUNE_SIM",
+            f"-I{ROOT / 'csrc'}",
+            f"-I{ROOT / 'tests/cuda_sim'}",
+            "-fsyntax-only",
+            str(program),
+        ],
+        check=True,
+    )

@@ -12,9 +12,11 @@ import torch
 from pyprune import ops
 from pyprune.ops import native, reference
 
-pytestmark = [pytest.mark.gpu,
-              pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
-              pytest.mark.skipif(native.unusable("cuda") is not None, reason=str(native.unusable("cuda")))]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+    pytest.mark.skipif(native.unusable("cuda") is not None, reason=str(native.unusable("cuda"))),
+]
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -92,8 +94,13 @@ def test_obs_sweep(choice, rows, columns):
         pytest.skip(f"{choice} does not divide {columns} columns")
     h, r = factor_of_inverse(columns)
     start = rand(rows, columns + 4, seed=1)
-    given = {"mask": rand(columns, rows, seed=2).T > 0} if choice == "mask" else {
-        "k": rows * columns // 2} if choice == "k" else {"nm": CHOICES[choice]}
+    given = (
+        {"mask": rand(columns, rows, seed=2).T > 0}
+        if choice == "mask"
+        else {"k": rows * columns // 2}
+        if choice == "k"
+        else {"nm": CHOICES[choice]}
+    )
     w, exact = start.clone()[:, :columns], start[:, :columns].double().clone()
     keep, error, loss = ops.obs_sweep(w, r.float(), **given)
     expected = reference.obs_sweep(exact, r, **given)
@@ -112,8 +119,11 @@ def test_obs_sweep(choice, rows, columns):
     torch.testing.assert_close(loss.double().sum(), expected[2].sum(), rtol=1e-3, atol=0)
 
 
-@pytest.mark.parametrize("batch, n, k", [(1, 1, 1), (300, 64, 1), (64, 128, 64), (5, 129, 33), (16, 512, 8),
-                                         (2, 1024, 100), (1, 2500, 7)], ids=str)
+@pytest.mark.parametrize(
+    "batch, n, k",
+    [(1, 1, 1), (300, 64, 1), (64, 128, 64), (5, 129, 33), (16, 512, 8), (2, 1024, 100), (1, 2500, 7)],
+    ids=str,
+)
 def test_cholesky_and_solve(batch, n, k):
     x, b, damping = rand(batch, 2 * n, n), rand(batch, n, k, seed=1), rand(batch, seed=2).abs() + 0.01
     a = x.mT @ x / (2 * n)

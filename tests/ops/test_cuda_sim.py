@@ -43,13 +43,16 @@ def parts(tmp_path_factory):
 def drivers(parts, tmp_path_factory):
     """Sanitized or not → the driver."""
     folder = tmp_path_factory.mktemp("cuda_sim")
-    return {sanitize: link_driver(folder / str(int(sanitize)), linked, sanitize=sanitize)
-            for sanitize, linked in parts.items()}
+    return {
+        sanitize: link_driver(folder / str(int(sanitize)), linked, sanitize=sanitize)
+        for sanitize, linked in parts.items()
+    }
 
 
 @pytest.fixture
 def simulate(drivers, tmp_path):
     """Runs an op on cases; returns for each case a reader of its arrays: name, tensor of that shape → tensor."""
+
     def go(op: str, cases: list[dict], run: str):
         sanitize = run == "asan"
         folders = execute(drivers[sanitize], op, tmp_path, cases, 0 if sanitize else int(run[-1]))
@@ -60,9 +63,18 @@ def simulate(drivers, tmp_path):
 
 # rows, columns, stride of w, N:M or None for a given mask
 SWEEPS = [
-    (33, 128, 128, None), (5, 50, 61, None), (1, 1, 3, None), (40, 96, 100, None),
-    (33, 128, 132, (2, 4)), (3, 20, 21, (1, 4)), (9, 128, 128, (4, 8)), (7, 72, 75, (5, 8)),
-    (6, 128, 128, (1, 2)), (5, 45, 47, (3, 5)), (3, 112, 112, (7, 16)), (2, 128, 128, (30, 128)),
+    (33, 128, 128, None),
+    (5, 50, 61, None),
+    (1, 1, 3, None),
+    (40, 96, 100, None),
+    (33, 128, 132, (2, 4)),
+    (3, 20, 21, (1, 4)),
+    (9, 128, 128, (4, 8)),
+    (7, 72, 75, (5, 8)),
+    (6, 128, 128, (1, 2)),
+    (5, 45, 47, (3, 5)),
+    (3, 112, 112, (7, 16)),
+    (2, 128, 128, (30, 128)),
     (4, 100, 100, (1, 50)),
 ]
 
@@ -77,9 +89,21 @@ def test_obs_sweep(simulate, run):
         wide[:, :columns] = r.where(torch.ones_like(r).triu().bool(), torch.nan)
         mask = None if nm else torch.rand(rows, columns, generator=torch.Generator().manual_seed(seed)) < 0.4
         n, m = nm or (0, 0)
-        cases.append({"rows": rows, "columns": columns, "w_stride": stride, "r_stride": wide.stride(0), "n": n, "m": m,
-                      "out_stride": columns, "w": w, "r": wide[:, :columns], "mask": mask,
-                      "fault": torch.zeros(1, dtype=torch.int32)})
+        cases.append(
+            {
+                "rows": rows,
+                "columns": columns,
+                "w_stride": stride,
+                "r_stride": wide.stride(0),
+                "n": n,
+                "m": m,
+                "out_stride": columns,
+                "w": w,
+                "r": wide[:, :columns],
+                "mask": mask,
+                "fault": torch.zeros(1, dtype=torch.int32),
+            }
+        )
         exact = w.double()
         expected.append((exact, *reference.obs_sweep(exact, r.double(), mask=mask, nm=nm)))
     for case, result, (w, keep, error, loss) in zip(cases, simulate("obs_sweep", cases, run), expected):
@@ -103,9 +127,21 @@ def test_obs_sweep_reports_what_is_not_finite_and_leaves_it(simulate, nm):
             broken_r[column, column] = value
         else:
             broken_w[row, column] = value
-        cases.append({"rows": 40, "columns": 48, "w_stride": 48, "r_stride": 48, "out_stride": 48, "n": nm[0],
-                      "m": nm[1], "w": broken_w, "r": broken_r, "mask": None if nm[1] else mask,
-                      "fault": torch.zeros(1, dtype=torch.int32)})
+        cases.append(
+            {
+                "rows": 40,
+                "columns": 48,
+                "w_stride": 48,
+                "r_stride": 48,
+                "out_stride": 48,
+                "n": nm[0],
+                "m": nm[1],
+                "w": broken_w,
+                "r": broken_r,
+                "mask": None if nm[1] else mask,
+                "fault": torch.zeros(1, dtype=torch.int32),
+            }
+        )
     rows = [17], [39], range(40), range(40)
     for case, result, bad in zip(cases, simulate("obs_sweep", cases, "order 1"), rows):
         got, loss = result("w", w), result("loss", w[:, 0].contiguous())
@@ -146,9 +182,18 @@ def selection(seed: int, rows, columns, stride, dtype, fraction, scope, scaled, 
         w.copy_((w.float() * 2).round() / 2)
         scale = None if scale is None else (scale * 2).round()
     size = columns if scope == "row" else rows * columns
-    return {"rows": rows, "columns": columns, "w_stride": stride, "dtype": DTYPES[dtype], "k": int(fraction * size),
-            "matrix": int(scope == "matrix"), "apply": int(apply), "w": w, "scale": scale,
-            "fault": torch.zeros(1, dtype=torch.int32)}
+    return {
+        "rows": rows,
+        "columns": columns,
+        "w_stride": stride,
+        "dtype": DTYPES[dtype],
+        "k": int(fraction * size),
+        "matrix": int(scope == "matrix"),
+        "apply": int(apply),
+        "w": w,
+        "scale": scale,
+        "fault": torch.zeros(1, dtype=torch.int32),
+    }
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -156,8 +201,9 @@ def test_select_mask(simulate, run):
     cases = [selection(seed, *row) for seed, row in enumerate(SELECTIONS)]
     for case, result in zip(cases, simulate("select_mask", cases, run)):
         w = case["w"].clone()
-        keep = reference.select_mask(w, case["k"], scale=case["scale"], scope="matrix" if case["matrix"] else "row",
-                                     apply=bool(case["apply"]))
+        keep = reference.select_mask(
+            w, case["k"], scale=case["scale"], scope="matrix" if case["matrix"] else "row", apply=bool(case["apply"])
+        )
         got = result("w", case["w"])
         assert torch.equal(result("keep", keep), keep)
         assert torch.equal(got, w)
@@ -180,11 +226,16 @@ def test_select_mask_reports_nan_and_leaves_the_weight(simulate, scope):
 
 # rows, columns, stride, dtype, (N, M), scaled, apply, tied
 GROUPS = [
-    (5, 64, 64, torch.bfloat16, (2, 4), True, True, False), (3, 68, 70, torch.float32, (2, 4), False, True, False),
-    (4, 12, 12, torch.float16, (1, 4), True, False, True), (6, 64, 64, torch.float32, (4, 8), True, True, False),
-    (3, 40, 41, torch.bfloat16, (5, 8), False, True, True), (2, 10, 10, torch.float16, (1, 2), True, True, False),
-    (7, 32, 32, torch.float32, (9, 16), True, True, True), (3, 48, 48, torch.bfloat16, (4, 16), True, True, False),
-    (9, 35, 37, torch.float32, (2, 5), True, True, False), (2, 30, 30, torch.float16, (7, 15), False, True, True),
+    (5, 64, 64, torch.bfloat16, (2, 4), True, True, False),
+    (3, 68, 70, torch.float32, (2, 4), False, True, False),
+    (4, 12, 12, torch.float16, (1, 4), True, False, True),
+    (6, 64, 64, torch.float32, (4, 8), True, True, False),
+    (3, 40, 41, torch.bfloat16, (5, 8), False, True, True),
+    (2, 10, 10, torch.float16, (1, 2), True, True, False),
+    (7, 32, 32, torch.float32, (9, 16), True, True, True),
+    (3, 48, 48, torch.bfloat16, (4, 16), True, True, False),
+    (9, 35, 37, torch.float32, (2, 5), True, True, False),
+    (2, 30, 30, torch.float16, (7, 15), False, True, True),
     (300, 8, 8, torch.bfloat16, (2, 4), True, True, False),
 ]
 
@@ -236,11 +287,23 @@ def sparse_24(rows: int, columns: int, dtype: torch.dtype, seed: int) -> torch.T
 
 @pytest.mark.parametrize("run", RUNS)
 def test_compress_24_is_the_layout_of_torch(simulate, run):
-    tensors = [sparse_24(32, 32, torch.bfloat16, 0), sparse_24(64, 96, torch.float16, 1),
-               sparse_24(96, 320, torch.bfloat16, 2), sparse_24(32, 32, torch.float16, 3)]
+    tensors = [
+        sparse_24(32, 32, torch.bfloat16, 0),
+        sparse_24(64, 96, torch.float16, 1),
+        sparse_24(96, 320, torch.bfloat16, 2),
+        sparse_24(32, 32, torch.float16, 3),
+    ]
     tensors[-1][7, 4:7] = 1  # three of four: a fault
-    cases = [{"rows": w.shape[0], "columns": w.shape[1], "w_stride": w.stride(0), "w": w,
-              "fault": torch.zeros(2, dtype=torch.int32)} for w in tensors]
+    cases = [
+        {
+            "rows": w.shape[0],
+            "columns": w.shape[1],
+            "w_stride": w.stride(0),
+            "w": w,
+            "fault": torch.zeros(2, dtype=torch.int32),
+        }
+        for w in tensors
+    ]
     *results, dense = simulate("compress_24", cases, run)
     assert dense("fault", cases[-1]["fault"]).tolist() == [1, 0]
     for w, case, result in zip(tensors, cases, results):
@@ -252,8 +315,16 @@ def test_compress_24_is_the_layout_of_torch(simulate, run):
 
 
 # batch, n, right-hand sides, damped
-SYSTEMS = [(3, 1, 1, False), (2, 7, 9, True), (2, 64, 3, False), (2, 65, 40, True), (1, 128, 33, False),
-           (2, 129, 2, True), (1, 200, 35, False), (1, 257, 1, True)]
+SYSTEMS = [
+    (3, 1, 1, False),
+    (2, 7, 9, True),
+    (2, 64, 3, False),
+    (2, 65, 40, True),
+    (1, 128, 33, False),
+    (2, 129, 2, True),
+    (1, 200, 35, False),
+    (1, 257, 1, True),
+]
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -324,32 +395,66 @@ def test_a_missing_barrier_is_caught(parts, tmp_path):
         execute(driver, "cholesky", tmp_path / "order2", [case], 2)
 
 
-@pytest.mark.parametrize("kernel, old, new", [
-    ("compress_24", "meta[metadata_offset(row, word, rows)] =", "meta[metadata_offset(row, word, rows) + 1] ="),
-    ("cholesky", "const size_t shared = packed(size, 0) * sizeof(float);",
-     "const size_t shared = packed(size, 0) * sizeof(float) - 4;"),
-], ids=["global memory", "shared memory"])
+@pytest.mark.parametrize(
+    "kernel, old, new",
+    [
+        ("compress_24", "meta[metadata_offset(row, word, rows)] =", "meta[metadata_offset(row, word, rows) + 1] ="),
+        (
+            "cholesky",
+            "const size_t shared = packed(size, 0) * sizeof(float);",
+            "const size_t shared = packed(size, 0) * sizeof(float) - 4;",
+        ),
+    ],
+    ids=["global memory", "shared memory"],
+)
 def test_an_access_out_of_bounds_is_caught(parts, tmp_path, kernel, old, new):
     driver = planted(tmp_path, parts[True], kernel, old, new, True)
-    case = {"rows": 32, "columns": 32, "w_stride": 32, "w": torch.zeros(32, 32, dtype=torch.bfloat16),
-            "fault": torch.zeros(2, dtype=torch.int32), "batch": 1, "n": 33, "k": 0, "a": torch.eye(33)[None]}
+    case = {
+        "rows": 32,
+        "columns": 32,
+        "w_stride": 32,
+        "w": torch.zeros(32, 32, dtype=torch.bfloat16),
+        "fault": torch.zeros(2, dtype=torch.int32),
+        "batch": 1,
+        "n": 33,
+        "k": 0,
+        "a": torch.eye(33)[None],
+    }
     with pytest.raises(RuntimeError, match="heap-buffer-overflow") as error:
         execute(driver, kernel, tmp_path / "case", [case])
     assert f"{kernel}.cu" in str(error.value)  # with the line
 
 
-@pytest.mark.parametrize("old, new", [
-    ("    wait_for_copies();\n", ""),
-    ("""    __syncthreads();
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ("    wait_for_copies();\n", ""),
+        (
+            """    __syncthreads();
     if (probe != 0.f) atomicOr(&f->bad, 1u);
     __syncthreads();
-""", "")], ids=["wait", "barrier"])
+""",
+            "",
+        ),
+    ],
+    ids=["wait", "barrier"],
+)
 def test_a_copy_that_is_not_waited_for_is_caught(parts, tmp_path, old, new):
     """Without the wait, or without the barrier behind it, somebody reads what is not there yet."""
     driver = planted(tmp_path, parts[False], "obs_sweep", old, new, False)
     w, r = torch.ones(40, 128), factor_of_inverse(128, 0)
-    case = {"rows": 40, "columns": 128, "w_stride": 128, "r_stride": 128, "n": 2, "m": 4, "out_stride": 128, "w": w,
-            "r": r, "fault": torch.zeros(1, dtype=torch.int32)}
+    case = {
+        "rows": 40,
+        "columns": 128,
+        "w_stride": 128,
+        "r_stride": 128,
+        "n": 2,
+        "m": 4,
+        "out_stride": 128,
+        "w": w,
+        "r": r,
+        "fault": torch.zeros(1, dtype=torch.int32),
+    }
     expected = w.double()
     reference.obs_sweep(expected, r.double(), nm=(2, 4))
     [folder] = execute(driver, "obs_sweep", tmp_path / "case", [case], 1)

@@ -51,8 +51,9 @@ def answers(call, *tensors):
     """Result, or the message of a refusal, of both back-ends on equal copies (strides kept) of the tensors."""
     outcomes = []
     for name in ("reference", "cpu"):
-        copies = [None if t is None else memory_of(t).as_strided(t.shape, t.stride(), t.storage_offset())
-                  for t in tensors]
+        copies = [
+            None if t is None else memory_of(t).as_strided(t.shape, t.stride(), t.storage_offset()) for t in tensors
+        ]
         before = [None if t is None else memory_of(t) for t in tensors]
         try:
             with ops.backend(name):
@@ -79,7 +80,8 @@ def test_select_mask(w, data):
     k = data.draw(st.integers(0, (w.shape[1] if scope == "row" else w.numel()) + 1))
     scale = data.draw(st.sampled_from([None, torch.rand(w.shape[1])]))
     (truth, expected), (found, changed) = answers(
-        lambda x: ops.select_mask(x, k, scale=scale, scope=scope, apply=True), w)
+        lambda x: ops.select_mask(x, k, scale=scale, scope=scope, apply=True), w
+    )
     assert found == truth if isinstance(truth, str) or isinstance(found, str) else torch.equal(found, truth)
     same(changed[0], expected[0], 0, 0)
 
@@ -124,8 +126,11 @@ def test_obs_sweep(rows, b, data):
     x = torch.randn(2 * b + 3, b, generator=torch.Generator().manual_seed(b))
     r = torch.linalg.cholesky(torch.linalg.inv((x.T @ x / len(x) + 0.1 * torch.eye(b)).double()), upper=True).float()
     r = data.draw(st.sampled_from([r, r, torch.cat([r, r], 1)[:, :b], torch.zeros(b, b)]))
-    choice = data.draw(st.sampled_from([{"k": rows * b // 2}, {"nm": (1, 2)}, {"nm": (2, 4)}, {"nm": (3, 7)},
-                                        {"mask": torch.rand(rows, b) > 0.5}]))
+    choice = data.draw(
+        st.sampled_from(
+            [{"k": rows * b // 2}, {"nm": (1, 2)}, {"nm": (2, 4)}, {"nm": (3, 7)}, {"mask": torch.rand(rows, b) > 0.5}]
+        )
+    )
     (truth, expected), (found, changed) = answers(lambda v: ops.obs_sweep(v, r, **choice), w)
     if isinstance(truth, str) or isinstance(found, str):
         assert isinstance(truth, str)
@@ -147,8 +152,9 @@ def test_cholesky(batch, n, k, special, damped):
     if special is not None and a.numel():
         a[batch // 2, n // 2, n // 2] = special
     damping = torch.full((batch,), 0.5) if damped else None
-    (truth, _), (found, _) = answers(lambda u, v: (*ops.cholesky(u, damping=damping),
-                                                  *ops.cholesky_solve(u, v, damping=damping)), a, b)
+    (truth, _), (found, _) = answers(
+        lambda u, v: (*ops.cholesky(u, damping=damping), *ops.cholesky_solve(u, v, damping=damping)), a, b
+    )
     if special == torch.inf and a.numel():  # an infinite pivot passes LAPACK's test and ours; nothing after it is told
         ours = torch.arange(batch) != batch // 2
         truth, found = [t[ours] for t in truth], [t[ours] for t in found]
@@ -170,8 +176,13 @@ def test_linear_and_trailing_update(w, outputs):
 
 
 @fuzz
-@given(st.integers(0, 3), st.integers(0, 5), st.booleans(), st.sampled_from([torch.bfloat16, torch.float16]),
-       st.integers(0, 2**31))
+@given(
+    st.integers(0, 3),
+    st.integers(0, 5),
+    st.booleans(),
+    st.sampled_from([torch.bfloat16, torch.float16]),
+    st.integers(0, 2**31),
+)
 def test_24(row_blocks, column_blocks, valid, dtype, seed):
     w = torch.randn(32 * row_blocks, 32 * column_blocks, generator=torch.Generator().manual_seed(seed)).to(dtype)
     w[torch.rand(w.shape) > 0.7] = 0
@@ -185,6 +196,6 @@ def test_24(row_blocks, column_blocks, valid, dtype, seed):
     assert torch.equal(ops.expand_24(*found), w)
     with ops.backend("cpu"):
         try:  # any bits at all as metadata
-            ops.expand_24(found[0], torch.randint(-2**15, 2**15, found[1].shape, dtype=torch.int16))
+            ops.expand_24(found[0], torch.randint(-(2**15), 2**15, found[1].shape, dtype=torch.int16))
         except ValueError as error:
             assert "names one place twice" in str(error)

@@ -154,8 +154,8 @@ def sweep_in_float64(w, r, keep, nm):
     w, r, keep = w.double().clone(), r.double(), keep.clone()
     for j in range(w.shape[1]):
         if nm and j % nm[1] == 0:
-            score = w[:, j:j + nm[1]].abs() / r.diagonal()[j:j + nm[1]]
-            keep[:, j:j + nm[1]] = score.argsort(1).argsort(1) >= nm[1] - nm[0]
+            score = w[:, j : j + nm[1]].abs() / r.diagonal()[j : j + nm[1]]
+            keep[:, j : j + nm[1]] = score.argsort(1).argsort(1) >= nm[1] - nm[0]
         error = w[:, j] * ~keep[:, j] / r[j, j]
         w[:, j:] -= error[:, None] * r[j, j:]
     return w * keep, keep

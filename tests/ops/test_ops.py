@@ -25,7 +25,8 @@ def backend(request):
 
 def test_auto_takes_the_first_usable_back_end():
     assert ops._implementation("gram_update/float32", torch.device("cpu")) is (
-        native.gram_update_cpu if HAS_CPU else reference.gram_update)
+        native.gram_update_cpu if HAS_CPU else reference.gram_update
+    )
 
 
 def test_every_op_exists_in_ops_and_reference():
@@ -47,10 +48,12 @@ def test_a_named_back_end_is_used_or_refused():
 
 
 def test_a_missing_native_module_is_a_reason_not_a_crash():
-    code = ("import sys; sys.modules['pyprune._C'] = None\n"
-            "import torch\nfrom pyprune import ops\n"
-            "assert 'reinstall with a C++ compiler' in ops.status()['nm_mask']['cpu']\n"
-            "assert ops.nm_mask(torch.tensor([[1., 2, 3, 4]]), 2, 4).tolist() == [[False, False, True, True]]\n")
+    code = (
+        "import sys; sys.modules['pyprune._C'] = None\n"
+        "import torch\nfrom pyprune import ops\n"
+        "assert 'reinstall with a C++ compiler' in ops.status()['nm_mask']['cpu']\n"
+        "assert ops.nm_mask(torch.tensor([[1., 2, 3, 4]]), 2, 4).tolist() == [[False, False, True, True]]\n"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
@@ -106,9 +109,11 @@ def test_wrong_types_are_type_errors():
 
 @pytest.mark.parametrize("bad", [torch.nan, -torch.nan])
 def test_nan_scores_are_an_error_and_leave_w_alone(backend, bad):
-    for call in (lambda w: ops.select_mask(w, 3, apply=True),
-                 lambda w: ops.select_mask(w, 3, scope="matrix", apply=True),
-                 lambda w: ops.nm_mask(w, 2, 4, apply=True)):
+    for call in (
+        lambda w: ops.select_mask(w, 3, apply=True),
+        lambda w: ops.select_mask(w, 3, scope="matrix", apply=True),
+        lambda w: ops.nm_mask(w, 2, 4, apply=True),
+    ):
         w = torch.randn(5, 20)
         w[4, 18] = bad
         before = w.clone()

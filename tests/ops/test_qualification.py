@@ -20,18 +20,25 @@ from pyprune.execution.journal import Interrupted, Journal
 from pyprune.ops import classes, native, qualification, reference, trials
 from pyprune.pipeline.prune import prune
 
-BREAKS = {"gram_update/float32": ("wrong", "result 0 is off by"),
-          "linear/rows": ("unwritten", "not all of it was written"),
-          "cross_gram_update/float32": ("outside", "wrote outside"),
-          "cholesky/small": ("fickle", "gave different bits"), "obs_sweep": ("between_rows", "wrote outside"),
-          "compress_24": ("dense_only", "result 0 is off by"), "trailing_update": ("ruins", "ConnectionError: illegal"),
-          "nm_mask": ("raising", "ValueError: no image for this processor"), "column_moments": ("crash", "SIGABRT"),
-          "cholesky_solve/small": ("hang", "did not answer within")}
+BREAKS = {
+    "gram_update/float32": ("wrong", "result 0 is off by"),
+    "linear/rows": ("unwritten", "not all of it was written"),
+    "cross_gram_update/float32": ("outside", "wrote outside"),
+    "cholesky/small": ("fickle", "gave different bits"),
+    "obs_sweep": ("between_rows", "wrote outside"),
+    "compress_24": ("dense_only", "result 0 is off by"),
+    "trailing_update": ("ruins", "ConnectionError: illegal"),
+    "nm_mask": ("raising", "ValueError: no image for this processor"),
+    "column_moments": ("crash", "SIGABRT"),
+    "cholesky_solve/small": ("hang", "did not answer within"),
+}
 
 
 def pair(op: str, function: str) -> list[dict]:
-    return [{"name": "own", "module": "broken", "function": function},
-            {"name": "reference", "module": "pyprune.ops.reference", "function": classes.op_of(op)}]
+    return [
+        {"name": "own", "module": "broken", "function": function},
+        {"name": "reference", "module": "pyprune.ops.reference", "function": classes.op_of(op)},
+    ]
 
 
 @pytest.fixture
@@ -51,9 +58,16 @@ def measured(monkeypatch):
 
     def measure(device, candidates):
         calls.append(sorted(candidates))
-        return {op: {"errors": dict.fromkeys([c["name"] for c in list_], 1e-7), "failed": {}, "threads": 1,
-                     "seconds": {c["name"]: [1.0 + index] for index, c in enumerate(list_)}}
-                for op, list_ in candidates.items()}
+        return {
+            op: {
+                "errors": dict.fromkeys([c["name"] for c in list_], 1e-7),
+                "failed": {},
+                "threads": 1,
+                "seconds": {c["name"]: [1.0 + index] for index, c in enumerate(list_)},
+            }
+            for op, list_ in candidates.items()
+        }
+
     monkeypatch.setattr(qualification, "_measure", measure)
     return calls
 
@@ -103,9 +117,11 @@ def test_a_verdict_is_kept_and_measured_again_when_what_it_depends_on_changes(ca
     assert first["linear/rows"]["takes"] == "own" and len(measured) == 1
     qualification._known.clear()
     assert qualification.verdicts("cpu", candidates) == first and len(measured) == 1, "read from the file"
-    for change in (lambda m: m.setattr(qualification, "_file_digest", lambda path: "another build"),
-                   lambda m: m.setattr(torch, "__version__", "9.9"),
-                   lambda m: m.setattr(qualification, "_processor", lambda: ("another", "flags"))):
+    for change in (
+        lambda m: m.setattr(qualification, "_file_digest", lambda path: "another build"),
+        lambda m: m.setattr(torch, "__version__", "9.9"),
+        lambda m: m.setattr(qualification, "_processor", lambda: ("another", "flags")),
+    ):
         before = len(measured)
         with monkeypatch.context() as changed:
             change(changed)
@@ -154,8 +170,14 @@ def test_ops_take_the_verdict_a_name_and_the_switch_go_before_it(cache, measured
 
 
 def run(output, **fields):
-    return prune(tiny.model("llama"), calibration=tiny.ids(12, 24), evaluation=Evaluation(enabled=False),
-                 progress=False, output=str(output), **fields)
+    return prune(
+        tiny.model("llama"),
+        calibration=tiny.ids(12, 24),
+        evaluation=Evaluation(enabled=False),
+        progress=False,
+        output=str(output),
+        **fields,
+    )
 
 
 def test_resume_takes_what_the_interrupted_run_took(tmp_path, monkeypatch):
@@ -171,6 +193,7 @@ def test_resume_takes_what_the_interrupted_run_took(tmp_path, monkeypatch):
     def stopping(self):
         self._stopping = len(self.entries) == 2
         point(self)
+
     with monkeypatch.context() as stop, pytest.raises(Interrupted):
         stop.setattr(Journal, "safe_point", stopping)
         run(cut)
@@ -205,12 +228,15 @@ def test_env_shows_the_verdicts_and_measures_when_asked(cache, measured, capsys)
 
 @pytest.mark.skipif(native._C is None, reason="no native module")
 def test_an_instruction_set_is_forced_or_refused():
-    code = ("from pyprune import ops\nfrom pyprune.ops import native\n"
-            "assert native._C.cpu_level() == 'portable' and ops.taken('linear/rows', 'cpu') == 'cpu'\n")
+    code = (
+        "from pyprune import ops\nfrom pyprune.ops import native\n"
+        "assert native._C.cpu_level() == 'portable' and ops.taken('linear/rows', 'cpu') == 'cpu'\n"
+    )
     subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYPRUNE_ISA": "portable"}, check=True)
     code = "from pyprune import ops; ops.taken('linear/rows', 'cpu')"
-    refused = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYPRUNE_ISA": "sse9"},
-                             capture_output=True, text=True)
+    refused = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYPRUNE_ISA": "sse9"}, capture_output=True, text=True
+    )
     assert "ConfigError: PYPRUNE_ISA=sse9: instruction set sse9 is not one of this processor's" in refused.stderr
 
 
@@ -220,10 +246,16 @@ def test_the_reference_takes_views_of_any_stride():
         assert trials.check(key, getattr(reference, classes.op_of(key)), "cpu") < 1e-4
 
 
-@pytest.mark.parametrize(("text", "sentence"), [
-    ("cuda", "backend 'cuda' cannot run on cpu: the cuda back-end takes CUDA tensors"),
-    ("obs_sweep=cuda,gram_update=cpu", "backend 'obs_sweep=cuda,gram_update=cpu' cannot run on cpu: the cuda back-end"),
-])
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("cuda", "backend 'cuda' cannot run on cpu: the cuda back-end takes CUDA tensors"),
+        (
+            "obs_sweep=cuda,gram_update=cpu",
+            "backend 'obs_sweep=cuda,gram_update=cpu' cannot run on cpu: the cuda back-end",
+        ),
+    ],
+)
 def test_a_back_end_that_cannot_run_is_refused_before_the_model_is_looked_at(text, sentence):
     with pytest.raises(ConfigError, match=sentence):
         prune("a folder that is not there", backend=text, device="cpu")
@@ -243,7 +275,10 @@ def test_back_ends_mix_by_op(monkeypatch, tmp_path):
         ops.check_backend("reference,gram_update=cpu", "cpu")
     by_op = run(tmp_path / "by_op", backend="reference,obs_sweep=cpu,linear=auto").report["backends"]["cpu"]
     assert {key: name for key, name in by_op.items() if name == "cpu"} == {
-        "obs_sweep": "cpu", "linear/rows": "cpu", "linear/rows-wide": "cpu"}
+        "obs_sweep": "cpu",
+        "linear/rows": "cpu",
+        "linear/rows-wide": "cpu",
+    }
     assert by_op["forward_float32"] == "torch"
     assert "backend: reference,obs_sweep=cpu,linear=auto" in (tmp_path / "by_op" / "run.yaml").read_text()
 
@@ -275,10 +310,17 @@ def test_triton_kernels_prove_themselves_in_the_interpreter_and_a_planted_fault_
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(trials, "ROUNDS", 1)
-    candidates = {key: [{"name": "triton", "module": "interpreted", "function": function},
-                        {"name": "reference", "module": "pyprune.ops.reference", "function": classes.op_of(key)}]
-                  for key, function in {"gram_update/16-bit": "gram_update", "nm_mask": "nm_mask",
-                                        "cholesky/small": "cholesky_that_forgets"}.items()}
+    candidates = {
+        key: [
+            {"name": "triton", "module": "interpreted", "function": function},
+            {"name": "reference", "module": "pyprune.ops.reference", "function": classes.op_of(key)},
+        ]
+        for key, function in {
+            "gram_update/16-bit": "gram_update",
+            "nm_mask": "nm_mask",
+            "cholesky/small": "cholesky_that_forgets",
+        }.items()
+    }
     found = qualification.verdicts("cpu", candidates)
     assert [key for key, verdict in found.items() if verdict["failed"]] == ["cholesky/small"], found
     assert "not all of it was written" in found["cholesky/small"]["failed"]["triton"]

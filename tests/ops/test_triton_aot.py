@@ -21,8 +21,16 @@ SCRIPT = Path(__file__).parents[1] / "aot.py"
 def compiled(tmp_path_factory):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    shards = [subprocess.Popen([sys.executable, str(SCRIPT), "--short", "--shard", f"{i}/2"], env=environment,
-                               text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for i in range(2)]
+    shards = [
+        subprocess.Popen(
+            [sys.executable, str(SCRIPT), "--short", "--shard", f"{i}/2"],
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for i in range(2)
+    ]
     rows = []
     for process in shards:
         out, err = process.communicate(timeout=600)

@@ -56,7 +56,7 @@ def test_gram(tokens, c, dtype, masked):
     ops.gram_update(gram, x, sums=sums, count=count, mask=mask)
     assert relative(gram, want) < (1e-5 if dtype == torch.float32 else 3e-5)
     assert torch.equal(gram, gram.T)
-    assert torch.allclose(sums.double(), want_sums, rtol=1e-4, atol=1e-4 * tokens ** 0.5)
+    assert torch.allclose(sums.double(), want_sums, rtol=1e-4, atol=1e-4 * tokens**0.5)
     assert count.item() == 7 + len(kept)
 
 
@@ -75,7 +75,7 @@ def test_gram_by_persistent_programs(tokens, c, dtype):
             module.launch_gram(cfg, gram, x, sums, count)
             results.append(gram)
         assert relative(gram, want) < 3e-5 and torch.equal(gram, gram.T) and torch.equal(*results)
-        assert torch.allclose(sums.double(), x.double().sum(0), rtol=1e-4, atol=1e-4 * tokens ** 0.5)
+        assert torch.allclose(sums.double(), x.double().sum(0), rtol=1e-4, atol=1e-4 * tokens**0.5)
         assert count.item() == tokens
 
 
@@ -160,8 +160,12 @@ def test_obs_sweep(rows, b, choice):
         pytest.skip("the group does not divide this width")
     h, r = factor_of_inverse(b)
     w = rand(rows, b, seed=3)
-    options = {"mask": dict(mask=rand(rows, b, seed=4) > 0), "k": dict(k=rows * b // 2), "2:4": dict(nm=(2, 4)),
-               "1:5": dict(nm=(1, 5))}[choice]
+    options = {
+        "mask": dict(mask=rand(rows, b, seed=4) > 0),
+        "k": dict(k=rows * b // 2),
+        "2:4": dict(nm=(2, 4)),
+        "1:5": dict(nm=(1, 5)),
+    }[choice]
     got, want = w.clone(), w.double()
     keep, error, loss = ops.obs_sweep(got, r.float(), **options)
     want_keep, want_error, want_loss = reference.obs_sweep(want, r, **options)
@@ -175,8 +179,9 @@ def test_obs_sweep(rows, b, choice):
         assert torch.allclose(got.double(), want, atol=1e-3) and torch.allclose(error.double(), want_error, atol=1e-3)
 
 
-@pytest.mark.parametrize("batch, n, k", [(3, 1, 1), (64, 64, 1), (16, 128, 300), (5, 250, 7), (2, 513, 40),
-                                         (1, 2048, 64)])
+@pytest.mark.parametrize(
+    "batch, n, k", [(3, 1, 1), (64, 64, 1), (16, 128, 300), (5, 250, 7), (2, 513, 40), (1, 2048, 64)]
+)
 def test_cholesky_and_solve(batch, n, k):
     x = rand(batch, 2 * n + 8, n)
     a, b, damping = x.mT @ x / (2 * n + 8), rand(batch, n, k, seed=1), torch.full((batch,), 0.01, device="cuda")
@@ -208,7 +213,7 @@ def test_cholesky_reports_failures(n):
 def test_liar_update(r, c, d, dtype):
     weight, order = rand(r, c, dtype=dtype), torch.randperm(c, generator=torch.Generator().manual_seed(0)).cuda()
     drop, keep = order[:d].sort().values, order[d:].sort().values
-    q, bias, mean = rand(c - d, d, seed=1) / d ** 0.5, rand(r, seed=2), rand(c, seed=3)
+    q, bias, mean = rand(c - d, d, seed=1) / d**0.5, rand(r, seed=2), rand(c, seed=3)
     updated, new_bias = ops.liar_update(weight, keep, drop, q, bias=bias, mean=mean)
     w = weight.double()
     assert relative(updated, w[:, keep] + w[:, drop] @ q.double().T) < 1e-6

@@ -24,10 +24,17 @@ def inputs(tokens, c, dtype, seed=0):
     return ((torch.randn(tokens, c, generator=generator) + 0.5) * scale).to(dtype)
 
 
-@pytest.mark.parametrize("tokens, c, dtype", [
-    (1, 1, torch.float32), (63, 33, torch.bfloat16), (300, 63, torch.float16), (700, 65, torch.bfloat16),
-    (130, 130, torch.float32), (1000, 16, torch.float32),
-])
+@pytest.mark.parametrize(
+    "tokens, c, dtype",
+    [
+        (1, 1, torch.float32),
+        (63, 33, torch.bfloat16),
+        (300, 63, torch.float16),
+        (700, 65, torch.bfloat16),
+        (130, 130, torch.float32),
+        (1000, 16, torch.float32),
+    ],
+)
 def test_gram_matches_float64(tokens, c, dtype):
     x = inputs(tokens, c, dtype)
     start = torch.eye(c) * 3
@@ -88,8 +95,9 @@ def test_gram_is_bitwise_repeatable_and_split_over_launches(monkeypatch):
 
 
 @pytest.mark.parametrize("tma", [True, False])
-@pytest.mark.parametrize("tokens, c, dtype, splits", [(40, 72, torch.bfloat16, 1), (100, 100, torch.float16, 3),
-                                                      (16, 16, torch.bfloat16, 2)])
+@pytest.mark.parametrize(
+    "tokens, c, dtype, splits", [(40, 72, torch.bfloat16, 1), (100, 100, torch.float16, 3), (16, 16, torch.bfloat16, 2)]
+)
 def test_persistent_programs_match_float64(monkeypatch, tma, tokens, c, dtype, splits):
     """Tiles of 128 × 256 in small: parts of tokens, launches, groups of squares, edges; unwritten memory is NaN."""
     monkeypatch.setattr(gram_persistent, "with_tma", lambda device: tma)
@@ -148,8 +156,10 @@ def test_grouped_walk_covers_every_lower_tile_once(monkeypatch, group, c):
     assert torch.equal(gram, gram.T)
 
 
-@pytest.mark.parametrize("cy, cx, dtype, masked", [(33, 70, torch.bfloat16, True), (130, 1, torch.float32, False),
-                                                   (64, 64, torch.float16, False)])
+@pytest.mark.parametrize(
+    "cy, cx, dtype, masked",
+    [(33, 70, torch.bfloat16, True), (130, 1, torch.float32, False), (64, 64, torch.float16, False)],
+)
 def test_cross_gram_matches_float64(cy, cx, dtype, masked):
     y, x = inputs(400, cy, dtype), inputs(400, cx, dtype, seed=2)
     mask = torch.arange(400) % 3 != 0 if masked else None

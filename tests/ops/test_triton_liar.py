@@ -10,8 +10,10 @@ from pyprune import ops
 pytestmark = pytest.mark.usefixtures("interpreter")
 
 
-@pytest.mark.parametrize("r, c, d, dtype", [(70, 90, 33, torch.float32), (33, 17, 16, torch.bfloat16),
-                                            (5, 8, 0, torch.float16), (5, 8, 8, torch.float32)])
+@pytest.mark.parametrize(
+    "r, c, d, dtype",
+    [(70, 90, 33, torch.float32), (33, 17, 16, torch.bfloat16), (5, 8, 0, torch.float16), (5, 8, 8, torch.float32)],
+)
 @pytest.mark.parametrize("with_bias, with_mean", [(True, True), (False, True), (True, False), (False, False)])
 def test_liar_update_matches_float64(r, c, d, dtype, with_bias, with_mean):
     generator = torch.Generator().manual_seed(c + d)
@@ -41,8 +43,9 @@ def test_output_is_preserved_where_dropped_columns_are_linear_in_kept_ones():
     x = torch.cat([kept, kept @ true_q + 2.0], 1)
     weight, bias = torch.randn(9, 17, generator=generator), torch.randn(9, generator=generator)
     with ops.backend("triton"):
-        updated, new_bias = ops.liar_update(weight, torch.arange(12), torch.arange(12, 17), true_q.float(), bias=bias,
-                                            mean=x.mean(0).float())
+        updated, new_bias = ops.liar_update(
+            weight, torch.arange(12), torch.arange(12, 17), true_q.float(), bias=bias, mean=x.mean(0).float()
+        )
     before = x @ weight.double().T + bias.double()
     after = kept @ updated.double().T + new_bias.double()
     assert torch.allclose(after, before, atol=1e-4)

@@ -103,7 +103,7 @@ def check_sweep(rows, b, choice):
     if "k" in choice:
         choice = dict(k=rows * b // 2)
     wide = torch.full((rows, b + 7), 9.0)
-    got, want = wide[:, 3:3 + b], w.clone()
+    got, want = wide[:, 3 : 3 + b], w.clone()
     got.copy_(w)
     with ops.backend("triton"):
         keep, error, loss = ops.obs_sweep(got, r, **choice)
@@ -111,7 +111,7 @@ def check_sweep(rows, b, choice):
     assert torch.equal(keep, want_keep)
     assert torch.allclose(got, want, atol=2e-5) and torch.allclose(error, want_error, atol=2e-5)
     assert torch.allclose(loss, want_loss, rtol=1e-4)
-    assert not got[~keep].any() and (wide[:, :3] == 9).all() and (wide[:, 3 + b:] == 9).all()
+    assert not got[~keep].any() and (wide[:, :3] == 9).all() and (wide[:, 3 + b :] == 9).all()
 
 
 def test_sweep_beats_dropping_without_compensation():

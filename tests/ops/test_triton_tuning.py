@@ -77,6 +77,7 @@ def test_every_op_of_the_contract_has_a_triton_function():
 
 def test_ops_launch_on_the_device_of_their_tensors(monkeypatch):
     """Triton takes the current device and its stream, so every op makes its tensors' device current before anything."""
+
     class Elsewhere(torch.Tensor):
         device = property(lambda self: torch.device("cuda:1"))
 

@@ -75,11 +75,18 @@ def test_liars_moments_wait_for_nothing():
 
 def test_reads_of_a_run_depend_on_blocks_alone():
     """Not on batches: a pass over the calibration data asks the device for nothing."""
+
     def reads(batch_size: int, blocks: int) -> int:
         model = tiny.model("llama", num_hidden_layers=blocks)
         with Seen() as seen:
-            prune(model, calibration=tiny.ids(12, 24), evaluation=Evaluation(enabled=False), progress=False,
-                  batch_size=batch_size, in_place=True)
+            prune(
+                model,
+                calibration=tiny.ids(12, 24),
+                evaluation=Evaluation(enabled=False),
+                progress=False,
+                batch_size=batch_size,
+                in_place=True,
+            )
         return seen.reads
 
     block = reads(12, 3) - reads(12, 2)

@@ -58,38 +58,64 @@ CASES = {
     "sparsity below 0": ([*CALIBRATED, "--sparsity", "-0.5"], r"got -0.5"),
     "sparsity in per cent": ([*CALIBRATED, "--sparsity", "50"], r"got 50.0; did you mean 0.5\?"),
     "sparsity not a number": ([*CALIBRATED, "--sparsity", "half"], "sparsity must be a number.* got 'half'"),
-    "sparsity against N:M": ([*CALIBRATED, "--pattern", "2:4", "--sparsity", "0.3"],
-                             "sparsity 0.3 contradicts pattern '2:4', which is sparsity 0.5"),
+    "sparsity against N:M": (
+        [*CALIBRATED, "--pattern", "2:4", "--sparsity", "0.3"],
+        "sparsity 0.3 contradicts pattern '2:4', which is sparsity 0.5",
+    ),
     "N:M reversed": ([*CALIBRATED, "--pattern", "4:2"], r"did you mean '2:4'\?"),
-    "pattern does not divide": ([*CALIBRATED, "--pattern", "2:5"],
-                                "pattern 2:5 does not divide the 32 inputs of model.layers.0.self_attn.q_proj"),
+    "pattern does not divide": (
+        [*CALIBRATED, "--pattern", "2:5"],
+        "pattern 2:5 does not divide the 32 inputs of model.layers.0.self_attn.q_proj",
+    ),
     "method misspelt": ([*CALIBRATED, "--method", "sparsegtp"], r"did you mean 'sparsegpt'\?"),
-    "config field misspelt": (["prune", "model", "-o", "out", "--config", "misspelt.yaml"],
-                              r"unknown field 'sparsty' in config; did you mean 'sparsity'\?"),
+    "config field misspelt": (
+        ["prune", "model", "-o", "out", "--config", "misspelt.yaml"],
+        r"unknown field 'sparsty' in config; did you mean 'sparsity'\?",
+    ),
     "config not YAML": (["prune", "model", "-o", "out", "--config", "broken.yaml"], "not valid YAML"),
-    "config missing": (["prune", "model", "-o", "out", "--config", "gone.yaml"],
-                       "no such configuration file: gone.yaml"),
-    "text too short": ([*PRUNE, "--calibration", "short.txt"],
-                       "calibration text from short.txt is shorter than one sequence of 512 tokens"),
-    "fewer sequences than asked": ([*PRUNE, "--calibration", "prose.txt", "--seq-len", "300"],
-                                   "8 calibration samples of 300 tokens were asked for, but prose.txt has only 5"),
-    "fewer rows than asked": ([*CALIBRATED, "--num-samples", "64"],
-                              "64 calibration samples were asked for, but ids.npy has 12 rows"),
+    "config missing": (
+        ["prune", "model", "-o", "out", "--config", "gone.yaml"],
+        "no such configuration file: gone.yaml",
+    ),
+    "text too short": (
+        [*PRUNE, "--calibration", "short.txt"],
+        "calibration text from short.txt is shorter than one sequence of 512 tokens",
+    ),
+    "fewer sequences than asked": (
+        [*PRUNE, "--calibration", "prose.txt", "--seq-len", "300"],
+        "8 calibration samples of 300 tokens were asked for, but prose.txt has only 5",
+    ),
+    "fewer rows than asked": (
+        [*CALIBRATED, "--num-samples", "64"],
+        "64 calibration samples were asked for, but ids.npy has 12 rows",
+    ),
     "calibration missing": ([*PRUNE, "--calibration", "gone.txt"], "no such file or folder: gone.txt"),
     "calibration of floats": ([*PRUNE, "--calibration", "floats.npy"], "token ids must be integers, got float64"),
-    "ids outside the vocabulary": ([*PRUNE, "--calibration", "wide.npy"],
-                                   r"token id \d+ in sequence \d+ is outside the model's vocabulary of 104"),
-    "text without a tokenizer": (["prune", "wordless", "-o", "out", "--calibration", "prose.txt"],
-                                 "calibration text needs a tokenizer"),
-    "evaluation text too short": ([*PRUNE, "--calibration", "ids.npy", "--text", "short.txt"],
-                                  "evaluation text from short.txt has 10 tokens, fewer than one window of 128"),
-    "target matches nothing": ([*CALIBRATED, "--targets", "qproj"],
-                               "targets pattern 'qproj' selects no prunable weight: it matches nothing"),
+    "ids outside the vocabulary": (
+        [*PRUNE, "--calibration", "wide.npy"],
+        r"token id \d+ in sequence \d+ is outside the model's vocabulary of 104",
+    ),
+    "text without a tokenizer": (
+        ["prune", "wordless", "-o", "out", "--calibration", "prose.txt"],
+        "calibration text needs a tokenizer",
+    ),
+    "evaluation text too short": (
+        [*PRUNE, "--calibration", "ids.npy", "--text", "short.txt"],
+        "evaluation text from short.txt has 10 tokens, fewer than one window of 128",
+    ),
+    "target matches nothing": (
+        [*CALIBRATED, "--targets", "qproj"],
+        "targets pattern 'qproj' selects no prunable weight: it matches nothing",
+    ),
     "ignore matches nothing": ([*CALIBRATED, "--ignore", "mlp.gate"[::-1]], "ignore pattern 'etag.plm' selects no"),
-    "NaN in weights": (["prune", "nan", "-o", "out", "--calibration", "ids.npy", "--num-samples", "8",
-                        "--no-evaluation"], r"model.layers.1.mlp.up_proj.weight holds nan at \[3, 5\]"),
-    "infinite activations": (["prune", "hot", "-o", "out", "--calibration", "ids.npy", "--num-samples", "8",
-                              "--no-evaluation"], "input of model.layers.1.self_attn.q_proj.weight is -?inf at"),
+    "NaN in weights": (
+        ["prune", "nan", "-o", "out", "--calibration", "ids.npy", "--num-samples", "8", "--no-evaluation"],
+        r"model.layers.1.mlp.up_proj.weight holds nan at \[3, 5\]",
+    ),
+    "infinite activations": (
+        ["prune", "hot", "-o", "out", "--calibration", "ids.npy", "--num-samples", "8", "--no-evaluation"],
+        "input of model.layers.1.self_attn.q_proj.weight is -?inf at",
+    ),
     "device": ([*CALIBRATED, "--device", "warp"], "device 'warp' cannot be used"),
     "no calibration at all": ([*PRUNE, "--num-samples", "0"], "there is nothing to calibrate on"),
     "eval of no causal model": (["eval", "encoder", "--text", "ids.npy"], "does not predict the next token"),
@@ -124,8 +150,13 @@ def test_weights_are_untouched_by_a_refused_run():
     before = {name: p.clone() for name, p in model.state_dict().items()}
     for fields in ({"pattern": "2:5"}, {"targets": ["nothing"]}, {"calibration": tiny.ids(4, 24) + 200}):
         with pytest.raises(ConfigError):
-            pyprune.prune(model, in_place=True, progress=False, evaluation=Evaluation(enabled=False),
-                          **{"calibration": tiny.ids(8, 24), **fields})
+            pyprune.prune(
+                model,
+                in_place=True,
+                progress=False,
+                evaluation=Evaluation(enabled=False),
+                **{"calibration": tiny.ids(8, 24), **fields},
+            )
     assert all(torch.equal(before[name], p) for name, p in model.state_dict().items())
 
 

@@ -29,9 +29,17 @@ def run(device, architecture="llama", **fields):
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen3_moe"])
-@pytest.mark.parametrize("fields", [dict(method="magnitude"), dict(method="wanda"), dict(method="sparsegpt"),
-                                    dict(method="sparsegpt", pattern="2:4"), dict(method="wanda", pattern="4:8"),
-                                    dict(method="sparsegpt", inputs="dense")])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(method="magnitude"),
+        dict(method="wanda"),
+        dict(method="sparsegpt"),
+        dict(method="sparsegpt", pattern="2:4"),
+        dict(method="wanda", pattern="4:8"),
+        dict(method="sparsegpt", inputs="dense"),
+    ],
+)
 def test_masks_are_the_cpus_up_to_ties(architecture, fields):
     cpu, gpu = (run(device, architecture, **fields) for device in ("cpu", DEVICE))
     one, other = cpu.model.state_dict(), gpu.model.state_dict()
@@ -42,9 +50,15 @@ def test_masks_are_the_cpus_up_to_ties(architecture, fields):
         assert b["pruned"] == pytest.approx(a["pruned"], rel=5e-3)
 
 
-@pytest.mark.parametrize("fields", [
-    dict(reconstruct="block"), dict(reconstruct="block", global_propagation=True),
-    dict(reconstruct="cross_block", global_propagation=True), dict(reconstruct="layer", global_propagation=True)])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(reconstruct="block"),
+        dict(reconstruct="block", global_propagation=True),
+        dict(reconstruct="cross_block", global_propagation=True),
+        dict(reconstruct="layer", global_propagation=True),
+    ],
+)
 def test_reconstruction_ends_at_the_cpus_error(fields):
     if fields["reconstruct"] != "layer":
         fields = fields | {"reconstruction": Reconstruction(epochs=2, lr=1e-3, batch_size=4, autocast="float32")}
@@ -72,10 +86,19 @@ def test_smaller_models_are_the_cpus_up_to_rounding(architecture, inputs):
 def test_streamed_gives_the_bytes_of_a_model_in_memory(tmp_path):
     tiny.model("llama").save_pretrained(tmp_path / "dense")
     for stream in ("never", "always"):
-        prune(str(tmp_path / "dense"), device=DEVICE, stream=stream, output=str(tmp_path / stream), progress=False,
-              calibration=tiny.ids(15, 24), evaluation=Evaluation(enabled=False))
-    one, other = ({name: t for path in (tmp_path / stream).glob("*.safetensors") for name, t in load_file(path).items()}
-                  for stream in ("never", "always"))
+        prune(
+            str(tmp_path / "dense"),
+            device=DEVICE,
+            stream=stream,
+            output=str(tmp_path / stream),
+            progress=False,
+            calibration=tiny.ids(15, 24),
+            evaluation=Evaluation(enabled=False),
+        )
+    one, other = (
+        {name: t for path in (tmp_path / stream).glob("*.safetensors") for name, t in load_file(path).items()}
+        for stream in ("never", "always")
+    )
     assert set(one) == set(other) and all(torch.equal(one[name], other[name]) for name in one)
 
 
@@ -85,8 +108,9 @@ def test_a_model_is_refined_to_the_cpus_error(cross):
     for device in ("cpu", DEVICE):
         pruned = run("cpu", method="magnitude", reconstruct="none").model
         settings = Reconstruction(epochs=2, lr=1e-3, batch_size=4, autocast="float32")
-        found[device] = pyprune.refine(pruned, tiny.model("llama"), tiny.ids(12, 24), cross_block=cross, device=device,
-                                       settings=settings)
+        found[device] = pyprune.refine(
+            pruned, tiny.model("llama"), tiny.ids(12, 24), cross_block=cross, device=device, settings=settings
+        )
     for a, b in zip(found["cpu"], found[DEVICE]):
         assert b["after_calibration"] == pytest.approx(a["after_calibration"], rel=2e-2)
 
@@ -95,10 +119,12 @@ def test_the_ring_goes_round_in_these_runs(monkeypatch):
     from pyprune.execution.activation_store import DEPTH, Ring
 
     read, counts = Ring.read, []
+
     def counting(self, items):
         items = list(items)
         counts.append(len(items))
         return read(self, items)
+
     monkeypatch.setattr(Ring, "read", counting)
     run(DEVICE)
     assert counts and max(counts) > DEPTH

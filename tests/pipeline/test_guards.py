@@ -16,8 +16,13 @@ needs_native = pytest.mark.skipif(native._C is None, reason="no native module, s
 
 
 def run(**fields):
-    return prune(tiny.model("llama"), calibration=tiny.ids(12, 24), evaluation=Evaluation(enabled=False),
-                 progress=False, **fields)
+    return prune(
+        tiny.model("llama"),
+        calibration=tiny.ids(12, 24),
+        evaluation=Evaluation(enabled=False),
+        progress=False,
+        **fields,
+    )
 
 
 def spoiled_gram(monkeypatch):
@@ -26,6 +31,7 @@ def spoiled_gram(monkeypatch):
     def gram_update_cpu(gram, x, **options):
         right(gram, x, **options)
         gram[1, 2] += 0.1 * (gram[1, 1] * gram[2, 2]).sqrt()  # one entry, a tenth of what it could be
+
     monkeypatch.setattr(native, "gram_update_cpu", gram_update_cpu)
 
 
@@ -41,6 +47,7 @@ def spoiled_sweep(monkeypatch):
         keep, error, loss = right(w, r, **choice)
         w[0] += 0.01 * keep[0] * w[0].abs().mean()  # hardly more than rounding, in one row
         return keep, error, loss
+
     monkeypatch.setattr(native, "obs_sweep_cpu", obs_sweep_cpu)
 
 
@@ -51,6 +58,7 @@ def spoiled_zeros(monkeypatch):
         keep, error, loss = right(w, r, **choice)
         w[-1, (~keep[-1]).nonzero()[0]] = 1e-3  # one dropped weight of the last row
         return keep, error, loss
+
     monkeypatch.setattr(native, "obs_sweep_cpu", obs_sweep_cpu)
 
 
@@ -102,10 +110,21 @@ def test_a_broken_kernel_is_found_and_the_result_is_the_references(name, monkeyp
 
 
 @needs_native
-@pytest.mark.parametrize("fields", [{}, {"pattern": "2:4"}, {"method": "wanda"}, {"method": "magnitude"},
-                                    {"method": "wanda", "pattern": "4:8", "reconstruct": "refit"},
-                                    {"inputs": "dense", "compute_dtype": "bfloat16"}, {"global_propagation": True},
-                                    {"sparsity": 0.999}, {"sparsity": 0.0}], ids=str)
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"pattern": "2:4"},
+        {"method": "wanda"},
+        {"method": "magnitude"},
+        {"method": "wanda", "pattern": "4:8", "reconstruct": "refit"},
+        {"inputs": "dense", "compute_dtype": "bfloat16"},
+        {"global_propagation": True},
+        {"sparsity": 0.999},
+        {"sparsity": 0.0},
+    ],
+    ids=str,
+)
 def test_right_kernels_pass_their_guards(fields):
     assert not [text for text in run(**fields).report["warnings"] if "wrong result" in text]
 

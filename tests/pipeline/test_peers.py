@@ -145,8 +145,12 @@ def test_a_failed_run_leaves_nothing_that_changes_the_next(monkeypatch):
 
 def test_a_run_reports_progress_over_the_whole_model_and_its_quality(capsys):
     text = tiny.ids(3, 24)
-    result = prune(tiny.model("llama"), progress=True, evaluation=Evaluation(text=text, dtype="float32"),
-                   calibration=Calibration(source=tiny.ids(16, 24), num_samples=12))
+    result = prune(
+        tiny.model("llama"),
+        progress=True,
+        evaluation=Evaluation(text=text, dtype="float32"),
+        calibration=Calibration(source=tiny.ids(16, 24), num_samples=12),
+    )
     err = capsys.readouterr().err
     assert all(f"{i}/3" in err for i in (1, 2, 3)) and "left" in err
     row = result.report["evaluation"][0]

@@ -131,12 +131,15 @@ def count_block_runs(monkeypatch):
     return calls
 
 
-@pytest.mark.parametrize("fields,passes", [
-    (dict(method="magnitude"), [0, 0, 0]),
-    (dict(method="wanda"), [2, 2, 1]),
-    (dict(method="sparsegpt"), [2, 2, 1]),
-    (dict(method="wanda", inputs="dense"), [1, 1, 1]),
-])
+@pytest.mark.parametrize(
+    "fields,passes",
+    [
+        (dict(method="magnitude"), [0, 0, 0]),
+        (dict(method="wanda"), [2, 2, 1]),
+        (dict(method="sparsegpt"), [2, 2, 1]),
+        (dict(method="wanda", inputs="dense"), [1, 1, 1]),
+    ],
+)
 def test_the_fewest_forward_passes(monkeypatch, fields, passes):
     """Two per block (statistics, propagation), one for the last and for dense inputs, none for magnitude."""
     calls = count_block_runs(monkeypatch)
@@ -194,16 +197,21 @@ def test_ragged_and_masked_calibration_counts_no_padding():
     lengths = [24, 24, 24, 24, 24, 16, 16, 16, 16, 16]
     for row, length in enumerate(lengths):
         mask[row, length:] = 0
-    padded = run(tiny.model("llama"), ids=Calibration(source={"input_ids": ids, "attention_mask": mask}, num_samples=10,
-                                                      held_out=0))
-    plain = run(tiny.model("llama"), ids=Calibration(source=[ids[r, :n] for r, n in enumerate(lengths)], num_samples=10,
-                                                     held_out=0))
+    padded = run(
+        tiny.model("llama"),
+        ids=Calibration(source={"input_ids": ids, "attention_mask": mask}, num_samples=10, held_out=0),
+    )
+    plain = run(
+        tiny.model("llama"),
+        ids=Calibration(source=[ids[r, :n] for r, n in enumerate(lengths)], num_samples=10, held_out=0),
+    )
     assert all(torch.equal(a, b) for a, b in zip(state(padded).values(), state(plain).values()))
 
 
 def test_config_object_mapping_and_fields_mean_the_same():
-    config = PruneConfig(method="wanda", sparsity=0.25, calibration=Calibration(num_samples=12, seq_len=24),
-                         evaluation=NO_EVALUATION)
+    config = PruneConfig(
+        method="wanda", sparsity=0.25, calibration=Calibration(num_samples=12, seq_len=24), evaluation=NO_EVALUATION
+    )
     ids = tiny.ids(12, 24)
     by_object = prune(tiny.model("llama"), config, calibration=ids, progress=False)
     by_fields = run(tiny.model("llama"), ids=ids, method="wanda", sparsity=0.25)

@@ -23,8 +23,14 @@ from pyprune.reconstruction.windows import WindowTrainer
 def run(samples=12, model=None, epochs=1, batch_size=4, **fields):
     calibration = Calibration(source=tiny.ids(samples + 2, 16), num_samples=samples, seq_len=16, held_out=2)
     fields.setdefault("reconstruct", "block")
-    return prune(model or tiny.model("llama"), calibration=calibration, evaluation=Evaluation(enabled=False),
-                 progress=False, reconstruction=Reconstruction(epochs=epochs, batch_size=batch_size), **fields)
+    return prune(
+        model or tiny.model("llama"),
+        calibration=calibration,
+        evaluation=Evaluation(enabled=False),
+        progress=False,
+        reconstruction=Reconstruction(epochs=epochs, batch_size=batch_size),
+        **fields,
+    )
 
 
 @pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
@@ -49,8 +55,11 @@ def test_n_m_patterns_survive_reconstruction(method, pattern, n, m):
 
 def test_no_self_generated_data_is_needed_or_made(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(importlib.import_module("pyprune.pipeline.prune"), "generate",
-                        lambda *args, **kwargs: pytest.fail("nothing was asked for"))
+    monkeypatch.setattr(
+        importlib.import_module("pyprune.pipeline.prune"),
+        "generate",
+        lambda *args, **kwargs: pytest.fail("nothing was asked for"),
+    )
     run()
     assert not list(tmp_path.iterdir())
 
@@ -68,8 +77,13 @@ def test_any_number_of_samples_and_any_batch_size(samples, batch_size, forward, 
             seen["hidden"] = torch.cat([d.flatten() for d in self.calibration[0].pruned.data.values()]).clone()
 
     monkeypatch.setattr(WindowTrainer, "advance", watched)
-    result = run(samples, batch_size=batch_size, reconstruct=reconstruct, global_propagation=True,
-                 model=(model := tiny.model("llama")))
+    result = run(
+        samples,
+        batch_size=batch_size,
+        reconstruct=reconstruct,
+        global_propagation=True,
+        model=(model := tiny.model("llama")),
+    )
     steps = -(-samples // batch_size)
     assert result.report["blocks"][1]["training"][0]["steps"] == steps
     assert seen["hidden"].numel() == samples * 16 * model.config.hidden_size
@@ -77,9 +91,19 @@ def test_any_number_of_samples_and_any_batch_size(samples, batch_size, forward, 
 
 
 def test_batches_of_the_forward_passes_do_not_change_the_result():
-    one, many = (prune(tiny.model("llama"), calibration=tiny.ids(7, 16), evaluation=Evaluation(enabled=False),
-                       progress=False, method="magnitude", reconstruct="block", batch_size=b,
-                       reconstruction=Reconstruction(epochs=2, batch_size=4)) for b in (1, 3))
+    one, many = (
+        prune(
+            tiny.model("llama"),
+            calibration=tiny.ids(7, 16),
+            evaluation=Evaluation(enabled=False),
+            progress=False,
+            method="magnitude",
+            reconstruct="block",
+            batch_size=b,
+            reconstruction=Reconstruction(epochs=2, batch_size=4),
+        )
+        for b in (1, 3)
+    )
     for a, b in zip(one.model.parameters(), many.model.parameters()):
         assert torch.equal(a == 0, b == 0) and torch.allclose(a, b, atol=2e-4)
 
@@ -91,8 +115,9 @@ def test_masks_are_chosen_once_and_kept_on_the_second_visit(monkeypatch):
     def watched(self, window, module):
         train(self, window, module)
         for i in window:
-            patterns.setdefault(i, []).append([ref.view(self.run.view.blocks[i]) != 0
-                                               for ref in weights_of(self.run.view.blocks[i])])
+            patterns.setdefault(i, []).append(
+                [ref.view(self.run.view.blocks[i]) != 0 for ref in weights_of(self.run.view.blocks[i])]
+            )
 
     monkeypatch.setattr(WindowTrainer, "_train", watched)
     run(reconstruct="cross_block", global_propagation=True, method="wanda", epochs=3)
@@ -104,15 +129,23 @@ def test_masks_are_chosen_once_and_kept_on_the_second_visit(monkeypatch):
 def test_the_error_reported_is_the_one_of_the_weights_returned():
     """The published loop reports a loss averaged over an epoch whose weights were still moving."""
     ids = tiny.ids(6, 16)
-    result = prune(tiny.model("llama"), calibration=ids, evaluation=Evaluation(enabled=False), progress=False,
-                   reconstruct="block", global_propagation=True, probe_samples=6,
-                   reconstruction=Reconstruction(epochs=2, batch_size=4))
+    result = prune(
+        tiny.model("llama"),
+        calibration=ids,
+        evaluation=Evaluation(enabled=False),
+        progress=False,
+        reconstruct="block",
+        global_propagation=True,
+        probe_samples=6,
+        reconstruction=Reconstruction(epochs=2, batch_size=4),
+    )
     captured = []
     for model in (tiny.model("llama"), result.model):
         with torch.no_grad():
             inner = model.model
-            handle = inner.layers[-1].register_forward_hook(lambda m, a, out: captured.append(
-                out[0] if isinstance(out, tuple) else out))
+            handle = inner.layers[-1].register_forward_hook(
+                lambda m, a, out: captured.append(out[0] if isinstance(out, tuple) else out)
+            )
             inner(ids, use_cache=False)
             handle.remove()
     dense, pruned = captured

@@ -23,8 +23,14 @@ from pyprune.reconstruction.training import Trace
 def test_a_pruned_model_is_refined_with_its_zeros_in_place(cross, propagate):
     pruned = run(method="magnitude", reconstruct="none", pattern="2:4").model
     zeros = {name: p == 0 for name, p in pruned.named_parameters() if p.ndim == 2}
-    rows = pyprune.refine(pruned, tiny.model("llama"), Calibration(source=tiny.ids(24, 24), num_samples=16, seq_len=24,
-                          held_out=8), cross_block=cross, global_propagation=propagate, settings=FAST)
+    rows = pyprune.refine(
+        pruned,
+        tiny.model("llama"),
+        Calibration(source=tiny.ids(24, 24), num_samples=16, seq_len=24, held_out=8),
+        cross_block=cross,
+        global_propagation=propagate,
+        settings=FAST,
+    )
     assert [r["blocks"] for r in rows] == ([[0], [0, 1], [1, 2], [2]] if cross else [[0], [1], [2]])
     assert all(r["after_calibration"] < r["before_calibration"] for r in rows)
     assert all(torch.equal(p == 0, zeros[name]) for name, p in pruned.named_parameters() if p.ndim == 2)
@@ -44,8 +50,14 @@ def test_refining_after_the_run_is_refining_in_the_run():
 
 def test_a_structured_model_is_refined():
     dense = tiny.model("llama")
-    pruned = prune(tiny.model("llama"), pattern="neurons", sparsity=0.5, calibration=tiny.ids(12, 24),
-                   evaluation=Evaluation(enabled=False), progress=False).model
+    pruned = prune(
+        tiny.model("llama"),
+        pattern="neurons",
+        sparsity=0.5,
+        calibration=tiny.ids(12, 24),
+        evaluation=Evaluation(enabled=False),
+        progress=False,
+    ).model
     assert pruned.model.layers[0].mlp.up_proj.weight.shape[0] == dense.model.layers[0].mlp.up_proj.weight.shape[0] // 2
     rows = pyprune.refine(pruned, dense, tiny.ids(12, 24), settings=Reconstruction(epochs=8, batch_size=4, lr=2e-3))
     assert rows[-1]["after_calibration"] < 0.8 * rows[-1]["before_calibration"]
@@ -61,8 +73,11 @@ def test_refining_runs_each_block_no_more_often_than_it_needs(cross, passes, mon
     """Once for the dense targets and once to go on; training apart."""
     pruned = run(method="magnitude", reconstruct="none").model
     counts, forward = [0] * 3, Executor.forward
-    monkeypatch.setattr(Executor, "forward", lambda self, index, *a: (
-        counts.__setitem__(index, counts[index] + len(a[1])), forward(self, index, *a))[1])
+    monkeypatch.setattr(
+        Executor,
+        "forward",
+        lambda self, index, *a: (counts.__setitem__(index, counts[index] + len(a[1])), forward(self, index, *a))[1],
+    )
     pyprune.refine(pruned, tiny.model("llama"), tiny.ids(12, 24), cross_block=cross, settings=FAST)
     assert [count / 12 for count in counts] == passes
 
@@ -71,8 +86,13 @@ def test_refining_runs_each_block_no_more_often_than_it_needs(cross, passes, mon
 def test_selection_by_validation_never_raises_held_out_error(cross):
     """In bfloat16 too, where writing the masters rounds them: errors are those of the weights as written."""
     pruned = run(method="magnitude", reconstruct="none").model.bfloat16()
-    rows = pyprune.refine(pruned, tiny.model("llama").bfloat16(), enough(), cross_block=cross,
-                          settings=Reconstruction(epochs=3, batch_size=4, lr=2e-3, select="validation"))
+    rows = pyprune.refine(
+        pruned,
+        tiny.model("llama").bfloat16(),
+        enough(),
+        cross_block=cross,
+        settings=Reconstruction(epochs=3, batch_size=4, lr=2e-3, select="validation"),
+    )
     assert all(row["after_held_out"] <= row["before_held_out"] for row in rows)
     assert any(row["after_held_out"] < 0.9 * row["before_held_out"] for row in rows)
 
@@ -88,8 +108,9 @@ def test_selection_by_validation_judges_the_weights_written(cross, monkeypatch):
     monkeypatch.setattr("pyprune.pipeline.refine_work.train", spoil)
     pruned = run(method="magnitude", reconstruct="none").model
     before = {name: p.detach().clone() for name, p in pruned.named_parameters()}
-    rows = pyprune.refine(pruned, tiny.model("llama"), enough(), cross_block=cross,
-                          settings=Reconstruction(select="validation"))
+    rows = pyprune.refine(
+        pruned, tiny.model("llama"), enough(), cross_block=cross, settings=Reconstruction(select="validation")
+    )
     assert all(row["after_held_out"] == row["before_held_out"] for row in rows)
     assert equal(before, state_of(pruned))
 
@@ -108,8 +129,13 @@ def test_memory_that_runs_out_is_said_and_changes_nothing():
                 raise torch.OutOfMemoryError("simulated")
 
         pruned.model.layers[0].mlp.down_proj.register_forward_pre_hook(refuse)
-        pyprune.refine(pruned, tiny.model("llama"), Calibration(source=tiny.ids(12, 24), held_out=0), warn=told.append,
-                       settings=Reconstruction(epochs=2, batch_size=4, lr=2e-3, micro_batch_size=micro))
+        pyprune.refine(
+            pruned,
+            tiny.model("llama"),
+            Calibration(source=tiny.ids(12, 24), held_out=0),
+            warn=told.append,
+            settings=Reconstruction(epochs=2, batch_size=4, lr=2e-3, micro_batch_size=micro),
+        )
         results.append((state_of(pruned), told))
     assert equal(results[0][0], results[1][0]) and len(results[0][1]) == 2 and not results[1][1]
 
@@ -141,19 +167,39 @@ def command(*arguments):
     return ended.value.code or 0
 
 
-@pytest.mark.parametrize("pattern, extra", [
-    ("neurons", ["--reconstruct", "liar"]),
-    ("structured", ["--reconstruct", "liar", "--allocation", "global", "--nonstandard", "save"]),
-    ("2:4", ["--method", "wanda"]),
-])
+@pytest.mark.parametrize(
+    "pattern, extra",
+    [
+        ("neurons", ["--reconstruct", "liar"]),
+        ("structured", ["--reconstruct", "liar", "--allocation", "global", "--nonstandard", "save"]),
+        ("2:4", ["--method", "wanda"]),
+    ],
+)
 def test_a_saved_checkpoint_is_refined_on_the_command_line(pattern, extra, folder, ids, tmp_path, capsys):
     """Pruned, saved, refined, saved, loaded: sizes and zeros as they were, errors and perplexity lower, all said."""
     pruned, refined = tmp_path / "pruned", tmp_path / "refined"
     text = ["--calibration", ids, "--num-samples", 16, "--seq-len", 24, "--text", ids]
     assert command("prune", folder, "-o", pruned, "--pattern", pattern, *extra, *text) == 0
     capsys.readouterr()
-    assert command("refine", pruned, "-o", refined, *text, "--epochs", 8, "--lr", 2e-3, "--reconstruction-batch-size",
-                   4, "--select", "validation", "--json") == 0
+    assert (
+        command(
+            "refine",
+            pruned,
+            "-o",
+            refined,
+            *text,
+            "--epochs",
+            8,
+            "--lr",
+            2e-3,
+            "--reconstruction-batch-size",
+            4,
+            "--select",
+            "validation",
+            "--json",
+        )
+        == 0
+    )
     found = json.loads(capsys.readouterr().out)
     assert found["dense"] == str(folder), "the dense model is what pruning.json names"
     last = found["windows"][-1]

@@ -23,8 +23,12 @@ from pyprune.pipeline.refine_checkpoint import refine_checkpoint
 from pyprune.pipeline.refine_work import RefineWork
 
 KINDS = {"masked": dict(method="wanda", pattern="2:4"), "smaller": dict(pattern="neurons", sparsity=0.5)}
-WAYS = {"BR": dict(), "BR without GP": dict(global_propagation=False), "CR": dict(cross_block=True),
-        "CR without GP": dict(cross_block=True, global_propagation=False)}
+WAYS = {
+    "BR": dict(),
+    "BR without GP": dict(global_propagation=False),
+    "CR": dict(cross_block=True),
+    "CR without GP": dict(cross_block=True, global_propagation=False),
+}
 TEXT = Evaluation(text=tiny.ids(3, 24), dtype="float32")
 
 
@@ -34,32 +38,43 @@ def pruned(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pruned")
     dense = source(folder / "dense")
     for kind, fields in KINDS.items():
-        prune(dense, output=str(folder / kind), calibration=tiny.ids(12, 24), evaluation=Evaluation(enabled=False),
-              progress=False, **fields)
+        prune(
+            dense,
+            output=str(folder / kind),
+            calibration=tiny.ids(12, 24),
+            evaluation=Evaluation(enabled=False),
+            progress=False,
+            **fields,
+        )
     return folder
 
 
 def refined(pruned, output, kind="masked", **fields):
     calibration = Calibration(source=tiny.ids(20, 24), num_samples=12, seq_len=24, held_out=8)
-    return refine_checkpoint(pruned / kind, output, calibration=calibration, evaluation=TEXT, settings=FAST,
-                             progress=False, **fields)
+    return refine_checkpoint(
+        pruned / kind, output, calibration=calibration, evaluation=TEXT, settings=FAST, progress=False, **fields
+    )
 
 
 def plain(found: dict) -> dict:
     """What must not depend on how a run went."""
-    return {"windows": [{k: v for k, v in row.items() if k != "seconds"} for row in found["windows"]],
-            "perplexity": [[row[name] for name in ("dense", "pruned", "refined")] for row in found["evaluation"]]}
+    return {
+        "windows": [{k: v for k, v in row.items() if k != "seconds"} for row in found["windows"]],
+        "perplexity": [[row[name] for name in ("dense", "pruned", "refined")] for row in found["evaluation"]],
+    }
 
 
 @pytest.fixture(scope="module")
 def whole(pruned, tmp_path_factory):
     """Uninterrupted runs in memory, by kind and way."""
     made = {}
+
     def get(kind, way):
         if (kind, way) not in made:
             folder = tmp_path_factory.mktemp("whole") / "out"
             made[kind, way] = folder, refined(pruned, folder, kind, stream="never", **WAYS[way])
         return made[kind, way]
+
     return get
 
 
@@ -84,16 +99,19 @@ def test_an_interrupted_refinement_resumes_to_the_same_bytes(way, stopped, prune
     assert not (output / ".pyprune").exists()
 
 
-@pytest.mark.parametrize("kind, way", [("masked", "BR"), ("masked", "CR without GP"), ("smaller", "CR"),
-                                       ("smaller", "BR without GP")])
+@pytest.mark.parametrize(
+    "kind, way", [("masked", "BR"), ("masked", "CR without GP"), ("smaller", "CR"), ("smaller", "BR without GP")]
+)
 def test_streamed_and_in_memory_give_the_same_weights(kind, way, pruned, whole, tmp_path, monkeypatch):
     """Never more than the window's blocks of the pruned model at a time, nor than one more of the dense one."""
     most = {"smaller": 0, "dense": 0}
     acquire = Streamed.acquire
+
     def counted(self, index):
         acquire(self, index)
         name = "dense" if self.files.folder.name == "dense" else "smaller"
         most[name] = max(most[name], len(self._present))
+
     monkeypatch.setattr(Streamed, "acquire", counted)
     found = refined(pruned, tmp_path / "out", kind, stream="always", **WAYS[way])
     folder, reference = whole(kind, way)
@@ -106,7 +124,8 @@ def test_streamed_and_in_memory_give_the_same_weights(kind, way, pruned, whole, 
     assert most == {"smaller": blocks, "dense": blocks if "without" in way else 1}
     model = pyprune.load(tmp_path / "out").model
     assert pyprune.evaluate(model, TEXT.text, dtype="float32")["perplexity"] == pytest.approx(
-        found["evaluation"][0]["refined"], rel=1e-5)
+        found["evaluation"][0]["refined"], rel=1e-5
+    )
 
 
 def test_a_streamed_refinement_resumes(pruned, whole, tmp_path, stop_after):  # noqa: F811
@@ -155,17 +174,36 @@ def test_a_failed_refinement_leaves_no_folder(pruned, tmp_path):
 
 def test_ctrl_c_stops_between_blocks_and_the_command_goes_on(pruned, tmp_path, capsys, monkeypatch):
     np.save(tmp_path / "ids.npy", tiny.ids(20, 24).numpy())
-    arguments = ["refine", pruned / "masked", "-o", tmp_path / "out", "--calibration", tmp_path / "ids.npy",
-                 "--num-samples", 12, "--seq-len", 24, "--no-evaluation", "--epochs", 2, "--lr", 2e-3,
-                 "--memory-budget-gb", 1e-6]
+    arguments = [
+        "refine",
+        pruned / "masked",
+        "-o",
+        tmp_path / "out",
+        "--calibration",
+        tmp_path / "ids.npy",
+        "--num-samples",
+        12,
+        "--seq-len",
+        24,
+        "--no-evaluation",
+        "--epochs",
+        2,
+        "--lr",
+        2e-3,
+        "--memory-budget-gb",
+        1e-6,
+    ]
     window = RefineWork._window
+
     def interrupted(self, blocks):
         os.kill(os.getpid(), signal.SIGINT)
         return window(self, blocks)
+
     def command(*arguments):
         with pytest.raises(SystemExit) as ended:
             commands.main([str(a) for a in arguments])
         return ended.value.code or 0
+
     assert threading.current_thread() is threading.main_thread()
     monkeypatch.setattr(RefineWork, "_window", interrupted)
     assert command(*arguments) == 130

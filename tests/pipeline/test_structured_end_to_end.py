@@ -20,8 +20,16 @@ IDS = tiny.ids(20, 24, seed=5)
 
 
 def run(model, pattern="structured", sparsity=0.5, calibration=IDS, structured=None, **fields):
-    return pyprune.prune(model, pattern=pattern, sparsity=sparsity, calibration=calibration, progress=False,
-                         evaluation={"enabled": False}, structured=structured or {}, **fields)
+    return pyprune.prune(
+        model,
+        pattern=pattern,
+        sparsity=sparsity,
+        calibration=calibration,
+        progress=False,
+        evaluation={"enabled": False},
+        structured=structured or {},
+        **fields,
+    )
 
 
 def logits(model, ids=None):
@@ -162,8 +170,10 @@ def test_liar_beats_bias_beats_nothing(architecture, inputs):
     """Output error against the dense model on text that nothing was fitted on."""
     dense = tiny.model(architecture)
     ids, calibration = tiny.ids(16, 24, seed=99), tiny.ids(200, 24, seed=5)
-    none, bias, liar = (drift(run(dense, "neurons", 0.25, calibration, reconstruct=m, inputs=inputs).model, dense, ids)
-                        for m in ("none", "bias", "liar"))
+    none, bias, liar = (
+        drift(run(dense, "neurons", 0.25, calibration, reconstruct=m, inputs=inputs).model, dense, ids)
+        for m in ("none", "bias", "liar")
+    )
     assert liar < bias < none
 
 
@@ -222,8 +232,9 @@ def test_same_seed_same_bits():
 def test_few_tokens_work_and_warn():
     result = run(tiny.model("llama"), "neurons", calibration=tiny.ids(2, 8))
     assert bool(torch.isfinite(logits(result.model)).all())
-    assert any("calibration tokens for 32 kept columns" in w or "LIAR was not used" in w
-               for w in result.report["warnings"])
+    assert any(
+        "calibration tokens for 32 kept columns" in w or "LIAR was not used" in w for w in result.report["warnings"]
+    )
 
 
 def test_ignored_block_stays_dense(tmp_path):

@@ -19,8 +19,14 @@ from pyprune.structured.moments import Split
 
 
 def run(model, output, **fields):
-    settings = {"pattern": "structured", "sparsity": 0.5, "reconstruct": "liar", "calibration": tiny.ids(15, 24),
-                "evaluation": Evaluation(text=tiny.ids(3, 24)), **fields}
+    settings = {
+        "pattern": "structured",
+        "sparsity": 0.5,
+        "reconstruct": "liar",
+        "calibration": tiny.ids(15, 24),
+        "evaluation": Evaluation(text=tiny.ids(3, 24)),
+        **fields,
+    }
     return prune(str(model), output=str(output), progress=False, **settings)
 
 
@@ -141,10 +147,12 @@ def test_moments_of_two_processes_are_those_of_all_tokens(weighted):
     e = torch.randn(90, 3, generator=generator) - 2
     held = torch.arange(90) % 5 == 4
     w = torch.rand(90, generator=generator) + 0.1 if weighted else None
+
     def part(rows):
         split = Split.make(7, 3)
         split.update(x[rows], held[rows], e[rows], None if w is None else w[rows])
         return split
+
     parts, whole, world = [part(slice(0, 40)), part(slice(40, 90))], part(slice(0, 90)), Threads()
     threads = [threading.Thread(target=one.sum_over, args=(world,)) for one in parts]
     for thread in threads:

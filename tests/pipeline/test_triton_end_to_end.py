@@ -17,14 +17,27 @@ pytestmark = pytest.mark.usefixtures("interpreter")
 def pruned(backend, method, **fields):
     model = tiny.model("llama", num_hidden_layers=2)
     with ops.backend(backend):
-        result = prune(model, calibration=tiny.ids(6, 24), evaluation=Evaluation(enabled=False), progress=False,
-                       backend=backend, method=method, **fields)
+        result = prune(
+            model,
+            calibration=tiny.ids(6, 24),
+            evaluation=Evaluation(enabled=False),
+            progress=False,
+            backend=backend,
+            method=method,
+            **fields,
+        )
     return result.model.state_dict()
 
 
-@pytest.mark.parametrize("method, fields", [
-    ("wanda", dict(pattern="2:4")), ("sparsegpt", dict(sparsity=0.5)), ("sparsegpt", dict(pattern="2:4")),
-], ids=str)
+@pytest.mark.parametrize(
+    "method, fields",
+    [
+        ("wanda", dict(pattern="2:4")),
+        ("sparsegpt", dict(sparsity=0.5)),
+        ("sparsegpt", dict(pattern="2:4")),
+    ],
+    ids=str,
+)
 def test_same_masks_as_the_reference(monkeypatch, method, fields):
     chosen: dict[tuple[str, str, str], object] = {}
     monkeypatch.setattr(ops, "_chosen", chosen)  # op, device and back-end of what ran

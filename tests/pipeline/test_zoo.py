@@ -28,8 +28,9 @@ def name(request):
 
 
 def pruned(model, **fields):
-    return pyprune.prune(model, calibration=IDS, evaluation={"enabled": False}, progress=False, probe_samples=0,
-                         **fields)
+    return pyprune.prune(
+        model, calibration=IDS, evaluation={"enabled": False}, progress=False, probe_samples=0, **fields
+    )
 
 
 def same_after_reload(name: str, result, folder) -> None:
@@ -59,8 +60,9 @@ def test_the_zoo_is_wide():
     assert len(zoo.HERE) >= 50
 
 
-@pytest.mark.parametrize("method, pattern", [("wanda", "unstructured"), ("sparsegpt", "unstructured"),
-                                             ("sparsegpt", "2:4")])
+@pytest.mark.parametrize(
+    "method, pattern", [("wanda", "unstructured"), ("sparsegpt", "unstructured"), ("sparsegpt", "2:4")]
+)
 def test_masks_and_weights_are_the_reference_s(name, method, pattern, tmp_path):
     model = zoo.build(name)
     result = pruned(model, method=method, pattern=pattern, sparsity=0.5)
@@ -97,8 +99,14 @@ def test_masks_and_weights_are_the_reference_s(name, method, pattern, tmp_path):
 
 def test_neurons_are_removed_and_repaired_as_by_the_reference(name, tmp_path):
     model = zoo.build(name)
-    fields = dict(pattern="neurons", criterion="wifv", sparsity=0.5, inputs="dense", reconstruct="liar",
-                  structured=dict(token_weights="uniform", damping=DAMPING, nonstandard="save"))
+    fields = dict(
+        pattern="neurons",
+        criterion="wifv",
+        sparsity=0.5,
+        inputs="dense",
+        reconstruct="liar",
+        structured=dict(token_weights="uniform", damping=DAMPING, nonstandard="save"),
+    )
     if name in SHARED:
         with pytest.raises(ConfigError, match="'neurons' cannot be pruned in .*: blocks of .* applied several times"):
             pruned(model, **fields)

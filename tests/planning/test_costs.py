@@ -24,15 +24,46 @@ def selected(view):
 
 LLAMA = dict(architectures=["LlamaForCausalLM"])
 GIANTS = {
-    "70B": (transformers.LlamaConfig(vocab_size=128256, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80,
-                                     num_attention_heads=64, num_key_value_heads=8, **LLAMA), 70.6e9),
-    "405B": (transformers.LlamaConfig(vocab_size=128256, hidden_size=16384, intermediate_size=53248,
-                                      num_hidden_layers=126, num_attention_heads=128, num_key_value_heads=8, **LLAMA),
-             405.9e9),
-    "235B experts": (transformers.Qwen3MoeConfig(
-        vocab_size=151936, hidden_size=4096, intermediate_size=12288, moe_intermediate_size=1536, num_hidden_layers=94,
-        num_attention_heads=64, num_key_value_heads=4, head_dim=128, num_experts=128, num_experts_per_tok=8,
-        architectures=["Qwen3MoeForCausalLM"]), 235.1e9),
+    "70B": (
+        transformers.LlamaConfig(
+            vocab_size=128256,
+            hidden_size=8192,
+            intermediate_size=28672,
+            num_hidden_layers=80,
+            num_attention_heads=64,
+            num_key_value_heads=8,
+            **LLAMA,
+        ),
+        70.6e9,
+    ),
+    "405B": (
+        transformers.LlamaConfig(
+            vocab_size=128256,
+            hidden_size=16384,
+            intermediate_size=53248,
+            num_hidden_layers=126,
+            num_attention_heads=128,
+            num_key_value_heads=8,
+            **LLAMA,
+        ),
+        405.9e9,
+    ),
+    "235B experts": (
+        transformers.Qwen3MoeConfig(
+            vocab_size=151936,
+            hidden_size=4096,
+            intermediate_size=12288,
+            moe_intermediate_size=1536,
+            num_hidden_layers=94,
+            num_attention_heads=64,
+            num_key_value_heads=4,
+            head_dim=128,
+            num_experts=128,
+            num_experts_per_tok=8,
+            architectures=["Qwen3MoeForCausalLM"],
+        ),
+        235.1e9,
+    ),
 }
 
 
@@ -57,7 +88,11 @@ def test_experts_have_inputs_of_their_own():
     view = view_of(config)
     found = inputs_of(view, view.blocks[0], weights_of(view.blocks[0]))
     assert sorted(found, key=lambda x: (x.count, x.width)) == [
-        Input(4096), Input(8192), Input(1536, 128, 8 / 128), Input(4096, 128, 8 / 128)]
+        Input(4096),
+        Input(8192),
+        Input(1536, 128, 8 / 128),
+        Input(4096, 128, 8 / 128),
+    ]
     work = work_of(view, selected(view), PruneConfig())
     attention, expert = 2 * 4096 * 8192 + 2 * 4096 * 512, 3 * 4096 * 1536
     assert work.forward == 2 * (attention + 8 * expert + 128 * 4096), "eight of 128 experts, and the router"
@@ -65,8 +100,15 @@ def test_experts_have_inputs_of_their_own():
 
 
 def test_statistics_and_solves_are_counted_as_the_mathematics_has_them():
-    config = transformers.LlamaConfig(vocab_size=96, hidden_size=64, intermediate_size=160, num_hidden_layers=2,
-                                      num_attention_heads=4, num_key_value_heads=2, **LLAMA)
+    config = transformers.LlamaConfig(
+        vocab_size=96,
+        hidden_size=64,
+        intermediate_size=160,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        **LLAMA,
+    )
     view = view_of(config)
     found = inputs_of(view, view.blocks[0], weights_of(view.blocks[0]))
     assert sorted(x.width for x in found) == [64, 64, 64, 160] and all(x.count == 1 for x in found)
@@ -86,12 +128,15 @@ def test_statistics_and_solves_are_counted_as_the_mathematics_has_them():
 
 
 def test_memory_is_that_of_the_moment_that_needs_most():
-    config = transformers.LlamaConfig(vocab_size=96, hidden_size=64, intermediate_size=160, num_hidden_layers=4,
-                                      num_attention_heads=4, **LLAMA)
+    config = transformers.LlamaConfig(
+        vocab_size=96, hidden_size=64, intermediate_size=160, num_hidden_layers=4, num_attention_heads=4, **LLAMA
+    )
     view = view_of(config)
+
     def peak(budget=float("inf"), **fields):
         settings = PruneConfig(calibration=Calibration(num_samples=8, seq_len=64), **fields)
         return memory_of(view, selected(view), settings, torch.bfloat16, streamed=False, gpu=False, budget=budget)[0]
+
     fitted = peak(evaluation=Evaluation(enabled=False))
     assert "batches" in fitted and "activations" in fitted and "evaluation" not in fitted
     measured = peak(evaluation=Evaluation(batch_size=256))

@@ -26,7 +26,8 @@ RUNS = {
     "sparsegpt 2:4, dense inputs": dict(pattern="2:4", inputs="dense"),
     "layer": dict(method="wanda", reconstruct="layer"),
     "layer, validated on dense inputs": dict(
-        reconstruct="layer", inputs="dense", probe_samples=1, reconstruction=Reconstruction(select="validation")),
+        reconstruct="layer", inputs="dense", probe_samples=1, reconstruction=Reconstruction(select="validation")
+    ),
     "refit towards the dense stream": dict(reconstruct="refit", global_propagation=True),
     "block": dict(reconstruct="block", reconstruction=TRAINED),
     "block GP": dict(reconstruct="block", global_propagation=True, reconstruction=TRAINED),
@@ -38,10 +39,16 @@ RUNS = {
     "liar both, dense inputs": dict(LIAR, pattern="structured", inputs="dense"),
     "liar neurons, dense inputs": dict(LIAR, pattern="neurons", inputs="dense"),
     "liar to several sparsities": dict(LIAR, pattern="neurons", sparsity=[0.25, 0.5]),
-    "scores alone": dict(pattern="structured", criterion="wifv", sparsity=0.5, reconstruct="none",
-                         structured={"token_weights": "uniform"}),
-    "shared out": dict(LIAR, pattern="neurons", structured={
-        "token_weights": "uniform", "allocation": "global", "nonstandard": "pad"}),
+    "scores alone": dict(
+        pattern="structured",
+        criterion="wifv",
+        sparsity=0.5,
+        reconstruct="none",
+        structured={"token_weights": "uniform"},
+    ),
+    "shared out": dict(
+        LIAR, pattern="neurons", structured={"token_weights": "uniform", "allocation": "global", "nonstandard": "pad"}
+    ),
     "random neurons": dict(pattern="neurons", criterion="random", sparsity=0.5, reconstruct="none"),
 }
 
@@ -97,7 +104,14 @@ def test_a_run_makes_the_passes_and_keeps_the_streams_that_its_plan_counts(monke
 
 def test_held_activations_are_counted_by_the_streams():
     settings = Calibration(num_samples=10, seq_len=100)
-    for name, streams in (("magnitude", 0), ("wanda", 1), ("block GP", 2), ("cross", 3), ("liar neurons", 2),
-                          ("liar both", 3), ("liar both, dense inputs", 1)):
+    for name, streams in (
+        ("magnitude", 0),
+        ("wanda", 1),
+        ("block GP", 2),
+        ("cross", 3),
+        ("liar neurons", 2),
+        ("liar both", 3),
+        ("liar both, dense inputs", 1),
+    ):
         fields = {**RUNS[name], "probe_samples": 0, "calibration": settings if streams else Calibration()}
         assert activation_bytes(from_dict(PruneConfig, fields), 32, torch.float32) == streams * 10 * 100 * 32 * 4

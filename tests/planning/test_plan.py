@@ -29,8 +29,14 @@ def test_the_plan_names_what_the_run_prunes(tmp_path, architecture):
     model.save_pretrained(tmp_path)
     ignore = ["*.1.*"]  # the second block
     found = pyprune.plan(PruneConfig(model=str(tmp_path), ignore=ignore, calibration=Calibration(seq_len=24)))
-    result = pyprune.prune(str(tmp_path), calibration=tiny.ids(6, 24), evaluation=Evaluation(enabled=False),
-                           method="magnitude", progress=False, ignore=ignore)
+    result = pyprune.prune(
+        str(tmp_path),
+        calibration=tiny.ids(6, 24),
+        evaluation=Evaluation(enabled=False),
+        method="magnitude",
+        progress=False,
+        ignore=ignore,
+    )
     planned = {row["name"]: row["shape"] for row in found["weights"] if row["prune"]}
     assert planned == {row["name"]: row["shape"] for row in result.report["weights"]}
     assert found["coverage"] == result.report["coverage"]
@@ -48,8 +54,15 @@ def test_flops_are_those_of_the_passes(tmp_path):
     matrices = sum(p.numel() for p in model.model.layers.parameters() if p.ndim == 2)
 
     def flops(**fields):
-        return pyprune.plan({"model": str(tmp_path), "evaluation": {"enabled": False}, "probe_samples": 0,
-                             "calibration": {"num_samples": 10, "seq_len": 100}, **fields})["flops"]
+        return pyprune.plan(
+            {
+                "model": str(tmp_path),
+                "evaluation": {"enabled": False},
+                "probe_samples": 0,
+                "calibration": {"num_samples": 10, "seq_len": 100},
+                **fields,
+            }
+        )["flops"]
 
     assert flops(method="wanda")["forward"] == 2 * 2 * 1000 * matrices, "statistics and propagation: two passes"
     assert flops(method="wanda", inputs="dense")["forward"] == 2 * 1000 * matrices
@@ -69,10 +82,17 @@ def test_command_prints_and_stops(tmp_path, folder, capsys):
     with pytest.raises(SystemExit):
         commands.main(arguments)
     out = capsys.readouterr().out
-    for text in ("self_attn.v_proj.weight", "no: not among targets, or ignored", "64×32", "sparsegpt 2:4",
-                 "loaded whole: they fit into memory", "2 per block (statistics, propagation), over 64 sequences",
-                 "none: everything is computed on the CPU" if not torch.cuda.is_available() else "device memory",
-                 "while running", "time           about"):
+    for text in (
+        "self_attn.v_proj.weight",
+        "no: not among targets, or ignored",
+        "64×32",
+        "sparsegpt 2:4",
+        "loaded whole: they fit into memory",
+        "2 per block (statistics, propagation), over 64 sequences",
+        "none: everything is computed on the CPU" if not torch.cuda.is_available() else "device memory",
+        "while running",
+        "time           about",
+    ):
         assert text in out
 
 
@@ -85,9 +105,14 @@ def test_what_does_not_fit_is_said(folder, capsys):
     assert warnings == ["more host memory is needed than is free", "more disk is needed than is free"]
 
 
-@pytest.mark.parametrize("fields, reason", [
-    ({}, "they fit into memory"), ({"stream": "never"}, "stream is never"),
-    ({"stream": "always", "output": "out"}, "stream is always")])
+@pytest.mark.parametrize(
+    "fields, reason",
+    [
+        ({}, "they fit into memory"),
+        ({"stream": "never"}, "stream is never"),
+        ({"stream": "always", "output": "out"}, "stream is always"),
+    ],
+)
 def test_whether_weights_stream_is_said_with_the_reason(folder, tmp_path, fields, reason):
     if "output" in fields:
         fields = {**fields, "output": str(tmp_path / "out")}
@@ -103,17 +128,22 @@ def test_files_that_cannot_be_streamed_are_looked_at(tmp_path):
     for file in (tmp_path / "experts").glob("*.safetensors"):
         file.unlink()
     found = pyprune.plan({"model": str(tmp_path / "experts"), "stream": "always", "output": str(tmp_path / "out")})
-    assert found["streamed_because"] == "stream is always; if the names in their files, which are not here, are the " \
-                                        "model's"
+    assert (
+        found["streamed_because"] == "stream is always; if the names in their files, which are not here, are the "
+        "model's"
+    )
 
 
-@pytest.mark.parametrize(("fields", "sentence"), [
-    ({"pattern": "2:5"}, "pattern 2:5 does not divide the 32 inputs of model.layers.0.self_attn.q_proj.weight"),
-    ({"targets": ["nothing"]}, "targets pattern 'nothing' selects no prunable weight"),
-    ({"model": "./nowhere"}, "unknown model './nowhere'"),
-    ({"model": None}, "no model"),
-    ({"device": "warp"}, "device 'warp' cannot be used"),
-])
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"pattern": "2:5"}, "pattern 2:5 does not divide the 32 inputs of model.layers.0.self_attn.q_proj.weight"),
+        ({"targets": ["nothing"]}, "targets pattern 'nothing' selects no prunable weight"),
+        ({"model": "./nowhere"}, "unknown model './nowhere'"),
+        ({"model": None}, "no model"),
+        ({"device": "warp"}, "device 'warp' cannot be used"),
+    ],
+)
 def test_refusals_are_those_of_the_run(folder, fields, sentence):
     with pytest.raises(ConfigError, match=sentence):
         pyprune.plan({"model": str(folder), **fields})
@@ -156,37 +186,56 @@ print(json.dumps([grown, found["memory_bytes"]]))
 
 @pytest.mark.parametrize("stream", ["never", "always"])
 def test_memory_is_within_a_quarter_of_a_real_run(tmp_path, stream):
-    config = transformers.LlamaConfig(vocab_size=8000, hidden_size=512, intermediate_size=1408, num_hidden_layers=6,
-                                      num_attention_heads=8, max_position_embeddings=512)
+    config = transformers.LlamaConfig(
+        vocab_size=8000,
+        hidden_size=512,
+        intermediate_size=1408,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        max_position_embeddings=512,
+    )
     torch.manual_seed(0)
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "dense")
     # every matrix in a mapping of its own: what is freed is given back, so that the peak is the run's, not the heap's
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "262144"}
     support = str(Path(__file__).parents[1] / "support")
-    made = subprocess.run([sys.executable, "-c", MEASURED, support, str(tmp_path), stream],
-                          text=True, capture_output=True, timeout=240, env=environment)
+    made = subprocess.run(
+        [sys.executable, "-c", MEASURED, support, str(tmp_path), stream],
+        text=True,
+        capture_output=True,
+        timeout=240,
+        env=environment,
+    )
     assert made.returncode == 0, made.stderr[-3000:]
     grown, planned = json.loads(made.stdout.splitlines()[-1])
     print(f"grown by {grown / 1e6:.0f} MB; planned", {part: round(size / 1e6) for part, size in planned.items()})
     assert planned["total"] - planned["process"] == pytest.approx(grown, rel=0.25)
 
 
-@pytest.mark.parametrize("pattern, inputs, reconstruct, passes", [
-    ("neurons", "propagated", "liar", {"statistics": 1, "propagation": 1, "dense": 1}),
-    ("structured", "propagated", "liar", {"statistics": 2, "propagation": 1, "dense": 1}),
-    ("structured", "dense", "liar", {"statistics": 1, "propagation": 0, "dense": 0}),
-    ("heads", "propagated", "none", {"statistics": 0, "propagation": 0, "dense": 0})])
-def test_a_structured_plan_names_what_the_run_cuts_and_its_passes(tmp_path, monkeypatch, pattern, inputs, reconstruct,
-                                                                 passes):
+@pytest.mark.parametrize(
+    "pattern, inputs, reconstruct, passes",
+    [
+        ("neurons", "propagated", "liar", {"statistics": 1, "propagation": 1, "dense": 1}),
+        ("structured", "propagated", "liar", {"statistics": 2, "propagation": 1, "dense": 1}),
+        ("structured", "dense", "liar", {"statistics": 1, "propagation": 0, "dense": 0}),
+        ("heads", "propagated", "none", {"statistics": 0, "propagation": 0, "dense": 0}),
+    ],
+)
+def test_a_structured_plan_names_what_the_run_cuts_and_its_passes(
+    tmp_path, monkeypatch, pattern, inputs, reconstruct, passes
+):
     tiny.model("llama").save_pretrained(tmp_path / "model")
-    fields = dict(pattern=pattern, inputs=inputs, reconstruct=reconstruct, sparsity=0.5, criterion="wifv",
-                  probe_samples=0) | (dict(criterion="magnitude") if reconstruct == "none" else {})
+    fields = dict(
+        pattern=pattern, inputs=inputs, reconstruct=reconstruct, sparsity=0.5, criterion="wifv", probe_samples=0
+    ) | (dict(criterion="magnitude") if reconstruct == "none" else {})
     found = pyprune.plan({"model": str(tmp_path / "model"), **fields})
     counts = Counter()
     forward = Executor.forward
+
     def counting(self, index, module, hidden, beside):
         counts[index, len(hidden)] += 1
         return forward(self, index, module, hidden, beside)
+
     monkeypatch.setattr(Executor, "forward", counting)
     reads = dict(calibration=tiny.ids(4, 16), batch_size=4) if any(passes.values()) else {}
     result = pyprune.prune(str(tmp_path / "model"), evaluation={"enabled": False}, progress=False, **reads, **fields)
@@ -201,8 +250,10 @@ def test_a_structured_plan_names_what_the_run_cuts_and_its_passes(tmp_path, monk
 @pytest.fixture
 def little_memory(monkeypatch):
     """A machine with so many bytes free."""
+
     def free(size: int) -> None:
         monkeypatch.setattr(unopened, "available_memory", lambda: size)
+
     return free
 
 
@@ -220,9 +271,17 @@ def test_the_plan_streams_where_the_run_does(tmp_path, little_memory, kind, free
         torch.save(model.state_dict(), path / "pytorch_model.bin")
         (path / "model.safetensors").unlink()
     if kind == "smaller":
-        pyprune.prune(str(path), output=str(tmp_path / "sized"), pattern="neurons", criterion="wifv", sparsity=0.5,
-                      structured={"allocation": "global", "nonstandard": "save"}, calibration=tiny.ids(4, 16),
-                      evaluation={"enabled": False}, progress=False)
+        pyprune.prune(
+            str(path),
+            output=str(tmp_path / "sized"),
+            pattern="neurons",
+            criterion="wifv",
+            sparsity=0.5,
+            structured={"allocation": "global", "nonstandard": "save"},
+            calibration=tiny.ids(4, 16),
+            evaluation={"enabled": False},
+            progress=False,
+        )
         path = tmp_path / "sized"
     if kind == "no output":
         del fields["output"]
@@ -233,9 +292,15 @@ def test_the_plan_streams_where_the_run_does(tmp_path, little_memory, kind, free
     config = override(None, {"model": str(path), **fields})
     streamed, why = unopened.Unopened(config.model, config.dtype).streams(config.stream, why_not_streamed(config))
     assert open_model(config).weights.streamed == streamed
-    reasons = {"plain": "are more than half of the", "wider": "are more than half of the", "experts": "names are not",
-               "smaller": "sizes of their own", "no output": "needs an output folder", "pickled": "safetensors files",
-               "several sparsities": "several models at once"}
+    reasons = {
+        "plain": "are more than half of the",
+        "wider": "are more than half of the",
+        "experts": "names are not",
+        "smaller": "sizes of their own",
+        "no output": "needs an output folder",
+        "pickled": "safetensors files",
+        "several sparsities": "several models at once",
+    }
     tight = free < 2 and kind != "smaller"  # which is smaller than the dense one, and fits
     if kind == "smaller":
         little_memory(size // 2)

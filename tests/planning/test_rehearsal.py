@@ -25,29 +25,46 @@ def selected(view):
 
 
 LLAMA = dict(architectures=["LlamaForCausalLM"])
+
+
 @pytest.mark.parametrize("fields", [dict(), dict(method="wanda", pattern="2:4")])
 def test_the_estimate_is_within_a_quarter_of_a_real_run(fields, monkeypatch):
     """In CPU seconds of one thread, each the least of three: what else the machine does only ever adds."""
     monkeypatch.setattr(time, "perf_counter", time.process_time)
-    config = transformers.LlamaConfig(vocab_size=2000, hidden_size=256, intermediate_size=688, num_hidden_layers=8,
-                                      num_attention_heads=4, max_position_embeddings=512, **LLAMA)
+    config = transformers.LlamaConfig(
+        vocab_size=2000,
+        hidden_size=256,
+        intermediate_size=688,
+        num_hidden_layers=8,
+        num_attention_heads=4,
+        max_position_embeddings=512,
+        **LLAMA,
+    )
     calibration = dict(num_samples=48, seq_len=128, held_out=2)
     evaluation = dict(window=256, max_windows=4)
-    asked = PruneConfig(calibration=Calibration(**calibration), evaluation=Evaluation(text=["any"], **evaluation),
-                        **fields)
+    asked = PruneConfig(
+        calibration=Calibration(**calibration), evaluation=Evaluation(text=["any"], **evaluation), **fields
+    )
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(config).eval()
 
     def rehearsed() -> dict:
         view = ModelView(skeleton(config, torch.float32))
-        return rehearse(asked, view, work_of(view, selected(view), asked),
-                        ModelView(rehearsal_model(view.model.config, torch.float32)[0]))
+        return rehearse(
+            asked,
+            view,
+            work_of(view, selected(view), asked),
+            ModelView(rehearsal_model(view.model.config, torch.float32)[0]),
+        )
 
     def real() -> dict:
-        return prune(model, progress=False,
-                     calibration=Calibration(source=torch.randint(5, 2000, (50, 128)), **calibration),
-                     evaluation=Evaluation(text=torch.randint(5, 2000, (4, 256)), **evaluation), **fields
-                     ).report["seconds"]
+        return prune(
+            model,
+            progress=False,
+            calibration=Calibration(source=torch.randint(5, 2000, (50, 128)), **calibration),
+            evaluation=Evaluation(text=torch.randint(5, 2000, (4, 256)), **evaluation),
+            **fields,
+        ).report["seconds"]
 
     def least(run) -> float:
         work = ("forward", "probe", "statistics", "solve", "evaluation")

@@ -18,14 +18,17 @@ from pyprune.reconstruction.trained_window import TrainedWindow
 LOCAL, GLOBAL = {"global_propagation": False}, {"global_propagation": True}
 
 
-@pytest.mark.parametrize("fields, passes, visits", [
-    ({"reconstruct": "layer"}, [2, 2, 1], [0, 0, 0]),  # statistics, on to the next block
-    ({"reconstruct": "layer", **GLOBAL}, [3, 3, 2], [0, 0, 0]),  # and the dense stream, beside the statistics
-    ({"reconstruct": "block", **LOCAL}, [2, 2, 1], [1, 1, 1]),  # the statistics pass leaves the targets
-    ({"reconstruct": "block", **GLOBAL}, [3, 3, 2], [1, 1, 1]),  # and the dense stream
-    ({"reconstruct": "cross_block", **GLOBAL}, [4, 4, 2], [2, 2, 2]),  # and on from the first and the second visit
-    ({"reconstruct": "cross_block", **LOCAL}, [4, 5, 3], [2, 2, 2]),  # targets behind two different prefixes
-])
+@pytest.mark.parametrize(
+    "fields, passes, visits",
+    [
+        ({"reconstruct": "layer"}, [2, 2, 1], [0, 0, 0]),  # statistics, on to the next block
+        ({"reconstruct": "layer", **GLOBAL}, [3, 3, 2], [0, 0, 0]),  # and the dense stream, beside the statistics
+        ({"reconstruct": "block", **LOCAL}, [2, 2, 1], [1, 1, 1]),  # the statistics pass leaves the targets
+        ({"reconstruct": "block", **GLOBAL}, [3, 3, 2], [1, 1, 1]),  # and the dense stream
+        ({"reconstruct": "cross_block", **GLOBAL}, [4, 4, 2], [2, 2, 2]),  # and on from the first and the second visit
+        ({"reconstruct": "cross_block", **LOCAL}, [4, 5, 3], [2, 2, 2]),  # targets behind two different prefixes
+    ],
+)
 def test_blocks_run_no_more_often_than_the_method_needs(fields, passes, visits, monkeypatch):
     counts, trained = [0] * 3, [0] * 3
     forward, train = Executor.forward, TrainedWindow.__call__
@@ -41,9 +44,15 @@ def test_blocks_run_no_more_often_than_the_method_needs(fields, passes, visits, 
 
     monkeypatch.setattr(Executor, "forward", counting)
     monkeypatch.setattr(TrainedWindow, "__call__", training)
-    prune(tiny.model("llama"), calibration=Calibration(source=tiny.ids(12, 24), num_samples=12, seq_len=24, held_out=0),
-          evaluation=Evaluation(enabled=False), progress=False, probe_samples=0, batch_size=4,
-          **(fields | ({"reconstruction": FAST} if any(visits) else {})))
+    prune(
+        tiny.model("llama"),
+        calibration=Calibration(source=tiny.ids(12, 24), num_samples=12, seq_len=24, held_out=0),
+        evaluation=Evaluation(enabled=False),
+        progress=False,
+        probe_samples=0,
+        batch_size=4,
+        **(fields | ({"reconstruction": FAST} if any(visits) else {})),
+    )
     assert [count / 12 for count in counts] == passes
     assert [count / 12 for count in trained] == [FAST.epochs * n for n in visits]
 
@@ -51,10 +60,21 @@ def test_blocks_run_no_more_often_than_the_method_needs(fields, passes, visits, 
 def test_dense_blocks_cost_no_targets(monkeypatch):
     """Nothing is pruned in the first two blocks: they only pass the stream on."""
     counts, forward = [0] * 3, Executor.forward
-    monkeypatch.setattr(Executor, "forward", lambda self, index, *a: (
-        counts.__setitem__(index, counts[index] + len(a[1])), forward(self, index, *a))[1])
-    prune(tiny.model("llama"), calibration=tiny.ids(12, 24), evaluation=Evaluation(enabled=False), reconstruction=FAST,
-          progress=False, probe_samples=0, reconstruct="block", targets=["layers.2."])
+    monkeypatch.setattr(
+        Executor,
+        "forward",
+        lambda self, index, *a: (counts.__setitem__(index, counts[index] + len(a[1])), forward(self, index, *a))[1],
+    )
+    prune(
+        tiny.model("llama"),
+        calibration=tiny.ids(12, 24),
+        evaluation=Evaluation(enabled=False),
+        reconstruction=FAST,
+        progress=False,
+        probe_samples=0,
+        reconstruct="block",
+        targets=["layers.2."],
+    )
     assert [count / 12 for count in counts] == [1, 1, 1]
 
 
@@ -85,6 +105,7 @@ def test_layer_wise_dense_targets_lower_the_error_against_the_dense_stream():
 @pytest.mark.parametrize("where", ["self_attn.q_proj", "mlp.down_proj"])
 def test_both_streams_count_once_where_one_of_them_does_not_fit(where, call, monkeypatch):
     """The dense stream's pass fails, or the other's behind it, in the first batch or the second."""
+
     def statistics(fails):
         found, model = {}, tiny.model("llama")
         gather = mask_work.gather
@@ -105,8 +126,17 @@ def test_both_streams_count_once_where_one_of_them_does_not_fit(where, call, mon
 
         with monkeypatch.context() as patch:
             patch.setattr(mask_work, "gather", watched)
-            result = prune(model, calibration=tiny.ids(16, 24), evaluation=Evaluation(enabled=False), progress=False,
-                           reconstruct="layer", global_propagation=True, probe_samples=0, batch_size=8, in_place=True)
+            result = prune(
+                model,
+                calibration=tiny.ids(16, 24),
+                evaluation=Evaluation(enabled=False),
+                progress=False,
+                reconstruct="layer",
+                global_propagation=True,
+                probe_samples=0,
+                batch_size=8,
+                in_place=True,
+            )
         return found, result.report["warnings"]
 
     (got, warned), (want, quiet) = statistics(True), statistics(False)
@@ -133,8 +163,9 @@ def tight(most, where="model.layers.0.mlp.down_proj"):
 @pytest.mark.parametrize("fields", [{}, {"reconstruct": "cross_block", "global_propagation": True}])
 def test_training_that_runs_out_of_memory_takes_the_same_steps(fields):
     got = run(tight(1), method="magnitude", **fields)
-    want = run(method="magnitude", reconstruction=Reconstruction(epochs=3, batch_size=4, lr=2e-3, micro_batch_size=1),
-               **fields)
+    want = run(
+        method="magnitude", reconstruction=Reconstruction(epochs=3, batch_size=4, lr=2e-3, micro_batch_size=1), **fields
+    )
     assert equal(state(got), state(want))
     warned = [text for text in got.report["warnings"] if "ran out of memory" in text]
     assert len(warned) == 2 and "set micro_batch_size=1 " in warned[-1] and not want.report["warnings"]

@@ -74,7 +74,7 @@ def test_block_reconstruction_of_a_linear_block_is_masked_least_squares():
     best = 0.0
     for r in range(8):
         support = torch.cat([mask[r], torch.tensor([True])])
-        solution = torch.linalg.lstsq(rows[:, support], wanted[:, r:r + 1]).solution[:, 0]
+        solution = torch.linalg.lstsq(rows[:, support], wanted[:, r : r + 1]).solution[:, 0]
         best += (rows[:, support] @ solution - wanted[:, r]).square().sum()
         assert torch.allclose(got[r, support], solution, atol=2e-2)
     assert (rows @ got.T - wanted).square().sum() <= best * 1.002
@@ -158,12 +158,15 @@ def test_a_loss_that_is_not_finite_is_undone_and_said():
 
 def test_an_epoch_visits_every_sequence_once_equal_lengths_together():
     lengths = [4] * 9 + [6] * 5 + [3] * 2
-    streams = [Activations([torch.zeros(n, dtype=torch.long) for n in lengths], 1, torch.float32),
-               Activations([torch.zeros(4, dtype=torch.long)] * 3, 1, torch.float32)]
+    streams = [
+        Activations([torch.zeros(n, dtype=torch.long) for n in lengths], 1, torch.float32),
+        Activations([torch.zeros(4, dtype=torch.long)] * 3, 1, torch.float32),
+    ]
     batches = schedule(streams, 4, torch.Generator().manual_seed(0))
     seen = sorted((s, length, row) for batch in batches for s, length, rows in batch for row in rows)
-    assert seen == sorted((s, length, row) for s, a in enumerate(streams) for length, rows in a.rows.items()
-                          for row in range(len(rows)))
+    assert seen == sorted(
+        (s, length, row) for s, a in enumerate(streams) for length, rows in a.rows.items() for row in range(len(rows))
+    )
     sizes = [sum(len(rows) for _, _, rows in batch) for batch in batches]
     assert sorted(sizes) == [3, 4, 4, 4, 4] and len({len({g[1] for g in b}) for b in batches if b}) >= 1
     other = schedule(streams, 4, torch.Generator().manual_seed(1))
@@ -217,8 +220,12 @@ def test_training_that_diverges_late_keeps_the_best_epoch_under_validation():
     x, target = problem()
     block, held_out = Spoiled(11, backward=False), [(stream(x[:4]), stream(target[:4]))]
     window = TrainedWindow(Bench(), [0], [block], [{}], torch.float32)
-    trace = train(window, [(stream(x), stream(target))],
-                  Reconstruction(epochs=4, batch_size=4, lr=1e-2, select="validation"), held_out=held_out)
+    trace = train(
+        window,
+        [(stream(x), stream(target))],
+        Reconstruction(epochs=4, batch_size=4, lr=1e-2, select="validation"),
+        held_out=held_out,
+    )
     assert trace.diverged and len(trace.held_out) == 3 and trace.kept == 2
     assert trace.held_out[2] < trace.held_out[1] < trace.held_out[0]
     assert relative_error(window, held_out) == pytest.approx(trace.held_out[2], rel=1e-6)
@@ -288,8 +295,9 @@ def test_gradients_of_the_parts_that_fitted_are_not_counted_twice(where):
     for limit, micro in ((12, None), (1000, 2), (1000, None)):
         torch.manual_seed(3)
         window = TrainedWindow(Bench(), [0], [Tight(6, limit, where)], [{}], torch.float32)
-        trace = train(window, lengths(*[3, 6] * 8), Reconstruction(epochs=4, batch_size=4, lr=1e-2,
-                                                                    micro_batch_size=micro))
+        trace = train(
+            window, lengths(*[3, 6] * 8), Reconstruction(epochs=4, batch_size=4, lr=1e-2, micro_batch_size=micro)
+        )
         results.append((window.snapshot(), torch.tensor(trace.loss)))
     for other, loss in results[1:]:
         assert torch.allclose(results[0][1], loss, rtol=1e-6)
@@ -299,8 +307,11 @@ def test_gradients_of_the_parts_that_fitted_are_not_counted_twice(where):
 def test_one_sequence_that_does_not_fit_says_what_would():
     blocks = [Tight(6, 1000, "forward"), Tight(6, 5, "backward")]
     window = TrainedWindow(Bench(), [3, 4], blocks, [{}, {}], torch.float32)
-    with pytest.raises(ConfigError, match=r"one sequence of 6 tokens does not fit on cpu in the training of blocks "
-                       r"\[3, 4\].*seq_len \(about 3\), reconstruct='block'.*autocast='bfloat16', or"):
+    with pytest.raises(
+        ConfigError,
+        match=r"one sequence of 6 tokens does not fit on cpu in the training of blocks "
+        r"\[3, 4\].*seq_len \(about 3\), reconstruct='block'.*autocast='bfloat16', or",
+    ):
         train(window, lengths(*[6] * 4), Reconstruction(epochs=1, batch_size=4))
 
 
@@ -322,8 +333,10 @@ def test_a_window_that_does_not_fit_is_refused_before_any_step(what, monkeypatch
 
 def test_held_out_error_is_measured_in_halves_where_it_does_not_fit():
     pairs, bench = lengths(*[4] * 8), Bench()
-    tight, roomy = (TrainedWindow(b, [0], [Tight(6, most, "forward")], [{}], torch.float32)
-                    for b, most in ((bench, 8), (Bench(), 1000)))
+    tight, roomy = (
+        TrainedWindow(b, [0], [Tight(6, most, "forward")], [{}], torch.float32)
+        for b, most in ((bench, 8), (Bench(), 1000))
+    )
     roomy.restore(tight.snapshot())
     assert relative_error(tight, pairs) == pytest.approx(relative_error(roomy, pairs), rel=1e-6)
     assert bench.batch_size == 2 and "batches of 2 from there on" in bench.warnings[-1]
@@ -333,9 +346,16 @@ def test_the_optimizers_state_is_torchs_own():
     x, target = problem()
     window = TrainedWindow(Bench(), [0], [Block(8, 1, bias=True)], [{}], torch.float32)
     settings = Reconstruction(lr=1e-2, weight_decay=0.1)
-    own, lazy = window.optimizer(settings), torch.optim.AdamW(
-        [m.detach().clone().requires_grad_() for m in window.masters], lr=1e-2, betas=settings.betas,
-        weight_decay=0.1, fused=True)
+    own, lazy = (
+        window.optimizer(settings),
+        torch.optim.AdamW(
+            [m.detach().clone().requires_grad_() for m in window.masters],
+            lr=1e-2,
+            betas=settings.betas,
+            weight_decay=0.1,
+            fused=True,
+        ),
+    )
     for _ in range(3):
         grads = [torch.randn_like(m) for m in window.masters]
         for optimizer in (own, lazy):

@@ -20,16 +20,25 @@ from pyprune.reconstruction.windows import WindowTrainer
 @pytest.mark.parametrize("architecture", tiny.CONFIGS)
 def test_zeros_stay_exact_on_every_architecture(architecture, tmp_path):
     cross = architecture not in ("bert", "gpt2")
-    result = run(tiny.model(architecture), pattern="2:4", reconstruct="cross_block" if cross else "block",
-                 global_propagation=True, method="magnitude", reconstruction=Reconstruction(epochs=2, batch_size=5))
+    result = run(
+        tiny.model(architecture),
+        pattern="2:4",
+        reconstruct="cross_block" if cross else "block",
+        global_propagation=True,
+        method="magnitude",
+        reconstruction=Reconstruction(epochs=2, batch_size=5),
+    )
     dense, view = ModelView(tiny.model(architecture)), ModelView(result.model)
     for before, block in zip(dense.blocks, view.blocks):
         for ref in weights_of(block):
             weight = ref.view(block)
             assert (weight.reshape(len(weight), -1, 4) != 0).sum(-1).eq(2).all(), ref.name
             assert not torch.equal(weight, torch.where(weight != 0, ref.view(before), 0)), f"{ref.name} was trained"
-    assert all(step["calibration"] < row["steps"][0]["calibration"] for row in result.report["blocks"]
-               for step in row["steps"][-1:])
+    assert all(
+        step["calibration"] < row["steps"][0]["calibration"]
+        for row in result.report["blocks"]
+        for step in row["steps"][-1:]
+    )
     result.save(str(tmp_path / "out"))
     again = type(result.model).from_pretrained(tmp_path / "out")
     assert equal(state(result), again.state_dict())
@@ -66,8 +75,15 @@ def test_every_block_is_visited_twice_by_cross_block_windows():
         assert row["steps"][-1]["held_out"] == pytest.approx(row["error_held_out"], rel=1e-6)
 
 
-@pytest.mark.parametrize("fields", [{}, {"global_propagation": True}, {"reconstruct": "cross_block"},
-                                    {"reconstruct": "cross_block", "global_propagation": True}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"global_propagation": True},
+        {"reconstruct": "cross_block"},
+        {"reconstruct": "cross_block", "global_propagation": True},
+    ],
+)
 def test_reconstruction_lowers_the_final_error_and_repeats_to_the_bit(fields):
     layer = run(method="magnitude", reconstruct="layer", samples=32)
     first, second = (run(method="magnitude", samples=32, **fields) for _ in range(2))
@@ -75,9 +91,15 @@ def test_reconstruction_lowers_the_final_error_and_repeats_to_the_bit(fields):
     assert equal(state(first), state(second))
 
 
-@pytest.mark.parametrize("fields", [{}, {"reconstruct": "cross_block"}, {"compute_dtype": "bfloat16",
-                                    "reconstruct": "cross_block", "global_propagation": True},
-                                    {"targets": ["layers.0."], "global_propagation": True}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"reconstruct": "cross_block"},
+        {"compute_dtype": "bfloat16", "reconstruct": "cross_block", "global_propagation": True},
+        {"targets": ["layers.0."], "global_propagation": True},
+    ],
+)
 def test_resume_after_any_block_is_bit_identical(fields, tmp_path, monkeypatch):
     fields = {"method": "wanda", "reconstruction": Reconstruction(epochs=1, batch_size=4), **fields}
     whole = run(output=str(tmp_path / "whole"), **fields)
@@ -100,9 +122,17 @@ def test_streamed_weights_give_the_same_bits(fields, folder, tmp_path):
     written = []
     for stream in ("never", "always"):
         output = tmp_path / stream
-        prune(str(folder), reconstruct=fields.get("reconstruct", "block"), output=str(output), stream=stream,
-              global_propagation=fields.get("global_propagation", False), calibration=tiny.ids(8, 24),
-              evaluation=Evaluation(enabled=False), progress=False, reconstruction=FAST)
+        prune(
+            str(folder),
+            reconstruct=fields.get("reconstruct", "block"),
+            output=str(output),
+            stream=stream,
+            global_propagation=fields.get("global_propagation", False),
+            calibration=tiny.ids(8, 24),
+            evaluation=Evaluation(enabled=False),
+            progress=False,
+            reconstruction=FAST,
+        )
         written.append({name: t for path in output.glob("*.safetensors") for name, t in load_file(path).items()})
     assert written[0].keys() == written[1].keys() and equal(*written)
 
@@ -124,6 +154,7 @@ def test_selection_by_validation_never_raises_held_out_error():
 @pytest.mark.parametrize("reconstruct", ["block", "cross_block"])
 def test_selection_by_validation_judges_the_weights_written(reconstruct, monkeypatch):
     """Whatever training claims: what ends up worse than before it is taken back, norms included."""
+
     def spoil(self, window, module):
         with torch.no_grad():
             for i in window:
@@ -163,8 +194,14 @@ def test_early_stop_ends_when_held_out_error_has_not_fallen():
 
 def test_validation_without_held_out_text_is_refused():
     with pytest.raises(ConfigError, match="need held-out sequences"):
-        prune(tiny.model("llama"), calibration=tiny.ids(4, 24), evaluation=Evaluation(enabled=False), progress=False,
-              reconstruct="block", reconstruction=Reconstruction(select="validation"))
+        prune(
+            tiny.model("llama"),
+            calibration=tiny.ids(4, 24),
+            evaluation=Evaluation(enabled=False),
+            progress=False,
+            reconstruct="block",
+            reconstruction=Reconstruction(select="validation"),
+        )
 
 
 def test_settings_that_contradict_each_other_are_refused():
@@ -180,8 +217,12 @@ def test_settings_that_contradict_each_other_are_refused():
 
 def test_self_generated_sequences_train_but_do_not_choose_masks(tokenizer):
     def made(**calibration):
-        return run(tiny.model("llama", vocab_size=tiny.CHARACTERS), tokenizer=tokenizer, method="wanda",
-                   calibration=calibration)
+        return run(
+            tiny.model("llama", vocab_size=tiny.CHARACTERS),
+            tokenizer=tokenizer,
+            method="wanda",
+            calibration=calibration,
+        )
 
     corpus, added, everywhere = made(), made(self_generated=6), made(self_generated=6, self_generated_for="all")
     first = [key for key in state(corpus) if "layers.0." in key and key.endswith("proj.weight")]
@@ -195,9 +236,15 @@ def test_self_generated_sequences_train_but_do_not_choose_masks(tokenizer):
     assert steps == [9, 15, 15]
     assert added.report["calibration"]["samples"] == 12 and everywhere.report["calibration"]["samples"] == 18
     assert "6 self-generated sequences" in added.report["calibration"]["description"]
-    alone = prune(tiny.model("llama", vocab_size=tiny.CHARACTERS), tokenizer=tokenizer, reconstruct="block",
-                  calibration=Calibration(num_samples=0, seq_len=24, self_generated=6, self_generated_for="all"),
-                  evaluation=Evaluation(enabled=False), progress=False, reconstruction=FAST)
+    alone = prune(
+        tiny.model("llama", vocab_size=tiny.CHARACTERS),
+        tokenizer=tokenizer,
+        reconstruct="block",
+        calibration=Calibration(num_samples=0, seq_len=24, self_generated=6, self_generated_for="all"),
+        evaluation=Evaluation(enabled=False),
+        progress=False,
+        reconstruction=FAST,
+    )
     assert alone.report["calibration"]["samples"] == 6 and alone.report["sparsity"] == pytest.approx(0.5, abs=1e-3)
 
 
@@ -206,8 +253,16 @@ def test_self_generated_sequences_train_but_do_not_choose_masks(tokenizer):
 def test_gpu_training_gives_the_cpus_result():
     """float32 throughout: prefetched batches, masks and steps are the same, rounding differs."""
     settings = Reconstruction(epochs=3, batch_size=4, lr=2e-3, autocast="float32")
-    cpu, gpu = (run(method="magnitude", reconstruct="cross_block", global_propagation=True, reconstruction=settings,
-                    device=device) for device in ("cpu", "cuda"))
+    cpu, gpu = (
+        run(
+            method="magnitude",
+            reconstruct="cross_block",
+            global_propagation=True,
+            reconstruction=settings,
+            device=device,
+        )
+        for device in ("cpu", "cuda")
+    )
     for (name, a), b in zip(state(cpu).items(), state(gpu).values()):
         assert torch.equal(a == 0, b.cpu() == 0), name
     for a, b in zip(cpu.report["blocks"], gpu.report["blocks"]):
@@ -227,9 +282,28 @@ def test_command_line_reconstructs_generates_and_compares(folder, tmp_path, caps
     common = ["--calibration", str(text), "--num-samples", "8", "--seq-len", "32", "--no-evaluation"]
     outputs = [str(tmp_path / name) for name in ("layer", "cross")]
     main(["prune", str(folder), "-o", outputs[0], *common])
-    main(["prune", str(folder), "-o", outputs[1], *common, "--reconstruct", "cross_block", "--global-propagation",
-          "--epochs", "2", "--lr", "2e-3", "--self-generated", "4", "--self-generated-path", generated,
-          "--select", "validation"])
+    main(
+        [
+            "prune",
+            str(folder),
+            "-o",
+            outputs[1],
+            *common,
+            "--reconstruct",
+            "cross_block",
+            "--global-propagation",
+            "--epochs",
+            "2",
+            "--lr",
+            "2e-3",
+            "--self-generated",
+            "4",
+            "--self-generated-path",
+            generated,
+            "--select",
+            "validation",
+        ]
+    )
     capsys.readouterr()
     main(["compare", *outputs, "--json"])
     rows = json.loads(capsys.readouterr().out)["runs"]

@@ -19,7 +19,7 @@ def prune(model, **fields):
 
 
 def test_violations_against_counting_by_hand():
-    matrix = torch.tensor([[1., 0, 2, 0, 3, 4, 5, 0], [0., 0, 0, 0, 1, 1, 1, 1], [-0., 1, 0, 1, 0, 0, 0, 0]])
+    matrix = torch.tensor([[1.0, 0, 2, 0, 3, 4, 5, 0], [0.0, 0, 0, 0, 1, 1, 1, 1], [-0.0, 1, 0, 1, 0, 0, 0, 0]])
     assert violations(matrix, 2, 4) == 2 and violations(matrix, 4, 8) == 1
     assert violations(matrix[:, :6], 2, 4) is None
     assert violations(torch.stack([matrix, matrix]), 2, 4) == 4
@@ -52,7 +52,8 @@ def test_inspect_tells_a_broken_pattern_and_dense_weights(tmp_path):
     found = pyprune.inspect(tmp_path)
     assert found["patterns"]["2:4"]["violations"] == 1 and found["non_finite"] == 1
     assert [row["name"] for row in found["weights"] if row["violations"]["2:4"] and row["sparsity"] > 0.1] == [
-        "model.layers.1.mlp.up_proj.weight"]
+        "model.layers.1.mlp.up_proj.weight"
+    ]
     assert found["coverage"]["dense"] == [f"model.layers.{i}.self_attn.v_proj.weight" for i in range(3)]
     assert found["coverage"]["fraction"] == pytest.approx(result.report["coverage"]["fraction"])
 

@@ -7,14 +7,32 @@ import pytest
 from pyprune.reporting import rendering
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(0.44, "0.4 s"), (12.4, "12 s"), (60, "1 min"), (390, "6 min 30 s"),
-                                               (3599.9, "60 min"), (7500, "2 h 5 min"), (155035, "43 h")])
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.44, "0.4 s"),
+        (12.4, "12 s"),
+        (60, "1 min"),
+        (390, "6 min 30 s"),
+        (3599.9, "60 min"),
+        (7500, "2 h 5 min"),
+        (155035, "43 h"),
+    ],
+)
 def test_times_are_readable(seconds, text):
     assert rendering.duration_text(seconds) == text
 
 
-@pytest.mark.parametrize(("size", "text"), [(12, "12 B"), (300 * 2**20, "300 MiB"), (1023 * 2**20, "1.0 GiB"),
-                                            (37.76 * 2**30, "37.8 GiB"), (131.4 * 2**30, "131 GiB")])
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        (12, "12 B"),
+        (300 * 2**20, "300 MiB"),
+        (1023 * 2**20, "1.0 GiB"),
+        (37.76 * 2**30, "37.8 GiB"),
+        (131.4 * 2**30, "131 GiB"),
+    ],
+)
 def test_sizes_are_readable(size, text):
     assert rendering.size_text(size) == text
 

@@ -20,8 +20,11 @@ def test_choice_is_exact_and_even_over_pools():
 def test_global_allocation_spends_the_budget_where_it_is_cheap():
     """Standardised scores of both kinds in one ranking, each unit counting its parameters."""
     flat, spread = torch.arange(100.0), torch.cat([torch.arange(50.0), 1000 + torch.arange(50.0)])
-    members = [Member(0, neurons(100), flat, 3), Member(1, neurons(100), spread, 3),
-               Member(1, heads(10, 4), torch.arange(10.0), 40)]
+    members = [
+        Member(0, neurons(100), flat, 3),
+        Member(1, neurons(100), spread, 3),
+        Member(1, heads(10, 4), torch.arange(10.0), 40),
+    ]
     for sparsity in (0.1, 0.3, 0.5, 0.7):
         counts = global_counts(members, sparsity)
         dropped = sum((m.group.units - n) * m.unit_size for m, n in zip(members, counts))

@@ -24,8 +24,9 @@ def test_closed_form_criteria():
     w = s.weight.double()
     variance = x.double().var(0, correction=0)
     torch.testing.assert_close(score("wifv", s), variance * w.square().sum(0), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(score("activation", s), w.norm(dim=0) * x.double().square().mean(0).sqrt(), rtol=1e-4,
-                               atol=1e-5)
+    torch.testing.assert_close(
+        score("activation", s), w.norm(dim=0) * x.double().square().mean(0).sqrt(), rtol=1e-4, atol=1e-5
+    )
     h = scored(x, heads(6, 4))
     torch.testing.assert_close(score("wifv", h), score("wifv", s).reshape(6, 4).sum(1))
     assert torch.equal(score("random", s), score("random", scored(x))) and len(score("random", h)) == 6

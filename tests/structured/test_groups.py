@@ -12,10 +12,22 @@ from pyprune.model.blocks import ModelView
 from pyprune.structured.groups import find_groups
 
 # architecture: (heads, key/value groups, head size, neurons)
-SIZES = {"llama": (4, 2, 8, 64), "mistral": (4, 2, 8, 64), "qwen2": (4, 2, 8, 64), "qwen3": (4, 2, 16, 64),
-         "gemma2": (4, 2, 8, 64), "gemma3": (4, 2, 8, 64), "phi3": (4, 2, 8, 64), "opt": (4, 4, 8, 64),
-         "gpt2": (4, 4, 8, 128), "gpt_neox": (4, 4, 8, 64), "bert": (4, 4, 8, 64), "roberta": (4, 4, 8, 64),
-         "mixtral": (4, 2, 8, 64), "qwen3_moe": (4, 2, 8, 16)}
+SIZES = {
+    "llama": (4, 2, 8, 64),
+    "mistral": (4, 2, 8, 64),
+    "qwen2": (4, 2, 8, 64),
+    "qwen3": (4, 2, 16, 64),
+    "gemma2": (4, 2, 8, 64),
+    "gemma3": (4, 2, 8, 64),
+    "phi3": (4, 2, 8, 64),
+    "opt": (4, 4, 8, 64),
+    "gpt2": (4, 4, 8, 128),
+    "gpt_neox": (4, 4, 8, 64),
+    "bert": (4, 4, 8, 64),
+    "roberta": (4, 4, 8, 64),
+    "mixtral": (4, 2, 8, 64),
+    "qwen3_moe": (4, 2, 8, 16),
+}
 POST_NORM = ("gemma2", "gemma3")
 MOE = ("mixtral", "qwen3_moe")
 
@@ -33,7 +45,12 @@ def test_heads_and_neurons_of_every_architecture(architecture):
     heads, groups, size, neurons = SIZES[architecture]
     head, *rest = first(architecture)
     assert (head.kind, head.units, head.width, head.heads, head.groups) == (
-        "heads", groups, heads // groups * size, heads, groups)
+        "heads",
+        groups,
+        heads // groups * size,
+        heads,
+        groups,
+    )
     assert all(n.kind == "neurons" and (n.units, n.width) == (neurons, 1) for n in rest)
     assert len(rest) == (4 if architecture in MOE else 1)
     # whole key/value heads with their query heads: every producer row belongs to exactly one group
@@ -109,8 +126,16 @@ def test_one_key_value_head_needs_queries():
 def test_norm_over_all_heads_couples_them():
     """OLMo-2 normalises queries over all heads together: no head can go alone, and that is said, not assumed."""
     torch.manual_seed(0)
-    model = hf.Olmo2ForCausalLM(hf.Olmo2Config(vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
-                                               num_attention_heads=4, pad_token_id=0)).eval()
+    model = hf.Olmo2ForCausalLM(
+        hf.Olmo2Config(
+            vocab_size=96,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            pad_token_id=0,
+        )
+    ).eval()
     with pytest.raises(ConfigError, match="no prunable heads"):
         find_groups(ModelView(model), "heads")
     assert find_groups(ModelView(model), "neurons")[0][0].units == 64

@@ -166,8 +166,9 @@ def test_interpolated_weights_are_redundant_when_there_are_columns_enough():
     """P is exact for at least as many kept columns as outputs, lossy otherwise."""
     x = correlated(1500, 24, rank=12)
     enough, few = problem(x, out=8), problem(x, out=20)
-    torch.testing.assert_close(repair(enough, KEPT, interpolate_weights=True).weight, repair(enough, KEPT).weight,
-                               rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        repair(enough, KEPT, interpolate_weights=True).weight, repair(enough, KEPT).weight, rtol=1e-3, atol=1e-3
+    )
     assert float((repair(few, KEPT, interpolate_weights=True).weight - repair(few, KEPT).weight).norm()) > 0.1
 
 

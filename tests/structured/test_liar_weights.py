@@ -139,21 +139,30 @@ def test_balanced_is_the_sum_of_both_relative_errors():
     assert all(objective(change, seed) > objective(0) for change in (-1e-2, 1e-2) for seed in range(5))
 
 
-@pytest.mark.parametrize("architecture, normed", [("bert", True), ("roberta", True), ("llama", False), ("gpt2", False),
-                                                  ("gpt_neox", False), ("gemma2", False)])
+@pytest.mark.parametrize(
+    "architecture, normed",
+    [("bert", True), ("roberta", True), ("llama", False), ("gpt2", False), ("gpt_neox", False), ("gemma2", False)],
+)
 def test_post_norm_is_what_divides_the_size_away(architecture, normed):
     for group in find_groups(ModelView(tiny.model(architecture)), "structured", "groups")[0]:
         assert group.normed is normed
 
 
 @pytest.mark.parametrize("inputs", ["dense", "propagated"])
-@pytest.mark.parametrize("architecture, same", [("bert", "relative"), ("llama", "balanced"),
-                                                ("qwen3_moe", "uniform")])
+@pytest.mark.parametrize("architecture, same", [("bert", "relative"), ("llama", "balanced"), ("qwen3_moe", "uniform")])
 def test_weights_are_automatic_by_architecture(architecture, same, inputs):
     def pruned(weights):
-        result = pyprune.prune(tiny.model(architecture), pattern="neurons", sparsity=0.5, inputs=inputs,
-                               reconstruct="liar", calibration=tiny.ids(20, 24, seed=5), progress=False,
-                               evaluation={"enabled": False}, structured={"token_weights": weights})
+        result = pyprune.prune(
+            tiny.model(architecture),
+            pattern="neurons",
+            sparsity=0.5,
+            inputs=inputs,
+            reconstruct="liar",
+            calibration=tiny.ids(20, 24, seed=5),
+            progress=False,
+            evaluation={"enabled": False},
+            structured={"token_weights": weights},
+        )
         return torch.cat([p.detach().flatten() for p in result.model.parameters()])
 
     found = {w: pruned(w) for w in TOKEN_WEIGHTS}
@@ -165,11 +174,21 @@ def test_weights_are_automatic_by_architecture(architecture, same, inputs):
 def test_balanced_weights_depend_on_no_batch():
     """The mean power is that of the first sequences, whatever comes in one batch and in what order lengths come."""
     sequences = [*tiny.ids(10, 24, seed=5), *tiny.ids(10, 17, seed=6)]
+
     def pruned(size):
-        return pyprune.prune(tiny.model("llama"), pattern="neurons", sparsity=0.5, reconstruct="liar",
-                             calibration={"source": sequences, "num_samples": 20, "held_out": 0}, progress=False,
-                             evaluation={"enabled": False}, batch_size=size, inputs="dense",
-                             structured={"token_weights": "balanced"}).model
+        return pyprune.prune(
+            tiny.model("llama"),
+            pattern="neurons",
+            sparsity=0.5,
+            reconstruct="liar",
+            calibration={"source": sequences, "num_samples": 20, "held_out": 0},
+            progress=False,
+            evaluation={"enabled": False},
+            batch_size=size,
+            inputs="dense",
+            structured={"token_weights": "balanced"},
+        ).model
+
     one, other = (pruned(size).state_dict() for size in (1, 7))
     for name, value in one.items():
         torch.testing.assert_close(other[name], value, rtol=1e-3, atol=1e-4)
@@ -178,18 +197,29 @@ def test_balanced_weights_depend_on_no_batch():
 def test_mean_power_is_that_of_the_first_sequences(monkeypatch):
     """Of 32 sequences two: the stream behind the block, worked out by hand."""
     seen = []
+
     def noted(*arguments):
         seen.append((arguments[1], mean_powers(*arguments), arguments[0].data.sequences))
         return seen[-1][1]
+
     monkeypatch.setattr("pyprune.structured.observation.mean_powers", noted)
     model = tiny.model("llama")
     sequences = [*tiny.ids(16, 24, seed=5), *tiny.ids(16, 17, seed=6)]
-    pyprune.prune(model, pattern="neurons", sparsity=0.5, reconstruct="liar", progress=False, inputs="dense",
-                  calibration={"source": sequences, "num_samples": 32, "held_out": 0}, evaluation={"enabled": False})
+    pyprune.prune(
+        model,
+        pattern="neurons",
+        sparsity=0.5,
+        reconstruct="liar",
+        progress=False,
+        inputs="dense",
+        calibration={"source": sequences, "num_samples": 32, "held_out": 0},
+        evaluation={"enabled": False},
+    )
     sequences = seen[0][2]
     outputs = []
     handle = model.model.layers[1].register_forward_hook(
-        lambda _, __, y: outputs.append((y if torch.is_tensor(y) else y[0]).reshape(-1, model.config.hidden_size)))
+        lambda _, __, y: outputs.append((y if torch.is_tensor(y) else y[0]).reshape(-1, model.config.hidden_size))
+    )
     with torch.no_grad():
         for ids in sequences[:2]:
             model(ids[None])

@@ -49,8 +49,13 @@ def test_bfloat16_products_stay_within_its_rounding():
     wide = Moments(8)
     wide.update(x)
     zero = torch.zeros(8, dtype=torch.float64)
-    assert float((narrow.about(zero, None).second - wide.about(zero, None).second).norm()
-                 / wide.about(zero, None).second.norm()) < 3e-3
+    assert (
+        float(
+            (narrow.about(zero, None).second - wide.about(zero, None).second).norm()
+            / wide.about(zero, None).second.norm()
+        )
+        < 3e-3
+    )
 
 
 def test_held_out_tokens():

@@ -98,21 +98,25 @@ def test_verify_refuses_a_wrong_group():
     hidden, arguments = view.record(tiny.ids(1, 12))
     slicing.verify(view.blocks[0], [group], hidden, arguments[0], "block 0")
     rows = group.slots[0].rows.roll(1, dims=0)
-    wrong = group.__class__(**{**group.__dict__, "slots": (
-        group.slots[0].__class__(group.slots[0].path, 0, rows), group.slots[1])})
+    wrong = group.__class__(
+        **{**group.__dict__, "slots": (group.slots[0].__class__(group.slots[0].path, 0, rows), group.slots[1])}
+    )
     with pytest.raises(ConfigError, match="differs from the masked one"):
         slicing.verify(view.blocks[0], [wrong], hidden, arguments[0], "block 0")
 
 
-@pytest.mark.parametrize(("architecture", "field"), [("llama", "intermediate_size"), ("opt", "ffn_dim"),
-                                                     ("gpt2", "n_inner"), ("qwen3_moe", "moe_intermediate_size")])
+@pytest.mark.parametrize(
+    ("architecture", "field"),
+    [("llama", "intermediate_size"), ("opt", "ffn_dim"), ("gpt2", "n_inner"), ("qwen3_moe", "moe_intermediate_size")],
+)
 def test_config_field_is_found_by_shape(architecture, field):
     model, picks = prepared(architecture, "groups")
     for block, chosen in zip(ModelView(model).blocks, picks):
         slice_block(block, [p for p in chosen if p.group.kind == "neurons"])
     neurons = next(p.group for p in picks[0] if p.group.kind == "neurons")
     assert config_edits.standard_edits(model, {"neurons": neurons}, {"neurons": neurons.units // 2}, {}) == {
-        field: neurons.units // 2}
+        field: neurons.units // 2
+    }
 
 
 @pytest.mark.parametrize("architecture", ["bert", "gpt2", "opt", "gpt_neox"])
@@ -128,8 +132,9 @@ def test_fewer_heads_without_head_dim_have_no_stock_config(architecture):
 def test_head_count_that_the_config_refuses():
     """LLaMA's config wants the hidden size divisible by the heads, whatever head_dim says."""
     with pytest.raises(ConfigError, match="not a multiple"):
-        config_edits.empty_like(tiny.model("llama"),
-                                {"num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": 8})
+        config_edits.empty_like(
+            tiny.model("llama"), {"num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": 8}
+        )
 
 
 def test_bias_flags_are_found_where_the_architecture_has_them():

@@ -15,15 +15,25 @@ def neurons(c: int) -> Coupled:
 
 
 def heads(count: int, width: int, pools: int = 1) -> Coupled:
-    return Coupled("heads", WeightRef("o.weight"), torch.arange(count * width).reshape(count, width), (),
-                   torch.arange(count) * pools // count, count, count)
+    return Coupled(
+        "heads",
+        WeightRef("o.weight"),
+        torch.arange(count * width).reshape(count, width),
+        (),
+        torch.arange(count) * pools // count,
+        count,
+        count,
+    )
 
 
 def correlated(tokens: int, c: int, seed: int = 0, rank: int | None = None, mean: float = 1.0) -> torch.Tensor:
     g = torch.Generator().manual_seed(seed)
     rank = rank or c
-    return torch.randn(tokens, rank, generator=g) @ torch.randn(rank, c, generator=g) / rank**0.5 \
-        + 0.3 * torch.randn(tokens, c, generator=g) + mean * torch.randn(c, generator=g)
+    return (
+        torch.randn(tokens, rank, generator=g) @ torch.randn(rank, c, generator=g) / rank**0.5
+        + 0.3 * torch.randn(tokens, c, generator=g)
+        + mean * torch.randn(c, generator=g)
+    )
 
 
 def split_of(x: torch.Tensor, e: torch.Tensor | None = None, held_every: int = 5, batches: int = 3) -> Split:

@@ -21,11 +21,13 @@ def run_whole(model: nn.Module, sequences: list[torch.Tensor]):
     def on_block(index):
         def hook(module, args, out):
             outputs[index].append((out[0] if isinstance(out, tuple) else out)[0])
+
         return hook
 
     def on_layer(key):
         def hook(module, args):
             norms[key] = norms.get(key, 0) + args[0].reshape(-1, args[0].shape[-1]).square().sum(0)
+
         return hook
 
     for index, block in enumerate(view.blocks):
@@ -57,9 +59,15 @@ def disagreement(pruned: nn.Module, masks: dict) -> float:
 def linear_inputs(model: nn.Module, ids: torch.Tensor) -> dict[str, torch.Tensor]:
     """Float64 inputs of every linear layer over one plain forward pass a sequence, by parameter name."""
     found: dict[str, list] = {}
-    handles = [m.register_forward_pre_hook(lambda m, a, n=n: found.setdefault(f"{n}.weight", []).append(
-        a[0].detach().reshape(-1, a[0].shape[-1]).double()))
-        for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    handles = [
+        m.register_forward_pre_hook(
+            lambda m, a, n=n: found.setdefault(f"{n}.weight", []).append(
+                a[0].detach().reshape(-1, a[0].shape[-1]).double()
+            )
+        )
+        for n, m in model.named_modules()
+        if isinstance(m, nn.Linear)
+    ]
     with torch.no_grad():
         for row in ids:
             model(row[None])

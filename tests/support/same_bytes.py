@@ -16,13 +16,17 @@ def source(folder, architecture="llama", **changes) -> str:
 
 def stored(folder) -> dict[str, torch.Tensor]:
     """The tensors of a checkpoint, whether it is one file or one shard per block."""
-    return {name: tensor for path in sorted(Path(folder).glob("*.safetensors"))
-            for name, tensor in load_file(path).items()}
+    return {
+        name: tensor for path in sorted(Path(folder).glob("*.safetensors")) for name, tensor in load_file(path).items()
+    }
 
 
 def files(folder) -> dict[str, torch.Tensor]:
-    return {f"{path.parent.name if path.parent != Path(folder) else ''}/{name}": tensor
-            for path in sorted(Path(folder).rglob("*.safetensors")) for name, tensor in load_file(path).items()}
+    return {
+        f"{path.parent.name if path.parent != Path(folder) else ''}/{name}": tensor
+        for path in sorted(Path(folder).rglob("*.safetensors"))
+        for name, tensor in load_file(path).items()
+    }
 
 
 def assert_same(one, other):

@@ -87,8 +87,12 @@ def execute(driver: Path, op: str, folder: Path, cases: list[dict], order: int =
     folders = [folder / str(i) for i in range(len(cases))]
     for path, case in zip(folders, cases):
         write_case(path, case)
-    done = subprocess.run([str(driver), op, *map(str, folders)], capture_output=True, text=True,
-                          env={**os.environ, "CUSIM_ORDER": str(order)})
+    done = subprocess.run(
+        [str(driver), op, *map(str, folders)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "CUSIM_ORDER": str(order)},
+    )
     if done.returncode:
         raise RuntimeError(done.stderr)
     return folders
@@ -110,7 +114,7 @@ def strided(rows: int, columns: int, stride: int, seed: int, dtype=torch.float32
 def between(x: torch.Tensor) -> torch.Tensor:
     """What lies between the rows of a strided view."""
     whole = torch.cat([memory(x), torch.full((x.stride(0) - x.shape[1],), 7.0, dtype=x.dtype)])
-    return whole.reshape(x.shape[0], x.stride(0))[:, x.shape[1]:]
+    return whole.reshape(x.shape[0], x.stride(0))[:, x.shape[1] :]
 
 
 def factor_of_inverse(n: int, seed: int) -> torch.Tensor:

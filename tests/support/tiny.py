@@ -10,8 +10,17 @@ import transformers as hf
 VOCABULARY = 96
 CHARACTERS = 104
 """Size of the vocabulary of :func:`tokenizer`."""
-_COMMON = dict(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
-               max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+_COMMON = dict(
+    vocab_size=VOCABULARY,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    max_position_embeddings=128,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
 _GROUPED = dict(_COMMON, num_key_value_heads=2)
 
 CONFIGS = {
@@ -20,20 +29,35 @@ CONFIGS = {
     "qwen2": lambda: hf.Qwen2Config(**_GROUPED),
     "qwen3": lambda: hf.Qwen3Config(**_GROUPED, head_dim=16),
     "gemma2": lambda: hf.Gemma2Config(**_GROUPED, head_dim=8, sliding_window=8),
-    "gemma3": lambda: hf.Gemma3TextConfig(**_GROUPED, head_dim=8, sliding_window=8, layer_types=[
-        "sliding_attention", "full_attention", "sliding_attention"]),
+    "gemma3": lambda: hf.Gemma3TextConfig(
+        **_GROUPED,
+        head_dim=8,
+        sliding_window=8,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    ),
     "phi3": lambda: hf.Phi3Config(**_GROUPED),
-    "opt": lambda: hf.OPTConfig(vocab_size=VOCABULARY, hidden_size=32, ffn_dim=64, num_hidden_layers=3,
-                                num_attention_heads=4, word_embed_proj_dim=32, max_position_embeddings=128,
-                                pad_token_id=0, bos_token_id=1, eos_token_id=2),
-    "gpt2": lambda: hf.GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=3, n_head=4, n_positions=128,
-                                  bos_token_id=1, eos_token_id=2),
+    "opt": lambda: hf.OPTConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        ffn_dim=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        word_embed_proj_dim=32,
+        max_position_embeddings=128,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    ),
+    "gpt2": lambda: hf.GPT2Config(
+        vocab_size=VOCABULARY, n_embd=32, n_layer=3, n_head=4, n_positions=128, bos_token_id=1, eos_token_id=2
+    ),
     "gpt_neox": lambda: hf.GPTNeoXConfig(**{**_COMMON, "eos_token_id": 2}),
     "bert": lambda: hf.BertConfig(**_COMMON),
     "roberta": lambda: hf.RobertaConfig(**_COMMON),
     "mixtral": lambda: hf.MixtralConfig(**_GROUPED, num_local_experts=4),
-    "qwen3_moe": lambda: hf.Qwen3MoeConfig(**_GROUPED, head_dim=8, num_experts=4, num_experts_per_tok=2,
-                                           moe_intermediate_size=16),
+    "qwen3_moe": lambda: hf.Qwen3MoeConfig(
+        **_GROUPED, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16
+    ),
 }
 ENCODERS = ("bert", "roberta")
 
@@ -78,7 +102,14 @@ def tokenizer(bos: bool = False, encoder: bool = False):
     built.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     built.decoder = decoders.Fuse()
     if bos or encoder:
-        built.post_processor = processors.TemplateProcessing(single="<s> $A </s>" if encoder else "<s> $A",
-                                                             special_tokens=[("<s>", 1), ("</s>", 2)])
-    return hf.PreTrainedTokenizerFast(tokenizer_object=built, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
-                                      unk_token="<unk>", model_max_length=128)
+        built.post_processor = processors.TemplateProcessing(
+            single="<s> $A </s>" if encoder else "<s> $A", special_tokens=[("<s>", 1), ("</s>", 2)]
+        )
+    return hf.PreTrainedTokenizerFast(
+        tokenizer_object=built,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        model_max_length=128,
+    )

@@ -8,8 +8,15 @@ import transformers as hf
 from torch import nn
 
 KINDS = dict(layer_types=["sliding_attention", "full_attention", "sliding_attention", "full_attention"])
-LAYERED = {**tiny._GROUPED, "num_hidden_layers": 4, "head_dim": 8, "hidden_size_per_layer_input": 8, **KINDS,
-           "vocab_size_per_layer_input": tiny.VOCABULARY, "sliding_window": 8}
+LAYERED = {
+    **tiny._GROUPED,
+    "num_hidden_layers": 4,
+    "head_dim": 8,
+    "hidden_size_per_layer_input": 8,
+    **KINDS,
+    "vocab_size_per_layer_input": tiny.VOCABULARY,
+    "sliding_window": 8,
+}
 
 
 class Gate(nn.Module):
@@ -58,29 +65,67 @@ def gemma4(shared):
 
 
 def gemma3n():
-    return hf.Gemma3nForCausalLM(hf.Gemma3nTextConfig(**LAYERED, num_kv_shared_layers=2, laurel_rank=4,
-                                                      activation_sparsity_pattern=[0.0] * 4))
+    return hf.Gemma3nForCausalLM(
+        hf.Gemma3nTextConfig(**LAYERED, num_kv_shared_layers=2, laurel_rank=4, activation_sparsity_pattern=[0.0] * 4)
+    )
 
 
 def zamba2():
-    return hf.Zamba2ForCausalLM(hf.Zamba2Config(
-        vocab_size=tiny.VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=4, layers_block_type=["mamba", "hybrid", "mamba"], mamba_d_state=8, mamba_headdim=8,
-        n_mamba_heads=8, mamba_ngroups=1, chunk_size=8, num_mem_blocks=1, use_shared_attention_adapter=False,
-        adapter_rank=4, pad_token_id=0, bos_token_id=1, eos_token_id=2))
+    return hf.Zamba2ForCausalLM(
+        hf.Zamba2Config(
+            vocab_size=tiny.VOCABULARY,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            layers_block_type=["mamba", "hybrid", "mamba"],
+            mamba_d_state=8,
+            mamba_headdim=8,
+            n_mamba_heads=8,
+            mamba_ngroups=1,
+            chunk_size=8,
+            num_mem_blocks=1,
+            use_shared_attention_adapter=False,
+            adapter_rank=4,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+    )
 
 
 def gemma4_with_images():
     text = hf.Gemma4TextConfig(**LAYERED, global_head_dim=8, num_kv_shared_layers=2)
-    vision = hf.Gemma4VisionConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-                                   num_key_value_heads=2, head_dim=8)
-    return hf.Gemma4ForConditionalGeneration(hf.Gemma4Config(
-        text_config=text, vision_config=vision, audio_config=None, image_token_id=90, video_token_id=91,
-        audio_token_id=92, boi_token_id=93, eoi_token_id=94))
+    vision = hf.Gemma4VisionConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=8,
+    )
+    return hf.Gemma4ForConditionalGeneration(
+        hf.Gemma4Config(
+            text_config=text,
+            vision_config=vision,
+            audio_config=None,
+            image_token_id=90,
+            video_token_id=91,
+            audio_token_id=92,
+            boi_token_id=93,
+            eoi_token_id=94,
+        )
+    )
 
 
-MODELS = {"gemma4": lambda: gemma4(0), "gemma4 with shared keys": lambda: gemma4(2), "zamba2": zamba2,
-          "gemma4 with images": gemma4_with_images, "synthetic": Synthetic}
+MODELS = {
+    "gemma4": lambda: gemma4(0),
+    "gemma4 with shared keys": lambda: gemma4(2),
+    "zamba2": zamba2,
+    "gemma4 with images": gemma4_with_images,
+    "synthetic": Synthetic,
+}
 
 
 def build(name: str) -> nn.Module:

@@ -27,22 +27,36 @@ FIELDS = {
     "sequential": dict(inputs="sequential"),
     "sequential_moe": dict(method="wanda", inputs="sequential"),
     "refit": dict(reconstruct="refit", pattern="2:4"),
-    "block": dict(reconstruct="block", global_propagation=True,
-                  reconstruction=Reconstruction(epochs=2, lr=1e-3, batch_size=4)),
+    "block": dict(
+        reconstruct="block", global_propagation=True, reconstruction=Reconstruction(epochs=2, lr=1e-3, batch_size=4)
+    ),
     "liar": dict(pattern="structured", method="sparsegpt", sparsity=0.5, reconstruct="liar"),
-    "taylor": dict(pattern="neurons", sparsity=0.25, criterion="taylor", reconstruct="bias", inputs="dense",
-                   structured={"allocation": "global", "nonstandard": "save"}),
+    "taylor": dict(
+        pattern="neurons",
+        sparsity=0.25,
+        criterion="taylor",
+        reconstruct="bias",
+        inputs="dense",
+        structured={"allocation": "global", "nonstandard": "save"},
+    ),
     "shared_keys": dict(reconstruct="block", reconstruction=Reconstruction(epochs=1, lr=1e-3, batch_size=4)),
     "cross": dict(reconstruct="cross_block", reconstruction=Reconstruction(epochs=1, lr=1e-3, batch_size=4)),
 }
 
 
 def case(name: str, **fields):
-    model = token_models.build("gemma4 with shared keys") if name == "shared_keys" else \
-        tiny.model("qwen3_moe" if name.endswith("moe") else "llama")
+    model = (
+        token_models.build("gemma4 with shared keys")
+        if name == "shared_keys"
+        else tiny.model("qwen3_moe" if name.endswith("moe") else "llama")
+    )
     sequences = [*tiny.ids(10, 24), *tiny.ids(3, 17, seed=1)]
-    settings = {"calibration": {"source": sequences, "num_samples": 13, "seq_len": 24},
-                "evaluation": Evaluation(text=tiny.ids(6, 24), dtype="float32"), **FIELDS[name], **fields}
+    settings = {
+        "calibration": {"source": sequences, "num_samples": 13, "seq_len": 24},
+        "evaluation": Evaluation(text=tiny.ids(6, 24), dtype="float32"),
+        **FIELDS[name],
+        **fields,
+    }
     return prune(model, progress=False, **settings)
 
 
@@ -52,10 +66,16 @@ def refined(cross_block: bool = True):
     with torch.no_grad():
         for block in pruned.model.layers:
             block.mlp.up_proj.weight[::2] = 0
-    calibration = Calibration(source=[*tiny.ids(14, 24), *tiny.ids(3, 17, seed=1)], num_samples=13, seq_len=24,
-                              held_out=4)
-    rows = pyprune.refine(pruned, dense, calibration, cross_block=cross_block,
-                          settings=Reconstruction(epochs=2, lr=1e-3, batch_size=4, select="validation"))
+    calibration = Calibration(
+        source=[*tiny.ids(14, 24), *tiny.ids(3, 17, seed=1)], num_samples=13, seq_len=24, held_out=4
+    )
+    rows = pyprune.refine(
+        pruned,
+        dense,
+        calibration,
+        cross_block=cross_block,
+        settings=Reconstruction(epochs=2, lr=1e-3, batch_size=4, select="validation"),
+    )
     return SimpleNamespace(model=pruned, report={"evaluation": rows, "weights": [], "sparsity": 0.25})
 
 
@@ -72,10 +92,12 @@ def main(folder: Path, names: list[str]) -> None:
 def die(output: str, rank: int) -> None:
     """A process is killed after the first block; the others must stop by themselves."""
     commit = Journal.commit
+
     def killed(self, index, record):
         commit(self, index, record)
         if index == 0 and int(os.environ["RANK"]) == rank:
             os.kill(os.getpid(), signal.SIGKILL)
+
     Journal.commit = killed
     try:
         case("sparsegpt", output=output)

@@ -80,7 +80,7 @@ def wanda(weight: Tensor, x: Tensor, sparsity: float) -> tuple[Tensor, Tensor]:
     score = weight.double().abs() * x.square().sum(0).sqrt()
     dropped = round(sparsity * weight.shape[1])
     ordered = score.sort(dim=1).values
-    keep = score > ordered[:, dropped - 1:dropped]
+    keep = score > ordered[:, dropped - 1 : dropped]
     clear = ordered[:, dropped] - ordered[:, dropped - 1] > 1e-5 * ordered[:, dropped]
     return keep, clear
 
@@ -93,8 +93,9 @@ def hessian(x: Tensor, damping: float = 0.01) -> Tensor:
     return h + torch.diag(dead.double() + damping * mean)
 
 
-def sparsegpt(weight: Tensor, x: Tensor, sparsity: float, nm: tuple[int, int] | None,
-              mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def sparsegpt(
+    weight: Tensor, x: Tensor, sparsity: float, nm: tuple[int, int] | None, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The sweep, column by column, over at most 128 columns: new weights and keep mask, which may be given."""
     w = weight.double().contiguous().clone()
     assert w.shape[1] <= 128
@@ -103,11 +104,11 @@ def sparsegpt(weight: Tensor, x: Tensor, sparsity: float, nm: tuple[int, int] | 
     keep = torch.ones_like(w, dtype=torch.bool) if mask is None else mask
     if nm is None and mask is None:
         score = (w / r.diagonal()).square().flatten()
-        keep.view(-1)[score.argsort(stable=True)[:round(sparsity * score.numel())]] = False
+        keep.view(-1)[score.argsort(stable=True)[: round(sparsity * score.numel())]] = False
     for j in range(w.shape[1]):
         if nm is not None and mask is None and j % nm[1] == 0:
-            score = (w[:, j:j + nm[1]] / r.diagonal()[j:j + nm[1]]).square()
-            keep[:, j:j + nm[1]].scatter_(1, score.argsort(dim=1, stable=True)[:, :nm[1] - nm[0]], False)
+            score = (w[:, j : j + nm[1]] / r.diagonal()[j : j + nm[1]]).square()
+            keep[:, j : j + nm[1]].scatter_(1, score.argsort(dim=1, stable=True)[:, : nm[1] - nm[0]], False)
         error = torch.where(keep[:, j], 0.0, w[:, j] / r[j, j])
         w[:, j:] -= error[:, None] * r[j, j:]
         w[~keep[:, j], j] = 0
@@ -128,8 +129,9 @@ def neurons(weight: Tensor, x: Tensor, count: int) -> tuple[Tensor, bool]:
     return ordered.indices[:count].sort().values, bool(last - first_out > 1e-4 * last)
 
 
-def liar(weight: Tensor, bias: Tensor | None, x: Tensor, kept: Tensor, damping: float,
-         regress: bool = True) -> tuple[Tensor, Tensor | None]:
+def liar(
+    weight: Tensor, bias: Tensor | None, x: Tensor, kept: Tensor, damping: float, regress: bool = True
+) -> tuple[Tensor, Tensor | None]:
     """Weight ``[out, K]`` and bias after the dropped inputs are estimated from the kept ones by ridge regression, about
     the mean where there is a bias. Without ``regress`` they are estimated by their mean."""
     w = weight.double()
