@@ -217,7 +217,12 @@ def test_what_needs_no_model_loads_no_library(arguments, said):
 def test_help_shows_the_choices_and_a_wrong_one_is_refused_in_a_sentence(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     _, out, _ = call(capsys, "prune", "--help")
-    for choice in ("[magnitude|wanda|sparsegpt]", "[auto|always|never]", "[groups|queries]", "[propagated|dense]"):
+    for choice in (
+        "[magnitude|wanda|sparsegpt]",
+        "[auto|always|never]",
+        "[groups|queries]",
+        "[propagated|dense|sequential]",
+    ):
         assert choice in out
     code, _, err = call(capsys, "prune", "somewhere", "-o", "out", "--method", "wander")
     assert (code, err) == (
