@@ -97,7 +97,8 @@ class SequentialPass:
                 if group is self.order.groups[-1]:
                     done = [lane for lane in here if lane.target is None]
                     for lane in done:
-                        self._leave(lane)
+                        lane.at = None
+                        lane.going.abandon()
                     here = [lane for lane in here if lane.target is not None]
                 self._each(here)
         except (Declined, TooLarge):
@@ -169,10 +170,6 @@ class SequentialPass:
                 raise trouble
         place = min((place for place, _ in told if place is not None), default=None)
         return next((group for group in self.order.groups if group.place == place), None)
-
-    def _leave(self, lane: Lane) -> None:
-        lane.at = None
-        lane.going.abandon()
 
     def _abandon(self) -> None:
         for lane in self.lanes:
