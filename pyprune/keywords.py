@@ -14,13 +14,15 @@ from typing import Any
 
 from pyprune.config import SECTIONS, ConfigError, PruneConfig
 
+RECORDED = ("backends",)
+"""Fields that a run writes down in ``run.yaml``; nobody names them on a command line."""
 RENAMED = {"calibration.source": "calibration", "evaluation.text": "text", "evaluation.enabled": "evaluation"}
 
 
 def configuration_fields() -> dict[str, tuple[type, dataclasses.Field]]:
-    """``calibration.seq_len`` → its dataclass and field, for every field of a run."""
+    """``calibration.seq_len`` → its dataclass and field, for every field of a run that somebody chooses."""
     found: dict[str, tuple[type, dataclasses.Field]] = {
-        f.name: (PruneConfig, f) for f in dataclasses.fields(PruneConfig) if f.name not in SECTIONS
+        f.name: (PruneConfig, f) for f in dataclasses.fields(PruneConfig) if f.name not in (*SECTIONS, *RECORDED)
     }
     for section, cls in SECTIONS.items():
         found |= {f"{section}.{f.name}": (cls, f) for f in dataclasses.fields(cls)}
@@ -48,13 +50,13 @@ def nested(
     mapping of fields, or leaves a finished section as it is. Raises :class:`ConfigError` for a name that is no field's,
     with the nearest that is one.
     """
-    known = keywords(paths)
+    known = {**keywords(paths), **{name: name for name in RECORDED}}
     found: dict[str, Any] = {}
     for name, value in given.items():
         if name in whole:
             continue
         if name not in known:
-            raise ConfigError(unknown(name, [*known, *whole]))
+            raise ConfigError(unknown(name, [*keywords(paths), *whole]))
         section, _, field = known[name].rpartition(".")
         (found.setdefault(section, {}) if section else found)[field] = value
     for section, read in whole.items():
