@@ -9,7 +9,8 @@ import zoo
 
 from pyprune.config import Calibration, PruneConfig
 from pyprune.execution.executor import Executor
-from pyprune.masks.group_order import Alive, record
+from pyprune.execution.lanes import Alive
+from pyprune.masks.group_order import record
 from pyprune.model.blocks import ModelView, weights_of
 from pyprune.planning.costs import paused_bytes
 
