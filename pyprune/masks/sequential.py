@@ -84,6 +84,7 @@ class SequentialPass(Lanes):
 
     def arrived(self, lane: GroupLane) -> None:
         leader, x = lane.at.leader, lane.x
+        assert x is not None
         rows = rows_of(x, lane.batch.size)
         sinks = self.sinks.setdefault(lane.stream, {})
         if leader not in sinks:
