@@ -12,7 +12,7 @@ import typer
 
 import pyprune
 from pyprune.cli.help import Command, Group
-from pyprune.cli.options import option_of, with_fields
+from pyprune.cli.options import as_options, option_of, with_fields
 from pyprune.config import Calibration, ConfigError, Evaluation, Reconstruction, check_named, from_dict, override
 from pyprune.keywords import configuration_fields
 from pyprune.reporting import comparison, rendering
@@ -255,7 +255,7 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> None:
     try:
         app(args=arguments, prog_name=prog)
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {as_options(str(error))}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:
         sys.exit(1)

@@ -40,14 +40,16 @@ from pyprune.planning.costs import (
 )
 from pyprune.planning.rehearsal import rehearsal_model, rehearse
 from pyprune.sources import kinds as kinds_of
-from pyprune.structured.preparation import group_paths
+from pyprune.structured.groups import find_groups
+from pyprune.structured.preparation import foreseen, group_paths
 
 
 def plan(config: PruneConfig | dict) -> dict:
     """What :func:`pyprune.prune` would do with this configuration, which names its model.
 
-    Returns ``model``, ``settings``, ``weights`` (name, shape, ``prune``, ``why`` not), ``coverage``, ``patterns``
-    (what each of ``targets`` and ``ignore`` names); ``memory_bytes``
+    Returns ``model``, ``settings``, ``weights`` (name, shape, ``prune``, ``why`` not), ``coverage``, ``achieved``
+    (per sparsity, what was ``asked`` and what will be ``removed``), ``patterns`` (what each of ``targets`` and
+    ``ignore`` names); ``memory_bytes``
     and, with a GPU, ``device_memory_bytes``, by part at the moment of the peak; ``free_bytes`` of both; ``disk_bytes``;
     ``calibration``, ``passes``, ``streamed`` and ``streamed_because``; ``flops`` and ``seconds`` by phase;
     ``not_counted``, what the seconds leave out.
@@ -69,7 +71,8 @@ def plan(config: PruneConfig | dict) -> dict:
     gpu = device.type == "cuda"
     dtype = next(view.blocks.parameters()).dtype
     compute = pick_dtype(config.compute_dtype) or dtype
-    small = ModelView(rehearsal_model(view.model.config, dtype)[0])
+    rehearsed, narrowed = rehearsal_model(view.model.config, dtype)
+    small = ModelView(rehearsed)
     check_apart(small)
     positions = positions_of(small)
     if config.evaluation.enabled and not view.is_encoder:
@@ -77,8 +80,11 @@ def plan(config: PruneConfig | dict) -> dict:
         config.evaluation = dataclasses.replace(config.evaluation, window=tokens)
     if positions and not view.is_encoder and reads_sequences(config) and kinds_of(config.calibration.source) != {"ids"}:
         positions.check([config.calibration.tokens], "calibration sequences", "seq_len", lambda message: None)
+    achieved = []
     if config.is_structured:
-        paths = group_paths(small, config)
+        groups = find_groups(small, config.pattern, config.structured.head_scope)
+        achieved = [] if narrowed else foreseen(groups, config)
+        paths = group_paths(groups)
         selected = [[ref for ref in refs if ref.path in paths] for refs in targeted]
     weights, work = _weights(view, selected, targeted, config), work_of(view, selected, config)
     memory = available_memory()
@@ -105,6 +111,7 @@ def plan(config: PruneConfig | dict) -> dict:
         "compute_dtype": str(compute)[6:],
         "weights": weights,
         "coverage": view.coverage(selected),
+        "achieved": achieved or [{"asked": s, "removed": {}, "notes": []} for s in config.sparsities],
         "patterns": _patterns(view, config),
         "memory_bytes": {**host, "total": sum(host.values())},
         "device_memory_bytes": {**on_device, "total": sum(on_device.values())} if gpu else None,
