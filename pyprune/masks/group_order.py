@@ -1,4 +1,4 @@
-"""In which order the groups of a block's layers are reached, and what a paused pass keeps alive: one recorded pass.
+"""In which order the groups of a block's layers are reached, and how much a paused pass keeps alive: one recorded pass.
 
 A group is the layers that read the same tensor. Experts that the recorded pass does not reach get the places that
 those it reaches tell.
@@ -9,12 +9,10 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyprune.execution.executor import Activations, Batch, Executor
+from pyprune.execution.spilling import Alive
 from pyprune.masks.statistics import Observer
 from pyprune.model.blocks import WeightRef
 from pyprune.model.routing import expert_lists
@@ -57,7 +55,8 @@ def record(executor: Executor, index: int, module: nn.Module, refs: list[WeightR
     executor.arguments(index, batch.length, 1)
     before = _attributes(module)
     with Alive() as alive:
-        observer = Observer(module, refs, lambda columns, device: alive)
+        peak = _Peak(alive)
+        observer = Observer(module, refs, lambda columns, device: peak)
         try:
             observer.run(lambda: executor.forward(index, module, source.read(batch), beside))
         finally:
@@ -69,7 +68,7 @@ def record(executor: Executor, index: int, module: nn.Module, refs: list[WeightR
         trouble = f"{changed[0]} changes during a pass, which passes that take turns would change for each other"
     if trouble is not None:
         return GroupOrder(trouble=trouble)
-    return GroupOrder(_groups(module, refs, observer), alive.peak / batch.length)
+    return GroupOrder(_groups(module, refs, observer), peak.bytes / batch.length)
 
 
 def _attributes(module: nn.Module) -> dict[str, object]:
@@ -155,33 +154,14 @@ def _kind_by_kind(calls: list[tuple[str, int, str]], place: str, ranks: dict[str
     return several and [rank for rank, _ in own] == sorted(rank for rank, _ in own)
 
 
-class Alive(TorchDispatchMode):
-    """Bytes of the tensors made since it was entered that are still alive; :meth:`update`, called where a pass is to
-    pause, takes their peak."""
+class _Peak:
+    """Takes no inputs; sees how much a pass keeps alive each time it comes to a group."""
 
-    def __init__(self):
-        super().__init__()
-        self.peak = 0
-        self._made: dict[StorageWeakRef, int] = {}
+    def __init__(self, alive: Alive):
+        self.alive, self.bytes = alive, 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        given = {StorageWeakRef(t.untyped_storage()) for t in _tensors([args, kwargs or {}])}
-        out = func(*args, **(kwargs or {}))
-        for tensor in _tensors(out):
-            storage = tensor.untyped_storage()
-            key = StorageWeakRef(storage)
-            if key not in given:  # a view, also of a parameter, makes nothing
-                self._made[key] = storage.nbytes()
-        return out
+    def update(self, x: Tensor, dense: Tensor | None = None) -> None:
+        self.bytes = max(self.bytes, self.alive.bytes)
 
-    def update(self, rows: Tensor, dense: Tensor | None = None) -> None:
-        self._made = {key: size for key, size in self._made.items() if not key.expired()}
-        self.peak = max(self.peak, sum(self._made.values()))
-
-
-def _tensors(tree) -> list[Tensor]:
-    if isinstance(tree, torch.Tensor):
-        return [tree]
-    if isinstance(tree, dict):
-        tree = list(tree.values())
-    return [tensor for part in tree for tensor in _tensors(part)] if isinstance(tree, (list, tuple)) else []
+    def plus(self, other: _Peak) -> _Peak:
+        return self

@@ -7,8 +7,9 @@ earlier ones feed them (what GPTQ, arXiv 2210.17323, calls true-sequential).
 
 from __future__ import annotations
 
+import contextlib
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from pyprune.execution.executor import Activations, Batch
 from pyprune.execution.relay import NoThread, Pass
 from pyprune.execution.run import Findings, Run
+from pyprune.execution.spilling import Alive, Elsewhere, Spilled
 from pyprune.masks.block import prune_block, refuse_non_finite, sink_of
 from pyprune.masks.group_order import Group, GroupOrder
 from pyprune.masks.statistics import Gathered, Inputs, S, Statistics, reduce_statistics, rows_of
@@ -30,7 +32,7 @@ class Declined(Exception):
 
 
 class TooLarge(Exception):
-    """The activations of all batches and what a batch needs on its way did not fit on the device."""
+    """What the batches keep alive and what one needs on its way did not fit on the device."""
 
 
 @dataclass(eq=False)
@@ -44,12 +46,20 @@ class Lane:
     """Of its stream, by the groups' leaders."""
     fit: bool
     """It belongs to the calibration stream."""
-    going: Pass
+    going: Pass = field(init=False)
     at: Group | None = None
     """The group that it stands before."""
     x: Tensor | None = None
     seen: dict[str, weakref.ref] = field(default_factory=dict)
     """By leader, what the groups behind it have read."""
+    alive: Alive | None = None
+    """Its storages, where some of the passes spill."""
+    spilled: Spilled | None = None
+    """Where its memory goes while it stands still; None if it stays."""
+
+    @property
+    def tokens(self) -> int:
+        return self.batch.size * self.batch.length
 
     @property
     def phase(self) -> str:
@@ -59,8 +69,13 @@ class Lane:
 class SequentialPass:
     """All batches of a run's streams through one block."""
 
-    def __init__(self, run: Run, found: Findings, index: int, module: nn.Module, order: GroupOrder):
+    def __init__(
+        self, run: Run, found: Findings, index: int, module: nn.Module, order: GroupOrder, spill: bool = False
+    ):
+        """spill: calibration batches that stand still keep nothing on the device; else as many do as there is room
+        for."""
         self.run, self.found, self.index, self.module, self.order = run, found, index, module, order
+        self.spill = spill
         self.refs = run.selected[index]
         self.block = run.view.blocks[index]
         self.group = {ref.name: group for group in order.groups for ref in group.refs}
@@ -81,8 +96,9 @@ class SequentialPass:
         self.streams += [] if fit else [sinks]
         for batch in source.batches(executor.batch_size):
             executor.arguments(self.index, batch.length, batch.size)
-            going = Pass(self._forward_of(source, batch), executor.device)
-            self.lanes.append(Lane(source, target, batch, sinks, fit, going))
+            lane = Lane(source, target, batch, sinks, fit)
+            lane.going = Pass(self._forward_of(lane), executor.device)
+            self.lanes.append(lane)
 
     def __call__(self) -> dict[WeightRef, Tensor]:
         """Prune the block; returns its keep masks. Raises Declined or TooLarge, in all processes, with block, findings
@@ -90,17 +106,10 @@ class SequentialPass:
         rows, warnings = len(self.found.weights), list(self.found.warnings)
         watch = Watch(self.module, self.refs, lambda ref, x: self.arrive(ref.name, x))
         try:
-            self._each(self.lanes)
-            while (group := self._next()) is not None:
-                self._prune(group)
-                here = [lane for lane in self.lanes if lane.at is group]
-                if group is self.order.groups[-1]:
-                    done = [lane for lane in here if lane.target is None]
-                    for lane in done:
-                        lane.at = None
-                        lane.going.abandon()
-                    here = [lane for lane in here if lane.target is not None]
-                self._each(here)
+            with self._places():
+                self._go()
+                self._solve([ref for ref in self.refs if ref not in self.masks], Gathered[Statistics](), [])
+                self._send()
         except (Declined, TooLarge):
             self._abandon()
             for ref, weight in self.dense.items():
@@ -111,10 +120,8 @@ class SequentialPass:
         finally:
             self._abandon()
             watch.close()
-        self._solve([ref for ref in self.refs if ref not in self.masks], Gathered[Statistics](), [])
         place = {self.run.view.name(self.index, ref): k for k, ref in enumerate(self.refs)}
         self.found.weights[rows:] = sorted(self.found.weights[rows:], key=lambda row: place[row["name"]])
-        self._send()
         return self.masks
 
     @property
@@ -124,14 +131,46 @@ class SequentialPass:
 
     # ---- the passes --------------------------------------------------------------------------------------------
 
-    def _forward_of(self, source: Activations, batch: Batch) -> Callable:
-        executor = self.run.executor
+    def _forward_of(self, lane: Lane) -> Callable:
+        executor, source, batch = self.run.executor, lane.source, lane.batch
 
         def forward():
-            beside = executor.beside([self.index], source, batch)
-            return executor.forward(self.index, self.module, source.read(batch), beside), beside
+            with lane.alive or contextlib.nullcontext():
+                beside = executor.beside([self.index], source, batch)
+                return executor.forward(self.index, self.module, source.read(batch), beside), beside
 
         return forward
+
+    @contextlib.contextmanager
+    def _places(self) -> Iterator[None]:
+        """Decide which passes spill: those of calibration batches that the room does not suffice for. The inputs of
+        error probes are kept until their errors are measured, so their passes stay."""
+        executor, store = self.run.executor, self.run.executor.store
+        room, held = 0 if self.spill else executor.room(), 0.0
+        for lane in sorted(self.lanes, key=lambda lane: lane.fit):
+            needed = self.order.token_bytes * lane.tokens
+            if lane.fit and held + needed > room:
+                lane.spilled = Spilled(store)
+            else:
+                held += needed
+        if any(lane.spilled for lane in self.lanes):
+            for lane in self.lanes:
+                lane.alive = Alive()
+        with store.reserved(int(held)) if executor.device.type == "cpu" else contextlib.nullcontext():
+            yield
+
+    def _go(self) -> None:
+        self._each(self.lanes)
+        while (group := self._next()) is not None:
+            self._prune(group)
+            here = [lane for lane in self.lanes if lane.at is group]
+            if group is self.order.groups[-1]:
+                for lane in here:
+                    if lane.target is None:
+                        lane.at = None
+                        self._end(lane)
+                here = [lane for lane in here if lane.target is not None]
+            self._each(here)
 
     def _each(self, lanes: list[Lane]) -> None:
         """Let passes move to their next group, one after the other, and take what they find there."""
@@ -142,11 +181,18 @@ class SequentialPass:
             self.moving = lane
             try:
                 with self.found.clock(lane.phase):
+                    if lane.spilled is not None:
+                        lane.spilled.back()
                     lane.going.step()
                 if lane.at is not None and lane.x is not None:
                     self._take(lane, lane.at.leader, lane.x)
+                with self.found.clock(lane.phase):
+                    if lane.spilled is not None and lane.alive is not None:
+                        lane.spilled.out(lane.alive)
             except Declined as declined:
                 self.trouble = Declined(str(declined))
+            except Elsewhere:
+                self.trouble = Declined("one batch's pass uses tensors that another's has made")
             except NoThread as refused:
                 self.trouble = Declined(f"its {len(self.lanes)} batches need a thread each ({refused})")
             except torch.OutOfMemoryError:
@@ -174,12 +220,19 @@ class SequentialPass:
     def _abandon(self) -> None:
         for lane in self.lanes:
             if not lane.going.done:
-                lane.going.abandon()
+                self._end(lane)
+
+    def _end(self, lane: Lane) -> None:
+        lane.going.abandon()
+        if lane.spilled is not None:
+            lane.spilled.back()  # what the model itself has kept of the pass
 
     def _send(self) -> None:
         executor = self.run.executor
         for lane in self.lanes:
             if lane.target is not None:
+                if lane.spilled is not None:
+                    lane.spilled.back()
                 (out, beside), lane.going.result = lane.going.result, None
                 executor.write(lane.target, lane.batch, out, beside)
         executor.drain()
