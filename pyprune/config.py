@@ -132,6 +132,16 @@ def parse_backend(text: str) -> dict[str, str]:
     return {op: name for op, name in named.items() if name != "auto" or (op and default != "auto")}
 
 
+def _check_backends(backends) -> None:
+    """Refuse what is no record of back-ends; what is in it is looked at where it is to be followed."""
+    for device, taken in backends.items() if isinstance(backends, dict) else [("", backends)] * (backends is not None):
+        if not isinstance(taken, dict) or not all(isinstance(text, str) for text in (device, *taken, *taken.values())):
+            raise ConfigError(
+                "backends must map a type of device to a mapping of ops to back-ends, such as {'cpu': {'linear': "
+                f"'reference'}}, got {backends!r}"
+            )
+
+
 def _positive(owner, *names: str, minimum: int = 1) -> None:
     for name in names:
         value = getattr(owner, name)
@@ -370,6 +380,10 @@ class PruneConfig:
     """Implementation that the ops use: ``auto`` (the fastest that passed its checks), ``cuda``, ``triton``, ``cpu`` or
     ``reference``; an op that it does not have takes auto's, and the run says so. By op, for those who measure:
     ``obs_sweep=cuda,gram_update=triton``, or ``cuda,linear=reference``."""
+    backends: dict[str, dict[str, str]] | None = None
+    """What every op that ``backend`` leaves to ``auto`` takes: type of device, class of the op, back-end, as
+    ``report.json`` holds them. ``run.yaml`` records what its run took, so that a repeated run gives the same bytes.
+    Where a machine cannot follow, the choice is automatic and the run says so. None leaves all to ``auto``."""
     seed: int = 0
     """Seed of every random choice. The same seed gives the same result, bit for bit, on the same machine."""
     probe_samples: int = 2
@@ -396,6 +410,7 @@ class PruneConfig:
         if self.calibration.seed is None:
             self.calibration = dataclasses.replace(self.calibration, seed=self.seed)
         parse_backend(self.backend)
+        _check_backends(self.backends)
         _positive(self, "batch_size", "column_block")
         if self.column_block > MAX_COLUMN_BLOCK:
             raise ConfigError(
@@ -581,6 +596,8 @@ def _plain(value):
         return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, (list, tuple)):
         return [_plain(v) for v in value]
+    if isinstance(value, dict):
+        return {str(key): _plain(v) for key, v in value.items()}
     if isinstance(value, Path):
         return str(value)
     if value is None or isinstance(value, (str, int, float, bool)):

@@ -172,6 +172,8 @@ def test_what_follows_from_what():
         ({"backend": "obs_swep=cuda"}, "op in backend 'obs_swep=cuda' must be one of .*did you mean 'obs_sweep'"),
         ({"backend": "cuda,linear=fast"}, "backend of linear must be one of auto, cuda"),
         ({"backend": "linear=cpu,linear=cuda"}, "names two back-ends for linear"),
+        ({"backends": "reference"}, "backends must map .*got 'reference'"),
+        ({"backends": {"cpu": {"linear": 2}}}, "backends must map"),
     ],
 )
 def test_refusals(fields, sentence):
@@ -210,7 +212,8 @@ def test_the_command_line_has_every_field_once_and_documents_it():
     assert (
         len(fields)
         == sum(len(dataclasses.fields(c)) for c in (PruneConfig, Calibration, Evaluation, Reconstruction, Structured))
-        - 4
+        - 4  # the sections
+        - 1  # what a run writes down
     )
     own = {"model", "config", "plan", "resume", "as_json"}
     assert len(signature) - len(own) == len(fields) - 1  # ``model`` is the argument

@@ -36,6 +36,8 @@ SECTIONS = {
 }
 RENAMED = {"calibration.source": "calibration", "evaluation.text": "text", "evaluation.enabled": "evaluation"}
 SHORT = {"output": "-o"}
+RECORDED = ("backends",)
+"""Fields that a run writes down in ``run.yaml``; nobody names them on a command line."""
 TEXTUAL = {"sparsity": str, "calibration.source": str, "evaluation.text": list[str]}
 """Fields of any type in Python; on the command line they are text."""
 
@@ -57,9 +59,9 @@ def field_docs(cls) -> dict[str, str]:
 
 
 def configuration_fields() -> dict[str, tuple[type, dataclasses.Field]]:
-    """``calibration.seq_len`` → its dataclass and field, for every field of a run."""
+    """``calibration.seq_len`` → its dataclass and field, for every field of a run that is an option."""
     found: dict[str, tuple[type, dataclasses.Field]] = {
-        f.name: (PruneConfig, f) for f in dataclasses.fields(PruneConfig) if f.name not in SECTIONS
+        f.name: (PruneConfig, f) for f in dataclasses.fields(PruneConfig) if f.name not in (*SECTIONS, *RECORDED)
     }
     for section, cls in SECTIONS.items():
         found |= {f"{section}.{f.name}": (cls, f) for f in dataclasses.fields(cls)}

@@ -22,13 +22,15 @@ class Elsewhere(Exception):
 
 
 class Alive(TorchDispatchMode):
-    """Knows the storages that were made since it was entered and are still alive. Entered in a pass's own thread.
+    """Knows the storages that were made since it was entered and are still alive; :meth:`update`, called where a pass
+    is to pause, takes the peak of their bytes. Entered in a pass's own thread.
 
     Raises Elsewhere where an operation is given a tensor without its memory.
     """
 
     def __init__(self):
         super().__init__()
+        self.peak = 0
         self._made: dict[StorageWeakRef, int] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -51,10 +53,8 @@ class Alive(TorchDispatchMode):
         self._made = {key: size for key, size in self._made.items() if not key.expired()}
         return list(self._made)
 
-    @property
-    def bytes(self) -> int:
-        """Of the storages that are alive now."""
-        return sum(self._made[key] for key in self.refs())
+    def update(self, rows: Tensor | None = None, dense: Tensor | None = None) -> None:
+        self.peak = max(self.peak, sum(self._made[ref] for ref in self.refs()))
 
 
 class Spilled:

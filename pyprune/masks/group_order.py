@@ -1,4 +1,4 @@
-"""In which order the groups of a block's layers are reached, and how much a paused pass keeps alive: one recorded pass.
+"""In which order the groups of a block's layers are reached, and what a paused pass keeps alive: one recorded pass.
 
 A group is the layers that read the same tensor. Experts that the recorded pass does not reach get the places that
 those it reaches tell.
@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import nn
 
 from pyprune.execution.executor import Activations, Batch, Executor
+from pyprune.execution.lanes import changed_attribute
 from pyprune.execution.spilling import Alive
 from pyprune.masks.statistics import Observer
 from pyprune.model.blocks import WeightRef
@@ -53,34 +54,20 @@ def record(executor: Executor, index: int, module: nn.Module, refs: list[WeightR
     batch = Batch(max(source.rows), 0, 1)
     beside = executor.beside([index], source, batch)
     executor.arguments(index, batch.length, 1)
-    before = _attributes(module)
     with Alive() as alive:
-        peak = _Peak(alive)
-        observer = Observer(module, refs, lambda columns, device: peak)
-        try:
+        observer = Observer(module, refs, lambda columns, device: alive)
+
+        def once() -> None:
             observer.run(lambda: executor.forward(index, module, source.read(batch), beside))
+
+        try:
+            changed = changed_attribute(module, once)
         finally:
             observer.close()
-    after = _attributes(module)
-    trouble = _again(observer)
-    changed = [name for name, value in after.items() if not _same(before.get(name), value)]
-    if trouble is None and changed:
-        trouble = f"{changed[0]} changes during a pass, which passes that take turns would change for each other"
+    trouble = _again(observer) or changed
     if trouble is not None:
         return GroupOrder(trouble=trouble)
-    return GroupOrder(_groups(module, refs, observer), peak.bytes / batch.length)
-
-
-def _attributes(module: nn.Module) -> dict[str, object]:
-    return {
-        f"{path}.{name}".lstrip("."): value
-        for path, part in module.named_modules()
-        for name, value in vars(part).items()
-    }
-
-
-def _same(a, b) -> bool:
-    return a is b or (isinstance(a, (bool, int, float, str)) and type(a) is type(b) and a == b)
+    return GroupOrder(_groups(module, refs, observer), alive.peak / batch.length)
 
 
 def _again(observer: Observer) -> str | None:
@@ -152,16 +139,3 @@ def _kind_by_kind(calls: list[tuple[str, int, str]], place: str, ranks: dict[str
     own = [(ranks[kind], number) for where, number, kind in calls if where == place]
     several = len({number for _, number in own}) > 1
     return several and [rank for rank, _ in own] == sorted(rank for rank, _ in own)
-
-
-class _Peak:
-    """Takes no inputs; sees how much a pass keeps alive each time it comes to a group."""
-
-    def __init__(self, alive: Alive):
-        self.alive, self.bytes = alive, 0
-
-    def update(self, x: Tensor, dense: Tensor | None = None) -> None:
-        self.bytes = max(self.bytes, self.alive.bytes)
-
-    def plus(self, other: _Peak) -> _Peak:
-        return self

@@ -11,10 +11,11 @@ from pyprune.effects import needs_sequences, trains
 from pyprune.execution.error_probes import ErrorProbe, errors_of, make_probes, pass_dense, pass_pruned
 from pyprune.execution.executor import NO_ROOM, Activations
 from pyprune.execution.journal import Journal
+from pyprune.execution.lanes import Declined, with_smaller_batches
 from pyprune.execution.run import Findings, Run
 from pyprune.masks.block import gather, prune_block
 from pyprune.masks.group_order import GroupOrder, record, structure
-from pyprune.masks.sequential import Declined, SequentialPass, TooLarge
+from pyprune.masks.sequential import SequentialPass
 from pyprune.masks.statistics import Inputs, Observer, observe
 from pyprune.model.blocks import WeightRef
 from pyprune.pipeline.block_loop import Written, read_back, settled_blocks, tensors_of
@@ -39,8 +40,6 @@ class MaskWork:
         self.trainer: WindowTrainer | None = None
         self.orders: dict[Hashable, GroupOrder] = {}
         """With sequential inputs, what is known of blocks by their structure."""
-        self.spill = False
-        """The device ran out of memory although there seemed to be room for the batches that stand still."""
         self.passed = -1
         """The last block that the streams passed while it was pruned."""
 
@@ -130,30 +129,17 @@ class MaskWork:
     def pass_as_it_fits(
         self, index: int, module: nn.Module, order: GroupOrder, fit: Activations
     ) -> dict[WeightRef, Tensor]:
-        """:class:`SequentialPass` over all streams of the run; where memory runs out, all batches that stand still
-        spill, and then they get smaller. Raises Declined if it does so with single sequences too."""
-        executor, asked, advances = self.executor, self.executor.batch_size, self.trainer is None
-        while True:
-            going = SequentialPass(self.run, self.found, index, module, order, self.spill)
+        """:class:`SequentialPass` over all streams of the run. Raises Declined if it cannot be made."""
+        advances = self.trainer is None
+
+        def lanes() -> SequentialPass:
+            going = SequentialPass(self.run, self.found, index, module, order)
             going.add(fit, fit if advances and index < self.last else None, fit=True)
             for probe in self.probes:
                 going.add(probe.pruned, probe.pruned if advances else None)
-            try:
-                return going()
-            except TooLarge:
-                batch, device = going.batch, executor.device
-                executor.free()
-                if not self.spill:
-                    self.spill = True
-                    continue
-                if batch == 1:
-                    executor.batch_size = asked
-                    raise Declined(f"a single sequence does not fit on {device} beside the block") from None
-                executor.batch_size = half = batch // 2
-                self.found.warn(
-                    f"block {index} ran out of memory on {device} with batches of {batch} sequences: "
-                    f"batches of {half} from there on; set batch_size={half} to begin with that"
-                )
+            return going
+
+        return with_smaller_batches(self.executor, self.found, index, lanes)
 
     def order_of(self, index: int, module: nn.Module, fit: Activations) -> GroupOrder:
         """Order of the groups of blocks like this one, the same in all processes."""

@@ -261,7 +261,7 @@ def test_a_bfloat16_copy_computes_and_the_model_s_own_weights_are_written():
     assert min(agree) > 0.85 and result.model.dtype == torch.float32 and result.report["sparsity"] == 0.5
 
 
-# ---- without room for all batches at once -----------------------------------------------------------------------------
+# ---- without room for all batches at once ----------------------------------------------------------------------------
 
 
 @pytest.fixture
