@@ -154,8 +154,7 @@ def _keep_dequantised(path: Path, model: nn.Module, tokenizer) -> None:
 
 
 def find_origin(source: Source) -> Origin:
-    """Folder and tensors that a model is loaded from. A GGUF file has neither: it is one file among any others, and what
-    was made of it (:mod:`pyprune.model.gguf_cache`) holds nothing that a run does not write itself."""
+    """Folder and tensors that a model is loaded from. A GGUF file has neither: it is one file among any others."""
     if source.gguf_file:
         return Origin()
     folder = folder_of(source.path, source.local)
