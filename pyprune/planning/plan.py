@@ -18,16 +18,16 @@ from pyprune.effects import reads_sequences
 from pyprune.evaluation.perplexity import refuse_text, window_tokens
 from pyprune.execution.activation_store import available_memory
 from pyprune.execution.device import pick_device, pick_dtype
+from pyprune.execution.executor import SHARE
 from pyprune.execution.unopened import Unopened
 from pyprune.model import checkpoint
-from pyprune.model.attributes import embedding_width
 from pyprune.model.blocks import ModelView, WeightRef, check_apart, select_weights, uncovered, weights_of
 from pyprune.model.names import matches
 from pyprune.model.positions import positions_of
 from pyprune.pipeline.opening import why_not_streamed
 from pyprune.pipeline.prune import check_weights
 from pyprune.planning.costs import (
-    activation_bytes,
+    activations_of,
     disk_of,
     evaluation_windows,
     flops_of,
@@ -91,9 +91,9 @@ def plan(config: PruneConfig | dict) -> dict:
     free = {"memory": memory, "device": torch.cuda.mem_get_info(device)[0] if gpu else None}
     streamed, why = unopened.streams(config.stream, why_not_streamed(config))
     budget = memory / 2 if config.memory_budget_gb is None else config.memory_budget_gb * 1e9
-    hidden = embedding_width(view.model)
-    spilled = max(0, int(activation_bytes(config, hidden, compute) - budget))
-    host, on_device = memory_of(view, selected, config, compute, streamed, gpu, budget)
+    room = SHARE * free["device"] if free["device"] is not None else None
+    in_files = max(0, int(activations_of(view, selected, config, compute, budget, room)[0] - budget))
+    host, on_device = memory_of(view, selected, config, compute, streamed, gpu, budget, room or 0)
     seconds = rehearse(config, view, work, small, streamed)
     return {
         "model": {
@@ -123,7 +123,7 @@ def plan(config: PruneConfig | dict) -> dict:
         "passes": passes_of(config).counts(),
         "streamed": streamed,
         "streamed_because": why,
-        "disk_bytes": {**disk_of(view, config, streamed, spilled), "free": _free_disk(config)},
+        "disk_bytes": {**disk_of(view, config, streamed, in_files), "free": _free_disk(config)},
         "flops": flops_of(view, work, config),
         "seconds": {**seconds, "total": sum(seconds.values())},
         "not_counted": _not_counted(view, config),
