@@ -16,9 +16,10 @@ This file holds the contracts: one function per op, its arguments checked. Besid
 ``qualification``   which candidate of an op ``auto`` takes on this machine, measured once and kept
 ``trials``          the cases that a candidate is checked and timed on
 ``classes``         the classes of an op's sizes that have a verdict of their own
+``packed``          weights as a bitmask and their non-zero values: the layout, to it and back
 ``guards``          what a run checks of its kernels' results
 
-From outside: the functions of this file; ``native`` and ``qualification`` for ``pyprune env``.
+From outside: the functions of this file; what ``packed`` defines; ``native`` and ``qualification`` for ``pyprune env``.
 May import: ``pyprune.triton_kernels``, ``config`` and the other modules without a package.
 """
 
@@ -28,6 +29,7 @@ import contextlib
 import contextvars
 import importlib
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -35,8 +37,8 @@ from torch import Tensor
 
 from pyprune.config import BACKENDS, MAX_COLUMN_BLOCK, OPS, ConfigError, parse_backend
 from pyprune.ops import classes, qualification
+from pyprune.ops.packed import FLOATS, Packed
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 FORWARDS = ("forward_float32", "forward_bfloat16")
 """Forward passes of blocks on a CPU, by type: ``pyprune`` (the products and attention of
 :mod:`pyprune.execution.cpu_forward`) or ``torch``."""
@@ -221,23 +223,58 @@ def check_backend(text: str, device: str) -> str | None:
 
 
 def settle(
-    device: str, recorded: dict[str, dict[str, str]] | None = None, asked: str = "auto"
+    device: str,
+    recorded: dict[str, dict[str, str]] | None = None,
+    asked: str = "auto",
+    repeated: dict[str, dict[str, str]] | None = None,
+    warn: Callable[[str], None] = lambda message: None,
 ) -> dict[str, dict[str, str]]:
     """What a run on a type of device takes, device → class of op → name, for :func:`pinned`: what an interrupted one
-    recorded, else what was asked for or is in force now, measured if need be. Raises ConfigError for what cannot be
-    followed here."""
+    recorded, else what was asked for or is in force now, else what the run took that this one repeats, else what this
+    machine's measurements say, made if need be.
+
+    warn: hears where ``repeated`` cannot be followed here. Raises ConfigError where ``recorded`` and ``asked`` cannot.
+    """
     if recorded:
         _check_recorded(recorded)
         return {kind: _trusted(kind, choices) for kind, choices in recorded.items()}
     check_backend(asked, device)
     named, found = parse_backend(asked) or _forced.get() or {}, {}
+    before = (repeated or {}).get(device, {})
+    lost: dict[tuple[str, str], list[str]] = {}
+    known = verdicts(device, measure=False) if before else {}
     for key in candidates(device):
         op = classes.op_of(key)
         name = named.get(op, named.get("", "auto"))
         if name != "auto" and op in OPS and op not in named and TABLE[name].why_not(op, device) is not None:
             name = "auto"
+        was = before.get(key, before.get(op)) if name == "auto" else None
+        reason = _unfit(op, was, device) or known.get(key, {}).get("failed", {}).get(was) if was else None
+        if was and not reason:
+            found[key] = was
+            continue
         found[key] = _automatic(device)[key] if name == "auto" else _named(op, name)
+        if was and reason:
+            lost.setdefault((was, reason), []).append(f"{key} takes {found[key]}")
+    for (was, reason), instead in lost.items():
+        warn(
+            f"the repeated run took the {was} back-end, which cannot be taken here ({reason}): {', '.join(instead)}; "
+            "the result may differ from that run's by rounding"
+        )
+    if repeated and not before:
+        warn(
+            f"the repeated run took its back-ends on {', '.join(repeated)}: on {device} the choice is automatic, and "
+            "the result may differ from that run's by rounding"
+        )
     return {device: found}
+
+
+def _unfit(op: str, name: str, device: str) -> str | None:
+    """Why what another run took for an op, or as a forward pass, cannot be taken here."""
+    known = TABLE if op in OPS else ("pyprune", "torch")
+    if name not in known:
+        return f"there is no back-end {name!r} for it"
+    return TABLE[name].why_not(op, device) if op in OPS else None
 
 
 def _trusted(device: str, choices: dict[str, str]) -> dict[str, str]:
@@ -577,3 +614,36 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     if wants_gradient and not _forced.get():
         return TABLE["reference"].load("linear")(x, w, bias)
     return _implementation(classes.product(x, w), x.device)(x, w, bias)
+
+
+def sparse_linear(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
+    """``x Wᵀ + bias`` as :func:`linear`, for a W ``[n, k]`` that :func:`pyprune.ops.packed.pack_bitmask` packed.
+
+    x: ``[…, k]`` and bias ``[n]`` in W's type and on its device. Sums are float32. One to sixteen tokens cost about the
+    bytes of the packed weight; for more it is expanded part by part and multiplied as a dense one. Where a gradient is
+    wanted (of x, or of the values) the reference runs, unless a back-end is named.
+    Raises :class:`pyprune.ops.packed.DamagedWeight` with the row, before anything is read, if mask, offsets and values
+    disagree.
+    """
+    if not isinstance(packed, Packed):
+        raise TypeError(f"packed must be a Packed, as pack_bitmask makes it, got {type(packed).__name__}")
+    packed.check()
+    rows, columns = packed.shape
+    if (
+        not isinstance(x, Tensor)
+        or x.ndim < 1
+        or x.shape[-1] != columns
+        or x.dtype != packed.dtype
+        or x.device != packed.device
+    ):
+        raise ValueError(
+            f"x must be {str(packed.dtype)[6:]} [..., {columns}] on {packed.device}, got "
+            f"{str(getattr(x, 'dtype', type(x).__name__))[6:]} {tuple(getattr(x, 'shape', ()))}"
+        )
+    _like("bias", bias, (rows,), packed.dtype, packed.device)
+    wants_gradient = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, packed.values, bias)
+    )
+    if wants_gradient and not _forced.get():
+        return TABLE["reference"].load("sparse_linear")(x, packed, bias)
+    return _implementation(classes.sparse_product(x), x.device)(x, packed, bias)

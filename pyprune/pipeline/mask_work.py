@@ -11,10 +11,11 @@ from pyprune.effects import needs_sequences, trains
 from pyprune.execution.error_probes import ErrorProbe, errors_of, make_probes, pass_dense, pass_pruned
 from pyprune.execution.executor import NO_ROOM, Activations
 from pyprune.execution.journal import Journal
+from pyprune.execution.lanes import Declined, with_smaller_batches
 from pyprune.execution.run import Findings, Run
 from pyprune.masks.block import gather, prune_block
 from pyprune.masks.group_order import GroupOrder, record, structure
-from pyprune.masks.sequential import Declined, SequentialPass, TooLarge
+from pyprune.masks.sequential import SequentialPass
 from pyprune.masks.statistics import Inputs, Observer, observe
 from pyprune.model.blocks import WeightRef
 from pyprune.pipeline.block_loop import Written, read_back, settled_blocks, tensors_of
@@ -39,8 +40,6 @@ class MaskWork:
         self.trainer: WindowTrainer | None = None
         self.orders: dict[Hashable, GroupOrder] = {}
         """With sequential inputs, what is known of blocks by their structure."""
-        self.admitted: set[Hashable] = set()
-        """Structures that an interrupted run pruned group by group: its memory sufficed, and this one's has to."""
         self.passed = -1
         """The last block that the streams passed while it was pruned."""
 
@@ -116,10 +115,10 @@ class MaskWork:
         key = self.structure(index)
         with self.found.clock("forward"):
             if key not in self.orders:
-                self.orders[key] = self.order_of(index, module, key, self.fit)
+                self.orders[key] = self.order_of(index, module, self.fit)
             if self.orders[key].trouble is None:
                 try:
-                    masks = self.pass_in_halves(index, module, self.orders[key], self.fit)
+                    masks = self.pass_as_it_fits(index, module, self.orders[key], self.fit)
                     self.passed = index
                     return masks
                 except Declined as declined:
@@ -127,50 +126,28 @@ class MaskWork:
         self.found.warn(f"block {index} was pruned as by inputs='propagated': {self.orders[key].trouble}")
         return None
 
-    def pass_in_halves(
+    def pass_as_it_fits(
         self, index: int, module: nn.Module, order: GroupOrder, fit: Activations
     ) -> dict[WeightRef, Tensor]:
-        """:class:`SequentialPass` over all streams of the run, with smaller batches where memory runs out. Raises
-        Declined if it does so with single sequences too."""
-        executor, asked, advances = self.executor, self.executor.batch_size, self.trainer is None
-        while True:
+        """:class:`SequentialPass` over all streams of the run. Raises Declined if it cannot be made."""
+        advances = self.trainer is None
+
+        def lanes() -> SequentialPass:
             going = SequentialPass(self.run, self.found, index, module, order)
             going.add(fit, fit if advances and index < self.last else None, fit=True)
             for probe in self.probes:
                 going.add(probe.pruned, probe.pruned if advances else None)
-            try:
-                return going()
-            except TooLarge:
-                batch, device = going.batch, executor.device
-                executor.free()
-                if batch == 1:
-                    executor.batch_size = asked
-                    raise Declined(f"the activations of all sequences do not fit on {device} at once") from None
-                executor.batch_size = half = batch // 2
-                self.found.warn(
-                    f"block {index} ran out of memory on {device} with batches of {batch} sequences: "
-                    f"batches of {half} from there on; set batch_size={half} to begin with that"
-                )
+            return going
 
-    def order_of(self, index: int, module: nn.Module, key: Hashable, fit: Activations) -> GroupOrder:
-        """Order of the groups of blocks like this one, the same in all processes; with the reason if there is no room
-        for all batches at once."""
-        world, refs = self.run.world, self.run.selected[index]
+        return with_smaller_batches(self.executor, self.found, index, lanes)
+
+    def order_of(self, index: int, module: nn.Module, fit: Activations) -> GroupOrder:
+        """Order of the groups of blocks like this one, the same in all processes."""
+        refs = self.run.selected[index]
         order = self.executor.attempt(lambda: record(self.executor, index, module, refs, fit))
         if order is NO_ROOM:
             order = GroupOrder(trouble=f"one sequence of {max(fit.rows)} tokens does not fit on {self.executor.device}")
-        order = world.same(order)
-        if order.trouble is not None or key in self.admitted:
-            return order
-        tokens = fit.tokens + sum(probe.pruned.tokens for probe in self.probes)
-        needed, room = order.token_bytes * tokens, self.executor.room()
-        if not world.any(needed > room):
-            return order
-        needed, room = max((pair for pair in world.everyone((needed, room))), key=lambda pair: pair[0] - pair[1])
-        return GroupOrder(
-            trouble=f"its {tokens} tokens would keep {needed / 1e9:.2g} GB of activations at once, and "
-            f"there is room for {room / 1e9:.2g} GB (memory_budget_gb)"
-        )
+        return self.run.world.same(order)
 
     def structure(self, index: int) -> Hashable:
         return structure(self.run.view.blocks[index], self.run.selected[index])
@@ -233,11 +210,8 @@ class MaskWork:
             self.trainer.masks[index] = masks
             self.trainer.settle(index)
         self.found.weights += entry["weights"]
-        if self.config.inputs == "sequential" and self.run.selected[index]:
-            if entry["not_sequential"] is None:
-                self.admitted.add(self.structure(index))
-            else:
-                self.orders[self.structure(index)] = GroupOrder(trouble=entry["not_sequential"])
+        if self.config.inputs == "sequential" and self.run.selected[index] and entry["not_sequential"] is not None:
+            self.orders[self.structure(index)] = GroupOrder(trouble=entry["not_sequential"])
 
     def advance(self, index: int, module: nn.Module) -> None:
         with self.found.clock("forward"):

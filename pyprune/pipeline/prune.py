@@ -119,7 +119,7 @@ def _prune(
     with found.clock("evaluation"):
         texts = windows_of(config.evaluation, tokenizer, view.is_encoder, positions=positions, warn=found.warn)
     with found.clock("back-ends"):
-        backends = settle_backends(journal, world, device, config.backend)
+        backends = settle_backends(journal, world, device, config, found.warn)
     if config.output:
         with found.clock("load"):
             identity = {"settings": settings_of(config), "data": data_identity(data, texts), "model": opened.identity()}
@@ -215,10 +215,20 @@ def _open(
     return opened if tokenizer is None else dataclasses.replace(opened, tokenizer=tokenizer)
 
 
-def settle_backends(journal: Journal, world: distributed.World, device: torch.device, asked: str = "auto") -> dict:
-    """The back-end that each op takes in this run, the same in all processes: what an interrupted run took, else what
-    was asked for, or this machine's measurements say."""
-    return world.same(world.lead(lambda: ops.settle(device.type, journal.header.get("backends"), asked)) or {})
+def settle_backends(
+    journal: Journal,
+    world: distributed.World,
+    device: torch.device,
+    config: PruneConfig | None = None,
+    warn: Callable[[str], None] = lambda message: None,
+) -> dict:
+    """The back-end that each op takes in this run, the same in all processes: :func:`pyprune.ops.settle`."""
+    asked, repeated = (config.backend, config.backends) if config else ("auto", None)
+
+    def settled() -> dict:
+        return ops.settle(device.type, journal.header.get("backends"), asked, repeated, warn)
+
+    return world.same(world.lead(settled) or {})
 
 
 def begin(journal: Journal, world: distributed.World, identity: dict, blocks: int, **header) -> None:
@@ -282,6 +292,8 @@ def check_weights(view: ModelView, selected: list[list[WeightRef]], config: Prun
     """Refuse what cannot be done to these blocks, before any work."""
     if config.is_structured:
         refuse_shared(view, config.pattern)
+    elif config.nm is None:
+        _check_removes(view, selected, config)
     if config.nm is None:
         return
     group = config.nm[1]
@@ -297,6 +309,22 @@ def check_weights(view: ModelView, selected: list[list[WeightRef]], config: Prun
                     f"pattern {config.pattern} does not divide the {columns} inputs of "
                     f"{view.name(i, ref)}; choose another pattern or ignore that weight"
                 )
+
+
+def _check_removes(view: ModelView, selected: list[list[WeightRef]], config: PruneConfig) -> None:
+    """Refuse a sparsity above 0 that rounds to no zero in any weight."""
+    rows = config.method == "wanda"  # whose zeros are counted row by row
+    sizes = [
+        ref.view(block).shape[1] if rows else ref.view(block).numel()
+        for block, refs in zip(view.blocks, selected)
+        for ref in refs
+    ]
+    for sparsity in config.sparsities:
+        if sparsity and not any(round(sparsity * size) for size in sizes):
+            raise ConfigError(
+                f"sparsity {sparsity:g} would remove nothing: {'a row' if rows else 'the largest matrix'} has "
+                f"{max(sizes, default=0)} weights, of which one is sparsity {1 / max(sizes, default=1):.3g}"
+            )
 
 
 def calibration_data(

@@ -110,6 +110,7 @@ def report_of(report: dict, sparsity: float) -> dict:
     return {
         **report,
         "config": {**report["config"], "sparsity": sparsity},
+        "sparsity_asked": sparsity,
         "weights": entry["layers"],
         "model": {**report["model"], "parameters": entry["parameters"]},
         "sparsity": dropped / total,

@@ -10,18 +10,10 @@ import sys
 import numpy as np
 import pytest
 import tiny
+from calling import call
 from same_bytes import stored
 
 import pyprune
-from pyprune.cli import commands
-
-
-def call(capsys, *arguments):
-    """Exit code, standard output and standard error of one command, run in this process."""
-    with pytest.raises(SystemExit) as stop:
-        commands.main([str(a) for a in arguments])
-    out, err = capsys.readouterr()
-    return stop.value.code or 0, out, err
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +72,8 @@ def test_prune_prints_what_it_did_and_where_it_is(pruned, folder):
 def test_run_yaml_repeats_to_the_bit_and_options_override_it(capsys, tmp_path, pruned):
     path, _, _ = pruned
     assert call(capsys, "prune", "--config", path / "run.yaml", "-o", tmp_path / "two")[0] == 0
+    reports = [json.loads((tmp_path / name / "report.json").read_text()) for name in ("one", "two")]
+    assert reports[1]["config"]["backends"] == reports[0]["backends"] == reports[1]["backends"]
     first, second = (stored(tmp_path / name) for name in ("one", "two"))
     assert first.keys() == second.keys() and first
     assert all((first[name] == second[name]).all() for name in first)
