@@ -49,6 +49,7 @@ _PUBLIC = {
     "plan": "pyprune.planning.plan",
     "prune": "pyprune.pipeline.prune",
     "refine": "pyprune.pipeline.refine",
+    "study": "pyprune.studies.study",
 }
 """Public name → the module that defines it."""
 __all__ = [*_PUBLIC, "__version__"]
@@ -66,6 +67,7 @@ if typing.TYPE_CHECKING:
     from pyprune.planning.plan import plan
     from pyprune.reporting.comparison import compare
     from pyprune.reporting.inspection import inspect
+    from pyprune.studies.study import study
 
 
 def __getattr__(name: str):

@@ -17,6 +17,7 @@ TESTED_IN = {
     "sources": "test_effects.py",
     "cli/environment": "cli/test_commands.py",
     "cli/options": "test_config.py",
+    "cli/studies": "studies/test_study.py",
     "data/texts": "data/test_calibration.py",
     "evaluation/block_by_block": "model/test_arguments.py",
     "evaluation/latency": "evaluation/test_gain.py",
