@@ -19,9 +19,12 @@ from torch import nn
 from pyprune.config import ConfigError
 from pyprune.evaluation.latency import latency
 from pyprune.model.blocks import predicts_next_token
-from pyprune.model.checkpoint import load, plain
+from pyprune.model.checkpoint import plain
 from pyprune.model.positions import of_any
 from pyprune.model.shards import write_bytes
+from pyprune.packed import card
+from pyprune.packed.loading import load
+from pyprune.packed.modules import parameter_count, weight_bytes
 from pyprune.reporting.rendering import LABELS, cell, model_card
 
 
@@ -97,8 +100,7 @@ def measure(name: str, *, tokens: int, new_tokens: int, batch_size: int, dtype: 
         row = latency(model, tokens=tokens, new_tokens=new_tokens, batch_size=batch_size, directory=directory)
     else:
         row = _encoder(model, tokens, batch_size, directory)
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    return {"model": name, "weight_bytes": weights, **row}
+    return {"model": name, "weight_bytes": weight_bytes(model), **row}
 
 
 @torch.no_grad()
@@ -113,7 +115,7 @@ def _encoder(model: nn.Module, tokens: int, batch_size: int, directory: Path | N
         best = min(best, time.perf_counter() - start)
     files = [] if directory is None else [f for f in directory.iterdir() if f.suffix in (".safetensors", ".bin")]
     return {
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": parameter_count(model),
         "file_bytes": sum(f.stat().st_size for f in files) or None,
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         * (1 if sys.platform == "darwin" else 1024),

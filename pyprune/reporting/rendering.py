@@ -199,6 +199,9 @@ def print_inspection(found: dict, out: TextIO | None = None) -> None:
     console.print(
         f"{found['path']}: {found['parameters']:,} parameters, {found['bytes'] / 2**20:.1f} MiB of {found['format']}"
     )
+    if (packed := found.get("packed")) is not None:
+        share = f", {packed['bytes'] / packed['dense_bytes']:.3f} of their dense size" if packed["matrices"] else ""
+        console.print(f"packed: {packed['matrices']} matrices without their zeros{share}")
     coverage = found["coverage"]
     console.print(
         f"sparsity {found['sparsity']:.4f} of the blocks' matrices, {found['sparsity_of_model']:.4f} of all "
