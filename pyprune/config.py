@@ -81,7 +81,7 @@ def check_effects(settings, rules: dict[str, effects.Rule], section: str = "", n
 def check_named(config: PruneConfig, values: dict) -> None:
     """Raise :class:`Unused` for a field of a nested mapping that would do nothing, be its value the default or not: on
     a command line whoever writes an option expects something of it."""
-    paths = {f"{key}.{name}" for key, value in values.items() if key in _SECTIONS for name in value}
+    paths = {f"{key}.{name}" for key, value in values.items() if key in SECTIONS for name in value}
     check_effects(config, effects.RUN, "", {*values, *paths})
     for section, rules in (("calibration", effects.CALIBRATION), ("evaluation", effects.EVALUATION)):
         check_effects(getattr(config, section), rules, section, values.get(section, {}))
@@ -108,8 +108,26 @@ def choices(cls: type) -> dict[str, tuple[str, ...]]:
     return {name: tuple(dict.fromkeys(values)) for name, values in allowed.items() if values}
 
 
+ALIASES = {"fp32": "float32", "float": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
+
+
+def dtype_name(value):
+    """``float16`` for ``fp16``, ``half``, ``torch.float16`` and itself; anything else as it is."""
+    text = str(value).removeprefix("torch.")
+    text = ALIASES.get(text, text)
+    return text if text in DTYPES else value
+
+
+def check_dtype(value, name: str = "dtype") -> Dtype:
+    """The name of a number type, ``auto`` included. Raises :class:`ConfigError` for one that is none of ``DTYPES``."""
+    _choose(name, found := dtype_name(value), DTYPES)
+    return found
+
+
 def _check_choices(owner, section: str = "") -> None:
     for name, allowed in choices(type(owner)).items():
+        if "float32" in allowed:
+            setattr(owner, name, dtype_name(getattr(owner, name)))
         _choose(f"{section} {name}".lstrip(), getattr(owner, name), allowed)
 
 
@@ -130,6 +148,16 @@ def parse_backend(text: str) -> dict[str, str]:
         named[op] = name
     default = named.get("", "auto")
     return {op: name for op, name in named.items() if name != "auto" or (op and default != "auto")}
+
+
+def _check_backends(backends) -> None:
+    """Refuse what is no record of back-ends; what is in it is looked at where it is to be followed."""
+    for device, taken in backends.items() if isinstance(backends, dict) else [("", backends)] * (backends is not None):
+        if not isinstance(taken, dict) or not all(isinstance(text, str) for text in (device, *taken, *taken.values())):
+            raise ConfigError(
+                "backends must map a type of device to a mapping of ops to back-ends, such as {'cpu': {'linear': "
+                f"'reference'}}, got {backends!r}"
+            )
 
 
 def _positive(owner, *names: str, minimum: int = 1) -> None:
@@ -207,14 +235,15 @@ class Evaluation:
     """What the dense and the pruned model are measured on at the end of a run."""
 
     text: typing.Any = None
-    """Text to measure perplexity on: one source or a list of sources, of the kinds that ``Calibration.source`` takes.
-    Without one, a part of the Python documentation is used that calibration does not see."""
+    """Text to measure perplexity on, from the same kinds of sources as the calibration text; several sources are given
+    as a list, or by repeating the option. Without one, a part of the Python documentation is used that calibration
+    does not see."""
     window: int | None = None
     """Tokens per window; windows do not overlap. The default is 1,024, or fewer if the model has fewer positions; token
     ids keep whole rows. Rows of token ids may be cut to fewer tokens, but asking for more than they have is an
     error."""
     max_windows: int | None = 24
-    """The most windows that are measured per text. None in a configuration file takes all of them."""
+    """The most windows that are measured per text. None (``null`` in a configuration file) takes all of them."""
     dtype: Dtype = "auto"
     """Number type of the forward passes of the evaluation. ``auto`` is the model's own type on a GPU, and bfloat16 on a
     CPU that multiplies it in hardware."""
@@ -226,7 +255,7 @@ class Evaluation:
     split: str = "test"
     """Split of the data set."""
     subset: str | None = None
-    """Configuration name of a Hub data set."""
+    """Configuration name of a Hub data set, for example ``wikitext-2-raw-v1`` of ``Salesforce/wikitext``."""
     text_column: str | None = None
     """Column that holds the text, or several with commas between them. By default it is found from the data."""
     enabled: bool = True
@@ -246,8 +275,8 @@ class Evaluation:
 
 @dataclass(kw_only=True)
 class Reconstruction:
-    """Settings of block-wise reconstruction (BR), global propagation (GP) and cross-block reconstruction (CR) of arXiv
-    2406.15524. The defaults are the authors', but for fewer epochs."""
+    """Settings of block-wise and cross-block reconstruction (arXiv 2406.15524), which train pruned blocks. The defaults
+    are the authors', but for fewer epochs."""
 
     epochs: int = 5
     """Passes over the calibration sequences per block."""
@@ -264,8 +293,8 @@ class Reconstruction:
     """Sequences per forward and backward pass. Fewer than per optimiser step accumulate their gradients, which takes
     less memory. By default as many as per step."""
     autocast: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Number type of the matrix products while training: ``float32``, ``bfloat16``, or ``auto`` (bfloat16 on a GPU,
-    compute_dtype on a CPU). The weights that the optimiser changes stay float32."""
+    """Number type of the matrix products in training: ``float32``, ``bfloat16``, or ``auto`` (bfloat16 on a GPU, as
+    ``compute_dtype`` on a CPU). The weights that the optimiser changes stay float32."""
     early_stop: bool = False
     """Stop training a block when its held-out error has not fallen for an epoch."""
     select: Literal["last", "validation"] = "last"
@@ -333,16 +362,19 @@ class PruneConfig:
     """Fraction of the weights that become zero; for structured patterns, of the neurons or heads that are dropped,
     where several values with commas between them give one model each. The default is 0.5, or 1 − N/M."""
     criterion: Criterion = "wifv"
-    """How neurons and heads are chosen for structured patterns: random, magnitude, activation, wifv, taylor, fisher,
-    obs or obs_greedy."""
+    """How neurons and heads are chosen for structured patterns: by the size of their weights (``magnitude``), of their
+    activations (``activation``) or the product of the two (``wifv``, as in FLAP); by gradients (``taylor``,
+    ``fisher``); by what their removal costs once the others make up for it (``obs``, or ``obs_greedy``, one after the
+    other, slower and best); or at ``random``."""
     reconstruct: WeightReconstruction | StructuredReconstruction | None = None
-    """How the kept weights make up for the dropped ones. For masks: ``none``; ``layer``, a one-sided OBS sweep (a
-    column's error is made up for by later columns only); ``refit``, the least-squares weights on the mask; ``block``
-    and ``cross_block``, which sweep and then train. The default is ``layer`` for sparsegpt and ``none`` for the others.
-    For structured patterns: ``none``, ``bias``, ``mask_tuning`` or ``liar``, the default."""
+    """How the kept weights make up for the dropped ones. For masks: ``none``; ``layer``, SparseGPT's update (in one
+    pass, later columns make up for the error of earlier ones); ``refit``, the least-squares optimum on the same mask;
+    ``block`` and ``cross_block``, which also train each block, or windows of two. The default is ``layer`` for
+    sparsegpt and ``none`` for the others. For structured patterns: ``none``, ``bias``, ``mask_tuning`` or ``liar``
+    (estimates what is lost from what is kept), the default."""
     global_propagation: bool = False
-    """Reconstruct towards the dense model's own activations instead of its outputs on pruned inputs (GP of arXiv
-    2406.15524)."""
+    """Reconstruct towards the activations of the dense model itself, not towards what its block makes of the pruned
+    model's activations (global propagation, GP, of arXiv 2406.15524)."""
     inputs: Inputs = "propagated"
     """Which inputs the statistics come from: those that the pruned blocks before leave (``propagated``, two passes per
     block); those of the dense model (``dense``, one pass); or those that the pruned layers before leave, each group of
@@ -354,9 +386,10 @@ class PruneConfig:
     ignore: list[str] = field(default_factory=list)
     """Weights to leave dense, named in the same way as targets. A pattern that matches nothing is an error."""
     damping: float = 0.01
-    """What the OBS sweep adds to the diagonal of the Gram matrix, as a multiple of its mean diagonal."""
+    """What SparseGPT's update adds to the diagonal of the inputs' Gram matrix (XᵀX, its Hessian), as a multiple of the
+    mean diagonal. More is safer for few tokens, less fits closer."""
     column_block: int = 128
-    """Columns that the OBS sweep treats as one block."""
+    """Columns that SparseGPT's update treats together."""
     batch_size: int | None = None
     """Sequences per forward pass. By default as many as make 2,048 tokens on a CPU, or 16,384 tokens on a GPU."""
     dtype: Dtype = "auto"
@@ -370,6 +403,10 @@ class PruneConfig:
     """Implementation that the ops use: ``auto`` (the fastest that passed its checks), ``cuda``, ``triton``, ``cpu`` or
     ``reference``; an op that it does not have takes auto's, and the run says so. By op, for those who measure:
     ``obs_sweep=cuda,gram_update=triton``, or ``cuda,linear=reference``."""
+    backends: dict[str, dict[str, str]] | None = None
+    """What every op that ``backend`` leaves to ``auto`` takes: type of device, class of the op, back-end, as
+    ``report.json`` holds them. ``run.yaml`` records what its run took, so that a repeated run gives the same bytes.
+    Where a machine cannot follow, the choice is automatic and the run says so. None leaves all to ``auto``."""
     seed: int = 0
     """Seed of every random choice. The same seed gives the same result, bit for bit, on the same machine."""
     probe_samples: int = 2
@@ -387,7 +424,7 @@ class PruneConfig:
     structured: Structured = field(default_factory=Structured)
 
     def __post_init__(self):
-        for name, cls in _SECTIONS.items():
+        for name, cls in SECTIONS.items():
             value = getattr(self, name)
             if isinstance(value, dict):
                 setattr(self, name, from_dict(cls, value, name))
@@ -396,6 +433,7 @@ class PruneConfig:
         if self.calibration.seed is None:
             self.calibration = dataclasses.replace(self.calibration, seed=self.seed)
         parse_backend(self.backend)
+        _check_backends(self.backends)
         _positive(self, "batch_size", "column_block")
         if self.column_block > MAX_COLUMN_BLOCK:
             raise ConfigError(
@@ -536,7 +574,7 @@ class PruneConfig:
         return self.pattern in STRUCTURED_PATTERNS
 
 
-_SECTIONS = {
+SECTIONS = {
     "calibration": Calibration,
     "evaluation": Evaluation,
     "reconstruction": Reconstruction,
@@ -581,6 +619,8 @@ def _plain(value):
         return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, (list, tuple)):
         return [_plain(v) for v in value]
+    if isinstance(value, dict):
+        return {str(key): _plain(v) for key, v in value.items()}
     if isinstance(value, Path):
         return str(value)
     if value is None or isinstance(value, (str, int, float, bool)):
@@ -612,9 +652,9 @@ def override(base: PruneConfig | str | Path | None, values: dict) -> PruneConfig
     if base is None:
         return from_dict(PruneConfig, values)
     base = base if isinstance(base, PruneConfig) else from_yaml(base)
-    merged = {key: dict(vars(value)) if key in _SECTIONS else value for key, value in vars(base).items()}
+    merged = {key: dict(vars(value)) if key in SECTIONS else value for key, value in vars(base).items()}
     for key, value in values.items():
-        merged[key] = {**merged[key], **value} if key in _SECTIONS and isinstance(value, dict) else value
+        merged[key] = {**merged[key], **value} if key in SECTIONS and isinstance(value, dict) else value
     while True:
         try:
             return from_dict(PruneConfig, merged)

@@ -11,6 +11,7 @@ import typer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pyprune import keywords
 from pyprune.cli import commands, options
 from pyprune.config import (
     CRITERIA,
@@ -172,6 +173,8 @@ def test_what_follows_from_what():
         ({"backend": "obs_swep=cuda"}, "op in backend 'obs_swep=cuda' must be one of .*did you mean 'obs_sweep'"),
         ({"backend": "cuda,linear=fast"}, "backend of linear must be one of auto, cuda"),
         ({"backend": "linear=cpu,linear=cuda"}, "names two back-ends for linear"),
+        ({"backends": "reference"}, "backends must map .*got 'reference'"),
+        ({"backends": {"cpu": {"linear": 2}}}, "backends must map"),
     ],
 )
 def test_refusals(fields, sentence):
@@ -206,11 +209,12 @@ def test_override_changes_what_is_named_and_nothing_else():
 
 def test_the_command_line_has_every_field_once_and_documents_it():
     signature = inspect.signature(commands.prune).parameters
-    fields = options.configuration_fields()
+    fields = keywords.configuration_fields()
     assert (
         len(fields)
         == sum(len(dataclasses.fields(c)) for c in (PruneConfig, Calibration, Evaluation, Reconstruction, Structured))
-        - 4
+        - 4  # the sections
+        - 1  # what a run writes down
     )
     own = {"model", "config", "plan", "resume", "as_json"}
     assert len(signature) - len(own) == len(fields) - 1  # ``model`` is the argument
@@ -250,6 +254,16 @@ def test_the_command_line_has_every_field_once_and_documents_it():
         "--memory-budget-gb",
         "-o",
     } <= set(flags)
+
+
+def test_number_types_go_by_their_short_names_too():
+    import torch
+
+    config = PruneConfig(dtype="fp16", compute_dtype="bf16", evaluation={"dtype": "fp32"})
+    assert (config.dtype, config.compute_dtype, config.evaluation.dtype) == ("float16", "bfloat16", "float32")
+    assert PruneConfig(dtype=torch.float16) == PruneConfig(dtype="half")
+    with pytest.raises(ConfigError, match="dtype must be one of auto, float32, bfloat16, float16, got 'int8'"):
+        PruneConfig(dtype="int8")
 
 
 def test_options_become_the_configuration_they_name():

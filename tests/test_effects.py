@@ -210,6 +210,7 @@ def test_the_table_names_fields_that_exist():
         "dtype",
         "device",
         "backend",
+        "backends",
         "seed",
         "memory_budget_gb",
         "stream",

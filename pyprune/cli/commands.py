@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 import pyprune
-from pyprune.cli.options import configuration_fields, option_of, with_fields
+from pyprune.cli.help import Command, Group
+from pyprune.cli.options import option_of, with_fields
 from pyprune.config import Calibration, ConfigError, Evaluation, Reconstruction, check_named, from_dict, override
+from pyprune.keywords import configuration_fields
 from pyprune.reporting import comparison, rendering
 
-app = typer.Typer(name="pyprune", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(
+    name="pyprune", cls=Group, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False
+)
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on standard output.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the interrupted run in the same folder.")]
 RUN_FIELDS = [path for path in configuration_fields() if path != "model"]
@@ -64,22 +66,12 @@ def _print_json(value) -> None:
     print(json.dumps(plain(value), indent=1, allow_nan=False))
 
 
-@contextlib.contextmanager
-def interruptible() -> Iterator[None]:
-    """Make a run that was stopped say what is safe on disk and how to go on."""
-    try:
-        yield
-    except KeyboardInterrupt as stop:
-        print(f"\n{stop or 'interrupted'}", file=sys.stderr)
-        raise typer.Exit(130) from None
-
-
 def silent() -> bool:
     """Whether this process prints nothing: under torchrun only one does."""
     return int(os.environ.get("RANK", "0")) > 0
 
 
-@app.command()
+@app.command(cls=Command)
 @with_fields(RUN_FIELDS)
 def prune(
     model: Annotated[str | None, typer.Argument(help="Hub id, local folder, .gguf file or packaged name.")] = None,
@@ -102,8 +94,7 @@ def prune(
         return _print_json(found) if as_json else rendering.print_plan(found)
     if settings.output is None:
         raise ConfigError("no output folder: name one with -o, or ask for the --plan only")
-    with interruptible():
-        result = pyprune.prune(config=settings, resume=resume)
+    result = pyprune.prune(config=settings, resume=resume)
     if silent():
         return None
     if as_json:
@@ -111,7 +102,7 @@ def prune(
     return rendering.print_summary(result.report, settings.output)
 
 
-@app.command()
+@app.command(cls=Command)
 @with_fields(REFINE_FIELDS)
 def refine(
     model: Annotated[str, typer.Argument(help="Folder of a pruned model, masked or structured.")],
@@ -141,17 +132,14 @@ def refine(
             ("settings", "reconstruction", Reconstruction),
         )
     }
-    with interruptible():
-        found = refine_checkpoint(
-            model, output, dense=dense, cross_block=cross_block, resume=resume, **sections, **fields
-        )
+    found = refine_checkpoint(model, output, dense=dense, cross_block=cross_block, resume=resume, **sections, **fields)
     if silent():
         return None
     return _print_json(found) if as_json else print_refinement(found, output)
 
 
-@app.command(name="eval")
-@with_fields(EVALUATION_FIELDS)
+@app.command(name="eval", cls=Command)
+@with_fields(EVALUATION_FIELDS, common=EVALUATION_FIELDS)
 def evaluate(
     model: Annotated[str, typer.Argument(help="Folder, Hub id, .gguf file or packaged name.")],
     device: Annotated[
@@ -200,7 +188,7 @@ def evaluate(
         raise
 
 
-@app.command()
+@app.command(cls=Command)
 def inspect(
     directory: Annotated[Path, typer.Argument(help="Folder of a safetensors or .bin checkpoint.")],
     as_json: Json = False,
@@ -210,7 +198,7 @@ def inspect(
     return _print_json(found) if as_json else rendering.print_inspection(found)
 
 
-@app.command()
+@app.command(cls=Command)
 def compare(
     directories: Annotated[list[Path], typer.Argument(help="Folders that pyprune wrote.")], as_json: Json = False
 ):
@@ -221,7 +209,7 @@ def compare(
     return comparison.print_comparison(rows)
 
 
-@app.command()
+@app.command(cls=Command)
 def generate(
     model: Annotated[str, typer.Argument(help="Folder, Hub id, .gguf file or packaged name.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="A jsonl file to write, or to extend.")],
@@ -248,7 +236,7 @@ def generate(
     print(f"{len(rows)} sequences of {seq_len} tokens in {output}")
 
 
-@app.command()
+@app.command(cls=Command)
 def env(
     qualify: Annotated[
         bool, typer.Option("--qualify", help="Check and time the back-ends now, even if that was done before.")
@@ -262,10 +250,10 @@ def env(
     return _print_json(found) if as_json else print_environment(found)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Entry point of ``pyprune`` and ``python -m pyprune``."""
+def main(arguments: list[str] | None = None, prog: str | None = None) -> None:
+    """Entry point of ``pyprune`` and ``python -m pyprune``. prog: what the usage calls it."""
     try:
-        app(args=arguments)
+        app(args=arguments, prog_name=prog)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -1,7 +1,7 @@
 """Command-line options made from the configuration dataclasses, so that the two cannot drift apart.
 
-``num_samples`` of ``Calibration`` is ``--num-samples``. A name that several sections share belongs to the run itself
-(``--seed``, ``--dtype``) and carries the section's name elsewhere (``--evaluation-dtype``).
+``num_samples`` of ``Calibration`` is ``--num-samples``, as :mod:`pyprune.keywords` names it. Options that most runs use
+are listed in ``COMMON``; the others stand in the advanced sections of ``--help``.
 """
 
 from __future__ import annotations
@@ -12,32 +12,51 @@ import functools
 import inspect
 import textwrap
 import typing
-from collections import Counter
+from collections.abc import Collection
 from typing import Annotated, Any
 
 import typer
 
-from pyprune.config import (
-    Calibration,
-    ConfigError,
-    Evaluation,
-    PruneConfig,
-    Reconstruction,
-    Structured,
-    choices,
-    members,
-)
+from pyprune.cli.help import ADVANCED
+from pyprune.config import ConfigError, choices, members
+from pyprune.effects import default
+from pyprune.keywords import configuration_fields, keywords
 
-SECTIONS = {
-    "calibration": Calibration,
-    "evaluation": Evaluation,
-    "reconstruction": Reconstruction,
-    "structured": Structured,
-}
-RENAMED = {"calibration.source": "calibration", "evaluation.text": "text", "evaluation.enabled": "evaluation"}
 SHORT = {"output": "-o"}
 TEXTUAL = {"sparsity": str, "calibration.source": str, "evaluation.text": list[str]}
 """Fields of any type in Python; on the command line they are text."""
+VALUES = {"memory_budget_gb": "GB", "output": "FOLDER", "calibration.source": "SOURCE", "evaluation.text": "SOURCE"}
+"""What ``--help`` calls the value of an option, where its type would say little."""
+
+COMMON = (
+    "output",
+    "method",
+    "pattern",
+    "sparsity",
+    "criterion",
+    "reconstruct",
+    "targets",
+    "ignore",
+    "device",
+    "compute_dtype",
+    "seed",
+    "calibration.source",
+    "calibration.subset",
+    "calibration.num_samples",
+    "calibration.seq_len",
+    "evaluation.text",
+    "evaluation.window",
+    "evaluation.max_windows",
+    "evaluation.enabled",
+)
+"""Fields that most runs set, in a section of their own before the advanced ones."""
+PANELS = {
+    "": "Choice and repair of weights, and how the run goes",
+    "calibration": "Calibration text",
+    "evaluation": "Evaluation",
+    "reconstruction": "Training of pruned blocks",
+    "structured": "Heads and neurons",
+}
 
 
 def field_docs(cls) -> dict[str, str]:
@@ -56,61 +75,66 @@ def field_docs(cls) -> dict[str, str]:
     }
 
 
-def configuration_fields() -> dict[str, tuple[type, dataclasses.Field]]:
-    """``calibration.seq_len`` → its dataclass and field, for every field of a run."""
-    found: dict[str, tuple[type, dataclasses.Field]] = {
-        f.name: (PruneConfig, f) for f in dataclasses.fields(PruneConfig) if f.name not in SECTIONS
-    }
-    for section, cls in SECTIONS.items():
-        found |= {f"{section}.{f.name}": (cls, f) for f in dataclasses.fields(cls)}
-    return found
-
-
-def option_name(path: str, counts: Counter) -> str:
-    """Python name of the option of a field: unique in its command, with its section's name only where needed."""
-    section, _, name = path.rpartition(".")
-    if path in RENAMED:
-        return RENAMED[path]
-    return f"{section}_{name}" if section and counts[name] > 1 else name
-
-
 def option_of(path: str, paths: list[str]) -> str:
     """``--text`` for ``evaluation.text``, in a command that has the options of ``paths``."""
-    return "--" + option_name(path, Counter(p.rpartition(".")[2] for p in paths)).replace("_", "-")
+    return next("--" + name.replace("_", "-") for name, found in keywords(paths).items() if found == path)
 
 
-def _annotation(path: str, cls, field: dataclasses.Field, name: str):
+def panel_of(path: str, common: Collection[str]) -> str | None:
+    """The section of ``--help`` that an option stands in; None is the command's own."""
+    section = path.rpartition(".")[0]
+    if path in common:
+        return PANELS[section] if section else None
+    return f"{ADVANCED}: {PANELS[section]}"
+
+
+def _annotation(path: str, cls, field: dataclasses.Field, name: str, common: Collection[str]):
     hint = TEXTUAL.get(path) or typing.get_type_hints(cls)[field.name]
     allowed = choices(cls).get(field.name)
     kind = str if allowed else next(member for member in members(hint) if member is not type(None))
     flag = "--" + name.replace("_", "-")
     flags = f"{flag}/--no-{flag[2:]}" if kind is bool else flag
-    panel = path.rpartition(".")[0].capitalize() or None
+    named: dict[str, Any] = {"metavar": VALUES[path]} if path in VALUES else {}
+    if allowed:
+        named = {"metavar": f"[{'|'.join(allowed)}]", "autocompletion": lambda: list(allowed)}
     return Annotated[
         kind | None,
         typer.Option(
             *filter(None, [flags, SHORT.get(path)]),
-            rich_help_panel=panel,
-            metavar=f"[{'|'.join(allowed)}]" if allowed else None,
-            help=field_docs(cls).get(field.name),
+            rich_help_panel=panel_of(path, common),
+            help=described(cls, field.name),
+            show_default=False,
+            **named,
         ),
     ]
 
 
-def with_fields(paths: list[str]):
+def described(cls, name: str) -> str | None:
+    """A field's documentation, and its default where the text does not give it."""
+    text, standard = field_docs(cls).get(name), default(cls, name)
+    if text is None or "default is" in text or "By default" in text or standard in (None, []):
+        return text
+    if isinstance(standard, bool):
+        standard = "on" if standard else "off"
+    return f"{text} [default: {', '.join(map(str, standard)) if isinstance(standard, tuple) else standard}]"
+
+
+def with_fields(paths: list[str], common: Collection[str] = COMMON):
     """Decorator: add the options of these configuration fields to a typer command.
 
-    The command receives ``fields``, a nested dict of what was given; its other parameters stay as they are.
+    common: fields that do not stand in an advanced section. The command receives ``fields``, a nested dict of what was
+    given; its other parameters stay as they are.
     """
-    every = configuration_fields()
-    counts = Counter(path.rpartition(".")[2] for path in paths)
-    names = {option_name(path, counts): path for path in paths}
+    every, names = configuration_fields(), keywords(paths)
 
     def decorate(function):
         own = [p for p in inspect.signature(function, eval_str=True).parameters.values() if p.name != "fields"]
         added = [
             inspect.Parameter(
-                name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_annotation(path, *every[path], name)
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=None,
+                annotation=_annotation(path, *every[path], name, common),
             )
             for name, path in names.items()
         ]

@@ -9,12 +9,10 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import nn
 
 from pyprune.execution.executor import Activations, Batch, Executor
+from pyprune.execution.lanes import Alive, changed_attribute
 from pyprune.masks.statistics import Observer
 from pyprune.model.blocks import WeightRef
 from pyprune.model.routing import expert_lists
@@ -55,33 +53,20 @@ def record(executor: Executor, index: int, module: nn.Module, refs: list[WeightR
     batch = Batch(max(source.rows), 0, 1)
     beside = executor.beside([index], source, batch)
     executor.arguments(index, batch.length, 1)
-    before = _attributes(module)
     with Alive() as alive:
         observer = Observer(module, refs, lambda columns, device: alive)
-        try:
+
+        def once() -> None:
             observer.run(lambda: executor.forward(index, module, source.read(batch), beside))
+
+        try:
+            changed = changed_attribute(module, once)
         finally:
             observer.close()
-    after = _attributes(module)
-    trouble = _again(observer)
-    changed = [name for name, value in after.items() if not _same(before.get(name), value)]
-    if trouble is None and changed:
-        trouble = f"{changed[0]} changes during a pass, which passes that take turns would change for each other"
+    trouble = _again(observer) or changed
     if trouble is not None:
         return GroupOrder(trouble=trouble)
     return GroupOrder(_groups(module, refs, observer), alive.peak / batch.length)
-
-
-def _attributes(module: nn.Module) -> dict[str, object]:
-    return {
-        f"{path}.{name}".lstrip("."): value
-        for path, part in module.named_modules()
-        for name, value in vars(part).items()
-    }
-
-
-def _same(a, b) -> bool:
-    return a is b or (isinstance(a, (bool, int, float, str)) and type(a) is type(b) and a == b)
 
 
 def _again(observer: Observer) -> str | None:
@@ -153,35 +138,3 @@ def _kind_by_kind(calls: list[tuple[str, int, str]], place: str, ranks: dict[str
     own = [(ranks[kind], number) for where, number, kind in calls if where == place]
     several = len({number for _, number in own}) > 1
     return several and [rank for rank, _ in own] == sorted(rank for rank, _ in own)
-
-
-class Alive(TorchDispatchMode):
-    """Bytes of the tensors made since it was entered that are still alive; :meth:`update`, called where a pass is to
-    pause, takes their peak."""
-
-    def __init__(self):
-        super().__init__()
-        self.peak = 0
-        self._made: dict[StorageWeakRef, int] = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        given = {StorageWeakRef(t.untyped_storage()) for t in _tensors([args, kwargs or {}])}
-        out = func(*args, **(kwargs or {}))
-        for tensor in _tensors(out):
-            storage = tensor.untyped_storage()
-            key = StorageWeakRef(storage)
-            if key not in given:  # a view, also of a parameter, makes nothing
-                self._made[key] = storage.nbytes()
-        return out
-
-    def update(self, rows: Tensor, dense: Tensor | None = None) -> None:
-        self._made = {key: size for key, size in self._made.items() if not key.expired()}
-        self.peak = max(self.peak, sum(self._made.values()))
-
-
-def _tensors(tree) -> list[Tensor]:
-    if isinstance(tree, torch.Tensor):
-        return [tree]
-    if isinstance(tree, dict):
-        tree = list(tree.values())
-    return [tensor for part in tree for tensor in _tensors(part)] if isinstance(tree, (list, tuple)) else []

@@ -8,15 +8,12 @@ earlier ones feed them (what GPTQ, arXiv 2210.17323, calls true-sequential).
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from pyprune.execution.executor import Activations, Batch
-from pyprune.execution.relay import NoThread, Pass
+from pyprune.execution.lanes import Declined, Lane, Lanes, TooLarge
 from pyprune.execution.run import Findings, Run
 from pyprune.masks.block import prune_block, refuse_non_finite, sink_of
 from pyprune.masks.group_order import Group, GroupOrder
@@ -25,64 +22,37 @@ from pyprune.model.blocks import WeightRef
 from pyprune.model.watching import Watch
 
 
-class Declined(Exception):
-    """The block cannot be pruned group by group; says why."""
-
-
-class TooLarge(Exception):
-    """The activations of all batches and what a batch needs on its way did not fit on the device."""
-
-
 @dataclass(eq=False)
-class Lane:
-    """One batch of a stream on its way through the block."""
+class GroupLane(Lane):
+    """One batch on its way from group to group."""
 
-    source: Activations
-    target: Activations | None
-    batch: Batch
-    sinks: dict[str, Any]
-    """Of its stream, by the groups' leaders."""
-    fit: bool
-    """It belongs to the calibration stream."""
-    going: Pass
-    at: Group | None = None
-    """The group that it stands before."""
     x: Tensor | None = None
+    """What the group that it stands before reads."""
     seen: dict[str, weakref.ref] = field(default_factory=dict)
     """By leader, what the groups behind it have read."""
 
-    @property
-    def phase(self) -> str:
-        return "forward" if self.fit else "probe"
 
+class SequentialPass(Lanes):
+    """All batches of a run's streams through one block.
 
-class SequentialPass:
-    """All batches of a run's streams through one block."""
+    Statistics come from the stream that was added with ``fit`` alone, the others' inputs are kept until their group's
+    errors are measured.
+    """
+
+    lane = GroupLane
 
     def __init__(self, run: Run, found: Findings, index: int, module: nn.Module, order: GroupOrder):
-        self.run, self.found, self.index, self.module, self.order = run, found, index, module, order
+        super().__init__(run, found, index, module)
+        self.order = order
         self.refs = run.selected[index]
         self.block = run.view.blocks[index]
         self.group = {ref.name: group for group in order.groups for ref in group.refs}
-        self.lanes: list[Lane] = []
-        self.streams: list[dict[str, Inputs]] = []
-        self.moving: Lane | None = None
+        self.sinks: dict[int, dict[str, Any]] = {}
+        """By stream and the groups' leaders."""
         self.pruned: set[str] = set()
         self.dense: dict[WeightRef, Tensor] = {}
         self.masks: dict[WeightRef, Tensor] = {}
-        self.trouble: Declined | TooLarge | None = None
         self._make = sink_of(run, found, index, once=True)
-
-    def add(self, source: Activations, target: Activations | None, fit: bool = False) -> None:
-        """A stream that takes part; its outputs go to ``target``. Statistics come from that with ``fit`` alone, the
-        others' inputs are kept until their group's errors are measured."""
-        executor = self.run.executor
-        sinks: dict[str, Any] = {}
-        self.streams += [] if fit else [sinks]
-        for batch in source.batches(executor.batch_size):
-            executor.arguments(self.index, batch.length, batch.size)
-            going = Pass(self._forward_of(source, batch), executor.device)
-            self.lanes.append(Lane(source, target, batch, sinks, fit, going))
 
     def __call__(self) -> dict[WeightRef, Tensor]:
         """Prune the block; returns its keep masks. Raises Declined or TooLarge, in all processes, with block, findings
@@ -90,99 +60,37 @@ class SequentialPass:
         rows, warnings = len(self.found.weights), list(self.found.warnings)
         watch = Watch(self.module, self.refs, lambda ref, x: self.arrive(ref.name, x))
         try:
-            self._each(self.lanes)
-            while (group := self._next()) is not None:
+            self.each(self.lanes)
+            while (place := self.next_place()) is not None:
+                group = next(group for group in self.order.groups if group.place == place)
                 self._prune(group)
                 here = [lane for lane in self.lanes if lane.at is group]
-                if group is self.order.groups[-1]:
-                    done = [lane for lane in here if lane.target is None]
-                    for lane in done:
-                        lane.at = None
-                        lane.going.abandon()
-                    here = [lane for lane in here if lane.target is not None]
-                self._each(here)
+                self.each(self.drop(here) if group is self.order.groups[-1] else here)
         except (Declined, TooLarge):
-            self._abandon()
+            self.abandon()
             for ref, weight in self.dense.items():
                 self._write(ref, weight)
             del self.found.weights[rows:]
             self.found.warnings[:] = warnings
             raise
         finally:
-            self._abandon()
+            self.abandon()
             watch.close()
         self._solve([ref for ref in self.refs if ref not in self.masks], Gathered[Statistics](), [])
         place = {self.run.view.name(self.index, ref): k for k, ref in enumerate(self.refs)}
         self.found.weights[rows:] = sorted(self.found.weights[rows:], key=lambda row: place[row["name"]])
-        self._send()
+        self.send()
         return self.masks
 
-    @property
-    def batch(self) -> int:
-        """Sequences of the largest batch in any process."""
-        return max(self.run.world.everyone(max(lane.batch.size for lane in self.lanes)))
-
-    # ---- the passes --------------------------------------------------------------------------------------------
-
-    def _forward_of(self, source: Activations, batch: Batch) -> Callable:
-        executor = self.run.executor
-
-        def forward():
-            beside = executor.beside([self.index], source, batch)
-            return executor.forward(self.index, self.module, source.read(batch), beside), beside
-
-        return forward
-
-    def _each(self, lanes: list[Lane]) -> None:
-        """Let passes move to their next group, one after the other, and take what they find there."""
-        for lane in lanes:
-            if self.trouble is not None:
-                return
-            lane.at = lane.x = None
-            self.moving = lane
-            try:
-                with self.found.clock(lane.phase):
-                    lane.going.step()
-                if lane.at is not None and lane.x is not None:
-                    self._take(lane, lane.at.leader, lane.x)
-            except Declined as declined:
-                self.trouble = Declined(str(declined))
-            except NoThread as refused:
-                self.trouble = Declined(f"its {len(self.lanes)} batches need a thread each ({refused})")
-            except torch.OutOfMemoryError:
-                self.trouble = TooLarge()
-            finally:
-                self.moving = None
-
-    def _take(self, lane: Lane, leader: str, x: Tensor) -> None:
+    def arrived(self, lane: GroupLane) -> None:
+        leader, x = lane.at.leader, lane.x
+        assert x is not None
         rows = rows_of(x, lane.batch.size)
-        if leader not in lane.sinks:
-            lane.sinks[leader] = self._make(rows.shape[-1], rows.device) if lane.fit else Inputs()
-        lane.sinks[leader].update(rows)
+        sinks = self.sinks.setdefault(lane.stream, {})
+        if leader not in sinks:
+            sinks[leader] = self._make(rows.shape[-1], rows.device) if lane.fit else Inputs()
+        sinks[leader].update(rows)
         lane.x = None
-
-    def _next(self) -> Group | None:
-        """The group that all processes prune now: the first that any pass waits at."""
-        waiting = min((lane.at.place for lane in self.lanes if lane.at is not None), default=None)
-        told = self.run.world.everyone((waiting, self.trouble))
-        for _, trouble in told:
-            if trouble is not None:
-                raise trouble
-        place = min((place for place, _ in told if place is not None), default=None)
-        return next((group for group in self.order.groups if group.place == place), None)
-
-    def _abandon(self) -> None:
-        for lane in self.lanes:
-            if not lane.going.done:
-                lane.going.abandon()
-
-    def _send(self) -> None:
-        executor = self.run.executor
-        for lane in self.lanes:
-            if lane.target is not None:
-                (out, beside), lane.going.result = lane.going.result, None
-                executor.write(lane.target, lane.batch, out, beside)
-        executor.drain()
 
     # ---- where they stand still --------------------------------------------------------------------------------
 
@@ -201,30 +109,28 @@ class SequentialPass:
         if group.leader in self.pruned:
             raise Declined(f"{name} is not reached in the same order by every sequence")
         lane.seen[group.leader] = weakref.ref(x)
-        lane.at, lane.x = group, x
-        lane.going.wait()
+        lane.x = x
+        self.halt(group)
 
     # ---- pruning -----------------------------------------------------------------------------------------------
 
     def _prune(self, group: Group) -> None:
-        fit: dict[str, Statistics] = next((lane.sinks for lane in self.lanes if lane.fit), {})
-        sink = fit.pop(group.leader, None)
+        fit = {lane.stream for lane in self.lanes if lane.fit}
+        sinks = {stream: self.sinks.get(stream, {}).pop(group.leader, None) for stream in range(self.streams)}
+        sink = next((sinks.pop(stream) for stream in fit), None)
         if sink is None:
             sink = self._make(group.refs[0].view(self.block).shape[1], self.run.executor.device)
         gathered = self._gathered(group, sink)
         reduce_statistics(self.run.world, gathered)
         if not sink.finite():
-            self._abandon()
+            self.abandon()
             refuse_non_finite(self.run, self.index, self.module, list(group.refs), self.lanes[0].source)
         if not sink.tokens:
             gathered = Gathered()  # an expert that only sequences which measure errors reach
         self._solve(
             group.refs,
             gathered,
-            [
-                self._gathered(group, sinks.pop(group.leader)) if group.leader in sinks else Gathered()
-                for sinks in self.streams
-            ],
+            [Gathered() if inputs is None else self._gathered(group, inputs) for inputs in sinks.values()],
         )
         self.pruned.add(group.leader)
 

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from pyprune.config import ConfigError
+from pyprune.config import ConfigError, check_dtype
 from pyprune.model.architecture import model_class, name_class
 from pyprune.model.attributes import quantisation, quantiser
 from pyprune.model.origin import Origin, folder_of, stored
@@ -106,10 +106,10 @@ def load_model(name: str | Path, dtype: str | torch.dtype = "auto") -> Loaded:
 
 def load_with_origin(name: str | Path, dtype: str | torch.dtype = "auto") -> tuple[Loaded, Origin]:
     """What :func:`load_model` returns, and what the checkpoint holds beside it."""
-    source = resolve(name)
+    source, asked = resolve(name), check_dtype(dtype)
     options = {"gguf_file": source.gguf_file} if source.gguf_file else {}
-    wanted = "float32" if source.gguf_file and dtype == "auto" else dtype
-    wanted = getattr(torch, wanted) if isinstance(wanted, str) and wanted != "auto" else wanted
+    asked = "float32" if source.gguf_file and asked == "auto" else asked
+    wanted = "auto" if asked == "auto" else getattr(torch, asked)
     config = load_config(name)
     try:
         origin = find_origin(source)

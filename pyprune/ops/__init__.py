@@ -28,6 +28,7 @@ import contextlib
 import contextvars
 import importlib
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -221,23 +222,58 @@ def check_backend(text: str, device: str) -> str | None:
 
 
 def settle(
-    device: str, recorded: dict[str, dict[str, str]] | None = None, asked: str = "auto"
+    device: str,
+    recorded: dict[str, dict[str, str]] | None = None,
+    asked: str = "auto",
+    repeated: dict[str, dict[str, str]] | None = None,
+    warn: Callable[[str], None] = lambda message: None,
 ) -> dict[str, dict[str, str]]:
     """What a run on a type of device takes, device → class of op → name, for :func:`pinned`: what an interrupted one
-    recorded, else what was asked for or is in force now, measured if need be. Raises ConfigError for what cannot be
-    followed here."""
+    recorded, else what was asked for or is in force now, else what the run took that this one repeats, else what this
+    machine's measurements say, made if need be.
+
+    warn: hears where ``repeated`` cannot be followed here. Raises ConfigError where ``recorded`` and ``asked`` cannot.
+    """
     if recorded:
         _check_recorded(recorded)
         return {kind: _trusted(kind, choices) for kind, choices in recorded.items()}
     check_backend(asked, device)
     named, found = parse_backend(asked) or _forced.get() or {}, {}
+    before = (repeated or {}).get(device, {})
+    lost: dict[tuple[str, str], list[str]] = {}
+    known = verdicts(device, measure=False) if before else {}
     for key in candidates(device):
         op = classes.op_of(key)
         name = named.get(op, named.get("", "auto"))
         if name != "auto" and op in OPS and op not in named and TABLE[name].why_not(op, device) is not None:
             name = "auto"
+        was = before.get(key, before.get(op)) if name == "auto" else None
+        reason = _unfit(op, was, device) or known.get(key, {}).get("failed", {}).get(was) if was else None
+        if was and not reason:
+            found[key] = was
+            continue
         found[key] = _automatic(device)[key] if name == "auto" else _named(op, name)
+        if was and reason:
+            lost.setdefault((was, reason), []).append(f"{key} takes {found[key]}")
+    for (was, reason), instead in lost.items():
+        warn(
+            f"the repeated run took the {was} back-end, which cannot be taken here ({reason}): {', '.join(instead)}; "
+            "the result may differ from that run's by rounding"
+        )
+    if repeated and not before:
+        warn(
+            f"the repeated run took its back-ends on {', '.join(repeated)}: on {device} the choice is automatic, and "
+            "the result may differ from that run's by rounding"
+        )
     return {device: found}
+
+
+def _unfit(op: str, name: str, device: str) -> str | None:
+    """Why what another run took for an op, or as a forward pass, cannot be taken here."""
+    known = TABLE if op in OPS else ("pyprune", "torch")
+    if name not in known:
+        return f"there is no back-end {name!r} for it"
+    return TABLE[name].why_not(op, device) if op in OPS else None
 
 
 def _trusted(device: str, choices: dict[str, str]) -> dict[str, str]:

@@ -11,10 +11,11 @@ from pyprune.effects import needs_sequences, trains
 from pyprune.execution.error_probes import ErrorProbe, errors_of, make_probes, pass_dense, pass_pruned
 from pyprune.execution.executor import NO_ROOM, Activations
 from pyprune.execution.journal import Journal
+from pyprune.execution.lanes import Declined, no_room, with_smaller_batches
 from pyprune.execution.run import Findings, Run
 from pyprune.masks.block import gather, prune_block
 from pyprune.masks.group_order import GroupOrder, record, structure
-from pyprune.masks.sequential import Declined, SequentialPass, TooLarge
+from pyprune.masks.sequential import SequentialPass
 from pyprune.masks.statistics import Inputs, Observer, observe
 from pyprune.model.blocks import WeightRef
 from pyprune.pipeline.block_loop import Written, read_back, settled_blocks, tensors_of
@@ -132,25 +133,16 @@ class MaskWork:
     ) -> dict[WeightRef, Tensor]:
         """:class:`SequentialPass` over all streams of the run, with smaller batches where memory runs out. Raises
         Declined if it does so with single sequences too."""
-        executor, asked, advances = self.executor, self.executor.batch_size, self.trainer is None
-        while True:
+        advances = self.trainer is None
+
+        def lanes() -> SequentialPass:
             going = SequentialPass(self.run, self.found, index, module, order)
             going.add(fit, fit if advances and index < self.last else None, fit=True)
             for probe in self.probes:
                 going.add(probe.pruned, probe.pruned if advances else None)
-            try:
-                return going()
-            except TooLarge:
-                batch, device = going.batch, executor.device
-                executor.free()
-                if batch == 1:
-                    executor.batch_size = asked
-                    raise Declined(f"the activations of all sequences do not fit on {device} at once") from None
-                executor.batch_size = half = batch // 2
-                self.found.warn(
-                    f"block {index} ran out of memory on {device} with batches of {batch} sequences: "
-                    f"batches of {half} from there on; set batch_size={half} to begin with that"
-                )
+            return going
+
+        return with_smaller_batches(self.executor, self.found, index, lanes)
 
     def order_of(self, index: int, module: nn.Module, key: Hashable, fit: Activations) -> GroupOrder:
         """Order of the groups of blocks like this one, the same in all processes; with the reason if there is no room
@@ -163,14 +155,8 @@ class MaskWork:
         if order.trouble is not None or key in self.admitted:
             return order
         tokens = fit.tokens + sum(probe.pruned.tokens for probe in self.probes)
-        needed, room = order.token_bytes * tokens, self.executor.room()
-        if not world.any(needed > room):
-            return order
-        needed, room = max((pair for pair in world.everyone((needed, room))), key=lambda pair: pair[0] - pair[1])
-        return GroupOrder(
-            trouble=f"its {tokens} tokens would keep {needed / 1e9:.2g} GB of activations at once, and "
-            f"there is room for {room / 1e9:.2g} GB (memory_budget_gb)"
-        )
+        trouble = no_room(self.run, order.token_bytes, tokens)
+        return order if trouble is None else GroupOrder(trouble=trouble)
 
     def structure(self, index: int) -> Hashable:
         return structure(self.run.view.blocks[index], self.run.selected[index])

@@ -119,7 +119,7 @@ def _prune(
     with found.clock("evaluation"):
         texts = windows_of(config.evaluation, tokenizer, view.is_encoder, positions=positions, warn=found.warn)
     with found.clock("back-ends"):
-        backends = settle_backends(journal, world, device, config.backend)
+        backends = settle_backends(journal, world, device, config, found.warn)
     if config.output:
         with found.clock("load"):
             identity = {"settings": settings_of(config), "data": data_identity(data, texts), "model": opened.identity()}
@@ -215,10 +215,20 @@ def _open(
     return opened if tokenizer is None else dataclasses.replace(opened, tokenizer=tokenizer)
 
 
-def settle_backends(journal: Journal, world: distributed.World, device: torch.device, asked: str = "auto") -> dict:
-    """The back-end that each op takes in this run, the same in all processes: what an interrupted run took, else what
-    was asked for, or this machine's measurements say."""
-    return world.same(world.lead(lambda: ops.settle(device.type, journal.header.get("backends"), asked)) or {})
+def settle_backends(
+    journal: Journal,
+    world: distributed.World,
+    device: torch.device,
+    config: PruneConfig | None = None,
+    warn: Callable[[str], None] = lambda message: None,
+) -> dict:
+    """The back-end that each op takes in this run, the same in all processes: :func:`pyprune.ops.settle`."""
+    asked, repeated = (config.backend, config.backends) if config else ("auto", None)
+
+    def settled() -> dict:
+        return ops.settle(device.type, journal.header.get("backends"), asked, repeated, warn)
+
+    return world.same(world.lead(settled) or {})
 
 
 def begin(journal: Journal, world: distributed.World, identity: dict, blocks: int, **header) -> None:

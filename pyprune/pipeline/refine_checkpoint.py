@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TextIO
 
 from pyprune import ops
-from pyprune.config import DTYPES, STREAMING, Calibration, ConfigError, Evaluation, Reconstruction, to_dict
+from pyprune.config import STREAMING, Calibration, ConfigError, Evaluation, Reconstruction, check_dtype, to_dict
 from pyprune.evaluation.block_by_block import Meter
 from pyprune.evaluation.gain import dense_of
 from pyprune.evaluation.perplexity import refuse_text, warnings_for, windows_of
@@ -66,9 +66,10 @@ class Request:
     """Host memory for activations, in GB."""
 
     def __post_init__(self):
-        for name, known in (("dtype", DTYPES), ("compute_dtype", DTYPES), ("stream", STREAMING)):
-            if getattr(self, name) not in known:
-                raise ConfigError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        for name in ("dtype", "compute_dtype"):
+            setattr(self, name, check_dtype(getattr(self, name), name))
+        if self.stream not in STREAMING:
+            raise ConfigError(f"stream must be one of {', '.join(STREAMING)}, got {self.stream!r}")
         self.dense = self.dense or dense_of(self.directory, "--dense")
 
     def asked(self) -> dict:

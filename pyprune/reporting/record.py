@@ -15,8 +15,9 @@ from pyprune.config import ConfigError, PruneConfig, to_dict, to_yaml
 from pyprune.data.calibration import CalibrationData, fingerprint
 from pyprune.execution.run import Findings, Run
 
-PLACES = ("model", "output", "stream", "memory_budget_gb", "evaluation")
-"""Fields that say where things are or what is measured, not what comes out; data and model have fingerprints."""
+PLACES = ("model", "output", "stream", "memory_budget_gb", "evaluation", "backends")
+"""Fields that say where things are or what is measured, not what comes out; data and model have fingerprints, and what
+the ops took stands in the journal."""
 CALIBRATION_PLACES = ("source", "split", "subset", "text_column", "self_generated_path")
 
 
@@ -153,15 +154,18 @@ def pruning_record(report: dict) -> dict:
 
 
 def run_yaml(report: dict, config: PruneConfig) -> str:
-    """``run.yaml``: repeats the run. Data given in memory is described there, and refused."""
+    """``run.yaml``: repeats the run, each op by the back-end that it took. Data given in memory is described there, and
+    refused."""
     import yaml
 
     try:
-        return to_yaml(config)
+        repeated = copy.copy(config)
+        repeated.backends = report["backends"]
+        return to_yaml(repeated)
     except ConfigError:
         note = (
             "# The run took its calibration or evaluation data from memory; put a path to the same data in\n"
             "# place of the <…> below to repeat it. Calibration token ids: sha256\n"
             f"# {report['calibration']['fingerprint']}\n"
         )
-        return note + yaml.safe_dump(report["config"], sort_keys=False)
+        return note + yaml.safe_dump({**report["config"], "backends": report["backends"]}, sort_keys=False)

@@ -80,6 +80,8 @@ def test_prune_prints_what_it_did_and_where_it_is(pruned, folder):
 def test_run_yaml_repeats_to_the_bit_and_options_override_it(capsys, tmp_path, pruned):
     path, _, _ = pruned
     assert call(capsys, "prune", "--config", path / "run.yaml", "-o", tmp_path / "two")[0] == 0
+    reports = [json.loads((tmp_path / name / "report.json").read_text()) for name in ("one", "two")]
+    assert reports[1]["config"]["backends"] == reports[0]["backends"] == reports[1]["backends"]
     first, second = (stored(tmp_path / name) for name in ("one", "two"))
     assert first.keys() == second.keys() and first
     assert all((first[name] == second[name]).all() for name in first)

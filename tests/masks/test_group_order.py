@@ -9,7 +9,7 @@ import zoo
 
 from pyprune.config import Calibration, PruneConfig
 from pyprune.execution.executor import Executor
-from pyprune.masks.group_order import Alive, record
+from pyprune.masks.group_order import record
 from pyprune.model.blocks import ModelView, weights_of
 from pyprune.planning.costs import paused_bytes
 
@@ -56,31 +56,6 @@ def test_experts_that_the_recorded_sequence_does_not_reach_have_the_places_of_th
 
 def test_weights_that_are_multiplied_by_twice_are_found():
     assert "multiplied by several times" in order(zoo.build("albert"), 16).trouble
-
-
-def test_bytes_alive_at_a_pause_are_known():
-    class Block(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.up, self.down = torch.nn.Linear(8, 32), torch.nn.Linear(32, 8)
-
-        def forward(self, x):
-            return x + self.down(torch.relu(self.up(x * 1.0)))
-
-    block, alive = Block(), Alive()
-    seen = []
-
-    def gauge(module, args):
-        alive.update(args[0])
-        seen.append(alive.peak)
-
-    block.up.register_forward_pre_hook(gauge)
-    block.down.register_forward_pre_hook(gauge)
-    x = torch.randn(5, 8)
-    with torch.no_grad(), alive:
-        block(x)
-    # x is the caller's and the weights are no activations: before up its input, before down its input alone
-    assert seen == [5 * 8 * 4, 5 * 32 * 4]
 
 
 def test_the_longest_sequence_tells_the_bytes_of_a_token():

@@ -13,6 +13,7 @@ import pytest
 import same_bytes
 import tiny
 import torch
+import yaml
 
 from pyprune import ops
 from pyprune.config import ConfigError, Evaluation
@@ -201,6 +202,44 @@ def test_resume_takes_what_the_interrupted_run_took(tmp_path, monkeypatch):
     assert run(cut, resume=True).report["backends"] == {"cpu": before}
     same_bytes.assert_same(whole, cut)
     assert json.loads((cut / "report.json").read_text())["backends"]["cpu"]["linear/rows"] == "reference"
+
+
+def test_run_yaml_repeats_a_run_by_the_back_ends_that_it_took(tmp_path, monkeypatch):
+    """The machine's verdict changes between the two; the bytes do not."""
+    before = {op: "torch" if op in ops.FORWARDS else "reference" for op in [*classes.KEYS, *ops.FORWARDS]}
+    with monkeypatch.context() as earlier:
+        earlier.setattr(ops, "_settled", {("cpu", one): before for one in (True, False)})
+        one = run(tmp_path / "one").report
+    kept = yaml.safe_load((tmp_path / "one" / "run.yaml").read_text())["backends"]
+    two = run(tmp_path / "two", backends=kept).report
+    assert kept == one["backends"] == two["backends"] == {"cpu": before} and two["warnings"] == one["warnings"]
+    same_bytes.assert_same(tmp_path / "one", tmp_path / "two")
+    named = run(tmp_path / "three", backends=kept, backend="linear=auto,reference,obs_sweep=cpu").report["backends"][
+        "cpu"
+    ]
+    assert named["obs_sweep"] == "cpu" and named["linear/rows"] == "reference", "what is named goes before the record"
+
+
+def test_what_a_repeated_run_cannot_follow_is_said_and_never_fails(cache, measured):
+    said: list[str] = []
+    usual = ops.settle("cpu")["cpu"]
+    wanted = {"cpu": {**usual, "obs_sweep": "cuda", "nm_mask": "cuda", "linear": "opencl", "an_op_of_old": "cpu"}}
+    del wanted["cpu"]["linear/rows"]
+    assert ops.settle("cpu", repeated=wanted, warn=said.append) == {"cpu": usual}
+    by_reason = (
+        "took the cuda back-end, which cannot be taken here (the cuda back-end takes CUDA tensors, not cpu ones)"
+    )
+    assert any(by_reason in text and f"obs_sweep takes {usual['obs_sweep']}" in text for text in said)
+    assert any("took the opencl back-end" in text and "linear/rows takes" in text for text in said) and len(said) == 2
+    said.clear()
+    assert ops.settle("cpu", repeated={"cuda": {"obs_sweep": "cuda"}}, warn=said.append) == {"cpu": usual}
+    assert ["took its back-ends on cuda: on cpu the choice is automatic" in text for text in said] == [True]
+    with ops.pinned({"cpu": dict(usual)}):
+        ops.disqualify("nm_mask", "cpu", "wrong in block 1")
+    said.clear()
+    if usual["nm_mask"] != "reference":
+        again = ops.settle("cpu", repeated={"cpu": usual}, warn=said.append)
+        assert again["cpu"]["nm_mask"] == "reference" and "wrong in block 1" in said[0]
 
 
 def test_a_record_that_cannot_be_followed_is_refused():
