@@ -25,7 +25,7 @@ from pyprune.model.shards import write_bytes
 from pyprune.packed import card
 from pyprune.packed.loading import load
 from pyprune.packed.modules import parameter_count, weight_bytes
-from pyprune.reporting.rendering import LABELS, cell, model_card
+from pyprune.reporting.rendering import LABELS, cell, model_card, verdict
 
 
 def dense_of(name: str | Path, option: str = "--against") -> str:
@@ -141,10 +141,8 @@ def record(rows: list[dict], directory: str | Path) -> list[Path]:
     if importlib.util.find_spec("matplotlib"):
         plot(rows, picture)
     write_bytes(path, (json.dumps(plain(report), indent=1, allow_nan=False) + "\n").encode())
-    write_bytes(
-        folder / "README.md",
-        model_card(report, folder.resolve().name, picture.name if picture.is_file() else None).encode(),
-    )
+    text = model_card(report, folder.resolve().name, picture.name if picture.is_file() else None)
+    write_bytes(folder / "README.md", card.with_section(text, card.section_of(folder)).encode())
     return [path, folder / "README.md", *([picture] if picture.is_file() else [])]
 
 
@@ -157,7 +155,10 @@ def print_side_by_side(rows: list[dict], out: TextIO | None = None) -> None:
     for key, (label, _, _) in LABELS.items():
         if any(row.get(key) for row in rows):
             table.add_row(label, *(cell(row, key, rows[0]) for row in rows))
-    Console(file=out or sys.stdout, highlight=False).print(table)
+    console = Console(file=out or sys.stdout, highlight=False)
+    console.print(table)
+    for row in rows[1:]:
+        console.print(*verdict(row), soft_wrap=True)
 
 
 def plot(rows: list[dict], path: str | Path) -> None:

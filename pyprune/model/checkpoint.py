@@ -118,9 +118,11 @@ def load_with_origin(name: str | Path, dtype: str | torch.dtype = "auto") -> tup
     with loading(name):
         cls, sizes = model_class(config, bool(source.gguf_file), origin), structured_sizes(source)
         model, info = (sized_class(cls, sizes) if sizes else cls).from_pretrained(
-            **(_unpacking(origin.files, config) if isinstance(origin.files, PackedFiles) else {
-                "pretrained_model_name_or_path": source.path
-            }),
+            **(
+                _unpacking(origin.files, config)
+                if isinstance(origin.files, PackedFiles)
+                else {"pretrained_model_name_or_path": source.path}
+            ),
             dtype=wanted,
             output_loading_info=True,
             **options,

@@ -66,14 +66,15 @@ def pays(shape: tuple[int, ...], values: int, dtype: torch.dtype) -> bool:
 
 
 def read_index(folder: Path) -> dict:
-    """The index of a packed folder. Raises ConfigError for a damaged one and a version that this pyprune cannot read."""
+    """The index of a packed folder. Raises ConfigError for a damaged one and a version that is not known."""
     path = folder / INDEX
     try:
         index = json.loads(path.read_text())
         where, metadata = index["weight_map"], index["metadata"]
         whole = isinstance(metadata, dict) and isinstance(index["files"], dict)
-        whole = whole and all(isinstance(v, str) and v == Path(v).name for part in (where, index["files"])
-                              for v in part.values())
+        whole = whole and all(
+            isinstance(v, str) and v == Path(v).name for part in (where, index["files"]) for v in part.values()
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path} is damaged: it does not say which file holds what; pack the model again") from error
     if not whole:
@@ -137,7 +138,9 @@ class PackedShard(Shard):
                 known["shape"],
                 self.stored.bytes_of(name),
             ):
-                raise ConfigError(f"{name} in {self.path} is damaged: the dense file's header says something else of it")
+                raise ConfigError(
+                    f"{name} in {self.path} is damaged: the dense file's header says something else of it"
+                )
             return
         shape = tuple(entry["shape"])
         if CODES.get(entry["dtype"]) not in FLOATS or len(shape) < 2:

@@ -1,4 +1,4 @@
-"""The section of a model card that says how a packed checkpoint is loaded, between marks, so that it comes off again."""
+"""The section of a model card that says how a packed checkpoint is loaded, between marks, so that it can come off."""
 
 from __future__ import annotations
 
@@ -19,9 +19,11 @@ import pyprune
 model, tokenizer = pyprune.load("{name}")  # linear layers multiply with the packed weights
 ```
 
-or write the plain checkpoint, the same to the byte: `pyprune unpack {name} -o DIR`. It pays where decoding waits for the
-weights, that is for few sequences at a time, and more at more zeros; many sequences at once and long prompts are no faster.
-`pyprune eval {name} --latency` measures it on your machine.
+or write the plain checkpoint, the same to the byte: `pyprune unpack {name} -o DIR`. Loading by `transformers` alone, as
+it may stand below, is for that one.
+
+It pays where decoding waits for the weights, that is for few sequences at a time, and the more, the more zeros there
+are. Many sequences at once and long prompts are no faster. `pyprune eval {name} --latency` measures it on your machine.
 {END}"""
 
 

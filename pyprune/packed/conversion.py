@@ -26,8 +26,8 @@ def sparse(model: nn.Module, *, in_place: bool = False) -> nn.Module:
     found = replaceable(model)
     if not any(packed_if_it_pays(module.weight.detach()) is not None for module in found.values()):
         raise ConfigError(
-            f"{type(model).__name__} has no linear layer with zeros enough to be worth packing (at 16 bits, 17 %): prune "
-            "it first"
+            f"{type(model).__name__} has no linear layer with zeros enough for packing to pay (at 16 bits, "
+            "17 %): prune it first"
         )
     model = model if in_place else with_same_tensors(model)
     for path in list(found):

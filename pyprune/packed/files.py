@@ -11,6 +11,7 @@ import dataclasses
 import json
 import math
 import shutil
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,12 +100,20 @@ def pack(directory: str | Path, output: str | Path) -> Packing:
 
 
 def pack_here(folder: Path, name: str) -> Packing:
-    """Pack the checkpoint that a run has assembled in ``folder``, where it lies; its card calls it ``name``."""
-    dense = [*folder.glob("*.safetensors"), folder / DENSE_INDEX]
+    """Pack the checkpoint that a run has assembled in ``folder``, where it lies; its card calls it ``name``. One in
+    which that would save nothing stays as it is, with a warning."""
+    dense = sorted(folder.glob("*.safetensors"))
     found = _pack_files(folder, folder)
-    for path in dense:
+    if found.weights:
+        unused = [*dense, folder / DENSE_INDEX]
+        _add_card(folder, found, name)
+    else:
+        warnings.warn(
+            f"{name} is written unpacked: none of its matrices has zeros enough for packing to pay", stacklevel=2
+        )
+        unused = [*(folder / packed_name(path.name) for path in dense), folder / INDEX]
+    for path in unused:
         path.unlink(missing_ok=True)
-    _add_card(folder, found, name)
     return found
 
 

@@ -93,4 +93,3 @@ def _packed_as(files: PackedFiles, key: str, dtype: torch.dtype, transposed: boo
         return pack_bitmask(files.read(key).to(dtype).T.contiguous())
     found = files.read_packed(key)
     return Packed(found.mask, found.values.to(dtype), found.offsets, found.columns)
-

@@ -1,8 +1,7 @@
-"""A linear layer that holds its weight packed: a stock model with these in place of ``nn.Linear`` needs no other code."""
+"""A linear layer that holds its weight packed, to stand in a stock model in place of ``nn.Linear``."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from pyprune import ops

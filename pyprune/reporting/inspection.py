@@ -27,7 +27,8 @@ def inspect(directory: str | Path) -> dict:
     matrices), ``holds`` (patterns without a violation), ``coverage`` (share of block matrix weights in pruned matrices,
     and the names of the others), ``non_finite``, ``weights`` (the same per matrix) and ``pruning`` (``pruning.json``
     without its weights); of a packed checkpoint also ``packed`` (matrices that are packed, their bytes, and those that
-    they would have as dense ones), and for each of ``weights`` whether it is. Raises :class:`ConfigError` if there is no checkpoint.
+    they would have as dense ones), and for each of ``weights`` whether it is.
+    Raises :class:`ConfigError` if there is no checkpoint.
     """
     folder = Path(directory).expanduser()
     files = weight_files(folder)

@@ -43,7 +43,10 @@ def test_pack_and_unpack_give_back_every_file_to_the_byte(pair, tmp_path):
     pyprune.unpack(packed, tmp_path / "again")
     assert tree(tmp_path / "again") == tree(dense)
     assert (packed / "1_Pooling" / "config.json").read_text() == "{}"
-    assert "pyprune.load" in (packed / "README.md").read_text() and "quantization" not in (packed / "config.json").read_text()
+    assert (
+        "pyprune.load" in (packed / "README.md").read_text()
+        and "quantization" not in (packed / "config.json").read_text()
+    )
 
 
 def test_bits_that_are_no_zeros_are_kept(tmp_path):
@@ -225,7 +228,9 @@ def test_another_format_and_a_newer_version_are_refused(tmp_path, change):
     (tmp_path / "a").mkdir()
     save_file({NAME: torch.eye(64)}, tmp_path / "a" / "model.safetensors")
     pyprune.pack(tmp_path / "a", tmp_path / "b")
-    rewritten(tmp_path / "b" / packed_name("model.safetensors"), lambda header, data: header["__metadata__"].update(change))
+    rewritten(
+        tmp_path / "b" / packed_name("model.safetensors"), lambda header, data: header["__metadata__"].update(change)
+    )
     with pytest.raises(ConfigError, match="version '2'|is no packed checkpoint|not valid JSON"):
         pyprune.unpack(tmp_path / "b", tmp_path / "c")
 
@@ -262,3 +267,76 @@ def test_a_damaged_index_is_refused(pair, tmp_path, text):
     (tmp_path / packed_shards.INDEX).write_text(text)
     with pytest.raises(ConfigError, match="damaged"):
         PackedFiles(tmp_path)
+
+
+def test_runs_write_packed_checkpoints(tmp_path, folder, monkeypatch):
+    """``--packed``: the same weights as the plain run, in a folder that loads, is measured, refined and unpacked."""
+    from typer.testing import CliRunner
+
+    from pyprune.cli.commands import app
+    from pyprune.evaluation import gain
+    from pyprune.packed.modules import SparseLinear
+
+    def run(*arguments):
+        done = CliRunner().invoke(app, [*map(str, arguments)])
+        assert done.exit_code == 0, (done.output, done.exception)
+        return done.output
+
+    options = [
+        "--method",
+        "magnitude",
+        "--sparsity",
+        "0.7",
+        "--probe-samples",
+        "0",
+        "--max-windows",
+        "2",
+        "--window",
+        "48",
+    ]
+    for stream in ("never", "always"):
+        run("prune", folder, "-o", tmp_path / stream, "--packed", "--stream", stream, *options)
+    run("prune", folder, "-o", tmp_path / "plain", *options)
+    plain = load_state(tmp_path / "plain")
+    assert tree(tmp_path / "plain").keys() - tree(tmp_path / "never").keys()
+    for stream in ("never", "always"):
+        assert packed_shards.is_packed(tmp_path / stream) and not list((tmp_path / stream).glob("model*"))
+        run("unpack", tmp_path / stream, "-o", tmp_path / f"{stream}-plain")
+        state = load_state(tmp_path / f"{stream}-plain")
+        assert all(torch.equal(state[key], plain[key]) for key in plain)
+    card = (tmp_path / "never" / "README.md").read_text()
+    assert "21 of 21 matrices packed" in card and card.index("## Packed") < card.index("## Use")
+    assert "packed: 21 matrices without their zeros, 0." in run("inspect", tmp_path / "never")
+    assert "never" in run("compare", tmp_path / "never", tmp_path / "plain")
+    training = ["--epochs", "1", "--num-samples", "4", "--seq-len", "16", "--max-windows", "2", "--window", "48"]
+    run("refine", tmp_path / "never", "-o", tmp_path / "refined", "--packed", *training)
+    assert any(isinstance(m, SparseLinear) for m in pyprune.load(tmp_path / "refined").model.modules())
+
+    monkeypatch.setattr(
+        gain,
+        "_in_a_process",
+        lambda name, *rest: gain.measure(name, tokens=16, new_tokens=2, batch_size=1, dtype="auto"),
+    )
+    shown = run("eval", tmp_path / "never", "--latency")
+    card = (tmp_path / "never" / "README.md").read_text()
+    assert "times the decoding speed" in shown and "times the decoding speed" in card and "## Packed" in card
+    report = json.loads((tmp_path / "never" / "report.json").read_text())
+    assert report["gain"][1]["parameters"] == report["gain"][0]["parameters"]
+    assert report["gain"][1]["weight_bytes"] < report["gain"][0]["weight_bytes"]
+    with pytest.raises(ConfigError, match="only masks leave zeros"):
+        pyprune.PruneConfig(pattern="neurons", packed=True)
+
+
+def load_state(folder) -> dict:
+    files = Files(folder)
+    return {name: files.read(name) for name in files.where}
+
+
+def test_a_run_that_leaves_too_few_zeros_is_written_plain(tmp_path, folder):
+    with pytest.warns(UserWarning, match="written unpacked"):
+        pyprune.prune(
+            str(folder), output=str(tmp_path / "out"), method="magnitude", sparsity=0.02, packed=True, probe_samples=0,
+            evaluation={"enabled": False}, progress=False,
+        )  # fmt: skip
+    assert not list((tmp_path / "out").glob("*packed*")) and (tmp_path / "out" / "config.json").is_file()
+    assert not any("Packed" in path.read_text() for path in (tmp_path / "out").glob("*.md"))

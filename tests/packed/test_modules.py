@@ -73,7 +73,10 @@ def test_a_state_of_another_weight_is_taken_and_a_damaged_one_is_not():
         dict(values=state["values"][:-1]),
         dict(offsets=state["offsets"] + 1),
         dict(mask=state["mask"] ^ 1),
-        dict(mask=torch.cat([state["mask"], state["mask"][:1]]), offsets=torch.cat([state["offsets"], state["offsets"][-1:]])),
+        dict(
+            mask=torch.cat([state["mask"], state["mask"][:1]]),
+            offsets=torch.cat([state["offsets"], state["offsets"][-1:]]),
+        ),
     ):
         with pytest.raises(DamagedWeight):
             packed.load_state_dict({**state, **damage})
