@@ -45,8 +45,10 @@ _PUBLIC = {
     "dense": "pyprune.packed.conversion",
     "generate": "pyprune.data.self_generated",
     "inspect": "pyprune.reporting.inspection",
+    "keep_sparse": "pyprune.finetuning.masks",
     "latency": "pyprune.evaluation.latency",
     "load": "pyprune.packed.loading",
+    "merge_lora": "pyprune.finetuning.adapters",
     "pack": "pyprune.packed.files",
     "plan": "pyprune.planning.plan",
     "prune": "pyprune.pipeline.prune",
@@ -62,6 +64,8 @@ if typing.TYPE_CHECKING:
     from pyprune.data.self_generated import generate
     from pyprune.evaluation.latency import latency
     from pyprune.evaluation.perplexity import evaluate
+    from pyprune.finetuning.adapters import merge_lora
+    from pyprune.finetuning.masks import keep_sparse
     from pyprune.ops import backend
     from pyprune.packed.conversion import dense, sparse
     from pyprune.packed.files import pack, unpack
