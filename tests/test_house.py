@@ -16,6 +16,7 @@ TESTED_IN = {
     "devices": "execution/test_executor.py",
     "sources": "test_effects.py",
     "cli/environment": "cli/test_commands.py",
+    "cli/packing": "packed/test_files.py",
     "cli/options": "test_config.py",
     "data/texts": "data/test_calibration.py",
     "evaluation/block_by_block": "model/test_arguments.py",

@@ -32,7 +32,7 @@ def merge_lora(model: Any) -> Merged:
     What that costs is measured: an update that is alike everywhere loses about √sparsity of its norm. So evaluate the
     result, or train with :func:`pyprune.keep_sparse` instead, which loses nothing.
     model: what ``peft.get_peft_model`` made of a pruned model, or ``PeftModel.from_pretrained`` read; it is used up.
-    Raises ConfigError, before anything is merged, for any other model, adapters that are merged already (their zeros are
+    Raises ConfigError, before anything is merged, for any other model, for adapters that are merged already (zeros are
     filled) or hold NaN, and ImportError's sentence where peft is not installed (``pip install 'pyprune[finetune]'``).
     """
     try:
@@ -50,7 +50,7 @@ def merge_lora(model: Any) -> Merged:
     for name, module in tuned.items():
         if module.merged:
             raise ConfigError(
-                f"the adapters of {name} are merged already, so that its zeros are filled; load the pruned model and "
+                f"the adapters of {name} are merged already, so its zeros are filled; load the pruned model and "
                 "its adapters again"
             )
         for key, parameter in module.named_parameters():

@@ -20,7 +20,8 @@ def keep_sparse(model: nn.Module, optimizer: torch.optim.Optimizer) -> KeptMasks
     of embeddings are left alone. Gradients of the zeros are dropped as they arrive, so that accumulated gradients and
     their norms are those of the kept weights, and after each step the zeros are written again, into the weights and
     into what the optimizer remembers of them.
-    model: with plain layers, as :func:`pyprune.load` of a plain pruned checkpoint or :func:`pyprune.dense` gives it.
+    model: with plain layers, as :func:`pyprune.load` of a plain pruned checkpoint or :func:`pyprune.dense`
+    gives it.
     Returns a handle: :meth:`KeptMasks.remove` ends it, and so does leaving it as a context.
     Raises ConfigError for a model with packed layers, and if the optimizer trains no weight that has zeros.
     """
@@ -41,8 +42,8 @@ def keep_sparse(model: nn.Module, optimizer: torch.optim.Optimizer) -> KeptMasks
         why = (
             "no weight of it has zeros: prune it first"
             if not sparse
-            else f"the optimizer trains none of its {len(sparse)} sparse weights, such as {next(iter(sparse))}: make it "
-            "of this model's parameters"
+            else f"the optimizer trains none of its {len(sparse)} sparse weights, such as {next(iter(sparse))}: make "
+            "it of this model's parameters"
         )
         raise ConfigError(f"there is nothing to keep sparse in {type(model).__name__}: {why}")
     return KeptMasks(found, optimizer)

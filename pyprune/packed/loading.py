@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from pyprune.config import ConfigError
+from pyprune.config import ConfigError, check_dtype
 from pyprune.model import assembly, checkpoint
 from pyprune.model.attributes import dtype_named
 from pyprune.model.blocks import is_conv1d
@@ -21,7 +21,7 @@ from pyprune.model.checkpoint import Loaded, Source
 from pyprune.model.origin import Origin
 from pyprune.model.packed_shards import PackedFiles, is_packed
 from pyprune.model.skeleton import skeleton
-from pyprune.ops import Packed, pack_bitmask
+from pyprune.ops.packed import Packed, pack_bitmask
 from pyprune.packed.conversion import put, replaceable, saves_packed, sparse
 from pyprune.packed.modules import SparseLinear
 
@@ -51,8 +51,10 @@ def _filled(source: Source, origin: Origin, dtype: str | torch.dtype) -> nn.Modu
     files = origin.files
     assert isinstance(files, PackedFiles)
     config = checkpoint.load_config(source.path)
-    kind = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
-    if not isinstance(kind, torch.dtype):
+    asked = check_dtype(dtype)
+    if asked != "auto":
+        kind = getattr(torch, asked)
+    else:
         infos = (files.info(name)[0] for name in files.where)
         kind = dtype_named(config) or next((found for found in infos if found.is_floating_point), torch.float32)
     with checkpoint.loading(source.path):

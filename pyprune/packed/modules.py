@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from pyprune import ops
-from pyprune.ops import DamagedWeight, Packed, unpack_bitmask
+from pyprune.ops.packed import DamagedWeight, Packed, unpack_bitmask
 
 
 class SparseLinear(nn.Module):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from pyprune.ops import DamagedWeight, pack_bitmask
+from pyprune.ops.packed import DamagedWeight, pack_bitmask
 from pyprune.packed.modules import SparseLinear
 
 
