@@ -19,6 +19,7 @@ from pyprune.pipeline.block_loop import Written
 from pyprune.pipeline.passes import Passes
 from pyprune.pipeline.progress import Progress
 from pyprune.structured import config_edits, slicing
+from pyprune.structured.allocation import removed
 from pyprune.structured.block import StructuredRun, Target, dense_block, propagated_block, refresh
 from pyprune.structured.criteria import NEEDS_MOMENTS
 from pyprune.structured.preparation import prepare
@@ -158,6 +159,7 @@ class StructuredWork:
                 "reason": t.reason,
                 "edits": t.edits,
                 "parameters": sum(p.numel() for p in t.model.parameters()),
+                "removed": removed(self.prepared.groups, t.counts),
                 "layers": t.rows,
                 "layout": t.layout,
             }
