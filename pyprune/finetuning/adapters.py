@@ -42,9 +42,10 @@ def merge_lora(model: Any) -> Merged:
         raise ConfigError("merge_lora needs peft: pip install 'pyprune[finetune]'") from error
     if not isinstance(model, PeftModel):
         raise ConfigError(f"merge_lora takes a model with adapters of peft, got {type(model).__name__}")
-    tuned = {
+    inner: Any = model.base_model.model
+    tuned: dict[str, Any] = {
         name: module
-        for name, module in model.base_model.model.named_modules()
+        for name, module in inner.named_modules()
         if isinstance(module, BaseTunerLayer) and isinstance(getattr(module, "base_layer", None), nn.Module)
     }
     for name, module in tuned.items():
@@ -72,5 +73,6 @@ def merge_lora(model: Any) -> Merged:
         lost, total = lost + fell, total + whole
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "All adapters are already merged")
-        base = model.merge_and_unload()  # not unload(): modules that were trained whole are taken too
+        used_up: Any = model
+        base = used_up.merge_and_unload()  # not unload(): modules that were trained whole are taken too
     return Merged(base, math.sqrt(lost / total) if total else 0.0, rows)

@@ -137,11 +137,13 @@ def split_header(header: Any, where: str) -> tuple[dict[str, str], dict[str, dic
     for name, entry in header.items():
         entry = entry if isinstance(entry, dict) else {}
         shape, offsets = entry.get("shape"), entry.get("data_offsets")
-        numbers = [*shape, *offsets] if isinstance(shape, list) and isinstance(offsets, list) else [None]
-        if (
-            not isinstance(entry.get("dtype"), str)
-            or not all(type(n) is int and 0 <= n < 2**63 for n in numbers)
-            or not (len(offsets) == 2 and offsets[0] <= offsets[1])
+        if not (
+            isinstance(entry.get("dtype"), str)
+            and isinstance(shape, list)
+            and isinstance(offsets, list)
+            and all(type(n) is int and 0 <= n < 2**63 for n in [*shape, *offsets])
+            and len(offsets) == 2
+            and offsets[0] <= offsets[1]
         ):
             raise ConfigError(f"{where} is damaged: its header does not say where {name or 'anything'} lies")
     return metadata if isinstance(metadata, dict) else {}, header

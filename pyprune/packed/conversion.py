@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections import Counter
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,13 +31,13 @@ def sparse(model: nn.Module, *, in_place: bool = False) -> nn.Module:
             "17 %): prune it first"
         )
     model = model if in_place else with_same_tensors(model)
+    places = places_of(model)
     for path in list(found):
-        module = model.get_submodule(path)
-        found.pop(path)
-        weight = matrix_of(module)
-        packed = packed_if_it_pays(weight)
+        module: Any = model.get_submodule(path)
+        del found[path]
+        packed = packed_if_it_pays(matrix_of(module))
         if packed is not None:
-            put(model, path, module, SparseLinear(packed, module.bias, is_conv1d(module)))
+            put(model, places[id(module)], SparseLinear(packed, module.bias, is_conv1d(module)))
     saves_packed(model)
     return model.eval()
 
@@ -47,9 +48,10 @@ def dense(model: nn.Module, *, in_place: bool = False) -> nn.Module:
     model: what :func:`sparse` or :func:`pyprune.load` returned; it stays as it is unless ``in_place``.
     """
     model = model if in_place else with_same_tensors(model)
-    for path, module in list(model.named_modules()):
+    places = places_of(model)
+    for module in list(model.modules()):
         if isinstance(module, SparseLinear):
-            put(model, path, module, dense_layer(module))
+            put(model, places[id(module)], dense_layer(module))
     vars(model).pop("save_pretrained", None)
     return model
 
@@ -57,11 +59,12 @@ def dense(model: nn.Module, *, in_place: bool = False) -> nn.Module:
 def dense_layer(module: SparseLinear) -> nn.Module:
     """The linear layer that a packed one stands for."""
     outputs, inputs = module.out_features, module.in_features
+    layer: Any
     with torch.device("meta"):
         if module.transposed:
             from transformers.pytorch_utils import Conv1D
 
-            layer: nn.Module = Conv1D(outputs, inputs)
+            layer = Conv1D(outputs, inputs)
         else:
             layer = nn.Linear(inputs, outputs, bias=module.bias is not None)
     weight = module.weight.T.contiguous() if module.transposed else module.weight
@@ -70,7 +73,7 @@ def dense_layer(module: SparseLinear) -> nn.Module:
     return layer.train(module.training)
 
 
-def replaceable(model: nn.Module) -> dict[str, nn.Module]:
+def replaceable(model: nn.Module) -> dict[str, Any]:
     """Path → linear layer of every one whose weight is its own: stock layers, not what is derived from them."""
     owners = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
     return {
@@ -80,18 +83,25 @@ def replaceable(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def matrix_of(layer: nn.Module) -> torch.Tensor:
+def matrix_of(layer: Any) -> torch.Tensor:
     """The weight of a linear layer as ``[out, in]``."""
     weight = layer.weight.detach()
     return weight.T.contiguous() if is_conv1d(layer) else weight
 
 
-def put(model: nn.Module, path: str, old: nn.Module, new: nn.Module) -> None:
-    """Put a module into the place of another, at every place where it stands."""
-    for other, module in list(model.named_modules(remove_duplicate=False)):
-        if module is old:
-            parent, _, name = other.rpartition(".")
-            setattr(model.get_submodule(parent), name, new)
+def places_of(model: nn.Module) -> dict[int, list[str]]:
+    """Identity of every module → all paths at which it stands."""
+    found: dict[int, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        found.setdefault(id(module), []).append(path)
+    return found
+
+
+def put(model: nn.Module, paths: list[str], new: nn.Module) -> None:
+    """Put a module into these places."""
+    for path in paths:
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, new)
 
 
 def with_same_tensors(model: nn.Module) -> nn.Module:

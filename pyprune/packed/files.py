@@ -238,12 +238,12 @@ def save_packed(model: Any, save_directory: str | Path, **_unused: Any) -> None:
             known.add((tensor.data_ptr(), tensor.shape))
             dense[name] = (NAMES[tensor.dtype], list(tensor.shape), tensor.nbytes)
             entries.append((name, NAMES[tensor.dtype], list(tensor.shape), tensor.detach()))
-    sizes = [sum(e[3].nbytes for e in entries), sum(size for _, _, size in dense.values())]
     packed_names = {f"{path}.weight" for path in layers}
     found = Packing(
         len(layers),
         sum(in_block(name) and len(shape) >= 2 for name, (_, shape, _) in dense.items()),
-        *sizes,
+        sum(e[3].nbytes for e in entries),
+        sum(size for _, _, size in dense.values()),
         sum(e[3].nbytes for e in entries if e[0].rpartition(".")[0] in packed_names),
         sum(size for name, (_, _, size) in dense.items() if name in packed_names),
     )

@@ -9,6 +9,7 @@ loaded dense and packed then, one layer after the other.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,7 +23,7 @@ from pyprune.model.origin import Origin
 from pyprune.model.packed_shards import PackedFiles, is_packed
 from pyprune.model.skeleton import skeleton
 from pyprune.ops.packed import Packed, pack_bitmask
-from pyprune.packed.conversion import put, replaceable, saves_packed, sparse
+from pyprune.packed.conversion import places_of, put, replaceable, saves_packed, sparse
 from pyprune.packed.modules import SparseLinear
 
 
@@ -58,10 +59,10 @@ def _filled(source: Source, origin: Origin, dtype: str | torch.dtype) -> nn.Modu
         infos = (files.info(name)[0] for name in files.where)
         kind = dtype_named(config) or next((found for found in infos if found.is_floating_point), torch.float32)
     with checkpoint.loading(source.path):
-        model = skeleton(config, kind, origin)
+        model: Any = skeleton(config, kind, origin)
         checkpoint.load_generation_config(model, Path(source.path))
     found = [(keys, next((key for key in keys if key in files), None)) for keys in assembly.names_of(model)]
-    layers = replaceable(model)
+    layers, places = replaceable(model), places_of(model)
     for names, key in found:
         if key is None:
             return None
@@ -74,7 +75,7 @@ def _filled(source: Source, origin: Origin, dtype: str | torch.dtype) -> nn.Modu
         if path in layers and key in files.packed:
             layer = layers[path]
             packed = _packed_as(files, key, parameter.dtype, is_conv1d(layer))
-            put(model, path, layer, SparseLinear(packed, layer.bias, is_conv1d(layer)))
+            put(model, places[id(layer)], SparseLinear(packed, layer.bias, is_conv1d(layer)))
             continue
         tensor = files.read(key)
         value = nn.Parameter(tensor.to(parameter.dtype) if tensor.is_floating_point() else tensor)
