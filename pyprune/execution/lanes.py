@@ -103,9 +103,14 @@ class Lanes:
 
         def forward():
             beside = executor.beside([self.index], source, batch)
-            return executor.forward(self.index, self.module, source.read(batch), beside), beside
+            out = executor.forward(self.index, self.module, source.read(batch), beside)
+            return self.leaving(out), beside
 
         return forward
+
+    def leaving(self, out: Tensor) -> Tensor:
+        """Called inside a pass with what the block returns; returns the pass's output."""
+        return out
 
     def halt(self, at: Place) -> None:
         """Called inside the pass that moves: stand still there."""
