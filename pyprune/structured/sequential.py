@@ -151,6 +151,7 @@ class StopOrder:
     """Why such blocks cannot be pruned in one pass."""
 
 
+@torch.no_grad()
 def record(executor: Executor, index: int, module: nn.Module, groups: list[Coupled], source: Activations) -> StopOrder:
     """Run a block over one sequence of a stream, the longest: plainly, with the consumers' products taken aside and put
     back, and without them. Only where putting back makes up for taking away can the block be pruned so."""
@@ -272,6 +273,7 @@ class SequentialBlock(Lanes):
         finally:
             self.abandon()
             self._aside.close()
+            self._aside = None  # it knows this object: a circle would keep all activations
         for i in range(len(self.groups)):
             if i not in self.picks:  # an expert that no token reached
                 self._choose(i, Observed.make(self.run, self.index, self.groups[i], None, None).split)
