@@ -52,6 +52,7 @@ OPS = (
     "cholesky_solve",
     "liar_update",
     "linear",
+    "sparse_linear",
 )
 """The functions of :mod:`pyprune.ops`."""
 MAX_COLUMN_BLOCK = 1024

@@ -12,7 +12,7 @@ import typer
 
 import pyprune
 from pyprune.cli.help import Command, Group
-from pyprune.cli.options import option_of, with_fields
+from pyprune.cli.options import as_options, option_of, with_fields
 from pyprune.config import Calibration, ConfigError, Evaluation, Reconstruction, check_named, from_dict, override
 from pyprune.keywords import configuration_fields
 from pyprune.reporting import comparison, rendering
@@ -200,10 +200,17 @@ def inspect(
 
 @app.command(cls=Command)
 def compare(
-    directories: Annotated[list[Path], typer.Argument(help="Folders that pyprune wrote.")], as_json: Json = False
+    directories: Annotated[list[Path], typer.Argument(help="Folders that pyprune wrote.")],
+    html: Annotated[Path | None, typer.Option(help="Write the comparison as a page, too: one HTML file.")] = None,
+    as_json: Json = False,
 ):
     """Show runs side by side: settings, perplexity, reconstruction error and time."""
     rows = pyprune.compare(directories)
+    if html is not None:
+        from pyprune.reporting.comparison_page import comparison_page
+        from pyprune.reporting.page import write
+
+        write(html, comparison_page(directories))
     if as_json:
         return _print_json({"runs": rows, "notes": comparison.differences(rows)})
     return comparison.print_comparison(rows)
@@ -255,7 +262,7 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> None:
     try:
         app(args=arguments, prog_name=prog)
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {as_options(str(error))}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:
         sys.exit(1)

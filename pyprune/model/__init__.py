@@ -9,6 +9,7 @@
 ``names``             patterns that name weights (``targets``, ``ignore``)
 ``sizes``             modules whose sizes their configuration cannot say
 ``checkpoint``        checkpoints found, loaded and written whole or not at all
+``gguf_cache``        GGUF files, whose dequantised weights are kept for the next opening
 ``assembly``          the finished checkpoint, made of the blocks that a run has written
 ``shards``            safetensors files, read in pieces and written crash-safely
 ``skeleton``          a model from its configuration, without memory
@@ -18,5 +19,5 @@
 ``watching``          what the weights of a running block are multiplied with, fused experts included
 
 From outside: all of them, by module.
-May import: ``ops`` and the modules without a package; today it needs ``config`` alone.
+May import: ``ops`` and the modules without a package; today it needs ``config`` and the cache folder of ``ops``.
 """

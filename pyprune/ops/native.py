@@ -12,6 +12,7 @@ from torch import Tensor
 from pyprune.config import ConfigError
 from pyprune.devices import indexed
 from pyprune.ops import reference
+from pyprune.ops.packed import Packed
 
 _missing: str | None = None
 try:
@@ -330,6 +331,10 @@ def linear_cpu(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
         torch.get_num_threads(),
     )
     return out
+
+
+def sparse_linear_cpu(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
+    return reference.sparse_linear(x, packed, bias)
 
 
 # Kernels run on torch's current stream and nothing waits for them. What only the data can show to be wrong is found on

@@ -292,6 +292,8 @@ def check_weights(view: ModelView, selected: list[list[WeightRef]], config: Prun
     """Refuse what cannot be done to these blocks, before any work."""
     if config.is_structured:
         refuse_shared(view, config.pattern)
+    elif config.nm is None:
+        _check_removes(view, selected, config)
     if config.nm is None:
         return
     group = config.nm[1]
@@ -307,6 +309,22 @@ def check_weights(view: ModelView, selected: list[list[WeightRef]], config: Prun
                     f"pattern {config.pattern} does not divide the {columns} inputs of "
                     f"{view.name(i, ref)}; choose another pattern or ignore that weight"
                 )
+
+
+def _check_removes(view: ModelView, selected: list[list[WeightRef]], config: PruneConfig) -> None:
+    """Refuse a sparsity above 0 that rounds to no zero in any weight."""
+    rows = config.method == "wanda"  # whose zeros are counted row by row
+    sizes = [
+        ref.view(block).shape[1] if rows else ref.view(block).numel()
+        for block, refs in zip(view.blocks, selected)
+        for ref in refs
+    ]
+    for sparsity in config.sparsities:
+        if sparsity and not any(round(sparsity * size) for size in sizes):
+            raise ConfigError(
+                f"sparsity {sparsity:g} would remove nothing: {'a row' if rows else 'the largest matrix'} has "
+                f"{max(sizes, default=0)} weights, of which one is sparsity {1 / max(sizes, default=1):.3g}"
+            )
 
 
 def calibration_data(

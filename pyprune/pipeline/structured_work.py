@@ -17,12 +17,13 @@ from pyprune.effects import observes
 from pyprune.execution.error_probes import ErrorProbe, errors_of, make_probes, pass_dense, pass_pruned
 from pyprune.execution.executor import NO_ROOM, Activations
 from pyprune.execution.journal import Journal
-from pyprune.execution.lanes import Declined, no_room, with_smaller_batches
+from pyprune.execution.lanes import Declined, with_smaller_batches
 from pyprune.execution.run import Findings, Run
 from pyprune.pipeline.block_loop import Written
 from pyprune.pipeline.passes import Passes
 from pyprune.pipeline.progress import Progress
 from pyprune.structured import config_edits, slicing
+from pyprune.structured.allocation import removed
 from pyprune.structured.block import StructuredRun, Target, dense_block, dense_sums, propagated_block, refresh
 from pyprune.structured.criteria import NEEDS_MOMENTS
 from pyprune.structured.preparation import prepare
@@ -52,8 +53,6 @@ class StructuredWork:
         self.probes: list[ErrorProbe] = []
         self.orders: dict[Hashable, StopOrder] = {}
         """With sequential inputs, what is known of blocks by their structure."""
-        self.admitted: set[Hashable] = set()
-        """Structures that an interrupted run pruned in passing: its memory sufficed, and this one's has to."""
         self.key: Hashable = None
         """Structure of the block at hand while it was dense."""
         self.kept: list[list[int]] | None = None
@@ -123,7 +122,7 @@ class StructuredWork:
         key, fit, [target] = self.key, self.fit, self.targets
         if key not in self.orders:
             with self.found.clock("forward"):
-                self.orders[key] = self.order_of(index, module, key, fit)
+                self.orders[key] = self.order_of(index, module, fit)
         if self.orders[key].trouble is None:
 
             def lanes() -> SequentialBlock:
@@ -145,19 +144,13 @@ class StructuredWork:
         self.found.warn(f"block {index} was pruned as by inputs='propagated': {self.orders[key].trouble}")
         return False
 
-    def order_of(self, index: int, module: nn.Module, key: Hashable, fit: Activations) -> StopOrder:
-        """Where the passes through blocks like this one stop, the same in all processes; with the reason if there is no
-        room for all batches at once."""
+    def order_of(self, index: int, module: nn.Module, fit: Activations) -> StopOrder:
+        """Where the passes through blocks like this one stop, the same in all processes."""
         groups = self.prepared.groups[index]
         order = self.executor.attempt(lambda: record(self.executor, index, module, groups, fit))
         if order is NO_ROOM:
             order = StopOrder(trouble=f"one sequence of {max(fit.rows)} tokens does not fit on {self.executor.device}")
-        order = self.run.world.same(order)
-        if order.trouble is not None or key in self.admitted:
-            return order
-        tokens = fit.tokens + sum(probe.pruned.tokens for probe in self.probes)
-        trouble = no_room(self.run, order.token_bytes, tokens)
-        return order if trouble is None else StopOrder(trouble=trouble)
+        return self.run.world.same(order)
 
     def structure(self, index: int) -> Hashable:
         """Equal for blocks, still dense, whose passes stop at the same places."""
@@ -174,7 +167,6 @@ class StructuredWork:
             start = f"{self._prefix(target)}{self.run.view.path}.{index}."
             tensors = {name.removeprefix(start): t for name, t in stored.items() if name.startswith(start)}
             if self.kept is not None:
-                self.admitted.add(self.key)
                 self.replay(index, module, target, tensors, self.kept)
             slicing.set_block(target.blocks[index], tensors, done["attributes"])
             target.rows += done["rows"]
@@ -255,6 +247,7 @@ class StructuredWork:
                 "reason": t.reason,
                 "edits": t.edits,
                 "parameters": sum(p.numel() for p in t.model.parameters()),
+                "removed": removed(self.prepared.groups, t.counts),
                 "layers": t.rows,
                 "layout": t.layout,
             }

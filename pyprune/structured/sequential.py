@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pyprune.execution.executor import Activations, Batch, Executor
-from pyprune.execution.lanes import Alive, Declined, Lane, Lanes, TooLarge, changed_attribute
+from pyprune.execution.lanes import Declined, Lane, Lanes, TooLarge, changed_attribute
+from pyprune.execution.spilling import Alive
 from pyprune.model.blocks import WeightRef
 from pyprune.model.routing import expert_lists
 from pyprune.model.watching import Watch
@@ -234,6 +235,8 @@ class ConsumerLane(Lane):
     waiting: Waiting = field(default_factory=dict)
     total: Tensor | None = None
     """The residual sum without the products that wait; None where the one product itself goes on."""
+    due: list[tuple[int, Replacement]] = field(default_factory=list)
+    """Groups that are repaired, whose new products the pass has still to be given."""
 
 
 class SequentialBlock(Lanes):
@@ -246,7 +249,7 @@ class SequentialBlock(Lanes):
     ):
         """sums: by group, what the consumer's output should add up to, of the dense stream; None: no errors are
         taken."""
-        super().__init__(work.run, work.found, index, module)
+        super().__init__(work.run, work.found, index, module, order.token_bytes)
         self.work, self.order, self.sums = work, order, sums
         self.groups = work.prepared.groups[index]
         self.stop = {stop.groups: stop for stop in order.stops}
@@ -309,16 +312,26 @@ class SequentialBlock(Lanes):
             observed = Observed.make(self.run, self.index, self.groups[i], self.sums[i], self._mean_power(i, fit))
             with self.found.clock("statistics"):
                 for lane in fit:
-                    product = lane.waiting[i]
-                    held = held_of(self.run, lane.source, lane.batch)
-                    power = product.rows.float().square().sum(1) if observed.column_powers is not None else None
-                    observed.add(lane.batch, product.x, held, self._sums(lane, i), power)
+                    with self.at_hand(lane):
+                        self._pay(lane)
+                        product, held = lane.waiting[i], held_of(self.run, lane.source, lane.batch)
+                        power = product.rows.float().square().sum(1) if observed.column_powers is not None else None
+                        observed.add(lane.batch, product.x, held, self._sums(lane, i), power)
             share_moments(self.run, self.found.clock, self.index, self.groups[i], observed.split)
             self._choose(i, observed.split)
-            with self.found.clock("forward"):
-                replace = Replacement.of(self.work, self.index, self.picks[i])
-                for lane in here:
-                    put(lane.waiting, i, lane.total, replace(lane.waiting[i]))
+            replacement = Replacement.of(self.work, self.index, self.picks[i])
+            for lane in here:
+                lane.due.append((i, replacement))
+
+    def going_on(self, lane: ConsumerLane) -> None:
+        self._pay(lane)
+
+    def _pay(self, lane: ConsumerLane) -> None:
+        """Give a pass, whose tensors are at hand, the new products that it is due."""
+        with self.found.clock(lane.phase):
+            for i, replacement in lane.due:
+                put(lane.waiting, i, lane.total, replacement(lane.waiting[i]))
+        lane.due = []
 
     def _sums(self, lane: ConsumerLane, i: int) -> Tensor | None:
         """What the dense consumer's output adds up to in this batch, ``[tokens, out]``; None for an expert."""
@@ -341,10 +354,14 @@ class SequentialBlock(Lanes):
         for lane in fit if self.run.world.leads else []:
             rows = lane.source.rows[lane.batch.length][lane.batch.start : lane.batch.stop]
             count = sum(row < sampled(self.run) for row in rows)  # in order, the first ones
-            sums = self._sums(lane, i)
-            if count and sums is not None:
-                told[0] += sums[: count * lane.batch.length].float().square().sum()
-                told[1] += count * lane.batch.length
+            if not count:
+                continue
+            with self.at_hand(lane):
+                self._pay(lane)
+                sums = self._sums(lane, i)
+                if sums is not None:
+                    told[0] += sums[: count * lane.batch.length].float().square().sum()
+                    told[1] += count * lane.batch.length
         self.run.world.send_(told, 0)
         return told[0] / told[1].clamp(min=1)
 

@@ -9,13 +9,14 @@ import tiny
 import torch
 import zoo
 import zoo_reference as reference
-from same_bytes import assert_same, source
+from same_bytes import assert_same
 
 import pyprune
 from pyprune.config import Calibration
 from pyprune.execution.executor import Executor
 from pyprune.execution.journal import Interrupted
 from pyprune.execution.lanes import Declined
+from pyprune.execution.spilling import Spilled
 from pyprune.model.blocks import ModelView
 from pyprune.structured.groups import find_groups
 from pyprune.structured.sequential import SequentialBlock, record
@@ -214,20 +215,22 @@ def test_a_block_that_is_declined_halfway_is_pruned_as_by_propagated_inputs(monk
     same_as_propagated(result, tiny.model("llama"), 1e-5, probe_samples=2)
 
 
-def test_a_block_without_room_for_all_tokens_is_pruned_as_by_propagated_inputs_and_so_is_a_resumed_one(
-    tmp_path, stop_after
-):
-    path = source(tmp_path / "dense")
-    fields = dict(memory_budget_gb=1e-4)
-    whole = pruned(path, output=str(tmp_path / "whole"), **fields)
-    assert "its 320 tokens would keep" in fell_back(whole)[0] and len(fell_back(whole)) == 3
-    stop_after(1)
-    with pytest.raises(Interrupted):
-        pruned(path, output=str(tmp_path / "parts"), **fields)
-    stop_after(-1)
-    ended = pruned(path, output=str(tmp_path / "parts"), resume=True, memory_budget_gb=None)
-    assert len(fell_back(ended)) == 3, "more room does not change the way in the middle of a run"
-    assert_same(tmp_path / "whole", tmp_path / "parts")
+@pytest.mark.parametrize("architecture", ["llama", "gpt_neox", "mixtral"])
+def test_passes_that_there_is_no_room_for_spill_and_give_the_same_bytes(architecture, monkeypatch):
+    spilled, out = [], Spilled.out
+
+    def noting(self, alive):
+        out(self, alive)
+        spilled.append(len(self._away))
+
+    monkeypatch.setattr(Spilled, "out", noting)
+    fields = dict(structured={"nonstandard": "save"}, batch_size=4, probe_samples=2)
+    want = pruned(zoo.build(architecture), **fields)
+    assert not spilled
+    got = pruned(zoo.build(architecture), memory_budget_gb=1e-6, **fields)
+    assert max(spilled) > 1 and not fell_back(got)
+    for (name, one), (_, other) in zip(want.model.named_parameters(), got.model.named_parameters()):
+        assert torch.equal(one, other), name
 
 
 def order(model, index: int = 0):
