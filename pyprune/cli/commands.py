@@ -200,10 +200,17 @@ def inspect(
 
 @app.command(cls=Command)
 def compare(
-    directories: Annotated[list[Path], typer.Argument(help="Folders that pyprune wrote.")], as_json: Json = False
+    directories: Annotated[list[Path], typer.Argument(help="Folders that pyprune wrote.")],
+    html: Annotated[Path | None, typer.Option(help="Write the comparison as a page, too: one HTML file.")] = None,
+    as_json: Json = False,
 ):
     """Show runs side by side: settings, perplexity, reconstruction error and time."""
     rows = pyprune.compare(directories)
+    if html is not None:
+        from pyprune.reporting.comparison_page import comparison_page
+        from pyprune.reporting.page import write
+
+        write(html, comparison_page(directories))
     if as_json:
         return _print_json({"runs": rows, "notes": comparison.differences(rows)})
     return comparison.print_comparison(rows)

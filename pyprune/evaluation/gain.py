@@ -23,6 +23,7 @@ from pyprune.model.checkpoint import load, plain
 from pyprune.model.positions import of_any
 from pyprune.model.shards import write_bytes
 from pyprune.reporting.rendering import LABELS, cell, model_card
+from pyprune.reporting.run_page import write_run_page
 
 
 def dense_of(name: str | Path, option: str = "--against") -> str:
@@ -126,8 +127,9 @@ def _encoder(model: nn.Module, tokens: int, batch_size: int, directory: Path | N
 
 
 def record(rows: list[dict], directory: str | Path) -> list[Path]:
-    """Add a comparison to the report, the model card and, where matplotlib is installed, a picture in the folder of a
-    pruned model; returns the files written. A folder without a report, or one that cannot be written, is left alone.
+    """Add a comparison to the report, its page, the model card and, where matplotlib is installed, a picture in the
+    folder of a pruned model; returns the files written. A folder without a report, or one that cannot be written, is
+    left alone.
     """
     folder = Path(directory)
     path = folder / "report.json"
@@ -143,7 +145,8 @@ def record(rows: list[dict], directory: str | Path) -> list[Path]:
         folder / "README.md",
         model_card(report, folder.resolve().name, picture.name if picture.is_file() else None).encode(),
     )
-    return [path, folder / "README.md", *([picture] if picture.is_file() else [])]
+    write_run_page(folder, report, folder.resolve().name)
+    return [path, folder / "README.md", folder / "report.html", *([picture] if picture.is_file() else [])]
 
 
 def print_side_by_side(rows: list[dict], out: TextIO | None = None) -> None:

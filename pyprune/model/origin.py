@@ -38,7 +38,7 @@ WEIGHTS = (
 """How files of weights end, in whatever form; an index of shards, ``….index.json``, goes with them."""
 LOADED = ("model.safetensors", "model-[0-9]*-of-[0-9]*.safetensors", "model.safetensors.index.json")
 """Weights that transformers takes, of all that a repository on the Hub may hold."""
-REWRITTEN = ("config.json", "pruning.json", "report.json", "run.yaml", "refinement.json")
+REWRITTEN = ("config.json", "pruning.json", "report.json", "report.html", "run.yaml", "refinement.json")
 """Files that every run writes itself, or that tell of another run."""
 CARD = "README.original.md"
 """The dense model's card, beside the pruned one's."""

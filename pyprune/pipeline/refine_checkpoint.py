@@ -34,6 +34,7 @@ from pyprune.pipeline.refine_work import RefineWork
 from pyprune.reporting.comparison import read as read_report
 from pyprune.reporting.record import CALIBRATION_PLACES, data_identity
 from pyprune.reporting.rendering import distinct, model_card, perplexity_text
+from pyprune.reporting.run_page import write_run_page
 
 LABEL = "refining"
 RECORD = "refinement.json"
@@ -249,6 +250,7 @@ def _fill(folder: Path, opened: Opened, blocks: BlockShards, tokenizer, source: 
         ]
     checkpoint.write_json(folder / "report.json", report)
     (folder / "README.md").write_text(model_card(report, name) + card_line(found))
+    write_run_page(folder, report, name)
 
 
 def card_line(found: dict) -> str:

@@ -15,6 +15,7 @@ from pyprune.model.assembly import BlockShards
 from pyprune.model.origin import Origin
 from pyprune.reporting.record import pruning_record, run_yaml
 from pyprune.reporting.rendering import model_card
+from pyprune.reporting.run_page import write_run_page
 
 
 @dataclass
@@ -31,8 +32,8 @@ class PruneResult:
     """What the dense checkpoint holds beside the model."""
 
     def save(self, directory: str) -> None:
-        """Write a Hugging Face checkpoint with ``pruning.json``, ``report.json``, ``run.yaml`` and a model card; of
-        several sparsities, each in a folder of its own, ``sparsity-0.3``."""
+        """Write a Hugging Face checkpoint with ``pruning.json``, ``report.json``, ``report.html``, ``run.yaml`` and a
+        model card; of several sparsities, each in a folder of its own, ``sparsity-0.3``."""
         if len(self.models) < 2:
             with checkpoint.staged(directory) as folder:
                 self._write(folder, Path(directory).name)
@@ -97,6 +98,7 @@ def write_records(folder: Path, report: dict, config: PruneConfig, name: str) ->
     checkpoint.write_json(folder / "pruning.json", pruning_record(report))
     (folder / "run.yaml").write_text(run_yaml(report, config))
     (folder / "README.md").write_text(model_card(report, name))
+    write_run_page(folder, report, name)
 
 
 def report_of(report: dict, sparsity: float) -> dict:

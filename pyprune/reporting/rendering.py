@@ -22,7 +22,7 @@ def number(value: float | None, digits: int = 4) -> str:
     return "–" if value is None else f"{value:.{digits}g}"
 
 
-def _kind(name: str) -> str:
+def kind_of_weight(name: str) -> str:
     """A weight's name with its block's and expert's numbers left open."""
     return re.sub(r"\[\d+\]", "[*]", re.sub(r"(^|\.)\d+\.", r"\1*.", name))
 
@@ -78,7 +78,7 @@ def print_summary(report: dict, directory: str | Path | None = None, out: TextIO
         table.add_row(label, text)
     if directory is not None:
         table.add_row("model", str(directory))
-        table.add_row("report", str(Path(directory) / "report.json"))
+        table.add_row("report", f"{Path(directory) / 'report.html'}, its figures in report.json")
     console.print(table)
 
 
@@ -232,7 +232,7 @@ def print_inspection(found: dict, out: TextIO | None = None) -> None:
         console.print(f"{found['non_finite']:,} values are NaN or infinite")
     kinds: dict[str, list[dict]] = {}
     for row in found["weights"]:
-        kinds.setdefault(_kind(row["name"]), []).append(row)
+        kinds.setdefault(kind_of_weight(row["name"]), []).append(row)
     table = Table("matrices", "number", "shape", "sparsity", *found["patterns"])
     for kind, rows in kinds.items():
         spread = [row["sparsity"] for row in rows]
@@ -258,7 +258,7 @@ def print_plan(found: dict, out: TextIO | None = None) -> None:
     )
     kinds: dict[tuple, list[dict]] = {}
     for row in found["weights"]:
-        kinds.setdefault((_kind(row["name"]), row["prune"], row["why"], tuple(row["shape"])), []).append(row)
+        kinds.setdefault((kind_of_weight(row["name"]), row["prune"], row["why"], tuple(row["shape"])), []).append(row)
     table = Table("weights", "number", "shape", "pruned")
     for (kind, prune, why, shape), rows in kinds.items():
         table.add_row(kind, str(len(rows)), "×".join(map(str, shape)), "yes" if prune else f"no: {why}")
