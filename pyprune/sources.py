@@ -10,8 +10,8 @@ from typing import Any
 DATA_FILES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 TEXT_FILES = (".txt", ".md", ".rst")
 FILES = (*DATA_FILES, *TEXT_FILES, ".npy")
-LONGEST_NAME = 1024
-"""Characters; a longer string is text."""
+LONGEST_NAME = 255
+"""Characters that a file system takes between two slashes; a longer string is text."""
 
 
 def kind(source: Any) -> str:
@@ -46,7 +46,9 @@ def is_name(source: Any) -> bool:
     """
     if isinstance(source, Path):
         return True
-    if not isinstance(source, str) or not source or len(source) > LONGEST_NAME or "\n" in source:
+    if not isinstance(source, str) or not source or "\n" in source:
+        return False
+    if max(map(len, source.split("/"))) > LONGEST_NAME or len(source) > 4096:
         return False
     if not re.search(r"\s", source) or source.endswith(FILES) or in_memory(source):
         return True

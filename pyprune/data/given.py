@@ -20,8 +20,8 @@ from pyprune.config import ConfigError
 from pyprune.sources import columns_of, in_memory, is_name
 
 FORMS = (
-    "a path, the id of a Hub data set, text, a list of texts, token ids (a tensor or array [samples, tokens], lists), a "
-    "tokenizer's output, a list of dictionaries, a datasets.Dataset or a DataLoader"
+    "a path, the id of a Hub data set, text, a list of texts, token ids (a tensor or array [samples, tokens], lists), "
+    "a tokenizer's output, a list of dictionaries, a datasets.Dataset or a DataLoader"
 )
 
 
@@ -129,8 +129,8 @@ def _load_npy(path: Path):
         raise ConfigError(f"{path} is not a .npy array of token ids: {error}") from error
 
 
-def text_rows(source: Any) -> Iterable[str] | Iterable[Mapping] | None:
-    """Texts given in memory, or rows with columns of which some are text; None for a source that has a name."""
+def text_rows(source: Any) -> Iterable[Any] | None:
+    """Strings given in memory, or mappings with columns of which some are text; None for a source that has a name."""
     if is_name(source):
         if isinstance(source, str) and in_memory(source):
             raise ConfigError(

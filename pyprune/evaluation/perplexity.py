@@ -26,7 +26,7 @@ from pyprune.effects import shown
 from pyprune.execution.device import cpu_has_bfloat16, pick_device
 from pyprune.model.attributes import vocabulary_size
 from pyprune.model.blocks import ModelView, not_finite, predicts_next_token
-from pyprune.model.checkpoint import load
+from pyprune.model.checkpoint import opened
 from pyprune.model.positions import Positions, of_any
 from pyprune.model.recording import uncached
 from pyprune.sources import kinds, split
@@ -208,7 +208,7 @@ def evaluate(
 ) -> dict:
     """Perplexity of a model on one or several texts.
 
-    model: a live causal model with its ``tokenizer``, or what :func:`pyprune.load` takes.
+    model: a live causal model with its ``tokenizer``, what :func:`pyprune.load` takes or returns, or a run's result.
     evaluation: an :class:`Evaluation`, or its ``text``: a path, a Hub data set, a list of texts, token ids, or a list
     of such sources. fields: further fields of :class:`Evaluation`.
     device: where to run; ``auto`` takes a GPU if there is one. None leaves a live model where it is.
@@ -218,8 +218,8 @@ def evaluate(
     """
     evaluation = _settings(evaluation, fields)
     if isinstance(model, (str, Path)):
-        model, tokenizer = load(model)
         device = device or "auto"
+    model, tokenizer = opened(model, tokenizer)
     check_causal(model)
     if device is not None:
         model.to(pick_device(device))
