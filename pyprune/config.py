@@ -419,6 +419,9 @@ class PruneConfig:
     stream: Streaming = "auto"
     """Read the weights block by block from safetensors instead of loading the whole model: ``auto`` (if they would take
     more than half of the free memory), ``always`` or ``never``."""
+    packed: bool = False
+    """Write the checkpoint without its zeros, as ``pyprune pack`` does: smaller, and faster to decode with
+    ``pyprune.load``; stock loaders read it after ``pyprune unpack``."""
     calibration: Calibration = field(default_factory=Calibration)
     evaluation: Evaluation = field(default_factory=Evaluation)
     reconstruction: Reconstruction = field(default_factory=Reconstruction)

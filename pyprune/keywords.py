@@ -53,6 +53,7 @@ class Fields(TypedDict, total=False):
     probe_samples: int
     memory_budget_gb: float | None
     stream: Streaming
+    packed: bool
     num_samples: int | None
     seq_len: int | None
     calibration_seed: int | None
@@ -101,7 +102,17 @@ RECORDED = ("backends",)
 RENAMED = {"calibration.source": "calibration", "evaluation.text": "text", "evaluation.enabled": "evaluation"}
 
 
-REFINED = ("output", "dtype", "compute_dtype", "device", "seed", "stream", "memory_budget_gb", "global_propagation")
+REFINED = (
+    "output",
+    "dtype",
+    "compute_dtype",
+    "device",
+    "seed",
+    "stream",
+    "memory_budget_gb",
+    "global_propagation",
+    "packed",
+)
 NOT_REFINED = ("calibration.self_generated_for", "reconstruction.layerwise_target")
 """Fields of a run, and settings in its sections that mean nothing there, of a refinement."""
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 import pyprune
+from pyprune.cli import packing
 from pyprune.cli.help import Command, Group
 from pyprune.cli.options import as_options, option_of, with_fields
 from pyprune.config import Calibration, ConfigError, Evaluation, Reconstruction, check_named, from_dict, override
@@ -199,6 +200,10 @@ def compare(
     if as_json:
         return _print_json({"runs": rows, "notes": comparison.differences(rows)})
     return comparison.print_comparison(rows)
+
+
+app.command(cls=Command)(packing.pack)
+app.command(cls=Command)(packing.unpack)
 
 
 @app.command(cls=Command)

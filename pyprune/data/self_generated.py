@@ -24,8 +24,8 @@ from torch import Tensor
 from pyprune.config import ConfigError
 from pyprune.model.attributes import output_layer, positions_named, vocabulary_size
 from pyprune.model.blocks import predicts_next_token, read_on
-from pyprune.model.checkpoint import opened
 from pyprune.model.recording import uncached
+from pyprune.packed.loading import opened
 
 KIND = "pyprune self-generated calibration"
 GREEDY_TOKENS = 5

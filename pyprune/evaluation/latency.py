@@ -15,7 +15,8 @@ from pyprune.config import ConfigError
 from pyprune.evaluation.perplexity import check_causal, device_of
 from pyprune.model.attributes import vocabulary_size
 from pyprune.model.blocks import read_on
-from pyprune.model.checkpoint import opened
+from pyprune.packed.loading import opened
+from pyprune.packed.modules import parameter_count
 
 
 @torch.no_grad()
@@ -59,7 +60,7 @@ def latency(
         else sum(f.stat().st_size for f in Path(directory).iterdir() if f.suffix in (".safetensors", ".bin"))
     )
     return {
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": parameter_count(model),
         "file_bytes": size,
         "peak_memory_bytes": peak,
         "prefill_tokens_per_second": batch_size * tokens / prefill,

@@ -26,9 +26,9 @@ from pyprune.effects import shown
 from pyprune.execution.device import cpu_has_bfloat16, pick_device
 from pyprune.model.attributes import vocabulary_size
 from pyprune.model.blocks import ModelView, not_finite, predicts_next_token
-from pyprune.model.checkpoint import opened
 from pyprune.model.positions import Positions, of_any
 from pyprune.model.recording import uncached
+from pyprune.packed.loading import opened
 from pyprune.sources import kinds, split
 
 POSITIONS = 256

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from pyprune.model.blocks import check_finite
+from pyprune.model.packed_shards import files_of
 from pyprune.model.shards import Files, write_shard
 
 WEIGHTS = (
@@ -69,7 +70,7 @@ class Pickled:
 def stored(folder: Path) -> Files | Pickled | None:
     """The tensors of a checkpoint folder, as transformers finds them; None where there are none."""
     if any(folder.glob("*.safetensors")):
-        return Files(folder)
+        return files_of(folder)
     paths = sorted(folder.glob("pytorch_model*.bin"))
     return Pickled(paths) if paths else None
 

@@ -39,6 +39,7 @@ from pyprune.model.blocks import (
     select_weights,
 )
 from pyprune.model.positions import Positions, positions_of
+from pyprune.packed.loading import opened
 from pyprune.pipeline.block_loop import Loop, run_blocks
 from pyprune.pipeline.mask_work import MaskWork
 from pyprune.pipeline.opening import open_model
@@ -116,7 +117,7 @@ def prune(
     cannot be written, and :class:`pyprune.execution.journal.Interrupted` when a signal stopped it between two blocks.
     """
     if not isinstance(model, (str, Path, nn.Module, type(None))):
-        model, tokenizer = checkpoint.opened(model, tokenizer)
+        model, tokenizer = opened(model, tokenizer)
     model = str(model) if isinstance(model, Path) else model
     config = make_config(config, {**fields, "model": model} if isinstance(model, str) else fields)
     if resume and config.output is None:

@@ -29,10 +29,10 @@ from pyprune.execution.executor import Executor
 from pyprune.execution.journal import Journal
 from pyprune.execution.run import Findings
 from pyprune.keywords import refine_fields
-from pyprune.model import checkpoint
 from pyprune.model.attributes import embedding_width, vocabulary_size
 from pyprune.model.blocks import ModelView, check_apart, check_finite, check_usable
 from pyprune.model.positions import positions_of
+from pyprune.packed.loading import opened
 from pyprune.pipeline.block_loop import Loop, run_blocks
 from pyprune.pipeline.progress import Progress
 from pyprune.pipeline.prune import add_generated, given_sections, lengths_of
@@ -95,13 +95,13 @@ def refine(
             "output and evaluation settings are for a folder: a live model is trained in place; save it afterwards"
         )
     started, result = time.perf_counter(), model
-    model, tokenizer = checkpoint.opened(model, tokenizer)
+    model, tokenizer = opened(model, tokenizer)
     if dense is None:
         dense = getattr(getattr(result, "config", None), "model", None) if result is not model else None
         if dense is None:
             raise ConfigError("refine needs the dense model, a live one or its name: pyprune.refine(pruned, dense)")
     named = str(dense) if isinstance(dense, (str, Path)) else type(dense).__name__
-    dense, dense_tokenizer = checkpoint.opened(dense)
+    dense, dense_tokenizer = opened(dense)
     tokenizer = tokenizer or dense_tokenizer
     calibration, settings = asked["calibration"], asked["settings"]
     compute_dtype = pick_dtype(check_dtype("auto" if compute_dtype is None else compute_dtype, "compute_dtype"))

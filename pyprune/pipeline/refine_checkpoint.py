@@ -25,6 +25,7 @@ from pyprune.execution.weight_streaming import Opened, Streamed, open_checkpoint
 from pyprune.model import assembly, checkpoint
 from pyprune.model.assembly import BlockShards
 from pyprune.model.positions import positions_of
+from pyprune.packed.files import pack_here
 from pyprune.pipeline.block_loop import Loop, run_blocks
 from pyprune.pipeline.opening import samples_itself
 from pyprune.pipeline.progress import Progress, announce
@@ -60,6 +61,8 @@ class Request:
     compute_dtype: str = "auto"
     device: str = "auto"
     seed: int = 0
+    packed: bool = False
+    """Write the checkpoint without its zeros, as :func:`pyprune.pack` does."""
     stream: str = "auto"
     """Whether the blocks of either model are read from their files one after the other, as in
     :class:`pyprune.PruneConfig`; ``always`` asks for both."""
@@ -75,7 +78,7 @@ class Request:
 
     def asked(self) -> dict:
         """What decides the result, as plain data."""
-        names = ("cross_block", "global_propagation", "seed", "dtype", "compute_dtype")
+        names = ("cross_block", "global_propagation", "seed", "dtype", "compute_dtype", "packed")
         return {
             **{name: getattr(self, name) for name in names},
             "settings": to_dict(self.settings),
@@ -238,16 +241,17 @@ def _fill(folder: Path, opened: Opened, blocks: BlockShards, tokenizer, source: 
     for file in CARRIED:
         if (source / file).is_file():
             shutil.copyfile(source / file, folder / file)
-    if not (source / "report.json").is_file():
-        return
-    report = {**read_report(source), "refinement": found}
-    if found["evaluation"]:
-        report["evaluation"] = [
-            {**row, "pruned": row["refined"], "before_refinement": row["pruned"]} for row in found["evaluation"]
-        ]
-    checkpoint.write_json(folder / "report.json", report)
-    (folder / "README.md").write_text(model_card(report, name) + card_line(found))
-    write_run_page(folder, report, name)
+    if (source / "report.json").is_file():
+        report = {**read_report(source), "refinement": found}
+        if found["evaluation"]:
+            report["evaluation"] = [
+                {**row, "pruned": row["refined"], "before_refinement": row["pruned"]} for row in found["evaluation"]
+            ]
+        checkpoint.write_json(folder / "report.json", report)
+        (folder / "README.md").write_text(model_card(report, name) + card_line(found))
+        write_run_page(folder, report, name)
+    if found["packed"]:
+        pack_here(folder, name)
 
 
 def card_line(found: dict) -> str:
