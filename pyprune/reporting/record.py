@@ -169,8 +169,9 @@ def pruning_record(report: dict) -> dict:
 
 
 def run_yaml(report: dict, config: PruneConfig) -> str:
-    """``run.yaml``: repeats the run. What was given in memory is described there, and refused until it has a name."""
-    plain = config_for_report(config)
+    """``run.yaml``: repeats the run, each op by the back-end that it took. What was given in memory is described there,
+    and refused until it has a name."""
+    plain = {**config_for_report(config), "backends": report["backends"]}
     absent = unnamed(report)
     if not absent:
         return yaml_text(plain)
