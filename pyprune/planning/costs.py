@@ -21,6 +21,7 @@ from pyprune.masks.refit import NARROW, SYSTEM_ELEMENTS, USUAL_STEPS
 from pyprune.model import assembly
 from pyprune.model.attributes import active_share, attention_size, embedding_width, output_layer, vocabulary_size
 from pyprune.model.blocks import ModelView, WeightRef, weights_of
+from pyprune.model.packed_shards import packed_bytes, pays
 from pyprune.pipeline.passes import Passes
 from pyprune.pipeline.prune import kind_of
 from pyprune.sources import split
@@ -307,8 +308,10 @@ def writes_once(view: ModelView, config: PruneConfig, streamed: bool) -> bool:
     return streamed or (not config.is_curve and assembly.stores_as_held(view.model, view.path))
 
 
-def disk_of(view: ModelView, config: PruneConfig, streamed: bool, activations: int = 0) -> dict[str, int]:
-    """Bytes of the checkpoint, and while running.
+def disk_of(
+    view: ModelView, selected: list[list[WeightRef]], config: PruneConfig, streamed: bool, activations: int = 0
+) -> dict[str, int]:
+    """Bytes of the checkpoint, and while running: one that is packed is written beside the plain one.
 
     activations: bytes that do not fit into their memory.
     """
@@ -316,4 +319,20 @@ def disk_of(view: ModelView, config: PruneConfig, streamed: bool, activations: i
     checkpoint = sum(p.numel() for p in view.model.parameters()) * size
     once = writes_once(view, config, streamed)
     blocks = 0 if once else sum(p.numel() for p in view.blocks.parameters()) * size
-    return {"checkpoint": checkpoint, "while_running": checkpoint + blocks + activations}
+    plain = checkpoint + blocks + activations
+    if not config.packed:
+        return {"checkpoint": checkpoint, "while_running": plain}
+    packed = checkpoint - packing_saves(view, selected, config.sparsities[0])
+    return {"checkpoint": packed, "while_running": plain + packed}
+
+
+def packing_saves(view: ModelView, selected: list[list[WeightRef]], sparsity: float) -> int:
+    """Bytes that packing the selected weights takes off the checkpoint."""
+    saved = 0
+    for block, refs in zip(view.blocks, selected):
+        for ref in refs:
+            weight = ref.view(block)
+            shape, kept = tuple(weight.shape), round((1 - sparsity) * weight.numel())
+            if pays(shape, kept, weight.dtype):
+                saved += weight.numel() * weight.element_size() - packed_bytes(shape, kept, weight.dtype)
+    return saved

@@ -140,7 +140,7 @@ def plan(
         "passes": passes_of(config).counts(),
         "streamed": streamed,
         "streamed_because": why,
-        "disk_bytes": {**disk_of(view, config, streamed, in_files), "free": _free_disk(config)},
+        "disk_bytes": {**disk_of(view, selected, config, streamed, in_files), "free": _free_disk(config)},
         "flops": flops_of(view, work, config),
         "seconds": {**seconds, "total": sum(seconds.values())},
         "not_counted": _not_counted(view, config),
