@@ -50,6 +50,29 @@ def load(directory: str | Path, dtype: str | torch.dtype = "auto") -> Loaded:
         return Loaded(model, checkpoint.load_tokenizer(source))
 
 
+def opened(model: Any, tokenizer: Any = None, dtype: str | torch.dtype = "auto") -> Loaded:
+    """Model and tokenizer of whatever stands for a model.
+
+    model: a live ``nn.Module``, with its ``tokenizer``; what :func:`load` takes; what it returns; or anything that has
+    a ``model`` and a ``tokenizer``, as a result of :func:`pyprune.prune` has. A ``tokenizer`` given beside them counts.
+    Raises :class:`ConfigError` for anything else.
+    """
+    if isinstance(model, nn.Module):
+        return Loaded(model, tokenizer)
+    if isinstance(model, (str, Path)):
+        found = load(model, dtype)
+    else:
+        pair = model if isinstance(model, tuple) and len(model) == 2 else None
+        live: Any = pair or (getattr(model, "model", None), getattr(model, "tokenizer", None))
+        found = Loaded(*live)
+    if not isinstance(found.model, nn.Module):
+        raise ConfigError(
+            "a model is an nn.Module, a folder, a Hub id, a .gguf file, a packaged name, or a result of pyprune.prune "
+            f"or pyprune.load; got {type(model).__name__}"
+        )
+    return found if tokenizer is None else Loaded(found.model, tokenizer)
+
+
 def _filled(source: Source, origin: Origin, dtype: str | torch.dtype) -> nn.Module | None:
     """The model with its weights in place; None where the names in the files are not those of the model."""
     files, folder = origin.files, origin.folder

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from pyprune.config import PruneConfig
-from pyprune.data.texts import sources
 from pyprune.effects import needs_factor, trains
 from pyprune.evaluation.perplexity import POSITIONS
 from pyprune.execution.activation_store import DEPTH
@@ -25,6 +24,7 @@ from pyprune.model.blocks import ModelView, WeightRef, weights_of
 from pyprune.model.packed_shards import packed_bytes, pays
 from pyprune.pipeline.passes import Passes
 from pyprune.pipeline.prune import kind_of
+from pyprune.sources import split
 
 PROCESS = 500 * 2**20
 """Bytes of a process that has imported torch (built for CPUs) and transformers and pruned something tiny."""
@@ -170,7 +170,7 @@ def evaluation_windows(view: ModelView, config: PruneConfig) -> int:
     """Windows that perplexity is measured on, before and after; 0 where their number hangs on the text's length."""
     if view.is_encoder or not config.evaluation.enabled:
         return 0
-    return len(sources(config.evaluation.text)) * (config.evaluation.max_windows or 0)
+    return len(split(config.evaluation.text)) * (config.evaluation.max_windows or 0)
 
 
 def memory_of(
