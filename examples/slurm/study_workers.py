@@ -3,8 +3,8 @@
     pip install pyprune submitit
     python study_workers.py meta-llama/Llama-3.2-1B /shared/study --workers 8 --partition gpu
 
-Each worker is one call of ``pyprune.study`` on the same folder: it takes the runs that nobody works on. A worker that is
-killed or preempted leaves a claim that goes stale, and another one takes its run over. Start the script again to add
+Each worker is one call of ``pyprune.study`` on the same folder: it takes the runs that nobody works on. A worker that
+is killed or preempted leaves a claim that goes stale, and another one takes its run over. Start the script again to add
 workers, or with more values to extend the study; what is finished stays.
 """
 

@@ -13,6 +13,7 @@ from pyprune.execution.weight_streaming import Streamed
 from pyprune.model import assembly, checkpoint
 from pyprune.model.assembly import BlockShards
 from pyprune.model.origin import Origin
+from pyprune.packed.files import pack_here
 from pyprune.reporting.record import pruning_record, run_yaml
 from pyprune.reporting.rendering import model_card
 from pyprune.reporting.run_page import write_run_page
@@ -93,12 +94,15 @@ class StreamedResult(PruneResult):
 
 
 def write_records(folder: Path, report: dict, config: PruneConfig, name: str) -> None:
-    """Write what was done: records, report, configuration and model card, which calls the model ``name``."""
+    """Write what was done: records, report, configuration and model card, which calls the model ``name``; then pack
+    the weights in the folder, if that was asked for."""
     checkpoint.write_json(folder / "report.json", report)
     checkpoint.write_json(folder / "pruning.json", pruning_record(report))
     (folder / "run.yaml").write_text(run_yaml(report, config))
     (folder / "README.md").write_text(model_card(report, name))
     write_run_page(folder, report, name)
+    if config.packed:
+        pack_here(folder, name)
 
 
 def report_of(report: dict, sparsity: float) -> dict:

@@ -14,18 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from torch import Tensor
-
-from pyprune.config import ConfigError, PruneConfig
-from pyprune.data.calibration import fingerprint
+from pyprune.config import Calibration, ConfigError, PruneConfig, from_dict
+from pyprune.data.calibration import settled
 from pyprune.execution.weight_streaming import Opened, whole
 from pyprune.model.checkpoint import plain
 from pyprune.model.shards import write_bytes
 from pyprune.pipeline.progress import announce
-from pyprune.pipeline.prune import prune, prune_copy, sections_of
+from pyprune.pipeline.prune import given_sections, prune, prune_copy
 from pyprune.pipeline.result import PruneResult, write_records
 from pyprune.pipeline.shared import Shared
 from pyprune.reporting.comparison import read
+from pyprune.reporting.record import written as written_down
 from pyprune.reporting.rendering import number, open_console
 from pyprune.studies import safety, tables
 from pyprune.studies.claims import Claims
@@ -78,7 +77,12 @@ def study(
     )
     if not max_ratio > 1:
         raise ConfigError(f"max_ratio must be above 1, the dense model's own, got {max_ratio!r}")
-    common = {**sections_of(fields), "model": str(model)}
+    common = {**given_sections(fields), "model": str(model)}
+    if "calibration" in common:
+        given = common["calibration"]
+        common["calibration"] = settled(
+            from_dict(Calibration, given, "calibration") if isinstance(given, dict) else given
+        )
     grid = make_grid(axes, common)
     place = Place(Path(output).expanduser(), grid)
     place.open(common)
@@ -279,11 +283,10 @@ def told(value: Any) -> Any:
         return {key: told(inner) for key, inner in value.items()}
     if dataclasses.is_dataclass(value):
         return told({f.name: getattr(value, f.name) for f in dataclasses.fields(value)})
-    if isinstance(value, Tensor):
-        return fingerprint(value if value.ndim > 1 else value[None])
-    if isinstance(value, (list, tuple)):
-        return [told(inner) for inner in value]
-    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    numbers = isinstance(value, (list, tuple)) and all(isinstance(inner, (int, float)) for inner in value)
+    return list(value) if numbers else written_down(value)
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -509,7 +509,7 @@ def test_a_thread_that_the_system_refuses_is_no_failure(monkeypatch):
 @pytest.mark.parametrize(
     "fields, sentence",
     [
-        (dict(pattern="neurons"), "inputs='sequential' prunes masks group by group; pattern='neurons'"),
+        (dict(pattern="neurons", sparsity=[0.25, 0.5]), r"prunes to one sparsity, not to a list \\(0.25, 0.5\\)"),
         (dict(global_propagation=True), "inputs='sequential' meets no inputs of the dense stream"),
         (
             dict(global_propagation=True, reconstruct="block", reconstruction={"layerwise_target": "dense"}),
