@@ -15,7 +15,7 @@ from pyprune.cli import packing
 from pyprune.cli.help import Command, Group
 from pyprune.cli.options import as_options, option_of, with_fields
 from pyprune.config import Calibration, ConfigError, Evaluation, Reconstruction, check_named, from_dict, override
-from pyprune.keywords import configuration_fields
+from pyprune.keywords import configuration_fields, refine_fields
 from pyprune.reporting import comparison, rendering
 
 app = typer.Typer(
@@ -28,23 +28,7 @@ EVALUATION_FIELDS = [
     path for path in configuration_fields() if path.startswith("evaluation.") and path != "evaluation.enabled"
 ]
 
-REFINE_FIELDS = [
-    "output",
-    "dtype",
-    "compute_dtype",
-    "device",
-    "seed",
-    "stream",
-    "memory_budget_gb",
-    "global_propagation",
-    "packed",
-    *(
-        path
-        for path in configuration_fields()
-        if path.startswith(("calibration.", "reconstruction.", "evaluation."))
-        and path not in ("calibration.self_generated_for", "reconstruction.layerwise_target")
-    ),
-]
+REFINE_FIELDS = refine_fields()
 
 
 def _version(asked: bool) -> None:

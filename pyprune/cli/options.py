@@ -93,10 +93,14 @@ def as_options(text: str) -> str:
             return f"--{flag}" if "_" in match["name"] or "." in match["name"] else match[0]
         if value in ("True", "False"):
             return f"--{'' if value == 'True' else 'no-'}{flag}"
-        return f"--{flag} " + value.strip("'")
+        return f"--{flag} " + value.replace("'", "")
 
     known = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
-    return re.sub(rf"(?<![\w./-])(?P<name>{known})(?![\w./-])(?:=(?P<value>'[^']*'|[\w.:,-]*[\w]))?", spelt, text)
+    return re.sub(
+        rf"(?<![\w./-])(?P<name>{known})(?![\w./-])(?:=(?P<value>'[^']*'(?:(?:, | or )'[^']*')*|[\w.:,-]*[\w]))?",
+        spelt,
+        text,
+    )
 
 
 def panel_of(path: str, common: Collection[str]) -> str | None:

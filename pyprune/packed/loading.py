@@ -23,7 +23,7 @@ from pyprune.model.origin import Origin
 from pyprune.model.packed_shards import PackedFiles, is_packed
 from pyprune.model.skeleton import skeleton
 from pyprune.ops.packed import Packed, pack_bitmask
-from pyprune.packed.conversion import places_of, put, replaceable, saves_packed, sparse
+from pyprune.packed.conversion import pack_layers, places_of, put, replaceable, saves_packed
 from pyprune.packed.modules import SparseLinear
 
 
@@ -37,20 +37,46 @@ def load(directory: str | Path, dtype: str | torch.dtype = "auto") -> Loaded:
     tensor's name, for packed files that are damaged.
     """
     source = checkpoint.resolve(directory)
-    if not source.local or not is_packed(source.path):
+    if source.gguf_file or source.local and not is_packed(source.path):
         return checkpoint.load_model(directory, dtype)
-    origin = checkpoint.find_origin(source)
+    origin = checkpoint.find_origin(source)  # what is on the Hub is here now
+    if not isinstance(origin.files, PackedFiles):
+        return checkpoint.load_model(directory, dtype)
     model = None if checkpoint.structured_sizes(source) else _filled(source, origin, dtype)
     if model is None:
         loaded = checkpoint.load_model(directory, dtype)
-        return Loaded(sparse(loaded.model, in_place=True), loaded.tokenizer)
-    return Loaded(model, checkpoint.load_tokenizer(source))
+        return Loaded(pack_layers(loaded.model), loaded.tokenizer)
+    with checkpoint.loading(directory):
+        return Loaded(model, checkpoint.load_tokenizer(source))
+
+
+def opened(model: Any, tokenizer: Any = None, dtype: str | torch.dtype = "auto") -> Loaded:
+    """Model and tokenizer of whatever stands for a model.
+
+    model: a live ``nn.Module``, with its ``tokenizer``; what :func:`load` takes; what it returns; or anything that has
+    a ``model`` and a ``tokenizer``, as a result of :func:`pyprune.prune` has. A ``tokenizer`` given beside them counts.
+    Raises :class:`ConfigError` for anything else.
+    """
+    if isinstance(model, nn.Module):
+        return Loaded(model, tokenizer)
+    if isinstance(model, (str, Path)):
+        found = load(model, dtype)
+    else:
+        pair = model if isinstance(model, tuple) and len(model) == 2 else None
+        live: Any = pair or (getattr(model, "model", None), getattr(model, "tokenizer", None))
+        found = Loaded(*live)
+    if not isinstance(found.model, nn.Module):
+        raise ConfigError(
+            "a model is an nn.Module, a folder, a Hub id, a .gguf file, a packaged name, or a result of pyprune.prune "
+            f"or pyprune.load; got {type(model).__name__}"
+        )
+    return found if tokenizer is None else Loaded(found.model, tokenizer)
 
 
 def _filled(source: Source, origin: Origin, dtype: str | torch.dtype) -> nn.Module | None:
     """The model with its weights in place; None where the names in the files are not those of the model."""
-    files = origin.files
-    assert isinstance(files, PackedFiles)
+    files, folder = origin.files, origin.folder
+    assert isinstance(files, PackedFiles) and folder is not None
     config = checkpoint.load_config(source.path)
     asked = check_dtype(dtype)
     if asked != "auto":
@@ -60,7 +86,7 @@ def _filled(source: Source, origin: Origin, dtype: str | torch.dtype) -> nn.Modu
         kind = dtype_named(config) or next((found for found in infos if found.is_floating_point), torch.float32)
     with checkpoint.loading(source.path):
         model: Any = skeleton(config, kind, origin)
-        checkpoint.load_generation_config(model, Path(source.path))
+        checkpoint.load_generation_config(model, folder)
     found = [(keys, next((key for key in keys if key in files), None)) for keys in assembly.names_of(model)]
     layers, places = replaceable(model), places_of(model)
     for names, key in found:

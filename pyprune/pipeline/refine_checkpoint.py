@@ -33,7 +33,7 @@ from pyprune.pipeline.prune import begin, kept, make_store, settle_backends
 from pyprune.pipeline.refine import sequences_for
 from pyprune.pipeline.refine_work import RefineWork
 from pyprune.reporting.comparison import read as read_report
-from pyprune.reporting.record import CALIBRATION_PLACES, data_identity
+from pyprune.reporting.record import CALIBRATION_PLACES, data_identity, written
 from pyprune.reporting.rendering import distinct, model_card, perplexity_text
 from pyprune.reporting.run_page import write_run_page
 
@@ -227,10 +227,7 @@ def _refine(request: Request, world: World, journal: Journal, progress: bool) ->
 
 def _named(calibration: Calibration) -> dict:
     """As plain data; a source in memory is named by its kind."""
-    source = calibration.source
-    if source is not None and not isinstance(source, (str, Path)):
-        calibration = dataclasses.replace(calibration, source=f"<{type(source).__name__} in memory>")
-    return to_dict(calibration)
+    return to_dict(dataclasses.replace(calibration, source=written(calibration.source)))
 
 
 def _fill(folder: Path, opened: Opened, blocks: BlockShards, tokenizer, source: Path, found: dict, name: str) -> None:

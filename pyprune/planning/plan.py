@@ -9,10 +9,11 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
-from pyprune.config import PruneConfig, override
+from pyprune.config import ConfigError, PruneConfig
 from pyprune.data import calibration
 from pyprune.effects import reads_sequences
 from pyprune.evaluation.perplexity import refuse_text, window_tokens
@@ -25,7 +26,7 @@ from pyprune.model.blocks import ModelView, WeightRef, check_apart, select_weigh
 from pyprune.model.names import matches
 from pyprune.model.positions import positions_of
 from pyprune.pipeline.opening import why_not_streamed
-from pyprune.pipeline.prune import check_weights
+from pyprune.pipeline.prune import check_weights, make_config
 from pyprune.planning.costs import (
     activations_of,
     disk_of,
@@ -43,9 +44,18 @@ from pyprune.sources import kinds as kinds_of
 from pyprune.structured.groups import find_groups
 from pyprune.structured.preparation import foreseen, group_paths
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
-def plan(config: PruneConfig | dict) -> dict:
-    """What :func:`pyprune.prune` would do with this configuration, which names its model.
+    from pyprune.keywords import Fields
+
+
+def plan(
+    model: str | Path | PruneConfig | dict | None = None,
+    config: PruneConfig | dict | str | Path | None = None,
+    **fields: Unpack[Fields],
+) -> dict:
+    """What :func:`pyprune.prune` would do: its arguments, for a model that has a name.
 
     Returns ``model``, ``settings``, ``weights`` (name, shape, ``prune``, ``why`` not), ``coverage``, ``achieved``
     (per sparsity, what was ``asked`` and what will be ``removed``), ``patterns`` (what each of ``targets`` and
@@ -56,7 +66,14 @@ def plan(config: PruneConfig | dict) -> dict:
     Raises :class:`ConfigError` as :func:`pyprune.prune` would for everything that can be known without reading weights
     or data.
     """
-    config = override(config, {}) if isinstance(config, PruneConfig) else override(None, config)
+    if isinstance(model, (PruneConfig, dict)):
+        model, config = None, model
+    if model is not None and not isinstance(model, (str, Path)):
+        raise ConfigError(
+            "a plan needs a model that has a name: a folder, a Hub id or a .gguf file, got a live "
+            + type(model).__name__
+        )
+    config = make_config(config, fields if model is None else {**fields, "model": str(model)})
     if reads_sequences(config):
         config.calibration = calibration.coerce(config.calibration)
     name = config.model_name
@@ -123,7 +140,7 @@ def plan(config: PruneConfig | dict) -> dict:
         "passes": passes_of(config).counts(),
         "streamed": streamed,
         "streamed_because": why,
-        "disk_bytes": {**disk_of(view, config, streamed, in_files), "free": _free_disk(config)},
+        "disk_bytes": {**disk_of(view, selected, config, streamed, in_files), "free": _free_disk(config)},
         "flops": flops_of(view, work, config),
         "seconds": {**seconds, "total": sum(seconds.values())},
         "not_counted": _not_counted(view, config),

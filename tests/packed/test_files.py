@@ -15,7 +15,7 @@ import pyprune
 from pyprune.config import ConfigError
 from pyprune.model import packed_shards
 from pyprune.model.packed_shards import PackedFiles, PackedShard
-from pyprune.model.shards import Files
+from pyprune.model.shards import Files, Shard
 from pyprune.packed.files import packed_name
 
 
@@ -294,12 +294,15 @@ def test_runs_write_packed_checkpoints(tmp_path, folder, monkeypatch):
         "--window",
         "48",
     ]
+    plan = json.loads(run("prune", folder, "-o", tmp_path / "planned", "--packed", *options, "--plan", "--json"))
     for stream in ("never", "always"):
         run("prune", folder, "-o", tmp_path / stream, "--packed", "--stream", stream, *options)
     run("prune", folder, "-o", tmp_path / "plain", *options)
     plain = load_state(tmp_path / "plain")
     assert tree(tmp_path / "plain").keys() - tree(tmp_path / "never").keys()
     for stream in ("never", "always"):
+        stored = sum(Shard(path).bytes for path in (tmp_path / stream).glob("*.safetensors"))
+        assert plan["disk_bytes"]["checkpoint"] == pytest.approx(stored, rel=0.01)
         assert packed_shards.is_packed(tmp_path / stream) and not list((tmp_path / stream).glob("model*"))
         run("unpack", tmp_path / stream, "-o", tmp_path / f"{stream}-plain")
         state = load_state(tmp_path / f"{stream}-plain")
