@@ -1,4 +1,4 @@
-"""Where text and token ids come from: files, Hub data sets, lists, tensors, the Python documentation.
+"""Where text and token ids come from: files, Hub data sets, lists, tensors, texts that come with pyprune.
 
 Calibration and evaluation read through this one file, so that the same source means the same text in both.
 """
@@ -14,18 +14,20 @@ import torch
 from torch import Tensor
 
 from pyprune.config import ConfigError
-from pyprune.sources import DATA_FILES
+from pyprune.data import builtin
+from pyprune.sources import DATA_FILES, kind
 
 TEXT_COLUMNS = ("text", "content", "sentence", "document", "body", "article", "question", "sentence1", "sentence2")
-BUILTIN = "the Python documentation of this interpreter (pydoc_data.topics)"
 
 
 def describe(source: Any) -> str:
     """A source in a few words, for reports."""
     if source is None:
-        return BUILTIN
+        return describe(list(builtin.CALIBRATION))
     if isinstance(source, (str, Path)):
-        return str(source)
+        return builtin.TEXTS.get(str(source), str(source))
+    if len(several := mixture(source)) > 1:
+        return " and ".join(map(describe, several))
     if isinstance(source, Tensor):
         return f"a tensor of token ids {list(source.shape)}"
     return f"{len(source)} texts given in Python" if _is_texts(source) else "token ids given in Python"
@@ -46,6 +48,20 @@ def sources(text: Any) -> list:
     if all(isinstance(t, str) for t in text) and not all(_is_name(t) for t in text):
         return [text]
     return list(text)
+
+
+def mixture(source: Any) -> list:
+    """The sources in ``Calibration.source``: each entry of a list in which every one is the name of a file, of a text
+    that comes with pyprune, or of a data set with its owner's; else the one source itself. A list of words is text."""
+    several = isinstance(source, list) and len(source) > 1 and all(isinstance(s, (str, Path)) for s in source)
+    return list(source) if several and all(_names_one(str(s)) for s in source) else [source]
+
+
+def _names_one(text: str) -> bool:
+    if len(text) > 1023 or re.search(r"\s", text) and not Path(text).exists():
+        return False
+    known = kind(text) in ("builtin", "ids", "table", "prose")
+    return known or Path(text).exists() or bool(re.fullmatch(r"[\w.-]+/[\w.-]+", text))
 
 
 def _is_name(text: str) -> bool:
@@ -147,6 +163,8 @@ def read(source: Any, *, split: str, subset: str | None, text_column: str | None
             f"the source {source} was in memory when this configuration was written; put a path to the "
             "same data in its place"
         )
+    if kind(source) == "builtin":
+        return iter(builtin.paragraphs(str(source)))
     path = Path(source)
     if path.is_file() and path.suffix in (".txt", ".md", ".rst", ""):
         return iter(_text_rows(path))
@@ -225,24 +243,3 @@ def _find_columns(row: dict, source: str, text_column: str | None) -> list[str]:
     if not (known or strings):
         raise ConfigError(f"{source} has no text column: its columns are {', '.join(row)}")
     return [known[0]] if known else [max(strings, key=lambda name: len(row[name]))]
-
-
-def builtin(part: str) -> list[str]:
-    """Paragraphs of the Python documentation that every Python carries, for ``calibration`` or ``evaluation``.
-
-    Topics repeat each other, so paragraphs are taken once and then cut in two: the parts share none.
-    """
-    from pydoc_data import topics
-
-    seen, paragraphs = set(), []
-    for text in topics.topics.values():
-        for paragraph in text.split("\n\n"):
-            key = " ".join(paragraph.split())
-            if key and key not in seen:
-                seen.add(key)
-                paragraphs.append(paragraph.strip("\n"))
-    half, total = 0, sum(map(len, paragraphs)) * 3 // 5
-    while total > 0:
-        total -= len(paragraphs[half])
-        half += 1
-    return paragraphs[:half] if part == "calibration" else paragraphs[half:]

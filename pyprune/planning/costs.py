@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from pyprune.config import PruneConfig
-from pyprune.data.texts import sources
 from pyprune.effects import needs_factor, trains
+from pyprune.evaluation.domains import of_run
 from pyprune.evaluation.perplexity import POSITIONS
 from pyprune.execution.activation_store import DEPTH
 from pyprune.execution.device import cpu_has_bfloat16
@@ -169,7 +169,8 @@ def evaluation_windows(view: ModelView, config: PruneConfig) -> int:
     """Windows that perplexity is measured on, before and after; 0 where their number hangs on the text's length."""
     if view.is_encoder or not config.evaluation.enabled:
         return 0
-    return len(sources(config.evaluation.text)) * (config.evaluation.max_windows or 0)
+    most = [asked.most for asked in of_run(config.evaluation, config.calibration)]
+    return 0 if None in most else sum(count for count in most if count)
 
 
 def memory_of(
