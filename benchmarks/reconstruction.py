@@ -23,8 +23,8 @@ from pathlib import Path
 import pyprune
 from benchmarks import common
 from pyprune.config import Calibration, Evaluation, PruneConfig, Reconstruction
-from pyprune.evaluation.perplexity import measure as perplexities
 from pyprune.evaluation.domains import alone
+from pyprune.evaluation.perplexity import measure as perplexities
 from pyprune.evaluation.perplexity import windows_of
 
 NAME = "reconstruction"

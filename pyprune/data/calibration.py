@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pyprune.config import SHORT_WINDOWS, Calibration, ConfigError, from_dict
-from pyprune.data import builtin, texts, thin
+from pyprune.data import builtin, given, texts, thin
 from pyprune.model.attributes import begin_token
 
 POOL = 8
@@ -62,6 +62,13 @@ def named(source: Any) -> dict | Calibration:
     return source if isinstance(source, Calibration) or fields else {"source": source}
 
 
+def settled(calibration: Calibration) -> Calibration:
+    """A calibration whose source can be read more than once: a ``DataLoader`` is read here."""
+    asked = None if calibration.num_samples is None else calibration.num_samples + calibration.held_out
+    source = given.settled(calibration.source, asked)
+    return calibration if source is calibration.source else dataclasses.replace(calibration, source=source)
+
+
 def coerce(source: Any) -> Calibration:
     """A :class:`Calibration` whose number and length of sequences are known, from what callers pass for one.
 
@@ -78,7 +85,8 @@ def _resolve(source: Any) -> tuple[Calibration, list[Tensor] | None]:
     calibration = named(source)
     if isinstance(calibration, dict):
         calibration = from_dict(Calibration, calibration, "calibration")
-    rows = None if calibration.num_samples == 0 else texts.token_rows(calibration.source)
+    calibration = settled(calibration)
+    rows = None if calibration.num_samples == 0 else given.token_rows(calibration.source)
     count, length = calibration.samples, calibration.tokens
     if rows is not None:
         count = len(rows) if calibration.num_samples is None else count
@@ -171,7 +179,7 @@ def sources_of(calibration: Calibration) -> list:
 
 def _pool(source: Any, calibration: Calibration, tokenizer, encoder: bool, wanted: int) -> list[Tensor]:
     """The sequences of one source to choose from."""
-    rows = texts.token_rows(source)
+    rows = given.token_rows(source)
     if rows is not None:
         texts.check_rows(rows, texts.describe(source), "a sequence")
         return [row[: calibration.tokens] for row in rows]

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from pyprune.config import SHORT_WINDOWS, Calibration, Evaluation
-from pyprune.data import builtin, calibration, texts
+from pyprune.data import builtin, calibration
+from pyprune.sources import split
 
 IN, OFF = "in-domain", "off-domain"
 GAP = 1.25
@@ -37,7 +38,7 @@ def of_run(evaluation: Evaluation, settings: Calibration) -> list[Asked]:
     if not evaluation.enabled:
         return []
     own, few = settings.source is None, evaluation.other_windows
-    named = texts.sources(evaluation.text) if evaluation.text is not None else []
+    named = split(evaluation.text) if evaluation.text is not None else []
     found = [Asked(source, OFF if own else IN, evaluation.max_windows) for source in named]
     if own:
         found.append(Asked(builtin.REST, IN, few))
@@ -50,14 +51,14 @@ def alone(evaluation: Evaluation) -> list[Asked]:
     """What is measured of a model by itself: the texts that are named, else the documentation and the novel."""
     if evaluation.text is None:
         return [Asked(builtin.REST, None, evaluation.other_windows), *others(evaluation, [], True)]
-    named = [Asked(source, None, evaluation.max_windows) for source in texts.sources(evaluation.text)]
+    named = [Asked(source, None, evaluation.max_windows) for source in split(evaluation.text)]
     return named + others(evaluation, [], False)
 
 
 def others(evaluation: Evaluation, calibrated: list, needed: bool) -> list[Asked]:
     """Texts of another kind: those that are named, else, where one is needed, one that nothing was calibrated on."""
     if evaluation.off_domain is not None:
-        named = [] if evaluation.off_domain == "none" else texts.sources(evaluation.off_domain)
+        named = [] if evaluation.off_domain == "none" else split(evaluation.off_domain)
         return [Asked(source, OFF, evaluation.max_windows) for source in named]
     names = [source for source in calibrated if isinstance(source, str)]
     unseen = next(name for name in (builtin.NOVEL, builtin.ESSAYS, builtin.REST) if name not in names)

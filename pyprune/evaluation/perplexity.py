@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyprune.config import ConfigError, Evaluation, from_dict
-from pyprune.data import builtin, texts
+from pyprune.data import builtin, given, texts
 from pyprune.data.calibration import bos_prefix, need_tokenizer, tokenize
 from pyprune.effects import shown
 from pyprune.evaluation import domains
@@ -28,9 +28,9 @@ from pyprune.evaluation.domains import Asked
 from pyprune.execution.device import cpu_has_bfloat16, pick_device
 from pyprune.model.attributes import vocabulary_size
 from pyprune.model.blocks import ModelView, not_finite, predicts_next_token
-from pyprune.model.checkpoint import load
 from pyprune.model.positions import Positions, of_any
 from pyprune.model.recording import uncached
+from pyprune.packed.loading import opened
 from pyprune.sources import kind, kinds
 
 POSITIONS = 256
@@ -66,7 +66,7 @@ def windows(
     """
     source = evaluation.text if source is ... else source
     most = evaluation.max_windows if most is ... else most
-    found = texts.token_rows(source)
+    found = given.token_rows(source)
     if found is not None:
         found = found[:most]
         texts.check_rows(found, texts.describe(source), "a window")
@@ -226,7 +226,7 @@ def evaluate(
 ) -> dict:
     """Perplexity of a model on one or several texts.
 
-    model: a live causal model with its ``tokenizer``, or what :func:`pyprune.load` takes.
+    model: a live causal model with its ``tokenizer``, what :func:`pyprune.load` takes or returns, or a run's result.
     evaluation: an :class:`Evaluation`, or its ``text``: a path, a Hub data set, a list of texts, token ids, or a list
     of such sources; without one, the documentation and the novel that come with pyprune.
     fields: further fields of :class:`Evaluation`.
@@ -237,8 +237,8 @@ def evaluate(
     """
     evaluation = _settings(evaluation, fields)
     if isinstance(model, (str, Path)):
-        model, tokenizer = load(model)
         device = device or "auto"
+    model, tokenizer = opened(model, tokenizer)
     check_causal(model)
     if device is not None:
         model.to(pick_device(device))
