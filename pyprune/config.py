@@ -379,7 +379,7 @@ class PruneConfig:
     inputs: Inputs = "propagated"
     """Which inputs the statistics come from: those that the pruned blocks before leave (``propagated``, two passes per
     block); those of the dense model (``dense``, one pass); or those that the pruned layers before leave, each group of
-    layers being pruned as soon as all tokens have arrived at it (``sequential``, one pass, masks only)."""
+    layers, heads or neurons being pruned as soon as all tokens have arrived at it (``sequential``, one pass)."""
     targets: list[str] = field(default_factory=list)
     """Prune only weights that one of these patterns names: whole components (``mlp``, ``layers.1``,
     ``experts.down_proj[3]``), wildcards (``*_proj``), or ``re:`` and a regular expression. By default every matrix of
@@ -419,6 +419,9 @@ class PruneConfig:
     stream: Streaming = "auto"
     """Read the weights block by block from safetensors instead of loading the whole model: ``auto`` (if they would take
     more than half of the free memory), ``always`` or ``never``."""
+    packed: bool = False
+    """Write the checkpoint without its zeros, as ``pyprune pack`` does: smaller, and faster to decode with
+    ``pyprune.load``; stock loaders read it after ``pyprune unpack``."""
     calibration: Calibration = field(default_factory=Calibration)
     evaluation: Evaluation = field(default_factory=Evaluation)
     reconstruction: Reconstruction = field(default_factory=Reconstruction)
@@ -484,10 +487,12 @@ class PruneConfig:
     def _check_sequential(self) -> None:
         if self.inputs != "sequential":
             return
-        if self.is_structured:
+        if self.is_curve:
+            shown = ", ".join(f"{s:g}" for s in self.sparsities)
             raise ConfigError(
-                f"inputs='sequential' prunes masks group by group; pattern={self.pattern!r} needs inputs="
-                "'propagated' or 'dense'"
+                f"inputs='sequential' prunes to one sparsity, not to a list ({shown}): behind pruned blocks each "
+                "sparsity has inputs of its own, so no pass would be shared; prune to one at a time, or set "
+                "inputs='dense', where one pass serves all"
             )
         if self.global_propagation and (
             self.reconstruct not in ("block", "cross_block") or self.reconstruction.layerwise_target == "dense"

@@ -138,6 +138,10 @@ RUN: dict[str, Rule] = {
         )
     },
     "reconstruction.select": _RECONSTRUCTED,
+    "packed": (
+        lambda c: not c.is_structured,
+        "only masks leave zeros to pack: pattern='unstructured' or N:M; structured patterns make the matrices smaller",
+    ),
     "structured.allocation": (lambda c: c.is_structured, _STRUCTURED),
     "structured.nonstandard": (lambda c: c.is_structured, _STRUCTURED),
     "structured.head_scope": (

@@ -10,6 +10,7 @@ import ast
 import dataclasses
 import functools
 import inspect
+import re
 import textwrap
 import typing
 from collections.abc import Collection
@@ -78,6 +79,28 @@ def field_docs(cls) -> dict[str, str]:
 def option_of(path: str, paths: list[str]) -> str:
     """``--text`` for ``evaluation.text``, in a command that has the options of ``paths``."""
     return next("--" + name.replace("_", "-") for name, found in keywords(paths).items() if found == path)
+
+
+def as_options(text: str) -> str:
+    """A sentence of the library with its settings as the command line spells them: ``num_samples=4`` becomes
+    ``--num-samples 4``, ``evaluation.enabled=False`` becomes ``--no-evaluation``."""
+    names = {path: name for name, path in keywords().items()}
+    names |= {name: name for name in keywords() if name not in names}
+
+    def spelt(match: re.Match) -> str:
+        flag, value = names[match["name"]].replace("_", "-"), match["value"]
+        if value is None:
+            return f"--{flag}" if "_" in match["name"] or "." in match["name"] else match[0]
+        if value in ("True", "False"):
+            return f"--{'' if value == 'True' else 'no-'}{flag}"
+        return f"--{flag} " + value.replace("'", "")
+
+    known = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
+    return re.sub(
+        rf"(?<![\w./-])(?P<name>{known})(?![\w./-])(?:=(?P<value>'[^']*'(?:(?:, | or )'[^']*')*|[\w.:,-]*[\w]))?",
+        spelt,
+        text,
+    )
 
 
 def panel_of(path: str, common: Collection[str]) -> str | None:

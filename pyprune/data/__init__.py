@@ -1,5 +1,6 @@
 """Text and token ids: from wherever they come to the sequences that a run calibrates on.
 
+``given``            text and token ids given in memory, in the forms that people have them in
 ``texts``            where text and token ids come from: files, data sets, lists, tensors
 ``calibration``      the sequences to calibrate on and those held out: ``load``, ``CalibrationData``
 ``self_generated``   ``pyprune.generate``: sequences sampled from the dense model

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pyprune.config import Calibration, ConfigError, from_dict
-from pyprune.data import texts, thin
+from pyprune.data import given, texts, thin
 from pyprune.model.attributes import begin_token
 
 POOL = 8
@@ -60,6 +60,13 @@ def named(source: Any) -> dict | Calibration:
     return source if isinstance(source, Calibration) or fields else {"source": source}
 
 
+def settled(calibration: Calibration) -> Calibration:
+    """A calibration whose source can be read more than once: a ``DataLoader`` is read here."""
+    asked = None if calibration.num_samples is None else calibration.num_samples + calibration.held_out
+    source = given.settled(calibration.source, asked)
+    return calibration if source is calibration.source else dataclasses.replace(calibration, source=source)
+
+
 def coerce(source: Any) -> Calibration:
     """A :class:`Calibration` whose number and length of sequences are known, from what callers pass for one.
 
@@ -76,7 +83,8 @@ def _resolve(source: Any) -> tuple[Calibration, list[Tensor] | None]:
     calibration = named(source)
     if isinstance(calibration, dict):
         calibration = from_dict(Calibration, calibration, "calibration")
-    rows = None if calibration.num_samples == 0 else texts.token_rows(calibration.source)
+    calibration = settled(calibration)
+    rows = None if calibration.num_samples == 0 else given.token_rows(calibration.source)
     count, length = calibration.samples, calibration.tokens
     if rows is not None:
         count = len(rows) if calibration.num_samples is None else count

@@ -10,11 +10,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pyprune.config import ConfigError
-from pyprune.sources import DATA_FILES
+from pyprune.data.given import text_rows
+from pyprune.sources import DATA_FILES, columns_of, is_name, kind
 
 TEXT_COLUMNS = ("text", "content", "sentence", "document", "body", "article", "question", "sentence1", "sentence2")
 BUILTIN = "the Python documentation of this interpreter (pydoc_data.topics)"
@@ -24,79 +24,16 @@ def describe(source: Any) -> str:
     """A source in a few words, for reports."""
     if source is None:
         return BUILTIN
-    if isinstance(source, (str, Path)):
+    if is_name(source):
         return str(source)
+    if isinstance(source, str):
+        return "a text given in Python"
     if isinstance(source, Tensor):
         return f"a tensor of token ids {list(source.shape)}"
-    return f"{len(source)} texts given in Python" if _is_texts(source) else "token ids given in Python"
-
-
-def _is_texts(source: Any) -> bool:
-    return isinstance(source, (list, tuple)) and bool(source) and all(isinstance(s, str) for s in source)
-
-
-def sources(text: Any) -> list:
-    """The sources in ``Evaluation.text``: itself, or each entry of a list of paths, data sets or arrays.
-
-    A list of prose is one source, and so is a list of 1-D tensors; an entry that is a file or has no white space in it
-    is the name of a source.
-    """
-    if not isinstance(text, list) or not text or all(isinstance(t, Tensor) and t.ndim == 1 for t in text):
-        return [text]
-    if all(isinstance(t, str) for t in text) and not all(_is_name(t) for t in text):
-        return [text]
-    return list(text)
-
-
-def _is_name(text: str) -> bool:
-    return bool(text) and (not re.search(r"\s", text) or (len(text) < 1024 and Path(text).exists()))
-
-
-def token_rows(source: Any) -> list[Tensor] | None:
-    """The sequences of a source that already is token ids, in order and without padding; None for any other source.
-
-    Ids are a ``.npy`` path, a tensor or array ``[samples, tokens]``, a list of 1-D tensors (ragged lengths), or a pair
-    ``(ids, mask)`` or mapping with ``input_ids`` and ``attention_mask``, whose masked positions are dropped.
-    """
-    mask = None
-    if isinstance(source, Mapping):
-        if "input_ids" not in source:
-            raise ConfigError(f"a mapping of token ids needs input_ids, got the keys {', '.join(map(str, source))}")
-        source, mask = source["input_ids"], source.get("attention_mask")
-    elif isinstance(source, tuple) and len(source) == 2 and all(getattr(s, "ndim", 0) == 2 for s in source):
-        source, mask = source
-    if isinstance(source, (str, Path)) and Path(source).suffix == ".npy":
-        source = _load_npy(Path(source))
-    if isinstance(source, list) and source and all(isinstance(s, Tensor) for s in source):
-        return [_ids(s.reshape(-1), f"sequence {i}") for i, s in enumerate(source)]
-    if not hasattr(source, "ndim"):
-        return None
-    ids = _ids(torch.as_tensor(source), "token ids")
-    if ids.ndim != 2 or 0 in ids.shape:
-        raise ConfigError(f"token ids must be a matrix [samples, tokens], got shape {list(ids.shape)}")
-    if mask is None:
-        return list(ids)
-    mask = torch.as_tensor(mask)
-    if mask.shape != ids.shape:
-        raise ConfigError(f"the attention mask has shape {list(mask.shape)}, the token ids {list(ids.shape)}")
-    return [row[keep.bool()] for row, keep in zip(ids, mask)]
-
-
-def _load_npy(path: Path):
-    import numpy
-
-    if not path.is_file():
-        raise ConfigError(f"no such file: {path}")
-    try:
-        return numpy.load(path, allow_pickle=False)
-    except (ValueError, OSError) as error:
-        raise ConfigError(f"{path} is not a .npy array of token ids: {error}") from error
-
-
-def _ids(ids: Tensor, name: str) -> Tensor:
-    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise ConfigError(f"{name} must be integers, got {str(ids.dtype)[6:]}")
-    return ids.detach().cpu().long()
+    found = kind(source)
+    if found == "table":
+        return f"a data set given in Python (columns {', '.join(columns_of(source) or ())})"
+    return f"{len(source)} texts given in Python" if found == "prose" else "token ids given in Python"
 
 
 def check_rows(rows: list[Tensor], name: str, what: str) -> None:
@@ -133,20 +70,12 @@ def read(source: Any, *, split: str, subset: str | None, text_column: str | None
     ``.txt`` is one document, except WikiText's tokenised form, which gives the rows of the Hub data set, so that joined
     with blank lines it is the very text that published perplexities are measured on.
     """
-    if isinstance(source, (list, tuple)):
-        if not _is_texts(source):
-            kinds = ", ".join(sorted({type(s).__name__ for s in source})) or "nothing"
-            raise ConfigError(f"a list as a source must hold texts, got {kinds}")
-        return iter(source)
-    if not isinstance(source, (str, Path)):
-        raise ConfigError(
-            f"a source is a path, a Hub data set, a list of texts or token ids, got {type(source).__name__}"
-        )
-    if str(source).startswith("<"):
-        raise ConfigError(
-            f"the source {source} was in memory when this configuration was written; put a path to the "
-            "same data in its place"
-        )
+    given = text_rows(source)
+    if given is not None:
+        first = next(iter(given), None)
+        if isinstance(first, Mapping):
+            return _columns(given, describe(source), text_column)
+        return iter(given)
     path = Path(source)
     if path.is_file() and path.suffix in (".txt", ".md", ".rst", ""):
         return iter(_text_rows(path))

@@ -20,16 +20,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyprune.config import WINDOW, ConfigError, Evaluation, from_dict
-from pyprune.data import texts
+from pyprune.data import given, texts
 from pyprune.data.calibration import bos_prefix, need_tokenizer, tokenize
 from pyprune.effects import shown
 from pyprune.execution.device import cpu_has_bfloat16, pick_device
 from pyprune.model.attributes import vocabulary_size
 from pyprune.model.blocks import ModelView, not_finite, predicts_next_token
-from pyprune.model.checkpoint import load
 from pyprune.model.positions import Positions, of_any
 from pyprune.model.recording import uncached
-from pyprune.sources import kinds
+from pyprune.packed.loading import opened
+from pyprune.sources import kinds, split
 
 POSITIONS = 256
 """Logits of this many positions are widened to float32 at a time: the vocabulary is wide."""
@@ -52,7 +52,7 @@ def windows(
     Raises :class:`ConfigError` if the text is shorter than one window.
     """
     source = evaluation.text if source is ... else source
-    found = texts.token_rows(source)
+    found = given.token_rows(source)
     if found is not None:
         found = found[: evaluation.max_windows]
         texts.check_rows(found, texts.describe(source), "a window")
@@ -208,7 +208,7 @@ def evaluate(
 ) -> dict:
     """Perplexity of a model on one or several texts.
 
-    model: a live causal model with its ``tokenizer``, or what :func:`pyprune.load` takes.
+    model: a live causal model with its ``tokenizer``, what :func:`pyprune.load` takes or returns, or a run's result.
     evaluation: an :class:`Evaluation`, or its ``text``: a path, a Hub data set, a list of texts, token ids, or a list
     of such sources. fields: further fields of :class:`Evaluation`.
     device: where to run; ``auto`` takes a GPU if there is one. None leaves a live model where it is.
@@ -218,8 +218,8 @@ def evaluate(
     """
     evaluation = _settings(evaluation, fields)
     if isinstance(model, (str, Path)):
-        model, tokenizer = load(model)
         device = device or "auto"
+    model, tokenizer = opened(model, tokenizer)
     check_causal(model)
     if device is not None:
         model.to(pick_device(device))
@@ -272,7 +272,7 @@ def _windows(
         positions.check([evaluation.window], "evaluation windows", "window", lambda message: None)
     named = [
         (texts.describe(source), windows(evaluation, tokenizer, source=source, vocab_size=vocab_size, tokens=tokens))
-        for source in texts.sources(evaluation.text)
+        for source in split(evaluation.text)
     ]
     if positions and evaluation.window is None and tokens < WINDOW and kinds(evaluation.text) != {"ids"}:
         warn(f"evaluation windows have {tokens} tokens, not {WINDOW}: {positions.model} has no more positions")

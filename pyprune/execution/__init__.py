@@ -8,6 +8,7 @@
 ``journal``            finished blocks on disk, from which ``--resume`` goes on; ``Interrupted``
 ``distributed``        several processes under ``torchrun``: shares, sums, broadcasts: ``World``
 ``relay``              forward passes that take turns and can stand still in the middle of a block: ``Pass``
+``spilling``           memory that a pass which stands still does not need: ``Alive``, ``Spilled``
 ``lanes``              the passes of all batches through one block, in step: ``Lanes``
 ``error_probes``       sequences carried through dense and pruned blocks to measure the error between them
 ``cpu_forward``        products and attention of blocks on a CPU

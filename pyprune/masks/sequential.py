@@ -42,7 +42,7 @@ class SequentialPass(Lanes):
     lane = GroupLane
 
     def __init__(self, run: Run, found: Findings, index: int, module: nn.Module, order: GroupOrder):
-        super().__init__(run, found, index, module)
+        super().__init__(run, found, index, module, order.token_bytes)
         self.order = order
         self.refs = run.selected[index]
         self.block = run.view.blocks[index]

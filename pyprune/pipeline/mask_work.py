@@ -11,7 +11,7 @@ from pyprune.effects import needs_sequences, trains
 from pyprune.execution.error_probes import ErrorProbe, errors_of, make_probes, pass_dense, pass_pruned
 from pyprune.execution.executor import NO_ROOM, Activations
 from pyprune.execution.journal import Journal
-from pyprune.execution.lanes import Declined, no_room, with_smaller_batches
+from pyprune.execution.lanes import Declined, with_smaller_batches
 from pyprune.execution.run import Findings, Run
 from pyprune.masks.block import gather, prune_block
 from pyprune.masks.group_order import GroupOrder, record, structure
@@ -40,8 +40,6 @@ class MaskWork:
         self.trainer: WindowTrainer | None = None
         self.orders: dict[Hashable, GroupOrder] = {}
         """With sequential inputs, what is known of blocks by their structure."""
-        self.admitted: set[Hashable] = set()
-        """Structures that an interrupted run pruned group by group: its memory sufficed, and this one's has to."""
         self.passed = -1
         """The last block that the streams passed while it was pruned."""
 
@@ -117,10 +115,10 @@ class MaskWork:
         key = self.structure(index)
         with self.found.clock("forward"):
             if key not in self.orders:
-                self.orders[key] = self.order_of(index, module, key, self.fit)
+                self.orders[key] = self.order_of(index, module, self.fit)
             if self.orders[key].trouble is None:
                 try:
-                    masks = self.pass_in_halves(index, module, self.orders[key], self.fit)
+                    masks = self.pass_as_it_fits(index, module, self.orders[key], self.fit)
                     self.passed = index
                     return masks
                 except Declined as declined:
@@ -128,11 +126,10 @@ class MaskWork:
         self.found.warn(f"block {index} was pruned as by inputs='propagated': {self.orders[key].trouble}")
         return None
 
-    def pass_in_halves(
+    def pass_as_it_fits(
         self, index: int, module: nn.Module, order: GroupOrder, fit: Activations
     ) -> dict[WeightRef, Tensor]:
-        """:class:`SequentialPass` over all streams of the run, with smaller batches where memory runs out. Raises
-        Declined if it does so with single sequences too."""
+        """:class:`SequentialPass` over all streams of the run. Raises Declined if it cannot be made."""
         advances = self.trainer is None
 
         def lanes() -> SequentialPass:
@@ -144,19 +141,13 @@ class MaskWork:
 
         return with_smaller_batches(self.executor, self.found, index, lanes)
 
-    def order_of(self, index: int, module: nn.Module, key: Hashable, fit: Activations) -> GroupOrder:
-        """Order of the groups of blocks like this one, the same in all processes; with the reason if there is no room
-        for all batches at once."""
-        world, refs = self.run.world, self.run.selected[index]
+    def order_of(self, index: int, module: nn.Module, fit: Activations) -> GroupOrder:
+        """Order of the groups of blocks like this one, the same in all processes."""
+        refs = self.run.selected[index]
         order = self.executor.attempt(lambda: record(self.executor, index, module, refs, fit))
         if order is NO_ROOM:
             order = GroupOrder(trouble=f"one sequence of {max(fit.rows)} tokens does not fit on {self.executor.device}")
-        order = world.same(order)
-        if order.trouble is not None or key in self.admitted:
-            return order
-        tokens = fit.tokens + sum(probe.pruned.tokens for probe in self.probes)
-        trouble = no_room(self.run, order.token_bytes, tokens)
-        return order if trouble is None else GroupOrder(trouble=trouble)
+        return self.run.world.same(order)
 
     def structure(self, index: int) -> Hashable:
         return structure(self.run.view.blocks[index], self.run.selected[index])
@@ -219,11 +210,8 @@ class MaskWork:
             self.trainer.masks[index] = masks
             self.trainer.settle(index)
         self.found.weights += entry["weights"]
-        if self.config.inputs == "sequential" and self.run.selected[index]:
-            if entry["not_sequential"] is None:
-                self.admitted.add(self.structure(index))
-            else:
-                self.orders[self.structure(index)] = GroupOrder(trouble=entry["not_sequential"])
+        if self.config.inputs == "sequential" and self.run.selected[index] and entry["not_sequential"] is not None:
+            self.orders[self.structure(index)] = GroupOrder(trouble=entry["not_sequential"])
 
     def advance(self, index: int, module: nn.Module) -> None:
         with self.found.clock("forward"):

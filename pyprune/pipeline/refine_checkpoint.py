@@ -25,6 +25,7 @@ from pyprune.execution.weight_streaming import Opened, Streamed, open_checkpoint
 from pyprune.model import assembly, checkpoint
 from pyprune.model.assembly import BlockShards
 from pyprune.model.positions import positions_of
+from pyprune.packed.files import pack_here
 from pyprune.pipeline.block_loop import Loop, run_blocks
 from pyprune.pipeline.opening import samples_itself
 from pyprune.pipeline.progress import Progress, announce
@@ -32,8 +33,9 @@ from pyprune.pipeline.prune import begin, kept, make_store, settle_backends
 from pyprune.pipeline.refine import sequences_for
 from pyprune.pipeline.refine_work import RefineWork
 from pyprune.reporting.comparison import read as read_report
-from pyprune.reporting.record import CALIBRATION_PLACES, data_identity
+from pyprune.reporting.record import CALIBRATION_PLACES, data_identity, written
 from pyprune.reporting.rendering import distinct, model_card, perplexity_text
+from pyprune.reporting.run_page import write_run_page
 
 LABEL = "refining"
 RECORD = "refinement.json"
@@ -59,6 +61,8 @@ class Request:
     compute_dtype: str = "auto"
     device: str = "auto"
     seed: int = 0
+    packed: bool = False
+    """Write the checkpoint without its zeros, as :func:`pyprune.pack` does."""
     stream: str = "auto"
     """Whether the blocks of either model are read from their files one after the other, as in
     :class:`pyprune.PruneConfig`; ``always`` asks for both."""
@@ -74,7 +78,7 @@ class Request:
 
     def asked(self) -> dict:
         """What decides the result, as plain data."""
-        names = ("cross_block", "global_propagation", "seed", "dtype", "compute_dtype")
+        names = ("cross_block", "global_propagation", "seed", "dtype", "compute_dtype", "packed")
         return {
             **{name: getattr(self, name) for name in names},
             "settings": to_dict(self.settings),
@@ -223,10 +227,7 @@ def _refine(request: Request, world: World, journal: Journal, progress: bool) ->
 
 def _named(calibration: Calibration) -> dict:
     """As plain data; a source in memory is named by its kind."""
-    source = calibration.source
-    if source is not None and not isinstance(source, (str, Path)):
-        calibration = dataclasses.replace(calibration, source=f"<{type(source).__name__} in memory>")
-    return to_dict(calibration)
+    return to_dict(dataclasses.replace(calibration, source=written(calibration.source)))
 
 
 def _fill(folder: Path, opened: Opened, blocks: BlockShards, tokenizer, source: Path, found: dict, name: str) -> None:
@@ -240,15 +241,17 @@ def _fill(folder: Path, opened: Opened, blocks: BlockShards, tokenizer, source: 
     for file in CARRIED:
         if (source / file).is_file():
             shutil.copyfile(source / file, folder / file)
-    if not (source / "report.json").is_file():
-        return
-    report = {**read_report(source), "refinement": found}
-    if found["evaluation"]:
-        report["evaluation"] = [
-            {**row, "pruned": row["refined"], "before_refinement": row["pruned"]} for row in found["evaluation"]
-        ]
-    checkpoint.write_json(folder / "report.json", report)
-    (folder / "README.md").write_text(model_card(report, name) + card_line(found))
+    if (source / "report.json").is_file():
+        report = {**read_report(source), "refinement": found}
+        if found["evaluation"]:
+            report["evaluation"] = [
+                {**row, "pruned": row["refined"], "before_refinement": row["pruned"]} for row in found["evaluation"]
+            ]
+        checkpoint.write_json(folder / "report.json", report)
+        (folder / "README.md").write_text(model_card(report, name) + card_line(found))
+        write_run_page(folder, report, name)
+    if found["packed"]:
+        pack_here(folder, name)
 
 
 def card_line(found: dict) -> str:

@@ -70,6 +70,13 @@ def compare(directories: Sequence[str | Path]) -> list[dict]:
     return rows
 
 
+def how_text(row: dict) -> str:
+    """How a row's model was pruned: ``sparsegpt + layer``, and by what it was refined."""
+    structured = row["pattern"] in ("neurons", "heads", "structured")
+    how = f"{row['criterion' if structured else 'method']} + {reconstruction_text(row)}"
+    return how + (f", refined: {reconstruction_text(row['refined'])}" if row["refined"] else "")
+
+
 def print_comparison(rows: list[dict], out: TextIO | None = None) -> None:
     """:func:`compare`'s rows as a table, and what makes them not comparable, if anything does."""
     from rich.table import Table
@@ -91,13 +98,9 @@ def print_comparison(rows: list[dict], out: TextIO | None = None) -> None:
             heading, overflow="fold", justify="left" if heading in ("folder", "pruned by", "pattern") else "right"
         )
     for row in rows:
-        structured = row["pattern"] in ("neurons", "heads", "structured")
-        how = f"{row['criterion' if structured else 'method']} + {reconstruction_text(row)}"
-        if row["refined"]:
-            how += f", refined: {reconstruction_text(row['refined'])}"
         table.add_row(
             row["directory"],
-            how,
+            how_text(row),
             row["pattern"],
             f"{row['sparsity']:.3f}",
             "\n".join(perplexity_text(e["pruned"]) for e in row["evaluation"]),

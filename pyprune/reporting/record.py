@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import platform
 import resource
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pyprune.config import ConfigError, PruneConfig, to_dict, to_yaml
+from pyprune.config import PruneConfig, to_dict
 from pyprune.data.calibration import CalibrationData, fingerprint
+from pyprune.data.given import contents
 from pyprune.execution.run import Findings, Run
+from pyprune.sources import in_memory, is_name, split
 
 PLACES = ("model", "output", "stream", "memory_budget_gb", "evaluation", "backends")
 """Fields that say where things are or what is measured, not what comes out; data and model have fingerprints, and what
@@ -78,8 +82,10 @@ def build_report(
             "architecture": type(model).__name__,
             "blocks": len(run.view.blocks),
             "parameters": sum(p.numel() for p in model.parameters()),
+            "parameters_dense": run.parameters,
             "dtype": str(next(model.parameters()).dtype)[6:],
         },
+        "sparsity_asked": run.config.sparsity,
         "sparsity": pruned_weights / targeted if targeted else 0.0,
         "coverage": coverage,
         "evaluation": evaluation,
@@ -107,20 +113,29 @@ def build_report(
 
 
 def config_for_report(config: PruneConfig) -> dict:
-    """Configuration with in-memory sources named by kind, since a report must be plain data."""
+    """Configuration as plain data: what was given in memory stands there as its kind and a fingerprint, never whole."""
     plain = copy.copy(config)
     plain.calibration, plain.evaluation = copy.copy(config.calibration), copy.copy(config.evaluation)
-    for section, key in ((plain.calibration, "source"), (plain.evaluation, "text")):
-        value = getattr(section, key)
-        if not (
-            value is None
-            or isinstance(value, str)
-            or isinstance(value, (list, tuple))
-            and key == "text"
-            and all(isinstance(v, str) for v in value)
-        ):
-            setattr(section, key, f"<{type(value).__name__} in memory>")
+    plain.calibration.source = written(config.calibration.source)
+    plain.evaluation.text = written(config.evaluation.text)
+    if callable(config.criterion):
+        plain.criterion = f"<{getattr(config.criterion, '__name__', 'function')} in memory>"
     return to_dict(plain)
+
+
+def written(source: Any) -> Any:
+    """A source, or a list of sources, as it is written down: its name, or what it is with a fingerprint."""
+    entries = split(source)
+    if len(entries) > 1:
+        return [written(entry) for entry in entries]
+    if source is None or is_name(source):
+        return None if source is None else str(source)
+    if isinstance(source, (list, tuple)) and len(source) == 1 and is_name(source[0]):
+        return [str(source[0])]
+    digest = hashlib.sha256()
+    for part in contents(source):
+        digest.update(part)
+    return f"<{type(source).__name__} in memory, sha256 {digest.hexdigest()[:16]}>"
 
 
 def versions() -> dict:
@@ -154,18 +169,40 @@ def pruning_record(report: dict) -> dict:
 
 
 def run_yaml(report: dict, config: PruneConfig) -> str:
-    """``run.yaml``: repeats the run, each op by the back-end that it took. Data given in memory is described there, and
-    refused."""
+    """``run.yaml``: repeats the run, each op by the back-end that it took. What was given in memory is described there,
+    and refused until it has a name."""
+    plain = {**config_for_report(config), "backends": report["backends"]}
+    absent = unnamed(report)
+    if not absent:
+        return yaml_text(plain)
+    note = (
+        f"# The run took its {' and its '.join(absent)} from memory. To repeat it, put a path or a name in place\n"
+        "# of null or <…> below, or pass the same again: pyprune.prune(model, config='run.yaml', calibration=…).\n"
+        f"# Calibration token ids: sha256 {report['calibration']['fingerprint']}\n"
+    )
+    if report["model"].get("fingerprint"):
+        note += f"# Weights of the model before the run: sha256 {report['model']['fingerprint']}\n"
+    return note + yaml_text(plain)
+
+
+def unnamed(report: dict) -> list[str]:
+    """What of a run was given in memory, so that its ``run.yaml`` alone does not repeat it."""
+    config = report["config"]
+    texts = config["evaluation"]["text"]
+    found = {
+        "model": config["model"] is None,
+        "calibration data": _stands_in(config["calibration"]["source"]),
+        "evaluation text": any(map(_stands_in, texts if isinstance(texts, list) else [texts])),
+        "criterion": _stands_in(config["criterion"]),
+    }
+    return [what for what, absent in found.items() if absent]
+
+
+def _stands_in(value: Any) -> bool:
+    return isinstance(value, str) and in_memory(value)
+
+
+def yaml_text(plain: dict) -> str:
     import yaml
 
-    try:
-        repeated = copy.copy(config)
-        repeated.backends = report["backends"]
-        return to_yaml(repeated)
-    except ConfigError:
-        note = (
-            "# The run took its calibration or evaluation data from memory; put a path to the same data in\n"
-            "# place of the <…> below to repeat it. Calibration token ids: sha256\n"
-            f"# {report['calibration']['fingerprint']}\n"
-        )
-        return note + yaml.safe_dump({**report["config"], "backends": report["backends"]}, sort_keys=False)
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)

@@ -22,9 +22,9 @@ from pyprune.execution.distributed import FAILED, GONE, LOST, Pulse, World
 ROOT = Path(__file__).parents[2]
 SUPPORT = ROOT / "tests/support"
 MASKS = ("sparsegpt", "wanda", "moe", "dense", "sequential", "sequential_moe", "refit", "block", "shared_keys", "cross")
-STRUCTURED = ("liar", "taylor")
+STRUCTURED = ("liar", "liar_sequential", "liar_sequential_moe", "taylor")
 CASES = (*MASKS, *STRUCTURED, "refine")
-THREE = ("sparsegpt", "moe", "sequential_moe", "block", "liar", "refine")
+THREE = ("sparsegpt", "moe", "sequential_moe", "block", "liar", "liar_sequential_moe", "refine")
 """What three processes run too: a start costs seconds."""
 
 
@@ -65,7 +65,9 @@ def test_any_number_of_processes_gives_the_same_masks_and_perplexity(results, na
             assert b["error"] == pytest.approx(a["error"], rel=2e-2)
 
 
-@pytest.mark.parametrize("name, processes", [("liar", 2), ("liar", 3), ("taylor", 2)])
+@pytest.mark.parametrize(
+    "name, processes", [(name, n) for n, names in ((2, CASES), (3, THREE)) for name in names if name in STRUCTURED]
+)
 def test_any_number_of_processes_gives_the_same_smaller_model(results, name, processes):
     alone, shared = (torch.load(results / f"{name}-{n}.pt") for n in (1, processes))
     assert {key: value.shape for key, value in alone.items()} == {key: value.shape for key, value in shared.items()}

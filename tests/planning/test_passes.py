@@ -37,6 +37,11 @@ RUNS = {
     "liar heads": dict(LIAR, pattern="heads"),
     "liar both": dict(LIAR, pattern="structured"),
     "liar both, dense inputs": dict(LIAR, pattern="structured", inputs="dense"),
+    "liar both, sequential": dict(LIAR, pattern="structured", inputs="sequential"),
+    "liar neurons, sequential": dict(LIAR, pattern="neurons", inputs="sequential"),
+    "scores alone, sequential": dict(
+        LIAR, pattern="structured", inputs="sequential", reconstruct="none", structured={"token_weights": "uniform"}
+    ),
     "liar neurons, dense inputs": dict(LIAR, pattern="neurons", inputs="dense"),
     "liar to several sparsities": dict(LIAR, pattern="neurons", sparsity=[0.25, 0.5]),
     "scores alone": dict(
