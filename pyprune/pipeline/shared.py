@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
-
-from torch import Tensor
 
 from pyprune.config import PruneConfig
 from pyprune.data.calibration import fingerprint
 from pyprune.effects import needs_sequences, reads_sequences, watches
+from pyprune.evaluation.perplexity import Text
 
 T = TypeVar("T")
 
@@ -41,8 +40,9 @@ class Shared:
         return f"sequences {source!r} {settings!r} {decides}"
 
     @staticmethod
-    def dense(config: PruneConfig, texts: list[tuple[str, list[Tensor]]]) -> str:
+    def dense(config: PruneConfig, texts: Sequence[Text]) -> str:
         """The name of the dense model's perplexity on these windows."""
         evaluation = config.evaluation
         conditions = [evaluation.dtype, evaluation.batch_size, config.device]
-        return "dense " + json.dumps([[name, fingerprint(windows)] for name, windows in texts] + [conditions])
+        read = [[text.name, text.domain, fingerprint(text.windows)] for text in texts]
+        return "dense " + json.dumps([*read, conditions])

@@ -7,6 +7,7 @@ import dataclasses
 import tiny
 
 from pyprune.config import PruneConfig
+from pyprune.evaluation.perplexity import Text
 from pyprune.pipeline.shared import Shared
 
 
@@ -30,12 +31,12 @@ def test_sequences_are_shared_by_runs_that_read_the_same():
 
 
 def test_the_dense_model_is_measured_once_per_window_type_and_device():
-    texts = [("t", list(tiny.ids(2, 8)))]
+    texts = [Text("t", list(tiny.ids(2, 8)))]
     base = PruneConfig()
     assert Shared.dense(base, texts) == Shared.dense(dataclasses.replace(base, method="wanda", reconstruct=None), texts)
     for other in (
         Shared.dense(dataclasses.replace(base, evaluation={"dtype": "float32"}), texts),
         Shared.dense(dataclasses.replace(base, device="cuda"), texts),
-        Shared.dense(base, [("t", list(tiny.ids(2, 8, seed=1)))]),
+        Shared.dense(base, [Text("t", list(tiny.ids(2, 8, seed=1)))]),
     ):
         assert other != Shared.dense(base, texts)
