@@ -53,8 +53,8 @@ def in_turns(calls: dict[str, list[Callable[[], object]]], samples: int) -> dict
 
 def reading_rate() -> float:
     """Bytes per second of reading memory: a sum over 256 MB."""
-    x = torch.ones(64 << 20)
-    return x.nbytes / in_turns({"read": [lambda: x.sum()]}, 5)["read"]
+    parts = torch.ones(8, 8 << 20)
+    return parts[0].nbytes / in_turns({"read": [lambda x=x: x.sum() for x in parts]}, 8)["read"]
 
 
 def matrix(size: int, samples: int, tokens: tuple[int, ...] = (1, 4, 16, 64, 512)) -> list[dict]:

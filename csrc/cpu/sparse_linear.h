@@ -209,10 +209,10 @@ class Values {
     Buffer<T> copy_;
 };
 
-// sums [R][N] of R rows and N tokens whose x lie x_stride apart, zeros behind their columns
+// sums [R][N] of R rows and N tokens, whose x lie together step by step: [step][N][COLUMNS], zeros behind their columns
 template <typename T, int R, int N>
 inline void rows_by_tokens(const uint8_t* const* masks, const T* const* starts, const int64_t* ahead, int64_t width,
-                           const typename Unit<T>::X* x, int64_t x_stride, vf (*sums)[N]) {
+                           const typename Unit<T>::X* x, vf (*sums)[N]) {
     typedef Unit<T> U;
     constexpr int STEPS = WORD / U::COLUMNS;
     vf sum[R][N] = {}, odd[R] = {};
@@ -225,7 +225,7 @@ inline void rows_by_tokens(const uint8_t* const* masks, const T* const* starts, 
 #pragma GCC unroll 2
             for (int line = 0; line < int(sizeof(T) / 2); ++line)
                 __builtin_prefetch(reinterpret_cast<const char*>(values[r]) + ahead[r] + 64 * line);
-        const typename U::X* at = x + word * WORD;
+        const typename U::X* at = x + word * WORD * N;
         if constexpr (N == 1 && VL < 16) {  // a row after the other: few scalar registers, and x is an operand in memory
 #pragma GCC unroll 8
             for (int r = 0; r < R; ++r) {
@@ -249,7 +249,7 @@ inline void rows_by_tokens(const uint8_t* const* masks, const T* const* starts, 
                     values[r] += count_bits(part);
 #pragma GCC unroll 8
                     for (int n = 0; n < N; ++n)
-                        sum[r][n] = U::multiply(sum[r][n], w, at + n * x_stride + step * U::COLUMNS);
+                        sum[r][n] = U::multiply(sum[r][n], w, at + (step * N + n) * U::COLUMNS);
                 }
         }
     };
@@ -268,8 +268,8 @@ inline void rows_by_tokens(const uint8_t* const* masks, const T* const* starts, 
 }
 
 template <typename T, int N>
-void tokens_by_rows(const PackedView& w, const Values<T>& values, const typename Unit<T>::X* x, int64_t x_stride,
-                    const T* bias, T* out, int64_t out_stride, int64_t begin, int64_t end) {
+void tokens_by_rows(const PackedView& w, const Values<T>& values, const typename Unit<T>::X* x, const T* bias,
+                    T* out, int64_t out_stride, int64_t begin, int64_t end) {
     constexpr int R = SUMS / N < ROWS_AT_ONCE ? SUMS / N : ROWS_AT_ONCE;
     const int64_t lead = R * ceil_div(LEAD, R * w.columns * int64_t(sizeof(T)) / 2 + 1);
     for (int64_t i = begin; i < end; i += R) {
@@ -284,7 +284,7 @@ void tokens_by_rows(const PackedView& w, const Values<T>& values, const typename
             for (int64_t byte = 0; byte < w.width; byte += 64) __builtin_prefetch(masks[r] + lead * w.width + byte);
         }
         vf sums[R][N];
-        rows_by_tokens<T, R, N>(masks, starts, ahead, w.width, x, x_stride, sums);
+        rows_by_tokens<T, R, N>(masks, starts, ahead, w.width, x, sums);
         for (int64_t r = 0; r < least(R, end - i); ++r)
             for (int n = 0; n < N; ++n)
                 put(out + n * out_stride + i + r, add_lanes(sums[r][n]) + (bias ? to_float(bias[i + r]) : 0.0f));
@@ -298,9 +298,13 @@ void sparse_rows(const PackedView& w, const T* x, int64_t x_stride, int64_t toke
     constexpr int64_t CHUNK = 32;  // rows a thread takes at a time: their values stay in its cache for further tokens
     const int64_t padded = ceil_div(w.columns, WORD) * WORD;
     Buffer<typename U::X> kept(tokens * most(padded, 1));
-    for (int64_t t = 0; t < tokens; ++t)
+    for (int64_t t = 0; t < tokens; ++t) {  // groups of TOKENS, the last one of what is left
+        const int64_t first = t / TOKENS * TOKENS, group = least(TOKENS, tokens - first);
+        typename U::X* to = kept.get() + first * padded + (t - first) * U::COLUMNS;
         for (int64_t c = 0; c < padded; ++c)
-            kept[t * padded + c] = c < w.columns ? U::as_x(x[t * x_stride + c]) : typename U::X{};
+            to[c / U::COLUMNS * group * U::COLUMNS + c % U::COLUMNS] =
+                c < w.columns ? U::as_x(x[t * x_stride + c]) : typename U::X{};
+    }
     const Values<T> values(w);
     const typename U::X* all = kept.get();
     threads = worth(threads, double(w.rows * padded) * (0.2 + 0.05 * double(tokens)));
@@ -309,7 +313,7 @@ void sparse_rows(const PackedView& w, const T* x, int64_t x_stride, int64_t toke
         const int64_t begin = chunk * CHUNK, end = least(begin + CHUNK, w.rows);
         for (int64_t t = 0; t < tokens; t += TOKENS) {
             const auto run = [&](auto n) {
-                tokens_by_rows<T, decltype(n)::value>(w, values, all + t * padded, padded, bias, out + t * out_stride,
+                tokens_by_rows<T, decltype(n)::value>(w, values, all + t * padded, bias, out + t * out_stride,
                                                       out_stride, begin, end);
             };
             switch (least(TOKENS, tokens - t)) {
