@@ -11,10 +11,11 @@ from typing import Annotated, Any
 import typer
 
 import pyprune
+from pyprune.cli import packing
 from pyprune.cli.help import Command, Group
-from pyprune.cli.options import option_of, with_fields
+from pyprune.cli.options import as_options, option_of, with_fields
 from pyprune.config import Calibration, ConfigError, Evaluation, Reconstruction, check_named, from_dict, override
-from pyprune.keywords import configuration_fields
+from pyprune.keywords import configuration_fields, refine_fields
 from pyprune.reporting import comparison, rendering
 
 app = typer.Typer(
@@ -27,22 +28,7 @@ EVALUATION_FIELDS = [
     path for path in configuration_fields() if path.startswith("evaluation.") and path != "evaluation.enabled"
 ]
 
-REFINE_FIELDS = [
-    "output",
-    "dtype",
-    "compute_dtype",
-    "device",
-    "seed",
-    "stream",
-    "memory_budget_gb",
-    "global_propagation",
-    *(
-        path
-        for path in configuration_fields()
-        if path.startswith(("calibration.", "reconstruction.", "evaluation."))
-        and path not in ("calibration.self_generated_for", "reconstruction.layerwise_target")
-    ),
-]
+REFINE_FIELDS = refine_fields()
 
 
 def _version(asked: bool) -> None:
@@ -200,13 +186,24 @@ def inspect(
 
 @app.command(cls=Command)
 def compare(
-    directories: Annotated[list[Path], typer.Argument(help="Folders that pyprune wrote.")], as_json: Json = False
+    directories: Annotated[list[Path], typer.Argument(help="Folders that pyprune wrote.")],
+    html: Annotated[Path | None, typer.Option(help="Write the comparison as a page, too: one HTML file.")] = None,
+    as_json: Json = False,
 ):
     """Show runs side by side: settings, perplexity, reconstruction error and time."""
     rows = pyprune.compare(directories)
+    if html is not None:
+        from pyprune.reporting.comparison_page import comparison_page
+        from pyprune.reporting.page import write
+
+        write(html, comparison_page(directories))
     if as_json:
         return _print_json({"runs": rows, "notes": comparison.differences(rows)})
     return comparison.print_comparison(rows)
+
+
+app.command(cls=Command)(packing.pack)
+app.command(cls=Command)(packing.unpack)
 
 
 @app.command(cls=Command)
@@ -255,7 +252,7 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> None:
     try:
         app(args=arguments, prog_name=prog)
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {as_options(str(error))}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:
         sys.exit(1)

@@ -7,12 +7,12 @@ instance a weight is pruned, and they go on. Masks and structured pruning say wh
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pyprune.execution.executor import Activations, Batch, Executor
 from pyprune.execution.relay import NoThread, Pass
@@ -48,7 +48,9 @@ class Lane:
     stream: int
     """Number of its stream."""
     fit: bool
-    """It belongs to the calibration stream; the others only measure errors."""
+    """It belongs to a calibration stream; the others only measure errors."""
+    module: nn.Module
+    """What it passes: the block, or a copy that stays as it is."""
     going: Pass = field(init=False)
     at: Any = None
     """The :class:`Place` that it stands before."""
@@ -87,12 +89,15 @@ class Lanes:
         """Whether all calibration batches spill, however much room there seems to be."""
         self._reserved: contextlib.ExitStack | None = None
 
-    def add(self, source: Activations, target: Activations | None, fit: bool = False) -> None:
-        """A stream that takes part; its outputs go to ``target`` (:meth:`send`)."""
+    def add(
+        self, source: Activations, target: Activations | None, fit: bool = False, module: nn.Module | None = None
+    ) -> None:
+        """A stream that takes part; its outputs go to ``target`` (:meth:`send`). module: what it passes in place of the
+        block."""
         executor = self.run.executor
         for batch in source.batches(executor.batch_size):
             executor.arguments(self.index, batch.length, batch.size)
-            lane = type(self).lane(source, target, batch, self.streams, fit)
+            lane = type(self).lane(source, target, batch, self.streams, fit, module or self.module)
             lane.going = Pass(self._forward_of(lane), executor.device)
             self.lanes.append(lane)
         self.streams += 1
@@ -116,9 +121,27 @@ class Lanes:
         def forward():
             with lane.alive or contextlib.nullcontext():
                 beside = executor.beside([self.index], source, batch)
-                return executor.forward(self.index, self.module, source.read(batch), beside), beside
+                out = executor.forward(self.index, lane.module, source.read(batch), beside)
+                return self.leaving(out), beside
 
         return forward
+
+    def leaving(self, out: Tensor) -> Tensor:
+        """Called inside a pass with what the block returns; returns the pass's output."""
+        return out
+
+    def going_on(self, lane: Any) -> None:
+        """A pass is about to leave the place that it has halted at."""
+
+    @contextlib.contextmanager
+    def at_hand(self, lane: Any) -> Iterator[None]:
+        """What a pass that stands still keeps is in memory for the duration."""
+        if lane.spilled is None:
+            yield
+            return
+        lane.spilled.back()
+        yield
+        lane.spilled.out(lane.alive)
 
     def _share_room(self) -> None:
         """Decide which lanes spill; the memory of the others is reserved until all have ended."""
@@ -149,12 +172,14 @@ class Lanes:
         for lane in lanes:
             if self.trouble is not None:
                 return
-            lane.at = None
             self.moving = lane
             try:
                 with self.found.clock(lane.phase):
                     if lane.spilled is not None:
                         lane.spilled.back()
+                    if lane.at is not None:
+                        self.going_on(lane)
+                    lane.at = None
                     lane.going.step()
                 if lane.at is not None:
                     self.arrived(lane)

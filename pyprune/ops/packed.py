@@ -5,7 +5,7 @@ Layout of a weight ``[out, in]``, in memory and in files (docs/formats.md):
 ``mask``     uint8 ``[out, ceil(in / 8)]``: bit k of byte j (k = 0 the lowest) is column 8j + k, 1 where the weight is
              stored; the bits behind column in − 1 are 0
 ``values``   ``[nnz]`` in the weight's own type, row by row, by column within a row
-``offsets``  int64 ``[out + 1]``: where each row's values begin; ``offsets[out]`` is nnz
+``offsets``  int64 ``[out + 1]``: where each row's values begin; ``offsets[out]`` is nnz. Files have int32 where it does
 
 At 50 % zeros a 16-bit weight takes 9 bits, at 70 % 5.8, and 64 bits per row. A stored value may be zero: −0.0 is one,
 so that packing is lossless to the bit.

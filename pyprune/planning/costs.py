@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from pyprune.config import PruneConfig
-from pyprune.data.texts import sources
 from pyprune.effects import needs_factor, trains
+from pyprune.evaluation.domains import of_run
 from pyprune.evaluation.perplexity import POSITIONS
 from pyprune.execution.activation_store import DEPTH
 from pyprune.execution.device import cpu_has_bfloat16
@@ -22,6 +22,7 @@ from pyprune.masks.refit import NARROW, SYSTEM_ELEMENTS, USUAL_STEPS
 from pyprune.model import assembly
 from pyprune.model.attributes import active_share, attention_size, embedding_width, output_layer, vocabulary_size
 from pyprune.model.blocks import ModelView, WeightRef, weights_of
+from pyprune.model.packed_shards import packed_bytes, pays
 from pyprune.pipeline.passes import Passes
 from pyprune.pipeline.prune import kind_of
 
@@ -169,7 +170,8 @@ def evaluation_windows(view: ModelView, config: PruneConfig) -> int:
     """Windows that perplexity is measured on, before and after; 0 where their number hangs on the text's length."""
     if view.is_encoder or not config.evaluation.enabled:
         return 0
-    return len(sources(config.evaluation.text)) * (config.evaluation.max_windows or 0)
+    most = [asked.most for asked in of_run(config.evaluation, config.calibration)]
+    return 0 if None in most else sum(count for count in most if count)
 
 
 def memory_of(
@@ -307,8 +309,10 @@ def writes_once(view: ModelView, config: PruneConfig, streamed: bool) -> bool:
     return streamed or (not config.is_curve and assembly.stores_as_held(view.model, view.path))
 
 
-def disk_of(view: ModelView, config: PruneConfig, streamed: bool, activations: int = 0) -> dict[str, int]:
-    """Bytes of the checkpoint, and while running.
+def disk_of(
+    view: ModelView, selected: list[list[WeightRef]], config: PruneConfig, streamed: bool, activations: int = 0
+) -> dict[str, int]:
+    """Bytes of the checkpoint, and while running: one that is packed is written beside the plain one.
 
     activations: bytes that do not fit into their memory.
     """
@@ -316,4 +320,20 @@ def disk_of(view: ModelView, config: PruneConfig, streamed: bool, activations: i
     checkpoint = sum(p.numel() for p in view.model.parameters()) * size
     once = writes_once(view, config, streamed)
     blocks = 0 if once else sum(p.numel() for p in view.blocks.parameters()) * size
-    return {"checkpoint": checkpoint, "while_running": checkpoint + blocks + activations}
+    plain = checkpoint + blocks + activations
+    if not config.packed:
+        return {"checkpoint": checkpoint, "while_running": plain}
+    packed = checkpoint - packing_saves(view, selected, config.sparsities[0])
+    return {"checkpoint": packed, "while_running": plain + packed}
+
+
+def packing_saves(view: ModelView, selected: list[list[WeightRef]], sparsity: float) -> int:
+    """Bytes that packing the selected weights takes off the checkpoint."""
+    saved = 0
+    for block, refs in zip(view.blocks, selected):
+        for ref in refs:
+            weight = ref.view(block)
+            shape, kept = tuple(weight.shape), round((1 - sparsity) * weight.numel())
+            if pays(shape, kept, weight.dtype):
+                saved += weight.numel() * weight.element_size() - packed_bytes(shape, kept, weight.dtype)
+    return saved
