@@ -16,6 +16,7 @@ from pyprune.config import Calibration, ConfigError, Evaluation, PruneConfig, ov
 from pyprune.data import calibration
 from pyprune.data.self_generated import generate
 from pyprune.effects import needs_sequences, reads_sequences, watches
+from pyprune.evaluation import domains
 from pyprune.evaluation.block_by_block import Meter
 from pyprune.evaluation.perplexity import refuse_text, warnings_for, windows_of
 from pyprune.execution import distributed
@@ -146,12 +147,25 @@ def _prune(
     with found.clock("calibration"):
         data = calibration_data(config, view, tokenizer, positions)
     with found.clock("evaluation"):
-        texts = windows_of(config.evaluation, tokenizer, view.is_encoder, positions=positions, warn=found.warn)
+        texts = windows_of(
+            domains.of_run(config.evaluation, config.calibration),
+            config.evaluation,
+            tokenizer,
+            view.is_encoder,
+            unseen=data.unseen,
+            vocab_size=vocabulary_size(view.model),
+            positions=positions,
+            warn=found.warn,
+        )
     with found.clock("back-ends"):
         backends = settle_backends(journal, world, device, config, found.warn)
     if config.output:
         with found.clock("load"):
-            identity = {"settings": settings_of(config), "data": data_identity(data, texts), "model": opened.identity()}
+            identity = {
+                "settings": settings_of(config),
+                "data": data_identity(data, [text.windows for text in texts]),
+                "model": opened.identity(),
+            }
             begin(journal, world, identity, len(view.blocks), streamed=opened.weights.streamed, backends=backends)
     if world.same(journal.complete):
         world.lead(journal.publish)
@@ -197,6 +211,7 @@ def _prune(
         pruned = {sparsity: measured(member, opened.weights) for sparsity, member in models.items()}
     for entry in (structured or {}).get("curve", []):
         entry["evaluation"] = compared(dense, pruned[entry["sparsity"]])
+        entry["generalisation"] = domains.generalisation(entry["evaluation"])
     rows = {
         "dense": dense,
         **{
@@ -204,11 +219,15 @@ def _prune(
             for sparsity, found_rows in pruned.items()
         },
     }
-    for text in [*measured.notes, *(text for whose, row in rows.items() for text in warnings_for(row, whose))]:
+    evaluation = compared(dense, list(pruned.values())[-1])
+    gap = domains.generalisation(evaluation)
+    for text in [
+        *measured.notes,
+        *(text for whose, row in rows.items() for text in warnings_for(row, whose)),
+        *domains.gap_warning(gap),
+    ]:
         found.warn(text)
-    report = build_report(
-        run, found, live, compared(dense, list(pruned.values())[-1]), work.coverage(), structured, peak_device, backends
-    )
+    report = build_report(run, found, live, evaluation, gap, work.coverage(), structured, peak_device, backends)
     if isinstance(opened.weights, Streamed):
         result: PruneResult = StreamedResult(opened.weights, tokenizer, config, report, opened.origin)
     else:
