@@ -294,10 +294,14 @@ def measure(
     model: nn.Module, named: list[tuple[str, list[Tensor]]], evaluation: Evaluation, progress=None
 ) -> list[dict]:
     """One row per text: perplexity (NaN where the logits are not finite) and its conditions."""
-    rows = []
+    rows: list[dict] = []
+    whole, before = sum(len(found) for _, found in named), 0
     for name, found in named:
         dtype, start = forward_dtype(model, evaluation.dtype), time.perf_counter()
-        value = perplexity(model, found, dtype=dtype, batch_size=evaluation.batch_size, progress=progress)
+        value = perplexity(
+            model, found, dtype=dtype, batch_size=evaluation.batch_size, progress=_after(before, whole, progress)
+        )
+        before += len(found)
         rows.append(
             {
                 "text": name,
@@ -309,6 +313,11 @@ def measure(
             }
         )
     return rows
+
+
+def _after(before: int, whole: int, progress) -> Callable[[int, int], None] | None:
+    """Progress over several texts, of which ``before`` windows of ``whole`` are done."""
+    return None if progress is None else lambda done, _: progress(before + done, whole)
 
 
 @contextlib.contextmanager

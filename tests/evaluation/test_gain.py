@@ -38,7 +38,7 @@ def test_latency_of_dense_and_pruned_in_one_run(pair, tmp_path, monkeypatch):
     monkeypatch.setattr(gain, "measure_side_by_side", quick)
     done = CliRunner().invoke(app, ["eval", str(pair[1]), "--latency", "--plot", str(tmp_path / "gain.png"), "--json"])
     assert done.exit_code == 0, done.output
-    dense, pruned = json.loads(done.output)
+    dense, pruned = json.loads(done.stdout)
     # per block: gate, up and down lose 256 × 32 each, and gain biases of 256, 256 and 32
     saved = 3 * (3 * 256 * 32 - (2 * 256 + 32))
     assert dense["parameters"] - pruned["parameters"] == saved
