@@ -228,7 +228,7 @@ class Bench:
             found = self._splits[weighting] = []
             for index, groups in enumerate(self.structured.prepared.groups):
                 with self.run.executor.compute(index) as module:
-                    found.append(observe_moments(run, self.found.clock, index, module, groups, stream, target=stream))
+                    found.append(observe_moments(run, self.found, index, module, groups, stream, target=stream))
         return self._splits[weighting]
 
     def score(self, criterion: str) -> list:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -14,13 +17,26 @@ import pyprune
 Output = Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="Folder to write.")]
 
 
+def _shown(doing: str) -> Callable[[int, int], None]:
+    """Print how far it is, every few seconds, so that a small model says nothing."""
+    last = time.monotonic()
+
+    def show(done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= 3:
+            last = time.monotonic()
+            print(f"{doing} · {done / 1e9:.1f} of {total / 1e9:.1f} GB", file=sys.stderr)
+
+    return show
+
+
 def pack(
     directory: Annotated[Path, typer.Argument(help="Folder of a pruned safetensors checkpoint.")],
     output: Output,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on standard output.")] = False,
 ):
     """Write a checkpoint without its zeros: smaller, and faster to decode with pyprune.load."""
-    found = pyprune.pack(directory, output)
+    found = pyprune.pack(directory, output, progress=_shown("packing"))
     print(json.dumps(dataclasses.asdict(found)) if as_json else f"{found.sentence()}\nwritten to {output}")
 
 
@@ -29,5 +45,5 @@ def unpack(
     output: Output,
 ):
     """Write the plain checkpoint that was packed, the same to the byte."""
-    pyprune.unpack(directory, output)
+    pyprune.unpack(directory, output, progress=_shown("unpacking"))
     print(f"written to {output}")

@@ -140,7 +140,7 @@ def load_with_origin(name: str | Path, dtype: str | torch.dtype = "auto") -> tup
             model.__class__ = type(model).__mro__[1]
         tokenizer = load_tokenizer(source, options)
         if isinstance(origin.files, PackedFiles):
-            load_generation_config(model, Path(source.path))
+            load_generation_config(model, origin.files.folder)
     _refuse_gaps(str(name), info)
     if source.gguf_file:
         _forget_gguf(model)

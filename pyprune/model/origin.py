@@ -37,8 +37,13 @@ WEIGHTS = (
     ".tflite",
 )
 """How files of weights end, in whatever form; an index of shards, ``….index.json``, goes with them."""
-LOADED = ("model.safetensors", "model-[0-9]*-of-[0-9]*.safetensors", "model.safetensors.index.json")
-"""Weights that transformers takes, of all that a repository on the Hub may hold."""
+LOADED = (
+    "model.safetensors",
+    "model-[0-9]*-of-[0-9]*.safetensors",
+    "model.safetensors.index.json",
+    "packed-model*.safetensors",
+)
+"""Weights that transformers, or pyprune, takes, of all that a repository on the Hub may hold."""
 REWRITTEN = ("config.json", "pruning.json", "report.json", "report.html", "run.yaml", "refinement.json")
 """Files that every run writes itself, or that tell of another run."""
 CARD = "README.original.md"

@@ -24,14 +24,17 @@ def sparse(model: nn.Module, *, in_place: bool = False) -> nn.Module:
     Embeddings, experts in one tensor, and weights that several modules share stay dense. The result is for inference;
     :func:`dense` is the way back. Raises ConfigError for a model without a weight that is worth packing.
     """
-    found = replaceable(model)
-    if not any(packed_if_it_pays(module.weight.detach()) is not None for module in found.values()):
+    if not any(packed_if_it_pays(module.weight.detach()) is not None for module in replaceable(model).values()):
         raise ConfigError(
             f"{type(model).__name__} has no linear layer with zeros enough for packing to pay (at 16 bits, "
             "17 %): prune it first"
         )
-    model = model if in_place else with_same_tensors(model)
-    places = places_of(model)
+    return pack_layers(model if in_place else with_same_tensors(model))
+
+
+def pack_layers(model: nn.Module) -> nn.Module:
+    """Pack the linear layers of a model where they are, as far as that pays; returns the model."""
+    found, places = replaceable(model), places_of(model)
     for path in list(found):
         module: Any = model.get_submodule(path)
         del found[path]

@@ -7,12 +7,13 @@ embeddings and vectors stay as they are.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,17 @@ from pyprune.model.packed_shards import (
     offsets_type,
     pays,
 )
-from pyprune.model.shards import CODES, NAMES, Files, Shard, header_of, memory_of, write_bytes, write_parts
+from pyprune.model.shards import (
+    CODES,
+    NAMES,
+    Files,
+    Shard,
+    header_of,
+    memory_of,
+    output_error,
+    write_bytes,
+    write_parts,
+)
 from pyprune.ops.packed import Packed, pack_bitmask
 from pyprune.packed import card
 from pyprune.packed.modules import SparseLinear
@@ -74,12 +85,17 @@ class Packing:
         )
 
 
-def pack(directory: str | Path, output: str | Path) -> Packing:
+Progress = Callable[[int, int], None]
+"""Called after each tensor with the bytes that are done and those of all dense files."""
+
+
+def pack(directory: str | Path, output: str | Path, *, progress: Progress | None = None) -> Packing:
     """Write the checkpoint in ``directory`` to ``output`` without its zeros (docs/formats.md).
 
     A zero is the bit pattern of +0; −0.0 and any NaN are values and kept, so that :func:`unpack` gives back the same
-    bytes. Raises ConfigError, before anything is written, for a folder without safetensors files, one that is packed
-    already, and one in which packing would save nothing; OutputError if ``output`` cannot be written.
+    bytes. progress: called with the bytes that are done and those of all files.
+    Raises ConfigError, before anything is written, for a folder without safetensors files and one that is packed
+    already, and for one in which packing would save nothing; OutputError if ``output`` cannot be written.
     """
     source = Path(directory).expanduser()
     if not source.is_dir():
@@ -87,9 +103,9 @@ def pack(directory: str | Path, output: str | Path) -> Packing:
     if is_packed(source):
         raise ConfigError(f"{source} is packed already: it has a {INDEX}")
     Files(source)  # one that cannot be read is refused at once
-    with checkpoint.staged(output) as folder:
+    with writing(output) as folder:
         _copy_others(source, folder)
-        found = _pack_files(source, folder)
+        found = _pack_files(source, folder, progress)
         if not found.weights:
             raise ConfigError(
                 f"packing {source} would save nothing: none of its {found.matrices} matrices has zeros enough "
@@ -117,7 +133,7 @@ def pack_here(folder: Path, name: str) -> Packing:
     return found
 
 
-def unpack(directory: str | Path, output: str | Path) -> None:
+def unpack(directory: str | Path, output: str | Path, *, progress: Progress | None = None) -> None:
     """Write the packed checkpoint in ``directory`` to ``output`` as it was before :func:`pack`, to the byte.
 
     Raises ConfigError, with the tensor's name, for files that are damaged, and OutputError if ``output`` cannot be
@@ -127,11 +143,12 @@ def unpack(directory: str | Path, output: str | Path) -> None:
     if not is_packed(source):
         raise ConfigError(f"{source} is not packed: it has no {INDEX}")
     index = PackedFiles(source).index
-    with checkpoint.staged(output) as folder:
+    shards = {dense: PackedShard(source / file) for file, dense in sorted(index["files"].items())}
+    count = counter(sum(shard.bytes for shard in shards.values()), progress)
+    with writing(output) as folder:
         _copy_others(source, folder)
-        for file, dense in sorted(index["files"].items()):
-            shard = PackedShard(source / file)
-            write_parts(folder / dense, shard.header.encode(), _dense_parts(shard))
+        for dense, shard in shards.items():
+            write_parts(folder / dense, shard.header.encode(), _dense_parts(shard, count))
         if index.get("dense_index") is not None:
             write_bytes(folder / DENSE_INDEX, index["dense_index"].encode())
         readme = folder / "README.md"
@@ -140,9 +157,33 @@ def unpack(directory: str | Path, output: str | Path) -> None:
             readme.write_text(rest) if rest else readme.unlink()
 
 
-def _dense_parts(shard: PackedShard) -> Iterator[memoryview]:
+def _dense_parts(shard: PackedShard, count: Callable[[int], None]) -> Iterator[memoryview]:
     for name in shard.in_order():
         yield memory_of(shard.read_bytes(name))
+        count(shard.bytes_of(name))
+
+
+@contextlib.contextmanager
+def writing(output: str | Path) -> Iterator[Path]:
+    """:func:`pyprune.model.checkpoint.staged`, in which whatever cannot be written is a sentence."""
+    try:
+        with checkpoint.staged(output) as folder:
+            yield folder
+    except OSError as error:
+        raise output_error(error, Path(output).expanduser()) from error
+
+
+def counter(total: int, progress: Progress | None) -> Callable[[int], None]:
+    """What adds up the bytes that are done, and tells ``progress``."""
+    done = 0
+
+    def count(size: int) -> None:
+        nonlocal done
+        done += size
+        if progress is not None:
+            progress(done, total)
+
+    return count
 
 
 def packed_name(dense: str) -> str:
@@ -151,21 +192,30 @@ def packed_name(dense: str) -> str:
 
 
 def _copy_others(source: Path, folder: Path) -> None:
-    """Copy every file that is no weights of this checkpoint and no index of them, sub-folders too."""
-    for path in sorted(source.iterdir()):
-        if path.is_dir() and not path.name.startswith("."):
-            shutil.copytree(path, folder / path.name)
-        elif path.is_file() and path.suffix != ".safetensors" and path.name not in (INDEX, DENSE_INDEX):
-            shutil.copyfile(path, folder / path.name)
+    """Copy every other file, sub-folders too, but for what lies in hidden folders."""
+    for path in sorted(source.rglob("*")):
+        place = path.relative_to(source)
+        hidden = any(part.startswith(".") for part in place.parent.parts)
+        if hidden or not path.is_file() or place.parent == Path() and is_of_weights(path.name):
+            continue
+        (folder / place).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, folder / place)
 
 
-def _pack_files(source: Path, folder: Path) -> Packing:
+def is_of_weights(name: str) -> bool:
+    """Whether a file is read for its weights, and written anew."""
+    return name.endswith(".safetensors") or name in (INDEX, DENSE_INDEX)
+
+
+def _pack_files(source: Path, folder: Path, progress: Progress | None = None) -> Packing:
     """Write the packed files of ``source`` and their index into ``folder``."""
     dense, files = Files(source), {}
     totals = [0] * 6
-    for path in sorted(source.glob("*.safetensors")):
+    paths = sorted(source.glob("*.safetensors"))
+    count = counter(sum(Shard(path).bytes for path in paths), progress)
+    for path in paths:
         files[packed_name(path.name)] = path.name
-        row = pack_file(path, folder / packed_name(path.name))
+        row = pack_file(path, folder / packed_name(path.name), count)
         totals = [total + part for total, part in zip(totals, row)]
     found = Packing(*totals)
     text = (source / DENSE_INDEX).read_text() if (source / DENSE_INDEX).is_file() else None
@@ -184,7 +234,7 @@ def _write_index(folder: Path, found: Packing, where: dict, files: dict, dense_i
     write_bytes(folder / INDEX, (json.dumps(index, indent=1) + "\n").encode())
 
 
-def pack_file(source: Path, target: Path) -> tuple[int, int, int, int, int, int]:
+def pack_file(source: Path, target: Path, count: Callable[[int], None]) -> tuple[int, int, int, int, int, int]:
     """Pack one safetensors file; returns the fields of :class:`Packing` for it."""
     shard, entries = Shard(source), []
     packed = matrices = size = dense_size = 0
@@ -197,6 +247,7 @@ def pack_file(source: Path, target: Path) -> tuple[int, int, int, int, int, int]
             size += sum(data.nbytes for _, _, _, data in parts)
             dense_size += shard.bytes_of(name)
         entries += parts
+        count(shard.bytes_of(name))
     with open(source, "rb") as file:
         header = file.read(shard.start)[8:].decode()
     write_packed(target, entries, header)
@@ -218,7 +269,7 @@ def write_packed(target: Path, entries: list[Entry], dense_header: str) -> None:
 def save_packed(model: Any, save_directory: str | Path, **_unused: Any) -> None:
     """Write a live model with packed layers as a packed checkpoint: what its ``save_pretrained`` does.
 
-    The names are the model's own. Raises what :func:`pyprune.model.checkpoint.staged` raises for a folder in use.
+    The names are the model's own. Raises ConfigError for a folder that is not empty.
     """
     entries, dense, known = [], {}, set()
     layers = {path: module for path, module in model.named_modules() if isinstance(module, SparseLinear)}
@@ -247,7 +298,7 @@ def save_packed(model: Any, save_directory: str | Path, **_unused: Any) -> None:
         sum(e[3].nbytes for e in entries if e[0].rpartition(".")[0] in packed_names),
         sum(size for name, (_, _, size) in dense.items() if name in packed_names),
     )
-    with checkpoint.staged(save_directory) as folder:
+    with writing(save_directory) as folder:
         checkpoint.save_settings(model, folder)
         write_packed(folder / packed_name(FILE), entries, header_of(dense, {"format": "pt"}).decode())
         _write_index(folder, found, dict.fromkeys(dense, packed_name(FILE)), {packed_name(FILE): FILE}, None)

@@ -23,7 +23,7 @@ from pyprune.model.origin import Origin
 from pyprune.model.packed_shards import PackedFiles, is_packed
 from pyprune.model.skeleton import skeleton
 from pyprune.ops.packed import Packed, pack_bitmask
-from pyprune.packed.conversion import places_of, put, replaceable, saves_packed, sparse
+from pyprune.packed.conversion import pack_layers, places_of, put, replaceable, saves_packed
 from pyprune.packed.modules import SparseLinear
 
 
@@ -37,14 +37,17 @@ def load(directory: str | Path, dtype: str | torch.dtype = "auto") -> Loaded:
     tensor's name, for packed files that are damaged.
     """
     source = checkpoint.resolve(directory)
-    if not source.local or not is_packed(source.path):
+    if source.gguf_file or source.local and not is_packed(source.path):
         return checkpoint.load_model(directory, dtype)
-    origin = checkpoint.find_origin(source)
+    origin = checkpoint.find_origin(source)  # what is on the Hub is here now
+    if not isinstance(origin.files, PackedFiles):
+        return checkpoint.load_model(directory, dtype)
     model = None if checkpoint.structured_sizes(source) else _filled(source, origin, dtype)
     if model is None:
         loaded = checkpoint.load_model(directory, dtype)
-        return Loaded(sparse(loaded.model, in_place=True), loaded.tokenizer)
-    return Loaded(model, checkpoint.load_tokenizer(source))
+        return Loaded(pack_layers(loaded.model), loaded.tokenizer)
+    with checkpoint.loading(directory):
+        return Loaded(model, checkpoint.load_tokenizer(source))
 
 
 def opened(model: Any, tokenizer: Any = None, dtype: str | torch.dtype = "auto") -> Loaded:
@@ -72,8 +75,8 @@ def opened(model: Any, tokenizer: Any = None, dtype: str | torch.dtype = "auto")
 
 def _filled(source: Source, origin: Origin, dtype: str | torch.dtype) -> nn.Module | None:
     """The model with its weights in place; None where the names in the files are not those of the model."""
-    files = origin.files
-    assert isinstance(files, PackedFiles)
+    files, folder = origin.files, origin.folder
+    assert isinstance(files, PackedFiles) and folder is not None
     config = checkpoint.load_config(source.path)
     asked = check_dtype(dtype)
     if asked != "auto":
@@ -83,7 +86,7 @@ def _filled(source: Source, origin: Origin, dtype: str | torch.dtype) -> nn.Modu
         kind = dtype_named(config) or next((found for found in infos if found.is_floating_point), torch.float32)
     with checkpoint.loading(source.path):
         model: Any = skeleton(config, kind, origin)
-        checkpoint.load_generation_config(model, Path(source.path))
+        checkpoint.load_generation_config(model, folder)
     found = [(keys, next((key for key in keys if key in files), None)) for keys in assembly.names_of(model)]
     layers, places = replaceable(model), places_of(model)
     for names, key in found:

@@ -33,12 +33,12 @@ class SparseLinear(nn.Module):
     @property
     def packed(self) -> Packed:
         """The weight as the ops take it, checked once for as long as its tensors stay the same."""
-        known = self._packed
+        known, buffers = self._packed, self._buffers  # by their dictionaries: this runs for every layer and token
         if (
             known is None
-            or known.values is not self.values
-            or known.mask is not self.mask
-            or known.offsets is not self.offsets
+            or known.values is not self._parameters["values"]
+            or known.mask is not buffers["mask"]
+            or known.offsets is not buffers["offsets"]
         ):
             known = self._packed = Packed(self.mask, self.values, self.offsets, self.in_features)
         return known

@@ -16,6 +16,7 @@ from pyprune.config import Calibration, ConfigError, Evaluation, PruneConfig, ov
 from pyprune.data import calibration, texts
 from pyprune.data.self_generated import generate
 from pyprune.effects import needs_sequences, reads_sequences, watches
+from pyprune.evaluation import domains
 from pyprune.evaluation.block_by_block import Meter
 from pyprune.evaluation.perplexity import refuse_text, warnings_for, windows_of
 from pyprune.execution import distributed
@@ -165,7 +166,7 @@ def _prune(
         with found.clock("load"):
             identity = {
                 "settings": settings_of(config),
-                "data": data_identity(data, windows),
+                "data": data_identity(data, [text.windows for text in windows]),
                 "model": opened.identity(),
             }
             begin(journal, world, identity, len(view.blocks), streamed=opened.weights.streamed, backends=backends)
@@ -217,6 +218,7 @@ def _prune(
                 pruned[sparsity] = measured(member, opened.weights, doing)
     for entry in (structured or {}).get("curve", []):
         entry["evaluation"] = compared(dense, pruned[entry["sparsity"]])
+        entry["generalisation"] = domains.generalisation(entry["evaluation"])
     rows = {
         "dense": dense,
         **{
@@ -224,11 +226,15 @@ def _prune(
             for sparsity, found_rows in pruned.items()
         },
     }
-    for text in [*measured.notes, *(text for whose, row in rows.items() for text in warnings_for(row, whose))]:
+    evaluation = compared(dense, list(pruned.values())[-1])
+    gap = domains.generalisation(evaluation)
+    for text in [
+        *measured.notes,
+        *(text for whose, row in rows.items() for text in warnings_for(row, whose)),
+        *domains.gap_warning(gap),
+    ]:
         found.warn(text)
-    report = build_report(
-        run, found, live, compared(dense, list(pruned.values())[-1]), work.coverage(), structured, peak_device, backends
-    )
+    report = build_report(run, found, live, evaluation, gap, work.coverage(), structured, peak_device, backends)
     if isinstance(opened.weights, Streamed):
         result: PruneResult = StreamedResult(opened.weights, tokenizer, config, report, opened.origin)
     else:
@@ -344,7 +350,16 @@ def sequences_of(
     with found.clock("calibration"), Doing("reading calibration text", progress, said=False):
         data = calibration_data(config, view, tokenizer)
     with found.clock("evaluation"), Doing("reading evaluation text", progress, said=False):
-        windows = windows_of(config.evaluation, tokenizer, view.is_encoder, positions=positions, warn=found.warn)
+        windows = windows_of(
+            domains.of_run(config.evaluation, config.calibration),
+            config.evaluation,
+            tokenizer,
+            view.is_encoder,
+            unseen=data.unseen,
+            vocab_size=vocabulary_size(view.model),
+            positions=positions,
+            warn=found.warn,
+        )
     check_lengths(config, data, windows, positions)
     return data, windows
 
@@ -362,7 +377,7 @@ def check_lengths(
     if data.sequences:
         lengths = lengths_of(data, calibration.coerce(config.calibration))
         positions.check(lengths, "calibration sequences", "seq_len", warn)
-    positions.check({len(row) for _, rows in windows for row in rows}, "evaluation windows", "window", warn)
+    positions.check({len(row) for text in windows for row in text.windows}, "evaluation windows", "window", warn)
 
 
 def again(dense: list[dict], config: PruneConfig) -> float:

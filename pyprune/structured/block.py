@@ -10,14 +10,17 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from pyprune import ops
 from pyprune.execution.executor import Activations, Batch
 from pyprune.execution.run import Clock, Findings, Run
+from pyprune.masks.block import distrust
 from pyprune.model.blocks import WeightRef
+from pyprune.ops import guards
 from pyprune.structured.allocation import choose
 from pyprune.structured.criteria import NEEDS_MOMENTS, Scored, score
 from pyprune.structured.groups import Coupled
 from pyprune.structured.liar import Problem, Repair, repair
-from pyprune.structured.moments import Split
+from pyprune.structured.moments import Split, at_fault
 from pyprune.structured.observation import observe_moments
 from pyprune.structured.slicing import Pick, slice_block
 from pyprune.structured.taps import Taps
@@ -150,21 +153,31 @@ def repair_group(
         own = getattr(block.get_submodule(group.consumer.module_path), "bias", None)
         bias = torch.zeros(len(weight), device=weight.device) if own is None else own.data.to(weight.device).float()
     kept = choose(group, scores, count)
+    name = run.view.name(index, group.consumer)
+    if guards.units(kept, group.pools, count):
+        raise RuntimeError(f"{len(kept)} units of {name} were chosen where {count} are to stay: {kept.tolist()}")
     s = config.structured
-    with work.clock("solve"):
+
+    def repaired() -> Repair:
         if split is None:
             columns = group.columns_of(kept).to(weight.device)
-            done = Repair(weight[:, columns], bias, "none")
-        else:
-            done = repair(
-                Problem(weight, bias, group, split),
-                kept,
-                config.reconstruct or "none",
-                damping=s.damping,
-                interpolate=s.interpolate,
-                interpolate_weights=s.interpolate_weights,
-            )
-    name = run.view.name(index, group.consumer)
+            return Repair(weight[:, columns], bias, "none")
+        return repair(
+            Problem(weight, bias, group, split),
+            kept,
+            config.reconstruct or "none",
+            damping=s.damping,
+            interpolate=s.interpolate,
+            interpolate_weights=s.interpolate_weights,
+        )
+
+    with work.clock("solve"):
+        done = repaired()
+        if wrong := at_fault([done.wrong]):
+            with ops.backend("reference"):
+                done = repaired()
+            for op in sorted(wrong - at_fault([done.wrong])):
+                distrust(work.found, run.executor.device, index, op)
     for warning in done.warnings:
         work.found.warn(f"{name} {warning}")
     row = {
@@ -203,7 +216,7 @@ def dense_block(work: StructuredRun, index: int, module: nn.Module, stream: Acti
     groups = work.prepared.groups[index]
     splits: list = [None] * len(groups)
     if stream is not None:
-        splits = observe_moments(work.run, work.clock, index, module, groups, stream, target=stream)
+        splits = observe_moments(work.run, work.found, index, module, groups, stream, target=stream)
     picks = pick_units(work, index, range(len(groups)), splits)
     for target, chosen in zip(work.targets, picks):
         with work.clock("slice"):
@@ -238,7 +251,7 @@ def propagated_block(
         splits: list = [None] * len(stage)
         if pruned is not None:
             splits = observe_moments(
-                work.run, work.clock, index, module, [groups[i] for i in stage], pruned, dense=[sums[i] for i in stage]
+                work.run, work.found, index, module, [groups[i] for i in stage], pruned, dense=[sums[i] for i in stage]
             )
         [picks] = pick_units(work, index, stage, splits)
         with work.clock("slice"):

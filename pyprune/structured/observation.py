@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from pyprune import ops
 from pyprune.config import ConfigError
 from pyprune.execution.executor import Activations, Batch
-from pyprune.execution.run import Clock, Run
+from pyprune.execution.run import Clock, Findings, Run
+from pyprune.masks.block import distrust
 from pyprune.structured.groups import Coupled
-from pyprune.structured.moments import HELD_OUT_EVERY, Split, balanced_weights, held_out_tokens, token_weights
+from pyprune.structured.moments import HELD_OUT_EVERY, Split, at_fault, balanced_weights, held_out_tokens, token_weights
 from pyprune.structured.taps import Taps
 
 SAMPLED = 8
@@ -34,13 +37,20 @@ class Observed:
     """Mean over tokens of the residual stream's squared norm, if tokens count ``balanced``."""
 
     @staticmethod
-    def make(run: Run, index: int, group: Coupled, dense: Activations | None, mean_power: Tensor | None) -> Observed:
-        """mean_power: used if the group's tokens count ``balanced``."""
+    def make(
+        run: Run,
+        index: int,
+        group: Coupled,
+        dense: Activations | None = None,
+        mean_power: Tensor | None = None,
+        redo: Callable[[str], None] | None = None,
+    ) -> Observed:
+        """mean_power: used if the group's tokens count ``balanced``. redo: of :class:`Moments`."""
         kind, device = weighting(run.config.structured.token_weights, group), run.executor.device
         precision = "bfloat16" if run.executor.dtype == torch.bfloat16 else "float32"
         weight = group.consumer.view(run.view.blocks[index])
         return Observed(
-            Split.make(weight.shape[1], 0 if dense is None else weight.shape[0], device, precision),
+            Split.make(weight.shape[1], 0 if dense is None else weight.shape[0], device, precision, redo),
             weight,
             dense,
             weight.float().square().sum(0).to(device) if kind == "relative" else None,
@@ -75,7 +85,7 @@ class Observed:
 
 def observe_moments(
     run: Run,
-    clock: Clock,
+    found: Findings,
     index: int,
     module: nn.Module,
     groups: list[Coupled],
@@ -86,39 +96,54 @@ def observe_moments(
 ) -> list[Split]:
     """Moments of the groups' inputs over a stream; outputs go to ``target``, errors are taken against ``dense``.
 
-    With several processes each passes its own sequences, and all get the moments of all. Raises ConfigError if an
-    input is not finite.
+    With several processes each passes its own sequences, and all get the moments of all. A pass whose products fail
+    their guards is made again by the reference. Raises ConfigError if an input is not finite.
     """
     kinds = [weighting(run.config.structured.token_weights, group) for group in groups]
     means = mean_powers(run, index, module, groups, stream) if "balanced" in kinds else None
-    observed = [
-        Observed.make(run, index, group, None if dense is None else dense[i], None if means is None else means[i])
-        for i, group in enumerate(groups)
-    ]
-    taps = Taps(
-        module,
-        groups,
-        sums=means is not None or any(one.dense is not None for one in observed),
-        powers="relative" in kinds,
-        stop=target is None,
-    )
+    # a pass that takes the place of its own inputs cannot be made again
+    redo = None if target is None else functools.partial(distrust, found, run.executor.device, index)
 
-    def take(batch: Batch, _) -> None:
-        with clock("statistics"):
-            held = held_of(run, stream, batch)
-            for i, one in enumerate(observed):
-                x = taps.inputs.get(i)  # None for an expert that no token of this batch reached
-                if x is not None:
-                    one.add(batch, x, held, taps.sums.get(i), taps.powers.get(i))
+    def observe() -> list[Observed]:
+        observed = [
+            Observed.make(
+                run, index, group, None if dense is None else dense[i], None if means is None else means[i], redo
+            )
+            for i, group in enumerate(groups)
+        ]
+        taps = Taps(
+            module,
+            groups,
+            sums=means is not None or any(one.dense is not None for one in observed),
+            powers="relative" in kinds,
+            stop=target is None,
+        )
 
-    try:
-        with clock("forward"):
-            run.executor.run(index, module, stream, target, take, taps.run)
-    finally:
-        taps.close()
+        def take(batch: Batch, _) -> None:
+            with found.clock("statistics"):
+                held = held_of(run, stream, batch)
+                for i, one in enumerate(observed):
+                    x = taps.inputs.get(i)  # None for an expert that no token of this batch reached
+                    if x is not None:
+                        one.add(batch, x, held, taps.sums.get(i), taps.powers.get(i))
+
+        try:
+            with found.clock("forward"):
+                run.executor.run(index, module, stream, target, take, taps.run)
+        finally:
+            taps.close()
+        return observed
+
+    observed = observe()
+    if target is None and (wrong := at_fault(v for one in observed for v in one.split.verdicts())):
+        with ops.backend(",".join(f"{op}=reference" for op in wrong)):
+            observed = observe()
+            still = at_fault(v for one in observed for v in one.split.verdicts())
+        for op in sorted(wrong - still):
+            distrust(found, run.executor.device, index, op)
     splits = [one.split for one in observed]
     for split, group in zip(splits, groups):
-        share_moments(run, clock, index, group, split)
+        share_moments(run, found.clock, index, group, split)
     return splits
 
 

@@ -197,7 +197,7 @@ def _allocate(work: StructuredRun, sparsities: tuple[float, ...]) -> list[list[l
             with run.executor.compute(index) as module:
                 splits: Sequence[Split | None] = [None] * len(block)
                 if stream is not None:
-                    splits = observe_moments(run, work.clock, index, module, block, stream, target=stream)
+                    splits = observe_moments(run, work.found, index, module, block, stream, target=stream)
                 scores = dealt(run, [float(g.units) for g in block], functools.partial(scored, index, splits))
             flat += [Member(index, g, found, size) for g, (_, found), size in zip(block, scores, sizes)]
             run.executor.release(index)

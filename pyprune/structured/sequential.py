@@ -15,15 +15,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pyprune import ops
 from pyprune.execution.executor import Activations, Batch, Executor
 from pyprune.execution.lanes import Declined, Lane, Lanes, TooLarge, changed_attribute
 from pyprune.execution.spilling import Alive
+from pyprune.masks.block import distrust
 from pyprune.model.blocks import WeightRef
 from pyprune.model.routing import expert_lists
 from pyprune.model.watching import Watch
 from pyprune.structured.block import StructuredRun, pick_units
 from pyprune.structured.groups import Coupled
-from pyprune.structured.moments import Split
+from pyprune.structured.moments import Split, at_fault
 from pyprune.structured.observation import Observed, held_of, sampled, share_moments, weighting
 from pyprune.structured.slicing import Pick, kept_columns
 
@@ -279,7 +281,7 @@ class SequentialBlock(Lanes):
             self._aside = None  # it knows this object: a circle would keep all activations
         for i in range(len(self.groups)):
             if i not in self.picks:  # an expert that no token reached
-                self._choose(i, Observed.make(self.run, self.index, self.groups[i], None, None).split)
+                self._choose(i, Observed.make(self.run, self.index, self.groups[i]).split)
         place = {self.run.view.name(self.index, group.consumer): i for i, group in enumerate(self.groups)}
         target.rows[rows:] = sorted(target.rows[rows:], key=lambda row: place[row["name"]])
         self.send()
@@ -309,19 +311,31 @@ class SequentialBlock(Lanes):
         here = [lane for lane in self.lanes if lane.at is stop]
         for i in stop.groups:
             fit = [lane for lane in here if lane.fit]
-            observed = Observed.make(self.run, self.index, self.groups[i], self.sums[i], self._mean_power(i, fit))
-            with self.found.clock("statistics"):
-                for lane in fit:
-                    with self.at_hand(lane):
-                        self._pay(lane)
-                        product, held = lane.waiting[i], held_of(self.run, lane.source, lane.batch)
-                        power = product.rows.float().square().sum(1) if observed.column_powers is not None else None
-                        observed.add(lane.batch, product.x, held, self._sums(lane, i), power)
-            share_moments(self.run, self.found.clock, self.index, self.groups[i], observed.split)
-            self._choose(i, observed.split)
+            mean_power = self._mean_power(i, fit)
+            split = self._observe(i, fit, mean_power)
+            if wrong := at_fault(split.verdicts()):
+                with ops.backend(",".join(f"{op}=reference" for op in wrong)):
+                    split = self._observe(i, fit, mean_power)
+                    still = at_fault(split.verdicts())
+                for op in sorted(wrong - still):
+                    distrust(self.found, self.run.executor.device, self.index, op)
+            share_moments(self.run, self.found.clock, self.index, self.groups[i], split)
+            self._choose(i, split)
             replacement = Replacement.of(self.work, self.index, self.picks[i])
             for lane in here:
                 lane.due.append((i, replacement))
+
+    def _observe(self, i: int, fit: list[ConsumerLane], mean_power: Tensor | None) -> Split:
+        """Moments of a group's inputs, of the passes that stand still."""
+        observed = Observed.make(self.run, self.index, self.groups[i], self.sums[i], mean_power)
+        with self.found.clock("statistics"):
+            for lane in fit:
+                with self.at_hand(lane):
+                    self._pay(lane)
+                    product, held = lane.waiting[i], held_of(self.run, lane.source, lane.batch)
+                    power = product.rows.float().square().sum(1) if observed.column_powers is not None else None
+                    observed.add(lane.batch, product.x, held, self._sums(lane, i), power)
+        return observed.split
 
     def going_on(self, lane: ConsumerLane) -> None:
         self._pay(lane)

@@ -121,6 +121,27 @@ def test_what_cannot_be_packed_is_refused_and_leaves_nothing(pair, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
 
 
+def test_a_full_disk_is_a_sentence_and_leaves_nothing(pair, tmp_path, monkeypatch):
+    import errno
+    import shutil
+
+    def full(*arguments, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    for call, source in zip((pyprune.pack, pyprune.unpack), pair):
+        with pytest.raises(ConfigError, match="no room to write"):
+            call(source, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_progress_counts_every_byte_once(pair, tmp_path):
+    for call, source, output in zip((pyprune.pack, pyprune.unpack), pair, "ab"):
+        seen = []
+        call(source, tmp_path / output, progress=lambda done, total, seen=seen: seen.append((done, total)))
+        assert seen == sorted(seen) and seen[-1][0] == seen[-1][1] == Files(pair[0]).bytes
+
+
 def test_a_stock_loader_says_that_there_are_no_weights(pair):
     import transformers
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import tiny
 import torch
@@ -76,6 +78,34 @@ def test_damage_and_gaps_are_named(tmp_path):
     pyprune.pack(tmp_path / "dense", tmp_path / "gaps")
     with pytest.raises(ConfigError, match=r"lacks model\.norm\.weight"):
         pyprune.load(tmp_path / "gaps")
+
+
+def test_a_packed_repository_on_the_hub_is_fetched_and_loaded(tmp_path, monkeypatch, tokenizer):
+    _, _, packed = folders(tmp_path, "llama")
+    tokenizer.save_pretrained(packed)
+    monkeypatch.setattr(checkpoint, "resolve", lambda name: checkpoint.Source(str(name), local=False))
+    monkeypatch.setattr(checkpoint, "folder_of", lambda path, local: tmp_path / "packed")
+    assert len(layers(pyprune.load(packed).model)) == 21
+    assert not layers(checkpoint.load_model(packed).model)
+
+
+def test_a_checkpoint_of_packed_experts_alone_and_one_that_names_no_class(tmp_path):
+    """Experts in one tensor are unpacked into memory; without architectures the class is found by the tensors."""
+    model = tiny.model("mixtral")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 3:
+                parameter[..., ::2] = 0
+    model.save_pretrained(tmp_path / "dense")
+    pyprune.pack(tmp_path / "dense", tmp_path / "packed")
+    loaded = pyprune.load(tmp_path / "packed").model
+    state, known = loaded.state_dict(), model.state_dict()
+    assert not layers(loaded) and all(torch.equal(state[key], known[key]) for key in known)
+    _, _, packed = folders(tmp_path / "bert", "bert")
+    config = json.loads((packed / "config.json").read_text())
+    del config["architectures"]
+    (packed / "config.json").write_text(json.dumps(config))
+    assert type(pyprune.load(packed).model).__name__ == "BertModel" and checkpoint.load_model(packed).model is not None
 
 
 def test_perplexity_and_inspection_of_a_packed_folder(tmp_path, tokenizer):
