@@ -80,7 +80,7 @@ def test_eval_and_refine_look_for_their_files_first(capsys, tmp_path, folder, se
     "place",
     [
         "pyprune.model.checkpoint.load_with_origin",
-        "pyprune.evaluation.perplexity.perplexity",
+        "pyprune.evaluation.perplexity.losses_of",
         "pyprune.model.assembly.save",
     ],
 )
