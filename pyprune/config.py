@@ -497,22 +497,12 @@ class PruneConfig:
             )
 
     def _check_sequential(self) -> None:
-        if self.inputs != "sequential":
-            return
-        if self.is_curve:
+        if self.inputs == "sequential" and self.is_curve:
             shown = ", ".join(f"{s:g}" for s in self.sparsities)
             raise ConfigError(
                 f"inputs='sequential' prunes to one sparsity, not to a list ({shown}): behind pruned blocks each "
                 "sparsity has inputs of its own, so no pass would be shared; prune to one at a time, or set "
                 "inputs='dense', where one pass serves all"
-            )
-        if self.global_propagation and (
-            self.reconstruct not in ("block", "cross_block") or self.reconstruction.layerwise_target == "dense"
-        ):
-            raise ConfigError(
-                "inputs='sequential' meets no inputs of the dense stream, which the layer-wise step of "
-                "global_propagation fits: set inputs='propagated', or reconstruct='block' or "
-                "'cross_block' with layerwise_target='local'"
             )
 
     def _check_pattern(self) -> None:

@@ -12,6 +12,7 @@
 ``lanes``              the passes of all batches through one block, in step: ``Lanes``
 ``progress``           what is done now and how long it takes, on a terminal and in a log: ``Progress``, ``Doing``
 ``error_probes``       sequences carried through dense and pruned blocks to measure the error between them
+``heap``               memory that passes free stays for the next batch: ``kept_warm``
 ``cpu_forward``        products and attention of blocks on a CPU
 ``device``             names of devices and types turned into devices and types
 

@@ -21,6 +21,12 @@ QUIET = 8.0
 """Seconds without a line in a log after which the next one comes by itself."""
 
 
+def announce(text: str, enabled: bool = True, label: str = "pruning") -> None:
+    """A line on standard error."""
+    if enabled:
+        print(f"{label} · {text}", file=sys.stderr, flush=True)
+
+
 class _Pulse:
     """Prints a line whenever nothing was printed for :data:`QUIET` seconds, from a thread of its own."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -47,6 +48,7 @@ from pyprune.pipeline.block_loop import Loop, run_blocks
 from pyprune.pipeline.mask_work import MaskWork
 from pyprune.pipeline.opening import open_model
 from pyprune.pipeline.result import PruneResult, StreamedResult
+from pyprune.pipeline.shared import Shared
 from pyprune.pipeline.structured_work import StructuredWork
 from pyprune.reporting.comparison import read as read_report
 from pyprune.reporting.record import build_report, compared, data_identity, settings_of
@@ -125,11 +127,25 @@ def prune(
     if resume and config.output is None:
         raise ConfigError("resume=True would do nothing: a run without an output folder leaves nothing to go on with")
     with journaled(config.output, resume) as (world, journal):
-        return _prune(model, config, tokenizer, in_place, progress and world.leads, journal, world)
+        return _prune(model, config, tokenizer, in_place, progress and world.leads, journal, world, Shared())
+
+
+def prune_copy(opened: Opened, config: PruneConfig, shared: Shared, progress: bool = True) -> PruneResult:
+    """:func:`prune` of a copy of a model that several runs start from, the result in memory; what they have in common
+    is worked out once. The model must be whole."""
+    with journaled(None, False) as (world, journal):
+        return _prune(opened, config, opened.tokenizer, False, progress and world.leads, journal, world, shared)
 
 
 def _prune(
-    model, config: PruneConfig, tokenizer, in_place: bool, progress: bool, journal: Journal, world: distributed.World
+    model,
+    config: PruneConfig,
+    tokenizer,
+    in_place: bool,
+    progress: bool,
+    journal: Journal,
+    world: distributed.World,
+    shared: Shared,
 ) -> PruneResult:
     found, device = Findings(), pick_device(config.device)
     world.lead(lambda: journal.check_settings(settings_of(config)))
@@ -139,11 +155,11 @@ def _prune(
     texts.check_there(config.calibration.source if reads_sequences(config) else None)
     texts.check_there(config.evaluation.text if config.evaluation.enabled else None)
     data = windows = None
-    if not isinstance(model, nn.Module):
+    if not isinstance(model, (nn.Module, Opened)):
         with found.clock("load"), Doing(f"reading the configuration of {config.model}", progress, said=False):
             outline, early = outlined(config, tokenizer)
         if outline is not None:
-            data, windows = sequences_of(config, outline, early, named_positions(outline), found, progress)
+            data, windows = sequences_of(config, outline, early, named_positions(outline), found, progress, shared)
     with found.clock("load"):
         opened = _open(model, config, tokenizer, in_place, progress, world.same(journal.header.get("streamed")), device)
     view, tokenizer = opened.view, opened.tokenizer
@@ -154,12 +170,15 @@ def _prune(
     refuse_text(config.evaluation, view)
     positions = positions_of(view)
     if data is None or windows is None:
-        data, windows = sequences_of(config, view, tokenizer, positions, found, progress)
+        data, windows = sequences_of(config, view, tokenizer, positions, found, progress, shared)
     check_lengths(config, data, windows, positions, found.warn)
     if config.calibration.self_generated and needs_sequences(config):
         own = config.calibration.self_generated
         with found.clock("calibration"), Doing(f"sampling {own} sequences from the model", progress) as doing:
-            add_generated(data, config.calibration, view.model, tokenizer, doing)
+            shared.once(
+                f"generated for {shared.sequences(config)}",
+                functools.partial(add_generated, data, config.calibration, view.model, tokenizer, doing),
+            )
     with found.clock("back-ends"), Doing("checking and timing the back-ends of this machine", progress, said=False):
         backends = settle_backends(journal, world, device, config, found.warn)
     if config.output:
@@ -180,7 +199,9 @@ def _prune(
             journal,
             world,
             "dense",
-            lambda doing: measured(view.model, opened.weights, doing),
+            lambda doing: shared.once(
+                shared.dense(config, windows), lambda: measured(view.model, opened.weights, doing)
+            ),
             "measuring the dense model",
             progress and bool(windows),
         )
@@ -255,7 +276,11 @@ def kind_of(config: PruneConfig) -> type[MaskWork | StructuredWork]:
 def _open(
     model, config: PruneConfig, tokenizer, in_place: bool, progress: bool, streamed: bool | None, device: torch.device
 ) -> Opened:
-    """The model of a run: the live one or a copy of it, or the one that the configuration names."""
+    """The model of a run: the live one or a copy of it, a copy of one that is open already, or the one that the
+    configuration names."""
+    if isinstance(model, Opened):
+        own = copy.deepcopy(model.model)
+        return dataclasses.replace(model, model=own, view=ModelView(own))
     if isinstance(model, nn.Module):
         check_finite(model.state_dict().items())
         live = (model if in_place else copy.deepcopy(model)).eval()
@@ -344,11 +369,17 @@ def named_positions(view: ModelView) -> Positions | None:
 
 
 def sequences_of(
-    config: PruneConfig, view: ModelView, tokenizer: Any, positions: Positions | None, found: Findings, progress: bool
+    config: PruneConfig,
+    view: ModelView,
+    tokenizer: Any,
+    positions: Positions | None,
+    found: Findings,
+    progress: bool,
+    shared: Shared,
 ) -> tuple[calibration.CalibrationData, list]:
     """Calibration sequences of a run, those still to be generated apart, and its evaluation windows."""
     with found.clock("calibration"), Doing("reading calibration text", progress, said=False):
-        data = calibration_data(config, view, tokenizer)
+        data = shared.once(shared.sequences(config), lambda: calibration_data(config, view, tokenizer))
     with found.clock("evaluation"), Doing("reading evaluation text", progress, said=False):
         windows = windows_of(
             domains.of_run(config.evaluation, config.calibration),
