@@ -46,6 +46,7 @@ from pyprune.pipeline.mask_work import MaskWork
 from pyprune.pipeline.opening import open_model
 from pyprune.pipeline.progress import Progress, announce
 from pyprune.pipeline.result import PruneResult, StreamedResult
+from pyprune.pipeline.shared import Shared
 from pyprune.pipeline.structured_work import StructuredWork
 from pyprune.reporting.comparison import read as read_report
 from pyprune.reporting.record import build_report, compared, data_identity, settings_of
@@ -124,11 +125,25 @@ def prune(
     if resume and config.output is None:
         raise ConfigError("resume=True would do nothing: a run without an output folder leaves nothing to go on with")
     with journaled(config.output, resume) as (world, journal):
-        return _prune(model, config, tokenizer, in_place, progress and world.leads, journal, world)
+        return _prune(model, config, tokenizer, in_place, progress and world.leads, journal, world, Shared())
+
+
+def prune_copy(opened: Opened, config: PruneConfig, shared: Shared, progress: bool = True) -> PruneResult:
+    """:func:`prune` of a copy of a model that several runs start from, the result in memory; what they have in common
+    is worked out once. The model must be whole."""
+    with journaled(None, False) as (world, journal):
+        return _prune(opened, config, opened.tokenizer, False, progress and world.leads, journal, world, shared)
 
 
 def _prune(
-    model, config: PruneConfig, tokenizer, in_place: bool, progress: bool, journal: Journal, world: distributed.World
+    model,
+    config: PruneConfig,
+    tokenizer,
+    in_place: bool,
+    progress: bool,
+    journal: Journal,
+    world: distributed.World,
+    shared: Shared,
 ) -> PruneResult:
     found, device = Findings(), pick_device(config.device)
     world.lead(lambda: journal.check_settings(settings_of(config)))
@@ -145,7 +160,7 @@ def _prune(
     refuse_text(config.evaluation, view)
     positions = positions_of(view)
     with found.clock("calibration"):
-        data = calibration_data(config, view, tokenizer, positions)
+        data = shared.once(shared.sequences(config), lambda: calibration_data(config, view, tokenizer, positions))
     with found.clock("evaluation"):
         texts = windows_of(
             domains.of_run(config.evaluation, config.calibration),
@@ -177,7 +192,7 @@ def _prune(
             journal,
             world,
             "dense",
-            lambda: measured(view.model, opened.weights),
+            lambda: shared.once(shared.dense(config, texts), lambda: measured(view.model, opened.weights)),
             "measuring the dense model",
             progress and bool(texts),
         )
@@ -248,7 +263,11 @@ def kind_of(config: PruneConfig) -> type[MaskWork | StructuredWork]:
 def _open(
     model, config: PruneConfig, tokenizer, in_place: bool, progress: bool, streamed: bool | None, device: torch.device
 ) -> Opened:
-    """The model of a run: the live one or a copy of it, or the one that the configuration names."""
+    """The model of a run: the live one or a copy of it, a copy of one that is open already, or the one that the
+    configuration names."""
+    if isinstance(model, Opened):
+        own = copy.deepcopy(model.model)
+        return dataclasses.replace(model, model=own, view=ModelView(own))
     if isinstance(model, nn.Module):
         check_finite(model.state_dict().items())
         live = (model if in_place else copy.deepcopy(model)).eval()
