@@ -66,6 +66,7 @@ class Fields(TypedDict, total=False):
     language: str | None
     held_out: int
     text: Any
+    off_domain: Any
     window: int | None
     max_windows: int | None
     evaluation_dtype: Dtype

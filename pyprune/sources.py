@@ -9,15 +9,18 @@ from typing import Any
 
 DATA_FILES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 TEXT_FILES = (".txt", ".md", ".rst")
+BUILTIN = "builtin:"
+"""How the names of texts begin that come with pyprune."""
 FILES = (*DATA_FILES, *TEXT_FILES, ".npy")
 LONGEST_NAME = 255
 """Characters that a file system takes between two slashes; a longer string is text."""
 
 
 def kind(source: Any) -> str:
-    """``builtin`` for None; ``ids``; ``prose``, given in memory or a text file; ``table``, a file or rows with columns;
-    ``data set``, any other name, also that of a source which was in memory when it was written down."""
-    if source is None:
+    """``builtin`` for None and ``builtin:…``; ``ids``; ``prose``, given in memory or a text file; ``table``, a file or
+    rows with columns; ``data set``, any other name, also that of a source which was in memory when it was written
+    down."""
+    if source is None or (isinstance(source, str) and source.startswith(BUILTIN) and is_name(source)):
         return "builtin"
     if not is_name(source):
         if isinstance(source, str) or _all_strings(source):
@@ -35,7 +38,7 @@ def kind(source: Any) -> str:
 
 
 def kinds(text: Any) -> set[str]:
-    """The kinds of all sources in ``Evaluation.text``."""
+    """The kinds of all sources in ``Evaluation.text`` or ``Calibration.source``."""
     return {kind(entry) for entry in split(text)}
 
 

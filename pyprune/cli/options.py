@@ -24,9 +24,11 @@ from pyprune.effects import default
 from pyprune.keywords import configuration_fields, keywords
 
 SHORT = {"output": "-o"}
-TEXTUAL = {"sparsity": str, "calibration.source": str, "evaluation.text": list[str]}
+SEVERAL = ("calibration.source", "evaluation.text", "evaluation.off_domain")
+"""Fields that take one source or several: the option may be given more than once."""
+TEXTUAL = {"sparsity": str, **dict.fromkeys(SEVERAL, list[str])}
 """Fields of any type in Python; on the command line they are text."""
-VALUES = {"memory_budget_gb": "GB", "output": "FOLDER", "calibration.source": "SOURCE", "evaluation.text": "SOURCE"}
+VALUES = {"memory_budget_gb": "GB", "output": "FOLDER", **dict.fromkeys(SEVERAL, "SOURCE")}
 """What ``--help`` calls the value of an option, where its type would say little."""
 
 COMMON = (
@@ -183,7 +185,7 @@ def nested(flat: dict[str, Any]) -> dict:
         section, _, name = path.rpartition(".")
         if path == "sparsity":
             value = _sparsity(value)
-        if path == "evaluation.text" and len(value) == 1:
+        if path in SEVERAL and len(value) == 1:
             value = value[0]
         (result.setdefault(section, {}) if section else result)[name] = value
     return result

@@ -1,4 +1,4 @@
-"""Where text and token ids come from: files, Hub data sets, lists, tensors, the Python documentation.
+"""Where text and token ids come from: files, Hub data sets, lists, tensors, texts that come with pyprune.
 
 Calibration and evaluation read through this one file, so that the same source means the same text in both.
 """
@@ -13,27 +13,41 @@ from typing import Any
 from torch import Tensor
 
 from pyprune.config import ConfigError
+from pyprune.data import builtin
 from pyprune.data.given import text_rows
 from pyprune.sources import DATA_FILES, columns_of, is_name, kind
 
 TEXT_COLUMNS = ("text", "content", "sentence", "document", "body", "article", "question", "sentence1", "sentence2")
-BUILTIN = "the Python documentation of this interpreter (pydoc_data.topics)"
 
 
 def describe(source: Any) -> str:
     """A source in a few words, for reports."""
     if source is None:
-        return BUILTIN
+        return describe(list(builtin.CALIBRATION))
     if is_name(source):
-        return str(source)
+        return builtin.TEXTS.get(str(source), str(source))
     if isinstance(source, str):
         return "a text given in Python"
+    if len(several := mixture(source)) > 1:
+        return " and ".join(map(describe, several))
     if isinstance(source, Tensor):
         return f"a tensor of token ids {list(source.shape)}"
     found = kind(source)
     if found == "table":
         return f"a data set given in Python (columns {', '.join(columns_of(source) or ())})"
     return f"{len(source)} texts given in Python" if found == "prose" else "token ids given in Python"
+
+
+def mixture(source: Any) -> list:
+    """The sources in ``Calibration.source``: each entry of a list in which every one is the name of a file, of a text
+    that comes with pyprune, or of a data set with its owner's; else the one source itself. A list of words is text."""
+    several = isinstance(source, list) and len(source) > 1 and all(map(is_name, source))
+    return list(source) if several and all(_names_one(str(name)) for name in source) else [source]
+
+
+def _names_one(name: str) -> bool:
+    known = kind(name) in ("builtin", "ids", "table", "prose")
+    return known or Path(name).exists() or bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name))
 
 
 def check_rows(rows: list[Tensor], name: str, what: str) -> None:
@@ -76,6 +90,8 @@ def read(source: Any, *, split: str, subset: str | None, text_column: str | None
         if isinstance(first, Mapping):
             return _columns(given, describe(source), text_column)
         return iter(given)
+    if kind(source) == "builtin":
+        return iter(builtin.paragraphs(str(source)))
     path = Path(source)
     if path.is_file() and path.suffix in (".txt", ".md", ".rst", ""):
         return iter(_text_rows(path))
@@ -154,24 +170,3 @@ def _find_columns(row: dict, source: str, text_column: str | None) -> list[str]:
     if not (known or strings):
         raise ConfigError(f"{source} has no text column: its columns are {', '.join(row)}")
     return [known[0]] if known else [max(strings, key=lambda name: len(row[name]))]
-
-
-def builtin(part: str) -> list[str]:
-    """Paragraphs of the Python documentation that every Python carries, for ``calibration`` or ``evaluation``.
-
-    Topics repeat each other, so paragraphs are taken once and then cut in two: the parts share none.
-    """
-    from pydoc_data import topics
-
-    seen, paragraphs = set(), []
-    for text in topics.topics.values():
-        for paragraph in text.split("\n\n"):
-            key = " ".join(paragraph.split())
-            if key and key not in seen:
-                seen.add(key)
-                paragraphs.append(paragraph.strip("\n"))
-    half, total = 0, sum(map(len, paragraphs)) * 3 // 5
-    while total > 0:
-        total -= len(paragraphs[half])
-        half += 1
-    return paragraphs[:half] if part == "calibration" else paragraphs[half:]

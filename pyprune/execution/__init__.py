@@ -11,6 +11,7 @@
 ``spilling``           memory that a pass which stands still does not need: ``Alive``, ``Spilled``
 ``lanes``              the passes of all batches through one block, in step: ``Lanes``
 ``error_probes``       sequences carried through dense and pruned blocks to measure the error between them
+``heap``               memory that passes free stays for the next batch: ``kept_warm``
 ``cpu_forward``        products and attention of blocks on a CPU
 ``device``             names of devices and types turned into devices and types
 

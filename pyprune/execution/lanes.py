@@ -48,7 +48,9 @@ class Lane:
     stream: int
     """Number of its stream."""
     fit: bool
-    """It belongs to the calibration stream; the others only measure errors."""
+    """It belongs to a calibration stream; the others only measure errors."""
+    module: nn.Module
+    """What it passes: the block, or a copy that stays as it is."""
     going: Pass = field(init=False)
     at: Any = None
     """The :class:`Place` that it stands before."""
@@ -87,12 +89,15 @@ class Lanes:
         """Whether all calibration batches spill, however much room there seems to be."""
         self._reserved: contextlib.ExitStack | None = None
 
-    def add(self, source: Activations, target: Activations | None, fit: bool = False) -> None:
-        """A stream that takes part; its outputs go to ``target`` (:meth:`send`)."""
+    def add(
+        self, source: Activations, target: Activations | None, fit: bool = False, module: nn.Module | None = None
+    ) -> None:
+        """A stream that takes part; its outputs go to ``target`` (:meth:`send`). module: what it passes in place of the
+        block."""
         executor = self.run.executor
         for batch in source.batches(executor.batch_size):
             executor.arguments(self.index, batch.length, batch.size)
-            lane = type(self).lane(source, target, batch, self.streams, fit)
+            lane = type(self).lane(source, target, batch, self.streams, fit, module or self.module)
             lane.going = Pass(self._forward_of(lane), executor.device)
             self.lanes.append(lane)
         self.streams += 1
@@ -116,7 +121,7 @@ class Lanes:
         def forward():
             with lane.alive or contextlib.nullcontext():
                 beside = executor.beside([self.index], source, batch)
-                out = executor.forward(self.index, self.module, source.read(batch), beside)
+                out = executor.forward(self.index, lane.module, source.read(batch), beside)
                 return self.leaving(out), beside
 
         return forward

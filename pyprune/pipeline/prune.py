@@ -16,6 +16,7 @@ from pyprune.config import Calibration, ConfigError, Evaluation, PruneConfig, ov
 from pyprune.data import calibration
 from pyprune.data.self_generated import generate
 from pyprune.effects import needs_sequences, reads_sequences, watches
+from pyprune.evaluation import domains
 from pyprune.evaluation.block_by_block import Meter
 from pyprune.evaluation.perplexity import refuse_text, warnings_for, windows_of
 from pyprune.execution import distributed
@@ -45,6 +46,7 @@ from pyprune.pipeline.mask_work import MaskWork
 from pyprune.pipeline.opening import open_model
 from pyprune.pipeline.progress import Progress, announce
 from pyprune.pipeline.result import PruneResult, StreamedResult
+from pyprune.pipeline.shared import Shared
 from pyprune.pipeline.structured_work import StructuredWork
 from pyprune.reporting.comparison import read as read_report
 from pyprune.reporting.record import build_report, compared, data_identity, settings_of
@@ -123,11 +125,25 @@ def prune(
     if resume and config.output is None:
         raise ConfigError("resume=True would do nothing: a run without an output folder leaves nothing to go on with")
     with journaled(config.output, resume) as (world, journal):
-        return _prune(model, config, tokenizer, in_place, progress and world.leads, journal, world)
+        return _prune(model, config, tokenizer, in_place, progress and world.leads, journal, world, Shared())
+
+
+def prune_copy(opened: Opened, config: PruneConfig, shared: Shared, progress: bool = True) -> PruneResult:
+    """:func:`prune` of a copy of a model that several runs start from, the result in memory; what they have in common
+    is worked out once. The model must be whole."""
+    with journaled(None, False) as (world, journal):
+        return _prune(opened, config, opened.tokenizer, False, progress and world.leads, journal, world, shared)
 
 
 def _prune(
-    model, config: PruneConfig, tokenizer, in_place: bool, progress: bool, journal: Journal, world: distributed.World
+    model,
+    config: PruneConfig,
+    tokenizer,
+    in_place: bool,
+    progress: bool,
+    journal: Journal,
+    world: distributed.World,
+    shared: Shared,
 ) -> PruneResult:
     found, device = Findings(), pick_device(config.device)
     world.lead(lambda: journal.check_settings(settings_of(config)))
@@ -144,14 +160,27 @@ def _prune(
     refuse_text(config.evaluation, view)
     positions = positions_of(view)
     with found.clock("calibration"):
-        data = calibration_data(config, view, tokenizer, positions)
+        data = shared.once(shared.sequences(config), lambda: calibration_data(config, view, tokenizer, positions))
     with found.clock("evaluation"):
-        texts = windows_of(config.evaluation, tokenizer, view.is_encoder, positions=positions, warn=found.warn)
+        texts = windows_of(
+            domains.of_run(config.evaluation, config.calibration),
+            config.evaluation,
+            tokenizer,
+            view.is_encoder,
+            unseen=data.unseen,
+            vocab_size=vocabulary_size(view.model),
+            positions=positions,
+            warn=found.warn,
+        )
     with found.clock("back-ends"):
         backends = settle_backends(journal, world, device, config, found.warn)
     if config.output:
         with found.clock("load"):
-            identity = {"settings": settings_of(config), "data": data_identity(data, texts), "model": opened.identity()}
+            identity = {
+                "settings": settings_of(config),
+                "data": data_identity(data, [text.windows for text in texts]),
+                "model": opened.identity(),
+            }
             begin(journal, world, identity, len(view.blocks), streamed=opened.weights.streamed, backends=backends)
     if world.same(journal.complete):
         world.lead(journal.publish)
@@ -163,7 +192,7 @@ def _prune(
             journal,
             world,
             "dense",
-            lambda: measured(view.model, opened.weights),
+            lambda: shared.once(shared.dense(config, texts), lambda: measured(view.model, opened.weights)),
             "measuring the dense model",
             progress and bool(texts),
         )
@@ -197,6 +226,7 @@ def _prune(
         pruned = {sparsity: measured(member, opened.weights) for sparsity, member in models.items()}
     for entry in (structured or {}).get("curve", []):
         entry["evaluation"] = compared(dense, pruned[entry["sparsity"]])
+        entry["generalisation"] = domains.generalisation(entry["evaluation"])
     rows = {
         "dense": dense,
         **{
@@ -204,11 +234,15 @@ def _prune(
             for sparsity, found_rows in pruned.items()
         },
     }
-    for text in [*measured.notes, *(text for whose, row in rows.items() for text in warnings_for(row, whose))]:
+    evaluation = compared(dense, list(pruned.values())[-1])
+    gap = domains.generalisation(evaluation)
+    for text in [
+        *measured.notes,
+        *(text for whose, row in rows.items() for text in warnings_for(row, whose)),
+        *domains.gap_warning(gap),
+    ]:
         found.warn(text)
-    report = build_report(
-        run, found, live, compared(dense, list(pruned.values())[-1]), work.coverage(), structured, peak_device, backends
-    )
+    report = build_report(run, found, live, evaluation, gap, work.coverage(), structured, peak_device, backends)
     if isinstance(opened.weights, Streamed):
         result: PruneResult = StreamedResult(opened.weights, tokenizer, config, report, opened.origin)
     else:
@@ -229,7 +263,11 @@ def kind_of(config: PruneConfig) -> type[MaskWork | StructuredWork]:
 def _open(
     model, config: PruneConfig, tokenizer, in_place: bool, progress: bool, streamed: bool | None, device: torch.device
 ) -> Opened:
-    """The model of a run: the live one or a copy of it, or the one that the configuration names."""
+    """The model of a run: the live one or a copy of it, a copy of one that is open already, or the one that the
+    configuration names."""
+    if isinstance(model, Opened):
+        own = copy.deepcopy(model.model)
+        return dataclasses.replace(model, model=own, view=ModelView(own))
     if isinstance(model, nn.Module):
         check_finite(model.state_dict().items())
         live = (model if in_place else copy.deepcopy(model)).eval()

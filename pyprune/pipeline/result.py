@@ -119,5 +119,6 @@ def report_of(report: dict, sparsity: float) -> dict:
         "model": {**report["model"], "parameters": entry["parameters"]},
         "sparsity": dropped / total,
         "evaluation": entry.get("evaluation", []),
+        "generalisation": entry.get("generalisation"),
         "structured": {"notes": whole["notes"], "inputs": whole["inputs"], **entry},
     }

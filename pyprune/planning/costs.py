@@ -13,6 +13,7 @@ from torch import nn
 
 from pyprune.config import PruneConfig
 from pyprune.effects import needs_factor, trains
+from pyprune.evaluation.domains import of_run
 from pyprune.evaluation.perplexity import POSITIONS
 from pyprune.execution.activation_store import DEPTH
 from pyprune.execution.device import cpu_has_bfloat16
@@ -24,7 +25,6 @@ from pyprune.model.blocks import ModelView, WeightRef, weights_of
 from pyprune.model.packed_shards import packed_bytes, pays
 from pyprune.pipeline.passes import Passes
 from pyprune.pipeline.prune import kind_of
-from pyprune.sources import split
 
 PROCESS = 500 * 2**20
 """Bytes of a process that has imported torch (built for CPUs) and transformers and pruned something tiny."""
@@ -170,7 +170,8 @@ def evaluation_windows(view: ModelView, config: PruneConfig) -> int:
     """Windows that perplexity is measured on, before and after; 0 where their number hangs on the text's length."""
     if view.is_encoder or not config.evaluation.enabled:
         return 0
-    return len(split(config.evaluation.text)) * (config.evaluation.max_windows or 0)
+    most = [asked.most for asked in of_run(config.evaluation, config.calibration)]
+    return 0 if None in most else sum(count for count in most if count)
 
 
 def memory_of(

@@ -56,9 +56,10 @@ def compare(directories: Sequence[str | Path]) -> list[dict]:
                 "sparsity": report["sparsity"],
                 "coverage": report["coverage"]["fraction"],
                 "evaluation": [
-                    {name: e.get(name) for name in ("text", "windows", "window", "dense", "pruned")}
+                    {name: e.get(name) for name in ("text", "domain", "windows", "window", "dense", "pruned", "ratio")}
                     for e in report.get("evaluation") or []
                 ],
+                "generalisation_gap": (report.get("generalisation") or {}).get("gap"),
                 "block_error": error,
                 "block_error_held_out": held_out,
                 "seconds": seconds,
@@ -90,6 +91,7 @@ def print_comparison(rows: list[dict], out: TextIO | None = None) -> None:
         "sparsity",
         "perplexity",
         "dense",
+        "gap",
         "block error",
         "held out",
         "seconds",
@@ -105,6 +107,7 @@ def print_comparison(rows: list[dict], out: TextIO | None = None) -> None:
             f"{row['sparsity']:.3f}",
             "\n".join(perplexity_text(e["pruned"]) for e in row["evaluation"]),
             "\n".join(perplexity_text(e["dense"]) for e in row["evaluation"]),
+            number(row.get("generalisation_gap"), 3),
             number(row["block_error"], 3),
             number(row["block_error_held_out"], 3),
             f"{row['seconds']:.1f}",

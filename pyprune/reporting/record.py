@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
+import math
 import platform
 import resource
+import statistics
 import sys
 from typing import Any
 
@@ -34,19 +36,44 @@ def settings_of(config: PruneConfig) -> dict:
     return {**settings, "evaluation": {"dtype": config.evaluation.dtype}}
 
 
-def data_identity(data: CalibrationData, texts: list[tuple[str, list[Tensor]]]) -> dict:
+def data_identity(data: CalibrationData, texts: list[list[Tensor]]) -> dict:
     """Fingerprints of the very token ids of calibration, held-out and evaluation sequences."""
     return {
         "calibration": data.fingerprint,
         "held_out": fingerprint(data.held_out),
         **({"generated": fingerprint(data.generated)} if data.generated else {}),
-        "evaluation": [fingerprint(windows) for _, windows in texts],
+        "evaluation": [fingerprint(windows) for windows in texts],
     }
 
 
 def compared(dense: list[dict], pruned: list[dict]) -> list[dict]:
-    """One row per text: perplexity of the dense and of the pruned model."""
-    return [{**d, "dense": d["perplexity"], "pruned": p["perplexity"]} for d, p in zip(dense, pruned)]
+    """One row per text: perplexity of the dense and of the pruned model, their ratio and its standard error.
+
+    The standard error comes from the differences of the windows' losses: it says how much the ratio would vary with
+    other windows of such text. None for one window, and where a loss is not finite.
+    """
+    return [
+        {
+            **{name: value for name, value in d.items() if name not in ("perplexity", "losses")},
+            "dense": d["perplexity"],
+            "pruned": p["perplexity"],
+            **paired_ratio(d["losses"], p["losses"]),
+        }
+        for d, p in zip(dense, pruned)
+    ]
+
+
+def paired_ratio(dense: list[float], pruned: list[float]) -> dict:
+    """Ratio of two perplexities and its standard error, from the mean losses of the same windows."""
+    if not all(loss is not None and math.isfinite(loss) for loss in (*dense, *pruned)):
+        return {"ratio": None, "ratio_standard_error": None}
+    differences = [p - d for d, p in zip(dense, pruned)]
+    mean = statistics.fmean(differences)
+    if mean > 700:
+        return {"ratio": None, "ratio_standard_error": None}
+    ratio, count = math.exp(mean), len(differences)
+    error = ratio * statistics.stdev(differences) / math.sqrt(count) if count > 1 else None
+    return {"ratio": ratio, "ratio_standard_error": error}
 
 
 def build_report(
@@ -54,6 +81,7 @@ def build_report(
     found: Findings,
     model: nn.Module,
     evaluation: list[dict],
+    generalisation: dict | None,
     coverage: dict,
     structured: dict | None,
     peak_device: int | None,
@@ -61,7 +89,8 @@ def build_report(
 ) -> dict:
     """The run as one plain dict: what ``report.json`` holds.
 
-    model: as it is now. evaluation: perplexity of the dense and the pruned model, one row per text. coverage: share of
+    model: as it is now. evaluation: perplexity of the dense and the pruned model, one row per text. generalisation: how
+    far that carries to other kinds of text, None where that was not measured. coverage: share of
     the dense model that was selected. structured: what structured pruning adds. peak_device: bytes allocated on the GPU
     at most between the two evaluations, None without one. backends: what each op took.
     """
@@ -89,6 +118,7 @@ def build_report(
         "sparsity": pruned_weights / targeted if targeted else 0.0,
         "coverage": coverage,
         "evaluation": evaluation,
+        "generalisation": generalisation,
         "weights": found.weights,
         "blocks": found.blocks,
         **({"structured": structured} if structured else {}),
@@ -118,6 +148,7 @@ def config_for_report(config: PruneConfig) -> dict:
     plain.calibration, plain.evaluation = copy.copy(config.calibration), copy.copy(config.evaluation)
     plain.calibration.source = written(config.calibration.source)
     plain.evaluation.text = written(config.evaluation.text)
+    plain.evaluation.off_domain = written(config.evaluation.off_domain)
     if callable(config.criterion):
         plain.criterion = f"<{getattr(config.criterion, '__name__', 'function')} in memory>"
     return to_dict(plain)

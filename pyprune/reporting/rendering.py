@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import sys
@@ -16,6 +17,13 @@ def open_console(out: TextIO | None = None):
 
     out = out or sys.stdout
     return Console(file=out, highlight=False, width=None if out.isatty() else 140)
+
+
+def print_json(value) -> None:
+    """Plain data on standard output; what is not finite is null."""
+    from pyprune.model.checkpoint import plain
+
+    print(json.dumps(plain(value), indent=1, allow_nan=False))
 
 
 def number(value: float | None, digits: int = 4) -> str:
@@ -97,13 +105,16 @@ def summary_rows(report: dict) -> list[tuple[str, str]]:
             )
         )
     for row in (report.get("evaluation") or []) if len(curve) < 2 else []:
+        kind = f", {row['domain']}" if row.get("domain") else ""
         rows.append(
             (
                 "perplexity",
-                f"{perplexity_text(row['dense'])} dense → {perplexity_text(row['pruned'])} pruned  "
-                f"({row['windows']} windows of {row['window']} tokens, {row['text']})",
+                f"{perplexity_text(row['dense'])} dense → {perplexity_text(row['pruned'])} pruned{ratio_text(row)}  "
+                f"({row['windows']} windows of {row['window']} tokens{kind}, {row['text']})",
             )
         )
+    if len(curve) < 2 and (gap := gap_text(report)) is not None:
+        rows.append(("generalisation gap", gap))
     if not curve:
         rows.append(("sparsity", sparsity_text(report)))
     last = report["blocks"][-1] if report.get("blocks") else {}
@@ -134,6 +145,25 @@ def summary_rows(report: dict) -> list[tuple[str, str]]:
         rows.append(("inputs", inputs))
     rows += [("warning", text) for text in distinct(report.get("warnings") or [])]
     return rows
+
+
+def ratio_text(row: dict) -> str:
+    """``, ×1.66 ± 0.02``: pruned over dense and its standard error."""
+    if row.get("ratio") is None:
+        return ""
+    error = row.get("ratio_standard_error")
+    return f", ×{row['ratio']:.2f}" + ("" if error is None else f" ± {error:.2g}")
+
+
+def gap_text(report: dict) -> str | None:
+    """How much more was lost on other kinds of text than on the calibration's; None where that was not measured."""
+    found = report.get("generalisation")
+    if not found:
+        return None
+    return (
+        f"{found['gap']:.2f}: perplexity ×{found['off_domain_ratio']:.2f} off-domain over "
+        f"×{found['in_domain_ratio']:.2f} in-domain"
+    )
 
 
 def asked_text(sparsity) -> str:
@@ -394,13 +424,7 @@ def model_card(report: dict, name: str, picture: str | None = None) -> str:
         "",
     ]
     if report.get("evaluation"):
-        lines += ["| text | windows | dense perplexity | pruned perplexity |", "|---|---|---|---|"]
-        lines += [
-            f"| {row['text']} | {row['windows']} × {row['window']} tokens, {row.get('dtype', '')} | "
-            f"{perplexity_text(row['dense'])} | {perplexity_text(row['pruned'])} |"
-            for row in report["evaluation"]
-        ]
-        lines += ["", "Windows do not overlap; each is seen by itself. The same code measures both columns.", ""]
+        lines += _perplexities(report)
     lines += _gain(report.get("gain"), picture)
     own = bool((report.get("structured") or {}).get("layout"))
     lines += [
@@ -452,6 +476,28 @@ def model_card(report: dict, name: str, picture: str | None = None) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _perplexities(report: dict) -> list[str]:
+    """Perplexity of both models, the calibration's kind of text beside others."""
+    lines = [
+        "| text | kind | windows | dense perplexity | pruned perplexity | pruned / dense |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {row['text']} | {row.get('domain') or ''} | {row['windows']} × {row['window']} tokens, "
+        f"{row.get('dtype', '')} | {perplexity_text(row['dense'])} | {perplexity_text(row['pruned'])} | "
+        f"{ratio_text(row).removeprefix(', ×') or '–'} |"
+        for row in report["evaluation"]
+    ]
+    lines += [
+        "",
+        "Windows do not overlap; each is seen by itself. The same code measures both columns; ± is one standard error "
+        "over windows. In-domain text is of the kind that the model was calibrated on, off-domain text is of another.",
+    ]
+    if (gap := gap_text(report)) is not None:
+        lines.append(f"Generalisation gap {gap}; above {report['generalisation']['warn_above']:g} it is a warning.")
+    return [*lines, ""]
 
 
 def cell(row: dict, key: str, base: dict) -> str:

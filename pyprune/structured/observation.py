@@ -20,6 +20,8 @@ from pyprune.structured.taps import Taps
 
 SAMPLED = 8
 """At most so many sequences are read for the mean power of a block's residual stream."""
+SIGNS = 32
+"""Inputs of a token by whose signs an expert's tokens are told apart."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +35,8 @@ class Observed:
     """What the consumer's output should add up to; None: no errors are taken."""
     column_powers: Tensor | None
     """``‖W_·j‖²``, float32 ``[in]``, if tokens count ``relative``."""
+    seen_whole: bool
+    """Whether it gets every token of a batch; an expert gets some, of which the sequences are not known."""
     mean_power: Tensor | None
     """Mean over tokens of the residual stream's squared norm, if tokens count ``balanced``."""
 
@@ -54,6 +58,7 @@ class Observed:
             weight,
             dense,
             weight.float().square().sum(0).to(device) if kind == "relative" else None,
+            group.consumer.expert is None,
             mean_power if kind == "balanced" else None,
         )
 
@@ -63,8 +68,7 @@ class Observed:
         sums: what the dense consumer's output adds up to, ``[tokens, out]``; None where that is not seen. power: the
         squared norm of that output alone, ``[tokens]``; None: computed here if it is needed.
         """
-        # an expert sees some of the tokens, and which sequences they are from is not known
-        marks = held if len(x) == len(held) else _every_fifth(len(x))
+        marks = held if self.seen_whole and len(x) == len(held) else by_content(x)
         error = None
         if self.dense is not None and sums is not None:
             wanted = self.dense.read(batch)
@@ -206,9 +210,13 @@ def _single(stream: Activations, wanted: int) -> list[Batch]:
     return found
 
 
-def _every_fifth(tokens: int) -> Tensor:
-    """bool ``[tokens]``: the last of every five tokens."""
-    return torch.arange(tokens) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+def by_content(x: Tensor) -> Tensor:
+    """bool ``[tokens]``, on the host: about one token in five, told by the signs of its own inputs, so that neither
+    batches nor processes nor rounding decide which."""
+    bits = (x[:, :: max(1, x.shape[1] // SIGNS)][:, :SIGNS] > 0).long()
+    number = (bits << torch.arange(bits.shape[1], device=x.device)).sum(1)
+    mixed = (number * 0x9E3779B1 + 0x7F4A7C15) ^ (number >> 17)
+    return ((mixed * 0x85EBCA6B) >> 16).remainder(HELD_OUT_EVERY).eq(HELD_OUT_EVERY - 1).cpu()
 
 
 def held_of(run: Run, stream: Activations, batch: Batch) -> Tensor:

@@ -57,15 +57,6 @@ def test_a_run_hands_its_seed_down():
     assert PruneConfig(seed=7, calibration=Calibration(seed=3)).calibration.seed == 3
 
 
-def test_default_text_is_on_every_machine_and_apart_from_the_evaluation_text(tokenizer):
-    fit, evaluation = texts.builtin("calibration"), texts.builtin("evaluation")
-    normal = [{" ".join(p.split()) for p in part} for part in (fit, evaluation)]
-    assert not normal[0] & normal[1]
-    assert min(len("".join(part)) for part in (fit, evaluation)) > 100_000
-    data = load(Calibration(num_samples=64, seq_len=512), tokenizer)
-    assert len(data.sequences) == 64 and len(data.held_out) == 4 and "pydoc_data" in data.description
-
-
 def test_bos_starts_every_sequence_where_the_tokenizer_starts_texts_with_it():
     data = load(Calibration(source=[PROSE], num_samples=6, seq_len=20), tiny.tokenizer(bos=True))
     assert all(row[0] == 1 and 1 not in row[1:] and len(row) == 20 for row in data.sequences)

@@ -13,7 +13,7 @@ import zoo
 import zoo_reference as reference
 
 import pyprune
-from pyprune.config import Calibration, ConfigError, Reconstruction
+from pyprune.config import Calibration, ConfigError, PruneConfig, Reconstruction
 
 IDS, PROBE = tiny.ids(16, 16), tiny.ids(2, 12, seed=9)
 CHOSEN = [
@@ -126,6 +126,77 @@ def test_weights_are_those_of_a_reference_that_prunes_group_by_group(name, metho
     torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt_neox", "gemma2", "qwen2_moe"])
+def test_with_global_propagation_each_group_is_fitted_to_the_dense_stream(name):
+    """The sweep begins at the weights that fit the dense outputs behind the pruned groups before: a float64 walk."""
+    model = zoo.build(name)
+    result = pruned(model, global_propagation=True, batch_size=5)
+    assert not fell_back(result) and {row["inputs"] for row in result.report["blocks"]} == {"sequential"}
+    dense_model, walk = copy.deepcopy(model).double(), copy.deepcopy(model).double()
+    for one in (dense_model, walk):
+        one.config._experts_implementation = "eager"  # the others have no float64
+    rows = result.report["weights"]
+    for block in sorted({row["block"] for row in rows}):
+        for members in groups(walk, [row["name"] for row in rows if row["block"] == block], IDS):
+            seen, ahead = (reference.inputs(m, members, IDS) for m in (walk, dense_model))
+            for weight_name in members:
+                dense, ours = (reference.matrix(m, weight_name) for m in (model, result.model))
+                if weight_name in seen:
+                    x, start = seen[weight_name], dense.double()
+                    h = reference.hessian(x)
+                    if ".experts." not in weight_name:  # the two streams send their experts different tokens
+                        cross = (ahead[weight_name] - x).T @ x / len(x)
+                        start = start + start @ cross @ torch.linalg.inv(h)
+                    keep = ours != 0
+                    swept, truth = reference.sparsegpt(start, x, 0.5, None)
+                    assert (keep == truth).double().mean() >= 0.99, weight_name
+                    swept, _ = reference.sparsegpt(start, x, 0.5, None, mask=keep)
+                    assert (ours - swept).norm() < 1e-3 * swept.norm(), weight_name
+                reference.matrix(walk, weight_name).copy_(ours)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"reconstruction": {"select": "validation"}},
+        {"reconstruct": "block", "reconstruction": {"layerwise_target": "dense", "epochs": 1}},
+        {"reconstruct": "cross_block", "reconstruction": {"layerwise_target": "dense", "epochs": 1}},
+    ],
+    ids=str,
+)
+def test_the_dense_stream_passes_each_block_once_and_no_more(fields, monkeypatch):
+    """A block's own forward is called as often as the plan says, whether the streams part or not."""
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+    from pyprune.planning.costs import passes_of
+
+    calls, forward = Counter(), LlamaDecoderLayer.forward
+
+    def counting(block, hidden, *args, **kwargs):
+        if not torch.is_grad_enabled():
+            calls[block.self_attn.layer_idx, hidden.shape[1]] += len(hidden)
+        return forward(block, hidden, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", counting)
+    held_out = int("reconstruction" in fields and "select" in fields["reconstruction"])
+    data = Calibration(source=[*tiny.ids(8, 16), *tiny.ids(held_out, 9)], num_samples=8, seq_len=16, held_out=held_out)
+    settings = dict(calibration=data, probe_samples=held_out, global_propagation=True, **fields)
+    result = pruned(tiny.model("llama", num_hidden_layers=4), batch_size=3, **settings)
+    planned = passes_of(PruneConfig(**{**settings, "inputs": "sequential", "sparsity": 0.5}))
+    probes = {16: 0, 9: 0} if not held_out else {16: 5}
+    assert [calls[index, 16] - probes[16] for index in (1, 2)] == [8 * planned.forward] * 2
+    assert planned.dense == 1 and not fell_back(result)
+
+
+def test_a_block_that_is_declined_with_its_dense_stream_ahead_is_pruned_as_by_propagated_inputs():
+    fields = dict(global_propagation=True, calibration=IDS, probe_samples=2)
+    result = pruned(odd(), batch_size=1, **fields)
+    if not fell_back(result):
+        pytest.fail("the block was to be declined")
+    same_as_propagated(result, odd(), batch_size=1, **fields)
+
+
 # ---- one pass --------------------------------------------------------------------------------------------------------
 
 
@@ -206,6 +277,7 @@ def test_errors_are_those_of_passes_of_their_own():
         {},
         {"method": "wanda", "pattern": "2:4"},
         {"reconstruct": "refit"},
+        {"global_propagation": True},
         {"reconstruct": "block", "reconstruction": Reconstruction(epochs=1)},
     ],
 )
@@ -509,12 +581,7 @@ def test_a_thread_that_the_system_refuses_is_no_failure(monkeypatch):
 @pytest.mark.parametrize(
     "fields, sentence",
     [
-        (dict(pattern="neurons", sparsity=[0.25, 0.5]), r"prunes to one sparsity, not to a list \\(0.25, 0.5\\)"),
-        (dict(global_propagation=True), "inputs='sequential' meets no inputs of the dense stream"),
-        (
-            dict(global_propagation=True, reconstruct="block", reconstruction={"layerwise_target": "dense"}),
-            "inputs='sequential' meets no inputs of the dense stream",
-        ),
+        (dict(pattern="neurons", sparsity=[0.25, 0.5]), r"prunes to one sparsity, not to a list \(0.25, 0.5\)"),
         (dict(method="magnitude"), "inputs"),
     ],
 )

@@ -29,6 +29,7 @@ RUNS = {
         reconstruct="layer", inputs="dense", probe_samples=1, reconstruction=Reconstruction(select="validation")
     ),
     "refit towards the dense stream": dict(reconstruct="refit", global_propagation=True),
+    "layer towards the dense stream, sequential": dict(global_propagation=True, inputs="sequential"),
     "block": dict(reconstruct="block", reconstruction=TRAINED),
     "block GP": dict(reconstruct="block", global_propagation=True, reconstruction=TRAINED),
     "cross": dict(reconstruct="cross_block", reconstruction=TRAINED),

@@ -32,8 +32,7 @@ FIELDS = {
     ),
     "liar": dict(pattern="structured", method="sparsegpt", sparsity=0.5, reconstruct="liar"),
     "liar_sequential": dict(pattern="structured", sparsity=0.5, inputs="sequential"),
-    # which of an expert's tokens are set aside for the choice of λ depends on the batches: here none is chosen
-    "liar_sequential_moe": dict(pattern="structured", sparsity=0.5, inputs="sequential", reconstruct="none"),
+    "liar_sequential_moe": dict(pattern="structured", sparsity=0.5, inputs="sequential"),
     "taylor": dict(
         pattern="neurons",
         sparsity=0.25,
