@@ -18,6 +18,7 @@ TESTED_IN = {
     "cli/environment": "cli/test_commands.py",
     "cli/packing": "packed/test_files.py",
     "cli/options": "test_config.py",
+    "cli/studies": "studies/test_study.py",
     "data/texts": "data/test_calibration.py",
     "evaluation/block_by_block": "model/test_arguments.py",
     "evaluation/latency": "evaluation/test_gain.py",

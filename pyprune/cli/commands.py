@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,9 +13,12 @@ import pyprune
 from pyprune.cli import packing
 from pyprune.cli.help import Command, Group
 from pyprune.cli.options import as_options, option_of, with_fields
+from pyprune.cli.studies import study
 from pyprune.config import Calibration, ConfigError, Evaluation, Reconstruction, check_named, from_dict, override
+from pyprune.execution.progress import Doing
 from pyprune.keywords import configuration_fields, refine_fields
 from pyprune.reporting import comparison, rendering
+from pyprune.reporting.rendering import print_json
 
 app = typer.Typer(
     name="pyprune", cls=Group, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False
@@ -47,10 +48,11 @@ def options(
     """One-shot pruning of transformers: what it does, what it costs, on CPU and GPU."""
 
 
-def _print_json(value) -> None:
-    from pyprune.model.checkpoint import plain
-
-    print(json.dumps(plain(value), indent=1, allow_nan=False))
+def libraries(label: str) -> None:
+    """Import torch and transformers, which takes seconds from a cold disk, and say so where it lasts."""
+    with Doing("importing torch and transformers", not silent(), label, said=False):
+        import torch  # noqa: F401
+        import transformers  # noqa: F401
 
 
 def silent() -> bool:
@@ -76,16 +78,18 @@ def prune(
     check_named(settings, fields)
     if plan and resume:
         raise ConfigError("--resume would do nothing: --plan runs nothing")
+    libraries("planning" if plan else "pruning")
     if plan:
-        found = pyprune.plan(settings)
-        return _print_json(found) if as_json else rendering.print_plan(found)
+        with Doing("counting, and timing two blocks", not as_json, "planning", said=False):
+            found = pyprune.plan(settings)
+        return print_json(found) if as_json else rendering.print_plan(found)
     if settings.output is None:
         raise ConfigError("no output folder: name one with -o, or ask for the --plan only")
     result = pyprune.prune(config=settings, resume=resume)
     if silent():
         return None
     if as_json:
-        return _print_json(result.report)
+        return print_json(result.report)
     return rendering.print_summary(result.report, settings.output)
 
 
@@ -106,6 +110,7 @@ def refine(
 
     The targets are the dense model's own activations (GP) unless --no-global-propagation is given.
     """
+    libraries("refining")
     from pyprune.pipeline.refine_checkpoint import print_refinement, refine_checkpoint
 
     output = fields.pop("output", None)
@@ -122,7 +127,7 @@ def refine(
     found = refine_checkpoint(model, output, dense=dense, cross_block=cross_block, resume=resume, **sections, **fields)
     if silent():
         return None
-    return _print_json(found) if as_json else print_refinement(found, output)
+    return print_json(found) if as_json else print_refinement(found, output)
 
 
 @app.command(name="eval", cls=Command)
@@ -167,12 +172,12 @@ def evaluate(
             raise ConfigError(f"{option} would do nothing: --latency reads no text and runs where the model is loaded")
         from pyprune.evaluation import gain
 
-        rows = gain.measure_side_by_side([against or gain.dense_of(model), model])
+        rows = gain.measure_side_by_side([against or gain.dense_of(model), model], progress=True)
         if plot:
             gain.plot(rows, plot)
         written = gain.record(rows, model)
         if as_json:
-            return _print_json(rows)
+            return print_json(rows)
         gain.print_side_by_side(rows)
         return print("added to " + ", ".join(map(str, written))) if written else None
     if plot is not None:
@@ -185,11 +190,18 @@ def evaluate(
     ):
         if value is not None:
             raise ConfigError(f"{name} would do nothing: only {used}")
+    libraries("evaluating")
+    from pyprune.data.texts import check_there
     from pyprune.evaluation.perplexity import NotFinite
 
-    show = _print_json if as_json else rendering.print_evaluation
+    show = print_json if as_json else rendering.print_evaluation
     try:
-        show(pyprune.evaluate(model, device=device, **asked))
+        check_there(asked.get("text"))
+        with Doing(f"loading {model}", label="evaluating"):
+            loaded = pyprune.load(model)
+        with Doing("measuring perplexity", label="evaluating") as doing:
+            found = pyprune.evaluate(loaded, device=device, progress=doing, **asked)
+        show(found)
     except NotFinite as error:
         show(error.found)
         raise
@@ -200,34 +212,22 @@ def _evaluate_tasks(
 ) -> None:
     for name in asked:
         if name != "batch_size":
-            raise ConfigError(
-                f"{option_of(f'evaluation.{name}', EVALUATION_FIELDS)} would do nothing: --tasks reads tasks"
-            )
+            option = option_of(f"evaluation.{name}", EVALUATION_FIELDS)
+            raise ConfigError(f"{option} would do nothing: --tasks measures tasks, no text")
+    libraries("evaluating")
     from pyprune.evaluation import gain, task_runs
 
-    rows = task_runs.evaluate_tasks(
-        model,
-        [name.strip() for name in names.split(",") if name.strip()],
-        against=gain.dense_of(model) if against == "dense" else against,
-        limit=limit,
-        batch_size=asked.get("batch_size", 16),
-        device=device,
-        progress=None if silent() else _say_pairs(),
-    )
-    _print_json(rows) if as_json else task_runs.print_tasks(rows)
-
-
-def _say_pairs():
-    """A line now and then: how many answers are scored."""
-    last = time.monotonic()
-
-    def say(done: int, total: int) -> None:
-        nonlocal last
-        if time.monotonic() - last > 8:
-            last = time.monotonic()
-            print(f"evaluating · {done}/{total} answers", file=sys.stderr, flush=True)
-
-    return say
+    with Doing("measuring tasks", label="evaluating") as doing:
+        rows = task_runs.evaluate_tasks(
+            model,
+            [name.strip() for name in names.split(",") if name.strip()],
+            against=gain.dense_of(model) if against == "dense" else against,
+            limit=limit,
+            batch_size=asked.get("batch_size", 16),
+            device=device,
+            progress=doing,
+        )
+    print_json(rows) if as_json else task_runs.print_tasks(rows)
 
 
 @app.command(cls=Command)
@@ -237,7 +237,7 @@ def inspect(
 ):
     """Show the true sparsity, N:M violations and coverage of a checkpoint, read from its files."""
     found = pyprune.inspect(directory)
-    return _print_json(found) if as_json else rendering.print_inspection(found)
+    return print_json(found) if as_json else rendering.print_inspection(found)
 
 
 @app.command(cls=Command)
@@ -254,10 +254,11 @@ def compare(
 
         write(html, comparison_page(directories))
     if as_json:
-        return _print_json({"runs": rows, "notes": comparison.differences(rows)})
+        return print_json({"runs": rows, "notes": comparison.differences(rows)})
     return comparison.print_comparison(rows)
 
 
+app.command(cls=Command)(study)
 app.command(cls=Command)(packing.pack)
 app.command(cls=Command)(packing.unpack)
 
@@ -274,18 +275,21 @@ def generate(
     dtype: Annotated[str, typer.Option(help="Number type that the weights are loaded in.")] = "auto",
 ):
     """Sample calibration sequences from MODEL itself (arXiv 2406.15524), for --self-generated-path."""
-    live, tokenizer = pyprune.load(model, dtype)
-    rows = pyprune.generate(
-        live,
-        tokenizer,
-        num_samples,
-        seq_len=seq_len,
-        seed=seed,
-        batch_size=batch_size,
-        language=language,
-        path=output,
-        progress=lambda done, total: print(f"generated {done}/{total}", file=sys.stderr),
-    )
+    libraries("generating")
+    with Doing(f"loading {model}", label="generating"):
+        live, tokenizer = pyprune.load(model, dtype)
+    with Doing("sampling sequences", label="generating") as doing:
+        rows = pyprune.generate(
+            live,
+            tokenizer,
+            num_samples,
+            seq_len=seq_len,
+            seed=seed,
+            batch_size=batch_size,
+            language=language,
+            path=output,
+            progress=doing,
+        )
     print(f"{len(rows)} sequences of {seq_len} tokens in {output}")
 
 
@@ -300,7 +304,7 @@ def env(
     from pyprune.cli.environment import environment, print_environment
 
     found = environment(qualify)
-    return _print_json(found) if as_json else print_environment(found)
+    return print_json(found) if as_json else print_environment(found)
 
 
 def main(arguments: list[str] | None = None, prog: str | None = None) -> None:
