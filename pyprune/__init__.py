@@ -53,6 +53,7 @@ _PUBLIC = {
     "plan": "pyprune.planning.plan",
     "prune": "pyprune.pipeline.prune",
     "refine": "pyprune.pipeline.refine",
+    "study": "pyprune.studies.study",
     "sparse": "pyprune.packed.conversion",
     "unpack": "pyprune.packed.files",
 }
@@ -76,6 +77,7 @@ if typing.TYPE_CHECKING:
     from pyprune.planning.plan import plan
     from pyprune.reporting.comparison import compare
     from pyprune.reporting.inspection import inspect
+    from pyprune.studies.study import study
 
 
 def __getattr__(name: str):

@@ -10,13 +10,25 @@
 // are read from a copy with room behind it.
 #pragma once
 
+#include <type_traits>
+
 #include "cpu/simd.h"
 
 namespace pyprune {
 namespace {
 
+// The bits of one step of COLUMNS columns, shifted to the left by SCALE.
+template <int COUNT, int SCALE = 0>
+struct Steps {
+    static constexpr int COLUMNS = COUNT;
+    static inline uint64_t part(uint64_t bits, int step) {
+        const int shift = step * COLUMNS - SCALE;
+        return (shift >= 0 ? bits >> shift : bits << -shift) & ((uint64_t(1) << COLUMNS) - 1) << SCALE;
+    }
+};
+
 // How one step of an instruction set works: COLUMNS, the type X that x is kept in, the expanded Weights, and multiply,
-// which adds their products to the lanes of a sum.
+// which adds their products to the lanes of a sum. expand takes its bits as part gives them.
 #if defined(__AVX512F__)
 // Keeps a load out of the expanding instruction: with an operand in memory it is several times slower.
 template <typename V>
@@ -26,11 +38,10 @@ inline V apart(V x) {
 }
 
 template <typename T>
-struct Unit {
-    static constexpr int COLUMNS = 16;
+struct Unit : Steps<16> {
     typedef float X;
     typedef vf Weights;
-    static inline Weights expand(const T* values, uint32_t bits) {
+    static inline Weights expand(const T* values, uint64_t bits) {
         return _mm512_maskz_expand_ps(__mmask16(bits), apart(load(values)));
     }
     static inline vf multiply(vf sum, Weights w, const float* x) { return sum + w * load(x); }
@@ -38,11 +49,10 @@ struct Unit {
 };
 #if defined(__AVX512BF16__) && defined(__AVX512VBMI2__)
 template <>
-struct Unit<bf16> {
-    static constexpr int COLUMNS = 32;
+struct Unit<bf16> : Steps<32> {
     typedef bf16 X;
     typedef __m512i Weights;
-    static inline Weights expand(const bf16* values, uint32_t bits) {
+    static inline Weights expand(const bf16* values, uint64_t bits) {
         return _mm512_maskz_expand_epi16(__mmask32(bits), apart(_mm512_loadu_si512(values)));
     }
     static inline vf multiply(vf sum, Weights w, const bf16* x) {
@@ -52,15 +62,19 @@ struct Unit<bf16> {
 };
 #endif
 #elif defined(__AVX2__)
-// Byte shuffles and lane permutations by the mask, a byte at a time. 6 KiB: they stay in the first-level cache.
+// Byte shuffles and lane permutations by a byte of the mask. A product uses one or two of the tables: they stay in the
+// first-level cache. SCALE makes a byte the offset of its entry; shifted bits count the same.
 struct Spread {
+    alignas(64) uint8_t upper[256][32];   // vpshufb of eight 16-bit values, in both halves, to the upper half of each lane
     alignas(64) uint8_t halves[256][16];  // pshufb of eight 16-bit values; 0x80 makes a zero
     alignas(64) uint8_t words[256][8];    // vpermps of eight floats; 7, which is zero unless all are kept, for the others
     alignas(64) int32_t present[9][8];    // lanes below a count
-    constexpr Spread() : halves(), words(), present() {
+    constexpr Spread() : upper(), halves(), words(), present() {
         for (int mask = 0; mask < 256; ++mask)
             for (int c = 0, next = 0; c < 8; ++c) {
                 const bool kept = mask >> c & 1;
+                for (int byte = 0; byte < 4; ++byte)
+                    upper[mask][4 * c + byte] = uint8_t(kept && byte >= 2 ? 2 * next + byte - 2 : 0x80);
                 halves[mask][2 * c] = uint8_t(kept ? 2 * next : 0x80);
                 halves[mask][2 * c + 1] = uint8_t(kept ? 2 * next + 1 : 0x80);
                 words[mask][c] = uint8_t(kept ? next : 7);
@@ -72,54 +86,51 @@ struct Spread {
 };
 constexpr Spread SPREAD;
 
-inline __m128i spread_halves(const void* values, uint32_t bits) {
+inline __m128i spread_halves(const void* values, uint64_t bits) {
     return _mm_shuffle_epi8(_mm_loadu_si128(static_cast<const __m128i*>(values)),
-                            _mm_load_si128(reinterpret_cast<const __m128i*>(SPREAD.halves[bits])));
+                            _mm_load_si128(reinterpret_cast<const __m128i*>(SPREAD.halves[0] + bits)));
 }
 
 template <typename T>
 struct Unit;
 template <>
-struct Unit<float> {
-    static constexpr int COLUMNS = 8;
+struct Unit<float> : Steps<8, 3> {
     typedef float X;
     typedef vf Weights;
-    static inline Weights expand(const float* values, uint32_t bits) {
-        const __m256 present = _mm256_load_ps(reinterpret_cast<const float*>(SPREAD.present[_mm_popcnt_u32(bits)]));
+    static inline Weights expand(const float* values, uint64_t bits) {
+        const __m256 present = _mm256_load_ps(reinterpret_cast<const float*>(SPREAD.present[_mm_popcnt_u64(bits)]));
         const __m256i lanes =
-            _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(SPREAD.words[bits])));
+            _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(SPREAD.words[0] + bits)));
         return _mm256_permutevar8x32_ps(_mm256_and_ps(_mm256_loadu_ps(values), present), lanes);
     }
     static inline vf multiply(vf sum, Weights w, const float* x) { return sum + w * load(x); }
     static inline float as_x(float value) { return value; }
 };
 template <>
-struct Unit<f16> {
-    static constexpr int COLUMNS = 8;
+struct Unit<f16> : Steps<8, 4> {
     typedef float X;
     typedef vf Weights;
-    static inline Weights expand(const f16* values, uint32_t bits) { return _mm256_cvtph_ps(spread_halves(values, bits)); }
+    static inline Weights expand(const f16* values, uint64_t bits) { return _mm256_cvtph_ps(spread_halves(values, bits)); }
     static inline vf multiply(vf sum, Weights w, const float* x) { return sum + w * load(x); }
     static inline float as_x(f16 value) { return to_float(value); }
 };
 template <>
-struct Unit<bf16> {
-    static constexpr int COLUMNS = 8;
+struct Unit<bf16> : Steps<8, 5> {
     typedef float X;
     typedef vf Weights;
-    static inline Weights expand(const bf16* values, uint32_t bits) {
-        return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(spread_halves(values, bits)), 16);
+    static inline Weights expand(const bf16* values, uint64_t bits) {
+        const __m256i both = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values)));
+        return (vf)_mm256_shuffle_epi8(both, _mm256_load_si256(reinterpret_cast<const __m256i*>(SPREAD.upper[0] + bits)));
     }
     static inline vf multiply(vf sum, Weights w, const float* x) { return sum + w * load(x); }
     static inline float as_x(bf16 value) { return to_float(value); }
 };
 #else
 template <typename T>
-struct Unit {
-    static constexpr int COLUMNS = VL;
+struct Unit : Steps<VL> {
     typedef float X;
     typedef vf Weights;
-    static inline Weights expand(const T* values, uint32_t bits) {
+    static inline Weights expand(const T* values, uint64_t bits) {
         vf w = {};
         for (int c = 0; c < VL; ++c)
             if (bits >> c & 1) w[c] = to_float(*values++);
@@ -198,13 +209,13 @@ class Values {
     Buffer<T> copy_;
 };
 
-// sums [R][N] of R rows and N tokens whose x lie x_stride apart, zeros behind their columns
+// sums [R][N] of R rows and N tokens, whose x lie together step by step: [step][N][COLUMNS], zeros behind their columns
 template <typename T, int R, int N>
 inline void rows_by_tokens(const uint8_t* const* masks, const T* const* starts, const int64_t* ahead, int64_t width,
-                           const typename Unit<T>::X* x, int64_t x_stride, vf (*sums)[N]) {
+                           const typename Unit<T>::X* x, vf (*sums)[N]) {
     typedef Unit<T> U;
-    constexpr uint64_t STEP_BITS = (uint64_t(1) << U::COLUMNS) - 1;
-    vf sum[R][N] = {};
+    constexpr int STEPS = WORD / U::COLUMNS;
+    vf sum[R][N] = {}, odd[R] = {};
     const T* values[R];
     for (int r = 0; r < R; ++r) values[r] = starts[r];
     const int64_t whole = width / 8;
@@ -214,17 +225,32 @@ inline void rows_by_tokens(const uint8_t* const* masks, const T* const* starts, 
 #pragma GCC unroll 2
             for (int line = 0; line < int(sizeof(T) / 2); ++line)
                 __builtin_prefetch(reinterpret_cast<const char*>(values[r]) + ahead[r] + 64 * line);
-#pragma GCC unroll 16
-        for (int step = 0; step < WORD / U::COLUMNS; ++step) {
-            const typename U::X* at = x + word * WORD + step * U::COLUMNS;
+        const typename U::X* at = x + word * WORD * N;
+        if constexpr (N == 1 && VL < 16) {  // a row after the other: few scalar registers, and x is an operand in memory
 #pragma GCC unroll 8
             for (int r = 0; r < R; ++r) {
-                const uint64_t part = bits[r] >> (step * U::COLUMNS) & STEP_BITS;
-                const typename U::Weights w = U::expand(values[r], uint32_t(part));
-                values[r] += count_bits(part);
-#pragma GCC unroll 8
-                for (int n = 0; n < N; ++n) sum[r][n] = U::multiply(sum[r][n], w, at + n * x_stride);
+                const T* from = values[r];
+#pragma GCC unroll 16
+                for (int step = 0; step < STEPS; ++step) {
+                    const uint64_t part = U::part(bits[r], step);
+                    vf& to = step % 2 ? odd[r] : sum[r][0];
+                    to = U::multiply(to, U::expand(from, part), at + step * U::COLUMNS);
+                    from += count_bits(part);
+                }
+                values[r] = from;
             }
+        } else {  // a load of x serves all rows
+#pragma GCC unroll 16
+            for (int step = 0; step < STEPS; ++step)
+#pragma GCC unroll 8
+                for (int r = 0; r < R; ++r) {
+                    const uint64_t part = U::part(bits[r], step);
+                    const typename U::Weights w = U::expand(values[r], part);
+                    values[r] += count_bits(part);
+#pragma GCC unroll 8
+                    for (int n = 0; n < N; ++n)
+                        sum[r][n] = U::multiply(sum[r][n], w, at + (step * N + n) * U::COLUMNS);
+                }
         }
     };
     uint64_t bits[R];
@@ -238,12 +264,12 @@ inline void rows_by_tokens(const uint8_t* const* masks, const T* const* starts, 
         take(whole, bits);
     }
     for (int r = 0; r < R; ++r)
-        for (int n = 0; n < N; ++n) sums[r][n] = sum[r][n];
+        for (int n = 0; n < N; ++n) sums[r][n] = n == 0 ? sum[r][n] + odd[r] : sum[r][n];
 }
 
 template <typename T, int N>
-void tokens_by_rows(const PackedView& w, const Values<T>& values, const typename Unit<T>::X* x, int64_t x_stride,
-                    const T* bias, T* out, int64_t out_stride, int64_t begin, int64_t end) {
+void tokens_by_rows(const PackedView& w, const Values<T>& values, const typename Unit<T>::X* x, const T* bias,
+                    T* out, int64_t out_stride, int64_t begin, int64_t end) {
     constexpr int R = SUMS / N < ROWS_AT_ONCE ? SUMS / N : ROWS_AT_ONCE;
     const int64_t lead = R * ceil_div(LEAD, R * w.columns * int64_t(sizeof(T)) / 2 + 1);
     for (int64_t i = begin; i < end; i += R) {
@@ -258,7 +284,7 @@ void tokens_by_rows(const PackedView& w, const Values<T>& values, const typename
             for (int64_t byte = 0; byte < w.width; byte += 64) __builtin_prefetch(masks[r] + lead * w.width + byte);
         }
         vf sums[R][N];
-        rows_by_tokens<T, R, N>(masks, starts, ahead, w.width, x, x_stride, sums);
+        rows_by_tokens<T, R, N>(masks, starts, ahead, w.width, x, sums);
         for (int64_t r = 0; r < least(R, end - i); ++r)
             for (int n = 0; n < N; ++n)
                 put(out + n * out_stride + i + r, add_lanes(sums[r][n]) + (bias ? to_float(bias[i + r]) : 0.0f));
@@ -272,9 +298,13 @@ void sparse_rows(const PackedView& w, const T* x, int64_t x_stride, int64_t toke
     constexpr int64_t CHUNK = 32;  // rows a thread takes at a time: their values stay in its cache for further tokens
     const int64_t padded = ceil_div(w.columns, WORD) * WORD;
     Buffer<typename U::X> kept(tokens * most(padded, 1));
-    for (int64_t t = 0; t < tokens; ++t)
+    for (int64_t t = 0; t < tokens; ++t) {  // groups of TOKENS, the last one of what is left
+        const int64_t first = t / TOKENS * TOKENS, group = least(TOKENS, tokens - first);
+        typename U::X* to = kept.get() + first * padded + (t - first) * U::COLUMNS;
         for (int64_t c = 0; c < padded; ++c)
-            kept[t * padded + c] = c < w.columns ? U::as_x(x[t * x_stride + c]) : typename U::X{};
+            to[c / U::COLUMNS * group * U::COLUMNS + c % U::COLUMNS] =
+                c < w.columns ? U::as_x(x[t * x_stride + c]) : typename U::X{};
+    }
     const Values<T> values(w);
     const typename U::X* all = kept.get();
     threads = worth(threads, double(w.rows * padded) * (0.2 + 0.05 * double(tokens)));
@@ -283,7 +313,7 @@ void sparse_rows(const PackedView& w, const T* x, int64_t x_stride, int64_t toke
         const int64_t begin = chunk * CHUNK, end = least(begin + CHUNK, w.rows);
         for (int64_t t = 0; t < tokens; t += TOKENS) {
             const auto run = [&](auto n) {
-                tokens_by_rows<T, decltype(n)::value>(w, values, all + t * padded, padded, bias, out + t * out_stride,
+                tokens_by_rows<T, decltype(n)::value>(w, values, all + t * padded, bias, out + t * out_stride,
                                                       out_stride, begin, end);
             };
             switch (least(TOKENS, tokens - t)) {
@@ -325,12 +355,14 @@ inline void spread(const T* values, uint64_t bits, T* out) {
     }
 #endif
 #elif defined(__AVX2__)
-    for (int step = 0; step < 8; ++step, bits >>= 8, out += 8) {
+    typedef std::conditional_t<sizeof(T) == 4, Unit<float>, Unit<f16>> U;
+    for (int step = 0; step < 8; ++step, out += 8) {
+        const uint64_t part = U::part(bits, step);
         if constexpr (sizeof(T) == 4)
-            store(reinterpret_cast<float*>(out), Unit<float>::expand(reinterpret_cast<const float*>(values), bits & 0xff));
+            store(out, U::expand(values, part));
         else
-            _mm_storeu_si128(reinterpret_cast<__m128i*>(out), spread_halves(values, bits & 0xff));
-        values += count_bits(bits & 0xff);
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(out), spread_halves(values, part));
+        values += count_bits(part);
     }
 #else
     for (int c = 0; c < WORD; ++c) out[c] = bits >> c & 1 ? *values++ : T{};

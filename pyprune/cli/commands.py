@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -14,9 +13,12 @@ import pyprune
 from pyprune.cli import packing
 from pyprune.cli.help import Command, Group
 from pyprune.cli.options import as_options, option_of, with_fields
+from pyprune.cli.studies import study
 from pyprune.config import Calibration, ConfigError, Evaluation, Reconstruction, check_named, from_dict, override
+from pyprune.execution.progress import Doing
 from pyprune.keywords import configuration_fields, refine_fields
 from pyprune.reporting import comparison, rendering
+from pyprune.reporting.rendering import print_json
 
 app = typer.Typer(
     name="pyprune", cls=Group, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False
@@ -46,10 +48,11 @@ def options(
     """One-shot pruning of transformers: what it does, what it costs, on CPU and GPU."""
 
 
-def _print_json(value) -> None:
-    from pyprune.model.checkpoint import plain
-
-    print(json.dumps(plain(value), indent=1, allow_nan=False))
+def libraries(label: str) -> None:
+    """Import torch and transformers, which takes seconds from a cold disk, and say so where it lasts."""
+    with Doing("importing torch and transformers", not silent(), label, said=False):
+        import torch  # noqa: F401
+        import transformers  # noqa: F401
 
 
 def silent() -> bool:
@@ -75,16 +78,18 @@ def prune(
     check_named(settings, fields)
     if plan and resume:
         raise ConfigError("--resume would do nothing: --plan runs nothing")
+    libraries("planning" if plan else "pruning")
     if plan:
-        found = pyprune.plan(settings)
-        return _print_json(found) if as_json else rendering.print_plan(found)
+        with Doing("counting, and timing two blocks", not as_json, "planning", said=False):
+            found = pyprune.plan(settings)
+        return print_json(found) if as_json else rendering.print_plan(found)
     if settings.output is None:
         raise ConfigError("no output folder: name one with -o, or ask for the --plan only")
     result = pyprune.prune(config=settings, resume=resume)
     if silent():
         return None
     if as_json:
-        return _print_json(result.report)
+        return print_json(result.report)
     return rendering.print_summary(result.report, settings.output)
 
 
@@ -105,6 +110,7 @@ def refine(
 
     The targets are the dense model's own activations (GP) unless --no-global-propagation is given.
     """
+    libraries("refining")
     from pyprune.pipeline.refine_checkpoint import print_refinement, refine_checkpoint
 
     output = fields.pop("output", None)
@@ -121,7 +127,7 @@ def refine(
     found = refine_checkpoint(model, output, dense=dense, cross_block=cross_block, resume=resume, **sections, **fields)
     if silent():
         return None
-    return _print_json(found) if as_json else print_refinement(found, output)
+    return print_json(found) if as_json else print_refinement(found, output)
 
 
 @app.command(name="eval", cls=Command)
@@ -137,8 +143,21 @@ def evaluate(
             "--latency", help="Measure size, peak memory and tokens per second beside the dense model's instead."
         ),
     ] = False,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            help="Measure tasks instead: .jsonl files or folders (multiple choice, STS-B, SST-2), or names of tasks of "
+            "lm-eval, with commas between them.",
+        ),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="The most items per task.", min=1)] = None,
     against: Annotated[
-        str | None, typer.Option(help="The dense model for --latency. By default the one that MODEL was pruned from.")
+        str | None,
+        typer.Option(
+            help="The dense model, for --tasks and --latency. By default --latency takes the one that MODEL was pruned "
+            "from; dense means that one for --tasks, too."
+        ),
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Picture (.png) of the --latency comparison to write.")] = None,
     as_json: Json = False,
@@ -153,25 +172,62 @@ def evaluate(
             raise ConfigError(f"{option} would do nothing: --latency reads no text and runs where the model is loaded")
         from pyprune.evaluation import gain
 
-        rows = gain.measure_side_by_side([against or gain.dense_of(model), model])
+        rows = gain.measure_side_by_side([against or gain.dense_of(model), model], progress=True)
         if plot:
             gain.plot(rows, plot)
         written = gain.record(rows, model)
         if as_json:
-            return _print_json(rows)
+            return print_json(rows)
         gain.print_side_by_side(rows)
         return print("added to " + ", ".join(map(str, written))) if written else None
-    for name, value in (("--against", against), ("--plot", plot)):
+    if plot is not None:
+        raise ConfigError("--plot would do nothing: only --latency draws a picture")
+    if tasks is not None:
+        return _evaluate_tasks(model, tasks, limit, against, device, asked, as_json)
+    for name, value, used in (
+        ("--against", against, "--tasks and --latency compare"),
+        ("--limit", limit, "--tasks has items"),
+    ):
         if value is not None:
-            raise ConfigError(f"{name} would do nothing: only --latency compares with the dense model")
+            raise ConfigError(f"{name} would do nothing: only {used}")
+    libraries("evaluating")
+    from pyprune.data.texts import check_there
     from pyprune.evaluation.perplexity import NotFinite
 
-    show = _print_json if as_json else rendering.print_evaluation
+    show = print_json if as_json else rendering.print_evaluation
     try:
-        show(pyprune.evaluate(model, device=device, **asked))
+        check_there(asked.get("text"))
+        with Doing(f"loading {model}", label="evaluating"):
+            loaded = pyprune.load(model)
+        with Doing("measuring perplexity", label="evaluating") as doing:
+            found = pyprune.evaluate(loaded, device=device, progress=doing, **asked)
+        show(found)
     except NotFinite as error:
         show(error.found)
         raise
+
+
+def _evaluate_tasks(
+    model: str, names: str, limit: int | None, against: str | None, device: str, asked: dict, as_json: bool
+) -> None:
+    for name in asked:
+        if name != "batch_size":
+            option = option_of(f"evaluation.{name}", EVALUATION_FIELDS)
+            raise ConfigError(f"{option} would do nothing: --tasks measures tasks, no text")
+    libraries("evaluating")
+    from pyprune.evaluation import gain, task_runs
+
+    with Doing("measuring tasks", label="evaluating") as doing:
+        rows = task_runs.evaluate_tasks(
+            model,
+            [name.strip() for name in names.split(",") if name.strip()],
+            against=gain.dense_of(model) if against == "dense" else against,
+            limit=limit,
+            batch_size=asked.get("batch_size", 16),
+            device=device,
+            progress=doing,
+        )
+    print_json(rows) if as_json else task_runs.print_tasks(rows)
 
 
 @app.command(cls=Command)
@@ -181,7 +237,7 @@ def inspect(
 ):
     """Show the true sparsity, N:M violations and coverage of a checkpoint, read from its files."""
     found = pyprune.inspect(directory)
-    return _print_json(found) if as_json else rendering.print_inspection(found)
+    return print_json(found) if as_json else rendering.print_inspection(found)
 
 
 @app.command(cls=Command)
@@ -198,10 +254,11 @@ def compare(
 
         write(html, comparison_page(directories))
     if as_json:
-        return _print_json({"runs": rows, "notes": comparison.differences(rows)})
+        return print_json({"runs": rows, "notes": comparison.differences(rows)})
     return comparison.print_comparison(rows)
 
 
+app.command(cls=Command)(study)
 app.command(cls=Command)(packing.pack)
 app.command(cls=Command)(packing.unpack)
 
@@ -218,18 +275,21 @@ def generate(
     dtype: Annotated[str, typer.Option(help="Number type that the weights are loaded in.")] = "auto",
 ):
     """Sample calibration sequences from MODEL itself (arXiv 2406.15524), for --self-generated-path."""
-    live, tokenizer = pyprune.load(model, dtype)
-    rows = pyprune.generate(
-        live,
-        tokenizer,
-        num_samples,
-        seq_len=seq_len,
-        seed=seed,
-        batch_size=batch_size,
-        language=language,
-        path=output,
-        progress=lambda done, total: print(f"generated {done}/{total}", file=sys.stderr),
-    )
+    libraries("generating")
+    with Doing(f"loading {model}", label="generating"):
+        live, tokenizer = pyprune.load(model, dtype)
+    with Doing("sampling sequences", label="generating") as doing:
+        rows = pyprune.generate(
+            live,
+            tokenizer,
+            num_samples,
+            seq_len=seq_len,
+            seed=seed,
+            batch_size=batch_size,
+            language=language,
+            path=output,
+            progress=doing,
+        )
     print(f"{len(rows)} sequences of {seq_len} tokens in {output}")
 
 
@@ -244,7 +304,7 @@ def env(
     from pyprune.cli.environment import environment, print_environment
 
     found = environment(qualify)
-    return _print_json(found) if as_json else print_environment(found)
+    return print_json(found) if as_json else print_environment(found)
 
 
 def main(arguments: list[str] | None = None, prog: str | None = None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import sys
@@ -16,6 +17,13 @@ def open_console(out: TextIO | None = None):
 
     out = out or sys.stdout
     return Console(file=out, highlight=False, width=None if out.isatty() else 140)
+
+
+def print_json(value) -> None:
+    """Plain data on standard output; what is not finite is null."""
+    from pyprune.model.checkpoint import plain
+
+    print(json.dumps(plain(value), indent=1, allow_nan=False))
 
 
 def number(value: float | None, digits: int = 4) -> str:

@@ -42,7 +42,10 @@
           size: 58, values: (u, ticks) => ticks.map((v) => (v === null || (log && !round(v)) ? "" : Number(v.toPrecision(3)).toString())),
         }),
       ],
-      legend: { markers: { fill: (u, k) => (k ? style("--s" + ((k - 1) % 8)) : null), width: 0 } },
+      legend: { markers: {
+        fill: (u, k) => (k && k <= 8 ? style("--s" + ((k - 1) % 8)) : "transparent"),
+        stroke: (u, k) => (k ? style("--s" + ((k - 1) % 8)) : "transparent"), dash: (u, k) => (k > 8 ? "dashed" : "solid"), width: 2,
+      } },
       series: [
         { label: labels[0], value: (u, v) => (time && v !== null ? new Date(v * 1000).toISOString().slice(0, 16).replace("T", " ") : textOf(v)) },
         ...labels.slice(1).map((label, k) => ({
