@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from pyprune.config import PruneConfig
@@ -19,10 +21,6 @@ class ErrorProbe:
     """``calibration`` or ``held_out``."""
     pruned: Activations
     dense: Activations
-
-    def error(self) -> float:
-        """``‖f̄(x̄) − f(x)‖² / ‖f̄(x̄)‖²``, pruned stream against dense stream, where they now stand."""
-        return stream_error(self.pruned, self.dense)
 
 
 def make_probes(executor: Executor, config: PruneConfig, data: CalibrationData) -> list[ErrorProbe]:
@@ -51,17 +49,20 @@ def pass_pruned(executor: Executor, index: int, module: nn.Module, probes: list[
         executor.run(index, module, probe.pruned, probe.pruned)
 
 
-def errors_of(probes: list[ErrorProbe]) -> dict[str, float | None]:
-    """A block's errors as its row of the report holds them."""
-    errors = {probe.name: probe.error() for probe in probes}
+def errors_of(executor: Executor, probes: list[ErrorProbe]) -> dict[str, float | None]:
+    """A block's errors as its row of the report holds them, ``‖f̄(x̄) − f(x)‖² / ‖f̄(x̄)‖²`` of the pruned stream f
+    against the dense stream f̄, where they now stand; read from the device in one go."""
+    errors = dict(zip((probe.name for probe in probes), stream_errors(executor, [(p.pruned, p.dense) for p in probes])))
     return {"error": errors.get("calibration"), "error_held_out": errors.get("held_out")}
 
 
-def stream_error(pruned: Activations, dense: Activations) -> float:
-    """``‖dense − pruned‖² / ‖dense‖²`` of two streams over the same sequences."""
-    lost = total = 0.0
-    for batch in dense.batches():
-        target = dense.read(batch).float()
-        lost += (target - pruned.read(batch).float()).square().sum().item()
-        total += target.square().sum().item()
-    return lost / total if total else 0.0
+def stream_errors(executor: Executor, pairs: Sequence[tuple[Activations, Activations]]) -> list[float]:
+    """``‖dense − pruned‖² / ‖dense‖²`` of pairs (pruned, dense) of streams over the same sequences."""
+    if not pairs:
+        return []
+    sums = torch.zeros(len(pairs), 2, dtype=torch.float64, device=executor.device)
+    for found, (pruned, dense) in zip(sums, pairs):
+        for batch in dense.batches(executor.batch_size):
+            target, got = (s.read(batch).to(executor.device, non_blocking=True).float() for s in (dense, pruned))
+            found += torch.stack([(target - got).square().sum(), target.square().sum()])
+    return [lost / total if total else 0.0 for lost, total in sums.tolist()]

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from pyprune.config import BACKENDS, MAX_COLUMN_BLOCK, OPS, ConfigError, parse_backend
-from pyprune.ops import classes, qualification
+from pyprune.ops import classes, qualification, reference
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 FORWARDS = ("forward_float32", "forward_bfloat16")
@@ -343,6 +343,7 @@ def raise_faults(device: torch.device | str) -> None:
     """
     if torch.device(device).type != "cuda":
         return
+    reference.check(device)
     if TABLE["cuda"].why_not("obs_sweep", device) is None:
         importlib.import_module("pyprune.ops.native").check_cuda(device)
     if TABLE["triton"].why_not("obs_sweep", device) is None:

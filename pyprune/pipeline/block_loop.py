@@ -90,7 +90,7 @@ def run_blocks(loop: Loop, work: BlockWork, bar: Progress) -> None:
     for index in range(last + 1):
         started = time.perf_counter()
         seed_all(loop.seed + index)
-        with executor.compute(index) as module, torch.no_grad():
+        with executor.compute(index, ahead=index + 1) as module, torch.no_grad():
             work.enter(index, module, index < done)
             if index < done:
                 bar.update(phase="resume")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from pyprune.execution.activation_store import Store
 from pyprune.execution.device import pick_device, pick_dtype
 from pyprune.execution.executor import Executor, Resident
 from pyprune.execution.journal import Journal, journaled
+from pyprune.execution.residency import resident
 from pyprune.execution.run import Findings, Run, seed_all
 from pyprune.execution.weight_streaming import Opened, Streamed
 from pyprune.model import checkpoint
@@ -93,13 +95,21 @@ def prune(
     config = make_config(config, fields if not isinstance(model, str) else {**fields, "model": model})
     if resume and config.output is None:
         raise ConfigError("resume=True would do nothing: a run without an output folder leaves nothing to go on with")
-    with journaled(config.output, resume) as (world, journal):
-        return _prune(model, config, tokenizer, in_place, progress and world.leads, journal, world)
+    with journaled(config.output, resume) as (world, journal), contextlib.ExitStack() as held:
+        return _prune(model, config, tokenizer, in_place, progress and world.leads, journal, world, held)
 
 
 def _prune(
-    model, config: PruneConfig, tokenizer, in_place: bool, progress: bool, journal: Journal, world: distributed.World
+    model,
+    config: PruneConfig,
+    tokenizer,
+    in_place: bool,
+    progress: bool,
+    journal: Journal,
+    world: distributed.World,
+    held: contextlib.ExitStack,
 ) -> PruneResult:
+    """The run; what it enters ``held`` with lasts until the result is written."""
     found, device = Findings(), pick_device(config.device)
     world.lead(lambda: journal.check_settings(settings_of(config)))
     if (absent := ops.check_backend(config.backend, device.type)) is not None:
@@ -127,6 +137,12 @@ def _prune(
     if world.same(journal.complete):
         world.lead(journal.publish)
         return published(config, opened.weights)
+    home = next(view.model.parameters()).device
+    if not opened.weights.streamed:
+        with found.clock("load"):
+            held.enter_context(resident(view.model, device, models_held(config)))
+    held.enter_context(ops.pinned(backends))
+    found.clock.follow(device)
     store = make_store(config.memory_budget_gb, journal.folder if journal.keeps else None, device)
     measured = Meter(texts, config.evaluation, device, store, world)
     with found.clock("evaluation"):
@@ -155,7 +171,6 @@ def _prune(
         torch.cuda.reset_peak_memory_stats(device)
     with (
         Progress(len(view.blocks), enabled=progress) as bar,
-        ops.pinned(backends),
         journal.interruptible(follow=world.size > 1),
     ):
         work = kind_of(config)(run, found, journal)
@@ -189,12 +204,19 @@ def _prune(
             world.lead(
                 lambda: journal.finish(lambda folder: result.fill(folder, BlockShards(view.path, journal.shards())))
             )
+    for member in models.values() if len(models) > 1 else ():  # they were made beside the model, where it was
+        held.callback(member.to, home)
     return result
 
 
 def kind_of(config: PruneConfig) -> type[MaskWork | StructuredWork]:
     """The work that a configuration asks for."""
     return StructuredWork if config.is_structured else MaskWork
+
+
+def models_held(config: PruneConfig) -> int:
+    """Models that a run has at once: the one it prunes, and where there are several sparsities one of each."""
+    return 1 + len(config.sparsities) if config.is_curve else 1
 
 
 def _open(

@@ -127,7 +127,7 @@ class StructuredWork:
         ]
 
     def row(self, index: int) -> dict:
-        return errors_of(self.probes)
+        return errors_of(self.executor, self.probes)
 
     def record(self, index: int) -> dict:
         return {

@@ -18,6 +18,7 @@ from pyprune.effects import reads_sequences
 from pyprune.evaluation.perplexity import refuse_text, window_tokens
 from pyprune.execution.activation_store import available_memory
 from pyprune.execution.device import pick_device, pick_dtype
+from pyprune.execution.residency import stays, weight_bytes
 from pyprune.execution.unopened import Unopened
 from pyprune.model import checkpoint
 from pyprune.model.attributes import embedding_width
@@ -25,7 +26,7 @@ from pyprune.model.blocks import ModelView, WeightRef, check_apart, select_weigh
 from pyprune.model.names import matches
 from pyprune.model.positions import positions_of
 from pyprune.pipeline.opening import why_not_streamed
-from pyprune.pipeline.prune import check_weights
+from pyprune.pipeline.prune import check_weights, models_held
 from pyprune.planning.costs import (
     activation_bytes,
     disk_of,
@@ -87,7 +88,8 @@ def plan(config: PruneConfig | dict) -> dict:
     budget = memory / 2 if config.memory_budget_gb is None else config.memory_budget_gb * 1e9
     hidden = embedding_width(view.model)
     spilled = max(0, int(activation_bytes(config, hidden, compute) - budget))
-    host, on_device = memory_of(view, selected, config, compute, streamed, gpu, budget)
+    keeps = gpu and not streamed and stays(models_held(config) * weight_bytes(view.model), device)
+    host, on_device = memory_of(view, selected, config, compute, streamed, gpu, budget, keeps)
     seconds = rehearse(config, view, work, small, streamed)
     return {
         "model": {

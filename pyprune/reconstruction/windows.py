@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from pyprune.config import LAYERWISE, ConfigError, PruneConfig
-from pyprune.execution.error_probes import ErrorProbe, stream_error
+from pyprune.execution.error_probes import ErrorProbe, stream_errors
 from pyprune.execution.executor import Activations, Executor
 from pyprune.execution.run import Findings, Run
 from pyprune.masks.statistics import ratio
@@ -257,8 +257,8 @@ class WindowTrainer:
             else:
                 with self.executor.compute(index - 1) as before:
                     self.executor.run(index - 1, before, streams.inputs, streams.inputs)
-        for probe in self.probes if index > 0 else []:
-            final = stream_error(probe.inputs, self._probe_targets[probe.name])
+        pairs = [(probe.inputs, self._probe_targets[probe.name]) for probe in self.probes if index > 0]
+        for probe, final in zip(self.probes, stream_errors(self.executor, pairs)):
             row = self.found.blocks[index - 1]
             key = {"calibration": "error", "held_out": "error_held_out"}[probe.name]
             row[key] = final
@@ -345,7 +345,7 @@ def parameter_masks(block: nn.Module, masks: dict[WeightRef, Tensor]) -> dict[st
     found: dict[str, Tensor] = {}
     for ref, mask in masks.items():
         if ref.path not in found:
-            found[ref.path] = torch.ones(ref.parameter(block).shape, dtype=torch.bool)
+            found[ref.path] = torch.ones(ref.parameter(block).shape, dtype=torch.bool, device=mask.device)
         whole = found[ref.path] if ref.expert is None else found[ref.path][ref.expert]
         (whole.T if ref.transposed else whole).copy_(mask)
     return found
