@@ -2,6 +2,7 @@
 # make test   environment, install, lint, tests
 # make lint   ruff and its formatter, the layers of the packages, types
 # make format ruff's formatter, over every file
+# make bench  the benchmark suite on this machine (BENCH: its arguments)
 #
 # Variables:
 #   PYTHON           interpreter the environment is made from
@@ -10,6 +11,7 @@
 #   TORCH_CPU_INDEX  index that has it where pip's own do not: the CPU one that PyTorch's install page names
 #   DEMO             options of the demo's run
 #   JOBS             processes the tests are spread over
+#   BENCH            groups and options of the benchmark suite
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0+cpu
@@ -17,12 +19,13 @@ TORCH_CPU_INDEX ?=
 DEMO ?= --method sparsegpt --sparsity 0.5
 JOBS ?= 2
 PYTEST ?=
+BENCH ?= --preset quick
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: demo test lint format install clean
+.PHONY: demo test lint format bench install clean
 
 demo: $(VENV)/.demo
 	@rm -rf runs/demo
@@ -40,6 +43,9 @@ lint: $(VENV)/.dev
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+bench: $(VENV)/.dev
+	$(BIN)/python -m benchmarks run $(BENCH)
 
 install: $(VENV)/.torch
 	$(PIP) install -q -e .

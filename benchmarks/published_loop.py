@@ -102,6 +102,15 @@ def sparsegpt(
     diagonal = torch.arange(len(h), device=h.device)
     h[diagonal, diagonal] += damping * torch.mean(torch.diag(h))
     inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
+    w, keep = sweep(w, inverse, sparsity, nm, block_size)
+    stat.layer.weight.data = w.to(stat.layer.weight.dtype)
+    return keep
+
+
+def sweep(
+    w: Tensor, inverse: Tensor, sparsity: float, nm: tuple[int, int] | None, block_size: int = 128
+) -> tuple[Tensor, Tensor]:
+    """The column loop over a matrix, in place, behind the upper factor of the inverse; the matrix and the keep mask."""
     keep = torch.ones_like(w, dtype=torch.bool)
     for start in range(0, w.shape[1], block_size):
         stop = min(start + block_size, w.shape[1])
@@ -126,8 +135,7 @@ def sparsegpt(
         w[:, start:stop] = done
         w[:, stop:] -= errors @ inverse[start:stop, stop:]
         keep[:, start:stop] = ~drop
-    stat.layer.weight.data = w.to(stat.layer.weight.dtype)
-    return keep
+    return w, keep
 
 
 def _drop_nm(metric: Tensor, nm: tuple[int, int]) -> Tensor:

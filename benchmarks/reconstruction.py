@@ -23,6 +23,7 @@ from pathlib import Path
 import pyprune
 from benchmarks import common
 from pyprune.config import Calibration, Evaluation, PruneConfig, Reconstruction
+from pyprune.evaluation.domains import alone
 from pyprune.evaluation.perplexity import measure as perplexities
 from pyprune.evaluation.perplexity import windows_of
 
@@ -139,7 +140,7 @@ class Texts:
             window=preset["window"],
             max_windows=preset["max_windows"],
         )
-        self.windows = windows_of(self.evaluation, tokenizer)
+        self.windows = windows_of(alone(self.evaluation), self.evaluation, tokenizer)
         self.dense = self(dense, "dense_")
 
     def __call__(self, model, prefix: str = "") -> dict:

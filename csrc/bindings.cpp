@@ -9,6 +9,7 @@
 
 namespace py = pybind11;
 using pyprune::kernels;
+using pyprune::PackedView;
 using pyprune::Tokens;
 using Address = std::uintptr_t;  // tensor.data_ptr(); 0 for an absent optional argument
 
@@ -82,6 +83,17 @@ static void bind_cpu(py::module_& m) {
     m.def("expand_24_cpu", [](Address values, Address metadata, int64_t rows, int64_t columns, Address w, int threads) {
         return kernels().expand_24(at<uint16_t>(values), at<int16_t>(metadata), rows, columns, at<uint16_t>(w),
                                    threads);
+    }, nogil);
+    m.def("sparse_linear_cpu", [](Address mask, int64_t width, Address values, Address offsets, int64_t rows,
+                                  int64_t columns, int type, Address x, int64_t x_stride, int64_t tokens, Address bias,
+                                  Address out, int threads) {
+        const PackedView w{at<uint8_t>(mask), width, at<void>(values), at<int64_t>(offsets), rows, columns, type};
+        kernels().sparse_linear(w, at<void>(x), x_stride, tokens, at<void>(bias), at<void>(out), rows, threads);
+    }, nogil);
+    m.def("expand_bitmask_cpu", [](Address mask, int64_t width, Address values, Address offsets, int64_t rows,
+                                   int64_t columns, int type, int64_t first, int64_t count, Address out, int threads) {
+        const PackedView w{at<uint8_t>(mask), width, at<void>(values), at<int64_t>(offsets), rows, columns, type};
+        kernels().expand_bitmask(w, first, count, at<void>(out), threads);
     }, nogil);
 }
 

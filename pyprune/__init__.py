@@ -42,13 +42,20 @@ _PUBLIC = {
     "backend": "pyprune.ops",
     "compare": "pyprune.reporting.comparison",
     "evaluate": "pyprune.evaluation.perplexity",
+    "dense": "pyprune.packed.conversion",
     "generate": "pyprune.data.self_generated",
     "inspect": "pyprune.reporting.inspection",
+    "keep_sparse": "pyprune.finetuning.masks",
     "latency": "pyprune.evaluation.latency",
-    "load": "pyprune.model.checkpoint",
+    "load": "pyprune.packed.loading",
+    "merge_lora": "pyprune.finetuning.adapters",
+    "pack": "pyprune.packed.files",
     "plan": "pyprune.planning.plan",
     "prune": "pyprune.pipeline.prune",
     "refine": "pyprune.pipeline.refine",
+    "study": "pyprune.studies.study",
+    "sparse": "pyprune.packed.conversion",
+    "unpack": "pyprune.packed.files",
 }
 """Public name → the module that defines it."""
 __all__ = [*_PUBLIC, "__version__"]
@@ -58,14 +65,19 @@ if typing.TYPE_CHECKING:
     from pyprune.data.self_generated import generate
     from pyprune.evaluation.latency import latency
     from pyprune.evaluation.perplexity import evaluate
-    from pyprune.model.checkpoint import load
+    from pyprune.finetuning.adapters import merge_lora
+    from pyprune.finetuning.masks import keep_sparse
     from pyprune.ops import backend
+    from pyprune.packed.conversion import dense, sparse
+    from pyprune.packed.files import pack, unpack
+    from pyprune.packed.loading import load
     from pyprune.pipeline.prune import prune
     from pyprune.pipeline.refine import refine
     from pyprune.pipeline.result import PruneResult
     from pyprune.planning.plan import plan
     from pyprune.reporting.comparison import compare
     from pyprune.reporting.inspection import inspect
+    from pyprune.studies.study import study
 
 
 def __getattr__(name: str):

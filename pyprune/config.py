@@ -52,12 +52,15 @@ OPS = (
     "cholesky_solve",
     "liar_update",
     "linear",
+    "sparse_linear",
 )
 """The functions of :mod:`pyprune.ops`."""
 MAX_COLUMN_BLOCK = 1024
 """Columns that :func:`pyprune.ops.obs_sweep` takes, on every back-end."""
 SAMPLES, TOKENS, WINDOW = 64, 512, 1024
 """Sequences of calibration text, tokens of each, tokens of an evaluation window, where nothing else is asked."""
+SHORT_WINDOWS, SHORT_WINDOW = 8, 512
+"""How many windows of how many tokens are measured of a text that nobody named."""
 
 
 class ConfigError(ValueError):
@@ -179,8 +182,9 @@ class Calibration:
 
     source: typing.Any = None
     """Where the text comes from: the id of a Hub data set, a local ``.txt``, ``.jsonl``, ``.json``, ``.csv``,
-    ``.parquet`` or ``.npy`` file, a list of texts, or an integer tensor of token ids ``[samples, tokens]``. Without
-    one, the Python documentation on this machine is used (no network)."""
+    ``.parquet`` or ``.npy`` file, a list of texts, or an integer tensor of token ids ``[samples, tokens]``; or several
+    sources, of which equal shares are taken. Without one, a mixture that comes with pyprune: Python's documentation and
+    essays (``builtin:documentation``, ``builtin:essays``)."""
     num_samples: int | None = None
     """How many sequences to use. It is an error if there are fewer, never a silent shortfall. The default is 64; of
     token ids all rows are used."""
@@ -236,14 +240,18 @@ class Evaluation:
 
     text: typing.Any = None
     """Text to measure perplexity on, from the same kinds of sources as the calibration text; several sources are given
-    as a list, or by repeating the option. Without one, a part of the Python documentation is used that calibration
-    does not see."""
+    as a list, or by repeating the option. Without one, text of the calibration's own source that it does not see."""
+    off_domain: typing.Any = None
+    """Text of another kind than the calibration text, measured beside it to show how far the result carries: sources as
+    for text, or ``none``. Without one, a novel that comes with pyprune (``builtin:novel``); with the default
+    calibration every text that is named is of another kind already."""
     window: int | None = None
-    """Tokens per window; windows do not overlap. The default is 1,024, or fewer if the model has fewer positions; token
-    ids keep whole rows. Rows of token ids may be cut to fewer tokens, but asking for more than they have is an
-    error."""
+    """Tokens per window; windows do not overlap. The default is 1,024 for a text that is named and 512 for others, or
+    fewer if the model has fewer positions; token ids keep whole rows. Rows of token ids may be cut to fewer tokens, but
+    asking for more than they have is an error."""
     max_windows: int | None = 24
-    """The most windows that are measured per text. None (``null`` in a configuration file) takes all of them."""
+    """The most windows that are measured per text; of a text that is not named 8, unless another number is set. None
+    (``null`` in a configuration file) takes all of them."""
     dtype: Dtype = "auto"
     """Number type of the forward passes of the evaluation. ``auto`` is the model's own type on a GPU, and bfloat16 on a
     CPU that multiplies it in hardware."""
@@ -270,7 +278,12 @@ class Evaluation:
     @property
     def tokens(self) -> int:
         """Tokens a window of text."""
-        return self.window or WINDOW
+        return self.window or (WINDOW if self.text is not None else SHORT_WINDOW)
+
+    @property
+    def other_windows(self) -> int | None:
+        """The most windows of a text that is not named."""
+        return SHORT_WINDOWS if self.max_windows == effects.default(type(self), "max_windows") else self.max_windows
 
 
 @dataclass(kw_only=True)
@@ -378,7 +391,7 @@ class PruneConfig:
     inputs: Inputs = "propagated"
     """Which inputs the statistics come from: those that the pruned blocks before leave (``propagated``, two passes per
     block); those of the dense model (``dense``, one pass); or those that the pruned layers before leave, each group of
-    layers being pruned as soon as all tokens have arrived at it (``sequential``, one pass, masks only)."""
+    layers, heads or neurons being pruned as soon as all tokens have arrived at it (``sequential``, one pass)."""
     targets: list[str] = field(default_factory=list)
     """Prune only weights that one of these patterns names: whole components (``mlp``, ``layers.1``,
     ``experts.down_proj[3]``), wildcards (``*_proj``), or ``re:`` and a regular expression. By default every matrix of
@@ -418,6 +431,9 @@ class PruneConfig:
     stream: Streaming = "auto"
     """Read the weights block by block from safetensors instead of loading the whole model: ``auto`` (if they would take
     more than half of the free memory), ``always`` or ``never``."""
+    packed: bool = False
+    """Write the checkpoint without its zeros, as ``pyprune pack`` does: smaller, and faster to decode with
+    ``pyprune.load``; stock loaders read it after ``pyprune unpack``."""
     calibration: Calibration = field(default_factory=Calibration)
     evaluation: Evaluation = field(default_factory=Evaluation)
     reconstruction: Reconstruction = field(default_factory=Reconstruction)
@@ -481,20 +497,12 @@ class PruneConfig:
             )
 
     def _check_sequential(self) -> None:
-        if self.inputs != "sequential":
-            return
-        if self.is_structured:
+        if self.inputs == "sequential" and self.is_curve:
+            shown = ", ".join(f"{s:g}" for s in self.sparsities)
             raise ConfigError(
-                f"inputs='sequential' prunes masks group by group; pattern={self.pattern!r} needs inputs="
-                "'propagated' or 'dense'"
-            )
-        if self.global_propagation and (
-            self.reconstruct not in ("block", "cross_block") or self.reconstruction.layerwise_target == "dense"
-        ):
-            raise ConfigError(
-                "inputs='sequential' meets no inputs of the dense stream, which the layer-wise step of "
-                "global_propagation fits: set inputs='propagated', or reconstruct='block' or "
-                "'cross_block' with layerwise_target='local'"
+                f"inputs='sequential' prunes to one sparsity, not to a list ({shown}): behind pruned blocks each "
+                "sparsity has inputs of its own, so no pass would be shared; prune to one at a time, or set "
+                "inputs='dense', where one pass serves all"
             )
 
     def _check_pattern(self) -> None:

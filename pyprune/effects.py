@@ -138,6 +138,10 @@ RUN: dict[str, Rule] = {
         )
     },
     "reconstruction.select": _RECONSTRUCTED,
+    "packed": (
+        lambda c: not c.is_structured,
+        "only masks leave zeros to pack: pattern='unstructured' or N:M; structured patterns make the matrices smaller",
+    ),
     "structured.allocation": (lambda c: c.is_structured, _STRUCTURED),
     "structured.nonstandard": (lambda c: c.is_structured, _STRUCTURED),
     "structured.head_scope": (
@@ -185,19 +189,26 @@ CALIBRATION: dict[str, Rule] = {
 }
 """Fields of ``Calibration`` whose effect depends on its other fields."""
 
+
+def _kinds(evaluation) -> set[str]:
+    """Of all texts that are named, or of the one that is measured without."""
+    other = evaluation.off_domain
+    return kinds(evaluation.text) | (set() if other is None or other == "none" else kinds(other))
+
+
 _OFF = "nothing is measured, as evaluation.enabled is False"
 _MEASURED: Rule = (lambda e: e.enabled, _OFF)
 
 EVALUATION: dict[str, Rule] = {
-    **dict.fromkeys(("text", "window", "max_windows", "dtype", "batch_size"), _MEASURED),
+    **dict.fromkeys(("text", "off_domain", "window", "max_windows", "dtype", "batch_size"), _MEASURED),
     "bos": (
-        lambda e: e.enabled and kinds(e.text) != {"ids"},
+        lambda e: e.enabled and _kinds(e) != {"ids"},
         "only text that is tokenised here uses it (with evaluation.enabled)",
     ),
-    "split": (lambda e: e.enabled and _SET[0](e.text), _SET[1] + " (with evaluation.enabled)"),
-    "subset": (lambda e: e.enabled and _SET[0](e.text), _SET[1] + " (with evaluation.enabled)"),
+    "split": (lambda e: e.enabled and "data set" in _kinds(e), _SET[1] + " (with evaluation.enabled)"),
+    "subset": (lambda e: e.enabled and "data set" in _kinds(e), _SET[1] + " (with evaluation.enabled)"),
     "text_column": (
-        lambda e: e.enabled and {"data set", "table"} & kinds(e.text),
+        lambda e: e.enabled and {"data set", "table"} & _kinds(e),
         CALIBRATION["text_column"][1] + " (with evaluation.enabled)",
     ),
 }

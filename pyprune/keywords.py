@@ -10,13 +10,112 @@ import dataclasses
 import difflib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Literal, TypedDict
 
-from pyprune.config import SECTIONS, ConfigError, PruneConfig
+from pyprune.config import (
+    SECTIONS,
+    ConfigError,
+    Criterion,
+    Dtype,
+    Inputs,
+    Method,
+    PruneConfig,
+    Reconstruction,
+    Streaming,
+    Structured,
+    StructuredReconstruction,
+    TokenWeights,
+    WeightReconstruction,
+)
+
+
+class Fields(TypedDict, total=False):
+    """Every keyword of :func:`pyprune.prune`, for editors and type checkers; a test keeps it equal to the fields."""
+
+    output: str | None
+    method: Method
+    pattern: str
+    sparsity: float | list[float] | tuple[float, ...] | None
+    criterion: Criterion
+    reconstruct: WeightReconstruction | StructuredReconstruction | None
+    global_propagation: bool
+    inputs: Inputs
+    targets: list[str]
+    ignore: list[str]
+    damping: float
+    column_block: int
+    batch_size: int | None
+    dtype: Dtype
+    compute_dtype: Dtype
+    device: str
+    backend: str
+    seed: int
+    probe_samples: int
+    memory_budget_gb: float | None
+    stream: Streaming
+    packed: bool
+    num_samples: int | None
+    seq_len: int | None
+    calibration_seed: int | None
+    calibration_split: str
+    calibration_subset: str | None
+    calibration_text_column: str | None
+    self_generated: int
+    self_generated_path: str | None
+    self_generated_for: Literal["reconstruction", "all"]
+    language: str | None
+    held_out: int
+    text: Any
+    off_domain: Any
+    window: int | None
+    max_windows: int | None
+    evaluation_dtype: Dtype
+    evaluation_batch_size: int
+    bos: bool
+    evaluation_split: str
+    evaluation_subset: str | None
+    evaluation_text_column: str | None
+    epochs: int
+    lr: float
+    betas: tuple[float, float]
+    weight_decay: float
+    reconstruction_batch_size: int
+    micro_batch_size: int | None
+    autocast: Literal["auto", "float32", "bfloat16"]
+    early_stop: bool
+    select: Literal["last", "validation"]
+    layerwise_target: Literal["local", "dense"]
+    allocation: Literal["uniform", "global"]
+    structured_damping: float | None
+    interpolate: Literal["both", "weight", "bias"]
+    interpolate_weights: bool
+    token_weights: TokenWeights
+    head_scope: Literal["groups", "queries"]
+    nonstandard: Literal["refuse", "save", "pad"]
+    calibration: Any
+    evaluation: Any
+    reconstruction: Reconstruction | dict
+    structured: Structured | dict
+
 
 RECORDED = ("backends",)
 """Fields that a run writes down in ``run.yaml``; nobody names them on a command line."""
 RENAMED = {"calibration.source": "calibration", "evaluation.text": "text", "evaluation.enabled": "evaluation"}
+
+
+REFINED = (
+    "output",
+    "dtype",
+    "compute_dtype",
+    "device",
+    "seed",
+    "stream",
+    "memory_budget_gb",
+    "global_propagation",
+    "packed",
+)
+NOT_REFINED = ("calibration.self_generated_for", "reconstruction.layerwise_target")
+"""Fields of a run, and settings in its sections that mean nothing there, of a refinement."""
 
 
 def configuration_fields() -> dict[str, tuple[type, dataclasses.Field]]:
@@ -39,6 +138,12 @@ def keywords(paths: Iterable[str] | None = None) -> dict[str, str]:
         return RENAMED.get(path) or (f"{section}_{last}" if section and counts[last] > 1 else last)
 
     return {name(path): path for path in paths}
+
+
+def refine_fields() -> list[str]:
+    """Paths of the fields that ``refine`` takes."""
+    sections = ("calibration.", "reconstruction.", "evaluation.")
+    return [*REFINED, *(p for p in configuration_fields() if p.startswith(sections) and p not in NOT_REFINED)]
 
 
 def nested(

@@ -122,6 +122,20 @@ def cases() -> list[Case]:
         [config(4, BC=moments.BC_MERGE)],
     )
 
+    sparse, packed = module("sparse"), "mask:u8 values:{0} offsets:i64"
+    for kind in ("bf16", "fp32"):
+        pointers = f"x:{kind} {packed.format(kind)} bias:{kind} out:{kind}"
+        case(f"sparse one {kind}", sparse.one_token_kernel, pointers, sparse.ONE, HAS_BIAS=True)
+        case(
+            f"sparse few {kind}",
+            sparse.few_tokens_kernel,
+            pointers,
+            sparse.FEW,
+            HAS_BIAS=True,
+            BT=sparse.BT,
+        )
+    case("sparse expand", sparse.expand_kernel, f"{packed.format('bf16')} out:bf16", [sparse.EXPAND])
+
     for n, m, padded in ((2, 4, 4), (7, 16, 16), (1, 3, 4)):
         tiles = []
         for each in nm.CONFIGS:

@@ -234,7 +234,7 @@ def test_criteria_that_look_at_weights_alone_are_the_others():
 def test_the_command_line_and_the_python_api_refuse_alike(folder, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         commands.main(["prune", str(folder), "-o", str(tmp_path / "out"), "--method", "wanda", "--damping", "0.1"])
-    assert stop.value.code == 2 and "damping=0.1 would do nothing" in capsys.readouterr().err
+    assert stop.value.code == 2 and "--damping 0.1 would do nothing" in capsys.readouterr().err
     model = tiny.model("llama")
     with pytest.raises(ConfigError, match="damping=0.1 would do nothing"):
         pyprune.prune(model, method="wanda", damping=0.1, calibration=tiny.ids(4, 16))
@@ -246,17 +246,13 @@ def test_the_command_line_and_the_python_api_refuse_alike(folder, tmp_path, caps
 
 
 @pytest.mark.parametrize(
-    "options,field",
-    [
-        (["--criterion", "wifv"], "criterion"),
-        (["--damping", "0.01"], "damping"),
-        (["--epochs", "5"], "reconstruction.epochs"),
-    ],
+    "options",
+    [["--criterion", "wifv"], ["--damping", "0.01"], ["--epochs", "5"]],
 )
-def test_an_option_that_names_the_default_is_refused_as_well(folder, tmp_path, capsys, options, field):
+def test_an_option_that_names_the_default_is_refused_as_well(folder, tmp_path, capsys, options):
     with pytest.raises(SystemExit) as stop:
         commands.main(["prune", str(folder), "-o", str(tmp_path / "out"), "--method", "wanda", *options])
-    assert stop.value.code == 2 and f"{field}=" in capsys.readouterr().err
+    assert stop.value.code == 2 and f"{' '.join(options)} would do nothing" in capsys.readouterr().err
 
 
 def test_options_make_fields_of_the_file_idle_but_not_one_another():

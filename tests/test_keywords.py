@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from pyprune.config import Calibration, ConfigError
-from pyprune.keywords import configuration_fields, keywords, nested
+from pyprune.config import SECTIONS, Calibration, ConfigError
+from pyprune.keywords import Fields, configuration_fields, keywords, nested
 
 
 def test_every_field_has_a_name_of_its_own():
@@ -14,6 +14,10 @@ def test_every_field_has_a_name_of_its_own():
     assert names["num_samples"] == "calibration.num_samples" and names["epochs"] == "reconstruction.epochs"
     assert names["dtype"] == "dtype" and names["evaluation_dtype"] == "evaluation.dtype"
     assert keywords(["evaluation.dtype"]) == {"dtype": "evaluation.dtype"}, "short where nothing else has the name"
+
+
+def test_editors_know_every_keyword():
+    assert set(Fields.__annotations__) == {*keywords(), *SECTIONS} - {"model"}, "as keywords.Fields says them"
 
 
 def test_keywords_become_the_sections_they_belong_to():

@@ -18,6 +18,7 @@ from pyprune.triton_kernels.moments import column_moments
 from pyprune.triton_kernels.nm import nm_mask
 from pyprune.triton_kernels.products import linear, trailing_update
 from pyprune.triton_kernels.select import select_mask
+from pyprune.triton_kernels.sparse import sparse_linear
 from pyprune.triton_kernels.sweep import obs_sweep
 
 __all__ = [
@@ -34,5 +35,6 @@ __all__ = [
     "nm_mask",
     "obs_sweep",
     "select_mask",
+    "sparse_linear",
     "trailing_update",
 ]

@@ -20,7 +20,8 @@ static std::vector<const Kernels*> usable() {
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                         __builtin_cpu_supports("avx512cd");
-    if (avx512 && __builtin_cpu_supports("avx512bf16")) found.push_back(&kernels_avx512_bf16);
+    // VBMI2, which expands 16-bit values, came before bfloat16 products everywhere but on Cooper Lake.
+    if (avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi2")) found.push_back(&kernels_avx512_bf16);
     if (avx512) found.push_back(&kernels_avx512);
     if (avx2) found.push_back(&kernels_avx2);
 #endif

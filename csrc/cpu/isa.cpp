@@ -8,6 +8,7 @@
 #include "cpu/product.h"
 #include "cpu/select.h"
 #include "cpu/sparse24.h"
+#include "cpu/sparse_linear.h"
 #include "cpu/sweep.h"
 
 #define PYPRUNE_JOIN_(a, b) a##b
@@ -19,6 +20,7 @@ namespace pyprune {
 extern const Kernels PYPRUNE_JOIN(kernels_, PYPRUNE_ISA);
 const Kernels PYPRUNE_JOIN(kernels_, PYPRUNE_ISA) = {
     PYPRUNE_STRING(PYPRUNE_ISA), &gram, &cross_gram, &linear, &trailing_update, &column_moments, &select_mask,
-    &nm_mask, &obs_sweep, &cholesky, &compress_24, &expand_24, &tile_flops,
+    &nm_mask, &obs_sweep, &cholesky, &compress_24, &expand_24, &sparse_linear,
+    &expand_bitmask, &tile_flops,
 };
 }  // namespace pyprune

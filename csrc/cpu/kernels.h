@@ -15,6 +15,15 @@ struct Tokens {  // x [tokens, columns]; a token counts where mask is null or no
     const uint8_t* mask;
 };
 
+struct PackedView {  // a weight [rows, columns] as pyprune/ops/packed.py lays it out, checked
+    const uint8_t* mask;
+    int64_t width;  // bytes of a row's mask
+    const void* values;
+    const int64_t* offsets;
+    int64_t rows, columns;
+    int type;
+};
+
 struct Kernels {
     const char* name;
     // gram [c, c] += xᵀx, both triangles; sums [c] and count may be null.
@@ -46,6 +55,11 @@ struct Kernels {
     // False: metadata names one place twice
     bool (*expand_24)(const uint16_t* values, const int16_t* metadata, int64_t rows, int64_t columns, uint16_t* w,
                       int threads);
+    // out [tokens, rows] = x [tokens, columns] wᵀ + bias (may be null), all of w's type; for a few tokens
+    void (*sparse_linear)(const PackedView& w, const void* x, int64_t x_stride, int64_t tokens, const void* bias,
+                          void* out, int64_t out_stride, int threads);
+    // out [count, columns] = rows first … of w
+    void (*expand_bitmask)(const PackedView& w, int64_t first, int64_t count, void* out, int threads);
     double (*tile_flops)(bool pairs, int64_t repeats, int threads);  // for benchmarks: peak.h
 };
 

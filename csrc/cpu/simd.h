@@ -49,6 +49,15 @@ inline uint16_t round_bf16(float x) {  // nearest even, NaN stays NaN
     return (bits & 0x7fffffffu) > 0x7f800000u ? uint16_t((bits >> 16) | 0x40) : rounded;
 }
 
+inline uint16_t round_f16(float x) {  // nearest even, NaN stays NaN
+    const uint32_t sign = float_bits(x) >> 16 & 0x8000u, magnitude = float_bits(x) & 0x7fffffffu;
+    if (magnitude > 0x7f800000u) return uint16_t(sign | 0x7e00u);
+    if (magnitude >= 0x477ff000u) return uint16_t(sign | 0x7c00u);  // from 65,520 on the nearest is infinity
+    if (magnitude < 0x38800000u)  // subnormal: adding 0.5 leaves multiples of 2^-24 in the mantissa
+        return uint16_t(sign | (float_bits(bits_float(magnitude) + 0.5f) - 0x3f000000u));
+    return uint16_t(sign | ((magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1)) >> 13));
+}
+
 // Threads worth waking for so many cycles of work. Where other programs compete for the cores, every parallel region can
 // cost a time slice, so one that saves less than about 30 µs runs alone.
 inline int worth(int threads, double cycles) {
@@ -75,7 +84,7 @@ class Buffer {
     ~Buffer() { std::free(data_); }
     Buffer(const Buffer&) = delete;
     Buffer& operator=(const Buffer&) = delete;
-    T* get() { return data_; }
+    T* get() const { return data_; }
     T& operator[](int64_t i) { return data_[i]; }
 
   private:

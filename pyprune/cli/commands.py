@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -11,11 +10,14 @@ from typing import Annotated, Any
 import typer
 
 import pyprune
+from pyprune.cli import packing
 from pyprune.cli.help import Command, Group
-from pyprune.cli.options import option_of, with_fields
+from pyprune.cli.options import as_options, option_of, with_fields
+from pyprune.cli.studies import study
 from pyprune.config import Calibration, ConfigError, Evaluation, Reconstruction, check_named, from_dict, override
-from pyprune.keywords import configuration_fields
+from pyprune.keywords import configuration_fields, refine_fields
 from pyprune.reporting import comparison, rendering
+from pyprune.reporting.rendering import print_json
 
 app = typer.Typer(
     name="pyprune", cls=Group, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False
@@ -27,22 +29,7 @@ EVALUATION_FIELDS = [
     path for path in configuration_fields() if path.startswith("evaluation.") and path != "evaluation.enabled"
 ]
 
-REFINE_FIELDS = [
-    "output",
-    "dtype",
-    "compute_dtype",
-    "device",
-    "seed",
-    "stream",
-    "memory_budget_gb",
-    "global_propagation",
-    *(
-        path
-        for path in configuration_fields()
-        if path.startswith(("calibration.", "reconstruction.", "evaluation."))
-        and path not in ("calibration.self_generated_for", "reconstruction.layerwise_target")
-    ),
-]
+REFINE_FIELDS = refine_fields()
 
 
 def _version(asked: bool) -> None:
@@ -58,12 +45,6 @@ def options(
     ] = False,
 ):
     """One-shot pruning of transformers: what it does, what it costs, on CPU and GPU."""
-
-
-def _print_json(value) -> None:
-    from pyprune.model.checkpoint import plain
-
-    print(json.dumps(plain(value), indent=1, allow_nan=False))
 
 
 def silent() -> bool:
@@ -91,14 +72,14 @@ def prune(
         raise ConfigError("--resume would do nothing: --plan runs nothing")
     if plan:
         found = pyprune.plan(settings)
-        return _print_json(found) if as_json else rendering.print_plan(found)
+        return print_json(found) if as_json else rendering.print_plan(found)
     if settings.output is None:
         raise ConfigError("no output folder: name one with -o, or ask for the --plan only")
     result = pyprune.prune(config=settings, resume=resume)
     if silent():
         return None
     if as_json:
-        return _print_json(result.report)
+        return print_json(result.report)
     return rendering.print_summary(result.report, settings.output)
 
 
@@ -135,7 +116,7 @@ def refine(
     found = refine_checkpoint(model, output, dense=dense, cross_block=cross_block, resume=resume, **sections, **fields)
     if silent():
         return None
-    return _print_json(found) if as_json else print_refinement(found, output)
+    return print_json(found) if as_json else print_refinement(found, output)
 
 
 @app.command(name="eval", cls=Command)
@@ -172,7 +153,7 @@ def evaluate(
             gain.plot(rows, plot)
         written = gain.record(rows, model)
         if as_json:
-            return _print_json(rows)
+            return print_json(rows)
         gain.print_side_by_side(rows)
         return print("added to " + ", ".join(map(str, written))) if written else None
     for name, value in (("--against", against), ("--plot", plot)):
@@ -180,7 +161,7 @@ def evaluate(
             raise ConfigError(f"{name} would do nothing: only --latency compares with the dense model")
     from pyprune.evaluation.perplexity import NotFinite
 
-    show = _print_json if as_json else rendering.print_evaluation
+    show = print_json if as_json else rendering.print_evaluation
     try:
         show(pyprune.evaluate(model, device=device, **asked))
     except NotFinite as error:
@@ -195,18 +176,30 @@ def inspect(
 ):
     """Show the true sparsity, N:M violations and coverage of a checkpoint, read from its files."""
     found = pyprune.inspect(directory)
-    return _print_json(found) if as_json else rendering.print_inspection(found)
+    return print_json(found) if as_json else rendering.print_inspection(found)
 
 
 @app.command(cls=Command)
 def compare(
-    directories: Annotated[list[Path], typer.Argument(help="Folders that pyprune wrote.")], as_json: Json = False
+    directories: Annotated[list[Path], typer.Argument(help="Folders that pyprune wrote.")],
+    html: Annotated[Path | None, typer.Option(help="Write the comparison as a page, too: one HTML file.")] = None,
+    as_json: Json = False,
 ):
     """Show runs side by side: settings, perplexity, reconstruction error and time."""
     rows = pyprune.compare(directories)
+    if html is not None:
+        from pyprune.reporting.comparison_page import comparison_page
+        from pyprune.reporting.page import write
+
+        write(html, comparison_page(directories))
     if as_json:
-        return _print_json({"runs": rows, "notes": comparison.differences(rows)})
+        return print_json({"runs": rows, "notes": comparison.differences(rows)})
     return comparison.print_comparison(rows)
+
+
+app.command(cls=Command)(study)
+app.command(cls=Command)(packing.pack)
+app.command(cls=Command)(packing.unpack)
 
 
 @app.command(cls=Command)
@@ -247,7 +240,7 @@ def env(
     from pyprune.cli.environment import environment, print_environment
 
     found = environment(qualify)
-    return _print_json(found) if as_json else print_environment(found)
+    return print_json(found) if as_json else print_environment(found)
 
 
 def main(arguments: list[str] | None = None, prog: str | None = None) -> None:
@@ -255,7 +248,7 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> None:
     try:
         app(args=arguments, prog_name=prog)
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {as_options(str(error))}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:
         sys.exit(1)

@@ -10,6 +10,7 @@ import ast
 import dataclasses
 import functools
 import inspect
+import re
 import textwrap
 import typing
 from collections.abc import Collection
@@ -23,9 +24,11 @@ from pyprune.effects import default
 from pyprune.keywords import configuration_fields, keywords
 
 SHORT = {"output": "-o"}
-TEXTUAL = {"sparsity": str, "calibration.source": str, "evaluation.text": list[str]}
+SEVERAL = ("calibration.source", "evaluation.text", "evaluation.off_domain")
+"""Fields that take one source or several: the option may be given more than once."""
+TEXTUAL = {"sparsity": str, **dict.fromkeys(SEVERAL, list[str])}
 """Fields of any type in Python; on the command line they are text."""
-VALUES = {"memory_budget_gb": "GB", "output": "FOLDER", "calibration.source": "SOURCE", "evaluation.text": "SOURCE"}
+VALUES = {"memory_budget_gb": "GB", "output": "FOLDER", **dict.fromkeys(SEVERAL, "SOURCE")}
 """What ``--help`` calls the value of an option, where its type would say little."""
 
 COMMON = (
@@ -78,6 +81,28 @@ def field_docs(cls) -> dict[str, str]:
 def option_of(path: str, paths: list[str]) -> str:
     """``--text`` for ``evaluation.text``, in a command that has the options of ``paths``."""
     return next("--" + name.replace("_", "-") for name, found in keywords(paths).items() if found == path)
+
+
+def as_options(text: str) -> str:
+    """A sentence of the library with its settings as the command line spells them: ``num_samples=4`` becomes
+    ``--num-samples 4``, ``evaluation.enabled=False`` becomes ``--no-evaluation``."""
+    names = {path: name for name, path in keywords().items()}
+    names |= {name: name for name in keywords() if name not in names}
+
+    def spelt(match: re.Match) -> str:
+        flag, value = names[match["name"]].replace("_", "-"), match["value"]
+        if value is None:
+            return f"--{flag}" if "_" in match["name"] or "." in match["name"] else match[0]
+        if value in ("True", "False"):
+            return f"--{'' if value == 'True' else 'no-'}{flag}"
+        return f"--{flag} " + value.replace("'", "")
+
+    known = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
+    return re.sub(
+        rf"(?<![\w./-])(?P<name>{known})(?![\w./-])(?:=(?P<value>'[^']*'(?:(?:, | or )'[^']*')*|[\w.:,-]*[\w]))?",
+        spelt,
+        text,
+    )
 
 
 def panel_of(path: str, common: Collection[str]) -> str | None:
@@ -160,7 +185,7 @@ def nested(flat: dict[str, Any]) -> dict:
         section, _, name = path.rpartition(".")
         if path == "sparsity":
             value = _sparsity(value)
-        if path == "evaluation.text" and len(value) == 1:
+        if path in SEVERAL and len(value) == 1:
             value = value[0]
         (result.setdefault(section, {}) if section else result)[name] = value
     return result

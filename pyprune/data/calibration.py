@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyprune.config import Calibration, ConfigError, from_dict
-from pyprune.data import texts, thin
+from pyprune.config import SHORT_WINDOWS, Calibration, ConfigError, from_dict
+from pyprune.data import builtin, given, texts, thin
 from pyprune.model.attributes import begin_token
 
 POOL = 8
@@ -34,6 +34,8 @@ class CalibrationData:
     """To fit on."""
     held_out: list[Tensor] = field(default_factory=list)
     """From the same source where it has enough, disjoint from ``sequences``: to measure generalisation only."""
+    unseen: list[Tensor] = field(default_factory=list)
+    """A few more of the same, neither fitted nor held out: to measure perplexity on where no other text is named."""
     generated: list[Tensor] = field(default_factory=list)
     """Sampled from the model itself, for the reconstruction alone (``self_generated_for="reconstruction"``)."""
     fingerprint: str
@@ -60,6 +62,13 @@ def named(source: Any) -> dict | Calibration:
     return source if isinstance(source, Calibration) or fields else {"source": source}
 
 
+def settled(calibration: Calibration) -> Calibration:
+    """A calibration whose source can be read more than once: a ``DataLoader`` is read here."""
+    asked = None if calibration.num_samples is None else calibration.num_samples + calibration.held_out
+    source = given.settled(calibration.source, asked)
+    return calibration if source is calibration.source else dataclasses.replace(calibration, source=source)
+
+
 def coerce(source: Any) -> Calibration:
     """A :class:`Calibration` whose number and length of sequences are known, from what callers pass for one.
 
@@ -76,7 +85,8 @@ def _resolve(source: Any) -> tuple[Calibration, list[Tensor] | None]:
     calibration = named(source)
     if isinstance(calibration, dict):
         calibration = from_dict(Calibration, calibration, "calibration")
-    rows = None if calibration.num_samples == 0 else texts.token_rows(calibration.source)
+    calibration = settled(calibration)
+    rows = None if calibration.num_samples == 0 else given.token_rows(calibration.source)
     count, length = calibration.samples, calibration.tokens
     if rows is not None:
         count = len(rows) if calibration.num_samples is None else count
@@ -133,17 +143,23 @@ def load(
 
 
 def _from_text(calibration: Calibration, tokenizer, encoder: bool, vocab_size: int | None) -> CalibrationData:
+    """Sequences of one source, or of several in equal shares while each has some left."""
     need_tokenizer(tokenizer, "calibration text")
     asked, name = calibration.samples, texts.describe(calibration.source)
-    pieces = _pieces(
-        _documents(calibration, encoder), tokenizer, calibration.tokens, asked + calibration.held_out, encoder
-    )
-    _check_count(len(pieces), calibration, encoder)
-    texts.check_vocabulary(pieces, vocab_size)
-    order = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(calibration.seed or 0)).tolist()
-    chosen = [pieces[i] for i in order]
+    pools = [
+        _pool(source, calibration, tokenizer, encoder, asked + calibration.held_out)
+        for source in sources_of(calibration)
+    ]
+    _check_count(sum(map(len, pools)), calibration, encoder)
+    for pool in pools:
+        texts.check_vocabulary(pool, vocab_size)
+    chosen = [
+        piece for row in itertools.zip_longest(*(_shuffled(pool, calibration.seed) for pool in pools)) for piece in row
+    ]
+    chosen = [piece for piece in chosen if piece is not None]
     fit = chosen[:asked]
-    held_out = thin.others(chosen[asked:], fit, calibration.held_out)
+    rest = thin.others(chosen[asked:], fit, calibration.held_out + SHORT_WINDOWS)
+    held_out, unseen = rest[: calibration.held_out], rest[calibration.held_out :]
     missing = len(held_out) < calibration.held_out
     return _assemble(
         fit,
@@ -152,7 +168,27 @@ def _from_text(calibration: Calibration, tokenizer, encoder: bool, vocab_size: i
         f"; {len(held_out)} of the {calibration.held_out} held-out sequences asked for, as it has no more"
         if missing
         else "",
+        unseen,
     )
+
+
+def sources_of(calibration: Calibration) -> list:
+    """The sources that sequences are taken from."""
+    return list(builtin.CALIBRATION) if calibration.source is None else texts.mixture(calibration.source)
+
+
+def _pool(source: Any, calibration: Calibration, tokenizer, encoder: bool, wanted: int) -> list[Tensor]:
+    """The sequences of one source to choose from."""
+    rows = given.token_rows(source)
+    if rows is not None:
+        texts.check_rows(rows, texts.describe(source), "a sequence")
+        return [row[: calibration.tokens] for row in rows]
+    return _pieces(_documents(source, calibration, encoder), tokenizer, calibration.tokens, wanted, encoder)
+
+
+def _shuffled(pool: list[Tensor], seed: int | None) -> list[Tensor]:
+    order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed or 0)).tolist()
+    return [pool[i] for i in order]
 
 
 def _from_rows(
@@ -167,26 +203,33 @@ def _from_rows(
     )
     rows = [row[: calibration.seq_len] for row in rows]
     fit = rows[:asked]
-    held_out = thin.others(rows[asked:], fit, calibration.held_out)
-    texts.check_vocabulary(held_out, vocab_size)
-    data = _assemble(fit, held_out, f"{name}, {how}")
+    rest = thin.others(rows[asked:], fit, calibration.held_out + SHORT_WINDOWS)
+    held_out, unseen = rest[: calibration.held_out], rest[calibration.held_out :]
+    texts.check_vocabulary(rest, vocab_size)
+    data = _assemble(fit, held_out, f"{name}, {how}", unseen=unseen)
     missing = calibration.held_out - len(held_out)
     if missing and tokenizer is not None:
-        pieces = _pieces(texts.builtin("calibration"), tokenizer, max(map(len, fit)), missing, encoder)[:missing]
+        documents = builtin.paragraphs(builtin.DOCUMENTATION)
+        pieces = _pieces(documents, tokenizer, max(map(len, fit)), missing, encoder)[:missing]
         texts.check_vocabulary(pieces, vocab_size)
         data.held_out += pieces
-        data.description += f"; {len(pieces)} of the held-out sequences are from {texts.BUILTIN}"
+        data.description += (
+            f"; {len(pieces)} of the held-out sequences are from {texts.describe(builtin.DOCUMENTATION)}"
+        )
     elif missing:
         data.description += f"; {len(data.held_out)} held-out sequences, as all rows but those are fitted on"
     return data
 
 
-def _assemble(fit: list[Tensor], held_out: list[Tensor], source: str, rest: str = "") -> CalibrationData:
+def _assemble(
+    fit: list[Tensor], held_out: list[Tensor], source: str, rest: str = "", unseen: list[Tensor] | None = None
+) -> CalibrationData:
     lengths = sorted({len(row) for row in fit})
     width = f"{lengths[0]}" if len(lengths) == 1 else f"{lengths[0]} to {lengths[-1]}"
     return CalibrationData(
         sequences=fit,
         held_out=held_out,
+        unseen=unseen or [],
         fingerprint=fingerprint(fit),
         description=f"{source}: {len(fit)} sequences of {width} tokens{rest}",
     )
@@ -198,14 +241,10 @@ def need_tokenizer(tokenizer, what: str) -> None:
         raise ConfigError(f"{what} needs a tokenizer: pass tokenizer=, or give token ids instead of text")
 
 
-def _documents(calibration: Calibration, encoder: bool = False) -> Iterable[str]:
-    """Texts of the source; for an encoder a plain text file is one text per line."""
-    if calibration.source is None:
-        return texts.builtin("calibration")
-    found = texts.read(
-        calibration.source, split=calibration.split, subset=calibration.subset, text_column=calibration.text_column
-    )
-    if encoder and str(calibration.source).endswith(".txt"):
+def _documents(source: Any, calibration: Calibration, encoder: bool = False) -> Iterable[str]:
+    """Texts of a source; for an encoder a plain text file is one text per line."""
+    found = texts.read(source, split=calibration.split, subset=calibration.subset, text_column=calibration.text_column)
+    if encoder and str(source).endswith(".txt"):
         return (line for text in found for line in text.splitlines())
     return found
 

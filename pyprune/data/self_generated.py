@@ -15,6 +15,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from pyprune.config import ConfigError
 from pyprune.model.attributes import output_layer, positions_named, vocabulary_size
 from pyprune.model.blocks import predicts_next_token, read_on
 from pyprune.model.recording import uncached
+from pyprune.packed.loading import opened
 
 KIND = "pyprune self-generated calibration"
 GREEDY_TOKENS = 5
@@ -32,11 +34,11 @@ MAX_REJECTION = 100
 
 
 def generate(
-    model,
-    tokenizer,
-    n: int,
+    model: Any,
+    tokenizer: Any = None,
+    num_samples: int = 64,
     *,
-    seq_len: int,
+    seq_len: int = 512,
     seed: int = 0,
     batch_size: int = 32,
     language: str | None = None,
@@ -44,15 +46,18 @@ def generate(
     progress: Callable[[int, int], None] | None = None,
     detect: Callable[[str], str] | None = None,
 ) -> list[Tensor]:
-    """``n`` sequences of ``seq_len`` tokens sampled from ``model``, as a list of int64 tensors ``[seq_len]``.
+    """``num_samples`` sequences of ``seq_len`` tokens sampled from ``model``, as a list of int64 tensors ``[seq_len]``.
 
+    ``model``: a live causal model with its ``tokenizer``, what :func:`pyprune.load` takes or returns, or a result.
     Special tokens (end of text, padding, …) are never drawn, so every sequence has its full length. ``language``: ISO
     code; candidates whose first five tokens read otherwise are dropped, by ``detect`` (text → code) or py3langid.
     ``path``: jsonl, settings in the first line; its sequences are reused if the settings match, missing ones are
-    added as they are made. ``progress(done, n)`` after every batch.
+    added as they are made. ``progress(done, num_samples)`` after every batch.
     Raises ConfigError for an encoder, a length the model cannot hold, a file of other settings, or a language that
     hardly any candidate is in.
     """
+    model, tokenizer = opened(model, tokenizer)
+    n = num_samples
     _check(model, n, seq_len, batch_size)
     settings = {
         "kind": KIND,

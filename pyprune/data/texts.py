@@ -1,4 +1,4 @@
-"""Where text and token ids come from: files, Hub data sets, lists, tensors, the Python documentation.
+"""Where text and token ids come from: files, Hub data sets, lists, tensors, texts that come with pyprune.
 
 Calibration and evaluation read through this one file, so that the same source means the same text in both.
 """
@@ -10,93 +10,44 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pyprune.config import ConfigError
-from pyprune.sources import DATA_FILES
+from pyprune.data import builtin
+from pyprune.data.given import text_rows
+from pyprune.sources import DATA_FILES, columns_of, is_name, kind
 
 TEXT_COLUMNS = ("text", "content", "sentence", "document", "body", "article", "question", "sentence1", "sentence2")
-BUILTIN = "the Python documentation of this interpreter (pydoc_data.topics)"
 
 
 def describe(source: Any) -> str:
     """A source in a few words, for reports."""
     if source is None:
-        return BUILTIN
-    if isinstance(source, (str, Path)):
-        return str(source)
+        return describe(list(builtin.CALIBRATION))
+    if is_name(source):
+        return builtin.TEXTS.get(str(source), str(source))
+    if isinstance(source, str):
+        return "a text given in Python"
+    if len(several := mixture(source)) > 1:
+        return " and ".join(map(describe, several))
     if isinstance(source, Tensor):
         return f"a tensor of token ids {list(source.shape)}"
-    return f"{len(source)} texts given in Python" if _is_texts(source) else "token ids given in Python"
+    found = kind(source)
+    if found == "table":
+        return f"a data set given in Python (columns {', '.join(columns_of(source) or ())})"
+    return f"{len(source)} texts given in Python" if found == "prose" else "token ids given in Python"
 
 
-def _is_texts(source: Any) -> bool:
-    return isinstance(source, (list, tuple)) and bool(source) and all(isinstance(s, str) for s in source)
+def mixture(source: Any) -> list:
+    """The sources in ``Calibration.source``: each entry of a list in which every one is the name of a file, of a text
+    that comes with pyprune, or of a data set with its owner's; else the one source itself. A list of words is text."""
+    several = isinstance(source, list) and len(source) > 1 and all(map(is_name, source))
+    return list(source) if several and all(_names_one(str(name)) for name in source) else [source]
 
 
-def sources(text: Any) -> list:
-    """The sources in ``Evaluation.text``: itself, or each entry of a list of paths, data sets or arrays.
-
-    A list of prose is one source, and so is a list of 1-D tensors; an entry that is a file or has no white space in it
-    is the name of a source.
-    """
-    if not isinstance(text, list) or not text or all(isinstance(t, Tensor) and t.ndim == 1 for t in text):
-        return [text]
-    if all(isinstance(t, str) for t in text) and not all(_is_name(t) for t in text):
-        return [text]
-    return list(text)
-
-
-def _is_name(text: str) -> bool:
-    return bool(text) and (not re.search(r"\s", text) or (len(text) < 1024 and Path(text).exists()))
-
-
-def token_rows(source: Any) -> list[Tensor] | None:
-    """The sequences of a source that already is token ids, in order and without padding; None for any other source.
-
-    Ids are a ``.npy`` path, a tensor or array ``[samples, tokens]``, a list of 1-D tensors (ragged lengths), or a pair
-    ``(ids, mask)`` or mapping with ``input_ids`` and ``attention_mask``, whose masked positions are dropped.
-    """
-    mask = None
-    if isinstance(source, Mapping):
-        if "input_ids" not in source:
-            raise ConfigError(f"a mapping of token ids needs input_ids, got the keys {', '.join(map(str, source))}")
-        source, mask = source["input_ids"], source.get("attention_mask")
-    elif isinstance(source, tuple) and len(source) == 2 and all(getattr(s, "ndim", 0) == 2 for s in source):
-        source, mask = source
-    if isinstance(source, (str, Path)) and Path(source).suffix == ".npy":
-        source = _load_npy(Path(source))
-    if isinstance(source, list) and source and all(isinstance(s, Tensor) for s in source):
-        return [_ids(s.reshape(-1), f"sequence {i}") for i, s in enumerate(source)]
-    if not hasattr(source, "ndim"):
-        return None
-    ids = _ids(torch.as_tensor(source), "token ids")
-    if ids.ndim != 2 or 0 in ids.shape:
-        raise ConfigError(f"token ids must be a matrix [samples, tokens], got shape {list(ids.shape)}")
-    if mask is None:
-        return list(ids)
-    mask = torch.as_tensor(mask)
-    if mask.shape != ids.shape:
-        raise ConfigError(f"the attention mask has shape {list(mask.shape)}, the token ids {list(ids.shape)}")
-    return [row[keep.bool()] for row, keep in zip(ids, mask)]
-
-
-def _load_npy(path: Path):
-    import numpy
-
-    if not path.is_file():
-        raise ConfigError(f"no such file: {path}")
-    try:
-        return numpy.load(path, allow_pickle=False)
-    except (ValueError, OSError) as error:
-        raise ConfigError(f"{path} is not a .npy array of token ids: {error}") from error
-
-
-def _ids(ids: Tensor, name: str) -> Tensor:
-    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise ConfigError(f"{name} must be integers, got {str(ids.dtype)[6:]}")
-    return ids.detach().cpu().long()
+def _names_one(name: str) -> bool:
+    known = kind(name) in ("builtin", "ids", "table", "prose")
+    return known or Path(name).exists() or bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name))
 
 
 def check_rows(rows: list[Tensor], name: str, what: str) -> None:
@@ -133,20 +84,14 @@ def read(source: Any, *, split: str, subset: str | None, text_column: str | None
     ``.txt`` is one document, except WikiText's tokenised form, which gives the rows of the Hub data set, so that joined
     with blank lines it is the very text that published perplexities are measured on.
     """
-    if isinstance(source, (list, tuple)):
-        if not _is_texts(source):
-            kinds = ", ".join(sorted({type(s).__name__ for s in source})) or "nothing"
-            raise ConfigError(f"a list as a source must hold texts, got {kinds}")
-        return iter(source)
-    if not isinstance(source, (str, Path)):
-        raise ConfigError(
-            f"a source is a path, a Hub data set, a list of texts or token ids, got {type(source).__name__}"
-        )
-    if str(source).startswith("<"):
-        raise ConfigError(
-            f"the source {source} was in memory when this configuration was written; put a path to the "
-            "same data in its place"
-        )
+    given = text_rows(source)
+    if given is not None:
+        first = next(iter(given), None)
+        if isinstance(first, Mapping):
+            return _columns(given, describe(source), text_column)
+        return iter(given)
+    if kind(source) == "builtin":
+        return iter(builtin.paragraphs(str(source)))
     path = Path(source)
     if path.is_file() and path.suffix in (".txt", ".md", ".rst", ""):
         return iter(_text_rows(path))
@@ -225,24 +170,3 @@ def _find_columns(row: dict, source: str, text_column: str | None) -> list[str]:
     if not (known or strings):
         raise ConfigError(f"{source} has no text column: its columns are {', '.join(row)}")
     return [known[0]] if known else [max(strings, key=lambda name: len(row[name]))]
-
-
-def builtin(part: str) -> list[str]:
-    """Paragraphs of the Python documentation that every Python carries, for ``calibration`` or ``evaluation``.
-
-    Topics repeat each other, so paragraphs are taken once and then cut in two: the parts share none.
-    """
-    from pydoc_data import topics
-
-    seen, paragraphs = set(), []
-    for text in topics.topics.values():
-        for paragraph in text.split("\n\n"):
-            key = " ".join(paragraph.split())
-            if key and key not in seen:
-                seen.add(key)
-                paragraphs.append(paragraph.strip("\n"))
-    half, total = 0, sum(map(len, paragraphs)) * 3 // 5
-    while total > 0:
-        total -= len(paragraphs[half])
-        half += 1
-    return paragraphs[:half] if part == "calibration" else paragraphs[half:]

@@ -1,6 +1,7 @@
 """How good and how fast a model is; the same code measures dense and pruned models.
 
 ``perplexity``       ``pyprune.evaluate``: windows of text, losses, perplexity
+``domains``          which texts a run measures, and the gap between the calibration's kind of text and others
 ``block_by_block``   the same measure inside a run, also where the weights are streamed: ``Meter``
 ``tasks``            sentence vectors, STS-B, and linear heads for encoders
 ``latency``          ``pyprune.latency``: size, prefill and decoding speed of one model

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pyprune.config import Evaluation
-from pyprune.evaluation.perplexity import check_causal, forward_dtype, measure, perplexity_of, placed, window_losses
+from pyprune.evaluation.perplexity import Text, check_causal, forward_dtype, measure, placed, row_of, window_losses
 from pyprune.execution.activation_store import Store
 from pyprune.execution.distributed import World
 from pyprune.execution.executor import Executor, Resident
@@ -29,7 +29,7 @@ class Meter:
 
     def __init__(
         self,
-        texts: list[tuple[str, list[Tensor]]],
+        texts: list[Text],
         evaluation: Evaluation,
         device: torch.device,
         store: Store,
@@ -47,8 +47,8 @@ class Meter:
         world, texts = self.world, self.texts
         if not texts:
             return []
-        split = all(len(windows) >= world.size for _, windows in texts)
-        own = [(name, windows[world.rank :: world.size] if split else windows) for name, windows in texts]
+        split = all(len(text.windows) >= world.size for text in texts)
+        own = [text._replace(windows=text.windows[world.rank :: world.size]) if split else text for text in texts]
         if isinstance(weights, Streamed):
             rows = measure_streamed(weights.view, weights, own, self.evaluation, self.store, self.device)
         else:
@@ -60,14 +60,25 @@ class Meter:
             )
             if not fits and note not in self.notes:
                 self.notes.append(note)
-        return world.mean_perplexity(rows, [len(windows) for _, windows in texts]) if split else rows
+        return self.joined(rows) if split and world.size > 1 else rows
+
+    def joined(self, rows: list[dict]) -> list[dict]:
+        """Rows of all windows, from those of every process's share."""
+        found = []
+        for text, parts in zip(self.texts, zip(*self.world.everyone(rows))):
+            losses = [0.0] * len(text.windows)
+            for rank, part in enumerate(parts):
+                losses[rank :: self.world.size] = part["losses"]
+            seconds = max(part["seconds"] for part in parts)
+            found.append({**row_of(text, losses, torch.float32, seconds), "dtype": parts[0]["dtype"]})
+        return found
 
 
 @torch.no_grad()
 def measure_streamed(
     view: ModelView,
     weights: Streamed,
-    named: list[tuple[str, list[Tensor]]],
+    named: list[Text],
     evaluation: Evaluation,
     store: Store,
     device: torch.device,
@@ -81,7 +92,7 @@ def measure_streamed(
         view, device=device, compute_dtype=dtype, batch_size=evaluation.batch_size, weights=weights, store=store
     )
     executor.mode = contextlib.nullcontext  # torch's own products, as in the evaluation of a model in memory
-    rows = [window for _, windows in named for window in windows]
+    rows = [window for text in named for window in text.windows]
     told: list[Tensor] = []
     places: list[int] = []
     with rest_in(view, dtype):
@@ -105,18 +116,9 @@ def measure_streamed(
     losses = [loss for _, loss in sorted(zip(places, torch.cat(told).tolist()))]
     seconds = time.perf_counter() - start
     result = []
-    for name, windows in named:
-        own, losses = losses[: len(windows)], losses[len(windows) :]
-        result.append(
-            {
-                "text": name,
-                "perplexity": perplexity_of(own),
-                "windows": len(windows),
-                "window": len(windows[0]),
-                "dtype": str(dtype)[6:],
-                "seconds": seconds * len(windows) / len(rows),
-            }
-        )
+    for text in named:
+        own, losses = losses[: len(text.windows)], losses[len(text.windows) :]
+        result.append(row_of(text, own, dtype, seconds * len(own) / len(rows)))
     return result
 
 

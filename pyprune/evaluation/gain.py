@@ -19,10 +19,14 @@ from torch import nn
 from pyprune.config import ConfigError
 from pyprune.evaluation.latency import latency
 from pyprune.model.blocks import predicts_next_token
-from pyprune.model.checkpoint import load, plain
+from pyprune.model.checkpoint import plain
 from pyprune.model.positions import of_any
 from pyprune.model.shards import write_bytes
-from pyprune.reporting.rendering import LABELS, cell, model_card
+from pyprune.packed import card
+from pyprune.packed.loading import load
+from pyprune.packed.modules import parameter_count, weight_bytes
+from pyprune.reporting.rendering import LABELS, cell, model_card, verdict
+from pyprune.reporting.run_page import write_run_page
 
 
 def dense_of(name: str | Path, option: str = "--against") -> str:
@@ -97,8 +101,7 @@ def measure(name: str, *, tokens: int, new_tokens: int, batch_size: int, dtype: 
         row = latency(model, tokens=tokens, new_tokens=new_tokens, batch_size=batch_size, directory=directory)
     else:
         row = _encoder(model, tokens, batch_size, directory)
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    return {"model": name, "weight_bytes": weights, **row}
+    return {"model": name, "weight_bytes": weight_bytes(model), **row}
 
 
 @torch.no_grad()
@@ -113,7 +116,7 @@ def _encoder(model: nn.Module, tokens: int, batch_size: int, directory: Path | N
         best = min(best, time.perf_counter() - start)
     files = [] if directory is None else [f for f in directory.iterdir() if f.suffix in (".safetensors", ".bin")]
     return {
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": parameter_count(model),
         "file_bytes": sum(f.stat().st_size for f in files) or None,
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         * (1 if sys.platform == "darwin" else 1024),
@@ -126,8 +129,9 @@ def _encoder(model: nn.Module, tokens: int, batch_size: int, directory: Path | N
 
 
 def record(rows: list[dict], directory: str | Path) -> list[Path]:
-    """Add a comparison to the report, the model card and, where matplotlib is installed, a picture in the folder of a
-    pruned model; returns the files written. A folder without a report, or one that cannot be written, is left alone.
+    """Add a comparison to the report, its page, the model card and, where matplotlib is installed, a picture in the
+    folder of a pruned model; returns the files written. A folder without a report, or one that cannot be written, is
+    left alone.
     """
     folder = Path(directory)
     path = folder / "report.json"
@@ -139,11 +143,10 @@ def record(rows: list[dict], directory: str | Path) -> list[Path]:
     if importlib.util.find_spec("matplotlib"):
         plot(rows, picture)
     write_bytes(path, (json.dumps(plain(report), indent=1, allow_nan=False) + "\n").encode())
-    write_bytes(
-        folder / "README.md",
-        model_card(report, folder.resolve().name, picture.name if picture.is_file() else None).encode(),
-    )
-    return [path, folder / "README.md", *([picture] if picture.is_file() else [])]
+    text = model_card(report, folder.resolve().name, picture.name if picture.is_file() else None)
+    write_bytes(folder / "README.md", card.with_section(text, card.section_of(folder)).encode())
+    write_run_page(folder, report, folder.resolve().name)
+    return [path, folder / "README.md", folder / "report.html", *([picture] if picture.is_file() else [])]
 
 
 def print_side_by_side(rows: list[dict], out: TextIO | None = None) -> None:
@@ -155,7 +158,10 @@ def print_side_by_side(rows: list[dict], out: TextIO | None = None) -> None:
     for key, (label, _, _) in LABELS.items():
         if any(row.get(key) for row in rows):
             table.add_row(label, *(cell(row, key, rows[0]) for row in rows))
-    Console(file=out or sys.stdout, highlight=False).print(table)
+    console = Console(file=out or sys.stdout, highlight=False)
+    console.print(table)
+    for row in rows[1:]:
+        console.print(*verdict(row), soft_wrap=True)
 
 
 def plot(rows: list[dict], path: str | Path) -> None:

@@ -6,6 +6,7 @@ import resource
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +15,13 @@ from pyprune.config import ConfigError
 from pyprune.evaluation.perplexity import check_causal, device_of
 from pyprune.model.attributes import vocabulary_size
 from pyprune.model.blocks import read_on
+from pyprune.packed.loading import opened
+from pyprune.packed.modules import parameter_count
 
 
 @torch.no_grad()
 def latency(
-    model: nn.Module,
+    model: Any,
     *,
     tokens: int = 512,
     new_tokens: int = 32,
@@ -28,12 +31,16 @@ def latency(
 ) -> dict:
     """Size and speed: parameters, bytes on disk, peak memory, tokens per second in prefill and in decode.
 
-    model: a causal model, measured where it is. Prefill is one forward pass over ``[batch_size, tokens]`` random ids;
+    model: a causal model, measured where it is; what :func:`pyprune.load` takes or returns, or the result of a run.
+    Prefill is one forward pass over ``[batch_size, tokens]`` random ids;
     decode feeds one token at a time after it, ``new_tokens`` in all, with the cache. Speeds are of the fastest of
     ``repeats`` runs after one that is not counted. directory: folder of the checkpoint, for the bytes of its files.
     Returns a dict of plain numbers; names ending in ``_bytes`` are bytes, in ``_per_second`` tokens per second.
     ``peak_memory_bytes`` is the device's during the runs, on a CPU the process's so far.
     """
+    if directory is None and isinstance(model, (str, Path)) and Path(model).is_dir():
+        directory = model
+    model = opened(model).model
     check_causal(model)
     device = device_of(model)
     ids = torch.randint(vocabulary_size(model), (batch_size, tokens), generator=torch.Generator().manual_seed(0))
@@ -53,7 +60,7 @@ def latency(
         else sum(f.stat().st_size for f in Path(directory).iterdir() if f.suffix in (".safetensors", ".bin"))
     )
     return {
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": parameter_count(model),
         "file_bytes": size,
         "peak_memory_bytes": peak,
         "prefill_tokens_per_second": batch_size * tokens / prefill,

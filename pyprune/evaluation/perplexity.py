@@ -13,26 +13,37 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyprune.config import WINDOW, ConfigError, Evaluation, from_dict
-from pyprune.data import texts
+from pyprune.config import ConfigError, Evaluation, from_dict
+from pyprune.data import builtin, given, texts
 from pyprune.data.calibration import bos_prefix, need_tokenizer, tokenize
 from pyprune.effects import shown
+from pyprune.evaluation import domains
+from pyprune.evaluation.domains import Asked
 from pyprune.execution.device import cpu_has_bfloat16, pick_device
 from pyprune.model.attributes import vocabulary_size
 from pyprune.model.blocks import ModelView, not_finite, predicts_next_token
-from pyprune.model.checkpoint import load
 from pyprune.model.positions import Positions, of_any
 from pyprune.model.recording import uncached
-from pyprune.sources import kinds
+from pyprune.packed.loading import opened
+from pyprune.sources import kind, kinds
 
 POSITIONS = 256
 """Logits of this many positions are widened to float32 at a time: the vocabulary is wide."""
+
+
+class Text(NamedTuple):
+    """Windows of one text, as dense and pruned models are measured on them."""
+
+    name: str
+    windows: list[Tensor]
+    domain: str | None = None
+    """As in :class:`pyprune.evaluation.domains.Asked`."""
 
 
 def windows(
@@ -42,19 +53,22 @@ def windows(
     source: Any = ...,
     vocab_size: int | None = None,
     tokens: int | None = None,
+    most: int | None = ...,  # type: ignore[assignment]
 ) -> list[Tensor]:
     """Windows of one source: rows of token ids as given, or the text cut from its beginning.
 
-    source: one of ``evaluation.text``; left out, ``evaluation.text`` itself. Rows are cut to ``evaluation.window``; one
+    source: one of ``evaluation.text``; left out, ``evaluation.text`` itself. most: windows at most; left out,
+    ``evaluation.max_windows``. Rows are cut to ``evaluation.window``; one
     that no row is as long as is refused, unless another of the sources is text. Text is cut into windows of ``tokens``
     (None: ``evaluation.tokens``).
     A tokenizer that starts texts with BOS starts every window with it, unless ``evaluation.bos`` says otherwise.
     Raises :class:`ConfigError` if the text is shorter than one window.
     """
     source = evaluation.text if source is ... else source
-    found = texts.token_rows(source)
+    most = evaluation.max_windows if most is ... else most
+    found = given.token_rows(source)
     if found is not None:
-        found = found[: evaluation.max_windows]
+        found = found[:most]
         texts.check_rows(found, texts.describe(source), "a window")
         if evaluation.window is not None:
             if kinds(evaluation.text) == {"ids"}:
@@ -62,22 +76,19 @@ def windows(
             found = [row[: evaluation.window] for row in found]
     else:
         need_tokenizer(tokenizer, "evaluation text")
-        documents = (
-            texts.builtin("evaluation")
-            if source is None
-            else texts.read(
-                source, split=evaluation.split, subset=evaluation.subset, text_column=evaluation.text_column
-            )
+        source = builtin.REST if source is None else source
+        documents = texts.read(
+            source, split=evaluation.split, subset=evaluation.subset, text_column=evaluation.text_column
         )
-        found = _cut(documents, evaluation, tokenizer, texts.describe(source), tokens or evaluation.tokens)
+        prefix = bos_prefix(tokenizer) if evaluation.bos else torch.empty(0, dtype=torch.long)
+        found = _cut(documents, prefix, most, tokenizer, texts.describe(source), tokens or evaluation.tokens)
     texts.check_vocabulary(found, vocab_size)
     return found
 
 
-def _cut(documents: Iterable[str], evaluation: Evaluation, tokenizer, name: str, tokens: int) -> list[Tensor]:
-    prefix = bos_prefix(tokenizer) if evaluation.bos else torch.empty(0, dtype=torch.long)
+def _cut(documents: Iterable[str], prefix: Tensor, most: int | None, tokenizer, name: str, tokens: int) -> list[Tensor]:
     content = tokens - len(prefix)
-    enough = None if evaluation.max_windows is None else evaluation.max_windows * content
+    enough = None if most is None else most * content
     ids = tokenize(documents, tokenizer, enough)
     if len(ids) < content:
         raise ConfigError(
@@ -87,7 +98,6 @@ def _cut(documents: Iterable[str], evaluation: Evaluation, tokenizer, name: str,
     return [torch.cat([prefix, ids[i : i + content]]) for i in range(0, len(ids) - content + 1, content)]
 
 
-@torch.no_grad()
 def perplexity(
     model: nn.Module, windows: list[Tensor], *, dtype: torch.dtype | str = "auto", batch_size: int = 1, progress=None
 ) -> float:
@@ -96,6 +106,14 @@ def perplexity(
     dtype: type of the weights and activations in the forward passes; the model's own parameters stay as they are.
     progress: called with (windows done, windows in all).
     """
+    return perplexity_of(losses_of(model, windows, dtype=dtype, batch_size=batch_size, progress=progress))
+
+
+@torch.no_grad()
+def losses_of(
+    model: nn.Module, windows: list[Tensor], *, dtype: torch.dtype | str = "auto", batch_size: int = 1, progress=None
+) -> list[float]:
+    """Mean −log p of every window's next tokens, in the order of the windows; arguments as of :func:`perplexity`."""
     check_causal(model)
     if not windows:
         raise ConfigError("there are no windows to evaluate")
@@ -111,7 +129,7 @@ def perplexity(
             if progress is not None:
                 progress(done, len(windows))
     model.train(training)
-    return perplexity_of(torch.cat(losses).tolist())  # read once: the device is not waited for window by window
+    return torch.cat(losses).tolist()  # read once: the device is not waited for window by window
 
 
 def perplexity_of(losses: list[float]) -> float:
@@ -210,22 +228,27 @@ def evaluate(
 ) -> dict:
     """Perplexity of a model on one or several texts.
 
-    model: a live causal model with its ``tokenizer``, or what :func:`pyprune.load` takes.
+    model: a live causal model with its ``tokenizer``, what :func:`pyprune.load` takes or returns, or a run's result.
     evaluation: an :class:`Evaluation`, or its ``text``: a path, a Hub data set, a list of texts, token ids, or a list
-    of such sources. fields: further fields of :class:`Evaluation`.
+    of such sources; without one, the documentation and the novel that come with pyprune.
+    fields: further fields of :class:`Evaluation`.
     device: where to run; ``auto`` takes a GPU if there is one. None leaves a live model where it is.
-    Returns ``{"perplexity", "text", "windows", "window", "dtype", "seconds"}`` of the first text, and the same of every
-    text under ``"texts"`` when there are several. Raises :class:`ConfigError` on bad input, and :class:`NotFinite`,
-    which has the rows of all texts, where a perplexity is not finite.
+    Returns ``{"perplexity", "text", "domain", "losses", "windows", "window", "dtype", "seconds"}`` of the first text,
+    and the same of every text under ``"texts"`` when there are several. Raises :class:`ConfigError` on bad input, and
+    :class:`NotFinite`, which has the rows of all texts, where a perplexity is not finite.
     """
     evaluation = _settings(evaluation, fields)
     if isinstance(model, (str, Path)):
-        model, tokenizer = load(model)
         device = device or "auto"
+    model, tokenizer = opened(model, tokenizer)
     check_causal(model)
     if device is not None:
         model.to(pick_device(device))
-    pieces = _windows(evaluation, tokenizer, vocabulary_size(model), of_any(model), warnings.warn)
+    pieces = windows_of(
+        domains.alone(evaluation), evaluation, tokenizer, vocab_size=vocabulary_size(model), positions=of_any(model)
+    )
+    if not pieces:
+        need_tokenizer(tokenizer, "evaluation text")
     rows = measure(model, pieces, evaluation, progress)
     found = {**rows[0], "texts": rows} if len(rows) > 1 else rows[0]
     bad = [row for row in rows if not math.isfinite(row["perplexity"])]
@@ -241,46 +264,64 @@ def evaluate(
 
 
 def windows_of(
+    asked: list[Asked],
     evaluation: Evaluation,
     tokenizer=None,
     encoder: bool = False,
     *,
+    unseen: list[Tensor] | None = None,
     vocab_size: int | None = None,
     positions: Positions | None = None,
     warn: Callable[[str], None] = warnings.warn,
-) -> list[tuple[str, list[Tensor]]]:
-    """Name and windows of every text of ``evaluation``, to be measured on the dense and on the pruned model.
+) -> list[Text]:
+    """The windows of every text that is asked for, to be measured on the dense and on the pruned model.
 
-    positions: of the model; ``warn`` is called where they made windows shorter, or where windows exceed them.
-    Empty for encoders, when disabled, and when no text was named and there is no tokenizer to read the default with.
+    unseen: sequences of the calibration's source that it does not see. positions: of the model; ``warn`` is called
+    where they made windows shorter, or where windows exceed them.
+    Texts that nobody named are left out where there is no tokenizer to read them with, and where they are shorter than
+    a window. Empty for encoders and when disabled.
     """
-    if encoder or not evaluation.enabled or (evaluation.text is None and tokenizer is None):
+    if encoder or not evaluation.enabled:
         return []
-    return _windows(evaluation, tokenizer, vocab_size, positions, warn)
+    tokens = window_tokens(evaluation, positions)
+    if positions and evaluation.window:
+        positions.check([evaluation.window], "evaluation windows", "window", lambda message: None)
+    found: list[Text] = []
+    for one in asked:
+        if one.source is None:
+            rows = [row[: evaluation.window] for row in (unseen or [])[: one.most]]
+            if rows:
+                found.append(Text("text of the calibration's source that it does not see", rows, one.domain))
+            continue
+        name, own = texts.describe(one.source), kind(one.source) == "builtin"
+        if own and tokenizer is None:
+            continue
+        length = len(found[0].windows[0]) if own and found else tokens  # ratios compare at one length
+        try:
+            rows = windows(
+                evaluation, tokenizer, source=one.source, vocab_size=vocab_size, tokens=length, most=one.most
+            )
+        except ConfigError as error:
+            if not own:
+                raise
+            warn(f"not measured: {error}")
+            continue
+        found.append(Text(name, rows, one.domain))
+    cut = any(len(text.windows[0]) == tokens for text in found) and kinds(evaluation.text) != {"ids"}
+    if positions and evaluation.window is None and tokens < evaluation.tokens and cut:
+        warn(
+            f"evaluation windows have {tokens} tokens, not {evaluation.tokens}: {positions.model} has no more positions"
+        )
+    if positions:
+        positions.check({len(row) for text in found for row in text.windows}, "evaluation windows", "window", warn)
+    return found
 
 
 def window_tokens(evaluation: Evaluation, positions: Positions | None) -> int:
     """Tokens of a window of text: what is asked, else the usual number or what the model has positions for."""
     if evaluation.window is not None:
         return evaluation.window
-    return min(WINDOW, positions.count) if positions else WINDOW
-
-
-def _windows(
-    evaluation: Evaluation, tokenizer, vocab_size: int | None, positions: Positions | None, warn: Callable[[str], None]
-) -> list[tuple[str, list[Tensor]]]:
-    tokens = window_tokens(evaluation, positions)
-    if positions and evaluation.window:
-        positions.check([evaluation.window], "evaluation windows", "window", lambda message: None)
-    named = [
-        (texts.describe(source), windows(evaluation, tokenizer, source=source, vocab_size=vocab_size, tokens=tokens))
-        for source in texts.sources(evaluation.text)
-    ]
-    if positions and evaluation.window is None and tokens < WINDOW and kinds(evaluation.text) != {"ids"}:
-        warn(f"evaluation windows have {tokens} tokens, not {WINDOW}: {positions.model} has no more positions")
-    if positions:
-        positions.check({len(row) for _, rows in named for row in rows}, "evaluation windows", "window", warn)
-    return named
+    return min(evaluation.tokens, positions.count) if positions else evaluation.tokens
 
 
 def refuse_text(evaluation: Evaluation, view: ModelView) -> None:
@@ -292,25 +333,28 @@ def refuse_text(evaluation: Evaluation, view: ModelView) -> None:
         )
 
 
-def measure(
-    model: nn.Module, named: list[tuple[str, list[Tensor]]], evaluation: Evaluation, progress=None
-) -> list[dict]:
-    """One row per text: perplexity (NaN where the logits are not finite) and its conditions."""
+def measure(model: nn.Module, named: list[Text], evaluation: Evaluation, progress=None) -> list[dict]:
+    """One row per text: perplexity (NaN where the logits are not finite), the losses of its windows, its conditions."""
     rows = []
-    for name, found in named:
+    for text in named:
         dtype, start = forward_dtype(model, evaluation.dtype), time.perf_counter()
-        value = perplexity(model, found, dtype=dtype, batch_size=evaluation.batch_size, progress=progress)
-        rows.append(
-            {
-                "text": name,
-                "perplexity": value,
-                "windows": len(found),
-                "window": len(found[0]),
-                "dtype": str(dtype)[6:],
-                "seconds": time.perf_counter() - start,
-            }
-        )
+        losses = losses_of(model, text.windows, dtype=dtype, batch_size=evaluation.batch_size, progress=progress)
+        rows.append(row_of(text, losses, dtype, time.perf_counter() - start))
     return rows
+
+
+def row_of(text: Text, losses: list[float], dtype: torch.dtype, seconds: float) -> dict:
+    """What is known of one text after its windows were measured."""
+    return {
+        "text": text.name,
+        "domain": text.domain,
+        "perplexity": perplexity_of(losses),
+        "losses": losses,
+        "windows": len(text.windows),
+        "window": len(text.windows[0]),
+        "dtype": str(dtype)[6:],
+        "seconds": seconds,
+    }
 
 
 @contextlib.contextmanager

@@ -9,8 +9,10 @@
 ``journal``            finished blocks on disk, from which ``--resume`` goes on; ``Interrupted``
 ``distributed``        several processes under ``torchrun``: shares, sums, broadcasts: ``World``
 ``relay``              forward passes that take turns and can stand still in the middle of a block: ``Pass``
+``spilling``           memory that a pass which stands still does not need: ``Alive``, ``Spilled``
 ``lanes``              the passes of all batches through one block, in step: ``Lanes``
 ``error_probes``       sequences carried through dense and pruned blocks to measure the error between them
+``heap``               memory that passes free stays for the next batch: ``kept_warm``
 ``cpu_forward``        products and attention of blocks on a CPU
 ``device``             names of devices and types turned into devices and types
 

@@ -84,6 +84,15 @@ class Store:
         weakref.finalize(tensor, taken.free, size)
         return tensor
 
+    @contextlib.contextmanager
+    def reserved(self, size: int) -> Iterator[None]:
+        """Count ``size`` bytes of memory that others take as in use for the duration."""
+        self._memory.take(size)
+        try:
+            yield
+        finally:
+            self._memory.free(size)
+
     @property
     def in_memory(self) -> int:
         """Bytes of the tensors that are now in memory."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import datetime
-import math
 import os
 import sys
 import threading
@@ -140,23 +139,6 @@ class World:
             self.send_(tensor, 0)
             out[name] = tensor
         return out
-
-    def mean_perplexity(self, rows: list[dict] | None, whole: list[int]) -> list[dict]:
-        """Perplexities of all windows, from those of every process's share. whole: the windows of each text."""
-        result = []
-        for k, parts in enumerate(zip(*self.everyone(rows))):
-            total = sum(part["windows"] for part in parts)
-            bad = any(not 0 < part["perplexity"] < math.inf for part in parts)
-            mean = 0 if bad else sum(math.log(part["perplexity"]) * part["windows"] for part in parts) / total
-            result.append(
-                {
-                    **parts[0],
-                    "perplexity": math.nan if bad else math.exp(mean),
-                    "windows": whole[k],
-                    "seconds": max(part["seconds"] for part in parts),
-                }
-            )
-        return result
 
     @contextlib.contextmanager
     def _guard(self) -> Iterator[None]:

@@ -6,18 +6,18 @@ instance a weight is pruned, and they go on. Masks and structured pruning say wh
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyprune.execution.executor import Activations, Batch, Executor
 from pyprune.execution.relay import NoThread, Pass
 from pyprune.execution.run import Findings, Run
+from pyprune.execution.spilling import Alive, Elsewhere, Spilled
 
 T = TypeVar("T")
 
@@ -27,7 +27,7 @@ class Declined(Exception):
 
 
 class TooLarge(Exception):
-    """The activations of all batches and what a batch needs on its way did not fit on the device."""
+    """What the passes keep alive and what one needs on its way did not fit on the device."""
 
 
 class Place(Protocol):
@@ -48,10 +48,16 @@ class Lane:
     stream: int
     """Number of its stream."""
     fit: bool
-    """It belongs to the calibration stream; the others only measure errors."""
-    going: Pass
+    """It belongs to a calibration stream; the others only measure errors."""
+    module: nn.Module
+    """What it passes: the block, or a copy that stays as it is."""
+    going: Pass = field(init=False)
     at: Any = None
     """The :class:`Place` that it stands before."""
+    alive: Alive | None = None
+    """Its storages, where some of the passes spill."""
+    spilled: Spilled | None = None
+    """Where its memory goes while it stands still; None if it stays."""
 
     @property
     def phase(self) -> str:
@@ -63,26 +69,37 @@ class Lanes:
 
     A subclass calls :meth:`halt` from hooks of the block, and has :meth:`arrived` called, outside the pass, for every
     pass that has halted.
+
+    Calibration batches for which there is no room while they stand still spill to the run's store. Those that only
+    measure errors stay: what they read is kept until then.
     """
 
     lane: Callable[..., Any] = Lane
     """Makes a lane."""
 
-    def __init__(self, run: Run, found: Findings, index: int, module: nn.Module):
+    def __init__(self, run: Run, found: Findings, index: int, module: nn.Module, token_bytes: float = 0.0):
+        """token_bytes: what a pass that stands still keeps alive for each token, at most (:attr:`Alive.peak`)."""
         self.run, self.found, self.index, self.module = run, found, index, module
         self.lanes: list[Any] = []
         self.streams = 0
         self.moving: Any = None
         """The lane whose pass moves now."""
         self.trouble: Declined | TooLarge | None = None
+        self.token_bytes, self.spill = token_bytes, False
+        """Whether all calibration batches spill, however much room there seems to be."""
+        self._reserved: contextlib.ExitStack | None = None
 
-    def add(self, source: Activations, target: Activations | None, fit: bool = False) -> None:
-        """A stream that takes part; its outputs go to ``target`` (:meth:`send`)."""
+    def add(
+        self, source: Activations, target: Activations | None, fit: bool = False, module: nn.Module | None = None
+    ) -> None:
+        """A stream that takes part; its outputs go to ``target`` (:meth:`send`). module: what it passes in place of the
+        block."""
         executor = self.run.executor
         for batch in source.batches(executor.batch_size):
             executor.arguments(self.index, batch.length, batch.size)
-            going = Pass(self._forward_of(source, batch), executor.device)
-            self.lanes.append(type(self).lane(source, target, batch, self.streams, fit, going))
+            lane = type(self).lane(source, target, batch, self.streams, fit, module or self.module)
+            lane.going = Pass(self._forward_of(lane), executor.device)
+            self.lanes.append(lane)
         self.streams += 1
 
     def __call__(self) -> Any:
@@ -98,14 +115,50 @@ class Lanes:
         """Sequences of the largest batch in any process."""
         return max(self.run.world.everyone(max(lane.batch.size for lane in self.lanes)))
 
-    def _forward_of(self, source: Activations, batch: Batch) -> Callable:
-        executor = self.run.executor
+    def _forward_of(self, lane: Any) -> Callable:
+        executor, source, batch = self.run.executor, lane.source, lane.batch
 
         def forward():
-            beside = executor.beside([self.index], source, batch)
-            return executor.forward(self.index, self.module, source.read(batch), beside), beside
+            with lane.alive or contextlib.nullcontext():
+                beside = executor.beside([self.index], source, batch)
+                out = executor.forward(self.index, lane.module, source.read(batch), beside)
+                return self.leaving(out), beside
 
         return forward
+
+    def leaving(self, out: Tensor) -> Tensor:
+        """Called inside a pass with what the block returns; returns the pass's output."""
+        return out
+
+    def going_on(self, lane: Any) -> None:
+        """A pass is about to leave the place that it has halted at."""
+
+    @contextlib.contextmanager
+    def at_hand(self, lane: Any) -> Iterator[None]:
+        """What a pass that stands still keeps is in memory for the duration."""
+        if lane.spilled is None:
+            yield
+            return
+        lane.spilled.back()
+        yield
+        lane.spilled.out(lane.alive)
+
+    def _share_room(self) -> None:
+        """Decide which lanes spill; the memory of the others is reserved until all have ended."""
+        executor, held = self.run.executor, 0.0
+        room = 0 if self.spill else executor.room()
+        for lane in sorted(self.lanes, key=lambda lane: lane.fit):
+            needed = self.token_bytes * lane.batch.size * lane.batch.length
+            if lane.fit and (self.spill or held + needed > room):
+                lane.spilled = Spilled(executor.store)
+            else:
+                held += needed
+        if any(lane.spilled for lane in self.lanes):
+            for lane in self.lanes:
+                lane.alive = Alive()
+        self._reserved = contextlib.ExitStack()
+        if executor.device.type == "cpu":  # on a GPU they do not take the store's memory
+            self._reserved.enter_context(executor.store.reserved(int(held)))
 
     def halt(self, at: Place) -> None:
         """Called inside the pass that moves: stand still there."""
@@ -114,18 +167,29 @@ class Lanes:
 
     def each(self, lanes: list) -> None:
         """Let passes move to where they halt next, one after the other."""
+        if self._reserved is None:
+            self._share_room()
         for lane in lanes:
             if self.trouble is not None:
                 return
-            lane.at = None
             self.moving = lane
             try:
                 with self.found.clock(lane.phase):
+                    if lane.spilled is not None:
+                        lane.spilled.back()
+                    if lane.at is not None:
+                        self.going_on(lane)
+                    lane.at = None
                     lane.going.step()
                 if lane.at is not None:
                     self.arrived(lane)
+                if lane.spilled is not None:
+                    with self.found.clock(lane.phase):
+                        lane.spilled.out(lane.alive)
             except Declined as declined:
                 self.trouble = Declined(str(declined))
+            except Elsewhere:
+                self.trouble = Declined("one batch's pass uses tensors that another's has made")
             except NoThread as refused:
                 self.trouble = Declined(f"its {len(self.lanes)} batches need a thread each ({refused})")
             except torch.OutOfMemoryError:
@@ -147,89 +211,57 @@ class Lanes:
         for lane in lanes:
             if lane.target is None:
                 lane.at = None
-                lane.going.abandon()
+                self._end(lane)
         return [lane for lane in lanes if lane.target is not None]
 
     def abandon(self) -> None:
         """End all passes where they stand."""
         for lane in self.lanes:
             if not lane.going.done:
-                lane.going.abandon()
+                self._end(lane)
+        if self._reserved is not None:
+            self._reserved.close()
+
+    def _end(self, lane: Any) -> None:
+        lane.going.abandon()
+        if lane.spilled is not None:
+            lane.spilled.back()  # what the model itself has kept of the pass
 
     def send(self) -> None:
         """Write the outputs to the streams that take them."""
         executor = self.run.executor
         for lane in self.lanes:
             if lane.target is not None:
+                if lane.spilled is not None:
+                    lane.spilled.back()
                 (out, beside), lane.going.result = lane.going.result, None
                 executor.write(lane.target, lane.batch, out, beside)
         executor.drain()
 
 
 def with_smaller_batches(executor: Executor, found: Findings, index: int, make: Callable[[], Lanes]) -> Any:
-    """What the lanes of ``make()`` return, with smaller batches where memory runs out. Raises Declined if it does so
-    with single sequences too."""
-    asked = executor.batch_size
+    """What the lanes of ``make()`` return. Where the device's memory runs out, all calibration batches spill, and then
+    batches get smaller. Raises Declined if it runs out with single sequences too."""
+    asked, spill = executor.batch_size, False
     while True:
         lanes = make()
+        lanes.spill = spill
         try:
             return lanes()
         except TooLarge:
             batch, device = lanes.batch, executor.device
             executor.free()
+            if not spill:
+                spill = True
+                continue
             if batch == 1:
                 executor.batch_size = asked
-                raise Declined(f"the activations of all sequences do not fit on {device} at once") from None
+                raise Declined(f"a single sequence does not fit on {device} beside the block") from None
             executor.batch_size = half = batch // 2
             found.warn(
                 f"block {index} ran out of memory on {device} with batches of {batch} sequences: "
                 f"batches of {half} from there on; set batch_size={half} to begin with that"
             )
-
-
-def no_room(run: Run, token_bytes: float, tokens: int) -> str | None:
-    """Why the passes of so many tokens cannot stand still in memory together, the same in all processes; None if they
-    can."""
-    world, needed, room = run.world, token_bytes * tokens, run.executor.room()
-    if not world.any(needed > room):
-        return None
-    needed, room = max((pair for pair in world.everyone((needed, room))), key=lambda pair: pair[0] - pair[1])
-    return (
-        f"its {tokens} tokens would keep {needed / 1e9:.2g} GB of activations at once, and "
-        f"there is room for {room / 1e9:.2g} GB (memory_budget_gb)"
-    )
-
-
-class Alive(TorchDispatchMode):
-    """Bytes of the tensors made since it was entered that are still alive; :meth:`update`, called where a pass is to
-    pause, takes their peak."""
-
-    def __init__(self):
-        super().__init__()
-        self.peak = 0
-        self._made: dict[StorageWeakRef, int] = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        given = {StorageWeakRef(t.untyped_storage()) for t in _tensors([args, kwargs or {}])}
-        out = func(*args, **(kwargs or {}))
-        for tensor in _tensors(out):
-            storage = tensor.untyped_storage()
-            key = StorageWeakRef(storage)
-            if key not in given:  # a view, also of a parameter, makes nothing
-                self._made[key] = storage.nbytes()
-        return out
-
-    def update(self, rows: Tensor | None = None, dense: Tensor | None = None) -> None:
-        self._made = {key: size for key, size in self._made.items() if not key.expired()}
-        self.peak = max(self.peak, sum(self._made.values()))
-
-
-def _tensors(tree) -> list[Tensor]:
-    if isinstance(tree, torch.Tensor):
-        return [tree]
-    if isinstance(tree, dict):
-        tree = list(tree.values())
-    return [tensor for part in tree for tensor in _tensors(part)] if isinstance(tree, (list, tuple)) else []
 
 
 def changed_attribute(module: nn.Module, work: Callable[[], object]) -> str | None:

@@ -32,6 +32,11 @@ class Run:
     data: CalibrationData
     world: World = field(default_factory=World)
     """The processes that share the calibration sequences."""
+    parameters: int = field(init=False)
+    """Of the model as it was before the run."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "parameters", sum(p.numel() for p in self.view.model.parameters()))
 
 
 class Clock:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from pyprune.execution.executor import Activations, Batch, Executor
-from pyprune.execution.lanes import Alive, changed_attribute
+from pyprune.execution.lanes import changed_attribute
+from pyprune.execution.spilling import Alive
 from pyprune.masks.statistics import Observer
 from pyprune.model.blocks import WeightRef
 from pyprune.model.routing import expert_lists

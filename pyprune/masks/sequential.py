@@ -7,18 +7,21 @@ earlier ones feed them (what GPTQ, arXiv 2210.17323, calls true-sequential).
 
 from __future__ import annotations
 
+import copy
 import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
+from pyprune.execution.executor import Activations
 from pyprune.execution.lanes import Declined, Lane, Lanes, TooLarge
 from pyprune.execution.run import Findings, Run
 from pyprune.masks.block import prune_block, refuse_non_finite, sink_of
 from pyprune.masks.group_order import Group, GroupOrder
 from pyprune.masks.statistics import Gathered, Inputs, S, Statistics, reduce_statistics, rows_of
 from pyprune.model.blocks import WeightRef
+from pyprune.model.routing import expert_lists
 from pyprune.model.watching import Watch
 
 
@@ -30,6 +33,9 @@ class GroupLane(Lane):
     """What the group that it stands before reads."""
     seen: dict[str, weakref.ref] = field(default_factory=dict)
     """By leader, what the groups behind it have read."""
+    ahead: GroupLane | None = None
+    """The same sequences in the dense stream, which come to every place just before it."""
+    is_ahead: bool = False
 
 
 class SequentialPass(Lanes):
@@ -42,7 +48,7 @@ class SequentialPass(Lanes):
     lane = GroupLane
 
     def __init__(self, run: Run, found: Findings, index: int, module: nn.Module, order: GroupOrder):
-        super().__init__(run, found, index, module)
+        super().__init__(run, found, index, module, order.token_bytes)
         self.order = order
         self.refs = run.selected[index]
         self.block = run.view.blocks[index]
@@ -52,13 +58,33 @@ class SequentialPass(Lanes):
         self.pruned: set[str] = set()
         self.dense: dict[WeightRef, Tensor] = {}
         self.masks: dict[WeightRef, Tensor] = {}
+        lists = tuple(f"{path}." for path in expert_lists(module))
+        self.routed = {ref.name for ref in self.refs if ref.expert is not None or ref.path.startswith(lists)}
+        """Weights that see the tokens routed to them, which two streams choose differently."""
         self._make = sink_of(run, found, index, once=True)
+
+    def add_towards(
+        self, dense: Activations, source: Activations, dense_target: Activations | None, target: Activations | None
+    ) -> None:
+        """The calibration stream, whose layer-wise targets are the dense stream's (GP of arXiv 2406.15524): that one
+        goes ahead of it, through a copy of the block that stays dense."""
+        before = len(self.lanes)
+        self.add(dense, dense_target, fit=True, module=copy.deepcopy(self.module))
+        self.add(source, target, fit=True)
+        added = self.lanes[before:]
+        pairs = list(zip(added[: len(added) // 2], added[len(added) // 2 :], strict=True))
+        for ahead, lane in pairs:
+            ahead.is_ahead, lane.ahead = True, ahead
+        self.lanes[before:] = [lane for pair in pairs for lane in pair]
 
     def __call__(self) -> dict[WeightRef, Tensor]:
         """Prune the block; returns its keep masks. Raises Declined or TooLarge, in all processes, with block, findings
         and streams as they were."""
         rows, warnings = len(self.found.weights), list(self.found.warnings)
-        watch = Watch(self.module, self.refs, lambda ref, x: self.arrive(ref.name, x))
+        watches = [
+            Watch(module, self.refs, lambda ref, x: self.arrive(ref.name, x))
+            for module in {id(lane.module): lane.module for lane in self.lanes}.values()
+        ]
         try:
             self.each(self.lanes)
             while (place := self.next_place()) is not None:
@@ -75,7 +101,8 @@ class SequentialPass(Lanes):
             raise
         finally:
             self.abandon()
-            watch.close()
+            for watch in watches:
+                watch.close()
         self._solve([ref for ref in self.refs if ref not in self.masks], Gathered[Statistics](), [])
         place = {self.run.view.name(self.index, ref): k for k, ref in enumerate(self.refs)}
         self.found.weights[rows:] = sorted(self.found.weights[rows:], key=lambda row: place[row["name"]])
@@ -84,12 +111,22 @@ class SequentialPass(Lanes):
 
     def arrived(self, lane: GroupLane) -> None:
         leader, x = lane.at.leader, lane.x
+        if lane.is_ahead:
+            return  # what it brings is read by the one behind it
         assert x is not None
         rows = rows_of(x, lane.batch.size)
         sinks = self.sinks.setdefault(lane.stream, {})
         if leader not in sinks:
             sinks[leader] = self._make(rows.shape[-1], rows.device) if lane.fit else Inputs()
-        sinks[leader].update(rows)
+        ahead = None if leader in self.routed else lane.ahead
+        if ahead is None:
+            sinks[leader].update(rows)
+        elif ahead.at is not lane.at or ahead.x is None:
+            raise Declined(f"{leader} is not reached where the dense stream reaches it")
+        else:
+            with self.at_hand(ahead):
+                sinks[leader].update(rows, rows_of(ahead.x, lane.batch.size))
+            ahead.x = None
         lane.x = None
 
     # ---- where they stand still --------------------------------------------------------------------------------
@@ -100,6 +137,8 @@ class SequentialPass(Lanes):
         if lane is None or not x.numel():
             return
         group = self.group.get(name)
+        if lane.is_ahead and name in self.routed:
+            return
         if group is None:
             raise Declined(f"{name} is not used by every sequence")
         if group.leader in lane.seen:
@@ -115,8 +154,9 @@ class SequentialPass(Lanes):
     # ---- pruning -----------------------------------------------------------------------------------------------
 
     def _prune(self, group: Group) -> None:
-        fit = {lane.stream for lane in self.lanes if lane.fit}
-        sinks = {stream: self.sinks.get(stream, {}).pop(group.leader, None) for stream in range(self.streams)}
+        measured = {lane.stream for lane in self.lanes if not lane.is_ahead}
+        fit = {lane.stream for lane in self.lanes if lane.fit and not lane.is_ahead}
+        sinks = {stream: self.sinks.get(stream, {}).pop(group.leader, None) for stream in sorted(measured)}
         sink = next((sinks.pop(stream) for stream in fit), None)
         if sink is None:
             sink = self._make(group.refs[0].view(self.block).shape[1], self.run.executor.device)

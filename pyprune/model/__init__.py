@@ -9,8 +9,10 @@
 ``names``             patterns that name weights (``targets``, ``ignore``)
 ``sizes``             modules whose sizes their configuration cannot say
 ``checkpoint``        checkpoints found, loaded and written whole or not at all
+``gguf_cache``        GGUF files, whose dequantised weights are kept for the next opening
 ``assembly``          the finished checkpoint, made of the blocks that a run has written
 ``shards``            safetensors files, read in pieces and written crash-safely
+``packed_shards``     packed checkpoints, read as if they were dense
 ``skeleton``          a model from its configuration, without memory
 ``origin``            what a checkpoint holds beside the model, carried along unchanged
 ``architecture``      which class of transformers a checkpoint is a model of
@@ -18,5 +20,6 @@
 ``watching``          what the weights of a running block are multiplied with, fused experts included
 
 From outside: all of them, by module.
-May import: ``ops`` and the modules without a package; today it needs ``config`` alone.
+May import: ``ops`` and the modules without a package; today it needs ``config``, ``ops.packed`` and the cache folder of
+``ops``.
 """

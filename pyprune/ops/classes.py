@@ -20,6 +20,8 @@ WIDE_GRAM = 2048
 """Columns from which a kernel that computes one triangle of a Gram matrix has enough of them to gain by it."""
 SMALL_SYSTEM, MEDIUM_SYSTEM, MANY_SYSTEMS = 128, 512, 8
 """Orders of systems that one core or multiprocessor keeps to itself, and that a blocked kernel may still win."""
+FEW_TOKENS = 16
+"""Tokens up to which the weight's own bytes are most of what a product costs."""
 
 CLASSES: dict[str, tuple[str, ...]] = {
     "gram_update": ("float32", "16-bit", "16-bit-wide"),
@@ -28,6 +30,7 @@ CLASSES: dict[str, tuple[str, ...]] = {
     "cholesky": ("small", "medium", "large"),
     "cholesky_solve": ("small", "medium", "large"),
     "linear": ("few-rows", "rows", "rows-wide"),
+    "sparse_linear": ("one-token", "few-tokens", "tokens"),
 }
 KEYS = tuple(f"{op}/{name}" if name else op for op in OPS for name in CLASSES.get(op, ("",)))
 
@@ -66,3 +69,10 @@ def product(x: Tensor, w: Tensor) -> str:
     if math.prod(x.shape[:-1]) < FEW_ROWS:
         return "linear/few-rows"
     return "linear/rows-wide" if w.numel() >= WIDE_WEIGHT else "linear/rows"
+
+
+def sparse_product(x: Tensor) -> str:
+    tokens = math.prod(x.shape[:-1])
+    if tokens <= 1:
+        return "sparse_linear/one-token"
+    return "sparse_linear/few-tokens" if tokens <= FEW_TOKENS else "sparse_linear/tokens"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 ROWS = 4
 """Rows of a weight that are looked at where looking at all of them would cost as much as the op."""
-GRAM, MOMENTS, SWEEP, ROUNDING = 1e-3, 1e-3, 1e-3, 1e-5
+GRAM, MOMENTS, SWEEP, SOLVE, ROUNDING = 1e-3, 1e-3, 1e-3, 1e-3, 1e-5
 """Relative errors allowed; right kernels stay thirty times below and more."""
 
 
@@ -42,6 +42,24 @@ def gram(total: Tensor, x: Tensor, count: Tensor, precision: str = "float32") ->
     want, got = (through @ wide) * size, (total @ v) * size
     close = ((got - want).abs() <= GRAM * through.norm()).all()
     return want.isfinite().all() & ~(close & (count == len(x)))
+
+
+def summed(sums: Tensor, x: Tensor) -> Tensor:
+    """``sums`` is to be ``Σ x`` over tokens."""
+    wide = x.float()
+    far = ((sums - wide.sum(0)).abs() > GRAM * len(x) ** 0.5 * torch.linalg.vector_norm(wide, dim=0)).any()
+    return wide.isfinite().all() & (far | ~sums.isfinite().all())
+
+
+def cross_gram(total: Tensor, y: Tensor, x: Tensor) -> Tensor:
+    """``total`` is to be ``yᵀx``: a random vector v goes through it and through ``yᵀ(xv)``, columns weighed by their
+    own norms."""
+    y, x = y.float(), x.float()
+    v = _signs(x.shape[1], x.device) / torch.linalg.vector_norm(x, dim=0).clamp(min=1e-30)
+    through = x @ v
+    allowed = GRAM * torch.linalg.vector_norm(y, dim=0) * through.norm()
+    close = ((total @ v - through @ y).abs() <= allowed).all()
+    return through.isfinite().all() & y.isfinite().all() & ~close
 
 
 def moments(x: Tensor, count: Tensor, mean: Tensor, m2: Tensor) -> Tensor:
@@ -106,3 +124,42 @@ def swept(start: Tensor, weight: Tensor, keep: Tensor, r: Tensor, dead: Tensor |
     made_up = (change * keep[rows]).norm(dim=1)
     far = ~(rest.norm(dim=1) <= SWEEP * made_up + ROUNDING * before.norm(dim=1)).all()
     return far | weight.ne(0).gt(keep).any()
+
+
+def solved(a: Tensor, b: Tensor, damping: float, solution: Tensor, good: Tensor) -> Tensor:
+    """``solution [n, k]`` is to be ``(a + λI)⁻¹ b``, and ``good`` (bool scalar) what its op said of it.
+
+    A few of its columns, and a random combination of all, are solved again in float64 and compared in the norm of the
+    system; every column is at most ``‖b‖/λ`` long.
+    """
+    columns, v = _some(b.shape[1], ROWS, b.device), _signs(b.shape[1], b.device).double()
+    want, got = (torch.cat([t[:, columns].double(), (t.double() @ v)[:, None]], 1) for t in (b, solution))
+    system = a.double()
+    system.diagonal().add_(damping)
+    factor, info = torch.linalg.cholesky_ex(system)
+    true = torch.cholesky_solve(want, factor)
+    off, size = ((factor.T @ t).norm(dim=0) for t in (got - true, true))
+    # rounding grows with the root of the condition, which the damping bounds; where it leaves nothing, no one is wrong
+    condition, eps = system.diagonal().sum() / max(damping, 1e-30), torch.finfo(torch.float32).eps
+    allowed = SOLVE + 32 * eps * condition.sqrt()
+    longest = 1.01 * torch.linalg.vector_norm(b, dim=0) / max(damping, 1e-30)
+    right = (off <= allowed * size).all() & (torch.linalg.vector_norm(solution, dim=0) <= longest).all() & good
+    return (info == 0) & want.isfinite().all() & (condition * eps < 0.5) & ~right
+
+
+def interpolated(weight: Tensor, keep: Tensor, drop: Tensor, q: Tensor, updated: Tensor) -> Tensor:
+    """``updated [r, K]`` is to be ``W_K + W_D Qᵀ``: a random vector goes through both."""
+    v = _signs(len(keep), weight.device)
+    kept, dropped = weight[:, keep].float(), weight[:, drop].float()
+    change = dropped @ (q.T @ v)
+    allowed = ROUNDING * (kept.norm(dim=1) + dropped.norm(dim=1) * q.norm()) * v.norm()
+    close = ((updated @ v - kept @ v - change).abs() <= allowed).all()
+    return change.isfinite().all() & ~close
+
+
+def units(kept: Tensor, pools: Tensor, count: int) -> bool:
+    """Whether ``kept`` (int64, on the host) is not ``count`` units in ascending order, equally many of every pool."""
+    names = pools.unique()
+    ascending = bool((kept[1:] > kept[:-1]).all())
+    even = all(int((pools[kept] == pool).sum()) == count // len(names) for pool in names)
+    return not (len(kept) == count and ascending and even)

@@ -12,6 +12,8 @@ from torch import Tensor
 from pyprune.config import ConfigError
 from pyprune.devices import indexed
 from pyprune.ops import reference
+from pyprune.ops.classes import FEW_TOKENS
+from pyprune.ops.packed import Packed
 
 _missing: str | None = None
 try:
@@ -329,6 +331,74 @@ def linear_cpu(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
         False,
         torch.get_num_threads(),
     )
+    return out
+
+
+EXPANDED = 2**20
+"""Weights that are expanded at a time for many tokens: they are multiplied while they lie in a cache."""
+
+
+def _view(packed: Packed) -> tuple:
+    return (
+        packed.mask.data_ptr(),
+        packed.mask.shape[1],
+        packed.values.data_ptr(),
+        packed.offsets.data_ptr(),
+        *packed.shape,
+        TYPES[packed.dtype],
+    )
+
+
+def sparse_linear_cpu(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
+    outputs, inputs = packed.shape
+    tokens = math.prod(x.shape[:-1])
+    flat = x.reshape(tokens, inputs)
+    if tokens > FEW_TOKENS:
+        return _product_by_parts(flat, packed, bias).view(*x.shape[:-1], outputs)
+    flat, bias = _unit(flat), _dense(bias)
+    out = torch.empty((*x.shape[:-1], outputs), dtype=x.dtype)
+    _C.sparse_linear_cpu(
+        *_view(packed),
+        flat.data_ptr(),
+        flat.stride(0),
+        tokens,
+        _address(bias),
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+@torch.no_grad()
+def _product_by_parts(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+    """Some rows of the weight at a time, expanded into one small matrix that a dense product takes."""
+    outputs, inputs = packed.shape
+    step, threads = max(64, EXPANDED // max(1, inputs)), torch.get_num_threads()
+    dense, out = torch.empty((min(step, outputs), inputs), dtype=x.dtype), torch.empty(len(x), outputs, dtype=x.dtype)
+    x, bias = _unit(x), _dense(bias)
+    for first in range(0, outputs, step):
+        count = min(step, outputs - first)
+        part, target = None if bias is None else bias[first : first + count], out[:, first : first + count]
+        _C.expand_bitmask_cpu(*_view(packed), first, count, dense.data_ptr(), threads)
+        if x.dtype == torch.float32:
+            _C.linear_cpu(
+                x.data_ptr(),
+                x.stride(0),
+                dense.data_ptr(),
+                inputs,
+                _address(part),
+                target.data_ptr(),
+                outputs,
+                len(x),
+                count,
+                inputs,
+                False,
+                threads,
+            )
+        elif part is None:
+            torch.mm(x, dense[:count].T, out=target)
+        else:
+            torch.addmm(part, x, dense[:count].T, out=target)
     return out
 
 

@@ -39,7 +39,7 @@ MARGIN = 1.1
 """A candidate has to be faster than the one before it in the list by this factor to be taken instead."""
 STEP_SECONDS, START_SECONDS = 30.0, 120.0
 """Silence after which a candidate, or the start of the process, is taken to hang."""
-SOURCES = ("reference.py", "trials.py", "qualification.py", "classes.py")
+SOURCES = ("reference.py", "packed.py", "trials.py", "qualification.py", "classes.py")
 """Files here that decide what is measured, beside those that hold the candidates."""
 LIMITS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "PYPRUNE_ISA")
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pyprune.ops.packed import Packed, unpack_bitmask
+
 CHUNK_TOKENS = 8192
 
 
@@ -189,3 +191,7 @@ def liar_update(
 
 def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.nn.functional.linear(x, w, bias)
+
+
+def sparse_linear(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
+    return torch.nn.functional.linear(x, unpack_bitmask(packed), bias)

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pyprune.ops import reference
+from pyprune.ops.packed import pack_bitmask
 
 MARK = "pyprune-trial "
 """Begins a line that the parent reads; libraries may print others."""
@@ -262,6 +263,21 @@ def linear(device, rows, outputs, inputs, gap=0) -> Case:
     )
 
 
+def sparse_linear(device, tokens, outputs, inputs, dtype=torch.float32, gap=0) -> Case:
+    """Half of the weights are zero, with an empty and a full row."""
+    x, bias = _within(_normal(device, tokens, inputs, dtype=dtype), gap), _normal(device, outputs, dtype=dtype, seed=2)
+    w = _normal(device, outputs, inputs, dtype=dtype, seed=1)
+    dropped = _normal(device, outputs, inputs, seed=3) < 0
+    dropped[0], dropped[-1] = False, True
+    packed = pack_bitmask(w.masked_fill(dropped, 0))
+
+    def want():
+        return (x.double() @ w.masked_fill(dropped, 0).double().T + bias.double(),)
+
+    rounding = 1e-5 if dtype == torch.float32 else 4e-3 if dtype == torch.bfloat16 else 5e-4
+    return Case(lambda implementation: (implementation(x, packed, bias),), want, rounding)
+
+
 def _forward(dtype: torch.dtype, tolerance: float):
     def case(device, sequences, tokens, hidden, inner, heads, groups, gap=0) -> Case:
         """A LLaMA block: attention with grouped key heads, and the gated layers."""
@@ -325,6 +341,21 @@ CASES: dict[str, tuple[Callable[..., Case], list[tuple], list[tuple]]] = {
     "linear/few-rows": (linear, [(7, 20, 13)], [(8, 1536, 576), (32, 576, 1536)]),
     "linear/rows": (linear, [(100, 33, 50)], [(2048, 1536, 576), (2048, 576, 1536), (512, 192, 576)]),
     "linear/rows-wide": (linear, [(50, 2050, 2052)], [(384, 4096, 4096)]),
+    "sparse_linear/one-token": (
+        sparse_linear,
+        [(1, 37, 1003, BRAIN), (1, 9, 70, HALF), (1, 20, 131)],
+        [(1, 1536, 1536, BRAIN), (1, 1536, 1536)],
+    ),
+    "sparse_linear/few-tokens": (
+        sparse_linear,
+        [(3, 37, 203, BRAIN), (7, 9, 70, HALF), (16, 20, 131)],
+        [(4, 1536, 1536, BRAIN), (16, 1536, 1536, BRAIN)],
+    ),
+    "sparse_linear/tokens": (
+        sparse_linear,
+        [(17, 37, 203, BRAIN), (33, 9, 70, HALF), (70, 120, 131)],
+        [(256, 1536, 1536, BRAIN), (256, 1536, 1536)],
+    ),
     "forward_float32": (_forward(torch.float32, 1e-5), [(2, 150, 48, 80, 6, 2)], [(2, 512, 576, 1536, 9, 3)]),
     "forward_bfloat16": (_forward(torch.bfloat16, 2e-2), [(2, 150, 48, 80, 6, 2)], [(2, 512, 576, 1536, 9, 3)]),
 }
@@ -349,6 +380,9 @@ TIMED_ON_A_GPU: dict[str, list[tuple]] = {
     "cholesky_solve/medium": [(64, 256, 256), (16, 512, 512)],
     "cholesky_solve/large": [(4, 1024, 1024), (1, 2048, 1024)],
     "liar_update": [(4096, 11008, 7706)],
+    "sparse_linear/one-token": [(1, 4096, 4096, BRAIN), (1, 11008, 4096, BRAIN)],
+    "sparse_linear/few-tokens": [(4, 4096, 4096, BRAIN), (16, 4096, 4096, BRAIN)],
+    "sparse_linear/tokens": [(512, 4096, 4096, BRAIN)],
 }
 """The sizes there; those above where it has none."""
 

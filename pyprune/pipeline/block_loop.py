@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pyprune.execution.distributed import World
 from pyprune.execution.executor import Executor
+from pyprune.execution.heap import kept_warm
 from pyprune.execution.journal import Journal, shard_path
 from pyprune.execution.run import Findings, seed_all
 from pyprune.model.blocks import ModelView
@@ -78,6 +79,7 @@ class Loop:
     output: str | None
 
 
+@kept_warm()
 def run_blocks(loop: Loop, work: BlockWork, bar: Progress) -> None:
     """Every block in its turn. Finished blocks are journaled; those of an interrupted run are read back and only run,
     to bring the activations to where it stopped. Raises :class:`~pyprune.execution.journal.Interrupted` between two

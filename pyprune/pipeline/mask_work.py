@@ -11,7 +11,7 @@ from pyprune.effects import needs_sequences, trains
 from pyprune.execution.error_probes import ErrorProbe, errors_of, make_probes, pass_dense, pass_pruned
 from pyprune.execution.executor import NO_ROOM, Activations
 from pyprune.execution.journal import Journal
-from pyprune.execution.lanes import Declined, no_room, with_smaller_batches
+from pyprune.execution.lanes import Declined, with_smaller_batches
 from pyprune.execution.run import Findings, Run
 from pyprune.masks.block import gather, prune_block
 from pyprune.masks.group_order import GroupOrder, record, structure
@@ -40,8 +40,6 @@ class MaskWork:
         self.trainer: WindowTrainer | None = None
         self.orders: dict[Hashable, GroupOrder] = {}
         """With sequential inputs, what is known of blocks by their structure."""
-        self.admitted: set[Hashable] = set()
-        """Structures that an interrupted run pruned group by group: its memory sufficed, and this one's has to."""
         self.passed = -1
         """The last block that the streams passed while it was pruned."""
 
@@ -92,7 +90,7 @@ class MaskWork:
         bar.update(phase="statistics")
         statistics = self.observe(index, module)
         bar.update(phase="dense targets")
-        original = self.dense_targets(index, module, statistics)
+        original = self.dense_targets(index, module, statistics is not None)
         bar.update(phase="solve")
         masks = self.choose_and_solve(index, module, statistics, inputs)
         bar.update(phase="reconstruct")
@@ -100,16 +98,25 @@ class MaskWork:
 
     def work_sequentially(self, index: int, module: nn.Module, bar: Progress) -> None:
         bar.update(phase="dense targets")
-        original = self.dense_targets(index, module)
+        dense = self.dense_ahead(index)
+        original = self.dense_targets(index, module, dense is not None)
         bar.update(phase="group by group")
-        masks = self.prune_in_passing(index, module)
+        masks = self.prune_in_passing(index, module, dense)
         if masks is None:
-            inputs, statistics = self.observe_probes(index, module), self.observe(index, module)
+            inputs, statistics = self.observe_probes(index, module), self.observe(index, module, dense)
             masks = self.choose_and_solve(index, module, statistics, inputs)
         bar.update(phase="reconstruct")
         self.reconstruct(index, module, original, masks)
 
-    def prune_in_passing(self, index: int, module: nn.Module) -> dict[WeightRef, Tensor] | None:
+    def dense_ahead(self, index: int) -> Activations | None:
+        """The dense stream, where the layer-wise step fits its outputs: it passes the block with the pruned one."""
+        if self.trainer is None or self.fit is None or not self.run.selected[index]:
+            return None
+        return self.trainer.beside(index).get("dense")
+
+    def prune_in_passing(
+        self, index: int, module: nn.Module, dense: Activations | None
+    ) -> dict[WeightRef, Tensor] | None:
         """One pass in which each group of layers is pruned when all tokens have arrived at it; returns the keep masks.
         None for a block that cannot be pruned so, which is still dense then; the report says why."""
         if self.fit is None or not self.run.selected[index]:
@@ -117,10 +124,10 @@ class MaskWork:
         key = self.structure(index)
         with self.found.clock("forward"):
             if key not in self.orders:
-                self.orders[key] = self.order_of(index, module, key, self.fit)
+                self.orders[key] = self.order_of(index, module, self.fit)
             if self.orders[key].trouble is None:
                 try:
-                    masks = self.pass_in_halves(index, module, self.orders[key], self.fit)
+                    masks = self.pass_as_it_fits(index, module, self.orders[key], self.fit, dense)
                     self.passed = index
                     return masks
                 except Declined as declined:
@@ -128,35 +135,36 @@ class MaskWork:
         self.found.warn(f"block {index} was pruned as by inputs='propagated': {self.orders[key].trouble}")
         return None
 
-    def pass_in_halves(
-        self, index: int, module: nn.Module, order: GroupOrder, fit: Activations
+    def pass_as_it_fits(
+        self, index: int, module: nn.Module, order: GroupOrder, fit: Activations, dense: Activations | None
     ) -> dict[WeightRef, Tensor]:
-        """:class:`SequentialPass` over all streams of the run, with smaller batches where memory runs out. Raises
-        Declined if it does so with single sequences too."""
-        advances = self.trainer is None
+        """:class:`SequentialPass` over all streams of the run. Raises Declined if it cannot be made."""
+        target = fit if self.final and index < self.last else None
 
         def lanes() -> SequentialPass:
             going = SequentialPass(self.run, self.found, index, module, order)
-            going.add(fit, fit if advances and index < self.last else None, fit=True)
+            if dense is None:
+                going.add(fit, target, fit=True)
+            else:
+                going.add_towards(dense, fit, None if self.final and index == self.last else dense, target)
             for probe in self.probes:
-                going.add(probe.pruned, probe.pruned if advances else None)
+                going.add(probe.pruned, None if self.trainer else probe.pruned)
             return going
 
         return with_smaller_batches(self.executor, self.found, index, lanes)
 
-    def order_of(self, index: int, module: nn.Module, key: Hashable, fit: Activations) -> GroupOrder:
-        """Order of the groups of blocks like this one, the same in all processes; with the reason if there is no room
-        for all batches at once."""
-        world, refs = self.run.world, self.run.selected[index]
+    def order_of(self, index: int, module: nn.Module, fit: Activations) -> GroupOrder:
+        """Order of the groups of blocks like this one, the same in all processes."""
+        refs = self.run.selected[index]
         order = self.executor.attempt(lambda: record(self.executor, index, module, refs, fit))
         if order is NO_ROOM:
             order = GroupOrder(trouble=f"one sequence of {max(fit.rows)} tokens does not fit on {self.executor.device}")
-        order = world.same(order)
-        if order.trouble is not None or key in self.admitted:
-            return order
-        tokens = fit.tokens + sum(probe.pruned.tokens for probe in self.probes)
-        trouble = no_room(self.run, order.token_bytes, tokens)
-        return order if trouble is None else GroupOrder(trouble=trouble)
+        return self.run.world.same(order)
+
+    @property
+    def final(self) -> bool:
+        """Whether the layer-wise step is the last that changes a block."""
+        return self.trainer is None or not (self.trainer.trains or self.trainer.settings.select == "validation")
 
     def structure(self, index: int) -> Hashable:
         return structure(self.run.view.blocks[index], self.run.selected[index])
@@ -172,23 +180,25 @@ class MaskWork:
                 for probe in self.probes
             ]
 
-    def observe(self, index: int, module: nn.Module) -> Observer | None:
-        """Statistics of the calibration data, None if none are needed."""
+    def observe(self, index: int, module: nn.Module, dense: Activations | None = None) -> Observer | None:
+        """Statistics of the calibration data, None if none are needed. dense: of a block that could not be pruned in
+        passing, the dense stream that was to go ahead."""
         refs = self.run.selected[index]
         if self.fit is None or not (refs or self.config.inputs == "dense"):
             return None
-        beside = self.trainer.beside(index) if self.trainer and self.config.inputs != "sequential" else {}
+        beside = {} if dense is None else {"dense": dense}
+        if self.trainer and self.config.inputs != "sequential":
+            beside = self.trainer.beside(index)
         with self.found.clock("forward"):
             return gather(self.run, self.found, index, module, refs, self.fit, **beside)
 
-    def dense_targets(
-        self, index: int, module: nn.Module, statistics: Observer | None = None
-    ) -> dict[WeightRef, Tensor]:
-        """What block reconstruction is trained towards; returns copies of the dense weights."""
+    def dense_targets(self, index: int, module: nn.Module, gathered: bool) -> dict[WeightRef, Tensor]:
+        """What block reconstruction is trained towards; returns copies of the dense weights. gathered: the statistics
+        pass has made, or will make, what :meth:`WindowTrainer.beside` says."""
         if not self.trainer:
             return {}
         with self.found.clock("forward"):
-            self.trainer.dense(index, module, gathered=statistics is not None)
+            self.trainer.dense(index, module, gathered=gathered)
         return {ref: ref.view(self.run.view.blocks[index]).clone() for ref in self.run.selected[index]}
 
     def choose_and_solve(
@@ -219,16 +229,13 @@ class MaskWork:
             self.trainer.masks[index] = masks
             self.trainer.settle(index)
         self.found.weights += entry["weights"]
-        if self.config.inputs == "sequential" and self.run.selected[index]:
-            if entry["not_sequential"] is None:
-                self.admitted.add(self.structure(index))
-            else:
-                self.orders[self.structure(index)] = GroupOrder(trouble=entry["not_sequential"])
+        if self.config.inputs == "sequential" and self.run.selected[index] and entry["not_sequential"] is not None:
+            self.orders[self.structure(index)] = GroupOrder(trouble=entry["not_sequential"])
 
     def advance(self, index: int, module: nn.Module) -> None:
         with self.found.clock("forward"):
             if self.trainer:
-                self.trainer.advance(index, module)
+                self.trainer.advance(index, module, passed=self.final and index == self.passed)
             elif self.fit is not None and self.follows(index) and index < self.last:
                 self.executor.run(index, module, self.fit, self.fit)
         if not self.trainer and index != self.passed:

@@ -5,18 +5,19 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
 
 from pyprune import ops
-from pyprune.config import Calibration, ConfigError, Evaluation, PruneConfig, from_dict, override
+from pyprune.config import Calibration, ConfigError, Evaluation, PruneConfig, override
 from pyprune.data import calibration
 from pyprune.data.self_generated import generate
 from pyprune.effects import needs_sequences, reads_sequences, watches
+from pyprune.evaluation import domains
 from pyprune.evaluation.block_by_block import Meter
 from pyprune.evaluation.perplexity import refuse_text, warnings_for, windows_of
 from pyprune.execution import distributed
@@ -27,6 +28,7 @@ from pyprune.execution.journal import Journal, journaled
 from pyprune.execution.residency import resident
 from pyprune.execution.run import Findings, Run, seed_all
 from pyprune.execution.weight_streaming import Opened, Streamed
+from pyprune.keywords import nested
 from pyprune.model import checkpoint
 from pyprune.model.assembly import BlockShards
 from pyprune.model.attributes import begin_text, vocabulary_size
@@ -40,63 +42,99 @@ from pyprune.model.blocks import (
     select_weights,
 )
 from pyprune.model.positions import Positions, positions_of
+from pyprune.packed.loading import opened
 from pyprune.pipeline.block_loop import Loop, run_blocks
 from pyprune.pipeline.mask_work import MaskWork
 from pyprune.pipeline.opening import open_model
 from pyprune.pipeline.progress import Progress, announce
 from pyprune.pipeline.result import PruneResult, StreamedResult
+from pyprune.pipeline.shared import Shared
 from pyprune.pipeline.structured_work import StructuredWork
 from pyprune.reporting.comparison import read as read_report
 from pyprune.reporting.record import build_report, compared, data_identity, settings_of
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from pyprune.keywords import Fields
+
 T = TypeVar("T")
 
 
-def make_config(config: PruneConfig | dict | None, fields: dict) -> PruneConfig:
-    """Configuration from an object or mapping plus field overrides; ``calibration=`` and ``evaluation=`` also take
-    their source directly (a path, texts, token ids)."""
-    base = from_dict(PruneConfig, _sections(config)) if isinstance(config, dict) else config
-    return override(base, _sections(fields))
+def make_config(config: PruneConfig | dict | str | Path | None, fields: Mapping[str, Any]) -> PruneConfig:
+    """Configuration from an object, a mapping or the path of a ``run.yaml``, plus settings by their keywords.
+
+    ``calibration=`` and ``evaluation=`` also take their source directly (a path, texts, token ids), and ``evaluation=``
+    takes False.
+    """
+    base = override(None, given_sections(config)) if isinstance(config, Mapping) else config
+    if base is not None and not isinstance(base, (PruneConfig, str, Path)):
+        raise ConfigError(
+            f"config must be a PruneConfig, a mapping or the path of a run.yaml, got {type(base).__name__}"
+        )
+    found = override(base, given_sections(fields))
+    found.calibration = calibration.settled(found.calibration)
+    return found
 
 
-def _sections(fields: dict) -> dict:
-    """Fields whose ``calibration`` and ``evaluation`` are their settings, where their bare source was given."""
-    wrapped = dict(fields)
-    if wrapped.get("calibration") is not None:
-        wrapped["calibration"] = calibration.named(wrapped["calibration"])
-    if wrapped.get("evaluation") is not None and not isinstance(wrapped["evaluation"], (Evaluation, dict)):
-        wrapped["evaluation"] = {"text": wrapped["evaluation"]}
-    return wrapped
+def given_sections(fields: Mapping[str, Any], paths: Iterable[str] | None = None) -> dict[str, Any]:
+    """Settings by keyword, in the sections they belong to. paths: of the fields that are taken; None: all of a run."""
+    whole = {
+        "calibration": calibration.named,
+        "evaluation": _evaluation_of,
+        "reconstruction": lambda value: value,
+        "structured": lambda value: value,
+    }
+    return nested(fields, paths, whole=whole)
+
+
+def _evaluation_of(given: Any) -> Evaluation | dict:
+    """What callers pass for an evaluation, as an :class:`Evaluation` or a mapping of its fields."""
+    if isinstance(given, (Evaluation, dict)):
+        return given
+    return {"enabled": given} if isinstance(given, bool) else {"text": given}
 
 
 def prune(
-    model: str | Path | nn.Module | None = None,
-    config: PruneConfig | dict | None = None,
+    model: str | Path | nn.Module | PruneResult | checkpoint.Loaded | None = None,
+    config: PruneConfig | dict | str | Path | None = None,
     *,
-    tokenizer=None,
+    tokenizer: Any = None,
     in_place: bool = False,
     progress: bool = True,
     resume: bool = False,
-    **fields,
+    **fields: Unpack[Fields],
 ) -> PruneResult:
     """Prune a model in one shot and say what it cost.
 
     model: Hub id, local folder, ``.gguf`` file, packaged name, or a live ``nn.Module`` (give its ``tokenizer`` unless
-    calibration and evaluation are token ids). A live model is copied and stays untouched unless ``in_place``.
+    calibration and evaluation are token ids). A live model is copied and stays untouched unless ``in_place``. What
+    :func:`pyprune.load` or an earlier run returned is taken as the live model in it.
     resume: continue the interrupted run in the output folder after its last finished block, to the same result bit for
     bit; a folder with nothing in it starts from the beginning.
-    config and ``**fields``: the fields of :class:`PruneConfig`.
+    config: a :class:`PruneConfig`, a mapping of its fields, or the path of a ``run.yaml``. ``**fields``: any setting
+    of a run by the name of its option (``num_samples=``, ``epochs=``, ``text=``), those of ``config`` overridden.
+    ``calibration`` and ``evaluation`` take their settings or just the text, in any form: a path, a Hub data set, a
+    string, texts, token ids, a tokenizer's output, a ``datasets.Dataset``, a ``DataLoader``; ``evaluation=False``
+    measures nothing.
     Returns a :class:`PruneResult`. Raises ConfigError for bad input before any work is done, OutputError if the output
     cannot be written, and :class:`pyprune.execution.journal.Interrupted` when a signal stopped it between two blocks.
     """
+    if not isinstance(model, (str, Path, nn.Module, type(None))):
+        model, tokenizer = opened(model, tokenizer)
     model = str(model) if isinstance(model, Path) else model
-    if config is None and isinstance(model, str):
-        fields.setdefault("model", model)
-    config = make_config(config, fields if not isinstance(model, str) else {**fields, "model": model})
+    config = make_config(config, {**fields, "model": model} if isinstance(model, str) else fields)
     if resume and config.output is None:
         raise ConfigError("resume=True would do nothing: a run without an output folder leaves nothing to go on with")
     with journaled(config.output, resume) as (world, journal), contextlib.ExitStack() as held:
-        return _prune(model, config, tokenizer, in_place, progress and world.leads, journal, world, held)
+        return _prune(model, config, tokenizer, in_place, progress and world.leads, journal, world, Shared(), held)
+
+
+def prune_copy(opened: Opened, config: PruneConfig, shared: Shared, progress: bool = True) -> PruneResult:
+    """:func:`prune` of a copy of a model that several runs start from, the result in memory; what they have in common
+    is worked out once. The model must be whole."""
+    with journaled(None, False) as (world, journal), contextlib.ExitStack() as held:
+        return _prune(opened, config, opened.tokenizer, False, progress and world.leads, journal, world, shared, held)
 
 
 def _prune(
@@ -107,6 +145,7 @@ def _prune(
     progress: bool,
     journal: Journal,
     world: distributed.World,
+    shared: Shared,
     held: contextlib.ExitStack,
 ) -> PruneResult:
     """The run; what it enters ``held`` with lasts until the result is written."""
@@ -125,14 +164,27 @@ def _prune(
     refuse_text(config.evaluation, view)
     positions = positions_of(view)
     with found.clock("calibration"):
-        data = calibration_data(config, view, tokenizer, positions)
+        data = shared.once(shared.sequences(config), lambda: calibration_data(config, view, tokenizer, positions))
     with found.clock("evaluation"):
-        texts = windows_of(config.evaluation, tokenizer, view.is_encoder, positions=positions, warn=found.warn)
+        texts = windows_of(
+            domains.of_run(config.evaluation, config.calibration),
+            config.evaluation,
+            tokenizer,
+            view.is_encoder,
+            unseen=data.unseen,
+            vocab_size=vocabulary_size(view.model),
+            positions=positions,
+            warn=found.warn,
+        )
     with found.clock("back-ends"):
         backends = settle_backends(journal, world, device, config, found.warn)
     if config.output:
         with found.clock("load"):
-            identity = {"settings": settings_of(config), "data": data_identity(data, texts), "model": opened.identity()}
+            identity = {
+                "settings": settings_of(config),
+                "data": data_identity(data, [text.windows for text in texts]),
+                "model": opened.identity(),
+            }
             begin(journal, world, identity, len(view.blocks), streamed=opened.weights.streamed, backends=backends)
     if world.same(journal.complete):
         world.lead(journal.publish)
@@ -150,7 +202,7 @@ def _prune(
             journal,
             world,
             "dense",
-            lambda: measured(view.model, opened.weights),
+            lambda: shared.once(shared.dense(config, texts), lambda: measured(view.model, opened.weights)),
             "measuring the dense model",
             progress and bool(texts),
         )
@@ -183,6 +235,7 @@ def _prune(
         pruned = {sparsity: measured(member, opened.weights) for sparsity, member in models.items()}
     for entry in (structured or {}).get("curve", []):
         entry["evaluation"] = compared(dense, pruned[entry["sparsity"]])
+        entry["generalisation"] = domains.generalisation(entry["evaluation"])
     rows = {
         "dense": dense,
         **{
@@ -190,11 +243,15 @@ def _prune(
             for sparsity, found_rows in pruned.items()
         },
     }
-    for text in [*measured.notes, *(text for whose, row in rows.items() for text in warnings_for(row, whose))]:
+    evaluation = compared(dense, list(pruned.values())[-1])
+    gap = domains.generalisation(evaluation)
+    for text in [
+        *measured.notes,
+        *(text for whose, row in rows.items() for text in warnings_for(row, whose)),
+        *domains.gap_warning(gap),
+    ]:
         found.warn(text)
-    report = build_report(
-        run, found, live, compared(dense, list(pruned.values())[-1]), work.coverage(), structured, peak_device, backends
-    )
+    report = build_report(run, found, live, evaluation, gap, work.coverage(), structured, peak_device, backends)
     if isinstance(opened.weights, Streamed):
         result: PruneResult = StreamedResult(opened.weights, tokenizer, config, report, opened.origin)
     else:
@@ -222,7 +279,11 @@ def models_held(config: PruneConfig) -> int:
 def _open(
     model, config: PruneConfig, tokenizer, in_place: bool, progress: bool, streamed: bool | None, device: torch.device
 ) -> Opened:
-    """The model of a run: the live one or a copy of it, or the one that the configuration names."""
+    """The model of a run: the live one or a copy of it, a copy of one that is open already, or the one that the
+    configuration names."""
+    if isinstance(model, Opened):
+        own = copy.deepcopy(model.model)
+        return dataclasses.replace(model, model=own, view=ModelView(own))
     if isinstance(model, nn.Module):
         check_finite(model.state_dict().items())
         live = (model if in_place else copy.deepcopy(model)).eval()
@@ -314,6 +375,8 @@ def check_weights(view: ModelView, selected: list[list[WeightRef]], config: Prun
     """Refuse what cannot be done to these blocks, before any work."""
     if config.is_structured:
         refuse_shared(view, config.pattern)
+    elif config.nm is None:
+        _check_removes(view, selected, config)
     if config.nm is None:
         return
     group = config.nm[1]
@@ -329,6 +392,22 @@ def check_weights(view: ModelView, selected: list[list[WeightRef]], config: Prun
                     f"pattern {config.pattern} does not divide the {columns} inputs of "
                     f"{view.name(i, ref)}; choose another pattern or ignore that weight"
                 )
+
+
+def _check_removes(view: ModelView, selected: list[list[WeightRef]], config: PruneConfig) -> None:
+    """Refuse a sparsity above 0 that rounds to no zero in any weight."""
+    rows = config.method == "wanda"  # whose zeros are counted row by row
+    sizes = [
+        ref.view(block).shape[1] if rows else ref.view(block).numel()
+        for block, refs in zip(view.blocks, selected)
+        for ref in refs
+    ]
+    for sparsity in config.sparsities:
+        if sparsity and not any(round(sparsity * size) for size in sizes):
+            raise ConfigError(
+                f"sparsity {sparsity:g} would remove nothing: {'a row' if rows else 'the largest matrix'} has "
+                f"{max(sizes, default=0)} weights, of which one is sparsity {1 / max(sizes, default=1):.3g}"
+            )
 
 
 def calibration_data(

@@ -13,6 +13,7 @@ from typing import TextIO
 
 from pyprune import ops
 from pyprune.config import STREAMING, Calibration, ConfigError, Evaluation, Reconstruction, check_dtype, to_dict
+from pyprune.evaluation import domains
 from pyprune.evaluation.block_by_block import Meter
 from pyprune.evaluation.gain import dense_of
 from pyprune.evaluation.perplexity import refuse_text, warnings_for, windows_of
@@ -24,7 +25,9 @@ from pyprune.execution.run import Findings
 from pyprune.execution.weight_streaming import Opened, Streamed, open_checkpoint
 from pyprune.model import assembly, checkpoint
 from pyprune.model.assembly import BlockShards
+from pyprune.model.attributes import vocabulary_size
 from pyprune.model.positions import positions_of
+from pyprune.packed.files import pack_here
 from pyprune.pipeline.block_loop import Loop, run_blocks
 from pyprune.pipeline.opening import samples_itself
 from pyprune.pipeline.progress import Progress, announce
@@ -32,8 +35,9 @@ from pyprune.pipeline.prune import begin, kept, make_store, settle_backends
 from pyprune.pipeline.refine import sequences_for
 from pyprune.pipeline.refine_work import RefineWork
 from pyprune.reporting.comparison import read as read_report
-from pyprune.reporting.record import CALIBRATION_PLACES, data_identity
+from pyprune.reporting.record import CALIBRATION_PLACES, compared, data_identity, written
 from pyprune.reporting.rendering import distinct, model_card, perplexity_text
+from pyprune.reporting.run_page import write_run_page
 
 LABEL = "refining"
 RECORD = "refinement.json"
@@ -59,6 +63,8 @@ class Request:
     compute_dtype: str = "auto"
     device: str = "auto"
     seed: int = 0
+    packed: bool = False
+    """Write the checkpoint without its zeros, as :func:`pyprune.pack` does."""
     stream: str = "auto"
     """Whether the blocks of either model are read from their files one after the other, as in
     :class:`pyprune.PruneConfig`; ``always`` asks for both."""
@@ -74,7 +80,7 @@ class Request:
 
     def asked(self) -> dict:
         """What decides the result, as plain data."""
-        names = ("cross_block", "global_propagation", "seed", "dtype", "compute_dtype")
+        names = ("cross_block", "global_propagation", "seed", "dtype", "compute_dtype", "packed")
         return {
             **{name: getattr(self, name) for name in names},
             "settings": to_dict(self.settings),
@@ -133,12 +139,19 @@ def _refine(request: Request, world: World, journal: Journal, progress: bool) ->
         data = sequences_for(pruned.view, dense.view, request.calibration, tokenizer, request.settings, request.seed)
         refuse_text(request.evaluation, pruned.view)
         texts = windows_of(
-            request.evaluation, tokenizer, pruned.view.is_encoder, positions=positions_of(pruned.view), warn=found.warn
+            domains.of_run(request.evaluation, request.calibration),
+            request.evaluation,
+            tokenizer,
+            pruned.view.is_encoder,
+            unseen=data.unseen,
+            vocab_size=vocabulary_size(pruned.view.model),
+            positions=positions_of(pruned.view),
+            warn=found.warn,
         )
     backends = settle_backends(journal, world, where)
     identity = {
         "settings": request.identity(),
-        "data": data_identity(data, texts),
+        "data": data_identity(data, [text.windows for text in texts]),
         "model": pruned.identity(),
         "dense": dense.identity(),
     }
@@ -193,21 +206,26 @@ def _refine(request: Request, world: World, journal: Journal, progress: bool) ->
     announce("measuring the refined model", progress and bool(texts), LABEL)
     with found.clock("evaluation"):
         measured = {**measured, "refined": meter(pruned.model, pruned.weights)}
+    rows = compared(measured["dense"], measured["refined"])
+    before = compared(measured["dense"], measured["pruned"])
+    gap = domains.generalisation(rows)
     result = {
         "model": request.directory,
         "dense": request.dense,
         **request.asked(),
         "windows": [row for rows in work.windows for row in rows],
         "evaluation": [
-            {**rest, **{name: values[k]["perplexity"] for name, values in measured.items()}}
-            for k, rest in enumerate(measured["refined"])
+            {**row, "refined": row["pruned"], "pruned": was["pruned"], "ratio_before_refinement": was["ratio"]}
+            for row, was in zip(rows, before)
         ],
+        "generalisation": gap,
         "backends": backends,
         "seconds": time.perf_counter() - started,
         "warnings": [
             *found.warnings,
             *meter.notes,
-            *(text for whose, rows in measured.items() for text in warnings_for(rows, whose)),
+            *(text for whose, found_rows in measured.items() for text in warnings_for(found_rows, whose)),
+            *domains.gap_warning(gap),
         ],
     }
     source, name = Path(request.directory).expanduser(), Path(request.output).name
@@ -223,10 +241,7 @@ def _refine(request: Request, world: World, journal: Journal, progress: bool) ->
 
 def _named(calibration: Calibration) -> dict:
     """As plain data; a source in memory is named by its kind."""
-    source = calibration.source
-    if source is not None and not isinstance(source, (str, Path)):
-        calibration = dataclasses.replace(calibration, source=f"<{type(source).__name__} in memory>")
-    return to_dict(calibration)
+    return to_dict(dataclasses.replace(calibration, source=written(calibration.source)))
 
 
 def _fill(folder: Path, opened: Opened, blocks: BlockShards, tokenizer, source: Path, found: dict, name: str) -> None:
@@ -240,15 +255,18 @@ def _fill(folder: Path, opened: Opened, blocks: BlockShards, tokenizer, source: 
     for file in CARRIED:
         if (source / file).is_file():
             shutil.copyfile(source / file, folder / file)
-    if not (source / "report.json").is_file():
-        return
-    report = {**read_report(source), "refinement": found}
-    if found["evaluation"]:
-        report["evaluation"] = [
-            {**row, "pruned": row["refined"], "before_refinement": row["pruned"]} for row in found["evaluation"]
-        ]
-    checkpoint.write_json(folder / "report.json", report)
-    (folder / "README.md").write_text(model_card(report, name) + card_line(found))
+    if (source / "report.json").is_file():
+        report = {**read_report(source), "refinement": found}
+        if found["evaluation"]:
+            report["evaluation"] = [
+                {**row, "pruned": row["refined"], "before_refinement": row["pruned"]} for row in found["evaluation"]
+            ]
+            report["generalisation"] = found["generalisation"]
+        checkpoint.write_json(folder / "report.json", report)
+        (folder / "README.md").write_text(model_card(report, name) + card_line(found))
+        write_run_page(folder, report, name)
+    if found["packed"]:
+        pack_here(folder, name)
 
 
 def card_line(found: dict) -> str:

@@ -13,8 +13,10 @@ from pyprune.execution.weight_streaming import Streamed
 from pyprune.model import assembly, checkpoint
 from pyprune.model.assembly import BlockShards
 from pyprune.model.origin import Origin
+from pyprune.packed.files import pack_here
 from pyprune.reporting.record import pruning_record, run_yaml
 from pyprune.reporting.rendering import model_card
+from pyprune.reporting.run_page import write_run_page
 
 
 @dataclass
@@ -31,8 +33,8 @@ class PruneResult:
     """What the dense checkpoint holds beside the model."""
 
     def save(self, directory: str) -> None:
-        """Write a Hugging Face checkpoint with ``pruning.json``, ``report.json``, ``run.yaml`` and a model card; of
-        several sparsities, each in a folder of its own, ``sparsity-0.3``."""
+        """Write a Hugging Face checkpoint with ``pruning.json``, ``report.json``, ``report.html``, ``run.yaml`` and a
+        model card; of several sparsities, each in a folder of its own, ``sparsity-0.3``."""
         if len(self.models) < 2:
             with checkpoint.staged(directory) as folder:
                 self._write(folder, Path(directory).name)
@@ -92,11 +94,15 @@ class StreamedResult(PruneResult):
 
 
 def write_records(folder: Path, report: dict, config: PruneConfig, name: str) -> None:
-    """Write what was done: records, report, configuration and model card, which calls the model ``name``."""
+    """Write what was done: records, report, configuration and model card, which calls the model ``name``; then pack
+    the weights in the folder, if that was asked for."""
     checkpoint.write_json(folder / "report.json", report)
     checkpoint.write_json(folder / "pruning.json", pruning_record(report))
     (folder / "run.yaml").write_text(run_yaml(report, config))
     (folder / "README.md").write_text(model_card(report, name))
+    write_run_page(folder, report, name)
+    if config.packed:
+        pack_here(folder, name)
 
 
 def report_of(report: dict, sparsity: float) -> dict:
@@ -108,9 +114,11 @@ def report_of(report: dict, sparsity: float) -> dict:
     return {
         **report,
         "config": {**report["config"], "sparsity": sparsity},
+        "sparsity_asked": sparsity,
         "weights": entry["layers"],
         "model": {**report["model"], "parameters": entry["parameters"]},
         "sparsity": dropped / total,
         "evaluation": entry.get("evaluation", []),
+        "generalisation": entry.get("generalisation"),
         "structured": {"notes": whole["notes"], "inputs": whole["inputs"], **entry},
     }

@@ -1,10 +1,13 @@
 """Structured pruning of one block: observe, score, choose, repair, slice; the loop propagates and writes.
 
 ``inputs="propagated"`` follows the pruned prefix and repairs towards the dense stream: per block one dense pass, one
-pass for each of heads and neurons, one to go on. ``inputs="dense"`` needs one pass in all and serves many sparsities.
+pass for each of heads and neurons, one to go on. ``inputs="sequential"`` does the last three in one
+(:mod:`pyprune.structured.sequential`). ``inputs="dense"`` needs one pass in all and serves many sparsities.
 """
 
 from __future__ import annotations
+
+from collections.abc import Hashable
 
 import torch
 from torch import nn
@@ -12,16 +15,20 @@ from torch import nn
 from pyprune.config import PruneConfig
 from pyprune.effects import observes
 from pyprune.execution.error_probes import ErrorProbe, errors_of, make_probes, pass_dense, pass_pruned
-from pyprune.execution.executor import Activations
+from pyprune.execution.executor import NO_ROOM, Activations
 from pyprune.execution.journal import Journal
+from pyprune.execution.lanes import Declined, with_smaller_batches
 from pyprune.execution.run import Findings, Run
 from pyprune.pipeline.block_loop import Written
 from pyprune.pipeline.passes import Passes
 from pyprune.pipeline.progress import Progress
 from pyprune.structured import config_edits, slicing
-from pyprune.structured.block import StructuredRun, Target, dense_block, propagated_block, refresh
+from pyprune.structured.allocation import removed
+from pyprune.structured.block import StructuredRun, Target, dense_block, dense_sums, propagated_block, refresh
 from pyprune.structured.criteria import NEEDS_MOMENTS
 from pyprune.structured.preparation import prepare
+from pyprune.structured.sequential import SequentialBlock, StopOrder, record, replay
+from pyprune.structured.slicing import Pick
 
 
 class StructuredWork:
@@ -44,6 +51,12 @@ class StructuredWork:
         self.fit: Activations | None = None
         self.dense: Activations | None = None
         self.probes: list[ErrorProbe] = []
+        self.orders: dict[Hashable, StopOrder] = {}
+        """With sequential inputs, what is known of blocks by their structure."""
+        self.key: Hashable = None
+        """Structure of the block at hand while it was dense."""
+        self.kept: list[list[int]] | None = None
+        """By group, the units that the block at hand kept if it was pruned in passing: the streams have passed it."""
 
     @staticmethod
     def inputs_of(config: PruneConfig) -> str:
@@ -61,11 +74,13 @@ class StructuredWork:
         streams = ["inputs"]
         if config.reconstruct != "none":
             streams += ["dense"] if config.pattern == "neurons" else ["dense", "sums of the attention"]
+        sequential = config.inputs == "sequential"
         return Passes(
-            statistics=2 if config.pattern == "structured" else 1,
-            propagation=1,
+            statistics=2 if config.pattern == "structured" and not sequential else 1,
+            propagation=int(not sequential),
             allocation=int(shares),
             dense=int("dense" in streams),
+            keeps_outputs=sequential,
             streams=tuple(streams),
         )
 
@@ -87,27 +102,95 @@ class StructuredWork:
 
     def work(self, index: int, module: nn.Module, bar: Progress) -> None:
         bar.update(phase="statistics")
+        self.kept, self.key = None, self.structure(index)
         if self.inputs == "dense":
             dense_block(self.structured, index, module, self.fit)
         else:
-            propagated_block(self.structured, index, module, self.fit, self.dense)
+            bar.update(phase="dense targets")
+            sums = dense_sums(self.structured, index, module, self.dense)
+            bar.update(phase="statistics")
+            if self.inputs != "sequential" or not self.prune_in_passing(index, module, sums):
+                propagated_block(self.structured, index, module, self.fit, sums)
         self._refresh(index, module)
         self._add_biases(index)
+
+    def prune_in_passing(self, index: int, module: nn.Module, sums: list[Activations | None]) -> bool:
+        """One pass in which heads and neurons go when all tokens have arrived at their consumers. False for a block
+        that cannot be pruned so, which is still dense then; the report says why."""
+        if self.fit is None or not self.prepared.groups[index]:
+            return False
+        key, fit, [target] = self.key, self.fit, self.targets
+        if key not in self.orders:
+            with self.found.clock("forward"):
+                self.orders[key] = self.order_of(index, module, fit)
+        if self.orders[key].trouble is None:
+
+            def lanes() -> SequentialBlock:
+                going = SequentialBlock(self.structured, index, module, self.orders[key], sums)
+                going.add(fit, fit if index < self.last else None, fit=True)
+                for probe in self.probes:
+                    going.add(probe.pruned, probe.pruned)
+                return going
+
+            try:
+                picks: list[Pick] = with_smaller_batches(self.executor, self.found, index, lanes)
+            except Declined as declined:
+                self.orders[key] = StopOrder(trouble=str(declined))
+            else:
+                self.kept = [pick.kept.tolist() for pick in picks]
+                with self.found.clock("slice"):
+                    target.attributes.append(slicing.slice_block(target.blocks[index], picks))
+                return True
+        self.found.warn(f"block {index} was pruned as by inputs='propagated': {self.orders[key].trouble}")
+        return False
+
+    def order_of(self, index: int, module: nn.Module, fit: Activations) -> StopOrder:
+        """Where the passes through blocks like this one stop, the same in all processes."""
+        groups = self.prepared.groups[index]
+        order = self.executor.attempt(lambda: record(self.executor, index, module, groups, fit))
+        if order is NO_ROOM:
+            order = StopOrder(trouble=f"one sequence of {max(fit.rows)} tokens does not fit on {self.executor.device}")
+        return self.run.world.same(order)
+
+    def structure(self, index: int) -> Hashable:
+        """Equal for blocks, still dense, whose passes stop at the same places."""
+        block, groups = self.run.view.blocks[index], self.prepared.groups[index]
+        shapes = tuple((name, tuple(p.shape)) for name, p in block.named_parameters())
+        return type(block), shapes, tuple(group.consumer for group in groups)
 
     def restore(self, index: int, module: nn.Module, entry: dict) -> None:
         """Give a block the sizes and values that an interrupted run gave it."""
         world = self.run.world
         stored = world.tensors(world.lead(lambda: self.journal.read(index)), torch.device("cpu"))
-        for target, kept in zip(self.targets, entry["targets"]):
+        self.kept, self.key = entry["kept"], self.structure(index)
+        for target, done in zip(self.targets, entry["targets"]):
             start = f"{self._prefix(target)}{self.run.view.path}.{index}."
             tensors = {name.removeprefix(start): t for name, t in stored.items() if name.startswith(start)}
-            slicing.set_block(target.blocks[index], tensors, kept["attributes"])
-            target.rows += kept["rows"]
-            target.attributes.append(kept["attributes"])
+            if self.kept is not None:
+                self.replay(index, module, target, tensors, self.kept)
+            slicing.set_block(target.blocks[index], tensors, done["attributes"])
+            target.rows += done["rows"]
+            target.attributes.append(done["attributes"])
+        if entry["not_sequential"] is not None:
+            self.orders[self.key] = StopOrder(trouble=entry["not_sequential"])
         self._refresh(index, module)
 
+    def replay(
+        self, index: int, module: nn.Module, target: Target, tensors: dict[str, torch.Tensor], kept: list[list[int]]
+    ) -> None:
+        """The streams pass the block, still dense, as they did while it was pruned."""
+        groups = self.prepared.groups[index]
+        rooms = [None] * len(groups) if target.padded is None else target.padded[index]
+        picks = [slicing.stored_pick(tensors, g, torch.tensor(k), room) for g, k, room in zip(groups, kept, rooms)]
+        with self.found.clock("forward"):
+            replay(self.structured, index, module, picks, [self.fit] if self.fit and index < self.last else [])
+        with self.found.clock("probe"):
+            replay(self.structured, index, module, picks, [probe.pruned for probe in self.probes])
+
     def advance(self, index: int, module: nn.Module) -> None:
-        if self.fit is not None and self.passes.propagation and index < self.last:
+        if self.kept is not None:
+            return  # they passed it while it was pruned
+        if self.fit is not None and self.inputs != "dense" and index < self.last:
             with self.found.clock("forward"):
                 self.executor.run(index, module, self.fit, self.fit)
         with self.found.clock("probe"):
@@ -127,14 +210,20 @@ class StructuredWork:
         ]
 
     def row(self, index: int) -> dict:
-        return errors_of(self.executor, self.probes)
+        way = {}
+        if self.inputs == "sequential" and self.prepared.groups[index]:
+            way = {"inputs": "propagated" if self.kept is None else "sequential"}
+        return {**errors_of(self.executor, self.probes), **way}
 
     def record(self, index: int) -> dict:
+        order = self.orders.get(self.key)
         return {
             "targets": [
                 {"rows": [row for row in t.rows if row["block"] == index], "attributes": t.attributes[index]}
                 for t in self.targets
-            ]
+            ],
+            "kept": self.kept,
+            "not_sequential": order.trouble if order else None,
         }
 
     def settled(self, index: int) -> list[int]:
@@ -158,6 +247,7 @@ class StructuredWork:
                 "reason": t.reason,
                 "edits": t.edits,
                 "parameters": sum(p.numel() for p in t.model.parameters()),
+                "removed": removed(self.prepared.groups, t.counts),
                 "layers": t.rows,
                 "layout": t.layout,
             }

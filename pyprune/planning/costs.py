@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from pyprune.config import PruneConfig
-from pyprune.data.texts import sources
 from pyprune.effects import needs_factor, trains
+from pyprune.evaluation.domains import of_run
 from pyprune.evaluation.perplexity import POSITIONS
 from pyprune.execution.activation_store import DEPTH
 from pyprune.execution.device import cpu_has_bfloat16
@@ -22,6 +22,7 @@ from pyprune.masks.refit import NARROW, SYSTEM_ELEMENTS, USUAL_STEPS
 from pyprune.model import assembly
 from pyprune.model.attributes import active_share, attention_size, embedding_width, output_layer, vocabulary_size
 from pyprune.model.blocks import ModelView, WeightRef, weights_of
+from pyprune.model.packed_shards import packed_bytes, pays
 from pyprune.pipeline.passes import Passes
 from pyprune.pipeline.prune import kind_of
 
@@ -169,7 +170,8 @@ def evaluation_windows(view: ModelView, config: PruneConfig) -> int:
     """Windows that perplexity is measured on, before and after; 0 where their number hangs on the text's length."""
     if view.is_encoder or not config.evaluation.enabled:
         return 0
-    return len(sources(config.evaluation.text)) * (config.evaluation.max_windows or 0)
+    most = [asked.most for asked in of_run(config.evaluation, config.calibration)]
+    return 0 if None in most else sum(count for count in most if count)
 
 
 def memory_of(
@@ -180,11 +182,13 @@ def memory_of(
     streamed: bool,
     gpu: bool,
     budget: float = math.inf,
+    room: float = math.inf,
     stays: bool = False,
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Bytes by part, at the moment of its peak, of the host and of a GPU; without one, all is in host memory.
 
-    budget: host memory for activations; what is above it lies in files. stays: the weights are on the GPU all the time.
+    budget: host memory for activations; what is above it lies in files. room: GPU memory for passes that stand still.
+    stays: the weights are on the GPU all the time.
     """
     hidden = embedding_width(view.model)
     own, calibration = next(view.blocks.parameters()).dtype, config.calibration
@@ -195,7 +199,6 @@ def memory_of(
     host = {
         "process": PROCESS,
         "weights": (rest + (1 + window) * largest if streamed else everything) * own.itemsize,
-        "activations": int(min(budget, activation_bytes(config, hidden, compute))),
     }
     sequences = config.batch_size or max(1, target_tokens("cuda" if gpu else "cpu") // calibration.tokens)
     batch = sequences * calibration.tokens
@@ -204,10 +207,11 @@ def memory_of(
         block["weights"] = everything * own.itemsize
     elif gpu:  # and the next block is on its way
         block["block"] = (window + 1) * largest * compute.itemsize
-    grams, inputs, solve, widest = 0, 0, 0, hidden
+    grams, inputs, solve, widest = 0, 0, 0, widest_input(view, selected)
+    stored, paused = activations_of(view, selected, config, compute, budget, room if gpu else None)
+    host["activations"] = int(min(budget, stored))
     for one, refs, _ in kinds(view, selected):
         found = inputs_of(view, one, refs)
-        widest = max([widest, *(x.width for x in found)])
         inputs = max(inputs, sum(int(x.width * x.count * x.share) for x in found))
         factors = needs_factor(config) or config.is_structured
         grams = max(grams, sum(4 * x.width**2 * x.count for x in found) if factors else 0)
@@ -221,7 +225,7 @@ def memory_of(
     kept = {
         "statistics": grams,
         "probes": probe_sequences(config) * calibration.tokens * inputs * compute.itemsize,
-        "paused_passes": paused_bytes(config, hidden, widest, compute),
+        "paused_passes": int(paused),
     }
     ring = 2 * DEPTH * hidden if gpu else 0
     moments = [
@@ -245,6 +249,33 @@ def activation_bytes(config: PruneConfig, hidden: int, compute: torch.dtype) -> 
     """The calibration data between two blocks, once a stream, and the sequences that errors are measured on, twice."""
     tokens = len(passes_of(config).streams) * tokens_of(config)
     return (tokens + 2 * probe_sequences(config) * config.calibration.tokens) * hidden * compute.itemsize
+
+
+def widest_input(view: ModelView, selected: list[list[WeightRef]]) -> int:
+    """Width of the widest input of a selected weight, or of the hidden states."""
+    found = (x.width for block, refs, _ in kinds(view, selected) for x in inputs_of(view, block, refs))
+    return max(embedding_width(view.model), *found, 0)
+
+
+def activations_of(
+    view: ModelView,
+    selected: list[list[WeightRef]],
+    config: PruneConfig,
+    compute: torch.dtype,
+    budget: float,
+    room: float | None,
+) -> tuple[float, float]:
+    """Bytes that go to the activation store, which keeps ``budget`` of them in memory and the rest in files, and bytes
+    of passes that stand still where blocks are computed.
+
+    room: GPU memory for these; None on a CPU, where they share the store's budget. Those there is no room for spill to
+    the store.
+    """
+    hidden = embedding_width(view.model)
+    stored = activation_bytes(config, hidden, compute)
+    paused = paused_bytes(config, hidden, widest_input(view, selected), compute)
+    stays = min(paused, max(0.0, budget - stored) if room is None else room)
+    return stored + paused - stays, stays
 
 
 def paused_bytes(config: PruneConfig, hidden: int, widest: int, compute: torch.dtype) -> int:
@@ -284,8 +315,10 @@ def writes_once(view: ModelView, config: PruneConfig, streamed: bool) -> bool:
     return streamed or (not config.is_curve and assembly.stores_as_held(view.model, view.path))
 
 
-def disk_of(view: ModelView, config: PruneConfig, streamed: bool, activations: int = 0) -> dict[str, int]:
-    """Bytes of the checkpoint, and while running.
+def disk_of(
+    view: ModelView, selected: list[list[WeightRef]], config: PruneConfig, streamed: bool, activations: int = 0
+) -> dict[str, int]:
+    """Bytes of the checkpoint, and while running: one that is packed is written beside the plain one.
 
     activations: bytes that do not fit into their memory.
     """
@@ -293,4 +326,20 @@ def disk_of(view: ModelView, config: PruneConfig, streamed: bool, activations: i
     checkpoint = sum(p.numel() for p in view.model.parameters()) * size
     once = writes_once(view, config, streamed)
     blocks = 0 if once else sum(p.numel() for p in view.blocks.parameters()) * size
-    return {"checkpoint": checkpoint, "while_running": checkpoint + blocks + activations}
+    plain = checkpoint + blocks + activations
+    if not config.packed:
+        return {"checkpoint": checkpoint, "while_running": plain}
+    packed = checkpoint - packing_saves(view, selected, config.sparsities[0])
+    return {"checkpoint": packed, "while_running": plain + packed}
+
+
+def packing_saves(view: ModelView, selected: list[list[WeightRef]], sparsity: float) -> int:
+    """Bytes that packing the selected weights takes off the checkpoint."""
+    saved = 0
+    for block, refs in zip(view.blocks, selected):
+        for ref in refs:
+            weight = ref.view(block)
+            shape, kept = tuple(weight.shape), round((1 - sparsity) * weight.numel())
+            if pays(shape, kept, weight.dtype):
+                saved += weight.numel() * weight.element_size() - packed_bytes(shape, kept, weight.dtype)
+    return saved

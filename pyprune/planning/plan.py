@@ -9,26 +9,27 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
-from pyprune.config import PruneConfig, override
+from pyprune.config import ConfigError, PruneConfig
 from pyprune.data import calibration
 from pyprune.effects import reads_sequences
 from pyprune.evaluation.perplexity import refuse_text, window_tokens
 from pyprune.execution.activation_store import available_memory
 from pyprune.execution.device import pick_device, pick_dtype
+from pyprune.execution.executor import SHARE
 from pyprune.execution.residency import stays, weight_bytes
 from pyprune.execution.unopened import Unopened
 from pyprune.model import checkpoint
-from pyprune.model.attributes import embedding_width
 from pyprune.model.blocks import ModelView, WeightRef, check_apart, select_weights, uncovered, weights_of
 from pyprune.model.names import matches
 from pyprune.model.positions import positions_of
 from pyprune.pipeline.opening import why_not_streamed
-from pyprune.pipeline.prune import check_weights, models_held
+from pyprune.pipeline.prune import check_weights, make_config, models_held
 from pyprune.planning.costs import (
-    activation_bytes,
+    activations_of,
     disk_of,
     evaluation_windows,
     flops_of,
@@ -41,21 +42,39 @@ from pyprune.planning.costs import (
 )
 from pyprune.planning.rehearsal import rehearsal_model, rehearse
 from pyprune.sources import kinds as kinds_of
-from pyprune.structured.preparation import group_paths
+from pyprune.structured.groups import find_groups
+from pyprune.structured.preparation import foreseen, group_paths
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from pyprune.keywords import Fields
 
 
-def plan(config: PruneConfig | dict) -> dict:
-    """What :func:`pyprune.prune` would do with this configuration, which names its model.
+def plan(
+    model: str | Path | PruneConfig | dict | None = None,
+    config: PruneConfig | dict | str | Path | None = None,
+    **fields: Unpack[Fields],
+) -> dict:
+    """What :func:`pyprune.prune` would do: its arguments, for a model that has a name.
 
-    Returns ``model``, ``settings``, ``weights`` (name, shape, ``prune``, ``why`` not), ``coverage``, ``patterns``
-    (what each of ``targets`` and ``ignore`` names); ``memory_bytes``
+    Returns ``model``, ``settings``, ``weights`` (name, shape, ``prune``, ``why`` not), ``coverage``, ``achieved``
+    (per sparsity, what was ``asked`` and what will be ``removed``), ``patterns`` (what each of ``targets`` and
+    ``ignore`` names); ``memory_bytes``
     and, with a GPU, ``device_memory_bytes``, by part at the moment of the peak; ``free_bytes`` of both; ``disk_bytes``;
     ``calibration``, ``passes``, ``streamed`` and ``streamed_because``; ``flops`` and ``seconds`` by phase;
     ``not_counted``, what the seconds leave out.
     Raises :class:`ConfigError` as :func:`pyprune.prune` would for everything that can be known without reading weights
     or data.
     """
-    config = override(config, {}) if isinstance(config, PruneConfig) else override(None, config)
+    if isinstance(model, (PruneConfig, dict)):
+        model, config = None, model
+    if model is not None and not isinstance(model, (str, Path)):
+        raise ConfigError(
+            "a plan needs a model that has a name: a folder, a Hub id or a .gguf file, got a live "
+            + type(model).__name__
+        )
+    config = make_config(config, fields if model is None else {**fields, "model": str(model)})
     if reads_sequences(config):
         config.calibration = calibration.coerce(config.calibration)
     name = config.model_name
@@ -70,7 +89,8 @@ def plan(config: PruneConfig | dict) -> dict:
     gpu = device.type == "cuda"
     dtype = next(view.blocks.parameters()).dtype
     compute = pick_dtype(config.compute_dtype) or dtype
-    small = ModelView(rehearsal_model(view.model.config, dtype)[0])
+    rehearsed, narrowed = rehearsal_model(view.model.config, dtype)
+    small = ModelView(rehearsed)
     check_apart(small)
     positions = positions_of(small)
     if config.evaluation.enabled and not view.is_encoder:
@@ -78,18 +98,22 @@ def plan(config: PruneConfig | dict) -> dict:
         config.evaluation = dataclasses.replace(config.evaluation, window=tokens)
     if positions and not view.is_encoder and reads_sequences(config) and kinds_of(config.calibration.source) != {"ids"}:
         positions.check([config.calibration.tokens], "calibration sequences", "seq_len", lambda message: None)
+    achieved = []
     if config.is_structured:
-        paths = group_paths(small, config)
+        groups = find_groups(small, config.pattern, config.structured.head_scope)
+        achieved = [] if narrowed else foreseen(groups, config)
+        paths = group_paths(groups)
         selected = [[ref for ref in refs if ref.path in paths] for refs in targeted]
     weights, work = _weights(view, selected, targeted, config), work_of(view, selected, config)
     memory = available_memory()
     free = {"memory": memory, "device": torch.cuda.mem_get_info(device)[0] if gpu else None}
     streamed, why = unopened.streams(config.stream, why_not_streamed(config))
     budget = memory / 2 if config.memory_budget_gb is None else config.memory_budget_gb * 1e9
-    hidden = embedding_width(view.model)
-    spilled = max(0, int(activation_bytes(config, hidden, compute) - budget))
-    keeps = gpu and not streamed and stays(models_held(config) * weight_bytes(view.model), device)
-    host, on_device = memory_of(view, selected, config, compute, streamed, gpu, budget, keeps)
+    size = weight_bytes(view.model)
+    keeps = gpu and not streamed and stays(models_held(config) * size, device)
+    room = SHARE * (free["device"] - size * keeps) if free["device"] is not None else None
+    in_files = max(0, int(activations_of(view, selected, config, compute, budget, room)[0] - budget))
+    host, on_device = memory_of(view, selected, config, compute, streamed, gpu, budget, room or 0, keeps)
     seconds = rehearse(config, view, work, small, streamed)
     return {
         "model": {
@@ -107,6 +131,7 @@ def plan(config: PruneConfig | dict) -> dict:
         "compute_dtype": str(compute)[6:],
         "weights": weights,
         "coverage": view.coverage(selected),
+        "achieved": achieved or [{"asked": s, "removed": {}, "notes": []} for s in config.sparsities],
         "patterns": _patterns(view, config),
         "memory_bytes": {**host, "total": sum(host.values())},
         "device_memory_bytes": {**on_device, "total": sum(on_device.values())} if gpu else None,
@@ -118,7 +143,7 @@ def plan(config: PruneConfig | dict) -> dict:
         "passes": passes_of(config).counts(),
         "streamed": streamed,
         "streamed_because": why,
-        "disk_bytes": {**disk_of(view, config, streamed, spilled), "free": _free_disk(config)},
+        "disk_bytes": {**disk_of(view, selected, config, streamed, in_files), "free": _free_disk(config)},
         "flops": flops_of(view, work, config),
         "seconds": {**seconds, "total": sum(seconds.values())},
         "not_counted": _not_counted(view, config),

@@ -268,9 +268,11 @@ class WindowTrainer:
         self._probe_targets = {probe.name: probe.dense.like() for probe in self.probes}
 
     @torch.no_grad()
-    def advance(self, index: int, module: nn.Module) -> None:
-        """Pass the calibration and probe streams through block ``index``."""
-        moves = index < self.last and self.run.config.inputs != "dense"  # there the statistics pass moved it on
+    def advance(self, index: int, module: nn.Module, passed: bool = False) -> None:
+        """Pass the calibration and probe streams through block ``index``. passed: the calibration stream did so while
+        the block was pruned."""
+        # with dense inputs the statistics pass moved it on
+        moves = index < self.last and self.run.config.inputs != "dense" and not passed
         for streams in (self.calibration if moves else []) + self.probes:
             self.executor.run(index, module, streams.inputs, streams.pruned)
 

@@ -56,9 +56,10 @@ def compare(directories: Sequence[str | Path]) -> list[dict]:
                 "sparsity": report["sparsity"],
                 "coverage": report["coverage"]["fraction"],
                 "evaluation": [
-                    {name: e.get(name) for name in ("text", "windows", "window", "dense", "pruned")}
+                    {name: e.get(name) for name in ("text", "domain", "windows", "window", "dense", "pruned", "ratio")}
                     for e in report.get("evaluation") or []
                 ],
+                "generalisation_gap": (report.get("generalisation") or {}).get("gap"),
                 "block_error": error,
                 "block_error_held_out": held_out,
                 "seconds": seconds,
@@ -68,6 +69,13 @@ def compare(directories: Sequence[str | Path]) -> list[dict]:
             }
         )
     return rows
+
+
+def how_text(row: dict) -> str:
+    """How a row's model was pruned: ``sparsegpt + layer``, and by what it was refined."""
+    structured = row["pattern"] in ("neurons", "heads", "structured")
+    how = f"{row['criterion' if structured else 'method']} + {reconstruction_text(row)}"
+    return how + (f", refined: {reconstruction_text(row['refined'])}" if row["refined"] else "")
 
 
 def print_comparison(rows: list[dict], out: TextIO | None = None) -> None:
@@ -83,6 +91,7 @@ def print_comparison(rows: list[dict], out: TextIO | None = None) -> None:
         "sparsity",
         "perplexity",
         "dense",
+        "gap",
         "block error",
         "held out",
         "seconds",
@@ -91,17 +100,14 @@ def print_comparison(rows: list[dict], out: TextIO | None = None) -> None:
             heading, overflow="fold", justify="left" if heading in ("folder", "pruned by", "pattern") else "right"
         )
     for row in rows:
-        structured = row["pattern"] in ("neurons", "heads", "structured")
-        how = f"{row['criterion' if structured else 'method']} + {reconstruction_text(row)}"
-        if row["refined"]:
-            how += f", refined: {reconstruction_text(row['refined'])}"
         table.add_row(
             row["directory"],
-            how,
+            how_text(row),
             row["pattern"],
             f"{row['sparsity']:.3f}",
             "\n".join(perplexity_text(e["pruned"]) for e in row["evaluation"]),
             "\n".join(perplexity_text(e["dense"]) for e in row["evaluation"]),
+            number(row.get("generalisation_gap"), 3),
             number(row["block_error"], 3),
             number(row["block_error_held_out"], 3),
             f"{row['seconds']:.1f}",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +11,8 @@ from torch import Tensor
 
 from pyprune.config import ConfigError
 from pyprune.model.blocks import ModelView, weights_of
+from pyprune.model.names import in_block
+from pyprune.model.packed_shards import PackedFiles, is_packed
 
 PATTERNS = {"2:4": (2, 4), "4:8": (4, 8)}
 PRUNED = 0.01
@@ -25,13 +26,16 @@ def inspect(directory: str | Path) -> dict:
     ``sparsity_of_model`` (in all parameters), ``patterns`` (per N:M: groups with more than N non-zeros, over the pruned
     matrices), ``holds`` (patterns without a violation), ``coverage`` (share of block matrix weights in pruned matrices,
     and the names of the others), ``non_finite``, ``weights`` (the same per matrix) and ``pruning`` (``pruning.json``
-    without its weights). Raises :class:`ConfigError` if there is no checkpoint.
+    without its weights); of a packed checkpoint also ``packed`` (matrices that are packed, their bytes, and those that
+    they would have as dense ones), and for each of ``weights`` whether it is.
+    Raises :class:`ConfigError` if there is no checkpoint.
     """
     folder = Path(directory).expanduser()
     files = weight_files(folder)
     transposed = _transposed(folder)
+    packed = PackedFiles(folder) if is_packed(folder) else None
     rows, parameters, zeros, non_finite, names = [], 0, 0, 0, set()
-    for name, tensor in tensors(files):
+    for name, tensor in tensors(files) if packed is None else ((name, packed.read(name)) for name in packed.where):
         if not tensor.is_floating_point() or name in names:
             continue
         names.add(name)
@@ -39,7 +43,7 @@ def inspect(directory: str | Path) -> dict:
         parameters, zeros = parameters + tensor.numel(), zeros + empty
         bad = int((~torch.isfinite(tensor)).sum())
         non_finite += bad
-        if tensor.ndim in (2, 3) and _in_block(name):
+        if tensor.ndim in (2, 3) and in_block(name):
             matrix = tensor.mT if any(name.endswith(t) for t in transposed) else tensor
             rows.append(
                 {
@@ -50,6 +54,7 @@ def inspect(directory: str | Path) -> dict:
                     "sparsity": empty / tensor.numel(),
                     "non_finite": bad,
                     "violations": {key: violations(matrix, *nm) for key, nm in PATTERNS.items()},
+                    **({} if packed is None else {"packed": name in packed.packed}),
                 }
             )
     if not rows:
@@ -57,6 +62,7 @@ def inspect(directory: str | Path) -> dict:
     return {
         "path": str(directory),
         "format": files[0].suffix[1:],
+        **({} if packed is None else {"packed": packed.summary()}),
         "bytes": sum(f.stat().st_size for f in files),
         "parameters": parameters,
         "sparsity_of_model": zeros / parameters,
@@ -105,11 +111,6 @@ def _summary(rows: list[dict]) -> dict:
 
 def _numel(shape: list[int]) -> int:
     return torch.Size(shape).numel()
-
-
-def _in_block(name: str) -> bool:
-    """A numbered module is part of the path (``layers.3.``) and it is no embedding."""
-    return re.search(r"(^|\.)\d+\.", name) is not None and "embed" not in name
 
 
 def weight_files(folder: Path) -> list[Path]:

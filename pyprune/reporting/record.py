@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
+import math
 import platform
 import resource
+import statistics
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pyprune.config import ConfigError, PruneConfig, to_dict, to_yaml
+from pyprune.config import PruneConfig, to_dict
 from pyprune.data.calibration import CalibrationData, fingerprint
+from pyprune.data.given import contents
 from pyprune.execution.run import Findings, Run
+from pyprune.sources import in_memory, is_name, split
 
 PLACES = ("model", "output", "stream", "memory_budget_gb", "evaluation", "backends")
 """Fields that say where things are or what is measured, not what comes out; data and model have fingerprints, and what
@@ -30,19 +36,44 @@ def settings_of(config: PruneConfig) -> dict:
     return {**settings, "evaluation": {"dtype": config.evaluation.dtype}}
 
 
-def data_identity(data: CalibrationData, texts: list[tuple[str, list[Tensor]]]) -> dict:
+def data_identity(data: CalibrationData, texts: list[list[Tensor]]) -> dict:
     """Fingerprints of the very token ids of calibration, held-out and evaluation sequences."""
     return {
         "calibration": data.fingerprint,
         "held_out": fingerprint(data.held_out),
         **({"generated": fingerprint(data.generated)} if data.generated else {}),
-        "evaluation": [fingerprint(windows) for _, windows in texts],
+        "evaluation": [fingerprint(windows) for windows in texts],
     }
 
 
 def compared(dense: list[dict], pruned: list[dict]) -> list[dict]:
-    """One row per text: perplexity of the dense and of the pruned model."""
-    return [{**d, "dense": d["perplexity"], "pruned": p["perplexity"]} for d, p in zip(dense, pruned)]
+    """One row per text: perplexity of the dense and of the pruned model, their ratio and its standard error.
+
+    The standard error comes from the differences of the windows' losses: it says how much the ratio would vary with
+    other windows of such text. None for one window, and where a loss is not finite.
+    """
+    return [
+        {
+            **{name: value for name, value in d.items() if name not in ("perplexity", "losses")},
+            "dense": d["perplexity"],
+            "pruned": p["perplexity"],
+            **paired_ratio(d["losses"], p["losses"]),
+        }
+        for d, p in zip(dense, pruned)
+    ]
+
+
+def paired_ratio(dense: list[float], pruned: list[float]) -> dict:
+    """Ratio of two perplexities and its standard error, from the mean losses of the same windows."""
+    if not all(loss is not None and math.isfinite(loss) for loss in (*dense, *pruned)):
+        return {"ratio": None, "ratio_standard_error": None}
+    differences = [p - d for d, p in zip(dense, pruned)]
+    mean = statistics.fmean(differences)
+    if mean > 700:
+        return {"ratio": None, "ratio_standard_error": None}
+    ratio, count = math.exp(mean), len(differences)
+    error = ratio * statistics.stdev(differences) / math.sqrt(count) if count > 1 else None
+    return {"ratio": ratio, "ratio_standard_error": error}
 
 
 def build_report(
@@ -50,6 +81,7 @@ def build_report(
     found: Findings,
     model: nn.Module,
     evaluation: list[dict],
+    generalisation: dict | None,
     coverage: dict,
     structured: dict | None,
     peak_device: int | None,
@@ -57,7 +89,8 @@ def build_report(
 ) -> dict:
     """The run as one plain dict: what ``report.json`` holds.
 
-    model: as it is now. evaluation: perplexity of the dense and the pruned model, one row per text. coverage: share of
+    model: as it is now. evaluation: perplexity of the dense and the pruned model, one row per text. generalisation: how
+    far that carries to other kinds of text, None where that was not measured. coverage: share of
     the dense model that was selected. structured: what structured pruning adds. peak_device: bytes allocated on the GPU
     at most between the two evaluations, None without one. backends: what each op took.
     """
@@ -78,11 +111,14 @@ def build_report(
             "architecture": type(model).__name__,
             "blocks": len(run.view.blocks),
             "parameters": sum(p.numel() for p in model.parameters()),
+            "parameters_dense": run.parameters,
             "dtype": str(next(model.parameters()).dtype)[6:],
         },
+        "sparsity_asked": run.config.sparsity,
         "sparsity": pruned_weights / targeted if targeted else 0.0,
         "coverage": coverage,
         "evaluation": evaluation,
+        "generalisation": generalisation,
         "weights": found.weights,
         "blocks": found.blocks,
         **({"structured": structured} if structured else {}),
@@ -107,20 +143,30 @@ def build_report(
 
 
 def config_for_report(config: PruneConfig) -> dict:
-    """Configuration with in-memory sources named by kind, since a report must be plain data."""
+    """Configuration as plain data: what was given in memory stands there as its kind and a fingerprint, never whole."""
     plain = copy.copy(config)
     plain.calibration, plain.evaluation = copy.copy(config.calibration), copy.copy(config.evaluation)
-    for section, key in ((plain.calibration, "source"), (plain.evaluation, "text")):
-        value = getattr(section, key)
-        if not (
-            value is None
-            or isinstance(value, str)
-            or isinstance(value, (list, tuple))
-            and key == "text"
-            and all(isinstance(v, str) for v in value)
-        ):
-            setattr(section, key, f"<{type(value).__name__} in memory>")
+    plain.calibration.source = written(config.calibration.source)
+    plain.evaluation.text = written(config.evaluation.text)
+    plain.evaluation.off_domain = written(config.evaluation.off_domain)
+    if callable(config.criterion):
+        plain.criterion = f"<{getattr(config.criterion, '__name__', 'function')} in memory>"
     return to_dict(plain)
+
+
+def written(source: Any) -> Any:
+    """A source, or a list of sources, as it is written down: its name, or what it is with a fingerprint."""
+    entries = split(source)
+    if len(entries) > 1:
+        return [written(entry) for entry in entries]
+    if source is None or is_name(source):
+        return None if source is None else str(source)
+    if isinstance(source, (list, tuple)) and len(source) == 1 and is_name(source[0]):
+        return [str(source[0])]
+    digest = hashlib.sha256()
+    for part in contents(source):
+        digest.update(part)
+    return f"<{type(source).__name__} in memory, sha256 {digest.hexdigest()[:16]}>"
 
 
 def versions() -> dict:
@@ -154,18 +200,40 @@ def pruning_record(report: dict) -> dict:
 
 
 def run_yaml(report: dict, config: PruneConfig) -> str:
-    """``run.yaml``: repeats the run, each op by the back-end that it took. Data given in memory is described there, and
-    refused."""
+    """``run.yaml``: repeats the run, each op by the back-end that it took. What was given in memory is described there,
+    and refused until it has a name."""
+    plain = {**config_for_report(config), "backends": report["backends"]}
+    absent = unnamed(report)
+    if not absent:
+        return yaml_text(plain)
+    note = (
+        f"# The run took its {' and its '.join(absent)} from memory. To repeat it, put a path or a name in place\n"
+        "# of null or <…> below, or pass the same again: pyprune.prune(model, config='run.yaml', calibration=…).\n"
+        f"# Calibration token ids: sha256 {report['calibration']['fingerprint']}\n"
+    )
+    if report["model"].get("fingerprint"):
+        note += f"# Weights of the model before the run: sha256 {report['model']['fingerprint']}\n"
+    return note + yaml_text(plain)
+
+
+def unnamed(report: dict) -> list[str]:
+    """What of a run was given in memory, so that its ``run.yaml`` alone does not repeat it."""
+    config = report["config"]
+    texts = config["evaluation"]["text"]
+    found = {
+        "model": config["model"] is None,
+        "calibration data": _stands_in(config["calibration"]["source"]),
+        "evaluation text": any(map(_stands_in, texts if isinstance(texts, list) else [texts])),
+        "criterion": _stands_in(config["criterion"]),
+    }
+    return [what for what, absent in found.items() if absent]
+
+
+def _stands_in(value: Any) -> bool:
+    return isinstance(value, str) and in_memory(value)
+
+
+def yaml_text(plain: dict) -> str:
     import yaml
 
-    try:
-        repeated = copy.copy(config)
-        repeated.backends = report["backends"]
-        return to_yaml(repeated)
-    except ConfigError:
-        note = (
-            "# The run took its calibration or evaluation data from memory; put a path to the same data in\n"
-            "# place of the <…> below to repeat it. Calibration token ids: sha256\n"
-            f"# {report['calibration']['fingerprint']}\n"
-        )
-        return note + yaml.safe_dump({**report["config"], "backends": report["backends"]}, sort_keys=False)
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import sys
@@ -18,11 +19,18 @@ def open_console(out: TextIO | None = None):
     return Console(file=out, highlight=False, width=None if out.isatty() else 140)
 
 
+def print_json(value) -> None:
+    """Plain data on standard output; what is not finite is null."""
+    from pyprune.model.checkpoint import plain
+
+    print(json.dumps(plain(value), indent=1, allow_nan=False))
+
+
 def number(value: float | None, digits: int = 4) -> str:
     return "–" if value is None else f"{value:.{digits}g}"
 
 
-def _kind(name: str) -> str:
+def kind_of_weight(name: str) -> str:
     """A weight's name with its block's and expert's numbers left open."""
     return re.sub(r"\[\d+\]", "[*]", re.sub(r"(^|\.)\d+\.", r"\1*.", name))
 
@@ -37,8 +45,7 @@ def perplexity_text(value: float | None) -> str:
 def headline(report: dict) -> str:
     """What was done, in one line: ``sparsegpt 2:4, sparsity 0.5, reconstruct layer``."""
     config = report["config"]
-    sparsity = config["sparsity"]
-    shown = ", ".join(f"{s:g}" for s in sparsity) if isinstance(sparsity, (list, tuple)) else f"{sparsity:g}"
+    shown = asked_text(config["sparsity"])
     structured = config["pattern"] in ("neurons", "heads", "structured")
     return (
         f"{config['criterion'] if structured else config['method']} {config['pattern']}, sparsity {shown}, "
@@ -79,7 +86,7 @@ def print_summary(report: dict, directory: str | Path | None = None, out: TextIO
         table.add_row(label, text)
     if directory is not None:
         table.add_row("model", str(directory))
-        table.add_row("report", str(Path(directory) / "report.json"))
+        table.add_row("report", f"{Path(directory) / 'report.html'}, its figures in report.json")
     console.print(table)
 
 
@@ -92,25 +99,24 @@ def summary_rows(report: dict) -> list[tuple[str, str]]:
         rows.append(
             (
                 f"at {entry['sparsity']:g}",
-                f"{entry['parameters']:,} parameters" + (f", perplexity {shown}" if shown else ""),
+                "".join(f"{share:.4g} of the {kind} removed, " for kind, share in entry.get("removed", {}).items())
+                + f"{entry['parameters']:,} parameters"
+                + (f", perplexity {shown}" if shown else ""),
             )
         )
     for row in (report.get("evaluation") or []) if len(curve) < 2 else []:
+        kind = f", {row['domain']}" if row.get("domain") else ""
         rows.append(
             (
                 "perplexity",
-                f"{perplexity_text(row['dense'])} dense → {perplexity_text(row['pruned'])} pruned  "
-                f"({row['windows']} windows of {row['window']} tokens, {row['text']})",
+                f"{perplexity_text(row['dense'])} dense → {perplexity_text(row['pruned'])} pruned{ratio_text(row)}  "
+                f"({row['windows']} windows of {row['window']} tokens{kind}, {row['text']})",
             )
         )
-    coverage = report["coverage"]
-    rows.append(
-        (
-            "sparsity",
-            f"{report['sparsity']:.4f} of the pruned weights; they are {coverage['fraction']:.1%} of "
-            "the blocks' matrix weights",
-        )
-    )
+    if len(curve) < 2 and (gap := gap_text(report)) is not None:
+        rows.append(("generalisation gap", gap))
+    if not curve:
+        rows.append(("sparsity", sparsity_text(report)))
     last = report["blocks"][-1] if report.get("blocks") else {}
     if last.get("error") is not None:
         held = "" if last.get("error_held_out") is None else f", {number(last['error_held_out'])} on held-out text"
@@ -139,6 +145,51 @@ def summary_rows(report: dict) -> list[tuple[str, str]]:
         rows.append(("inputs", inputs))
     rows += [("warning", text) for text in distinct(report.get("warnings") or [])]
     return rows
+
+
+def ratio_text(row: dict) -> str:
+    """``, ×1.66 ± 0.02``: pruned over dense and its standard error."""
+    if row.get("ratio") is None:
+        return ""
+    error = row.get("ratio_standard_error")
+    return f", ×{row['ratio']:.2f}" + ("" if error is None else f" ± {error:.2g}")
+
+
+def gap_text(report: dict) -> str | None:
+    """How much more was lost on other kinds of text than on the calibration's; None where that was not measured."""
+    found = report.get("generalisation")
+    if not found:
+        return None
+    return (
+        f"{found['gap']:.2f}: perplexity ×{found['off_domain_ratio']:.2f} off-domain over "
+        f"×{found['in_domain_ratio']:.2f} in-domain"
+    )
+
+
+def asked_text(sparsity) -> str:
+    """A sparsity as it was asked for: a number, several, or one for each pattern."""
+    if isinstance(sparsity, dict):
+        return ", ".join(f"{pattern} {value:g}" for pattern, value in sparsity.items())
+    return ", ".join(f"{s:g}" for s in (sparsity if isinstance(sparsity, (list, tuple)) else [sparsity]))
+
+
+def sparsity_text(report: dict) -> str:
+    """What was asked for beside what was achieved."""
+    asked = report.get("sparsity_asked", report["config"]["sparsity"])
+    structured = report.get("structured")
+    if not structured:
+        share = f"{report['coverage']['fraction']:.1%} of the blocks' matrix weights"
+        return (
+            f"{asked_text(asked)} asked for, {report['sparsity']:.4f} of the pruned weights are zero; they are {share}"
+        )
+    gone = ", ".join(f"{share:.4g} of the {kind}" for kind, share in structured.get("removed", {}).items())
+    return f"{asked_text(asked)} asked for, {gone or format(report['sparsity'], '.4g')} removed; {left_text(report)}"
+
+
+def left_text(report: dict) -> str:
+    """Parameters before and after a structured run."""
+    left, dense = report["model"]["parameters"], report["model"].get("parameters_dense")
+    return f"{left:,} parameters are left" + (f" of {dense:,}, {left / dense:.1%}" if dense else "")
 
 
 def refit_text(report: dict) -> str | None:
@@ -199,6 +250,9 @@ def print_inspection(found: dict, out: TextIO | None = None) -> None:
     console.print(
         f"{found['path']}: {found['parameters']:,} parameters, {found['bytes'] / 2**20:.1f} MiB of {found['format']}"
     )
+    if (packed := found.get("packed")) is not None:
+        share = f", {packed['bytes'] / packed['dense_bytes']:.3f} of their dense size" if packed["matrices"] else ""
+        console.print(f"packed: {packed['matrices']} matrices without their zeros{share}")
     coverage = found["coverage"]
     console.print(
         f"sparsity {found['sparsity']:.4f} of the blocks' matrices, {found['sparsity_of_model']:.4f} of all "
@@ -211,7 +265,7 @@ def print_inspection(found: dict, out: TextIO | None = None) -> None:
         console.print(f"{found['non_finite']:,} values are NaN or infinite")
     kinds: dict[str, list[dict]] = {}
     for row in found["weights"]:
-        kinds.setdefault(_kind(row["name"]), []).append(row)
+        kinds.setdefault(kind_of_weight(row["name"]), []).append(row)
     table = Table("matrices", "number", "shape", "sparsity", *found["patterns"])
     for kind, rows in kinds.items():
         spread = [row["sparsity"] for row in rows]
@@ -237,7 +291,7 @@ def print_plan(found: dict, out: TextIO | None = None) -> None:
     )
     kinds: dict[tuple, list[dict]] = {}
     for row in found["weights"]:
-        kinds.setdefault((_kind(row["name"]), row["prune"], row["why"], tuple(row["shape"])), []).append(row)
+        kinds.setdefault((kind_of_weight(row["name"]), row["prune"], row["why"], tuple(row["shape"])), []).append(row)
     table = Table("weights", "number", "shape", "pruned")
     for (kind, prune, why, shape), rows in kinds.items():
         table.add_row(kind, str(len(rows)), "×".join(map(str, shape)), "yes" if prune else f"no: {why}")
@@ -257,6 +311,7 @@ def plan_rows(found: dict) -> list[tuple[str, str]]:
     training = f", {found['passes']['training']} to train" if found["passes"].get("training") else ""
     rows = [
         *((row["field"], _pattern_text(row)) for row in found["patterns"]),
+        *(("sparsity", text) for text in achieved_rows(found)),
         (
             "coverage",
             f"{found['coverage']['fraction']:.1%} of the blocks' matrix weights; the embedding and the head stay dense",
@@ -297,6 +352,18 @@ def plan_rows(found: dict) -> list[tuple[str, str]]:
         if there is not None and needed > there:
             rows.append(("warning", f"more {what} is needed than is free"))
     return rows
+
+
+def achieved_rows(found: dict) -> list[str]:
+    """What a plan says of each sparsity that was asked for."""
+    texts = []
+    for row in found["achieved"]:
+        got = ", ".join(f"{share:.4g} of the {kind} will be removed" for kind, share in row["removed"].items())
+        if found["settings"]["pattern"] not in ("neurons", "heads", "structured"):
+            zeros = sum(math.prod(w["shape"]) for w in found["weights"] if w["prune"])
+            got = f"about that share of {zeros:,} weights will be zero"
+        texts += [f"{asked_text(row['asked'])} asked for, {got or 'widths depend on the scores'}", *row["notes"]]
+    return texts
 
 
 def _pattern_text(row: dict) -> str:
@@ -357,13 +424,7 @@ def model_card(report: dict, name: str, picture: str | None = None) -> str:
         "",
     ]
     if report.get("evaluation"):
-        lines += ["| text | windows | dense perplexity | pruned perplexity |", "|---|---|---|---|"]
-        lines += [
-            f"| {row['text']} | {row['windows']} × {row['window']} tokens, {row.get('dtype', '')} | "
-            f"{perplexity_text(row['dense'])} | {perplexity_text(row['pruned'])} |"
-            for row in report["evaluation"]
-        ]
-        lines += ["", "Windows do not overlap; each is seen by itself. The same code measures both columns.", ""]
+        lines += _perplexities(report)
     lines += _gain(report.get("gain"), picture)
     own = bool((report.get("structured") or {}).get("layout"))
     lines += [
@@ -391,7 +452,8 @@ def model_card(report: dict, name: str, picture: str | None = None) -> str:
             if own
             else []
         ),
-        "The file stores zeros like any other number: it is not smaller, and by itself not faster, than the dense one."
+        "A plain checkpoint stores zeros like any other number: it is not smaller, and by itself not faster, than the "
+        "dense one. `pyprune pack` leaves them out."
         if config["pattern"] not in ("neurons", "heads", "structured")
         else "The matrices themselves are smaller, so every runtime gains.",
         "",
@@ -414,6 +476,28 @@ def model_card(report: dict, name: str, picture: str | None = None) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _perplexities(report: dict) -> list[str]:
+    """Perplexity of both models, the calibration's kind of text beside others."""
+    lines = [
+        "| text | kind | windows | dense perplexity | pruned perplexity | pruned / dense |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {row['text']} | {row.get('domain') or ''} | {row['windows']} × {row['window']} tokens, "
+        f"{row.get('dtype', '')} | {perplexity_text(row['dense'])} | {perplexity_text(row['pruned'])} | "
+        f"{ratio_text(row).removeprefix(', ×') or '–'} |"
+        for row in report["evaluation"]
+    ]
+    lines += [
+        "",
+        "Windows do not overlap; each is seen by itself. The same code measures both columns; ± is one standard error "
+        "over windows. In-domain text is of the kind that the model was calibrated on, off-domain text is of another.",
+    ]
+    if (gap := gap_text(report)) is not None:
+        lines.append(f"Generalisation gap {gap}; above {report['generalisation']['warn_above']:g} it is a warning.")
+    return [*lines, ""]
 
 
 def cell(row: dict, key: str, base: dict) -> str:
@@ -449,6 +533,7 @@ def _gain(rows: list[dict] | None, picture: str | None) -> list[str]:
     ]
     lines += [
         "",
+        *verdict(own),
         f"Measured by `pyprune eval --latency` on {own['device']}, {own['dtype']}, {own['tokens']} tokens, "
         f"batch size {own['batch_size']}, each model in a process of its own.",
         "",
@@ -456,9 +541,31 @@ def _gain(rows: list[dict] | None, picture: str | None) -> list[str]:
     return [*lines, *([f"![gain]({picture})", ""] if picture else [])]
 
 
+def verdict(row: dict) -> list[str]:
+    """``This model: 0.56 of the size, 1.4 times the decoding speed on this machine.``, from a measured row."""
+    parts = [
+        f"{row['ratios'][key]:.2f} {text}"
+        for key, text in (
+            ("file_bytes" if row["ratios"].get("file_bytes") else "weight_bytes", "of the size"),
+            ("decode_tokens_per_second", "times the decoding speed"),
+            ("prefill_tokens_per_second", "times the speed of reading a prompt"),
+            ("forward_tokens_per_second", "times the speed"),
+        )
+        if row["ratios"].get(key)
+    ]
+    return [f"This model: {', '.join(parts)} on this machine, relative to the dense one."] if parts else []
+
+
 def _outcome(report: dict) -> str:
-    """What became of the pruned matrices, in a sentence."""
+    """What was asked for and what became of it."""
+    config = report["config"]
     share = f"{report['coverage']['fraction']:.1%} of the matrix weights of its blocks"
-    if report.get("structured"):
-        return f"{report['sparsity']:.2%} of the pruned matrices' weights are gone; what is left of them is {share}."
-    return f"{report['sparsity']:.2%} of the pruned weights are exactly zero; they are {share}."
+    asked = asked_text(report.get("sparsity_asked", config["sparsity"]))
+    if structured := report.get("structured"):
+        gone = " and ".join(f"{part:.2%} of the {kind}" for kind, part in structured.get("removed", {}).items())
+        gone = gone or format(report["sparsity"], ".2%")
+        return f"Sparsity {asked} was asked for; {gone} are gone, {left_text(report)}."
+    return (
+        f"Sparsity {asked} was asked for; {report['sparsity']:.2%} of the pruned weights are exactly zero, and they "
+        f"are {share}."
+    )

@@ -12,8 +12,9 @@
 ``slicing``        physically smaller parameters and the attributes that go with them
 ``config_edits``   the sizes as edits of a Hugging Face configuration, or as a layout that only pyprune reads
 ``observation``    moments of the consumers' inputs, gathered over one pass through a block
+``sequential``     one pass over a block in which units go when all tokens have arrived at their consumers
 
-From outside: ``preparation.prepare``, ``block.dense_block`` and ``block.propagated_block``, ``slicing``,
-``config_edits``.
+From outside: ``preparation.prepare``, ``block.dense_block`` and ``block.propagated_block``,
+``sequential.SequentialBlock``, ``slicing``, ``config_edits``.
 May import: ``masks`` and everything below it; never ``reconstruction``, which stands beside it.
 """

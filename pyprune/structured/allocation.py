@@ -7,7 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyprune.config import ConfigError
 from pyprune.structured.groups import Coupled
+
+TOLERANCE = 0.02
+"""A larger difference between the sparsity that was asked for and the one achieved is worth a warning."""
 
 
 def _expert_width(kept: int, dense: int) -> int:
@@ -38,6 +42,59 @@ def uniform_count(group: Coupled, sparsity: float) -> int:
     if group.consumer.expert is not None:
         kept = _expert_width(kept, each)
     return kept * len(pools)
+
+
+def reachable(group: Coupled) -> list[float]:
+    """Every share of the units that :func:`uniform_count` can drop, ascending, without none."""
+    each = group.units // len(group.pools.unique())
+    found = {1 - uniform_count(group, k / each) / group.units for k in range(1, each)}
+    return sorted(share for share in found if share > 0)
+
+
+def removed(groups: list[list[Coupled]], counts: list[list[int]]) -> dict[str, float]:
+    """Share of the units of each kind that a choice of units to keep (per block and group) drops."""
+    units: dict[str, int] = {}
+    kept: dict[str, int] = {}
+    for block, numbers in zip(groups, counts):
+        for group, count in zip(block, numbers):
+            units[group.kind] = units.get(group.kind, 0) + group.units
+            kept[group.kind] = kept.get(group.kind, 0) + count
+    return {kind: 1 - kept[kind] / units[kind] for kind in units}
+
+
+def shortfalls(groups: list[list[Coupled]], counts: list[list[int]], sparsity: float) -> list[str]:
+    """A sentence for each kind of which clearly more or less is dropped than was asked for.
+
+    Raises ConfigError if nothing at all would be, with the sparsities that can be reached.
+    """
+    got = removed(groups, counts)
+    first = {g.kind: g for block in groups for g in block}
+    steps = {kind: reachable(group) for kind, group in first.items()}
+    if sparsity and not any(got.values()):
+        raise ConfigError(
+            f"sparsity {sparsity:g} would remove nothing: "
+            + "; ".join(f"{kind} go in steps of one in {_pool(first[kind])}, {_offer(steps[kind])}" for kind in got)
+        )
+    return [
+        f"sparsity {sparsity:g} was asked for, {share:.3g} of the {kind} are removed: they go in steps of one in "
+        f"{_pool(first[kind])}, {_offer(steps[kind])}"
+        for kind, share in got.items()
+        if abs(share - sparsity) > TOLERANCE
+    ]
+
+
+def _pool(group: Coupled) -> int:
+    return group.units // len(group.pools.unique())
+
+
+def _offer(values: list[float]) -> str:
+    """The sparsities that can be reached, all of a few, else the first ones and the last."""
+    if not values:
+        return "so none of them can go"
+    shown = [f"{value:.3g}" for value in values]
+    if len(shown) > 12:
+        shown = [*shown[:3], "…", shown[-1]]
+    return "so these sparsities can be reached: " + ", ".join(shown)
 
 
 def choose(group: Coupled, scores: Tensor, count: int) -> Tensor:

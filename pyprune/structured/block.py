@@ -10,14 +10,17 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from pyprune import ops
 from pyprune.execution.executor import Activations, Batch
 from pyprune.execution.run import Clock, Findings, Run
+from pyprune.masks.block import distrust
 from pyprune.model.blocks import WeightRef
+from pyprune.ops import guards
 from pyprune.structured.allocation import choose
 from pyprune.structured.criteria import NEEDS_MOMENTS, Scored, score
 from pyprune.structured.groups import Coupled
 from pyprune.structured.liar import Problem, Repair, repair
-from pyprune.structured.moments import Split
+from pyprune.structured.moments import Split, at_fault
 from pyprune.structured.observation import observe_moments
 from pyprune.structured.slicing import Pick, slice_block
 from pyprune.structured.taps import Taps
@@ -93,9 +96,12 @@ def _dense_pass(
         taps.close()
 
 
-def dealt(run: Run, costs: list[float], work: Callable[[int], T]) -> list[tuple[int, T]]:
-    """``work(k)`` for every k, each done by one of the processes and known to all; with the process that did it."""
-    owners = run.world.deal(costs)
+def dealt(run: Run, costs: list[float], work: Callable[[int], T], turn: int = 0) -> list[tuple[int, T]]:
+    """``work(k)`` for every k, each done by one of the processes and known to all; with the process that did it.
+
+    turn: which process comes first, for pieces that are dealt out one by one.
+    """
+    owners = [(owner + turn) % run.world.size for owner in run.world.deal(costs)]
     own = {k: work(k) for k, owner in enumerate(owners) if owner == run.world.rank}
     found = {k: value for part in run.world.everyone(own) for k, value in part.items()}
     return [(owner, found[k]) for k, owner in enumerate(owners)]
@@ -147,21 +153,31 @@ def repair_group(
         own = getattr(block.get_submodule(group.consumer.module_path), "bias", None)
         bias = torch.zeros(len(weight), device=weight.device) if own is None else own.data.to(weight.device).float()
     kept = choose(group, scores, count)
+    name = run.view.name(index, group.consumer)
+    if guards.units(kept, group.pools, count):
+        raise RuntimeError(f"{len(kept)} units of {name} were chosen where {count} are to stay: {kept.tolist()}")
     s = config.structured
-    with work.clock("solve"):
+
+    def repaired() -> Repair:
         if split is None:
             columns = group.columns_of(kept).to(weight.device)
-            done = Repair(weight[:, columns], bias, "none")
-        else:
-            done = repair(
-                Problem(weight, bias, group, split),
-                kept,
-                config.reconstruct or "none",
-                damping=s.damping,
-                interpolate=s.interpolate,
-                interpolate_weights=s.interpolate_weights,
-            )
-    name = run.view.name(index, group.consumer)
+            return Repair(weight[:, columns], bias, "none")
+        return repair(
+            Problem(weight, bias, group, split),
+            kept,
+            config.reconstruct or "none",
+            damping=s.damping,
+            interpolate=s.interpolate,
+            interpolate_weights=s.interpolate_weights,
+        )
+
+    with work.clock("solve"):
+        done = repaired()
+        if wrong := at_fault([done.wrong]):
+            with ops.backend("reference"):
+                done = repaired()
+            for op in sorted(wrong - at_fault([done.wrong])):
+                distrust(work.found, run.executor.device, index, op)
     for warning in done.warnings:
         work.found.warn(f"{name} {warning}")
     row = {
@@ -200,24 +216,33 @@ def dense_block(work: StructuredRun, index: int, module: nn.Module, stream: Acti
     groups = work.prepared.groups[index]
     splits: list = [None] * len(groups)
     if stream is not None:
-        splits = observe_moments(work.run, work.clock, index, module, groups, stream, target=stream)
-    picks = _picks(work, index, range(len(groups)), splits)
+        splits = observe_moments(work.run, work.found, index, module, groups, stream, target=stream)
+    picks = pick_units(work, index, range(len(groups)), splits)
     for target, chosen in zip(work.targets, picks):
         with work.clock("slice"):
             target.attributes.append(slice_block(target.blocks[index], chosen))
 
 
+def dense_sums(
+    work: StructuredRun, index: int, module: nn.Module, dense: Activations | None
+) -> list[Activations | None]:
+    """By group, what its consumer's output adds up to in the dense stream, which moves on to the block's outputs; None
+    for experts, and where there is no dense stream."""
+    groups = work.prepared.groups[index]
+    if dense is None:
+        return [None] * len(groups)
+    own = [g.consumer.expert is None for g in groups]
+    sums = [None if not o else dense if g.target == "" else dense.like() for g, o in zip(groups, own)]
+    with work.clock("forward"):
+        _dense_pass(work.run, index, module, groups, dense, sums)
+    return sums
+
+
 def propagated_block(
-    work: StructuredRun, index: int, module: nn.Module, pruned: Activations | None, dense: Activations | None
+    work: StructuredRun, index: int, module: nn.Module, pruned: Activations | None, sums: list[Activations | None]
 ) -> None:
     """Heads, then neurons, each on the input that the pruned prefix and the pruned attention leave them."""
     groups, target = work.prepared.groups[index], work.targets[0]
-    sums: list[Activations | None] = [None] * len(groups)
-    if dense is not None:
-        own = [g.consumer.expert is None for g in groups]
-        sums = [None if not o else dense if g.target == "" else dense.like() for g, o in zip(groups, own)]
-        with work.clock("forward"):
-            _dense_pass(work.run, index, module, groups, dense, sums)
     attributes: dict[str, dict] = {}
     for kind in ("heads", "neurons"):
         stage = [i for i, g in enumerate(groups) if g.kind == kind]
@@ -226,9 +251,9 @@ def propagated_block(
         splits: list = [None] * len(stage)
         if pruned is not None:
             splits = observe_moments(
-                work.run, work.clock, index, module, [groups[i] for i in stage], pruned, dense=[sums[i] for i in stage]
+                work.run, work.found, index, module, [groups[i] for i in stage], pruned, dense=[sums[i] for i in stage]
             )
-        [picks] = _picks(work, index, stage, splits)
+        [picks] = pick_units(work, index, stage, splits)
         with work.clock("slice"):
             for path, values in slice_block(target.blocks[index], picks).items():
                 attributes.setdefault(path, {}).update(values)
@@ -236,8 +261,11 @@ def propagated_block(
     target.attributes.append(attributes)
 
 
-def _picks(work: StructuredRun, index: int, stage: Sequence[int], splits: list[Split | None]) -> list[list[Pick]]:
-    """What every target keeps of the groups ``stage``; each group is scored and solved by one of the processes."""
+def pick_units(
+    work: StructuredRun, index: int, stage: Sequence[int], splits: Sequence[Split | None], turn: int = 0
+) -> list[list[Pick]]:
+    """What every target keeps of the groups ``stage``; each group is scored and solved by one of the processes, by that
+    of number ``turn`` first."""
     run, targets = work.run, work.targets
     block, groups = run.view.blocks[index], work.prepared.groups[index]
     solved: dict[tuple[int, int], Pick] = {}
@@ -253,7 +281,7 @@ def _picks(work: StructuredRun, index: int, stage: Sequence[int], splits: list[S
 
     costs = [float(groups[i].consumer.view(block).shape[1]) ** 3 for i in stage]
     device = run.executor.device
-    for k, (owner, told) in enumerate(dealt(run, costs, solve)):
+    for k, (owner, told) in enumerate(dealt(run, costs, solve, turn)):
         for t, (kept, weighs, biased, row) in enumerate(told):
             target, group = targets[t], groups[stage[k]]
             target.rows.append(row)

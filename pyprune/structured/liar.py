@@ -14,12 +14,14 @@ Errors on held-out tokens come from their moments alone, without a forward pass;
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from pyprune import ops
+from pyprune.ops import guards
 from pyprune.structured.groups import Coupled
 from pyprune.structured.moments import About, Split
 
@@ -63,6 +65,8 @@ class Repair:
     """The same for each reconstruction that was weighed."""
     norm_ratio: float = 1.0
     warnings: list[str] = field(default_factory=list)
+    wrong: dict[str, Tensor] = field(default_factory=dict)
+    """By op, whether its result failed a guard (:mod:`pyprune.ops.guards`), on the device."""
 
 
 def repair(
@@ -102,7 +106,7 @@ def repair(
         out = _mask_tuning(problem, kept, pieces, damping, guard)
     else:
         out = _liar(pieces, damping, interpolate_weights, guard)
-    out.error = out.errors.get(out.method)
+    out.error, out.wrong = out.errors.get(out.method), pieces.verdicts.wrong
     _warn(out, problem, pieces)
     return out
 
@@ -139,7 +143,7 @@ class _Pieces:
         gone[kept] = False
         self.keep = group.columns_of(kept).to(weight.device)
         self.drop = group.columns_of(gone.nonzero()[:, 0]).to(weight.device)
-        self.problem, self.centred = problem, centred
+        self.problem, self.centred, self.verdicts = problem, centred, Verdicts()
         self.kept_weight, self.dropped_weight = weight[:, self.keep], weight[:, self.drop]
         self.view = view = problem.moments.view(centred)
         self.held = self._cut(view.held, measured=True)
@@ -205,12 +209,26 @@ class _Pieces:
         return (self.problem.bias.double() + shift + (0 if mean_e is None else mean_e)).float()
 
 
-def solve_damped(a: Tensor, b: Tensor, damping: float) -> tuple[Tensor, bool]:
-    """``(a + λI)⁻¹ b``: float32 ``[n, n]``, ``[n, k]`` → ``[n, k]``, and whether it came out finite."""
+class Verdicts:
+    """Collects what guards say of the ops of one repair."""
+
+    def __init__(self) -> None:
+        self.wrong: dict[str, Tensor] = {}
+
+    def add(self, op: str, bad: Tensor) -> None:
+        self.wrong[op] = self.wrong[op] | bad if op in self.wrong else bad
+
+
+def solve_damped(a: Tensor, b: Tensor, damping: float, verdicts: Verdicts | None = None) -> tuple[Tensor, bool]:
+    """``(a + λI)⁻¹ b``: float32 ``[n, n]``, ``[n, k]`` → ``[n, k]``, and whether it came out finite. Guarded where
+    there are verdicts to add to."""
     solution, info = ops.cholesky_solve(
         a[None].contiguous(), b[None].contiguous(), damping=torch.tensor([damping], device=a.device)
     )
-    return solution[0], int(info[0]) == 0 and bool(torch.isfinite(solution).all())
+    good = (info[0] == 0) & torch.isfinite(solution).all()
+    if verdicts is not None:
+        verdicts.add("cholesky_solve", guards.solved(a, b, damping, solution[0], good))
+    return solution[0], bool(good)
 
 
 def _scale(matrix: Tensor) -> float:
@@ -219,9 +237,11 @@ def _scale(matrix: Tensor) -> float:
     return mean if mean > 0 else 1.0
 
 
-def choose_damping(a: Tensor, b: Tensor, damping: float | None, error) -> tuple[float | None, float]:
+def choose_damping(
+    a: Tensor, b: Tensor, damping: float | None, error: Callable[[Tensor], float], verdicts: Verdicts | None = None
+) -> tuple[float | None, float]:
     """λ (relative) with the least ``error(solution [n, k])`` among the candidates, and that error; None and infinity
-    if no λ gives a finite solution.
+    if no λ gives a finite solution. The first solution is guarded where there are verdicts to add to.
 
     The error falls and rises once over λ, so a walk downhill from ``START`` finds it: three factorisations as a rule
     instead of nine. A given λ is tried alone, and raised tenfold from 1e-6 on where the factorisation fails (a singular
@@ -232,7 +252,7 @@ def choose_damping(a: Tensor, b: Tensor, damping: float | None, error) -> tuple[
 
     def at(value: float) -> float:
         if value not in seen:
-            solution, good = solve_damped(a, b, value * scale)
+            solution, good = solve_damped(a, b, value * scale, None if seen else verdicts)
             seen[value] = error(solution) if good else float("inf")
         return seen[value]
 
@@ -255,7 +275,9 @@ def choose_damping(a: Tensor, b: Tensor, damping: float | None, error) -> tuple[
 
 def _liar(pieces: _Pieces, damping: float | None, interpolate_weights: bool, guard: bool) -> Repair:
     problem, k, d = pieces.problem, pieces.keep, pieces.drop
-    chosen, error = choose_damping(pieces.fit.kk, pieces.fit.kt, damping, lambda s: pieces.held_error(s.T))
+    chosen, error = choose_damping(
+        pieces.fit.kk, pieces.fit.kt, damping, lambda s: pieces.held_error(s.T), pieces.verdicts
+    )
     errors = {"liar": error, "none": pieces.unrepaired()}
     if problem.bias is not None and pieces.centred:
         errors["bias"] = pieces.held_error(None)
@@ -276,7 +298,7 @@ def _liar(pieces: _Pieces, damping: float | None, interpolate_weights: bool, gua
         right = kd @ pieces.dropped_weight.T if cross is None else kd @ pieces.dropped_weight.T + cross
     else:
         right = kd if cross is None else torch.cat([kd, cross], dim=1)
-    solution, good = solve_damped(system, right, chosen * _scale(system))
+    solution, good = solve_damped(system, right, chosen * _scale(system), pieces.verdicts)
     if not good and chosen < 1e6:  # the fitted part alone could be factored, all tokens could not: rounding at a tiny λ
         return _liar(pieces, 10 * max(chosen, 1e-7), interpolate_weights, guard)
     if direct:
@@ -289,6 +311,7 @@ def _liar(pieces: _Pieces, damping: float | None, interpolate_weights: bool, gua
         weight = pieces.kept_weight + pieces.kept_weight @ p @ q.T
     else:
         weight, _ = ops.liar_update(problem.weight, k, d, q)
+        pieces.verdicts.add("liar_update", guards.interpolated(problem.weight, k, d, q, weight))
     weight = weight + correction.T if correction.shape[1] else weight
     return Repair(weight, pieces.bias(weight), "liar", chosen, errors=errors)
 
@@ -325,7 +348,7 @@ def _mask_tuning(problem: Problem, kept: Tensor, pieces: _Pieces, damping: float
         delta = delta[:, 0]
         return max(pieces.held.tt + float(delta @ held_a @ delta - 2 * delta @ held_f), 0.0) / pieces.power
 
-    chosen, best = choose_damping(a, f[:, None], damping, error)
+    chosen, best = choose_damping(a, f[:, None], damping, error, pieces.verdicts)
     errors = {"mask_tuning": best, "none": pieces.held_error(None)}
     if chosen is None or (guard and errors["none"] < best and held_out(problem)):
         return Repair(
@@ -337,7 +360,7 @@ def _mask_tuning(problem: Problem, kept: Tensor, pieces: _Pieces, damping: float
         )
     share = pieces.view.share
     a, f = share * a + (1 - share) * held_a, share * f + (1 - share) * held_f
-    delta, _ = solve_damped(a, f[:, None], chosen * _scale(a))
+    delta, _ = solve_damped(a, f[:, None], chosen * _scale(a), pieces.verdicts)
     scales = torch.ones(group.units, device=w.device)
     scales[~gone] += torch.nan_to_num(delta[:, 0])
     return Repair(pieces.kept_weight * scales[unit][pieces.keep], problem.bias, "mask_tuning", chosen, errors=errors)

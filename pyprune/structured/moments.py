@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from pyprune import ops
+from pyprune.ops import guards
 
 FLUSH_TOKENS = 8192
 HELD_OUT_EVERY = 5
@@ -48,6 +50,10 @@ class Moments:
     cross: Tensor = field(init=False)
     """float64 ``[c, r]``, ``Σ w (x−shift)(e−shift_e)ᵀ``."""
     sums_e: Tensor = field(init=False)
+    redo: Callable[[str], None] | None = None
+    """Set where the tokens do not come again: hears of an op whose first products, at fault, are made again."""
+    wrong: dict[str, Tensor] = field(init=False, default_factory=dict)
+    """By op, whether its first products failed their guards (:mod:`pyprune.ops.guards`), on the device."""
 
     def __post_init__(self):
         c, r = self.columns, self.outputs
@@ -96,21 +102,47 @@ class Moments:
             self.plain_sums += x.sum(0)
             self.plain_squares += torch.linalg.vector_norm(x, dim=0).square()
             x *= root[:, None]
-        gram, sums = (torch.zeros(shape, device=x.device) for shape in ((self.columns, self.columns), self.columns))
-        ops.gram_update(gram, x, sums=sums, precision=self.precision)
+        e = torch.cat(self._e) if self.outputs else None
+        if e is not None and root is not None:
+            e *= root[:, None]
+        gram, sums, cross = self._products(x, e)
         self.gram += gram
         self.sums += sums if root is None else root @ x
-        if self.outputs:
-            e = torch.cat(self._e)
-            if root is not None:
-                e *= root[:, None]
-            cross = torch.zeros(self.columns, self.outputs, device=x.device)
-            narrow = torch.bfloat16 if self.precision == "bfloat16" else torch.float32
-            ops.cross_gram_update(cross, x.to(narrow), e.to(narrow))
+        if e is not None and cross is not None:
             self.cross += cross
             self.sums_e += e.sum(0) if root is None else root @ e
             self.totals[1] += e.square().sum(dtype=torch.float64)
         self._x, self._e, self._w, self._waiting = [], [], [], 0
+
+    def _products(self, x: Tensor, e: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """``xᵀx``, ``Σ x`` and ``xᵀe``, float32; the first ones are looked at by their guards."""
+        products, wrong = self._multiply(x, e, judge=not self.wrong)
+        if not self.wrong:
+            self.wrong = wrong
+            if self.redo is not None and (ops_at_fault := at_fault([wrong])):
+                with ops.backend("reference"):
+                    products, again = self._multiply(x, e, judge=True)
+                for op in sorted(ops_at_fault - at_fault([again])):
+                    self.redo(op)
+                self.wrong = {op: torch.zeros_like(bad) for op, bad in wrong.items()}
+        return products
+
+    def _multiply(
+        self, x: Tensor, e: Tensor | None, judge: bool
+    ) -> tuple[tuple[Tensor, Tensor, Tensor | None], dict[str, Tensor]]:
+        gram, sums = (torch.zeros(shape, device=x.device) for shape in ((self.columns, self.columns), self.columns))
+        ops.gram_update(gram, x, sums=sums, precision=self.precision)
+        cross, narrow = None, torch.bfloat16 if self.precision == "bfloat16" else torch.float32
+        if e is not None:
+            cross = torch.zeros(self.columns, self.outputs, device=x.device)
+            ops.cross_gram_update(cross, x.to(narrow), e.to(narrow))
+        wrong = {}
+        if judge:
+            count = torch.full((), len(x), device=x.device)
+            wrong["gram_update"] = guards.gram(gram, x, count, self.precision) | guards.summed(sums, x)
+            if e is not None and cross is not None:
+                wrong["cross_gram_update"] = guards.cross_gram(cross, x.to(narrow), e.to(narrow))
+        return (gram, sums, cross), wrong
 
     @property
     def mass(self) -> float:
@@ -160,6 +192,12 @@ class Moments:
         return bool(torch.isfinite(self.gram.diagonal()).all())
 
 
+def at_fault(told: Iterable[dict[str, Tensor]]) -> set[str]:
+    """Ops that any of these verdicts calls wrong; waits for the device once."""
+    flat = [(op, bad) for wrong in told for op, bad in wrong.items()]
+    return {op for (op, _), bad in zip(flat, torch.stack([bad for _, bad in flat]).tolist()) if bad} if flat else set()
+
+
 @dataclass(eq=False)
 class About:
     """Mean products about a point: ``E[xxᵀ]``, ``E[xeᵀ]`` (None without errors), ``E‖e‖²``; float32."""
@@ -198,8 +236,15 @@ class Split:
     _views: dict[bool, View] = field(default_factory=dict)
 
     @staticmethod
-    def make(columns: int, outputs: int = 0, device: torch.device | str = "cpu", precision: str = "float32") -> Split:
-        return Split(Moments(columns, outputs, device, precision), Moments(columns, outputs, device, precision))
+    def make(
+        columns: int,
+        outputs: int = 0,
+        device: torch.device | str = "cpu",
+        precision: str = "float32",
+        redo: Callable[[str], None] | None = None,
+    ) -> Split:
+        fit, held = (Moments(columns, outputs, device, precision, redo=redo) for _ in range(2))
+        return Split(fit, held)
 
     def update(self, x: Tensor, held: Tensor, e: Tensor | None = None, w: Tensor | None = None) -> None:
         """Add tokens; ``held`` bool ``[tokens]``, in host memory, marks those set aside, so that a device need not be
@@ -329,6 +374,12 @@ class Split:
 
     def finite(self) -> bool:
         return self.fit.finite() and self.held.finite()
+
+    def verdicts(self) -> list[dict[str, Tensor]]:
+        """What the guards of both parts found, all tokens added."""
+        for part in (self.fit, self.held):
+            part.flush()
+        return [self.fit.wrong, self.held.wrong]
 
 
 def mean_of(x: Tensor, w: Tensor | None) -> Tensor:

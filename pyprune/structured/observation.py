@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from pyprune import ops
 from pyprune.config import ConfigError
 from pyprune.execution.executor import Activations, Batch
-from pyprune.execution.run import Clock, Run
+from pyprune.execution.run import Clock, Findings, Run
+from pyprune.masks.block import distrust
 from pyprune.structured.groups import Coupled
-from pyprune.structured.moments import HELD_OUT_EVERY, Split, balanced_weights, held_out_tokens, token_weights
+from pyprune.structured.moments import HELD_OUT_EVERY, Split, at_fault, balanced_weights, held_out_tokens, token_weights
 from pyprune.structured.taps import Taps
 
 SAMPLED = 8
 """At most so many sequences are read for the mean power of a block's residual stream."""
+SIGNS = 32
+"""Inputs of a token by whose signs an expert's tokens are told apart."""
 
 
 @dataclass(frozen=True, eq=False)
-class _Observed:
+class Observed:
     """One group under observation: where its moments are summed, and what its tokens count by."""
 
-    place: int
-    """Its number among the groups, by which taps know it."""
     split: Split
     weight: Tensor
     """The consumer's ``[out, in]``."""
@@ -32,25 +35,53 @@ class _Observed:
     """What the consumer's output should add up to; None: no errors are taken."""
     column_powers: Tensor | None
     """``‖W_·j‖²``, float32 ``[in]``, if tokens count ``relative``."""
+    seen_whole: bool
+    """Whether it gets every token of a batch; an expert gets some, of which the sequences are not known."""
     mean_power: Tensor | None
     """Mean over tokens of the residual stream's squared norm, if tokens count ``balanced``."""
 
-    def error(self, batch: Batch, taps: Taps) -> Tensor | None:
-        """What the sums that the outputs land in lack of the dense ones, float32 ``[tokens, out]``."""
-        if self.dense is None:
-            return None
-        sums = taps.sums[self.place]
-        wanted = self.dense.read(batch)
-        wanted = wanted.reshape(-1, wanted.shape[-1]).to(sums.device, non_blocking=True)
-        return wanted.float() - sums.float()
+    @staticmethod
+    def make(
+        run: Run,
+        index: int,
+        group: Coupled,
+        dense: Activations | None = None,
+        mean_power: Tensor | None = None,
+        redo: Callable[[str], None] | None = None,
+    ) -> Observed:
+        """mean_power: used if the group's tokens count ``balanced``. redo: of :class:`Moments`."""
+        kind, device = weighting(run.config.structured.token_weights, group), run.executor.device
+        precision = "bfloat16" if run.executor.dtype == torch.bfloat16 else "float32"
+        weight = group.consumer.view(run.view.blocks[index])
+        return Observed(
+            Split.make(weight.shape[1], 0 if dense is None else weight.shape[0], device, precision, redo),
+            weight,
+            dense,
+            weight.float().square().sum(0).to(device) if kind == "relative" else None,
+            group.consumer.expert is None,
+            mean_power if kind == "balanced" else None,
+        )
 
-    def token_weights(self, x: Tensor, taps: Taps) -> Tensor | None:
+    def add(self, batch: Batch, x: Tensor, held: Tensor, sums: Tensor | None, power: Tensor | None) -> None:
+        """Take in a batch's inputs ``x [tokens, in]``; held: which of the batch's tokens are set aside.
+
+        sums: what the dense consumer's output adds up to, ``[tokens, out]``; None where that is not seen. power: the
+        squared norm of that output alone, ``[tokens]``; None: computed here if it is needed.
+        """
+        marks = held if self.seen_whole and len(x) == len(held) else by_content(x)
+        error = None
+        if self.dense is not None and sums is not None:
+            wanted = self.dense.read(batch)
+            wanted = wanted.reshape(-1, wanted.shape[-1]).to(sums.device, non_blocking=True)
+            error = wanted.float() - sums.float()
+        self.split.update(x, marks, error, self._token_weights(x, sums, power))
+
+    def _token_weights(self, x: Tensor, sums: Tensor | None, power: Tensor | None) -> Tensor | None:
         """How much each token counts, float32 ``[tokens]``; None: all the same."""
-        if self.mean_power is not None:
-            return balanced_weights(taps.sums[self.place].float().square().sum(1), self.mean_power)
+        if self.mean_power is not None and sums is not None:
+            return balanced_weights(sums.float().square().sum(1), self.mean_power)
         if self.column_powers is None:
             return None
-        power = taps.powers.get(self.place)
         if power is None:  # an expert, whose outputs are not seen
             power = (x.float() @ self.weight.to(x.device).float().T).square().sum(1)
         return token_weights(power, x.float().square() @ self.column_powers)
@@ -58,7 +89,7 @@ class _Observed:
 
 def observe_moments(
     run: Run,
-    clock: Clock,
+    found: Findings,
     index: int,
     module: nn.Module,
     groups: list[Coupled],
@@ -69,57 +100,66 @@ def observe_moments(
 ) -> list[Split]:
     """Moments of the groups' inputs over a stream; outputs go to ``target``, errors are taken against ``dense``.
 
-    With several processes each passes its own sequences, and all get the moments of all. Raises ConfigError if an
-    input is not finite.
+    With several processes each passes its own sequences, and all get the moments of all. A pass whose products fail
+    their guards is made again by the reference. Raises ConfigError if an input is not finite.
     """
-    device = run.executor.device
-    precision = "bfloat16" if run.executor.dtype == torch.bfloat16 else "float32"
     kinds = [weighting(run.config.structured.token_weights, group) for group in groups]
     means = mean_powers(run, index, module, groups, stream) if "balanced" in kinds else None
-    observed = []
-    for i, (group, kind) in enumerate(zip(groups, kinds)):
-        wanted = None if dense is None else dense[i]
-        mean = means[i] if means is not None and kind == "balanced" else None
-        weight = group.consumer.view(run.view.blocks[index])
-        split = Split.make(weight.shape[1], 0 if wanted is None else weight.shape[0], device, precision)
-        powers = weight.float().square().sum(0).to(device) if kind == "relative" else None
-        observed.append(_Observed(i, split, weight, wanted, powers, mean))
-    taps = Taps(
-        module,
-        groups,
-        sums=means is not None or any(one.dense is not None for one in observed),
-        powers="relative" in kinds,
-        stop=target is None,
-    )
-    first, total = run.world.span(len(run.data.sequences))[0], len(run.data.sequences)
+    # a pass that takes the place of its own inputs cannot be made again
+    redo = None if target is None else functools.partial(distrust, found, run.executor.device, index)
 
-    def take(batch: Batch, _) -> None:
-        with clock("statistics"):
-            held = _held(stream, batch, first, total)
-            for one in observed:
-                x = taps.inputs.get(one.place)
-                if x is None:
-                    continue  # an expert that no token of this batch reached
-                # an expert sees some of the tokens, and which sequences they are from is not known
-                marks = held if len(x) == len(held) else _every_fifth(len(x))
-                one.split.update(x, marks, one.error(batch, taps), one.token_weights(x, taps))
+    def observe() -> list[Observed]:
+        observed = [
+            Observed.make(
+                run, index, group, None if dense is None else dense[i], None if means is None else means[i], redo
+            )
+            for i, group in enumerate(groups)
+        ]
+        taps = Taps(
+            module,
+            groups,
+            sums=means is not None or any(one.dense is not None for one in observed),
+            powers="relative" in kinds,
+            stop=target is None,
+        )
 
-    try:
-        with clock("forward"):
-            run.executor.run(index, module, stream, target, take, taps.run)
-    finally:
-        taps.close()
+        def take(batch: Batch, _) -> None:
+            with found.clock("statistics"):
+                held = held_of(run, stream, batch)
+                for i, one in enumerate(observed):
+                    x = taps.inputs.get(i)  # None for an expert that no token of this batch reached
+                    if x is not None:
+                        one.add(batch, x, held, taps.sums.get(i), taps.powers.get(i))
+
+        try:
+            with found.clock("forward"):
+                run.executor.run(index, module, stream, target, take, taps.run)
+        finally:
+            taps.close()
+        return observed
+
+    observed = observe()
+    if target is None and (wrong := at_fault(v for one in observed for v in one.split.verdicts())):
+        with ops.backend(",".join(f"{op}=reference" for op in wrong)):
+            observed = observe()
+            still = at_fault(v for one in observed for v in one.split.verdicts())
+        for op in sorted(wrong - still):
+            distrust(found, run.executor.device, index, op)
     splits = [one.split for one in observed]
-    with clock("statistics"):
-        for split in splits:
-            split.sum_over(run.world)
     for split, group in zip(splits, groups):
+        share_moments(run, found.clock, index, group, split)
+    return splits
+
+
+def share_moments(run: Run, clock: Clock, index: int, group: Coupled, split: Split) -> None:
+    """Give every process the moments of all. Raises ConfigError if they are not finite."""
+    with clock("statistics"):
+        split.sum_over(run.world)
         if not split.finite():
             raise ConfigError(
                 f"the inputs of {run.view.path}.{index}.{group.name} are not finite on the calibration "
                 "data; check the checkpoint, or load it in a wider dtype"
             )
-    return splits
 
 
 def weighting(asked: str, group: Coupled) -> str:
@@ -140,7 +180,7 @@ def mean_powers(run: Run, index: int, module: nn.Module, groups: list[Coupled], 
     """Mean over tokens of ``‖s‖²``, s being the sum that each group's output lands in, on the first sequences; float32
     ``[groups]``, zero for experts. Only its order of magnitude matters; which sequences these are depends on neither
     batches nor processes."""
-    wanted = min(SAMPLED, max(1, len(run.data.sequences) // 16))
+    wanted = sampled(run)
     sums = torch.zeros(2, len(groups), device=run.executor.device)
     if run.world.leads:  # it has the first sequences
         taps = Taps(module, groups, stop=True)
@@ -157,6 +197,11 @@ def mean_powers(run: Run, index: int, module: nn.Module, groups: list[Coupled], 
     return sums[0] / sums[1].clamp(min=1)
 
 
+def sampled(run: Run) -> int:
+    """How many of the first sequences tell the mean power of a block's residual stream."""
+    return min(SAMPLED, max(1, len(run.data.sequences) // 16))
+
+
 def _single(stream: Activations, wanted: int) -> list[Batch]:
     """Those of the first ``wanted`` sequences that are in the stream, one per batch."""
     found = []
@@ -165,13 +210,18 @@ def _single(stream: Activations, wanted: int) -> list[Batch]:
     return found
 
 
-def _every_fifth(tokens: int) -> Tensor:
-    """bool ``[tokens]``: the last of every five tokens."""
-    return torch.arange(tokens) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+def by_content(x: Tensor) -> Tensor:
+    """bool ``[tokens]``, on the host: about one token in five, told by the signs of its own inputs, so that neither
+    batches nor processes nor rounding decide which."""
+    bits = (x[:, :: max(1, x.shape[1] // SIGNS)][:, :SIGNS] > 0).long()
+    number = (bits << torch.arange(bits.shape[1], device=x.device)).sum(1)
+    mixed = (number * 0x9E3779B1 + 0x7F4A7C15) ^ (number >> 17)
+    return ((mixed * 0x85EBCA6B) >> 16).remainder(HELD_OUT_EVERY).eq(HELD_OUT_EVERY - 1).cpu()
 
 
-def _held(stream: Activations, batch: Batch, first: int, total: int) -> Tensor:
-    """Tokens of a batch that are set aside; ``first``: place of this process's first sequence among all ``total``."""
+def held_of(run: Run, stream: Activations, batch: Batch) -> Tensor:
+    """Tokens of a batch of the calibration stream that are set aside, bool ``[tokens]``."""
+    first, total = run.world.span(len(run.data.sequences))[0], len(run.data.sequences)
     if total >= 2 * HELD_OUT_EVERY:
         rows = torch.tensor(stream.rows[batch.length][batch.start : batch.stop]) + first
         return (rows % HELD_OUT_EVERY == HELD_OUT_EVERY - 1).repeat_interleave(batch.length)

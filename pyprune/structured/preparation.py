@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from pyprune.config import ConfigError, PruneConfig
 from pyprune.execution.run import Findings, Run
 from pyprune.model.attributes import embedding_device, vocabulary_size
-from pyprune.model.blocks import ModelView, block_list
+from pyprune.model.blocks import block_list
 from pyprune.model.watching import expert_loop
 from pyprune.structured import config_edits, slicing
-from pyprune.structured.allocation import Member, choose, global_counts, uniform_count
+from pyprune.structured.allocation import Member, choose, global_counts, removed, shortfalls, uniform_count
 from pyprune.structured.block import Preparation, StructuredRun, Target, dealt, has_bias, score_group
 from pyprune.structured.criteria import NEEDS_GRADIENTS, NEEDS_MOMENTS
 from pyprune.structured.groups import PROBE_TOKENS, Coupled, find_groups
@@ -63,6 +63,8 @@ def prepare(run: Run, found: Findings) -> StructuredRun:
     for sparsity, counts in zip(sparsities, _allocate(StructuredRun(run, found, prepared, []), sparsities)):
         model = view.model if len(sparsities) == 1 else twin(view.model, view.path)
         target = Target(sparsity, model, block_list(model, view.path), counts)
+        if config.structured.allocation == "uniform":  # global widths differ from block to block by design
+            notes += [text for text in shortfalls(groups, counts, sparsity) if text not in notes]
         _decide(run, prepared, target)
         targets.append(target)
     return StructuredRun(run, found, prepared, targets)
@@ -97,9 +99,21 @@ def _biases(run: Run, flags: dict[str, str]) -> list[list[str]]:
     return out
 
 
-def group_paths(view: ModelView, config: PruneConfig) -> set[str]:
+def group_paths(groups: list[list[Coupled]]) -> set[str]:
     """Parameters, by their path in a block, that a structured run would make smaller."""
-    return set().union(*map(_paths, find_groups(view, config.pattern, config.structured.head_scope)))
+    return set().union(*map(_paths, groups))
+
+
+def foreseen(groups: list[list[Coupled]], config: PruneConfig) -> list[dict]:
+    """Per sparsity what was ``asked``, what would be ``removed`` of each kind, and ``notes`` where the two differ;
+    ``removed`` is empty where the widths depend on scores. Raises ConfigError if nothing would go."""
+    if config.structured.allocation != "uniform":
+        return [{"asked": s, "removed": {}, "notes": []} for s in config.sparsities]
+    rows = []
+    for s in config.sparsities:
+        counts = [[uniform_count(g, s) for g in block] for block in groups]
+        rows.append({"asked": s, "removed": removed(groups, counts), "notes": shortfalls(groups, counts, s)})
+    return rows
 
 
 def _paths(block: list[Coupled]) -> set[str]:
@@ -183,7 +197,7 @@ def _allocate(work: StructuredRun, sparsities: tuple[float, ...]) -> list[list[l
             with run.executor.compute(index) as module:
                 splits: Sequence[Split | None] = [None] * len(block)
                 if stream is not None:
-                    splits = observe_moments(run, work.clock, index, module, block, stream, target=stream)
+                    splits = observe_moments(run, work.found, index, module, block, stream, target=stream)
                 scores = dealt(run, [float(g.units) for g in block], functools.partial(scored, index, splits))
             flat += [Member(index, g, found, size) for g, (_, found), size in zip(block, scores, sizes)]
             run.executor.release(index)
@@ -213,8 +227,8 @@ def _decide(run: Run, prepared: Preparation, target: Target) -> None:
     if mode == "refuse":
         raise ConfigError(
             f"sparsity {target.sparsity:g} makes a model that stock tools cannot load: {target.reason}. "
-            "Choose another sparsity or pattern, or structured.nonstandard='save' (for pyprune.load) or "
-            "'pad' (zeros, stock tools, no smaller)"
+            "Set nonstandard='save' (pyprune.load loads it) or nonstandard='pad' (zeros: stock tools load it, it is "
+            "no smaller), or choose another sparsity or pattern"
         )
     if mode == "save":
         return

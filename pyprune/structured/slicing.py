@@ -92,12 +92,18 @@ def _room(pick: Pick) -> Tensor:
     return torch.cat(room).sort().values
 
 
+def kept_columns(block: nn.Module, pick: Pick) -> Tensor:
+    """The consumer's new ``[out, kept columns]`` as the sliced block, which is still dense here, will hold it."""
+    dense = pick.group.consumer.view(block)
+    if pick.weight is None:
+        return dense[:, pick.group.columns_of(pick.kept).to(dense.device)]
+    return pick.weight.to(dense.device, dense.dtype)
+
+
 def _consumer(block: nn.Module, pick: Pick, room: Tensor) -> Tensor:
     """The consumer's parameter (stored orientation) over the columns there is room for."""
     group = pick.group
-    dense = group.consumer.view(block)
-    columns = group.columns_of(pick.kept)
-    kept = dense[:, columns.to(dense.device)] if pick.weight is None else pick.weight.to(dense.device, dense.dtype)
+    dense, columns, kept = group.consumer.view(block), group.columns_of(pick.kept), kept_columns(block, pick)
     place = group.columns_of(room)
     value = torch.zeros(dense.shape[0], len(place), dtype=dense.dtype, device=dense.device)
     value[:, torch.searchsorted(place, columns).to(dense.device)] = kept
@@ -131,6 +137,18 @@ def _new_sizes(module: nn.Module, group: Coupled, units: int) -> dict:
 def heads_of(group: Coupled, units: int) -> Heads:
     """The heads of an attention of which so many units are left."""
     return Heads(*group.heads_left(units), group.head_size)
+
+
+def stored_pick(tensors: dict[str, Tensor], group: Coupled, kept: Tensor, padded_to: int | None) -> Pick:
+    """What a sliced block's state says of a group of which these units are left, int64, ascending."""
+    ref = group.consumer
+    value = tensors[ref.path] if ref.expert is None else tensors[ref.path][ref.expert]
+    pick = Pick(group, kept, padded_to=padded_to)
+    places = torch.searchsorted(group.columns_of(_room(pick)), group.columns_of(kept))
+    pick.weight = (value.T if ref.transposed else value)[:, places]
+    if ref.expert is None:
+        pick.bias = tensors.get(f"{ref.module_path}.bias")
+    return pick
 
 
 @torch.no_grad()

@@ -10,18 +10,10 @@ import sys
 import numpy as np
 import pytest
 import tiny
+from calling import call
 from same_bytes import stored
 
 import pyprune
-from pyprune.cli import commands
-
-
-def call(capsys, *arguments):
-    """Exit code, standard output and standard error of one command, run in this process."""
-    with pytest.raises(SystemExit) as stop:
-        commands.main([str(a) for a in arguments])
-    out, err = capsys.readouterr()
-    return stop.value.code or 0, out, err
 
 
 @pytest.fixture(scope="module")

@@ -57,15 +57,6 @@ def test_a_run_hands_its_seed_down():
     assert PruneConfig(seed=7, calibration=Calibration(seed=3)).calibration.seed == 3
 
 
-def test_default_text_is_on_every_machine_and_apart_from_the_evaluation_text(tokenizer):
-    fit, evaluation = texts.builtin("calibration"), texts.builtin("evaluation")
-    normal = [{" ".join(p.split()) for p in part} for part in (fit, evaluation)]
-    assert not normal[0] & normal[1]
-    assert min(len("".join(part)) for part in (fit, evaluation)) > 100_000
-    data = load(Calibration(num_samples=64, seq_len=512), tokenizer)
-    assert len(data.sequences) == 64 and len(data.held_out) == 4 and "pydoc_data" in data.description
-
-
 def test_bos_starts_every_sequence_where_the_tokenizer_starts_texts_with_it():
     data = load(Calibration(source=[PROSE], num_samples=6, seq_len=20), tiny.tokenizer(bos=True))
     assert all(row[0] == 1 and 1 not in row[1:] and len(row) == 20 for row in data.sequences)
@@ -178,12 +169,16 @@ def test_tokenising_a_part_gives_the_beginning_of_the_whole(tokenizer):
         ([PROSE[:300]], {}, "10 calibration samples of 50 tokens were asked for, but .* has only 6; .*num_samples=6"),
         (tiny.ids(4, 9), {}, "10 calibration samples were asked for, but .* has 4 rows; .*num_samples=4"),
         (torch.rand(12, 9), {}, "must be integers, got float32"),
-        (torch.arange(12), {}, r"must be a matrix \[samples, tokens\], got shape \[12\]"),
+        (
+            torch.arange(24).reshape(2, 3, 4),
+            {},
+            r"must be a matrix \[samples, tokens\] or one sequence, got shape \[2, 3, 4\]",
+        ),
         (tiny.ids(12, 1), {}, "row 0 of .* has 1 tokens; a sequence needs at least 2"),
         ((tiny.ids(12, 9), torch.ones(12, 8)), {}, r"mask has shape \[12, 8\], the token ids \[12, 9\]"),
         (tiny.ids(12, 9) + 5, {}, r"token id \d+ in sequence \d+ is outside the model's vocabulary of 96"),
         (-tiny.ids(12, 9), {}, "is outside the model's vocabulary of 96"),
-        ([1, 2, 3], {}, "a list as a source must hold texts, got int"),
+        ([1, "two"], {}, "text and token ids come as a path.*got int"),
         ({"ids": tiny.ids(1, 3)}, {}, "a mapping of token ids needs input_ids, got the keys ids"),
         ("missing.txt", {}, "no such file or folder: missing.txt"),
         ("missing.npy", {}, "no such file: missing.npy"),

@@ -12,8 +12,9 @@ import torch
 
 import pyprune
 from pyprune.config import ConfigError, Evaluation
+from pyprune.evaluation.domains import alone
 from pyprune.evaluation.latency import latency
-from pyprune.evaluation.perplexity import measure, perplexity, windows, windows_of
+from pyprune.evaluation.perplexity import Text, measure, perplexity, windows, windows_of
 from pyprune.model.blocks import predicts_next_token
 
 PROSE = "The quick brown fox jumps over the lazy dog, and nobody minds it.\n" * 60
@@ -123,17 +124,18 @@ def test_evaluate_takes_text_ids_files_and_folders(tmp_path, folder, tokenizer):
 
 def test_windows_of_is_empty_where_there_is_nothing_to_measure(tokenizer):
     evaluation = Evaluation(text=[PROSE], window=50)
-    assert len(windows_of(evaluation, tokenizer)) == 1
-    assert windows_of(evaluation, tokenizer, encoder=True) == []
-    assert windows_of(Evaluation(enabled=False), tokenizer) == []
-    assert windows_of(Evaluation(), None) == []
+    asked = alone(evaluation)
+    assert len(windows_of(asked, evaluation, tokenizer)) == 1
+    assert windows_of(asked, evaluation, tokenizer, encoder=True) == []
+    assert windows_of(asked, Evaluation(enabled=False), tokenizer) == []
+    assert windows_of(alone(Evaluation()), Evaluation(), None) == []
 
 
 def test_non_finite_logits(folder):
     model, tokenizer = pyprune.load(folder)
     with torch.no_grad():
         model.model.norm.weight[3] = math.nan
-    rows = [("text", list(tiny.ids(2, 9)))]
+    rows = [Text("text", list(tiny.ids(2, 9)))]
     assert math.isnan(measure(model, rows, Evaluation())[0]["perplexity"]), "a long run's report survives it"
     with pytest.raises(ConfigError, match="perplexity on .* is nan: .* NaN or inf"):
         pyprune.evaluate(model, tiny.ids(2, 9))

@@ -16,15 +16,17 @@ import torch
 import torchrun_case
 
 import pyprune
-from pyprune.config import ConfigError
+from pyprune.config import ConfigError, Evaluation
+from pyprune.evaluation.block_by_block import Meter
+from pyprune.evaluation.perplexity import Text, perplexity_of
 from pyprune.execution.distributed import FAILED, GONE, LOST, Pulse, World
 
 ROOT = Path(__file__).parents[2]
 SUPPORT = ROOT / "tests/support"
 MASKS = ("sparsegpt", "wanda", "moe", "dense", "sequential", "sequential_moe", "refit", "block", "shared_keys", "cross")
-STRUCTURED = ("liar", "taylor")
+STRUCTURED = ("liar", "liar_sequential", "liar_sequential_moe", "taylor")
 CASES = (*MASKS, *STRUCTURED, "refine")
-THREE = ("sparsegpt", "moe", "sequential_moe", "block", "liar", "refine")
+THREE = ("sparsegpt", "moe", "sequential_moe", "block", "liar", "liar_sequential_moe", "refine")
 """What three processes run too: a start costs seconds."""
 
 
@@ -65,7 +67,9 @@ def test_any_number_of_processes_gives_the_same_masks_and_perplexity(results, na
             assert b["error"] == pytest.approx(a["error"], rel=2e-2)
 
 
-@pytest.mark.parametrize("name, processes", [("liar", 2), ("liar", 3), ("taylor", 2)])
+@pytest.mark.parametrize(
+    "name, processes", [(name, n) for n, names in ((2, CASES), (3, THREE)) for name in names if name in STRUCTURED]
+)
 def test_any_number_of_processes_gives_the_same_smaller_model(results, name, processes):
     alone, shared = (torch.load(results / f"{name}-{n}.pt") for n in (1, processes))
     assert {key: value.shape for key, value in alone.items()} == {key: value.shape for key, value in shared.items()}
@@ -193,14 +197,17 @@ def test_work_is_dealt_the_same_everywhere_and_evenly():
         assert max(load) <= max(max(costs), 4 / 3 * sum(costs) / size)
 
 
-def test_perplexities_of_shares_make_the_perplexity_of_the_whole():
-    rows = [[{"perplexity": 20.0, "windows": 3, "seconds": 1.0}], [{"perplexity": 30.0, "windows": 1, "seconds": 2.0}]]
+def test_losses_of_shares_make_the_perplexity_of_the_whole():
+    windows = [tiny.ids(1, 8, seed)[0] for seed in range(4)]
+    losses = [1.0, 2.0, 3.0, 4.5]
     world = World()
-    world.everyone = lambda value: rows
-    (row,) = world.mean_perplexity(None, [4])
-    assert row["perplexity"] == pytest.approx((20**3 * 30) ** 0.25) and row["windows"] == 4
-    rows[1][0]["perplexity"] = float("nan")
-    assert world.mean_perplexity(None, [4])[0]["perplexity"] != row["perplexity"]
+    world.size = 3
+    shares = [[{"losses": losses[rank::3], "seconds": rank, "dtype": "bfloat16"}] for rank in range(3)]
+    world.everyone = lambda value: shares
+    meter = Meter([Text("t", windows)], Evaluation(), torch.device("cpu"), None, world)
+    (row,) = meter.joined(None)
+    assert row["losses"] == losses and row["perplexity"] == perplexity_of(losses)
+    assert (row["windows"], row["seconds"], row["dtype"]) == (4, 2, "bfloat16")
 
 
 def test_fewer_sequences_than_processes_are_refused():

@@ -11,7 +11,7 @@ import torch
 from pyprune.config import PruneConfig
 from pyprune.data.calibration import CalibrationData, fingerprint
 from pyprune.execution.executor import Executor
-from pyprune.execution.lanes import Alive, Declined, Lanes, TooLarge, changed_attribute, with_smaller_batches
+from pyprune.execution.lanes import Declined, Lanes, TooLarge, changed_attribute, with_smaller_batches
 from pyprune.execution.run import Findings, Run
 from pyprune.model.blocks import ModelView
 
@@ -90,18 +90,19 @@ def test_what_goes_wrong_halfway_leaves_the_stream_as_it_was(run, error):
     assert all(lane.going.done or not lane.going._thread.is_alive() for lane in going.lanes)
 
 
-def test_batches_are_halved_until_they_fit_and_then_declined(run):
+def test_batches_spill_and_are_halved_until_they_fit_and_then_declined(run):
     stream, sizes = run.executor.embed(run.data.sequences), []
 
     class Full(Noted):
         def __call__(self):
-            sizes.append(self.batch)
+            sizes.append((self.batch, self.spill))
             raise TooLarge
 
     found = Findings()
-    with pytest.raises(Declined, match="the activations of all sequences do not fit on cpu at once"):
+    with pytest.raises(Declined, match="a single sequence does not fit on cpu beside the block"):
         with_smaller_batches(run.executor, found, 0, lambda: lanes(run, stream, Full))
-    assert sizes == [2, 1] and run.executor.batch_size == 2, "those who run the block otherwise find what was asked"
+    assert sizes == [(2, False), (2, True), (1, True)]
+    assert run.executor.batch_size == 2, "those who run the block otherwise find what was asked"
     assert "batches of 2 sequences: batches of 1 from there on" in found.warnings[0]
 
 
@@ -118,28 +119,3 @@ def test_a_pass_that_leaves_its_mark_on_the_block_is_seen():
     block = Counts()
     assert "calls changes during a pass" in changed_attribute(block, lambda: block(torch.zeros(1, 2)))
     assert changed_attribute(block, lambda: block.inner(torch.zeros(1, 2))) is None
-
-
-def test_bytes_alive_at_a_pause_are_known():
-    class Block(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.up, self.down = torch.nn.Linear(8, 32), torch.nn.Linear(32, 8)
-
-        def forward(self, x):
-            return x + self.down(torch.relu(self.up(x * 1.0)))
-
-    block, alive = Block(), Alive()
-    seen = []
-
-    def gauge(module, args):
-        alive.update(args[0])
-        seen.append(alive.peak)
-
-    block.up.register_forward_pre_hook(gauge)
-    block.down.register_forward_pre_hook(gauge)
-    x = torch.randn(5, 8)
-    with torch.no_grad(), alive:
-        block(x)
-    # x is the caller's and the weights are no activations: before up its input, before down its input alone
-    assert seen == [5 * 8 * 4, 5 * 32 * 4]

@@ -1,4 +1,4 @@
-"""The order in which groups of layers are reached, learnt from one sequence, and the bytes alive at a pause."""
+"""The order in which groups of layers are reached, learnt from one sequence, and the bytes of a token at a pause."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from token_models import MODELS, Synthetic, build, gemma3n
 import pyprune
 from pyprune.config import ConfigError, Evaluation, Reconstruction
 from pyprune.evaluation.block_by_block import measure_streamed
-from pyprune.evaluation.perplexity import measure
+from pyprune.evaluation.perplexity import Text, measure
 from pyprune.execution.activation_store import Store
 from pyprune.execution.executor import Executor, Resident
 from pyprune.execution.journal import Interrupted, Journal
@@ -213,7 +213,7 @@ def test_structured_pruning_reports_the_errors_of_the_whole_pruned_model(name, r
 @pytest.mark.parametrize("name", ["gemma4", "gemma4 with shared keys", "zamba2"])
 def test_perplexity_block_by_block_is_that_of_the_whole_model(name):
     model = build(name)
-    windows = [("text", list(tiny.ids(5, 12))), ("other", list(tiny.ids(3, 20, seed=1)))]
+    windows = [Text("text", list(tiny.ids(5, 12))), Text("other", list(tiny.ids(3, 20, seed=1)))]
     evaluation = Evaluation(dtype="float32", batch_size=2)
     whole = measure(model, windows, evaluation)
     apart = measure_streamed(ModelView(model), Resident(), windows, evaluation, Store(), torch.device("cpu"))

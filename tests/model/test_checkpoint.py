@@ -137,6 +137,7 @@ def test_a_saved_folder_holds_everything_and_plain_transformers_loads_it(saved):
         "tokenizer.json",
         "pruning.json",
         "report.json",
+        "report.html",
         "run.yaml",
         "README.md",
     }

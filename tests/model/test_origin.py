@@ -270,7 +270,7 @@ def test_a_live_model_has_only_itself(tmp_path):
         output=str(tmp_path / "out"),
     )
     assert result.origin.folder is None
-    assert {path.suffix for path in (tmp_path / "out").iterdir()} <= {".json", ".md", ".yaml", ".safetensors"}
+    assert {path.suffix for path in (tmp_path / "out").iterdir()} <= {".json", ".md", ".html", ".yaml", ".safetensors"}
 
 
 def test_a_hub_model_s_side_files_come_from_its_cache(dense, tmp_path, monkeypatch):

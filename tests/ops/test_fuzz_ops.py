@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from pyprune import ops
 from pyprune.ops import native
+from pyprune.ops.packed import DamagedWeight, Packed, pack_bitmask, unpack_bitmask
 
 pytestmark = pytest.mark.skipif(native._C is None, reason=str(native.unusable("cpu")))
 GUARD = 97  # elements of a poisoned margin around every matrix
@@ -199,3 +200,26 @@ def test_24(row_blocks, column_blocks, valid, dtype, seed):
             ops.expand_24(found[0], torch.randint(-(2**15), 2**15, found[1].shape, dtype=torch.int16))
         except ValueError as error:
             assert "names one place twice" in str(error)
+
+
+@fuzz
+@given(matrices(), st.integers(0, 21), st.floats(0, 1), st.booleans(), st.data())
+def test_sparse_linear(w, tokens, share, biased, data):
+    """The packed tensors lie at the end of their memory, so that the sanitizer sees a read behind them."""
+    w = w.masked_fill(torch.rand(w.shape) < share, 0)
+    packed = pack_bitmask(w)
+    assert torch.equal(unpack_bitmask(packed).nan_to_num(nan=7), w.nan_to_num(nan=7))
+    x = data.draw(matrices(st.just(tokens), st.just(w.shape[1]), st.just(w.dtype), st.just(None)))
+    bias = torch.randn(w.shape[0]).to(w.dtype) if biased else None
+    (truth, _), (found, _) = answers(lambda v: ops.sparse_linear(v, packed, bias), x)
+    finite = truth.isfinite()
+    if w.isfinite().all():
+        size = x.float().abs() @ w.float().abs().T + (bias.float().abs() if biased else 0)
+        rounding = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}[w.dtype]
+        assert ((found.float() - truth.float()).abs() <= rounding * size + 1e-6)[finite].all()
+    else:
+        assert torch.equal(found.isfinite(), finite)
+    damaged = packed.offsets.clone()
+    damaged[data.draw(st.integers(0, w.shape[0]))] += data.draw(st.sampled_from([-1, 1, 2**40]))
+    with pytest.raises(DamagedWeight):
+        ops.sparse_linear(x, Packed(packed.mask, packed.values, damaged, packed.columns))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 
 from pyprune import ops
 from pyprune.ops import native, reference
+from pyprune.ops.packed import pack_bitmask
 
 LEVELS = native._C.cpu_levels() if native._C else []
 pytestmark = pytest.mark.skipif(native._C is None, reason=str(native.unusable("cpu")))
@@ -237,6 +240,67 @@ def test_linear(rows, inputs, outputs):
         assert relative(value, truth) < 1e-6
 
 
+def with_zeros(rows, columns, dtype, share):
+    w = torch.randn(rows, columns).to(dtype)
+    w[torch.rand(rows, columns) < share] = 0
+    if rows > 5:
+        w[2], w[4] = 0, 3
+    return w
+
+
+# The unit roundoff of 16-bit results, 2^-8 and 2^-11; float32 sums of up to 1000 terms that cancel in part.
+PRODUCT_TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+
+
+@pytest.mark.parametrize("dtype", ops.FLOATS)
+@pytest.mark.parametrize("rows, columns", [(1, 1), (5, 63), (33, 1000), (130, 64), (0, 5), (4, 0), (67, 129)])
+def test_sparse_linear(rows, columns, dtype):
+    for share in (0.0, 0.5, 0.9, 1.0):
+        w = with_zeros(rows, columns, dtype, share)
+        packed, bias = pack_bitmask(w), torch.randn(rows).to(dtype)
+        for tokens in (0, 1, 2, 3, 5, 8, 9, 16, 17, 40):
+            x = torch.randn(tokens, columns + 3).to(dtype)[:, 1 : columns + 1]  # rows apart, not aligned
+            for b in (None, bias):
+                with poisoned():
+                    value = ops.sparse_linear(x, packed, b)
+                truth = x.double() @ w.double().T + (0 if b is None else b.double())
+                assert value.shape == (tokens, rows)
+                assert value.dtype == dtype
+                assert relative(value, truth) < PRODUCT_TOLERANCE[dtype]
+
+
+@contextlib.contextmanager
+def poisoned():
+    """New memory is NaN, so that what is not written is seen."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("dtype", ops.FLOATS)
+def test_sparse_linear_by_parts_is_the_product_of_the_expanded_weight(dtype, monkeypatch):
+    """Every weight comes out in its place and to the bit: x is the identity."""
+    monkeypatch.setattr(native, "EXPANDED", 0)  # parts of 64 rows
+    w = with_zeros(150, 83, dtype, 0.6)
+    assert torch.equal(ops.sparse_linear(torch.eye(83, dtype=dtype), pack_bitmask(w)).T, w)
+    assert torch.equal(
+        torch.cat([ops.sparse_linear(row, pack_bitmask(w)) for row in torch.eye(83).to(dtype).split(7)]).T, w
+    )
+
+
+def test_sparse_linear_rounds_halves_to_nearest_even_and_keeps_what_is_not_finite():
+    one, two = torch.ones(1, 1).half(), torch.ones(1, 2).half()
+    x = torch.tensor([2049.0, 65504.0, 6e-8, 1.5 * 2.0**-24, -torch.inf, torch.nan]).half().view(-1, 1)
+    torch.testing.assert_close(ops.sparse_linear(x, pack_bitmask(one)), x, rtol=0, atol=0, equal_nan=True)
+    sums = [(2048, 1, 2048), (2050, 1, 2052), (65504, 15, 65504), (65504, 16, torch.inf), (-65504, -16, -torch.inf)]
+    for a, b, want in sums:
+        assert ops.sparse_linear(torch.tensor([[a, b]]).half(), pack_bitmask(two)).item() == want
+    tiny, parts = torch.full((1, 3), 2.0**-24).half(), torch.tensor([[0.5, 0, 0], [0.75, 0.75, 0], [1, 1, 1]]).half()
+    assert ops.sparse_linear(tiny, pack_bitmask(parts)).tolist() == [[0.0, 2.0**-23, 3 * 2.0**-24]]
+
+
 def test_liar_update_is_the_formula():
     w, mean, bias = torch.randn(50, 90), torch.randn(90), torch.randn(50)
     order = torch.randperm(90)
@@ -255,7 +319,8 @@ def test_repeated_runs_and_thread_counts_give_the_same_bits():
     def everything():
         gram, swept = torch.zeros(150, 150), w.clone()
         ops.gram_update(gram, x)
-        return gram, *ops.column_moments(x), *ops.obs_sweep(swept, r, k=4000), swept, ops.linear(x, x[:96])
+        sparse = [ops.sparse_linear(x[:tokens, :96], pack_bitmask(swept)) for tokens in (1, 11, 3000)]
+        return gram, *ops.column_moments(x), *ops.obs_sweep(swept, r, k=4000), swept, ops.linear(x, x[:96]), *sparse
 
     threads = torch.get_num_threads()
     try:

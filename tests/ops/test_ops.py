@@ -11,6 +11,7 @@ import torch
 
 from pyprune import ops
 from pyprune.ops import native, reference
+from pyprune.ops.packed import pack_bitmask
 
 HAS_CPU = native.unusable("cpu") is None
 BACKENDS = ["reference"] + (["cpu"] if HAS_CPU else [])
@@ -91,6 +92,9 @@ REFUSED = [
     (lambda: ops.cholesky(torch.ones(2, 3, 4)), r"got \(2, 3, 4\)"),
     (lambda: ops.cholesky_solve(torch.ones(2, 3, 3), torch.ones(3, 3, 1)), r"matching a \(2, 3, 3\)"),
     (lambda: ops.linear(torch.ones(3, 5), torch.ones(4, 6)), r"x must be float32 \[..., 6\]"),
+    (lambda: ops.sparse_linear(torch.ones(3, 5), pack_bitmask(EYE)), r"x must be float32 \[..., 8\] .* \(3, 5\)"),
+    (lambda: ops.sparse_linear(EYE, pack_bitmask(EYE.half())), r"x must be float16 \[..., 8\] on cpu, got float32"),
+    (lambda: ops.sparse_linear(EYE, pack_bitmask(EYE), torch.ones(7)), r"bias must be float32 \(8,\) on cpu"),
 ]
 
 

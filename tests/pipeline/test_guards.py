@@ -129,6 +129,151 @@ def test_right_kernels_pass_their_guards(fields):
     assert not [text for text in run(**fields).report["warnings"] if "wrong result" in text]
 
 
+def spoiled_cross(monkeypatch):
+    right = native.cross_gram_update_cpu
+
+    def cross_gram_update_cpu(cross, y, x, **options):
+        right(cross, y, x, **options)
+        cross[1, 2] += 0.1 * y[:, 1].float().norm() * x[:, 2].float().norm()
+
+    monkeypatch.setattr(native, "cross_gram_update_cpu", cross_gram_update_cpu)
+
+
+def spoiled_sums(monkeypatch):
+    right = native.gram_update_cpu
+
+    def gram_update_cpu(gram, x, **options):
+        right(gram, x, **options)
+        if options.get("sums") is not None:
+            options["sums"][3] += 0.1 * len(x) ** 0.5 * x[:, 3].float().norm()
+
+    monkeypatch.setattr(native, "gram_update_cpu", gram_update_cpu)
+
+
+def spoiled_solve(monkeypatch):
+    right = native.cholesky_solve_cpu
+
+    def cholesky_solve_cpu(a, b, **options):
+        solution, info = right(a, b, **options)
+        solution[:, :, -1] = 0  # the last column was not reached
+        return solution, info
+
+    monkeypatch.setattr(native, "cholesky_solve_cpu", cholesky_solve_cpu)
+
+
+def failed_solve(monkeypatch):
+    right = native.cholesky_solve_cpu
+    monkeypatch.setattr(
+        native, "cholesky_solve_cpu", lambda a, b, **options: (right(a, b, **options)[0], torch.ones(len(a)).int())
+    )
+
+
+def endless_solve(monkeypatch):
+    right = native.cholesky_solve_cpu
+
+    def cholesky_solve_cpu(a, b, **options):
+        solution, info = right(a, b, **options)
+        solution[:, 0, 1] = torch.inf
+        return solution, info
+
+    monkeypatch.setattr(native, "cholesky_solve_cpu", cholesky_solve_cpu)
+
+
+def spoiled_update(monkeypatch):
+    right = native.liar_update_cpu
+
+    def liar_update_cpu(weight, keep, drop, q, **options):
+        updated, bias = right(weight, keep, drop, q, **options)
+        updated[0, 0] += 0.01 * updated[0].abs().mean()
+        return updated, bias
+
+    monkeypatch.setattr(native, "liar_update_cpu", liar_update_cpu)
+
+
+REPAIRED = {"pattern": "structured", "sparsity": 0.5}
+NEURONS = {"pattern": "neurons", "sparsity": 0.5}
+BROKEN_STRUCTURED = {
+    "gram": (spoiled_gram, "gram_update", REPAIRED),
+    "gram, sequential": (spoiled_gram, "gram_update", {**REPAIRED, "inputs": "sequential"}),
+    "gram, dense inputs": (spoiled_gram, "gram_update", {**REPAIRED, "inputs": "dense"}),
+    "sums": (spoiled_sums, "gram_update", {**NEURONS, "reconstruct": "bias"}),
+    "cross, propagated": (spoiled_cross, "cross_gram_update", REPAIRED),
+    "cross, sequential": (spoiled_cross, "cross_gram_update", {**REPAIRED, "inputs": "sequential"}),
+    "a column not solved": (spoiled_solve, "cholesky_solve", {**REPAIRED, "inputs": "sequential"}),
+    "a system that fails": (failed_solve, "cholesky_solve", REPAIRED),
+    "a solution that is not finite": (endless_solve, "cholesky_solve", NEURONS),
+    "mask tuning": (spoiled_solve, "cholesky_solve", {**NEURONS, "reconstruct": "mask_tuning"}),
+    "update": (spoiled_update, "liar_update", {**NEURONS, "sparsity": 0.25, "structured": {"nonstandard": "save"}}),
+}
+
+
+@needs_native
+@pytest.mark.parametrize("name", BROKEN_STRUCTURED)
+def test_a_broken_kernel_is_found_when_heads_and_neurons_go(name, monkeypatch):
+    spoil, op, fields = BROKEN_STRUCTURED[name]
+    want = run(backend=f"auto,{op}=reference", **fields)
+    with monkeypatch.context() as broken:
+        spoil(broken)
+        broken.setattr(ops, "_chosen", {})
+        broken.setattr(ops, "_settled", {})
+        found = run(**fields)
+    [warning] = [text for text in found.report["warnings"] if "wrong result" in text]
+    assert warning.startswith(
+        f"{op} by the cpu back-end gave a wrong result in block 0: the block was done again by the"
+    )
+    assert {name for key, name in found.report["backends"]["cpu"].items() if key.split("/")[0] == op} == {"reference"}
+    for (path, one), (_, other) in zip(found.model.named_parameters(), want.model.named_parameters()):
+        torch.testing.assert_close(one, other, msg=path)  # the first repair is by the reference in all it does
+    assert [row["method"] for row in found.report["weights"]] == [row["method"] for row in want.report["weights"]]
+
+
+@needs_native
+@pytest.mark.parametrize(
+    "fields",
+    [
+        REPAIRED,
+        {**REPAIRED, "inputs": "sequential", "compute_dtype": "bfloat16"},
+        {**REPAIRED, "inputs": "dense", "structured": {"token_weights": "relative"}},
+        {**NEURONS, "structured": {"damping": 1e-7}},
+        {**NEURONS, "reconstruct": "mask_tuning", "sparsity": 0.9},
+        {**NEURONS, "criterion": "random", "sparsity": 0.1},
+        {**REPAIRED, "structured": {"interpolate_weights": True}},
+    ],
+    ids=str,
+)
+def test_right_kernels_pass_their_guards_when_heads_and_neurons_go(fields):
+    assert not [text for text in run(**fields).report["warnings"] if "wrong result" in text]
+
+
+def test_units_that_were_not_counted_right_end_the_run(monkeypatch):
+    from pyprune.structured import block
+
+    choose = block.choose
+    monkeypatch.setattr(block, "choose", lambda group, scores, count: choose(group, scores, count)[1:])
+    with pytest.raises(RuntimeError, match=r"31 units of model.layers.0.mlp.down_proj.weight were chosen where 32 are"):
+        run(pattern="neurons", sparsity=0.5)
+
+
+@pytest.mark.parametrize("damping", [1e-1, 1e-3, 1e-6])
+def test_the_guard_of_a_solve_holds_on_ill_conditioned_systems(damping):
+    x = loud(2000, 256).double()
+    a = (x.T @ x / len(x)).float()
+    scale = damping * float(a.diagonal().mean())
+    b = a @ torch.randn(256, 40, generator=torch.Generator().manual_seed(1))
+    solution, info = reference.cholesky_solve(a[None], b[None], damping=torch.tensor([scale]))
+    good = torch.tensor(True)
+    assert int(info) == 0 and not guards.solved(a, b, scale, solution[0], good)
+    other = solution[0].clone()
+    other[:, 7] *= 1.5
+    if damping < 1e-5:  # rounding alone could have done that
+        assert not guards.solved(a, b, scale, other, good)
+        return
+    assert guards.solved(a, b, scale, other, good)
+    assert guards.solved(a, b, scale, torch.where(other == other[3, 3], torch.nan, other), good)
+    assert guards.solved(a, b, scale, solution[0], ~good)
+    assert not guards.solved(torch.full_like(a, torch.nan), b, scale, other, good), "the data's fault"
+
+
 def loud(tokens, columns, seed=0):
     """Inputs as a language model has them: a few columns, and the first token, hundreds of times the others' size."""
     x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(seed))

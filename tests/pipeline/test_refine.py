@@ -205,7 +205,10 @@ def test_a_saved_checkpoint_is_refined_on_the_command_line(pattern, extra, folde
     last = found["windows"][-1]
     assert last["after_calibration"] < last["before_calibration"]
     assert last["after_held_out"] <= last["before_held_out"]
-    (row,) = found["evaluation"]
+    row, other = found["evaluation"]
+    assert (row["domain"], other["domain"]) == ("in-domain", "off-domain")
+    assert found["generalisation"]["gap"] == pytest.approx(other["ratio"] / row["ratio"])
+    assert row["ratio"] == pytest.approx(row["refined"] / row["dense"])
     before, after = pyprune.load(pruned).model, pyprune.load(refined).model
     assert [p.shape for p in before.parameters()] == [p.shape for p in after.parameters()]
     changed = 0

@@ -87,7 +87,7 @@ def test_no_bias_slot_is_said_and_left_out():
 def test_heads_without_a_stock_config(architecture, tmp_path):
     """Refused with the reason before any work; saved for pyprune.load; or padded with zeros for stock tools."""
     dense = tiny.model(architecture)
-    with pytest.raises(ConfigError, match="num_attention_heads.*structured.nonstandard='save'"):
+    with pytest.raises(ConfigError, match="num_attention_heads.*nonstandard='save'"):
         run(dense, "heads")
     saved = run(dense, "heads", structured={"nonstandard": "save"})
     assert not saved.report["structured"]["standard"] and size(saved.model) < size(dense)

@@ -10,7 +10,7 @@ from pyprune.config import Calibration, Evaluation, PruneConfig
 from pyprune.masks.refit import USUAL_STEPS
 from pyprune.model.blocks import ModelView, weights_of
 from pyprune.model.skeleton import skeleton
-from pyprune.planning.costs import Input, inputs_of, memory_of, work_of
+from pyprune.planning.costs import Input, activations_of, inputs_of, memory_of, work_of
 from pyprune.planning.rehearsal import rehearsal_model
 
 
@@ -144,3 +144,27 @@ def test_memory_is_that_of_the_moment_that_needs_most():
     measured = peak(evaluation=Evaluation(batch_size=256))
     assert set(measured) == {"process", "weights", "evaluation"}, "activations are gone, or not yet there"
     assert peak(budget=1000, evaluation=Evaluation(enabled=False))["activations"] == 1000, "the rest lies in files"
+
+
+def test_passes_that_stand_still_take_the_room_there_is_and_spill_the_rest():
+    config = transformers.LlamaConfig(
+        vocab_size=96, hidden_size=64, intermediate_size=160, num_hidden_layers=4, num_attention_heads=4, **LLAMA
+    )
+    view = view_of(config)
+    calibration, quiet = Calibration(num_samples=8, seq_len=64), Evaluation(enabled=False)
+    settings = PruneConfig(calibration=calibration, evaluation=quiet, inputs="sequential", probe_samples=0)
+    between, inside = 512 * 64 * 2, 512 * (64 + 4 * 64) * 2
+
+    def count(budget, room):
+        stored, stays = activations_of(view, selected(view), settings, torch.bfloat16, budget, room)
+        host, device = memory_of(
+            view, selected(view), settings, torch.bfloat16, False, room is not None, budget, room or 0
+        )
+        held = device if room is not None else host
+        assert (host["activations"], held.get("paused_passes", 0)) == (min(budget, stored), stays)
+        return stored, stays
+
+    assert count(between + inside, None) == (between, inside)
+    assert count(between + 1000, None) == (between + inside - 1000, 1000), "the store's budget is for both"
+    assert count(1000, None) == (between + inside, 0)
+    assert count(10 * between, 5000) == (between + inside - 5000, 5000), "a GPU's spill to the host"

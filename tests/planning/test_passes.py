@@ -29,6 +29,7 @@ RUNS = {
         reconstruct="layer", inputs="dense", probe_samples=1, reconstruction=Reconstruction(select="validation")
     ),
     "refit towards the dense stream": dict(reconstruct="refit", global_propagation=True),
+    "layer towards the dense stream, sequential": dict(global_propagation=True, inputs="sequential"),
     "block": dict(reconstruct="block", reconstruction=TRAINED),
     "block GP": dict(reconstruct="block", global_propagation=True, reconstruction=TRAINED),
     "cross": dict(reconstruct="cross_block", reconstruction=TRAINED),
@@ -37,6 +38,11 @@ RUNS = {
     "liar heads": dict(LIAR, pattern="heads"),
     "liar both": dict(LIAR, pattern="structured"),
     "liar both, dense inputs": dict(LIAR, pattern="structured", inputs="dense"),
+    "liar both, sequential": dict(LIAR, pattern="structured", inputs="sequential"),
+    "liar neurons, sequential": dict(LIAR, pattern="neurons", inputs="sequential"),
+    "scores alone, sequential": dict(
+        LIAR, pattern="structured", inputs="sequential", reconstruct="none", structured={"token_weights": "uniform"}
+    ),
     "liar neurons, dense inputs": dict(LIAR, pattern="neurons", inputs="dense"),
     "liar to several sparsities": dict(LIAR, pattern="neurons", sparsity=[0.25, 0.5]),
     "scores alone": dict(

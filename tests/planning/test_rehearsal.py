@@ -43,7 +43,9 @@ def test_the_estimate_is_within_a_quarter_of_a_real_run(fields, monkeypatch):
     calibration = dict(num_samples=48, seq_len=128, held_out=2)
     evaluation = dict(window=256, max_windows=4)
     asked = PruneConfig(
-        calibration=Calibration(**calibration), evaluation=Evaluation(text=["any"], **evaluation), **fields
+        calibration=Calibration(source=["any"], **calibration),
+        evaluation=Evaluation(text=["any"], off_domain="none", **evaluation),
+        **fields,
     )
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(config).eval()

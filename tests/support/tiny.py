@@ -84,6 +84,18 @@ def spread(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
+@torch.no_grad()
+def zeroed(model: torch.nn.Module, sparsity: float, seed: int = 0) -> torch.nn.Module:
+    """The model with that share of zeros at random places in every row of its blocks' matrices."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim >= 2 and not any(part in name for part in ("embed", "wte", "wpe", "head", "pooler")):
+            scores = torch.rand(parameter.shape, generator=generator)
+            count = round(sparsity * parameter.shape[-1])
+            parameter.scatter_(-1, scores.topk(count, dim=-1).indices, 0.0)
+    return model
+
+
 def ids(rows: int, length: int, seed: int = 0) -> torch.Tensor:
     """Token ids ``[rows, length]`` without special tokens."""
     return torch.randint(3, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))

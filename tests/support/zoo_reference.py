@@ -120,28 +120,37 @@ def objective(change: Tensor, h: Tensor) -> float:
     return float(((change.double() @ h) * change.double()).sum())
 
 
-def neurons(weight: Tensor, x: Tensor, count: int) -> tuple[Tensor, bool]:
-    """The ``count`` neurons of most weighted input variance (FLAP, arXiv 2312.11983), ascending, and whether the choice
-    is no near-tie."""
+def neurons(weight: Tensor, x: Tensor, count: int, units: int | None = None) -> tuple[Tensor, bool]:
+    """The ``count`` neurons, or runs of columns that make ``units`` heads, of most weighted input variance (FLAP, arXiv
+    2312.11983), ascending, and whether the choice is no near-tie."""
     score = (x - x.mean(0)).square().mean(0) * weight.double().square().sum(0)
+    score = score.reshape(units or len(score), -1).sum(1)
     ordered = score.sort(descending=True)
     last, first_out = ordered.values[count - 1], ordered.values[count]
     return ordered.indices[:count].sort().values, bool(last - first_out > 1e-4 * last)
 
 
 def liar(
-    weight: Tensor, bias: Tensor | None, x: Tensor, kept: Tensor, damping: float, regress: bool = True
+    weight: Tensor,
+    bias: Tensor | None,
+    x: Tensor,
+    kept: Tensor,
+    damping: float,
+    regress: bool = True,
+    error: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Weight ``[out, K]`` and bias after the dropped inputs are estimated from the kept ones by ridge regression, about
-    the mean where there is a bias. Without ``regress`` they are estimated by their mean."""
+    """Weight ``[out, K]`` and bias after what is missing from the output, ``W_D x_D`` and an error ``[tokens, out]``
+    still to be corrected, is estimated from the kept inputs by ridge regression, about the mean where there is a bias.
+    Without ``regress`` it is estimated by its mean."""
     w = weight.double()
-    mean = x.mean(0) if bias is not None else torch.zeros_like(x[0])
-    centred = x - mean
     gone = torch.ones(x.shape[1], dtype=torch.bool)
     gone[kept] = False
-    a, b = centred[:, kept], centred[:, gone]
+    missing = x[:, gone] @ w[:, gone].T + (0 if error is None else error)
+    mean, mean_missing = x[:, kept].mean(0), missing.mean(0)
+    if bias is None:
+        mean, mean_missing = torch.zeros_like(mean), torch.zeros_like(mean_missing)
+    a, b = x[:, kept] - mean, missing - mean_missing
     ridge = (damping * len(x) * a.square().mean(0).mean()).sqrt() * torch.eye(len(kept), dtype=torch.double)
-    q = torch.linalg.lstsq(torch.cat([a, ridge]), torch.cat([b, b.new_zeros(len(kept), b.shape[1])])).solution
-    q = q if regress else torch.zeros_like(q)
-    new = w[:, kept] + w[:, gone] @ q.T
-    return new, None if bias is None else bias.double() + w[:, gone] @ (mean[gone] - q.T @ mean[kept])
+    change = torch.linalg.lstsq(torch.cat([a, ridge]), torch.cat([b, b.new_zeros(len(kept), b.shape[1])])).solution.T
+    change = change if regress else torch.zeros_like(change)
+    return w[:, kept] + change, None if bias is None else bias.double() + mean_missing - change @ mean

@@ -1,0 +1,247 @@
+"""Products with packed weights beside dense ones: one matrix, and decoding with whole models.
+
+    python -m benchmarks.packed_products matrix [--threads 2]     # 4096×4096, from memory and from the cache
+    python -m benchmarks.packed_products llama                    # the shape of LLaMA 3.2 1B, random weights
+    python -m benchmarks.packed_products smollm2                  # SmolLM2-135M, and what is not its kernels
+
+Dense is PyTorch's ``linear`` in bfloat16 and in float32. Large matrices lie in memory: several of each form are used
+in turn, more than ``ROTATED`` bytes between two uses of one. Contenders take turns. With one thread the seconds are
+those of the processor, otherwise wall time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from benchmarks.common import environment, read, write
+from benchmarks.timing import Clock
+from pyprune import ops
+from pyprune.ops.packed import Packed, pack_bitmask
+
+ROTATED = 96 << 20
+"""Bytes: three times the third-level cache of the machine that the results are of."""
+SPARSITIES = (0.5, 0.6, 0.7, 0.9)
+TYPES = (torch.bfloat16, torch.float32, torch.float16)
+
+
+def without(w: Tensor, sparsity: float) -> Tensor:
+    """``w`` without the smallest weights of each row."""
+    pruned = w.clone()
+    ops.select_mask(pruned, int(sparsity * w.shape[1]), apply=True)
+    return pruned
+
+
+def in_turns(calls: dict[str, list[Callable[[], object]]], samples: int) -> dict[str, float]:
+    """Least seconds of each contender, whose calls are taken in rotation."""
+    clock = Clock("cpu")
+    least = dict.fromkeys(calls, float("inf"))
+    for turn in range(samples + 1):
+        for name, rotation in calls.items():
+            for call in rotation:
+                seconds = clock(call)
+                if turn:
+                    least[name] = min(least[name], seconds)
+    return least
+
+
+def reading_rate() -> float:
+    """Bytes per second of reading memory: a sum over 256 MB."""
+    parts = torch.ones(8, 8 << 20)
+    return parts[0].nbytes / in_turns({"read": [lambda x=x: x.sum() for x in parts]}, 8)["read"]
+
+
+def matrix(size: int, samples: int, tokens: tuple[int, ...] = (1, 4, 16, 64, 512)) -> list[dict]:
+    """Rows of one square matrix, from memory (rotated) and, if it is small, from the cache."""
+    rate, rows = reading_rate(), []
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randn(size, size, generator=generator)
+    copies = max(1, ROTATED // (size * size // 2)) if size * size > 1 << 22 else 1
+    for count in tokens:
+        x = {t: torch.randn(count, size, generator=generator).to(t) for t in TYPES}
+        calls: dict[str, list[Callable[[], object]]] = {}
+        packed: dict[str, list[Packed]] = {}
+        for t in TYPES[:2]:
+            dense = [w.to(t, copy=True) for _ in range(max(1, copies // 4))]
+            calls[f"dense {name(t)}"] = [lambda d=d, v=x[t]: functional.linear(v, d) for d in dense]
+        for t in TYPES if count == 1 else TYPES[:2]:
+            for sparsity in SPARSITIES if count == 1 else (0.5, 0.7):
+                label = f"{sparsity:.0%} {name(t)}"
+                first = pack_bitmask(without(w, sparsity).to(t))
+                packed[label] = [first] + [copied(first) for _ in range(max(1, copies // 2) - 1)]
+                calls[label] = [lambda p=p, v=x[t]: ops.sparse_linear(v, p) for p in packed[label]]
+        with torch.no_grad():
+            least = in_turns(calls, samples if count < 64 else 3)
+        fastest_dense = min(least["dense bfloat16"], least["dense float32"])
+        for label, seconds in least.items():
+            moved = packed[label][0].nbytes if label in packed else w.numel() * (2 if "bfloat16" in label else 4)
+            rows.append(
+                {
+                    "case": f"{size}×{size}, {'memory' if copies > 1 else 'cache'}",
+                    "tokens": count,
+                    "weights": label,
+                    "ms": round(seconds * 1e3, 4),
+                    "times_fastest_dense": round(fastest_dense / seconds, 2),
+                    "times_dense_bfloat16": round(least["dense bfloat16"] / seconds, 2),
+                    "bytes_of_dense_bfloat16": round(moved / (2 * w.numel()), 3),
+                    "share_of_reading": round(moved / seconds / rate, 2) if count == 1 else None,
+                }
+            )
+            print(rows[-1], file=sys.stderr, flush=True)
+    return rows
+
+
+def name(dtype: torch.dtype) -> str:
+    return str(dtype)[6:]
+
+
+def copied(p: Packed) -> Packed:
+    return Packed(p.mask.clone(), p.values.clone(), p.offsets.clone(), p.columns)
+
+
+def llama(blocks: int):
+    """A model of the shape of LLaMA 3.2 1B with random weights, bfloat16."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=128256,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=blocks,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+    )
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model = model.to_empty(device="cpu")
+    noise = torch.randn(2048, 8192).mul_(0.02).bfloat16()
+    for parameter in model.parameters():  # each its own memory; the numbers do not matter for the time
+        flat = parameter.data.view(-1)
+        for start in range(0, flat.numel(), noise.numel()):
+            part = flat[start : start + noise.numel()]
+            part.copy_(noise.view(-1)[: len(part)])
+        if parameter.ndim == 1:
+            parameter.data.fill_(1)
+    rotary = model.model.rotary_emb
+    fresh = type(rotary)(config)
+    rotary.inv_freq, rotary.original_inv_freq = fresh.inv_freq, fresh.original_inv_freq
+    return model.eval()
+
+
+@torch.no_grad()
+def decoding(model: nn.Module, tokens: int, prompt: int = 16) -> tuple[float, float]:
+    """Least and median seconds of a decoding step at a short context."""
+    clock, samples = Clock("cpu"), []
+    ids = torch.randint(1000, (1, prompt), generator=torch.Generator().manual_seed(0))
+    state = model(input_ids=ids, use_cache=True)
+    for _ in range(tokens):
+        ids = state.logits[:, -1:].argmax(-1)
+        cache, holder = state.past_key_values, []
+        samples.append(clock(lambda i=ids, c=cache, h=holder: h.append(model(input_ids=i, past_key_values=c))))
+        state = holder[0]
+    samples = sorted(samples[2:])
+    return samples[0], samples[len(samples) // 2]
+
+
+@torch.no_grad()
+def kernels_alone(model: nn.Module, samples: int) -> float:
+    """Least seconds of all linear layers of the model for one token, one after another, without the model."""
+    from pyprune.packed.modules import SparseLinear
+
+    layers = [m for m in model.modules() if isinstance(m, (nn.Linear, SparseLinear))]
+    given = [
+        torch.randn(1, m.in_features).to(m.weight.dtype if isinstance(m, nn.Linear) else m.values.dtype) for m in layers
+    ]
+
+    def once() -> None:
+        for layer, x in zip(layers, given):
+            if isinstance(layer, SparseLinear):
+                ops.sparse_linear(x, layer.packed, layer.bias)
+            else:
+                functional.linear(x, layer.weight, layer.bias)
+
+    return in_turns({"layers": [once]}, samples)["layers"]
+
+
+def prune(model: nn.Module, sparsity: float) -> None:
+    for module in model.model.layers.modules():
+        if isinstance(module, nn.Linear):
+            module.weight.data = without(module.weight.data, sparsity)
+
+
+def whole(label: str, build: Callable[[], nn.Module], tokens: int, narrow_first: bool) -> list[dict]:
+    """Decoding, dense in both types and packed; one model in memory at a time."""
+    import pyprune
+    from pyprune.packed.modules import weight_bytes
+
+    rows: list[dict] = []
+    forms = [(dtype, None) for dtype in TYPES[:2]] + [(torch.bfloat16, s) for s in (0.5, 0.7)]
+    if not narrow_first:
+        forms += [(torch.float32, s) for s in (0.5, 0.7)]
+    for dtype, sparsity in forms:
+        model = build().to(dtype)
+        if sparsity is not None:
+            prune(model, sparsity)
+            model = pyprune.sparse(model)
+        least, median = decoding(model, tokens)
+        layers = kernels_alone(model, 5)
+        rows.append(
+            {
+                "case": label,
+                "weights": f"{f'{sparsity:.0%}' if sparsity else 'dense'} {name(dtype)}",
+                "ms_per_token": round(median * 1e3, 2),
+                "ms_per_token_least": round(least * 1e3, 2),
+                "tokens_per_second": round(1 / median, 1),
+                "layers_alone_ms": round(layers * 1e3, 2),
+                "weight_bytes": weight_bytes(model),
+            }
+        )
+        print(rows[-1], file=sys.stderr, flush=True)
+    dense = min(row["ms_per_token"] for row in rows if "dense" in row["weights"])
+    for row in rows:
+        row["times_fastest_dense"] = round(dense / row["ms_per_token"], 2)
+    return rows
+
+
+def smollm2() -> nn.Module:
+    import pyprune
+
+    return pyprune.load("smollm2-135m", "float32")[0].eval()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("study", choices=("matrix", "llama", "smollm2"))
+    parser.add_argument("--size", type=int, default=4096, help="rows and columns of the matrix; 4096 if not set")
+    parser.add_argument("--samples", type=int, default=3, help="rounds, or tokens divided by eight; 3 if not set")
+    parser.add_argument("--tokens", type=int, nargs="*", default=(1, 4, 16, 64, 512), help="tokens of the matrix's x")
+    parser.add_argument("--blocks", type=int, default=16, help="of the LLaMA shape; 16 if not set")
+    parser.add_argument("--threads", type=int, default=1, help="1 if not set")
+    parser.add_argument("--name", default="packed_products_part", help="of the JSON file, whose other rows stay")
+    parser.add_argument("--out", type=Path, help="its folder; default $OUT or benchmarks/results")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    if options.study == "matrix":
+        rows = matrix(options.size, options.samples, tuple(options.tokens))
+    elif options.study == "llama":
+        rows = whole(
+            f"LLaMA 3.2 1B's shape, {options.blocks} blocks", lambda: llama(options.blocks), 8 * options.samples, True
+        )
+    else:
+        rows = whole("SmolLM2-135M", smollm2, 8 * options.samples, False)
+    now = environment()
+    said = {key: now[key] for key in ("instruction_set", "threads", "load", "commit", "time")}
+    write(options.name, [*read(options.name, options.out), *({**row, **said} for row in rows)], options.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,194 @@
+"""What a run costs as something grows: width, tokens, blocks, processes, sparsity; and memory against model size.
+
+Each series is fitted by a power law (least squares on logarithms); the exponent and, where matplotlib is installed, a
+plot say what to expect of a larger job. A block of a 1B- and of a 7B-shaped model is pruned for real, and the whole run
+is predicted from it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from benchmarks.common import ROOT, Spent
+from benchmarks.jobs import Job, Shape, model, pruned
+from benchmarks.rows import Row
+
+WIDTHS = {"smoke": (32, 64), "quick": (128, 256, 512), "full": (256, 512, 1024, 2048)}
+TOKENS = {"smoke": (2, 4), "quick": (2, 4, 8, 16), "full": (4, 8, 16, 32, 64)}
+BLOCKS = {"smoke": (1, 2), "quick": (1, 2, 4), "full": (1, 2, 4, 8)}
+PROCESSES = {"smoke": (1,), "quick": (1, 2), "full": (1, 2)}
+SPARSITIES = {"smoke": (0.5,), "quick": (0.3, 0.5, 0.7), "full": (0.1, 0.3, 0.5, 0.7, 0.9)}
+MEMORY = {"smoke": (1, 2), "quick": (2, 4, 8), "full": (2, 4, 8, 16)}
+"""Blocks of the models whose streamed runs are watched."""
+WHOLE = {
+    "1B": (Shape(2048, 8192, 32, 8, 1, 2, 512), 16),
+    "7B": (Shape(4096, 11008, 32, 32, 1, 2, 512), 32),
+}
+"""One block of LLaMA-3.2-1B's and of LLaMA-2-7B's shape, and how many blocks the model has."""
+BASE = {"smoke": Shape(32, 96, 4, 2, 1, 4, 32), "quick": Shape(256, 704, 4, 2, 2, 8, 256)}
+BASE["full"] = Shape(576, 1536, 9, 3, 2, 16, 512)
+
+
+def series(job: Job) -> Iterator[tuple[str, float, Shape, dict]]:
+    """Name, abscissa, shape and settings of every run."""
+    base = BASE[job.preset]
+    for width in WIDTHS[job.preset]:
+        heads = max(1, width // 64)
+        yield "width", width, dataclasses.replace(base, hidden=width, inner=3 * width, heads=heads, key_heads=heads), {}
+    for count in TOKENS[job.preset]:
+        yield "tokens", count * base.tokens, dataclasses.replace(base, sequences=count), {}
+    for count in BLOCKS[job.preset]:
+        yield "blocks", count, dataclasses.replace(base, blocks=count), {}
+    for sparsity in SPARSITIES[job.preset]:
+        yield "sparsity", sparsity, base, {"sparsity": sparsity}
+
+
+def scaling(job: Job) -> Iterator[list[Row]]:
+    for name, x, shape, settings in series(job):
+        dense = model(shape, job.device)
+        with Spent() as spent:
+            pruned(dense, shape, job.device, compute_dtype="float32", **settings)
+        yield [_row(job, name, shape, spent.cpu if job.device == "cpu" else spent.wall, x)]
+    for count in PROCESSES[job.preset]:
+        yield [_row(job, "processes", BASE[job.preset], _in_processes(BASE[job.preset], count), count)]
+    for blocks in MEMORY[job.preset]:
+        shape = dataclasses.replace(BASE[job.preset], blocks=blocks)
+        yield [_memory(job, shape)]
+    if job.preset == "full":
+        for name, (shape, blocks) in WHOLE.items():
+            yield [_predicted(job, name, shape, blocks)]
+
+
+def _row(job: Job, name: str, shape: Shape, seconds: float, x: float) -> Row:
+    clock = "cpu" if job.device == "cpu" and name != "processes" else "wall"
+    case = f"{shape}" if name != "sparsity" else f"{shape}, sparsity {x:g}"
+    case = case if name != "processes" else f"{shape}, {x:g} processes"
+    return Row("scaling", name, case, "float32", job.device, "pyprune", [seconds], clock=clock, figures={"x": x})
+
+
+def _predicted(job: Job, name: str, shape: Shape, blocks: int) -> Row:
+    """One block for real; the whole of 128 × 2,048 tokens by its seconds per token, and solves per block."""
+    dense = model(shape, job.device)
+    with Spent() as spent:
+        report = pruned(dense, shape, job.device).report
+    seconds = report["seconds"]
+    tokens = shape.sequences * shape.tokens
+    whole = blocks * (seconds.get("solve", 0.0) + seconds.get("forward", 0.0) * 128 * 2048 / tokens)
+    row = _row(job, f"one block, {name}", shape, spent.cpu if job.device == "cpu" else spent.wall, 1)
+    row.figures = {**{f"{key}_seconds": value for key, value in seconds.items()}, "predicted_whole_seconds": whole}
+    return row
+
+
+def _in_processes(shape: Shape, count: int) -> float:
+    """Wall seconds of the pruning call in the slowest of some processes, each with one thread."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "dense")
+        model(shape).save_pretrained(source)
+        worker = Path(folder, "worker.py")
+        worker.write_text(WORKER)
+        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={count}", str(worker)]
+        done = subprocess.run(
+            [*command, str(source), str(Path(folder, "out")), str(shape.sequences), str(shape.tokens)],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+    if done.returncode:
+        raise RuntimeError(f"{count} processes failed: {done.stderr[-500:]}")
+    return max(float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("seconds "))
+
+
+def _memory(job: Job, shape: Shape) -> Row:
+    """Peak resident bytes of a streamed run, above those of a process that has only imported everything."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "dense")
+        live = model(shape)
+        live.save_pretrained(source, max_shard_size="20MB")
+        size = sum(p.numel() * p.element_size() for p in live.parameters())
+        worker = Path(folder, "worker.py")
+        worker.write_text(WORKER)
+        command = [sys.executable, str(worker), str(source), str(Path(folder, "out"))]
+        done = subprocess.run(
+            [*command, str(shape.sequences), str(shape.tokens)], capture_output=True, text=True, cwd=ROOT
+        )
+    if done.returncode:
+        raise RuntimeError(f"the streamed run failed: {done.stderr[-500:]}")
+    said = dict(line.split() for line in done.stdout.splitlines() if line.split()[0] in ("seconds", "before", "peak"))
+    row = _row(job, "memory of a streamed run", shape, float(said["seconds"]), size)
+    row.clock = "wall"
+    row.figures |= {"model_bytes": size, "peak_bytes": float(said["peak"]) - float(said["before"])}
+    return row
+
+
+WORKER = """
+import os, resource, sys, time
+import torch, transformers
+import pyprune, pyprune.pipeline.prune
+
+source, out, sequences, tokens = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+torch.set_num_threads(1)
+ids = torch.randint(0, 512, (sequences, tokens), generator=torch.Generator().manual_seed(1))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+start = time.perf_counter()
+pyprune.prune(source, output=out, calibration=ids, evaluation={"enabled": False}, stream="always",
+              compute_dtype="float32", probe_samples=0, progress=False)
+print("seconds", time.perf_counter() - start)
+print("before", before * 1024)
+print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+def fits(rows: list[Row]) -> dict[str, dict[str, float]]:
+    """Series → exponent of its power law and the points that it rests on; of memory, bytes per byte of the model."""
+    found = {}
+    for name in dict.fromkeys(row.name for row in rows if row.group == "scaling"):
+        points = [(row.figures["x"], _ordinate(row)) for row in rows if row.name == name and "x" in row.figures]
+        points = [(x, y) for x, y in points if x > 0 and y > 0]
+        if len({x for x, _ in points}) < 2:
+            continue
+        slope = _slope([math.log(x) for x, _ in points], [math.log(y) for _, y in points])
+        found[name] = {"exponent": round(slope, 3), "points": len(points)}
+    return found
+
+
+def _ordinate(row: Row) -> float:
+    return row.figures.get("peak_bytes", row.median)
+
+
+def _slope(x: list[float], y: list[float]) -> float:
+    mx, my = math.fsum(x) / len(x), math.fsum(y) / len(y)
+    return math.fsum((a - mx) * (b - my) for a, b in zip(x, y)) / math.fsum((a - mx) ** 2 for a in x)
+
+
+def plot(rows: list[Row], path: Path) -> bool:
+    """One panel per series, on logarithmic axes; False where matplotlib is not installed."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError:
+        return False
+    exponents = fits(rows)
+    if not exponents:
+        return False
+    figure, axes = pyplot.subplots(1, len(exponents), figsize=(3.2 * len(exponents), 3), squeeze=False)
+    for panel, (name, fit) in zip(axes[0], exponents.items()):
+        points = sorted((row.figures["x"], _ordinate(row)) for row in rows if row.name == name)
+        panel.loglog(*zip(*points), "o-", color="#2563eb", markersize=4)
+        panel.set_title(f"{name}\nexponent {fit['exponent']:.2f}", fontsize=9)
+        panel.set_ylabel("peak bytes" if name.startswith("memory") else "seconds", fontsize=8)
+        panel.grid(True, which="both", linewidth=0.3)
+        panel.tick_params(labelsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return True

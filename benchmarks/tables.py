@@ -1,0 +1,110 @@
+"""Tables of README and documentation, made from the committed results and kept between markers.
+
+A Markdown file names a table by a pair of comments, ``<!-- table: NAME -->`` and ``<!-- end of table -->``; what stands
+between them is rewritten by ``python -m benchmarks readme``, and a test fails where it is out of date.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks.common import RESULTS, ROOT
+from benchmarks.rows import Row, read
+
+MARKED = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n)(?P<body>.*?)(<!-- end of table -->)", re.DOTALL)
+
+
+def milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
+
+
+def conditions(about: dict) -> str:
+    """One sentence about the machine of a file."""
+    e = about["environment"]
+    kernels = e["instruction_set"] or "no native module"
+    where = e["gpu"] or f"{e['cpu']}, {e['threads']} of {e['cores']} cores, {kernels}"
+    return f"{where}; torch {e['torch']}, commit {e['commit']}, preset {about['preset']}, {e['time'][:10]}."
+
+
+def ops_table(rows: list[Row], about: dict) -> str:
+    """Our fastest back-end of each case beside eager PyTorch."""
+    lines = [
+        "| op | size | type | back-end | time | × eager | share of the ceiling |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    groups: dict[tuple, list[Row]] = {}
+    for row in rows:
+        if row.group == "ops":
+            groups.setdefault(row.key[1:5], []).append(row)
+    for (op, case, dtype, _), found in groups.items():
+        ours = [r for r in found if r.backend not in ("eager", "compile") and r.samples and r.correct == "green"]
+        if not ours:
+            continue
+        best = min(ours, key=lambda row: row.median)
+        share = f"{best.share:.0%} of {best.ceiling}" if best.share else ""
+        ratio = f"{best.ratio:.1f}" if best.ratio else ""
+        lines.append(
+            f"| `{op}` | {case} | {dtype} | {best.backend} | {milliseconds(best.median)} | {ratio} | {share} |"
+        )
+    return "\n".join([*lines, "", conditions(about)])
+
+
+def jobs_table(rows: list[Row], about: dict) -> str:
+    """Every contender of every job."""
+    lines = ["| job | what | seconds | × baseline | output error |", "|---|---|---|---|---|"]
+    for row in rows:
+        if row.group in ("pruning", "reconstruction", "liar"):
+            ratio = f"{row.ratio:.2f}" if row.ratio else ""
+            error = f"{row.figures['output_error']:.3g}" if "output_error" in row.figures else ""
+            lines.append(f"| {row.name} | {row.backend} | {row.median:.3g} ({row.clock}) | {ratio} | {error} |")
+    return "\n".join([*lines, "", conditions(about)])
+
+
+def inference_table(rows: list[Row], about: dict) -> str:
+    lines = ["| | model | tokens per second | × dense float32 |", "|---|---|---|---|"]
+    for row in rows:
+        if row.group == "inference":
+            speed, ratio = row.figures["tokens_per_second"], f"{row.ratio:.2f}" if row.ratio else ""
+            lines.append(f"| {row.name} | {row.backend} | {speed:.3g} | {ratio} |")
+    return "\n".join([*lines, "", conditions(about)])
+
+
+def scaling_table(rows: list[Row], about: dict) -> str:
+    lines = ["| as … grows | exponent of the cost | points |", "|---|---|---|"]
+    lines += [f"| {name} | {fit['exponent']:.2f} | {fit['points']} |" for name, fit in about["fits"].items()]
+    return "\n".join([*lines, "", conditions(about)])
+
+
+TABLES: dict[str, tuple[str, Callable[[list[Row], dict], str]]] = {
+    "ops-cpu": ("suite_cpu.json", ops_table),
+    "jobs-cpu": ("suite_cpu.json", jobs_table),
+    "inference-cpu": ("suite_cpu.json", inference_table),
+    "scaling-cpu": ("suite_cpu.json", scaling_table),
+    "ops-cuda": ("suite_cuda.json", ops_table),
+    "jobs-cuda": ("suite_cuda.json", jobs_table),
+}
+"""Name in the marker → file in ``benchmarks/results`` and how it is made of it."""
+
+
+def documents() -> list[Path]:
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def rewritten(text: str, results: Path = RESULTS) -> str:
+    """A document with its tables made anew. Raises SystemExit for a table that nobody knows or that has no result."""
+
+    def made(match: re.Match) -> str:
+        name = match["name"]
+        if name not in TABLES:
+            raise SystemExit(f"no table is named {name!r}; there are {', '.join(TABLES)}")
+        file, make = TABLES[name]
+        return f"{match[1]}{make(*read(results / file))}\n{match[4]}"
+
+    return MARKED.sub(made, text)
+
+
+def outdated() -> list[Path]:
+    """Documents whose tables are not those of the results."""
+    return [path for path in documents() if rewritten(path.read_text()) != path.read_text()]

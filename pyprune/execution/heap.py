@@ -1,0 +1,46 @@
+"""Memory that a forward pass frees stays with the process for the next one.
+
+glibc gives large blocks back to the system as soon as they are free, and the system zeroes their pages when the next
+batch asks for them again: 5 to 10 % of a float32 pass on a CPU, 20 % of a bfloat16 one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+from collections.abc import Iterator
+
+MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1
+"""Parameters of glibc's ``mallopt``."""
+LARGEST = 32 * 2**20
+"""The largest threshold that glibc takes; what is larger is mapped by itself, and unmapped when it is freed."""
+KEPT = 256 * 2**20
+"""Free bytes that stay: a few batches' activations of a block."""
+
+
+@contextlib.contextmanager
+def kept_warm() -> Iterator[None]:
+    """Keep up to ``KEPT`` freed bytes for the duration. Does nothing without glibc, or where the environment sets its
+    allocator (``MALLOC_…``, ``GLIBC_TUNABLES``)."""
+    libc = None if _chosen() else _glibc()
+    if libc is None or not (libc.mallopt(MMAP_THRESHOLD, LARGEST) and libc.mallopt(TRIM_THRESHOLD, KEPT)):
+        yield
+        return
+    try:
+        yield
+    finally:
+        libc.mallopt(TRIM_THRESHOLD, 2 * LARGEST)  # where glibc's own rule ends once a block of 32 MiB was freed
+        libc.malloc_trim(0)
+
+
+def _chosen() -> bool:
+    return any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ)
+
+
+def _glibc() -> ctypes.CDLL | None:
+    try:
+        libc = ctypes.CDLL(None)
+        return libc if hasattr(libc, "gnu_get_libc_version") else None
+    except OSError:
+        return None

@@ -1,0 +1,511 @@
+"""``report.html``: the report of one run as a page to look at."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from pyprune.model.checkpoint import plain
+from pyprune.reporting.page import (
+    Markup,
+    Section,
+    Table,
+    bar,
+    chart,
+    code,
+    details,
+    facts,
+    figure,
+    join,
+    page,
+    paragraph,
+    safe,
+    verdict_box,
+    warnings_list,
+    write,
+)
+from pyprune.reporting.rendering import (
+    LABELS,
+    RECONSTRUCTIONS,
+    distinct,
+    duration_text,
+    headline,
+    inputs_text,
+    kind_of_weight,
+    number,
+    perplexity_text,
+    refit_text,
+    size_text,
+)
+from pyprune.reporting.verdict import RULE, last_errors, ratio, verdict
+
+MAX_WEIGHTS = 2000
+"""Rows of the table of weights; a model with thousands of experts has the others in ``report.json`` only."""
+
+
+def run_page(report: dict, name: str, settings: str = "") -> str:
+    """The page of a run. report: what ``report.json`` holds; name: of the model that came out; settings: its
+    ``run.yaml``."""
+    report = plain(report)
+    found = verdict(report)
+    model = report["model"]
+    lead = (
+        f"{model['name']} ({model['architecture']}, {model['blocks']} blocks, {model['parameters']:,} parameters, "
+        f"{model['dtype']}): {headline(report)}"
+    )
+    sections = [
+        Section("Before and after", _before_and_after(report)),
+        Section("Trade-off", _curve(report)),
+        Section("Tasks", _tasks(report)),
+        Section("Error per block", _blocks(report)),
+        Section("Weights", _weights(report)),
+        Section("Time and memory", _time(report)),
+        Section("Speed", _speed(report)),
+        Section("Warnings", _warnings(report)),
+        Section("How it was made", _how(report, settings)),
+        Section("Environment", _environment(report)),
+    ]
+    top = join([verdict_box(found.sentences, RULE, found.alarm), _facts(report)])
+    return page(name, sections, kicker="pyprune · report of a run", lead=lead, top=top)
+
+
+def write_run_page(folder: Path, report: dict, name: str) -> None:
+    """Write ``report.html`` beside ``report.json``, with the ``run.yaml`` of the same folder in it."""
+    settings = folder / "run.yaml"
+    write(folder / "report.html", run_page(report, name, settings.read_text() if settings.is_file() else ""))
+
+
+def _facts(report: dict) -> Markup:
+    seconds, coverage = report["seconds"], report["coverage"]
+    error, held_out = last_errors(report)
+    items: list[tuple[str, object, str]] = [
+        (
+            "Sparsity",
+            figure(report["sparsity"], "sparsity"),
+            f"{coverage['fraction']:.1%} of the blocks' weights pruned",
+        )
+    ]
+    rows = report.get("evaluation") or []
+    if rows and (factor := ratio(rows[0])) is not None:
+        items.append(("Perplexity", Markup("× ") + figure(factor, text=lambda v: number(v, 3)), rows[0]["text"]))
+    if error is not None:
+        items.append(
+            ("Last block's error", figure(error, _last_path(report), _three), "relative to dense, calibration")
+        )
+    if held_out is not None:
+        items.append(("… on held-out text", figure(held_out, _last_path(report, True), _three), "relative to dense"))
+    items += [
+        ("Parameters", figure(report["model"]["parameters"], "model.parameters", _count), ""),
+        ("Time", figure(sum(seconds.values()), text=_duration), ""),
+        ("Peak memory", figure(report["peak_memory_bytes"], "peak_memory_bytes", size_text), "of the process"),
+    ]
+    if report.get("peak_device_memory_bytes"):
+        value = figure(report["peak_device_memory_bytes"], "peak_device_memory_bytes", size_text)
+        items.append(("Device memory", value, "at most allocated"))
+    return facts(items)
+
+
+def _three(value: float) -> str:
+    return number(value, 3)
+
+
+def _duration(value: float) -> str:
+    return duration_text(value) if value >= 0.95 else f"{value:.2g} s"
+
+
+def _count(value: float) -> str:
+    return f"{value:,.0f}"
+
+
+def _last_path(report: dict, held_out: bool = False) -> str:
+    if (report.get("refinement") or {}).get("windows"):
+        where = len(report["refinement"]["windows"]) - 1
+        return f"refinement.windows.{where}.after_{'held_out' if held_out else 'calibration'}"
+    return f"blocks.{len(report['blocks']) - 1}.error" + ("_held_out" if held_out else "")
+
+
+def _before_and_after(report: dict) -> Markup:
+    rows = report.get("evaluation") or []
+    if not rows:
+        return Markup("")
+    kinds = any(_kind_of_text(row) for row in rows)
+    refined = any("before_refinement" in row for row in rows)
+    head = [
+        "Text",
+        *(["Kind"] if kinds else []),
+        "Dense",
+        *(["Before refinement"] if refined else []),
+        "Pruned",
+        "Ratio",
+    ]
+    body = []
+    for k, row in enumerate(rows):
+        at = f"evaluation.{k}"
+        before = [figure(row.get("before_refinement"), f"{at}.before_refinement", perplexity_text)] if refined else []
+        body.append(
+            [
+                row["text"],
+                *([_kind_of_text(row)] if kinds else []),
+                figure(row["dense"], f"{at}.dense", perplexity_text),
+                *before,
+                figure(row["pruned"], f"{at}.pruned", perplexity_text),
+                figure(ratio(row), text=_three),
+                f"{row['windows']} × {row['window']} tokens, {row.get('dtype', '')}",
+            ]
+        )
+    words = (0, 1) if kinds else (0,)
+    table = Table(
+        "Perplexity of the dense and the pruned model, measured by the same code on the same windows; lower is better.",
+        [*head, "Windows"],
+        body,
+        words=words,
+    )
+    return table.html()
+
+
+def _kind_of_text(row: dict) -> str:
+    """``in-domain``, ``off-domain``, where the report says it."""
+    return str(row.get("domain") or row.get("kind") or "")
+
+
+def _curve(report: dict) -> Markup:
+    entries = (report.get("structured") or {}).get("curve") or []
+    if len(entries) < 2:
+        return Markup("")
+    order = sorted(range(len(entries)), key=lambda k: entries[k]["sparsity"])
+    texts = [row["text"] for row in entries[0].get("evaluation") or []]
+    rows = [
+        [
+            figure(entries[k]["sparsity"], f"structured.curve.{k}.sparsity"),
+            *(
+                figure(row["pruned"], f"structured.curve.{k}.evaluation.{t}.pruned", perplexity_text)
+                for t, row in enumerate(entries[k].get("evaluation") or [])
+            ),
+            figure(entries[k]["parameters"], f"structured.curve.{k}.parameters", _count),
+        ]
+        for k in order
+    ]
+    head = ["Sparsity", *(f"Perplexity on {text}" for text in texts), "Parameters"]
+    table = Table("What each sparsity costs.", head, rows, plotted=range(1, 1 + len(texts)))
+    return chart(table, axis="perplexity", log=True) if texts else table.html()
+
+
+def _tasks(report: dict) -> Markup:
+    """Tasks, whatever they are called: figures of the dense and of the pruned model side by side."""
+    rows = report.get("tasks") or []
+    if isinstance(rows, dict):
+        rows = [{"task": name, **row} for name, row in rows.items() if isinstance(row, dict)]
+    if not rows:
+        return Markup("")
+    keys = [
+        key for key in rows[0] if key != "task" and any(isinstance(row.get(key), (int, float, str)) for row in rows)
+    ]
+    at = [f"tasks.{k}" for k in range(len(rows))]
+    if isinstance(report["tasks"], dict):
+        at = [f"tasks.{row['task']}" for row in rows]
+    body = [
+        [
+            row.get("task"),
+            *(
+                figure(row[key], f"{at[k]}.{key}")
+                if isinstance(row.get(key), (int, float)) and not isinstance(row.get(key), bool)
+                else row.get(key)
+                for key in keys
+            ),
+        ]
+        for k, row in enumerate(rows)
+    ]
+    heads = [key.replace("_", " ").capitalize() for key in keys]
+    return Table("Tasks, dense beside pruned.", ["Task", *heads], body).html()
+
+
+def _blocks(report: dict) -> Markup:
+    """Error after each block on calibration and held-out text, and what each step of the reconstruction left."""
+    if (windows := (report.get("refinement") or {}).get("windows")) is not None:
+        return _windows(windows)
+    blocks = report.get("blocks") or []
+    measured = [key for key in ("error", "error_held_out") if any(row.get(key) is not None for row in blocks)]
+    if not measured:
+        return Markup("")
+    names = {"error": "Calibration text", "error_held_out": "Held-out text"}
+    table = Table(
+        "Error of each block's output, ‖pruned − dense‖² / ‖dense‖², carried on from block to block.",
+        ["Block", *(names[key] for key in measured), "Seconds"],
+        [
+            [
+                figure(row["block"], f"blocks.{k}.block", _count),
+                *(figure(row.get(key), f"blocks.{k}.{key}") for key in measured),
+                figure(row.get("seconds"), f"blocks.{k}.seconds", _three),
+            ]
+            for k, row in enumerate(blocks)
+        ],
+        plotted=range(1, 1 + len(measured)),
+    )
+    return join([chart(table, axis="relative error", log=True, x="whole"), _steps(blocks), _quantiles(blocks)])
+
+
+def _windows(windows: list[dict]) -> Markup:
+    keys = [
+        key
+        for key in ("before_calibration", "after_calibration", "before_held_out", "after_held_out")
+        if any(row.get(key) is not None for row in windows)
+    ]
+    names = {
+        "before_calibration": "Calibration, before",
+        "after_calibration": "Calibration, after",
+        "before_held_out": "Held out, before",
+        "after_held_out": "Held out, after",
+    }
+    table = Table(
+        "Error of each refined window's output against the dense model's, before and after its training.",
+        ["Window", *(names[key] for key in keys)],
+        [
+            [
+                figure(k, text=_count),
+                *(figure(row.get(key), f"refinement.windows.{k}.{key}") for key in keys),
+            ]
+            for k, row in enumerate(windows)
+        ],
+        plotted=range(1, 1 + len(keys)),
+    )
+    return chart(table, axis="relative error", log=True, x="whole")
+
+
+def _steps(blocks: list[dict]) -> Markup:
+    """What each step of a reconstruction left of a block's error."""
+    rows = [
+        [
+            f"{row['block']} · {step['step']}",
+            figure(step.get("calibration"), f"blocks.{k}.steps.{s}.calibration"),
+            figure(step.get("held_out"), f"blocks.{k}.steps.{s}.held_out"),
+        ]
+        for k, row in enumerate(blocks)
+        for s, step in enumerate(row.get("steps") or [])
+    ]
+    if not rows:
+        return Markup("")
+    caption = "Error of the block after each step: the choice of the mask, the layer-wise step, the training."
+    table = Table(caption, ["Block · step", "Calibration", "Held out"], rows)
+    return details("Step by step", table.html())
+
+
+def _quantiles(blocks: list[dict]) -> Markup:
+    """The distribution of errors over tokens, where the report has quantiles: ``{"calibration": {"0.5": …}}``."""
+    sets = [row["quantiles"] for row in blocks if isinstance(row.get("quantiles"), dict)]
+    kinds = list(dict.fromkeys(kind for found in sets for kind in found if isinstance(found[kind], dict)))
+    parts = []
+    for kind in kinds:
+        levels = list(dict.fromkeys(q for found in sets for q in found.get(kind) or {}))
+        rows = [
+            [
+                figure(row["block"], f"blocks.{k}.block", _count),
+                *(
+                    figure(
+                        ((row.get("quantiles") or {}).get(kind) or {}).get(level),
+                        f"blocks.{k}.quantiles.{kind}.{level}",
+                    )
+                    for level in levels
+                ),
+            ]
+            for k, row in enumerate(blocks)
+        ]
+        table = Table(
+            f"How the error spreads over tokens, {kind.replace('_', ' ')} text.",
+            ["Block", *(f"Quantile {level}" for level in levels)],
+            rows,
+            plotted=range(1, 1 + len(levels)),
+        )
+        parts.append(chart(table, axis="relative error", log=True, x="whole"))
+    return join(parts)
+
+
+def _weights(report: dict) -> Markup:
+    """Sparsity and error of each pruned weight; the error of each kind of weight over the blocks."""
+    rows = report.get("weights") or []
+    if not rows:
+        return Markup("")
+    errors = [key for key in ("error", "error_held_out") if any(row.get(key) is not None for row in rows)]
+    names = {"error": "Error, calibration", "error_held_out": "Error, held out"}
+    units = any("kept" in row for row in rows)
+    table = Table(
+        "Each pruned weight: zeros or removed groups, and the relative error of its outputs.",
+        ["Weight", "Shape", "Sparsity", *(["Kept"] if units else []), *(names[key] for key in errors)],
+        [
+            [
+                row["name"],
+                "×".join(map(str, row["shape"])),
+                figure(row["sparsity"], f"weights.{k}.sparsity"),
+                *([f"{row['kept']} of {row['units']} {row['kind']}" if "kept" in row else None] if units else []),
+                *(figure(row.get(key), f"weights.{k}.{key}") for key in errors),
+            ]
+            for k, row in enumerate(rows[:MAX_WEIGHTS])
+        ],
+    )
+    beyond = len(rows) - MAX_WEIGHTS
+    note = paragraph(f"{beyond:,} more weights are in report.json.", "quiet") if beyond > 0 else ""
+    kinds = list(dict.fromkeys(kind_of_weight(row["name"]) for row in rows))
+    return join(
+        [
+            _by_block(rows, kinds, errors[:1] or [], "Error of each weight's outputs, calibration text", True),
+            _by_block(rows, kinds, ["sparsity"], "Sparsity of each weight", False) if _varies(rows) else "",
+            _kinds(rows, kinds, errors),
+            details(f"Every weight ({len(rows):,})", join([table.html(), note])),
+        ]
+    )
+
+
+def _varies(rows: list[dict]) -> bool:
+    values = [row["sparsity"] for row in rows]
+    return max(values) - min(values) > 0.005
+
+
+def _by_block(rows: list[dict], kinds: Sequence[str], keys: Sequence[str], caption: str, log: bool) -> Markup:
+    """One line per kind of weight over the blocks; experts of one block are averaged."""
+    if not keys:
+        return Markup("")
+    key = keys[0]
+    cells: dict[tuple[int, str], list[tuple[int, float]]] = {}
+    for k, row in enumerate(rows):
+        if row.get(key) is not None:
+            cells.setdefault((row["block"], kind_of_weight(row["name"])), []).append((k, row[key]))
+    blocks = sorted({row["block"] for row in rows})
+    body = [
+        [figure(block, text=_count), *(_mean_cell(cells.get((block, kind)), key) for kind in kinds)] for block in blocks
+    ]
+    averaged = ", the mean over the experts of a block" if any(len(found) > 1 for found in cells.values()) else ""
+    table = Table(f"{caption}{averaged}.", ["Block", *map(_short, kinds)], body, plotted=range(1, 1 + len(kinds)))
+    return chart(table, axis=key, log=log, x="whole")
+
+
+def _mean_cell(found: list[tuple[int, float]] | None, key: str) -> Markup:
+    if not found:
+        return safe(None)
+    if len(found) == 1:
+        return figure(found[0][1], f"weights.{found[0][0]}.{key}")
+    return _mean([value for _, value in found])
+
+
+def _mean(values: list[float]) -> Markup:
+    return figure(statistics.fmean(values)) if values else safe(None)
+
+
+def _short(kind: str) -> str:
+    """``self_attn.q_proj`` of ``model.layers.*.self_attn.q_proj.weight``."""
+    return kind.split("*.", 1)[-1].removesuffix(".weight")
+
+
+def _kinds(rows: list[dict], kinds: Sequence[str], errors: Sequence[str]) -> Markup:
+    names = {"error": "Mean error, calibration", "error_held_out": "Mean error, held out"}
+    body = []
+    for kind in kinds:
+        own = [row for row in rows if kind_of_weight(row["name"]) == kind]
+        low, high = (edge(row["sparsity"] for row in own) for edge in (min, max))
+        body.append(
+            [
+                _short(kind),
+                str(len(own)),
+                figure(low) if high - low < 5e-4 else figure(low) + Markup(" … ") + figure(high),
+                *(_mean([row[key] for row in own if row.get(key) is not None]) for key in errors),
+            ]
+        )
+    head = ["Kind of weight", "Number", "Sparsity", *(names[key] for key in errors)]
+    return Table("The weights by kind.", head, body).html()
+
+
+def _time(report: dict) -> Markup:
+    seconds = report["seconds"]
+    total = sum(seconds.values())
+    rows = [
+        [
+            phase,
+            figure(value, f"seconds.{phase}", _duration),
+            figure(value / total if total else 0.0, text=lambda v: f"{v:.0%}") + bar(value / total if total else 0.0),
+        ]
+        for phase, value in sorted(seconds.items(), key=lambda item: -item[1])
+    ]
+    table = Table("Wall time by phase, longest first.", ["Phase", "Time", "Share"], rows)
+    memory: list[Sequence[object]] = [
+        ["Host", figure(report["peak_memory_bytes"], "peak_memory_bytes", size_text)],
+    ]
+    if report.get("peak_device_memory_bytes"):
+        device = figure(report["peak_device_memory_bytes"], "peak_device_memory_bytes", size_text)
+        memory.append(["Device", device])
+    memory += [
+        [f"Host, {phase}", figure(value, f"memory_by_phase.{phase}", size_text)]
+        for phase, value in (report.get("memory_by_phase") or {}).items()
+    ]
+    return join([table.html(), Table("Peak memory.", ["Where", "At most"], memory).html()])
+
+
+def _speed(report: dict) -> Markup:
+    rows = report.get("gain") or []
+    if len(rows) < 2:
+        return Markup("")
+    keys = [key for key in LABELS if any(row.get(key) for row in rows)]
+    body = []
+    for key in keys:
+        cells = [
+            figure(row.get(key), f"gain.{k}.{key}", functools.partial(_measure, key)) for k, row in enumerate(rows)
+        ]
+        shared = (rows[-1].get("ratios") or {}).get(key)
+        ratios = figure(shared, f"gain.{len(rows) - 1}.ratios.{key}", lambda v: f"× {v:.2f}")
+        body.append([LABELS[key][0], *cells, ratios])
+    last = rows[-1]
+    caption = (
+        f"Size, memory and speed on {last.get('device')}, {last.get('dtype')}, {last.get('tokens')} tokens, batch size "
+        f"{last.get('batch_size')}, each model in a process of its own."
+    )
+    return Table(caption, ["Measure", *(str(row["model"]) for row in rows), "Ratio"], body).html()
+
+
+def _measure(key: str, value: float) -> str:
+    _, unit, name = LABELS[key]
+    return f"{value / unit:,.1f} {name}"
+
+
+def _warnings(report: dict) -> Markup:
+    found = [*(report.get("warnings") or []), *((report.get("refinement") or {}).get("warnings") or [])]
+    if not found:
+        return paragraph("There are none.", "quiet")
+    every = details(f"All {len(found)} of them", warnings_list(found)) if len(distinct(found)) < len(found) else ""
+    return join([warnings_list(distinct(found)), every])
+
+
+def _how(report: dict, settings: str) -> Markup:
+    config, calibration = report["config"], report["calibration"]
+    said = [
+        ("Calibration", calibration["description"]),
+        ("Calibration tokens", f"{calibration['samples']} sequences, {calibration['tokens']:,} tokens"),
+        ("SHA-256 of their token ids", calibration["fingerprint"]),
+        ("Statistics of inputs", inputs_text(report)),
+        ("Reconstruction", RECONSTRUCTIONS.get(config["reconstruct"])),
+        ("Refit", refit_text(report)),
+    ]
+    refined = report.get("refinement")
+    if refined is not None:
+        how = "cross-block" if refined["cross_block"] else "block"
+        said.append(("Refined afterwards", f"{how} training against {refined['dense']}"))
+    table = Table("What was done.", ["", "Value"], [[a, b] for a, b in said if b], words=(1,))
+    command = code("pyprune prune --config run.yaml -o again")
+    parts = [table.html(), Markup("<h3>The command that repeats it</h3>"), command]
+    if settings:
+        parts += [paragraph("with this run.yaml, which lies beside the model:"), details("run.yaml", code(settings))]
+    return join(parts)
+
+
+def _environment(report: dict) -> Markup:
+    machine, versions = report.get("machine") or {}, report.get("versions") or {}
+    rows: list[Sequence[object]] = [
+        *([key.capitalize(), value] for key, value in machine.items()),
+        *([key, value] for key, value in versions.items()),
+    ]
+    table = Table("Machine and versions.", ["", "Value"], rows, words=(1,))
+    taken = [
+        [op, f"{name} ({device})"]
+        for device, ops in (report.get("backends") or {}).items()
+        for op, name in (ops.items() if isinstance(ops, dict) else ())
+    ]
+    backends = Table("The back-end that each op took.", ["Op", "Back-end"], taken, words=(1,))
+    return join([table.html(), details("Back-ends", backends.html()) if taken else ""])
