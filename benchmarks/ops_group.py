@@ -19,6 +19,7 @@ from benchmarks.rows import Row, against, bounded
 from benchmarks.timing import Clock, take_turns
 from pyprune import ops
 from pyprune.ops import classes, reference, trials
+from pyprune.ops.packed import Packed, unpack_bitmask
 
 BRAIN, HALF = torch.bfloat16, torch.float16
 SKIPPED = ("forward_float32", "forward_bfloat16")
@@ -96,6 +97,13 @@ def packed_work(rows, columns, dtype, *_):
     return 0, rows * columns * dtype.itemsize * 25 // 16
 
 
+def sparse_work(tokens, outputs, inputs, dtype=torch.float32):
+    """Of half the weights: a bit per weight, and the values that are left."""
+    size = dtype.itemsize
+    moved = outputs * inputs / 8 + size * outputs * inputs / 2 + size * tokens * (inputs + outputs)
+    return tokens * outputs * inputs, moved
+
+
 WORK: dict[str, Callable[..., tuple[float, float]]] = {
     "gram_update": gram_work,
     "cross_gram_update": cross_gram_work,
@@ -109,6 +117,7 @@ WORK: dict[str, Callable[..., tuple[float, float]]] = {
     "cholesky": cholesky_work,
     "cholesky_solve": solve_work,
     "liar_update": lambda r, c, k: (2 * r * k * (c - k), 4 * (r * c + k * (c - k) + r * k)),
+    "sparse_linear": sparse_work,
     "linear": lambda rows, out, into: (2 * rows * out * into, 4 * (rows * into + out * into + rows * out)),
 }
 """Op → floating-point operations and bytes of a case, from the size that its trial takes."""
@@ -148,7 +157,19 @@ def topk_mask(w: Tensor, n: int, m: int, *, scale: Tensor, apply: bool = False) 
     return mask
 
 
+_unpacked: dict[int, tuple[Packed, Tensor]] = {}
+
+
+def dense_product(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
+    """The product with the dense weight, which is made once and not timed."""
+    if id(packed) not in _unpacked:
+        _unpacked.clear()
+        _unpacked[id(packed)] = packed, unpack_bitmask(packed)
+    return torch.nn.functional.linear(x, _unpacked[id(packed)][1], bias)
+
+
 EAGER: dict[str, Callable] = {"gram_update": full_gram, "select_mask": sorted_mask, "nm_mask": topk_mask}
+EAGER["sparse_linear"] = dense_product
 """The eager code of a baseline, where it is another than the plain reference of the op."""
 
 
