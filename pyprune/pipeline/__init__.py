@@ -10,7 +10,6 @@
 ``opening``             which runs can read their weights block by block
 ``passes``              how often a kind of run passes its calibration data through a block, and what it keeps of them
 ``shared``              what several runs on one model have in common, worked out by the first
-``progress``            the progress bar
 ``result``              ``PruneResult``: the pruned model, its report, and how both are written
 
 From outside: ``prune.prune``, ``refine.refine``, ``refine_checkpoint.refine_checkpoint``, ``result.PruneResult``, and
