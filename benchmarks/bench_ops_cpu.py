@@ -11,6 +11,7 @@ that fits the third-level cache may beat the latter.
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from common import fastest, write  # noqa: E402
 from pyprune import ops  # noqa: E402
 from pyprune.masks.solvers import Factor, obs_prune  # noqa: E402
 from pyprune.ops import native  # noqa: E402
+from pyprune.ops.packed import pack_bitmask  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -213,6 +215,27 @@ def compress(rows: int, c: int) -> Case:
     )
 
 
+def packed(size: int, sparsity: float, dtype: torch.dtype) -> Case:
+    """One token. The dense product is PyTorch's in bfloat16, its weights and the packed ones used in rotation, so that
+    they come from memory."""
+    w, x = torch.randn(size, size), torch.randn(1, size)
+    ops.select_mask(w, int(sparsity * size), apply=True)
+    first = pack_bitmask(w.to(dtype))
+    turns = itertools.cycle([first] + [pack_bitmask(w.to(dtype)) for _ in range(5)])
+    dense = itertools.cycle([w.bfloat16() for _ in range(4)])
+    own, theirs = x.to(dtype), x.bfloat16()
+    return Case(
+        f"sparse_linear {size}×{size}, {sparsity:.0%} {str(dtype)[6:]} (baseline: dense bfloat16)",
+        lambda: ops.sparse_linear(own, next(turns)),
+        lambda: functional.linear(theirs, next(dense)),
+        {0.5: 1.4, 0.7: 2.0}[sparsity],
+        flops=2 * len(first.values),
+        bytes=first.nbytes,
+        tolerance=1e-2,  # both in bfloat16
+        bf16=dtype == torch.bfloat16,
+    )
+
+
 CASES = {
     "gram float32": lambda: gram(torch.float32),
     "gram bfloat16": lambda: gram(torch.bfloat16),
@@ -232,6 +255,8 @@ CASES = {
     "solve 256x64 wide": lambda: solve(256, 64, 64),
     "moments": lambda: moments(16384, 576),
     "compress": lambda: compress(4096, 4096),
+    "packed 4096 50%": lambda: packed(4096, 0.5, torch.bfloat16),
+    "packed 4096 70%": lambda: packed(4096, 0.7, torch.bfloat16),
 }
 
 

@@ -11,6 +11,7 @@ import importlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from benchmarks.rows import Row, against, bounded
 from benchmarks.timing import Clock, take_turns
 from pyprune import ops
 from pyprune.ops import classes, reference, trials
+from pyprune.ops.packed import Packed, unpack_bitmask
 
 BRAIN, HALF = torch.bfloat16, torch.float16
 SKIPPED = ("forward_float32", "forward_bfloat16")
@@ -45,6 +47,9 @@ FULL: dict[str, dict[str, list[tuple]]] = {
         "linear/few-rows": [(1, 1536, 576), (16, 4096, 4096)],
         "linear/rows": [(4096, 1536, 576), (4096, 576, 1536), (4096, 576, 576)],
         "linear/rows-wide": [(2048, 4096, 4096)],
+        "sparse_linear/one-token": [(1, 4096, 4096, BRAIN), (1, 4096, 4096)],
+        "sparse_linear/few-tokens": [(4, 4096, 4096, BRAIN), (16, 4096, 4096, BRAIN)],
+        "sparse_linear/tokens": [(512, 4096, 4096, BRAIN)],
     },
     "cuda": {
         "gram_update/16-bit": [(16384, 768, BRAIN), (16384, 1536, BRAIN)],
@@ -96,6 +101,12 @@ def packed_work(rows, columns, dtype, *_):
     return 0, rows * columns * dtype.itemsize * 25 // 16
 
 
+def sparse_work(tokens, out, into, dtype=torch.float32):
+    """Half of the weights are stored."""
+    weight = out * into * (dtype.itemsize / 2 + 1 / 8)
+    return 2 * tokens * out * into, weight + tokens * (out + into) * dtype.itemsize
+
+
 WORK: dict[str, Callable[..., tuple[float, float]]] = {
     "gram_update": gram_work,
     "cross_gram_update": cross_gram_work,
@@ -110,6 +121,7 @@ WORK: dict[str, Callable[..., tuple[float, float]]] = {
     "cholesky_solve": solve_work,
     "liar_update": lambda r, c, k: (2 * r * k * (c - k), 4 * (r * c + k * (c - k) + r * k)),
     "linear": lambda rows, out, into: (2 * rows * out * into, 4 * (rows * into + out * into + rows * out)),
+    "sparse_linear": sparse_work,
 }
 """Op → floating-point operations and bytes of a case, from the size that its trial takes."""
 
@@ -148,7 +160,22 @@ def topk_mask(w: Tensor, n: int, m: int, *, scale: Tensor, apply: bool = False) 
     return mask
 
 
-EAGER: dict[str, Callable] = {"gram_update": full_gram, "select_mask": sorted_mask, "nm_mask": topk_mask}
+_dense: WeakKeyDictionary[Packed, Tensor] = WeakKeyDictionary()
+
+
+def dense_product(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
+    """The dense layer that the packed one stands for; the first call, which does not count, unpacks its weight."""
+    if packed not in _dense:
+        _dense[packed] = unpack_bitmask(packed)
+    return torch.nn.functional.linear(x, _dense[packed], bias)
+
+
+EAGER: dict[str, Callable] = {
+    "gram_update": full_gram,
+    "select_mask": sorted_mask,
+    "nm_mask": topk_mask,
+    "sparse_linear": dense_product,
+}
 """The eager code of a baseline, where it is another than the plain reference of the op."""
 
 

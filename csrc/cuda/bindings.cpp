@@ -58,6 +58,21 @@ void expand_24(int device, Pointer values, Pointer meta, int64_t rows, int64_t c
     cuda::expand_24(at<void>(values), at<void>(meta), rows, columns, at<void>(w), at<int>(fault), at<void>(stream));
 }
 
+void sparse_linear(int device, Pointer mask, int64_t width, Pointer values, Pointer offsets, int64_t rows,
+                   int64_t columns, int dtype, Pointer x, int64_t x_stride, int64_t tokens, Pointer bias, Pointer out,
+                   Pointer stream) {
+    cuda::use_device(device);
+    const cuda::Packed w{at<uint8_t>(mask), width, at<void>(values), at<int64_t>(offsets), rows, columns};
+    cuda::sparse_linear(w, dtype, at<void>(x), x_stride, tokens, at<void>(bias), at<void>(out), at<void>(stream));
+}
+
+void expand_bitmask(int device, Pointer mask, int64_t width, Pointer values, Pointer offsets, int64_t rows,
+                    int64_t columns, int dtype, Pointer out, Pointer stream) {
+    cuda::use_device(device);
+    const cuda::Packed w{at<uint8_t>(mask), width, at<void>(values), at<int64_t>(offsets), rows, columns};
+    cuda::expand_bitmask(w, dtype, at<void>(out), at<void>(stream));
+}
+
 void cholesky(int device, Pointer a, Pointer damping, int64_t batch, int64_t n, Pointer factor, Pointer info,
               Pointer stream) {
     cuda::use_device(device);
@@ -82,6 +97,8 @@ void bind_cuda(py::module_& m) {
     m.def("nm_mask_cuda", &nm_mask, unlocked);
     m.def("compress_24_cuda", &compress_24, unlocked);
     m.def("expand_24_cuda", &expand_24, unlocked);
+    m.def("sparse_linear_cuda", &sparse_linear, unlocked);
+    m.def("expand_bitmask_cuda", &expand_bitmask, unlocked);
     m.def("cholesky_cuda", &cholesky, unlocked);
     m.def("cholesky_solve_cuda", &cholesky_solve, unlocked);
 }

@@ -48,6 +48,22 @@ void compress_24(const void* w, int64_t rows, int64_t columns, int64_t w_stride,
                  void* stream);
 void expand_24(const void* values, const void* meta, int64_t rows, int64_t columns, void* w, int* fault, void* stream);
 
+// A packed weight, checked: mask [rows, width], values in the type that the call names, offsets [rows + 1].
+struct Packed {
+    const uint8_t* mask;
+    int64_t width;
+    const void* values;
+    const int64_t* offsets;
+    int64_t rows, columns;
+};
+
+// out [tokens, rows] = x [tokens, columns] wᵀ + bias (may be null), for a few tokens.
+void sparse_linear(const Packed& w, int dtype, const void* x, int64_t x_stride, int64_t tokens, const void* bias,
+                   void* out, void* stream);
+
+// out [rows, columns], the dense weight.
+void expand_bitmask(const Packed& w, int dtype, void* out, void* stream);
+
 // Lower factors [batch, n, n] of a + damping·I (damping may be null); info as LAPACK's.
 void cholesky(const float* a, const float* damping, int64_t batch, int64_t n, float* factor, int* info, void* stream);
 

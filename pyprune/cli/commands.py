@@ -15,6 +15,7 @@ from pyprune.cli.help import Command, Group
 from pyprune.cli.options import as_options, option_of, with_fields
 from pyprune.cli.studies import study
 from pyprune.config import Calibration, ConfigError, Evaluation, Reconstruction, check_named, from_dict, override
+from pyprune.execution.progress import Doing
 from pyprune.keywords import configuration_fields, refine_fields
 from pyprune.reporting import comparison, rendering
 from pyprune.reporting.rendering import print_json
@@ -51,6 +52,13 @@ def options(
     """One-shot pruning of transformers: what it does, what it costs, on CPU and GPU."""
 
 
+def libraries(label: str) -> None:
+    """Import torch and transformers, which takes seconds from a cold disk, and say so where it lasts."""
+    with Doing("importing torch and transformers", not silent(), label, said=False):
+        import torch  # noqa: F401
+        import transformers  # noqa: F401
+
+
 def silent() -> bool:
     """Whether this process prints nothing: under torchrun only one does."""
     return int(os.environ.get("RANK", "0")) > 0
@@ -77,8 +85,10 @@ def prune(
         raise ConfigError("--resume would do nothing: --plan runs nothing")
     if plan and track:
         raise ConfigError("--track would do nothing: --plan runs nothing")
+    libraries("planning" if plan else "pruning")
     if plan:
-        found = pyprune.plan(settings)
+        with Doing("counting, and timing two blocks", not as_json, "planning", said=False):
+            found = pyprune.plan(settings)
         return print_json(found) if as_json else rendering.print_plan(found)
     if settings.output is None:
         raise ConfigError("no output folder: name one with -o, or ask for the --plan only")
@@ -108,6 +118,7 @@ def refine(
 
     The targets are the dense model's own activations (GP) unless --no-global-propagation is given.
     """
+    libraries("refining")
     from pyprune.pipeline.refine_checkpoint import print_refinement, refine_checkpoint
 
     output = fields.pop("output", None)
@@ -158,7 +169,7 @@ def evaluate(
             raise ConfigError(f"{option} would do nothing: --latency reads no text and runs where the model is loaded")
         from pyprune.evaluation import gain
 
-        rows = gain.measure_side_by_side([against or gain.dense_of(model), model])
+        rows = gain.measure_side_by_side([against or gain.dense_of(model), model], progress=True)
         if plot:
             gain.plot(rows, plot)
         written = gain.record(rows, model)
@@ -169,11 +180,18 @@ def evaluate(
     for name, value in (("--against", against), ("--plot", plot)):
         if value is not None:
             raise ConfigError(f"{name} would do nothing: only --latency compares with the dense model")
+    libraries("evaluating")
+    from pyprune.data.texts import check_there
     from pyprune.evaluation.perplexity import NotFinite
 
     show = print_json if as_json else rendering.print_evaluation
     try:
-        show(pyprune.evaluate(model, device=device, **asked))
+        check_there(asked.get("text"))
+        with Doing(f"loading {model}", label="evaluating"):
+            loaded = pyprune.load(model)
+        with Doing("measuring perplexity", label="evaluating") as doing:
+            found = pyprune.evaluate(loaded, device=device, progress=doing, **asked)
+        show(found)
     except NotFinite as error:
         show(error.found)
         raise
@@ -226,18 +244,21 @@ def generate(
     dtype: Annotated[str, typer.Option(help="Number type that the weights are loaded in.")] = "auto",
 ):
     """Sample calibration sequences from MODEL itself (arXiv 2406.15524), for --self-generated-path."""
-    live, tokenizer = pyprune.load(model, dtype)
-    rows = pyprune.generate(
-        live,
-        tokenizer,
-        num_samples,
-        seq_len=seq_len,
-        seed=seed,
-        batch_size=batch_size,
-        language=language,
-        path=output,
-        progress=lambda done, total: print(f"generated {done}/{total}", file=sys.stderr),
-    )
+    libraries("generating")
+    with Doing(f"loading {model}", label="generating"):
+        live, tokenizer = pyprune.load(model, dtype)
+    with Doing("sampling sequences", label="generating") as doing:
+        rows = pyprune.generate(
+            live,
+            tokenizer,
+            num_samples,
+            seq_len=seq_len,
+            seed=seed,
+            batch_size=batch_size,
+            language=language,
+            path=output,
+            progress=doing,
+        )
     print(f"{len(rows)} sequences of {seq_len} tokens in {output}")
 
 

@@ -13,6 +13,7 @@ import itertools
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 from pyprune.config import SHORT_WINDOWS, Calibration, ConfigError, from_dict
 from pyprune.data import builtin, given, texts, thin
 from pyprune.model.attributes import begin_token
+from pyprune.sources import is_name, kind
 
 POOL = 8
 """Tokens to choose from for each token asked; a larger source is read no further."""
@@ -247,6 +249,22 @@ def _documents(source: Any, calibration: Calibration, encoder: bool = False) -> 
     if encoder and str(source).endswith(".txt"):
         return (line for text in found for line in text.splitlines())
     return found
+
+
+def check_size(calibration: Calibration) -> None:
+    """Raise ConfigError where a text has fewer bytes than one sequence has tokens, without a tokenizer."""
+    for source in sources_of(calibration) if calibration.num_samples != 0 else ():
+        if kind(source) == "builtin":
+            size = sum(len(text.encode()) for text in builtin.paragraphs(str(source)))
+        elif is_name(source) and kind(source) in ("prose", "table"):
+            size = Path(source).stat().st_size
+        else:
+            continue
+        if size < calibration.tokens:
+            raise ConfigError(
+                f"calibration text from {texts.describe(source)} has {size} bytes, too few for one sequence of "
+                f"{calibration.tokens} tokens; give more text or a smaller seq_len"
+            )
 
 
 def _pieces(documents: Iterable[str], tokenizer, length: int, wanted: int, encoder: bool) -> list[Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from pyprune.config import ConfigError
 from pyprune.data import builtin
 from pyprune.data.given import text_rows
-from pyprune.sources import DATA_FILES, columns_of, is_name, kind
+from pyprune.sources import DATA_FILES, FILES, columns_of, is_name, kind, split
 
 TEXT_COLUMNS = ("text", "content", "sentence", "document", "body", "article", "question", "sentence1", "sentence2")
 
@@ -108,6 +108,20 @@ def _text_rows(path: Path) -> list[str]:
     return [text]
 
 
+def check_there(text: Any) -> None:
+    """Raise ConfigError for a local file or folder among the sources in ``text`` that is not there, reading none."""
+    for source in split(text):
+        if isinstance(source, (str, Path)) and is_name(source):
+            path = Path(source)
+            if not path.exists() and (_is_local(str(source), path) or path.suffix in FILES):
+                raise ConfigError(f"no such file{'' if path.suffix == '.npy' else ' or folder'}: {source}")
+
+
+def _is_local(source: str, path: Path) -> bool:
+    """Whether a name can only be that of a file or a folder here."""
+    return path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1
+
+
 def _dataset(source: str, path: Path, split: str, subset: str | None) -> Iterable[dict]:
     """Rows of a local or Hub data set, streamed: a data set far larger than what is needed is not downloaded whole."""
     import datasets
@@ -125,9 +139,7 @@ def _dataset(source: str, path: Path, split: str, subset: str | None) -> Iterabl
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             found = datasets.load_from_disk(str(path))
             return found[split] if isinstance(found, datasets.DatasetDict) else found
-        local = path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1
-        if (local or path.suffix in (*DATA_FILES, ".txt")) and not path.is_dir():
-            raise ConfigError(f"no such file or folder: {source}")
+        check_there(source)
         return datasets.load_dataset(source, subset, split=split, streaming=True)
     except ConfigError:
         raise

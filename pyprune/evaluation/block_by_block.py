@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
@@ -39,10 +39,16 @@ class Meter:
         self.notes: list[str] = []
         """What the user should know of where it was measured."""
 
-    def __call__(self, model: nn.Module, weights: Resident | None = None) -> list[dict]:
+    def __call__(
+        self,
+        model: nn.Module,
+        weights: Resident | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[dict]:
         """One row per text, as :func:`~pyprune.evaluation.perplexity.measure` returns them.
 
-        weights: how the blocks' weights are held.
+        weights: how the blocks' weights are held. progress: called with what is done and all there is, in windows, or
+        in blocks where these are streamed.
         """
         world, texts = self.world, self.texts
         if not texts:
@@ -50,10 +56,10 @@ class Meter:
         split = all(len(text.windows) >= world.size for text in texts)
         own = [text._replace(windows=text.windows[world.rank :: world.size]) if split else text for text in texts]
         if isinstance(weights, Streamed):
-            rows = measure_streamed(weights.view, weights, own, self.evaluation, self.store, self.device)
+            rows = measure_streamed(weights.view, weights, own, self.evaluation, self.store, self.device, progress)
         else:
             with placed(model, self.device, self.evaluation) as fits:
-                rows = measure(model, own, self.evaluation)
+                rows = measure(model, own, self.evaluation, progress)
             note = (
                 f"perplexity was measured on the CPU: the whole model does not fit on {self.device}; "
                 "stream='always' measures block by block there"
@@ -82,6 +88,7 @@ def measure_streamed(
     evaluation: Evaluation,
     store: Store,
     device: torch.device,
+    progress: Callable[[int, int], None] | None = None,
 ) -> list[dict]:
     """One row per text, as :func:`pyprune.evaluation.perplexity.measure` returns them."""
     if not named:
@@ -101,6 +108,8 @@ def measure_streamed(
             with executor.compute(index) as module:
                 executor.run(index, module, activations, activations)
             weights.release(index)
+            if progress is not None:
+                progress(index + 1, last + 1)
         with executor.compute(last) as module:
             for batch, hidden in executor.stream(activations):
                 beside = executor.beside([last], activations, batch)

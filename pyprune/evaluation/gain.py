@@ -18,6 +18,7 @@ from torch import nn
 
 from pyprune.config import ConfigError
 from pyprune.evaluation.latency import latency
+from pyprune.execution.progress import Doing
 from pyprune.model.blocks import predicts_next_token
 from pyprune.model.checkpoint import plain
 from pyprune.model.positions import of_any
@@ -47,16 +48,19 @@ def measure_side_by_side(
     batch_size: int = 1,
     dtype: str = "auto",
     rounds: int = 2,
+    progress: bool = False,
 ) -> list[dict]:
     """Parameters, weight and file bytes, peak memory and tokens per second of each model; the first is the base.
 
     Every model runs in a fresh process, so that peak memory is its own; they take turns for ``rounds`` rounds and the
-    fastest run counts, so that a busy machine slows all alike. Rows carry their ratios to the first.
+    fastest run counts, so that a busy machine slows all alike. Rows carry their ratios to the first. progress: say on
+    standard error which model is measured.
     """
     rows: list[dict] = []
     for turn in range(rounds):
         for i, name in enumerate(models):
-            row = _in_a_process(str(name), tokens, new_tokens, batch_size, dtype)
+            with Doing(f"measuring {name}, round {turn + 1} of {rounds}", progress, "latency"):
+                row = _in_a_process(str(name), tokens, new_tokens, batch_size, dtype)
             if turn == 0:
                 rows.append(row)
                 continue

@@ -333,10 +333,13 @@ def refuse_text(evaluation: Evaluation, view: ModelView) -> None:
 
 def measure(model: nn.Module, named: list[Text], evaluation: Evaluation, progress=None) -> list[dict]:
     """One row per text: perplexity (NaN where the logits are not finite), the losses of its windows, its conditions."""
-    rows = []
+    rows: list[dict] = []
+    whole, before = sum(len(text.windows) for text in named), 0
     for text in named:
         dtype, start = forward_dtype(model, evaluation.dtype), time.perf_counter()
-        losses = losses_of(model, text.windows, dtype=dtype, batch_size=evaluation.batch_size, progress=progress)
+        told = _after(before, whole, progress)
+        losses = losses_of(model, text.windows, dtype=dtype, batch_size=evaluation.batch_size, progress=told)
+        before += len(text.windows)
         rows.append(row_of(text, losses, dtype, time.perf_counter() - start))
     return rows
 
@@ -353,6 +356,11 @@ def row_of(text: Text, losses: list[float], dtype: torch.dtype, seconds: float) 
         "dtype": str(dtype)[6:],
         "seconds": seconds,
     }
+
+
+def _after(before: int, whole: int, progress) -> Callable[[int, int], None] | None:
+    """Progress over several texts, of which ``before`` windows of ``whole`` are done."""
+    return None if progress is None else lambda done, _: progress(before + done, whole)
 
 
 @contextlib.contextmanager

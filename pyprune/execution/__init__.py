@@ -10,6 +10,7 @@
 ``relay``              forward passes that take turns and can stand still in the middle of a block: ``Pass``
 ``spilling``           memory that a pass which stands still does not need: ``Alive``, ``Spilled``
 ``lanes``              the passes of all batches through one block, in step: ``Lanes``
+``progress``           what is done now and how long it takes, on a terminal and in a log: ``Progress``, ``Doing``
 ``error_probes``       sequences carried through dense and pruned blocks to measure the error between them
 ``heap``               memory that passes free stays for the next batch: ``kept_warm``
 ``cpu_forward``        products and attention of blocks on a CPU

@@ -309,6 +309,14 @@ class Journal:
                 f"stopped with {len(self.entries)} of {self.total} blocks done, safe in {where}; {RESUME}"
             )
 
+    def interrupted(self) -> str:
+        """What a run that was stopped at any place leaves behind."""
+        if not self.keeps:
+            return "interrupted: nothing was written"
+        if not self.entries:
+            return f"interrupted before the first block was done: nothing is left in {self.output}"
+        return f"interrupted with {len(self.entries)} of {self.total} blocks done, safe in {self.output}; {RESUME}"
+
     def explain(self, error: OutputError) -> OutputError:
         """Add to an error what is kept and how to go on."""
         if self.entries and RESUME not in str(error):
@@ -391,6 +399,10 @@ def journaled(output: str | Path | None, resume: bool) -> Iterator[tuple[distrib
     except OutputError as error:
         journal.explain(error)
         raise
+    except KeyboardInterrupt as stop:
+        if str(stop):
+            raise
+        raise Interrupted(journal.interrupted()) from stop
     finally:
         journal.close()
         world.close(failed)

@@ -521,6 +521,28 @@ def expand_24_cuda(values: Tensor, meta: Tensor) -> Tensor:
     return w
 
 
+def sparse_linear_cuda(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
+    outputs, inputs = packed.shape
+    tokens = math.prod(x.shape[:-1])
+    if tokens > FEW_TOKENS:
+        dense = torch.empty(packed.shape, dtype=x.dtype, device=x.device)
+        _launch("expand_bitmask", x.device, *_view(packed), dense.data_ptr())
+        return torch.nn.functional.linear(x, dense, bias)
+    flat, bias = _unit(x.reshape(tokens, inputs)), _dense(bias)
+    out = torch.empty((*x.shape[:-1], outputs), dtype=x.dtype, device=x.device)
+    _launch(
+        "sparse_linear",
+        x.device,
+        *_view(packed),
+        flat.data_ptr(),
+        flat.stride(0),
+        tokens,
+        _address(bias),
+        out.data_ptr(),
+    )
+    return out
+
+
 def obs_sweep_cuda(
     w: Tensor, r: Tensor, *, mask: Tensor | None = None, k: int | None = None, nm: tuple[int, int] | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:

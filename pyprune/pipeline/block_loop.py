@@ -17,9 +17,9 @@ from pyprune.execution.distributed import World
 from pyprune.execution.executor import Executor
 from pyprune.execution.heap import kept_warm
 from pyprune.execution.journal import Journal, shard_path
+from pyprune.execution.progress import Progress
 from pyprune.execution.run import Findings, seed_all
 from pyprune.model.blocks import ModelView
-from pyprune.pipeline.progress import Progress
 from pyprune.pipeline.tracking import Track, nobody, scalars
 
 

@@ -12,6 +12,7 @@ from pyprune.execution.error_probes import ErrorProbe, errors_of, make_probes, p
 from pyprune.execution.executor import NO_ROOM, Activations
 from pyprune.execution.journal import Journal
 from pyprune.execution.lanes import Declined, with_smaller_batches
+from pyprune.execution.progress import Progress
 from pyprune.execution.run import Findings, Run
 from pyprune.masks.block import gather, prune_block
 from pyprune.masks.group_order import GroupOrder, record, structure
@@ -20,7 +21,6 @@ from pyprune.masks.statistics import Inputs, Observer, observe
 from pyprune.model.blocks import WeightRef
 from pyprune.pipeline.block_loop import Written, read_back, settled_blocks, tensors_of
 from pyprune.pipeline.passes import Passes
-from pyprune.pipeline.progress import Progress
 from pyprune.reconstruction.windows import WindowTrainer, streams_beside, wanted
 
 MASK = ".pyprune_mask"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -13,7 +14,7 @@ from torch import nn
 
 from pyprune import ops
 from pyprune.config import Calibration, ConfigError, Evaluation, PruneConfig, override
-from pyprune.data import calibration
+from pyprune.data import calibration, texts
 from pyprune.data.self_generated import generate
 from pyprune.effects import needs_sequences, reads_sequences, watches
 from pyprune.evaluation import domains
@@ -24,12 +25,14 @@ from pyprune.execution.activation_store import Store
 from pyprune.execution.device import pick_device, pick_dtype
 from pyprune.execution.executor import Executor, Resident
 from pyprune.execution.journal import Journal, journaled
+from pyprune.execution.progress import Doing, Progress
 from pyprune.execution.run import Findings, Run, seed_all
+from pyprune.execution.unopened import Unopened
 from pyprune.execution.weight_streaming import Opened, Streamed
 from pyprune.keywords import nested
 from pyprune.model import checkpoint
 from pyprune.model.assembly import BlockShards
-from pyprune.model.attributes import begin_text, vocabulary_size
+from pyprune.model.attributes import begin_text, positions_named, token_embedding, vocabulary_size
 from pyprune.model.blocks import (
     ModelView,
     WeightRef,
@@ -44,7 +47,6 @@ from pyprune.packed.loading import opened
 from pyprune.pipeline.block_loop import Loop, run_blocks
 from pyprune.pipeline.mask_work import MaskWork
 from pyprune.pipeline.opening import open_model
-from pyprune.pipeline.progress import Progress, announce
 from pyprune.pipeline.result import PruneResult, StreamedResult
 from pyprune.pipeline.shared import Shared
 from pyprune.pipeline.structured_work import StructuredWork
@@ -156,6 +158,14 @@ def _prune(
     if (absent := ops.check_backend(config.backend, device.type)) is not None:
         found.warn(absent)
     seed_all(config.seed)
+    texts.check_there(config.calibration.source if reads_sequences(config) else None)
+    texts.check_there(config.evaluation.text if config.evaluation.enabled else None)
+    data = windows = None
+    if not isinstance(model, (nn.Module, Opened)):
+        with found.clock("load"), Doing(f"reading the configuration of {config.model}", progress, said=False):
+            outline, early = outlined(config, tokenizer)
+        if outline is not None:
+            data, windows = sequences_of(config, outline, early, named_positions(outline), found, progress, shared)
     with found.clock("load"):
         opened = _open(model, config, tokenizer, in_place, progress, world.same(journal.header.get("streamed")), device)
     view, tokenizer = opened.view, opened.tokenizer
@@ -165,26 +175,23 @@ def _prune(
     check_apart(view)
     refuse_text(config.evaluation, view)
     positions = positions_of(view)
-    with found.clock("calibration"):
-        data = shared.once(shared.sequences(config), lambda: calibration_data(config, view, tokenizer, positions))
-    with found.clock("evaluation"):
-        texts = windows_of(
-            domains.of_run(config.evaluation, config.calibration),
-            config.evaluation,
-            tokenizer,
-            view.is_encoder,
-            unseen=data.unseen,
-            vocab_size=vocabulary_size(view.model),
-            positions=positions,
-            warn=found.warn,
-        )
-    with found.clock("back-ends"):
+    if data is None or windows is None:
+        data, windows = sequences_of(config, view, tokenizer, positions, found, progress, shared)
+    check_lengths(config, data, windows, positions, found.warn)
+    if config.calibration.self_generated and needs_sequences(config):
+        own = config.calibration.self_generated
+        with found.clock("calibration"), Doing(f"sampling {own} sequences from the model", progress) as doing:
+            shared.once(
+                f"generated for {shared.sequences(config)}",
+                functools.partial(add_generated, data, config.calibration, view.model, tokenizer, doing),
+            )
+    with found.clock("back-ends"), Doing("checking and timing the back-ends of this machine", progress, said=False):
         backends = settle_backends(journal, world, device, config, found.warn)
     if config.output:
         with found.clock("load"):
             identity = {
                 "settings": settings_of(config),
-                "data": data_identity(data, [text.windows for text in texts]),
+                "data": data_identity(data, [text.windows for text in windows]),
                 "model": opened.identity(),
             }
             begin(journal, world, identity, len(view.blocks), streamed=opened.weights.streamed, backends=backends)
@@ -192,15 +199,17 @@ def _prune(
         world.lead(journal.publish)
         return published(config, opened.weights)
     store = make_store(config.memory_budget_gb, journal.folder if journal.keeps else None, device)
-    measured = Meter(texts, config.evaluation, device, store, world)
+    measured = Meter(windows, config.evaluation, device, store, world)
     with found.clock("evaluation"):
         dense = kept(
             journal,
             world,
             "dense",
-            lambda: shared.once(shared.dense(config, texts), lambda: measured(view.model, opened.weights)),
+            lambda doing: shared.once(
+                shared.dense(config, windows), lambda: measured(view.model, opened.weights, doing)
+            ),
             "measuring the dense model",
-            progress and bool(texts),
+            progress and bool(windows),
         )
     executor = Executor(
         view,
@@ -213,23 +222,27 @@ def _prune(
         warn=found.warn,
     )
     run = Run(config, view, executor, selected, data, world)
-    for text in [*opened.origin.notes, *data.warnings, *thin_statistics(run), *unmeasured(config, view, texts)]:
+    for text in [*opened.origin.notes, *data.warnings, *thin_statistics(run), *unmeasured(config, view, windows)]:
         found.warn(text)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     with (
-        Progress(len(view.blocks), enabled=progress) as bar,
+        Progress(len(view.blocks), enabled=progress, afterwards=again(dense, config)) as bar,
         ops.pinned(backends),
         journal.interruptible(follow=world.size > 1),
     ):
+        bar.update(phase="preparing")
         work = kind_of(config)(run, found, journal)
         run_blocks(Loop(executor, journal, found, world, config.seed, config.output, track), work, bar)
     peak_device = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     models, structured = work.models(), work.entry()
     live = list(models.values())[-1]
     with found.clock("evaluation"):
-        announce("measuring the pruned model", progress and bool(texts))
-        pruned = {sparsity: measured(member, opened.weights) for sparsity, member in models.items()}
+        pruned = {}
+        for sparsity, member in models.items():
+            which = "the pruned model" + (f", sparsity {sparsity:g}" if len(models) > 1 else "")
+            with Doing(f"measuring {which}", progress and bool(windows)) as doing:
+                pruned[sparsity] = measured(member, opened.weights, doing)
     for entry in (structured or {}).get("curve", []):
         entry["evaluation"] = compared(dense, pruned[entry["sparsity"]])
         entry["generalisation"] = domains.generalisation(entry["evaluation"])
@@ -255,7 +268,7 @@ def _prune(
     else:
         result = PruneResult(live, tokenizer, config, report, models if structured else {}, opened.origin)
     if config.output:
-        with found.clock("write"):
+        with found.clock("write"), Doing(f"writing {config.output}", progress, said=False):
             world.lead(
                 lambda: journal.finish(lambda folder: result.fill(folder, BlockShards(view.path, journal.shards())))
             )
@@ -281,11 +294,8 @@ def _open(
         return Opened(live, tokenizer, Resident(), ModelView(live))
     if in_place:
         raise ConfigError("in_place=True would do nothing: only a live nn.Module can be pruned where it is")
-    if config.model is None:
-        raise ConfigError("no model: give a Hub id, a local folder, a .gguf file or a live nn.Module")
-    checkpoint.resolve(config.model)  # one that is not there is refused before anything is said
-    announce(f"loading {config.model}", progress)
-    opened = open_model(config, streamed, pin=device.type == "cuda")
+    with Doing(f"loading {config.model}", progress):
+        opened = open_model(config, streamed, pin=device.type == "cuda")
     return opened if tokenizer is None else dataclasses.replace(opened, tokenizer=tokenizer)
 
 
@@ -316,7 +326,7 @@ def kept(
     journal: Journal,
     world: distributed.World,
     name: str,
-    work: Callable[[], T],
+    work: Callable[[Doing], T],
     doing: str,
     progress: bool,
     label: str = "pruning",
@@ -324,10 +334,93 @@ def kept(
     """What an interrupted run worked out under this name, else ``work()``, kept for the next."""
     value = world.same(journal.kept(name))
     if value is None:
-        announce(doing, progress, label)
-        value = work()
+        with Doing(doing, progress, label) as said:
+            value = work(said)
         world.lead(lambda: journal.keep(name, value))
     return value
+
+
+def outlined(config: PruneConfig, tokenizer: Any) -> tuple[ModelView | None, Any]:
+    """A named model without its weights, checked as far as it can be, and its tokenizer; None where they take about as
+    long to read as the weights do.
+
+    Raises ConfigError before any weight is read.
+    """
+    if config.model is None:
+        raise ConfigError("no model: give a Hub id, a local folder, a .gguf file or a live nn.Module")
+    source = checkpoint.resolve(config.model)
+    if checkpoint.structured_sizes(source):
+        return None, None
+    view = Unopened(config.model, config.dtype).view
+    check_weights(view, select_weights(view, config.targets, config.ignore), config)
+    refuse_text(config.evaluation, view)
+    if source.gguf_file:
+        if reads_sequences(config):
+            calibration.check_size(config.calibration)
+        return None, None
+    with checkpoint.loading(config.model):
+        return view, tokenizer or checkpoint.load_tokenizer(source)
+
+
+def named_positions(view: ModelView) -> Positions | None:
+    """Positions of a model without weights, as its configuration names them."""
+    count = positions_named(view.model.config)
+    if count is None:
+        return None
+    words = token_embedding(view.model).weight
+    outside = [
+        p for name, p in view.model.named_parameters() if not name.startswith(f"{view.path}.") and p is not words
+    ]
+    table = any(p.ndim == 2 and count <= p.shape[0] <= count + 2 for p in outside)
+    return Positions(type(view.model).__name__, count, table)
+
+
+def sequences_of(
+    config: PruneConfig,
+    view: ModelView,
+    tokenizer: Any,
+    positions: Positions | None,
+    found: Findings,
+    progress: bool,
+    shared: Shared,
+) -> tuple[calibration.CalibrationData, list]:
+    """Calibration sequences of a run, those still to be generated apart, and its evaluation windows."""
+    with found.clock("calibration"), Doing("reading calibration text", progress, said=False):
+        data = shared.once(shared.sequences(config), lambda: calibration_data(config, view, tokenizer))
+    with found.clock("evaluation"), Doing("reading evaluation text", progress, said=False):
+        windows = windows_of(
+            domains.of_run(config.evaluation, config.calibration),
+            config.evaluation,
+            tokenizer,
+            view.is_encoder,
+            unseen=data.unseen,
+            vocab_size=vocabulary_size(view.model),
+            positions=positions,
+            warn=found.warn,
+        )
+    check_lengths(config, data, windows, positions)
+    return data, windows
+
+
+def check_lengths(
+    config: PruneConfig,
+    data: calibration.CalibrationData,
+    windows: list,
+    positions: Positions | None,
+    warn: Callable[[str], None] = lambda message: None,
+) -> None:
+    """Refuse sequences and windows that a model's table of positions does not hold, warn of what exceeds others."""
+    if not positions:
+        return
+    if data.sequences:
+        lengths = lengths_of(data, calibration.coerce(config.calibration))
+        positions.check(lengths, "calibration sequences", "seq_len", warn)
+    positions.check({len(row) for text in windows for row in text.windows}, "evaluation windows", "window", warn)
+
+
+def again(dense: list[dict], config: PruneConfig) -> float:
+    """Seconds that measuring the pruned models will take, if they are as fast as the dense one."""
+    return sum(row.get("seconds", 0.0) for row in dense) * len(config.sparsities)
 
 
 def unmeasured(config: PruneConfig, view: ModelView, texts: list) -> list[str]:
@@ -402,7 +495,9 @@ def _check_removes(view: ModelView, selected: list[list[WeightRef]], config: Pru
 
 
 def calibration_data(
-    config: PruneConfig, view: ModelView, tokenizer, positions: Positions | None
+    config: PruneConfig,
+    view: ModelView,
+    tokenizer,
 ) -> calibration.CalibrationData:
     """The sequences of a run; none where the weights alone decide and nothing could be read to measure errors on."""
     settings, decides, model = config.calibration, needs_sequences(config), view.model
@@ -416,7 +511,7 @@ def calibration_data(
                 "a tokenizer; pass tokenizer=, or give token ids as calibration"
             )
         return data
-    data = calibration.load(
+    return calibration.load(
         settings,
         tokenizer,
         encoder=view.is_encoder,
@@ -424,13 +519,6 @@ def calibration_data(
         vocab_size=vocabulary_size(model),
         measures=watches(config),
     )
-    if positions:
-        positions.check(
-            lengths_of(data, calibration.coerce(settings)), "calibration sequences", "seq_len", data.warnings.append
-        )
-    if settings.self_generated:
-        add_generated(data, settings, model, tokenizer)
-    return data
 
 
 def thin_statistics(run: Run) -> list[str]:
@@ -456,7 +544,13 @@ def lengths_of(data: calibration.CalibrationData, settings: Calibration) -> list
     return [len(row) for row in data.sequences + data.held_out] + [settings.tokens] * bool(settings.self_generated)
 
 
-def add_generated(data: calibration.CalibrationData, settings: Calibration, model: nn.Module, tokenizer) -> None:
+def add_generated(
+    data: calibration.CalibrationData,
+    settings: Calibration,
+    model: nn.Module,
+    tokenizer,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
     """Sequences sampled from the dense model join the corpus samples, or wait for the reconstruction."""
     calibration.need_tokenizer(tokenizer, "self-generated calibration")
     settings = calibration.coerce(settings)
@@ -468,6 +562,7 @@ def add_generated(data: calibration.CalibrationData, settings: Calibration, mode
         seed=settings.seed or 0,
         language=settings.language,
         path=settings.self_generated_path,
+        progress=progress,
     )
     data.description += f"; {len(sequences)} self-generated sequences of {settings.seq_len} tokens"
     if len(calibration.bos_prefix(tokenizer)):

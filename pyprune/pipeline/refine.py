@@ -27,6 +27,7 @@ from pyprune.execution import distributed
 from pyprune.execution.device import pick_device, pick_dtype
 from pyprune.execution.executor import Executor
 from pyprune.execution.journal import Journal
+from pyprune.execution.progress import Progress
 from pyprune.execution.run import Findings
 from pyprune.keywords import refine_fields
 from pyprune.model.attributes import embedding_width, vocabulary_size
@@ -34,7 +35,6 @@ from pyprune.model.blocks import ModelView, check_apart, check_finite, check_usa
 from pyprune.model.positions import positions_of
 from pyprune.packed.loading import opened
 from pyprune.pipeline.block_loop import Loop, run_blocks
-from pyprune.pipeline.progress import Progress
 from pyprune.pipeline.prune import add_generated, given_sections, lengths_of
 from pyprune.pipeline.refine_work import RefineWork
 
@@ -181,7 +181,13 @@ def _refine_folder(folder: str | Path, output: str | Path | None, **fields: Any)
 
 
 def sequences_for(
-    pruned: ModelView, dense: ModelView, calibration, tokenizer, settings: Reconstruction, seed: int
+    pruned: ModelView,
+    dense: ModelView,
+    calibration,
+    tokenizer,
+    settings: Reconstruction,
+    seed: int,
+    progress: Callable[[int, int], None] | None = None,
 ) -> CalibrationData:
     """Calibration and held-out sequences for a pair of models; ConfigError where anything does not fit."""
     sizes = [(len(view.blocks), vocabulary_size(view.model), embedding_width(view.model)) for view in (pruned, dense)]
@@ -202,7 +208,7 @@ def sequences_for(
     if positions := positions_of(pruned):
         positions.check(lengths_of(data, chosen), "calibration sequences", "seq_len", data.warnings.append)
     if chosen.self_generated:
-        add_generated(data, chosen, dense.model, tokenizer)
+        add_generated(data, chosen, dense.model, tokenizer, progress)
     if (settings.select == "validation" or settings.early_stop) and not data.held_out:
         raise ConfigError(
             "select='validation' and early_stop need held-out sequences: set held_out above 0, or give "

@@ -13,6 +13,7 @@ from typing import TextIO
 
 from pyprune import ops
 from pyprune.config import STREAMING, Calibration, ConfigError, Evaluation, Reconstruction, check_dtype, to_dict
+from pyprune.data.texts import check_there
 from pyprune.evaluation import domains
 from pyprune.evaluation.block_by_block import Meter
 from pyprune.evaluation.gain import dense_of
@@ -21,6 +22,7 @@ from pyprune.execution.device import pick_device, pick_dtype
 from pyprune.execution.distributed import World
 from pyprune.execution.executor import Executor
 from pyprune.execution.journal import Journal, journaled
+from pyprune.execution.progress import Doing, Progress
 from pyprune.execution.run import Findings
 from pyprune.execution.weight_streaming import Opened, Streamed, open_checkpoint
 from pyprune.model import assembly, checkpoint
@@ -30,7 +32,6 @@ from pyprune.model.positions import positions_of
 from pyprune.packed.files import pack_here
 from pyprune.pipeline.block_loop import Loop, run_blocks
 from pyprune.pipeline.opening import samples_itself
-from pyprune.pipeline.progress import Progress, announce
 from pyprune.pipeline.prune import begin, kept, make_store, settle_backends
 from pyprune.pipeline.refine import sequences_for
 from pyprune.pipeline.refine_work import RefineWork
@@ -116,6 +117,10 @@ def refine_checkpoint(
     :class:`pyprune.execution.journal.Interrupted` when a signal stopped it between two blocks.
     """
     request = Request(directory=str(directory), output=str(output), dense=str(dense or ""), **fields)
+    for name in (request.directory, request.dense):
+        checkpoint.resolve(name)
+    for source in (request.calibration.source, request.evaluation.text if request.evaluation.enabled else None):
+        check_there(source)
     with journaled(request.output, resume) as (world, journal), tracker(track, world.leads) as told:
         world.lead(lambda: journal.check_settings(request.identity()))
         return _refine(request, world, journal, progress and world.leads, told)
@@ -126,8 +131,7 @@ def _refine(request: Request, world: World, journal: Journal, progress: bool, tr
     started, found = time.perf_counter(), Findings()
     where, dtype = pick_device(request.device), pick_dtype(request.compute_dtype)
     header, pin = world.same(journal.header), where.type == "cuda"
-    announce(f"loading {request.directory} and {request.dense}", progress, LABEL)
-    with found.clock("load"):
+    with found.clock("load"), Doing(f"loading {request.directory} and {request.dense}", progress, LABEL):
         pruned = open_checkpoint(request.directory, request.dtype, request.stream, None, header.get("streamed"), pin)
         dense = open_checkpoint(
             request.dense,
@@ -138,8 +142,10 @@ def _refine(request: Request, world: World, journal: Journal, progress: bool, tr
             pin,
         )
     tokenizer = pruned.tokenizer or dense.tokenizer
-    with found.clock("calibration"):
-        data = sequences_for(pruned.view, dense.view, request.calibration, tokenizer, request.settings, request.seed)
+    with found.clock("calibration"), Doing("making calibration sequences", progress, LABEL, said=False) as doing:
+        data = sequences_for(
+            pruned.view, dense.view, request.calibration, tokenizer, request.settings, request.seed, doing
+        )
         refuse_text(request.evaluation, pruned.view)
         texts = windows_of(
             domains.of_run(request.evaluation, request.calibration),
@@ -151,7 +157,8 @@ def _refine(request: Request, world: World, journal: Journal, progress: bool, tr
             positions=positions_of(pruned.view),
             warn=found.warn,
         )
-    backends = settle_backends(journal, world, where)
+    with Doing("checking and timing the back-ends of this machine", progress, LABEL, said=False):
+        backends = settle_backends(journal, world, where)
     identity = {
         "settings": request.identity(),
         "data": data_identity(data, [text.windows for text in texts]),
@@ -178,7 +185,9 @@ def _refine(request: Request, world: World, journal: Journal, progress: bool, tr
             journal,
             world,
             "measured",
-            lambda: {"dense": meter(dense.model, dense.weights), "pruned": meter(pruned.model, pruned.weights)},
+            lambda doing: {
+                name: meter(one.model, one.weights, doing) for name, one in (("dense", dense), ("pruned", pruned))
+            },
             "measuring the dense and the pruned model",
             progress and bool(texts),
             LABEL,
@@ -190,7 +199,12 @@ def _refine(request: Request, world: World, journal: Journal, progress: bool, tr
         for one in (pruned, dense)
     ]
     with (
-        Progress(len(pruned.view.blocks), label=LABEL, enabled=progress) as bar,
+        Progress(
+            len(pruned.view.blocks),
+            label=LABEL,
+            enabled=progress,
+            afterwards=sum(row["seconds"] for row in measured["pruned"]),
+        ) as bar,
         ops.pinned(backends),
         journal.interruptible(follow=world.size > 1),
     ):
@@ -206,9 +220,8 @@ def _refine(request: Request, world: World, journal: Journal, progress: bool, tr
             journal=journal,
         )
         run_blocks(Loop(executors[0], journal, found, world, request.seed, request.output, track), work, bar)
-    announce("measuring the refined model", progress and bool(texts), LABEL)
-    with found.clock("evaluation"):
-        measured = {**measured, "refined": meter(pruned.model, pruned.weights)}
+    with found.clock("evaluation"), Doing("measuring the refined model", progress and bool(texts), LABEL) as doing:
+        measured = {**measured, "refined": meter(pruned.model, pruned.weights, doing)}
     rows = compared(measured["dense"], measured["refined"])
     before = compared(measured["dense"], measured["pruned"])
     gap = domains.generalisation(rows)

@@ -15,11 +15,11 @@ from pyprune.config import Reconstruction
 from pyprune.data.calibration import CalibrationData
 from pyprune.execution.executor import Activations, Executor
 from pyprune.execution.journal import Journal
+from pyprune.execution.progress import Progress
 from pyprune.execution.run import Findings
 from pyprune.masks.statistics import ratio
 from pyprune.model.blocks import weights_of
 from pyprune.pipeline.block_loop import Written, read_back, settled_blocks, tensors_of
-from pyprune.pipeline.progress import Progress
 from pyprune.reconstruction.trained_window import TrainedWindow
 from pyprune.reconstruction.training import Trace, train, window_error_sums
 from pyprune.reconstruction.windows import parameter_masks, training_dtype

@@ -18,10 +18,10 @@ from pyprune.execution.error_probes import ErrorProbe, errors_of, make_probes, p
 from pyprune.execution.executor import NO_ROOM, Activations
 from pyprune.execution.journal import Journal
 from pyprune.execution.lanes import Declined, with_smaller_batches
+from pyprune.execution.progress import Progress
 from pyprune.execution.run import Findings, Run
 from pyprune.pipeline.block_loop import Written
 from pyprune.pipeline.passes import Passes
-from pyprune.pipeline.progress import Progress
 from pyprune.structured import config_edits, slicing
 from pyprune.structured.allocation import removed
 from pyprune.structured.block import StructuredRun, Target, dense_block, dense_sums, propagated_block, refresh

@@ -16,10 +16,10 @@ from typing import Any, TextIO
 
 from pyprune.config import Calibration, ConfigError, PruneConfig, from_dict
 from pyprune.data.calibration import settled
+from pyprune.execution.progress import Doing, announce
 from pyprune.execution.weight_streaming import Opened, whole
 from pyprune.model.checkpoint import plain
 from pyprune.model.shards import write_bytes
-from pyprune.pipeline.progress import announce
 from pyprune.pipeline.prune import given_sections, prune, prune_copy
 from pyprune.pipeline.result import PruneResult, write_records
 from pyprune.pipeline.shared import Shared
@@ -229,8 +229,8 @@ class Worker:
     def _open(self, config: PruneConfig) -> None:
         """Load the model before the first run; not where every run reads it from its files."""
         if self.opened is None and config.stream != "always":
-            announce(f"loading {config.model_name}", self.progress, "study")
-            self.opened = whole(config.model_name, config.dtype)
+            with Doing(f"loading {config.model_name}", self.progress, "study"):
+                self.opened = whole(config.model_name, config.dtype)
             self.place.agree("model", self.opened.identity())
 
     def _pruned(self, cell: Cell, staging: Path) -> PruneResult:

@@ -302,6 +302,7 @@ T atomicOr(T* p, T v) {
     return old;
 }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __popcll(unsigned long long x) { return __builtin_popcountll(x); }
 using std::max;
 using std::min;
 

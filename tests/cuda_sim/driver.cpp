@@ -51,11 +51,22 @@ static void run_cholesky(Case& c) {
     cholesky_solve(factor, info, c.input<float>("b"), batch, n, k, x, nullptr);
 }
 
+static void run_sparse_linear(Case& c) {
+    const int64_t rows = c["rows"], columns = c["columns"], tokens = c["tokens"];
+    const int dtype = int(c["dtype"]), size = dtype == 0 ? 4 : 2;
+    const Packed w{c.input<uint8_t>("mask"), (columns + 7) / 8, c.input<char>("values"), c.input<int64_t>("offsets"),
+                   rows, columns};
+    sparse_linear(w, dtype, c.input<char>("x"), c["x_stride"], tokens, c.input<char>("bias"),
+                  c.output<char>("out", tokens * rows * size), nullptr);
+    expand_bitmask(w, dtype, c.output<char>("dense", rows * columns * size), nullptr);
+}
+
 int main(int count, char** arguments) {
     const std::map<std::string, void (*)(Case&)> ops{{"obs_sweep", run_obs_sweep},
                                                      {"select_mask", run_select_mask},
                                                      {"nm_mask", run_nm_mask},
                                                      {"compress_24", run_compress_24},
+                                                     {"sparse_linear", run_sparse_linear},
                                                      {"cholesky", run_cholesky}};
     try {
         for (int i = 2; i < count; ++i) {

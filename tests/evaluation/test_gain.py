@@ -7,7 +7,7 @@ import json
 
 import pytest
 import tiny
-from typer.testing import CliRunner
+from calling import call
 
 import pyprune
 from pyprune.config import ConfigError
@@ -31,14 +31,12 @@ def pair(tmp_path_factory):
     return root / "dense", root / "pruned"
 
 
-def test_latency_of_dense_and_pruned_in_one_run(pair, tmp_path, monkeypatch):
-    from pyprune.cli.commands import app
-
+def test_latency_of_dense_and_pruned_in_one_run(pair, tmp_path, monkeypatch, capsys):
     quick = functools.partial(gain.measure_side_by_side, tokens=64, new_tokens=4, rounds=1)
     monkeypatch.setattr(gain, "measure_side_by_side", quick)
-    done = CliRunner().invoke(app, ["eval", str(pair[1]), "--latency", "--plot", str(tmp_path / "gain.png"), "--json"])
-    assert done.exit_code == 0, done.output
-    dense, pruned = json.loads(done.output)
+    code, out, err = call(capsys, "eval", pair[1], "--latency", "--plot", tmp_path / "gain.png", "--json")
+    assert code == 0 and "latency · measuring" in err
+    dense, pruned = json.loads(out)
     # per block: gate, up and down lose 256 × 32 each, and gain biases of 256, 256 and 32
     saved = 3 * (3 * 256 * 32 - (2 * 256 + 32))
     assert dense["parameters"] - pruned["parameters"] == saved
@@ -49,7 +47,7 @@ def test_latency_of_dense_and_pruned_in_one_run(pair, tmp_path, monkeypatch):
     assert all(row["prefill_tokens_per_second"] > 0 and row["peak_memory_bytes"] > 2**20 for row in (dense, pruned))
     assert (tmp_path / "gain.png").stat().st_size > 1000
     # the report beside the model holds it, and its card shows it
-    assert json.loads((pair[1] / "report.json").read_text())["gain"] == json.loads(done.output)
+    assert json.loads((pair[1] / "report.json").read_text())["gain"] == [dense, pruned]
     card = (pair[1] / "README.md").read_text()
     assert f"| {pruned['parameters'] / 1e6:,.1f} M  ×{pruned['ratios']['parameters']:.2f} |" in card
     assert "![gain](gain.png)" in card and (pair[1] / "gain.png").stat().st_size > 1000 and "are gone" in card

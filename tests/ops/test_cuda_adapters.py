@@ -15,6 +15,7 @@ from simulated import factor_of_inverse, load_module, objects, strided
 
 from pyprune import ops
 from pyprune.ops import classes, native, qualification, reference
+from pyprune.ops.packed import pack_bitmask
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to compile the simulated kernels")
 
@@ -80,6 +81,15 @@ def test_compress_and_expand():
         expected = reference.compress_24(w)
         assert torch.equal(values, expected[0]) and torch.equal(meta, expected[1])
         assert torch.equal(native.expand_24_cuda(values, meta), w)
+
+
+def test_sparse_linear_of_any_layout():
+    w, bias = rand(9, 70), rand(9, seed=4)
+    w[w < 0.2] = 0
+    packed = pack_bitmask(w)
+    for x in (rand(70), rand(70, 5, seed=1).T, strided(3, 70, 75, 1), rand(2, 3, 70), rand(40, 70), rand(0, 70)):
+        expected = torch.nn.functional.linear(x, w, bias)
+        torch.testing.assert_close(native.sparse_linear_cuda(x, packed, bias), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,16 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 ARCHITECTURES = ("80", "86", "89", "90a", "100", "120")
-KERNELS = ("obs_sweep", "select_mask", "nm_mask", "compress_24", "cholesky", "cholesky_solve", "device")
+KERNELS = (
+    "obs_sweep",
+    "select_mask",
+    "nm_mask",
+    "compress_24",
+    "cholesky",
+    "cholesky_solve",
+    "sparse_linear",
+    "device",
+)
 EXPECTED = {
     "obs_sweep": 4,
     "select_mask": 15,
@@ -25,6 +34,7 @@ EXPECTED = {
     "compress_24": 2,
     "cholesky": 6,
     "cholesky_solve": 2,
+    "sparse_linear": 26,
     "device": 0,
 }
 DEFAULT_SHARED = 48 << 10  # what a block may use on any architecture; launches ask for no more (csrc/cuda/*.cu)

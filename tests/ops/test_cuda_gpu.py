@@ -11,6 +11,7 @@ import torch
 
 from pyprune import ops
 from pyprune.ops import native, reference
+from pyprune.ops.packed import pack_bitmask
 
 pytestmark = [
     pytest.mark.gpu,
@@ -67,6 +68,19 @@ def test_nm_mask(dtype, n, m):
             keep = reference.nm_mask(expected, n, m, scale=scale, apply=True)
             assert torch.equal(ops.nm_mask(w, n, m, scale=scale, apply=True), keep)
             assert torch.equal(w, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows, columns", [(1, 1), (63, 1000), (4096, 4096), (5, 11008)])
+def test_sparse_linear(dtype, rows, columns):
+    w, bias = rand(rows, columns, dtype=dtype), rand(rows, dtype=dtype, seed=2)
+    w[rand(rows, columns, seed=3) < 0.2] = 0
+    packed = pack_bitmask(w)
+    for tokens in (1, 2, 7, 8, 13, 16, 17, 300):
+        x = rand(tokens, columns, dtype=dtype, seed=4)
+        want = x.double() @ w.double().T + bias.double()
+        error = (ops.sparse_linear(x, packed, bias).double() - want).norm() / want.norm()
+        assert error < {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)

@@ -25,6 +25,7 @@ from simulated import (
 )
 
 from pyprune.ops import reference
+from pyprune.ops.packed import pack_bitmask
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 RUNS = ["order 0", "order 1", "order 2", "asan"]
@@ -312,6 +313,55 @@ def test_compress_24_is_the_layout_of_torch(simulate, run):
         assert torch.equal(result("meta", meta), meta)
         assert torch.equal(result("dense", w), w)
         assert result("fault", case["fault"]).tolist() == [0, 0]
+
+
+# rows, columns, tokens, type
+PRODUCTS = [
+    (1, 1, 1, torch.float32),
+    (9, 63, 2, torch.bfloat16),
+    (5, 64, 3, torch.float16),
+    (17, 2113, 1, torch.bfloat16),
+    (3, 1000, 11, torch.float32),
+    (8, 128, 16, torch.float16),
+]
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_sparse_linear(simulate, run):
+    """Arrays end where they end: the sanitized run sees a value, a bit or an x too many."""
+    cases, weights = [], []
+    for seed, (rows, columns, tokens, dtype) in enumerate(PRODUCTS):
+        generator = torch.Generator().manual_seed(seed)
+        w = torch.randn(rows, columns, generator=generator)
+        w[torch.rand(rows, columns, generator=generator) < 0.3 + 0.1 * seed] = 0
+        if rows > 2:
+            w[1], w[2] = 0, 3
+        w = w.to(dtype)
+        packed = pack_bitmask(w)
+        x = strided(tokens, columns, columns + seed % 2, seed).to(dtype)
+        cases.append(
+            {
+                "rows": rows,
+                "columns": columns,
+                "tokens": tokens,
+                "dtype": DTYPES[dtype],
+                "x_stride": x.stride(0),
+                "mask": packed.mask,
+                "values": packed.values,
+                "offsets": packed.offsets,
+                "x": x,
+                "bias": torch.randn(rows, generator=generator).to(dtype) if seed % 3 else None,
+            }
+        )
+        weights.append(w)
+    for case, w, result in zip(cases, weights, simulate("sparse_linear", cases, run)):
+        bits = torch.int32 if w.dtype == torch.float32 else torch.int16
+        assert torch.equal(result("dense", w).view(bits), w.view(bits))
+        x, bias = case["x"], case["bias"]
+        want = x.double() @ w.double().T + (0 if bias is None else bias.double())
+        got = result("out", want.to(w.dtype))
+        rounding = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}[w.dtype]
+        assert (got.double() - want).norm() <= rounding * want.norm()
 
 
 # batch, n, right-hand sides, damped

@@ -136,7 +136,9 @@ def test_exit_code_two_one_sentence_nothing_written(name, place, monkeypatch, ca
     out, err = capsys.readouterr()
     assert stop.value.code == 2, err
     assert out == ""
-    said = [line for line in err.splitlines() if not line.startswith("pruning ")]  # progress up to the discovery
+    said = [
+        line for line in err.splitlines() if not line.startswith(("pruning ", "evaluating "))
+    ]  # progress up to the discovery
     assert len(said) == 1 and said[0].startswith("error: "), err
     assert re.search(sentence, said[0]), said[0]
     leftovers = [p for p in sorted(place.iterdir()) if p not in before]
@@ -163,4 +165,4 @@ def test_weights_are_untouched_by_a_refused_run():
 def test_unexpected_errors_keep_their_traceback(monkeypatch, folder, tmp_path):
     monkeypatch.setattr(pyprune, "evaluate", lambda *_, **__: json.loads("{"))
     with pytest.raises(json.JSONDecodeError):
-        commands.main(["eval", str(folder), "--text", "x.npy"])
+        commands.main(["eval", str(folder)])

@@ -16,7 +16,16 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-KERNELS = ("obs_sweep", "select_mask", "nm_mask", "compress_24", "cholesky", "cholesky_solve", "device")
+KERNELS = (
+    "obs_sweep",
+    "select_mask",
+    "nm_mask",
+    "compress_24",
+    "cholesky",
+    "cholesky_solve",
+    "sparse_linear",
+    "device",
+)
 FLAGS = ["-std=c++17", "-O1", "-Wall", "-fPIC", "-DPYPRUNE_SIM"]
 SANITIZE = ["-fsanitize=address", "-g1"]
 

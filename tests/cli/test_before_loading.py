@@ -1,0 +1,113 @@
+"""What is wrong is said before the weights are read; whatever a command is at, Ctrl-C ends it in one sentence."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tiny
+from calling import call
+
+from pyprune.model import checkpoint
+
+
+@pytest.fixture
+def sealed(monkeypatch):
+    """No weights can be loaded."""
+
+    def loaded(*_, **__):
+        raise AssertionError("the weights were read")
+
+    monkeypatch.setattr(checkpoint, "load_with_origin", loaded)
+    monkeypatch.setattr("pyprune.execution.weight_streaming.Streamed.__init__", loaded)
+
+
+WRONG = {
+    "no calibration file": (["--calibration", "missing.jsonl"], "no such file or folder: missing.jsonl"),
+    "no evaluation file": (["--text", "/nowhere/wiki.txt"], "no such file or folder: /nowhere/wiki.txt"),
+    "no weight has that name": (["--targets", "mpl"], "'mpl'"),
+    "pattern that does not divide": (["--pattern", "3:7"], "pattern 3:7 does not divide the 32 inputs"),
+    "sequences longer than the text": (["--seq-len", "999999"], "a smaller --seq-len"),
+    "sequences longer than the file": (["--calibration", "{ids}", "--seq-len", "30"], "seq-len 30|--seq-len is 30"),
+    "too few sequences": (
+        ["--calibration", "{ids}", "--num-samples", "13"],
+        "has 12 rows; give more, or set --num-samples 12",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_bad_input_is_refused_before_the_weights_are_read(capsys, tmp_path, folder, sealed, case):
+    options, said = WRONG[case]
+    np.save(tmp_path / "ids.npy", tiny.ids(12, 24).numpy())
+    options = [option.format(ids=tmp_path / "ids.npy") for option in options]
+    code, out, err = call(capsys, "prune", folder, "-o", tmp_path / "o", *options)
+    assert code == 2 and out == "", err
+    assert any(text in err for text in said.split("|")), err
+    assert not (tmp_path / "o").exists()
+
+
+def test_sequences_beyond_a_table_of_positions_are_refused_before_the_weights_are_read(capsys, tmp_path, sealed):
+    tiny.model("gpt2").save_pretrained(tmp_path / "gpt2")
+    np.save(tmp_path / "ids.npy", tiny.ids(12, 200).numpy())
+    code, _, err = call(
+        capsys,
+        "prune",
+        tmp_path / "gpt2",
+        "-o",
+        tmp_path / "o",
+        "--calibration",
+        tmp_path / "ids.npy",
+        "--no-evaluation",
+    )
+    assert (
+        code == 2
+        and "have up to 200 tokens, but GPT2LMHeadModel has 128 positions; set --seq-len to at most 128" in err
+    )
+
+
+def test_eval_and_refine_look_for_their_files_first(capsys, tmp_path, folder, sealed):
+    code, _, err = call(capsys, "eval", folder, "--text", "missing.txt")
+    assert code == 2 and err.endswith("error: no such file or folder: missing.txt\n")
+    code, _, err = call(capsys, "refine", folder, "-o", tmp_path / "o", "--dense", "/nowhere/model")
+    assert code == 2 and "unknown model '/nowhere/model'" in err
+    code, _, err = call(
+        capsys, "refine", folder, "-o", tmp_path / "o", "--dense", folder, "--calibration", "missing.csv"
+    )
+    assert code == 2 and "no such file or folder: missing.csv" in err
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "pyprune.model.checkpoint.load_with_origin",
+        "pyprune.evaluation.perplexity.losses_of",
+        "pyprune.model.assembly.save",
+    ],
+)
+def test_an_interruption_of_a_run_anywhere_is_one_sentence(capsys, tmp_path, folder, monkeypatch, place):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(place, interrupted)
+    code, out, err = call(
+        capsys,
+        "prune",
+        folder,
+        "-o",
+        tmp_path / "o",
+        "--method",
+        "magnitude",
+        "--num-samples",
+        2,
+        "--seq-len",
+        16,
+        "--window",
+        16,
+    )
+    assert (code, out) == (130, "") and "Traceback" not in err
+    last = err.splitlines()[-1]
+    if "assembly" in place:
+        assert last.startswith("interrupted with 3 of 3 blocks done, safe in") and "--resume" in last
+    else:
+        assert last.startswith("interrupted before the first block was done: nothing is left in")
+        assert not (tmp_path / "o").exists()
