@@ -9,6 +9,7 @@ import typer
 
 import pyprune
 from pyprune.cli.options import with_fields
+from pyprune.cli.studies import several
 from pyprune.keywords import configuration_fields
 from pyprune.reporting.rendering import print_json
 
@@ -53,7 +54,7 @@ def check(
         int, typer.Option(help="Check on so many sequences that the other model samples, too.")
     ] = 0,
     tasks: Annotated[
-        list[Path] | None, typer.Option(help="A jsonl file of sentence1, sentence2 and score (STS-B). Repeat for more.")
+        str | None, typer.Option(help="Tasks as pyprune eval takes them, with commas between them.")
     ] = None,
     max_drop: Annotated[float, typer.Option(help="The most that a task's score may fall.")] = 0.02,
     device: Annotated[str, typer.Option(help="Where to run: auto, cpu, cuda or cuda:1.")] = "auto",
@@ -69,7 +70,7 @@ def check(
         against,
         max_perplexity_ratio=max_perplexity_ratio,
         self_generated=self_generated,
-        tasks=tasks or (),
+        tasks=several(tasks),
         max_drop=max_drop,
         device=device,
         **fields.get("evaluation", {}),

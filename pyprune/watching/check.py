@@ -11,7 +11,7 @@ from pyprune.config import ConfigError
 from pyprune.data.self_generated import generate
 from pyprune.evaluation.gain import dense_of
 from pyprune.evaluation.perplexity import NotFinite, evaluate
-from pyprune.evaluation.tasks import sts_spearman
+from pyprune.evaluation.task_runs import evaluate_tasks
 from pyprune.model.blocks import predicts_next_token
 from pyprune.model.checkpoint import load
 from pyprune.reporting.comparison import read
@@ -20,6 +20,8 @@ from pyprune.reporting.verdict import last_errors
 
 MAX_RATIO, MAX_DROP = 1.1, 0.02
 """The limits where nothing else is asked."""
+METRICS = ("acc", "acc_norm", "spearman")
+"""Scores of tasks, of which more is better."""
 RISE = 0.01
 """Held-out error that rises by more than this share, while calibration error falls, is overfitting."""
 
@@ -44,7 +46,7 @@ def check(
     that it was pruned from. text: one or several texts, as :func:`pyprune.evaluate` takes them; None: those that it
     takes by itself. Each may have at most ``max_perplexity_ratio`` times the other's perplexity.
     self_generated: that many sequences of ``seq_len`` tokens, sampled from ``against``, are one more text.
-    tasks: jsonl files of ``sentence1``, ``sentence2`` and ``score`` (STS-B), whose Spearman correlation may fall by at
+    tasks: files, folders or names of lm-eval's tasks, as ``pyprune eval --tasks`` takes them; each score may fall by at
     most ``max_drop``. fields: further ones of :class:`pyprune.Evaluation`.
     Overfitting fails, too: the calibration error of the last block fell while the held-out one rose, in the run's own
     reconstruction or against the run in ``against``, as far as their reports say it.
@@ -99,8 +101,10 @@ def _measure(
         if sampled:
             (row,) = _rows(loaded, sampled, device, {})
             found["perplexity", f"{len(sampled)} self-generated sequences of {seq_len} tokens"] = row["perplexity"]
-    for path in tasks:
-        found["task", str(path)] = sts_spearman(loaded.model, loaded.tokenizer, path)["spearman"]
+    for row in evaluate_tasks(loaded, list(map(str, tasks)), device=device) if tasks else ():
+        for metric in METRICS:
+            if metric in row:
+                found["task", f"{row['task']}, {metric}"] = row[metric]
     return found, sampled
 
 
@@ -124,7 +128,7 @@ def _compared(before: dict, after: dict, max_ratio: float, max_drop: float) -> l
         else:
             value, limit = one - two, max_drop
             passed = math.isfinite(value) and value <= limit
-            what = f"Spearman correlation on {name}"
+            what = f"score of {name}"
         figures.append(
             {"what": what, "kind": kind, "before": one, "after": two, "value": value, "limit": limit, "passed": passed}
         )

@@ -90,6 +90,20 @@ def test_encoders_are_checked_by_tasks(tmp_path):
         pyprune.check(place, place)
 
 
+def test_multiple_choice_is_scored_as_by_eval(pair, tmp_path):
+    from pyprune.evaluation.task_runs import evaluate_tasks
+
+    items = [
+        {"question": f"Which letter is {c}?", "choices": ["a", "b", "c"], "answer": k} for k, c in enumerate("abc")
+    ]
+    (tmp_path / "mc.jsonl").write_text("\n".join(map(json.dumps, items)))
+    path = str(tmp_path / "mc.jsonl")
+    found = pyprune.check(pair[1], pair[0], text=TEXT[0], tasks=[path], max_perplexity_ratio=1e9, max_drop=1)
+    scores = {figure["what"]: (figure["before"], figure["after"]) for figure in found["figures"][1:]}
+    (before,), (after,) = (evaluate_tasks(str(place), [path]) for place in pair)
+    assert found["passed"] and scores[f"score of {path}, acc"] == (before["acc"], after["acc"])
+
+
 def test_a_score_may_fall_by_max_drop_and_no_more():
     before, after = {("task", "t"): 0.80}, {("task", "t"): 0.775}
     (figure,) = check._compared(before, after, 1.1, 0.02)
