@@ -68,8 +68,13 @@ def test_figures_are_those_of_the_report(folders, name):
 def test_a_browser_draws_the_figures_of_the_report(folders, tmp_path):
     """Opened without a network: every chart is drawn, from exactly the numbers in report.json."""
     report = json.loads((folders["trained"] / "report.json").read_text())
-    blocks, weights = drawn(folders["trained"] / "report.html", tmp_path / "profile")
+    blocks, *quantiles, weights = drawn(folders["trained"] / "report.html", tmp_path / "profile")
     assert blocks == [[row[key] for row in report["blocks"]] for key in ("block", "error", "error_held_out")]
+    spreads = [row["error_quantiles"] for row in report["blocks"]]
+    ways = [(text, over) for text, spread in spreads[0].items() for over in spread]
+    assert [chart[1:] for chart in quantiles] == [
+        [list(level) for level in zip(*(spread[text][over] for spread in spreads))] for text, over in ways
+    ]
     kinds = list(dict.fromkeys(row["name"].partition("layers.")[2][2:] for row in report["weights"]))
     assert weights[1:] == [
         [row["error"] for row in report["weights"] if row["name"].endswith(f".{kind}")] for kind in kinds
