@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 import pyprune
-from pyprune.cli import packing
+from pyprune.cli import packing, watching
 from pyprune.cli.help import Command, Group
 from pyprune.cli.options import as_options, option_of, with_fields
 from pyprune.cli.studies import study
@@ -24,6 +24,10 @@ app = typer.Typer(
     name="pyprune", cls=Group, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False
 )
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on standard output.")]
+TrackOption = Annotated[
+    str | None,
+    typer.Option("--track", metavar="tensorboard:FOLDER", help="Write the figures of each block for TensorBoard, too."),
+]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the interrupted run in the same folder.")]
 RUN_FIELDS = [path for path in configuration_fields() if path != "model"]
 EVALUATION_FIELDS = [
@@ -69,6 +73,7 @@ def prune(
         bool, typer.Option("--plan", help="List every weight, estimate memory, time and disk, and prune nothing.")
     ] = False,
     resume: Resume = False,
+    track: TrackOption = None,
     as_json: Json = False,
     *,
     fields: dict[str, Any],
@@ -78,6 +83,8 @@ def prune(
     check_named(settings, fields)
     if plan and resume:
         raise ConfigError("--resume would do nothing: --plan runs nothing")
+    if plan and track:
+        raise ConfigError("--track would do nothing: --plan runs nothing")
     libraries("planning" if plan else "pruning")
     if plan:
         with Doing("counting, and timing two blocks", not as_json, "planning", said=False):
@@ -85,7 +92,7 @@ def prune(
         return print_json(found) if as_json else rendering.print_plan(found)
     if settings.output is None:
         raise ConfigError("no output folder: name one with -o, or ask for the --plan only")
-    result = pyprune.prune(config=settings, resume=resume)
+    result = pyprune.prune(config=settings, resume=resume, track=track)
     if silent():
         return None
     if as_json:
@@ -102,6 +109,7 @@ def refine(
     ] = None,
     cross_block: Annotated[bool, typer.Option("--cross-block", help="Train windows of two blocks (CR).")] = False,
     resume: Resume = False,
+    track: TrackOption = None,
     as_json: Json = False,
     *,
     fields: dict[str, Any],
@@ -124,7 +132,9 @@ def refine(
             ("settings", "reconstruction", Reconstruction),
         )
     }
-    found = refine_checkpoint(model, output, dense=dense, cross_block=cross_block, resume=resume, **sections, **fields)
+    found = refine_checkpoint(
+        model, output, dense=dense, cross_block=cross_block, resume=resume, track=track, **sections, **fields
+    )
     if silent():
         return None
     return print_json(found) if as_json else print_refinement(found, output)
@@ -143,8 +153,21 @@ def evaluate(
             "--latency", help="Measure size, peak memory and tokens per second beside the dense model's instead."
         ),
     ] = False,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            help="Measure tasks instead: .jsonl files or folders (multiple choice, STS-B, SST-2), or names of tasks of "
+            "lm-eval, with commas between them.",
+        ),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="The most items per task.", min=1)] = None,
     against: Annotated[
-        str | None, typer.Option(help="The dense model for --latency. By default the one that MODEL was pruned from.")
+        str | None,
+        typer.Option(
+            help="The dense model, for --tasks and --latency. By default --latency takes the one that MODEL was pruned "
+            "from; dense means that one for --tasks, too."
+        ),
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Picture (.png) of the --latency comparison to write.")] = None,
     as_json: Json = False,
@@ -167,9 +190,16 @@ def evaluate(
             return print_json(rows)
         gain.print_side_by_side(rows)
         return print("added to " + ", ".join(map(str, written))) if written else None
-    for name, value in (("--against", against), ("--plot", plot)):
+    if plot is not None:
+        raise ConfigError("--plot would do nothing: only --latency draws a picture")
+    if tasks is not None:
+        return _evaluate_tasks(model, tasks, limit, against, device, asked, as_json)
+    for name, value, used in (
+        ("--against", against, "--tasks and --latency compare"),
+        ("--limit", limit, "--tasks has items"),
+    ):
         if value is not None:
-            raise ConfigError(f"{name} would do nothing: only --latency compares with the dense model")
+            raise ConfigError(f"{name} would do nothing: only {used}")
     libraries("evaluating")
     from pyprune.data.texts import check_there
     from pyprune.evaluation.perplexity import NotFinite
@@ -185,6 +215,29 @@ def evaluate(
     except NotFinite as error:
         show(error.found)
         raise
+
+
+def _evaluate_tasks(
+    model: str, names: str, limit: int | None, against: str | None, device: str, asked: dict, as_json: bool
+) -> None:
+    for name in asked:
+        if name != "batch_size":
+            option = option_of(f"evaluation.{name}", EVALUATION_FIELDS)
+            raise ConfigError(f"{option} would do nothing: --tasks measures tasks, no text")
+    libraries("evaluating")
+    from pyprune.evaluation import gain, task_runs
+
+    with Doing("measuring tasks", label="evaluating") as doing:
+        rows = task_runs.evaluate_tasks(
+            model,
+            [name.strip() for name in names.split(",") if name.strip()],
+            against=gain.dense_of(model) if against == "dense" else against,
+            limit=limit,
+            batch_size=asked.get("batch_size", 16),
+            device=device,
+            progress=doing,
+        )
+    print_json(rows) if as_json else task_runs.print_tasks(rows)
 
 
 @app.command(cls=Command)
@@ -216,6 +269,8 @@ def compare(
 
 
 app.command(cls=Command)(study)
+app.command(cls=Command)(watching.history)
+app.command(cls=Command)(watching.check)
 app.command(cls=Command)(packing.pack)
 app.command(cls=Command)(packing.unpack)
 

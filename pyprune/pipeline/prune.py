@@ -50,6 +50,7 @@ from pyprune.pipeline.opening import open_model
 from pyprune.pipeline.result import PruneResult, StreamedResult
 from pyprune.pipeline.shared import Shared
 from pyprune.pipeline.structured_work import StructuredWork
+from pyprune.pipeline.tracking import Track, nobody, outcome, tracker
 from pyprune.reporting.comparison import read as read_report
 from pyprune.reporting.record import build_report, compared, data_identity, settings_of
 
@@ -102,6 +103,7 @@ def prune(
     tokenizer: Any = None,
     in_place: bool = False,
     progress: bool = True,
+    track: Track | str | None = None,
     resume: bool = False,
     **fields: Unpack[Fields],
 ) -> PruneResult:
@@ -112,6 +114,8 @@ def prune(
     :func:`pyprune.load` or an earlier run returned is taken as the live model in it.
     resume: continue the interrupted run in the output folder after its last finished block, to the same result bit for
     bit; a folder with nothing in it starts from the beginning.
+    track: called with (block, scalars by name) after each block, and at the end with the perplexities; or
+    ``"tensorboard:FOLDER"``.
     config: a :class:`PruneConfig`, a mapping of its fields, or the path of a ``run.yaml``. ``**fields``: any setting
     of a run by the name of its option (``num_samples=``, ``epochs=``, ``text=``), those of ``config`` overridden.
     ``calibration`` and ``evaluation`` take their settings or just the text, in any form: a path, a Hub data set, a
@@ -126,8 +130,9 @@ def prune(
     config = make_config(config, {**fields, "model": model} if isinstance(model, str) else fields)
     if resume and config.output is None:
         raise ConfigError("resume=True would do nothing: a run without an output folder leaves nothing to go on with")
-    with journaled(config.output, resume) as (world, journal):
-        return _prune(model, config, tokenizer, in_place, progress and world.leads, journal, world, Shared())
+    with journaled(config.output, resume) as (world, journal), tracker(track, world.leads) as told:
+        shown = progress and world.leads
+        return _prune(model, config, tokenizer, in_place, shown, journal, world, Shared(), told)
 
 
 def prune_copy(opened: Opened, config: PruneConfig, shared: Shared, progress: bool = True) -> PruneResult:
@@ -146,6 +151,7 @@ def _prune(
     journal: Journal,
     world: distributed.World,
     shared: Shared,
+    track: Track = nobody,
 ) -> PruneResult:
     found, device = Findings(), pick_device(config.device)
     world.lead(lambda: journal.check_settings(settings_of(config)))
@@ -227,7 +233,7 @@ def _prune(
     ):
         bar.update(phase="preparing")
         work = kind_of(config)(run, found, journal)
-        run_blocks(Loop(executor, journal, found, world, config.seed, config.output), work, bar)
+        run_blocks(Loop(executor, journal, found, world, config.seed, config.output, track), work, bar)
     peak_device = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     models, structured = work.models(), work.entry()
     live = list(models.values())[-1]
@@ -255,6 +261,7 @@ def _prune(
         *domains.gap_warning(gap),
     ]:
         found.warn(text)
+    track(len(view.blocks), outcome(evaluation))
     report = build_report(run, found, live, evaluation, gap, work.coverage(), structured, peak_device, backends)
     if isinstance(opened.weights, Streamed):
         result: PruneResult = StreamedResult(opened.weights, tokenizer, config, report, opened.origin)
@@ -563,6 +570,7 @@ def add_generated(
             f"the self-generated sequences do not begin with {begin_text(tokenizer)!r}, with which "
             "the tokenizer starts every text: they are drawn from a random first token"
         )
+    data.sampled = sequences
     if settings.self_generated_for == "all":
         data.sequences = data.sequences + sequences
         data.fingerprint = calibration.fingerprint(data.sequences)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import datetime
 import hashlib
 import math
 import platform
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from pyprune.config import PruneConfig, to_dict
 from pyprune.data.calibration import CalibrationData, fingerprint
 from pyprune.data.given import contents
+from pyprune.execution.error_probes import LEVELS
 from pyprune.execution.run import Findings, Run
 from pyprune.sources import in_memory, is_name, split
 
@@ -105,6 +107,7 @@ def build_report(
         )
     return {
         "version": 1,
+        "finished": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "config": config_for_report(run.config),
         "model": {
             "name": run.config.model or type(model).__name__,
@@ -121,6 +124,7 @@ def build_report(
         "generalisation": generalisation,
         "weights": found.weights,
         "blocks": found.blocks,
+        "error_quantile_levels": list(LEVELS),
         **({"structured": structured} if structured else {}),
         "seconds": found.clock.seconds,
         "peak_memory_bytes": peak,
