@@ -52,6 +52,7 @@ from pyprune.pipeline.opening import open_model
 from pyprune.pipeline.result import PruneResult, StreamedResult
 from pyprune.pipeline.shared import Shared
 from pyprune.pipeline.structured_work import StructuredWork
+from pyprune.pipeline.tracking import Track, nobody, outcome, tracker
 from pyprune.reporting.comparison import read as read_report
 from pyprune.reporting.record import build_report, compared, data_identity, settings_of
 
@@ -104,6 +105,7 @@ def prune(
     tokenizer: Any = None,
     in_place: bool = False,
     progress: bool = True,
+    track: Track | str | None = None,
     resume: bool = False,
     **fields: Unpack[Fields],
 ) -> PruneResult:
@@ -114,6 +116,8 @@ def prune(
     :func:`pyprune.load` or an earlier run returned is taken as the live model in it.
     resume: continue the interrupted run in the output folder after its last finished block, to the same result bit for
     bit; a folder with nothing in it starts from the beginning.
+    track: called with (block, scalars by name) after each block, and at the end with the perplexities; or
+    ``"tensorboard:FOLDER"``.
     config: a :class:`PruneConfig`, a mapping of its fields, or the path of a ``run.yaml``. ``**fields``: any setting
     of a run by the name of its option (``num_samples=``, ``epochs=``, ``text=``), those of ``config`` overridden.
     ``calibration`` and ``evaluation`` take their settings or just the text, in any form: a path, a Hub data set, a
@@ -128,8 +132,13 @@ def prune(
     config = make_config(config, {**fields, "model": model} if isinstance(model, str) else fields)
     if resume and config.output is None:
         raise ConfigError("resume=True would do nothing: a run without an output folder leaves nothing to go on with")
-    with journaled(config.output, resume) as (world, journal), contextlib.ExitStack() as held:
-        return _prune(model, config, tokenizer, in_place, progress and world.leads, journal, world, Shared(), held)
+    with (
+        journaled(config.output, resume) as (world, journal),
+        contextlib.ExitStack() as held,
+        tracker(track, world.leads) as told,
+    ):
+        shown = progress and world.leads
+        return _prune(model, config, tokenizer, in_place, shown, journal, world, Shared(), held, told)
 
 
 def prune_copy(opened: Opened, config: PruneConfig, shared: Shared, progress: bool = True) -> PruneResult:
@@ -149,6 +158,7 @@ def _prune(
     world: distributed.World,
     shared: Shared,
     held: contextlib.ExitStack,
+    track: Track = nobody,
 ) -> PruneResult:
     """The run; what it enters ``held`` with lasts until the result is written."""
     found, device = Findings(), pick_device(config.device)
@@ -236,7 +246,7 @@ def _prune(
     ):
         bar.update(phase="preparing")
         work = kind_of(config)(run, found, journal)
-        run_blocks(Loop(executor, journal, found, world, config.seed, config.output), work, bar)
+        run_blocks(Loop(executor, journal, found, world, config.seed, config.output, track), work, bar)
     peak_device = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     models, structured = work.models(), work.entry()
     live = list(models.values())[-1]
@@ -264,6 +274,7 @@ def _prune(
         *domains.gap_warning(gap),
     ]:
         found.warn(text)
+    track(len(view.blocks), outcome(evaluation))
     report = build_report(run, found, live, evaluation, gap, work.coverage(), structured, peak_device, backends)
     if isinstance(opened.weights, Streamed):
         result: PruneResult = StreamedResult(opened.weights, tokenizer, config, report, opened.origin)
