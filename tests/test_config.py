@@ -216,7 +216,7 @@ def test_the_command_line_has_every_field_once_and_documents_it():
         - 4  # the sections
         - 1  # what a run writes down
     )
-    own = {"model", "config", "plan", "resume", "as_json"}
+    own = {"model", "config", "plan", "resume", "track", "as_json"}
     assert len(signature) - len(own) == len(fields) - 1  # ``model`` is the argument
     group = typer.main.get_command(commands.app)
     flags = [flag for p in group.commands["prune"].params for flag in (*p.opts, *p.secondary_opts)]
@@ -280,3 +280,12 @@ def test_options_become_the_configuration_they_name():
     assert trained.reconstruction.betas == (0.5, 0.6)
     with pytest.raises(ConfigError, match="sparsity must be a number.* got 'half'"):
         options.nested({"sparsity": "half"})
+
+
+def test_usual_inputs_follow_the_kind_of_run_and_new_fields():
+    assert PruneConfig().inputs == PruneConfig(method="magnitude").inputs == "propagated"
+    neurons = PruneConfig(pattern="neurons")
+    assert neurons.inputs == "sequential"
+    assert override(neurons, {"sparsity": [0.25, 0.5]}).inputs == "dense"
+    assert override(PruneConfig(pattern="neurons", inputs="propagated"), {"sparsity": 0.25}).inputs == "propagated"
+    assert from_yaml(to_yaml(neurons)) == neurons and from_yaml(to_yaml(PruneConfig(method="magnitude"))).inputs

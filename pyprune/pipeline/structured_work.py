@@ -61,7 +61,7 @@ class StructuredWork:
     @staticmethod
     def inputs_of(config: PruneConfig) -> str:
         """Whose inputs a block is pruned on: several sparsities share those of the dense model."""
-        return "dense" if config.is_curve else config.inputs
+        return "dense" if config.is_curve else config.inputs or config.usual_inputs
 
     @classmethod
     def passes_of(cls, config: PruneConfig) -> Passes:
@@ -213,7 +213,7 @@ class StructuredWork:
         way = {}
         if self.inputs == "sequential" and self.prepared.groups[index]:
             way = {"inputs": "propagated" if self.kept is None else "sequential"}
-        return {**errors_of(self.probes), **way}
+        return {**errors_of(self.executor, self.probes), **way}
 
     def record(self, index: int) -> dict:
         order = self.orders.get(self.key)

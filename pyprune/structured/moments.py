@@ -139,9 +139,10 @@ class Moments:
         wrong = {}
         if judge:
             count = torch.full((), len(x), device=x.device)
-            wrong["gram_update"] = guards.gram(gram, x, count, self.precision) | guards.summed(sums, x)
+            wrong["gram_update"] = guards.gram(gram, x, count, self.precision) | guards.summed(sums, x, gram.diagonal())
             if e is not None and cross is not None:
-                wrong["cross_gram_update"] = guards.cross_gram(cross, x.to(narrow), e.to(narrow))
+                bad = guards.cross_gram(cross, x.to(narrow), e.to(narrow), gram.diagonal())
+                wrong["cross_gram_update"] = bad & ~wrong["gram_update"]  # whose diagonal it is judged by
         return (gram, sums, cross), wrong
 
     @property
@@ -257,7 +258,8 @@ class Split:
             for part in (self.fit, self.held):
                 part.place(mean_of(x.float(), w), shift_e)
         for part, which in ((self.fit, ~held), (self.held, held)):
-            rows = which.nonzero().flatten().to(x.device, non_blocking=True)
+            rows = which.nonzero().flatten()
+            rows = (rows.pin_memory() if x.is_cuda else rows).to(x.device, non_blocking=True)
             part.update(
                 x.index_select(0, rows),
                 None if e is None else e.index_select(0, rows),
