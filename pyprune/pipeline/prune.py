@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -42,6 +43,7 @@ from pyprune.model.blocks import (
     refuse_shared,
     select_weights,
 )
+from pyprune.model.origin import Origin
 from pyprune.model.positions import Positions, positions_of
 from pyprune.packed.loading import opened
 from pyprune.pipeline.block_loop import Loop, run_blocks
@@ -256,6 +258,7 @@ def _prune(
     ]:
         found.warn(text)
     report = build_report(run, found, live, evaluation, gap, work.coverage(), structured, peak_device, backends)
+    report["model"] |= known_of_dense(config.model, opened.origin)
     if isinstance(opened.weights, Streamed):
         result: PruneResult = StreamedResult(opened.weights, tokenizer, config, report, opened.origin)
     else:
@@ -266,6 +269,22 @@ def _prune(
                 lambda: journal.finish(lambda folder: result.fill(folder, BlockShards(view.path, journal.shards())))
             )
     return result
+
+
+def known_of_dense(name: str | None, origin: Origin) -> dict:
+    """What a model card says of the dense model: the bytes of its weight files, and ``card``, entries of its header."""
+    found: dict[str, Any] = {}
+    card: dict[str, str] = {}
+    if name is not None and not Path(name).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        card["base_model"] = name
+    if origin.folder is not None:
+        files = [path for path in origin.folder.iterdir() if path.suffix in (".safetensors", ".bin")]
+        found["file_bytes_dense"] = sum(path.stat().st_size for path in files)
+        readme = origin.folder / "README.md"
+        header = readme.read_text(errors="replace").split("---")[1:2] if readme.is_file() else []
+        licence = re.search(r"^license:\s*([\w.-]+)\s*$", header[0], flags=re.M) if header else None
+        card |= {"license": licence[1]} if licence else {}
+    return {**found, **({"card": card} if card else {})}
 
 
 def kind_of(config: PruneConfig) -> type[MaskWork | StructuredWork]:
