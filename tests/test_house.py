@@ -23,7 +23,6 @@ TESTED_IN = {
     "evaluation/block_by_block": "model/test_arguments.py",
     "evaluation/latency": "evaluation/test_gain.py",
     "execution/device": "execution/test_executor.py",
-    "execution/error_probes": "pipeline/test_prune.py",
     "execution/run": "pipeline/test_prune.py",
     "execution/unopened": "planning/test_plan.py",
     "masks/block": "pipeline/test_prune.py",

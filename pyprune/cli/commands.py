@@ -143,8 +143,21 @@ def evaluate(
             "--latency", help="Measure size, peak memory and tokens per second beside the dense model's instead."
         ),
     ] = False,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            help="Measure tasks instead: .jsonl files or folders (multiple choice, STS-B, SST-2), or names of tasks of "
+            "lm-eval, with commas between them.",
+        ),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="The most items per task.", min=1)] = None,
     against: Annotated[
-        str | None, typer.Option(help="The dense model for --latency. By default the one that MODEL was pruned from.")
+        str | None,
+        typer.Option(
+            help="The dense model, for --tasks and --latency. By default --latency takes the one that MODEL was pruned "
+            "from; dense means that one for --tasks, too."
+        ),
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Picture (.png) of the --latency comparison to write.")] = None,
     as_json: Json = False,
@@ -167,9 +180,16 @@ def evaluate(
             return print_json(rows)
         gain.print_side_by_side(rows)
         return print("added to " + ", ".join(map(str, written))) if written else None
-    for name, value in (("--against", against), ("--plot", plot)):
+    if plot is not None:
+        raise ConfigError("--plot would do nothing: only --latency draws a picture")
+    if tasks is not None:
+        return _evaluate_tasks(model, tasks, limit, against, device, asked, as_json)
+    for name, value, used in (
+        ("--against", against, "--tasks and --latency compare"),
+        ("--limit", limit, "--tasks has items"),
+    ):
         if value is not None:
-            raise ConfigError(f"{name} would do nothing: only --latency compares with the dense model")
+            raise ConfigError(f"{name} would do nothing: only {used}")
     libraries("evaluating")
     from pyprune.data.texts import check_there
     from pyprune.evaluation.perplexity import NotFinite
@@ -185,6 +205,29 @@ def evaluate(
     except NotFinite as error:
         show(error.found)
         raise
+
+
+def _evaluate_tasks(
+    model: str, names: str, limit: int | None, against: str | None, device: str, asked: dict, as_json: bool
+) -> None:
+    for name in asked:
+        if name != "batch_size":
+            option = option_of(f"evaluation.{name}", EVALUATION_FIELDS)
+            raise ConfigError(f"{option} would do nothing: --tasks measures tasks, no text")
+    libraries("evaluating")
+    from pyprune.evaluation import gain, task_runs
+
+    with Doing("measuring tasks", label="evaluating") as doing:
+        rows = task_runs.evaluate_tasks(
+            model,
+            [name.strip() for name in names.split(",") if name.strip()],
+            against=gain.dense_of(model) if against == "dense" else against,
+            limit=limit,
+            batch_size=asked.get("batch_size", 16),
+            device=device,
+            progress=doing,
+        )
+    print_json(rows) if as_json else task_runs.print_tasks(rows)
 
 
 @app.command(cls=Command)

@@ -40,6 +40,8 @@ class CalibrationData:
     """A few more of the same, neither fitted nor held out: to measure perplexity on where no other text is named."""
     generated: list[Tensor] = field(default_factory=list)
     """Sampled from the model itself, for the reconstruction alone (``self_generated_for="reconstruction"``)."""
+    sampled: list[Tensor] = field(default_factory=list)
+    """All that were sampled from the model itself, whoever uses them."""
     fingerprint: str
     """SHA-256 of the token ids of ``sequences``, lengths and order included."""
     description: str

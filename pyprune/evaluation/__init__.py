@@ -3,6 +3,8 @@
 ``perplexity``       ``pyprune.evaluate``: windows of text, losses, perplexity
 ``domains``          which texts a run measures, and the gap between the calibration's kind of text and others
 ``block_by_block``   the same measure inside a run, also where the weights are streamed: ``Meter``
+``choices``          multiple-choice items from files, scored as lm-eval scores them
+``task_runs``        ``pyprune eval --tasks``: files and lm-eval's tasks, two models side by side
 ``tasks``            sentence vectors, STS-B, and linear heads for encoders
 ``latency``          ``pyprune.latency``: size, prefill and decoding speed of one model
 ``gain``             size, memory and speed of two checkpoints side by side: ``pyprune eval --latency``

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from pyprune.config import ConfigError
 from pyprune.devices import indexed
+
+WITHOUT_BFLOAT16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI")
+"""Values of ``ONEDNN_MAX_CPU_ISA`` that leave out the products of bfloat16."""
 
 
 def pick_device(name: str) -> torch.device:
@@ -19,7 +24,12 @@ def pick_device(name: str) -> torch.device:
 
 
 def cpu_has_bfloat16() -> bool:
-    """True if this CPU multiplies bfloat16 in hardware (AVX-512 BF16 or AMX), several times as fast as float32."""
+    """True if this CPU multiplies bfloat16 in hardware (AVX-512 BF16 or AMX), several times as fast as float32, and the
+    library that does it may: ``ONEDNN_MAX_CPU_ISA`` can keep it from these instructions, where it takes three times as
+    long as float32."""
+    most = os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper()
+    if most in WITHOUT_BFLOAT16:
+        return False
     return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 

@@ -73,7 +73,9 @@ def read_index(folder: Path) -> dict:
         where, metadata = index["weight_map"], index["metadata"]
         whole = isinstance(metadata, dict) and isinstance(index["files"], dict)
         whole = whole and all(
-            isinstance(v, str) and v == Path(v).name for part in (where, index["files"]) for v in part.values()
+            isinstance(v, str) and v == Path(v).name
+            for names in (where.values(), index["files"].keys(), index["files"].values())
+            for v in names
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path} is damaged: it does not say which file holds what; pack the model again") from error

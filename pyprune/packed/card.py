@@ -27,6 +27,15 @@ are. Many sequences at once and long prompts are no faster. `pyprune eval {name}
 {END}"""
 
 
+def read(path: Path) -> str:
+    """A text of which every byte comes back when it is written: other encodings and line ends too."""
+    return path.read_bytes().decode(errors="surrogateescape")
+
+
+def write(path: Path, text: str) -> None:
+    path.write_bytes(text.encode(errors="surrogateescape"))
+
+
 def with_section(text: str, added: str) -> str:
     """A model card with the section before its first heading of the second level, or at its end."""
     plain = without_section(text)
@@ -44,5 +53,5 @@ def without_section(text: str) -> str:
 def section_of(folder: Path) -> str:
     """The section in the card of a folder, for a card that is written anew; empty if there is none."""
     readme = folder / "README.md"
-    _, mark, rest = (readme.read_text() if readme.is_file() else "").partition(BEGIN)
+    _, mark, rest = (read(readme) if readme.is_file() else "").partition(BEGIN)
     return mark + rest.partition(END)[0] + END if mark else ""

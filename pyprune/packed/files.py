@@ -153,8 +153,8 @@ def unpack(directory: str | Path, output: str | Path, *, progress: Progress | No
             write_bytes(folder / DENSE_INDEX, index["dense_index"].encode())
         readme = folder / "README.md"
         if readme.is_file():
-            rest = card.without_section(readme.read_text())
-            readme.write_text(rest) if rest else readme.unlink()
+            rest = card.without_section(card.read(readme))
+            card.write(readme, rest) if rest else readme.unlink()
 
 
 def _dense_parts(shard: PackedShard, count: Callable[[int], None]) -> Iterator[memoryview]:
@@ -218,7 +218,7 @@ def _pack_files(source: Path, folder: Path, progress: Progress | None = None) ->
         row = pack_file(path, folder / packed_name(path.name), count)
         totals = [total + part for total, part in zip(totals, row)]
     found = Packing(*totals)
-    text = (source / DENSE_INDEX).read_text() if (source / DENSE_INDEX).is_file() else None
+    text = (source / DENSE_INDEX).read_bytes().decode() if (source / DENSE_INDEX).is_file() else None
     where = {name: packed_name(shard.path.name) for name, shard in dense.where.items()}
     _write_index(folder, found, where, files, text)
     return found
@@ -339,5 +339,5 @@ PACKABLE = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float
 
 def _add_card(folder: Path, found: Packing, name: str) -> None:
     readme = folder / "README.md"
-    text = readme.read_text() if readme.is_file() else ""
-    readme.write_text(card.with_section(text, card.section(found.sentence(), name)))
+    text = card.read(readme) if readme.is_file() else ""
+    card.write(readme, card.with_section(text, card.section(found.sentence(), name)))

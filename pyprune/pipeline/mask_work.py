@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from pyprune.config import PruneConfig
 from pyprune.effects import needs_sequences, trains
-from pyprune.execution.error_probes import ErrorProbe, errors_of, make_probes, pass_dense, pass_pruned
+from pyprune.execution.error_probes import SELF_GENERATED, ErrorProbe, errors_of, make_probes, pass_dense, pass_pruned
 from pyprune.execution.executor import NO_ROOM, Activations
 from pyprune.execution.journal import Journal
 from pyprune.execution.lanes import Declined, with_smaller_batches
@@ -178,6 +178,7 @@ class MaskWork:
             return [
                 observe(self.executor, index, module, refs, probe.pruned, lambda columns, device: Inputs())
                 for probe in self.probes
+                if probe.name != SELF_GENERATED
             ]
 
     def observe(self, index: int, module: nn.Module, dense: Activations | None = None) -> Observer | None:
@@ -238,9 +239,11 @@ class MaskWork:
                 self.trainer.advance(index, module, passed=self.final and index == self.passed)
             elif self.fit is not None and self.follows(index) and index < self.last:
                 self.executor.run(index, module, self.fit, self.fit)
-        if not self.trainer and index != self.passed:
-            with self.found.clock("probe"):
-                pass_pruned(self.executor, index, module, self.probes)
+        behind = [] if index == self.passed else self.probes
+        if self.trainer:  # which passes those it measures on itself
+            behind = [probe for probe in self.probes if probe.name == SELF_GENERATED]
+        with self.found.clock("probe"):
+            pass_pruned(self.executor, index, module, behind)
 
     def follows(self, index: int) -> bool:
         """Whether the calibration stream has still to pass the pruned block."""

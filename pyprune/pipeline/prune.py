@@ -582,6 +582,7 @@ def add_generated(
             f"the self-generated sequences do not begin with {begin_text(tokenizer)!r}, with which "
             "the tokenizer starts every text: they are drawn from a random first token"
         )
+    data.sampled = sequences
     if settings.self_generated_for == "all":
         data.sequences = data.sequences + sequences
         data.fingerprint = calibration.fingerprint(data.sequences)

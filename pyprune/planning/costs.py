@@ -73,9 +73,8 @@ def tokens_of(config: PruneConfig) -> int:
 
 def probe_sequences(config: PruneConfig) -> int:
     """Sequences that errors are measured on, of the calibration data and held out."""
-    return min(config.probe_samples, config.calibration.samples) + min(
-        config.probe_samples, config.calibration.held_out
-    )
+    calibration, most = config.calibration, config.probe_samples
+    return sum(min(most, count) for count in (calibration.samples, calibration.held_out, calibration.self_generated))
 
 
 @dataclasses.dataclass

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from pyprune.config import LAYERWISE, ConfigError, PruneConfig
-from pyprune.execution.error_probes import ErrorProbe, stream_error
+from pyprune.execution.error_probes import SELF_GENERATED, ErrorProbe, as_row, stream_errors
 from pyprune.execution.executor import Activations, Executor
 from pyprune.execution.run import Findings, Run
 from pyprune.masks.statistics import ratio
@@ -97,7 +97,7 @@ class WindowTrainer:
             fits.append(run.executor.embed(run.data.generated, shared=True))
         dense = "dense" in streams_beside(config)
         self.calibration = [Streams(f"fit {k}", a, a.like() if dense else None) for k, a in enumerate(fits)]
-        self.probes = [ProbeStreams(p.name, p.pruned, p.dense) for p in probes]
+        self.probes = [ProbeStreams(p.name, p.pruned, p.dense) for p in probes if p.name != SELF_GENERATED]
         self.watch = next((p for p in self.probes if p.name == "held_out"), None)
         if self.watch is None and (self.settings.select == "validation" or self.settings.early_stop):
             raise ConfigError(
@@ -258,8 +258,9 @@ class WindowTrainer:
                 with self.executor.compute(index - 1) as before:
                     self.executor.run(index - 1, before, streams.inputs, streams.inputs)
         for probe in self.probes if index > 0 else []:
-            final = stream_error(probe.inputs, self._probe_targets[probe.name])
+            final, quantiles = as_row(stream_errors(probe.inputs, self._probe_targets[probe.name]).tolist())
             row = self.found.blocks[index - 1]
+            row["error_quantiles"][probe.name] = quantiles
             key = {"calibration": "error", "held_out": "error_held_out"}[probe.name]
             row[key] = final
             if not row["steps"] or row["steps"][-1]["step"] != "cross_block 2":

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pyprune.config import PruneConfig, to_dict
 from pyprune.data.calibration import CalibrationData, fingerprint
 from pyprune.data.given import contents
+from pyprune.execution.error_probes import LEVELS
 from pyprune.execution.run import Findings, Run
 from pyprune.sources import in_memory, is_name, split
 
@@ -121,6 +122,7 @@ def build_report(
         "generalisation": generalisation,
         "weights": found.weights,
         "blocks": found.blocks,
+        "error_quantile_levels": list(LEVELS),
         **({"structured": structured} if structured else {}),
         "seconds": found.clock.seconds,
         "peak_memory_bytes": peak,

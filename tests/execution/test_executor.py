@@ -171,3 +171,15 @@ def test_tokens_per_batch_follow_the_device_of_the_run_not_what_the_machine_has(
     assert [b.size for b in on_cpu.like().batches()] == [32] * 9 + [12]
     on_gpu = Activations(sequences, 4, torch.float32, batch_tokens=target_tokens("cuda"))
     assert [b.size for b in on_gpu.batches()] == [256, 44]
+
+
+def test_bfloat16_is_not_taken_where_its_products_are_forbidden(monkeypatch):
+    from pyprune.execution.device import cpu_has_bfloat16
+
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    assert cpu_has_bfloat16()
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "avx2")
+    assert not cpu_has_bfloat16()
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
+    assert cpu_has_bfloat16()

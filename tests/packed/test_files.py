@@ -26,7 +26,7 @@ def pair(tmp_path_factory, tokenizer):
     model = tiny.zeroed(tiny.model("llama", vocab_size=tiny.CHARACTERS), 0.5).bfloat16()
     model.save_pretrained(root / "dense", max_shard_size="40KB")
     tokenizer.save_pretrained(root / "dense")
-    (root / "dense" / "README.md").write_text("---\ntags: [x]\n---\n\n# model\n\ntext\n\n## Use\n\nmore")
+    (root / "dense" / "README.md").write_bytes(b"---\r\ntags: [x]\n---\n\n# model \xff\n\n## Use\n\nmore")
     (root / "dense" / "1_Pooling").mkdir()
     (root / "dense" / "1_Pooling" / "config.json").write_text("{}")
     assert len(list((root / "dense").glob("*.safetensors"))) > 1
@@ -44,7 +44,7 @@ def test_pack_and_unpack_give_back_every_file_to_the_byte(pair, tmp_path):
     assert tree(tmp_path / "again") == tree(dense)
     assert (packed / "1_Pooling" / "config.json").read_text() == "{}"
     assert (
-        "pyprune.load" in (packed / "README.md").read_text()
+        b"pyprune.load" in (packed / "README.md").read_bytes()
         and "quantization" not in (packed / "config.json").read_text()
     )
 
@@ -283,7 +283,17 @@ def test_random_damage_is_refused_or_harmless(tmp_path):
     assert refused > 200
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": {"a": "../x"}, "metadata": {}, "files": {}}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"weight_map": {"a": "../x"}, "metadata": {}, "files": {}}',
+        '{"weight_map": {}, "metadata": {}, "files": {"../x": "y"}}',
+        '{"weight_map": {}, "metadata": {}, "files": {"x": "../y"}}',
+    ],
+)
 def test_a_damaged_index_is_refused(pair, tmp_path, text):
     (tmp_path / packed_shards.INDEX).write_text(text)
     with pytest.raises(ConfigError, match="damaged"):

@@ -1,0 +1,113 @@
+"""``pyprune eval --tasks`` on files: what their rows tell, two models side by side, refusals before any work."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import tiny
+import torch
+
+import pyprune
+from pyprune.cli.commands import main
+from pyprune.config import ConfigError
+from pyprune.evaluation import tasks
+from pyprune.evaluation.task_runs import evaluate_tasks
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture
+def questions(tmp_path):
+    rows = [
+        {"question": f"what is {i}", "choices": [f"it is {i}", "no", f"{i * i}"], "answer": i % 3} for i in range(9)
+    ]
+    return write(tmp_path / "questions.jsonl", rows)
+
+
+def halved(folder, out):
+    pyprune.prune(
+        str(folder),
+        output=out,
+        sparsity=0.7,
+        calibration={"num_samples": 4, "seq_len": 32},
+        evaluation={"enabled": False},
+        progress=False,
+    )
+
+
+def test_a_pruned_model_beside_its_dense_one_on_the_command_line(folder, questions, tmp_path, capsys):
+    out = str(tmp_path / "out")
+    calibration = {"num_samples": 4, "seq_len": 32}
+    pyprune.prune(
+        str(folder), output=out, sparsity=0.7, evaluation={"enabled": False}, progress=False, calibration=calibration
+    )
+    main_ = lambda *words: main(["eval", out, *words])  # noqa: E731
+    with pytest.raises(SystemExit) as end:
+        main_("--tasks", questions, "--against", "dense", "--limit", "8", "--json")
+    assert not end.value.code
+    (row,) = json.loads(capsys.readouterr().out)
+    assert row["items"] == 8 and row["task"] == questions
+    test = row["paired"]["acc"]
+    assert row["acc"] - row["dense"]["acc"] == pytest.approx(test["difference"])
+    assert test["difference"] == pytest.approx((test["only_pruned"] - test["only_dense"]) / 8)
+    (alone,) = evaluate_tasks(str(folder), [questions], limit=8)
+    assert alone["acc"] == row["dense"]["acc"], "the dense column is the dense model's"
+    with pytest.raises(SystemExit) as end:
+        main_("--tasks", questions, "--against", "dense")
+    shown = capsys.readouterr().out
+    assert not end.value.code and "acc_norm" in shown and "difference" in shown
+
+
+def test_packed_and_plain_models_score_alike(folder, questions, tmp_path):
+    out = str(tmp_path / "out")
+    calibration = {"num_samples": 4, "seq_len": 32}
+    pyprune.prune(
+        str(folder), output=out, sparsity=0.7, evaluation={"enabled": False}, progress=False, calibration=calibration
+    )
+    pyprune.pack(out, str(tmp_path / "packed"))
+    plain, packed = (evaluate_tasks(name, [questions])[0] for name in (out, str(tmp_path / "packed")))
+    assert {**packed, "task": 0} == {**plain, "task": 0}
+
+
+def test_sentence_pairs_and_labelled_sentences_for_encoders(tmp_path):
+    words = tiny.tokenizer(encoder=True)
+    dense = tiny.model("bert", vocab_size=tiny.CHARACTERS)
+    other = tiny.model("bert", vocab_size=tiny.CHARACTERS, seed=1)
+    pairs = [{"sentence1": f"a {i}", "sentence2": "b" * (i + 1), "score": (i * 7) % 5} for i in range(20)]
+    file = write(tmp_path / "pairs.jsonl", pairs)
+    (row,) = evaluate_tasks(other, [file], against=dense, tokenizer=words)
+    assert row["dense"]["spearman"] == tasks.sts_spearman(dense, words, file)["spearman"]
+    assert row["paired"]["spearman"]["difference"] == pytest.approx(row["spearman"] - row["dense"]["spearman"])
+    assert row["spearman_standard_error"] > 0
+
+    (tmp_path / "sst").mkdir()
+    labelled = [{"sentence": ("good " if i % 2 else "zzz ") * (1 + i % 3), "label": i % 2} for i in range(24)]
+    write(tmp_path / "sst/train.jsonl", labelled)
+    write(tmp_path / "sst/dev.jsonl", labelled[:10])
+    (row,) = evaluate_tasks(dense, [str(tmp_path / "sst")], tokenizer=words)
+    assert row["items"] == 10 and row["acc"] == 1.0, "the two words are easily told apart"
+
+
+def test_refusals_come_before_any_work(folder, questions, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.nn.Module, "__call__", lambda *a, **k: pytest.fail("worked"))
+    model, words = tiny.model("bert", vocab_size=tiny.CHARACTERS), tiny.tokenizer(encoder=True)
+    with pytest.raises(ConfigError, match="does not predict the next token"):
+        evaluate_tasks(model, [questions], tokenizer=words)
+    with pytest.raises(ConfigError, match="no such file"):
+        evaluate_tasks(model, [questions.replace("questions", "other")], tokenizer=words)
+    with pytest.raises(ConfigError, match="put train.jsonl beside it"):
+        evaluate_tasks(model, [write(tmp_path / "dev.jsonl", [{"sentence": "x", "label": 1}])], tokenizer=words)
+    with pytest.raises(ConfigError, match="need a tokenizer"):
+        evaluate_tasks(model, [questions])
+    assert main_code(["eval", str(folder), "--tasks", questions, "--window", "9"]) == 2
+    assert main_code(["eval", str(folder), "--limit", "9"]) == 2
+
+
+def main_code(words):
+    with pytest.raises(SystemExit) as end:
+        main(words)
+    return end.value.code
