@@ -263,11 +263,12 @@ def print_inspection(found: dict, out: TextIO | None = None) -> None:
     coverage, structure = found["coverage"], _structure_text(found)
     if structure:
         console.print(structure)
-    console.print(
-        f"sparsity {found['sparsity']:.4f} of the blocks' matrices, {found['sparsity_of_model']:.4f} of all "
-        f"parameters; {coverage['pruned']} of {coverage['matrices']} matrices are pruned, "
-        f"{coverage['fraction']:.1%} of their weights, to {found['sparsity_of_pruned']:.4f}"
-    )
+    if coverage["pruned"] or not structure:
+        console.print(
+            f"sparsity {found['sparsity']:.4f} of the blocks' matrices, {found['sparsity_of_model']:.4f} of all "
+            f"parameters; {coverage['pruned']} of {coverage['matrices']} matrices are pruned, "
+            f"{coverage['fraction']:.1%} of their weights, to {found['sparsity_of_pruned']:.4f}"
+        )
     patterns = found["patterns"] if coverage["pruned"] else {}
     for name, row in patterns.items():
         console.print(f"{name}: {row['violations']:,} violations in {row['groups']:,} groups of the pruned matrices")
@@ -306,7 +307,7 @@ def _structure_text(found: dict) -> str | None:
     )
     return (
         f"structured: {gone or 'heads or neurons'} removed{left}"
-        + (f"; the config says {sizes}" if sizes else "; sizes differ from block to block, pyprune.load knows them")
+        + (f"; the config says {sizes}" if sizes else "; no stock config says its sizes, pyprune.load knows them")
         + ". Matrices became smaller, which leaves no zeros to count"
     )
 
