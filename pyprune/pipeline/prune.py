@@ -53,7 +53,7 @@ from pyprune.pipeline.result import PruneResult, StreamedResult
 from pyprune.pipeline.shared import Shared
 from pyprune.pipeline.structured_work import StructuredWork
 from pyprune.reporting.comparison import read as read_report
-from pyprune.reporting.record import build_report, compared, data_identity, settings_of
+from pyprune.reporting.record import build_report, compared, config_for_report, data_identity, settings_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -190,7 +190,15 @@ def _prune(
                 "data": data_identity(data, [text.windows for text in windows]),
                 "model": opened.identity(),
             }
-            begin(journal, world, identity, len(view.blocks), streamed=opened.weights.streamed, backends=backends)
+            begin(
+                journal,
+                world,
+                identity,
+                len(view.blocks),
+                streamed=opened.weights.streamed,
+                backends=backends,
+                config=config_for_report(config),
+            )
     if world.same(journal.complete):
         world.lead(journal.publish)
         return published(config, opened.weights)
