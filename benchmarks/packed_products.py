@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -23,6 +23,7 @@ from torch.nn import functional
 from benchmarks.common import environment, read, write
 from benchmarks.timing import Clock
 from pyprune import ops
+from pyprune.model.blocks import read_on
 from pyprune.ops.packed import Packed, pack_bitmask
 
 ROTATED = 96 << 20
@@ -57,9 +58,9 @@ def reading_rate() -> float:
     return parts[0].nbytes / in_turns({"read": [lambda x=x: x.sum() for x in parts]}, 8)["read"]
 
 
-def matrix(size: int, samples: int, tokens: tuple[int, ...] = (1, 4, 16, 64, 512)) -> list[dict]:
+def matrix(size: int, samples: int, tokens: tuple[int, ...]) -> Iterator[dict]:
     """Rows of one square matrix, from memory (rotated) and, if it is small, from the cache."""
-    rate, rows = reading_rate(), []
+    rate = reading_rate()
     generator = torch.Generator().manual_seed(0)
     w = torch.randn(size, size, generator=generator)
     copies = max(1, ROTATED // (size * size // 2)) if size * size > 1 << 22 else 1
@@ -81,20 +82,16 @@ def matrix(size: int, samples: int, tokens: tuple[int, ...] = (1, 4, 16, 64, 512
         fastest_dense = min(least["dense bfloat16"], least["dense float32"])
         for label, seconds in least.items():
             moved = packed[label][0].nbytes if label in packed else w.numel() * (2 if "bfloat16" in label else 4)
-            rows.append(
-                {
-                    "case": f"{size}×{size}, {'memory' if copies > 1 else 'cache'}",
-                    "tokens": count,
-                    "weights": label,
-                    "ms": round(seconds * 1e3, 4),
-                    "times_fastest_dense": round(fastest_dense / seconds, 2),
-                    "times_dense_bfloat16": round(least["dense bfloat16"] / seconds, 2),
-                    "bytes_of_dense_bfloat16": round(moved / (2 * w.numel()), 3),
-                    "share_of_reading": round(moved / seconds / rate, 2) if count == 1 else None,
-                }
-            )
-            print(rows[-1], file=sys.stderr, flush=True)
-    return rows
+            yield {
+                "case": f"{size}×{size}, {'memory' if copies > 1 else 'cache'}",
+                "tokens": count,
+                "weights": label,
+                "ms": round(seconds * 1e3, 4),
+                "times_fastest_dense": round(fastest_dense / seconds, 2),
+                "times_dense_bfloat16": round(least["dense bfloat16"] / seconds, 2),
+                "bytes_of_dense_bfloat16": round(moved / (2 * w.numel()), 3),
+                "share_of_reading": round(moved / seconds / rate, 2) if count == 1 and copies > 1 else None,
+            }
 
 
 def name(dtype: torch.dtype) -> str:
@@ -122,6 +119,7 @@ def llama(blocks: int):
     with torch.device("meta"):
         model = LlamaForCausalLM(config).to(torch.bfloat16)
     model = model.to_empty(device="cpu")
+    model.tie_weights()
     noise = torch.randn(2048, 8192).mul_(0.02).bfloat16()
     for parameter in model.parameters():  # each its own memory; the numbers do not matter for the time
         flat = parameter.data.view(-1)
@@ -141,12 +139,11 @@ def decoding(model: nn.Module, tokens: int, prompt: int = 16) -> tuple[float, fl
     """Least and median seconds of a decoding step at a short context."""
     clock, samples = Clock("cpu"), []
     ids = torch.randint(1000, (1, prompt), generator=torch.Generator().manual_seed(0))
-    state = model(input_ids=ids, use_cache=True)
+    logits, cache = read_on(model, ids)
     for _ in range(tokens):
-        ids = state.logits[:, -1:].argmax(-1)
-        cache, holder = state.past_key_values, []
-        samples.append(clock(lambda i=ids, c=cache, h=holder: h.append(model(input_ids=i, past_key_values=c))))
-        state = holder[0]
+        ids, holder = logits[:, -1:].argmax(-1), []
+        samples.append(clock(lambda i=ids, c=cache, h=holder: h.append(read_on(model, i, c))))
+        logits, cache = holder[0]
     samples = sorted(samples[2:])
     return samples[0], samples[len(samples) // 2]
 
@@ -171,44 +168,53 @@ def kernels_alone(model: nn.Module, samples: int) -> float:
     return in_turns({"layers": [once]}, samples)["layers"]
 
 
-def prune(model: nn.Module, sparsity: float) -> None:
+def packed(model: nn.Module, sparsity: float) -> nn.Module:
+    """The model pruned by magnitude and packed."""
+    import pyprune
+
     for module in model.model.layers.modules():
         if isinstance(module, nn.Linear):
             module.weight.data = without(module.weight.data, sparsity)
+    return pyprune.sparse(model)
 
 
-def whole(label: str, build: Callable[[], nn.Module], tokens: int, narrow_first: bool) -> list[dict]:
-    """Decoding, dense in both types and packed; one model in memory at a time."""
-    import pyprune
+def packed_alike(model: nn.Module, sparsity: float) -> nn.Module:
+    """The same for a random model: layers of one shape get copies of one packed weight."""
+    from pyprune.packed.modules import SparseLinear
+
+    first: dict[tuple, Packed] = {}
+    for module in list(model.model.layers.modules()):
+        for child_name, child in list(module.named_children()):
+            if isinstance(child, nn.Linear):
+                shape = tuple(child.weight.shape)
+                if shape not in first:
+                    generator = torch.Generator().manual_seed(0)
+                    first[shape] = pack_bitmask(without(torch.randn(shape, generator=generator).bfloat16(), sparsity))
+                setattr(module, child_name, SparseLinear(copied(first[shape]), child.bias))
+    return model
+
+
+def whole(
+    label: str, build: Callable[[], nn.Module], pack: Callable[[nn.Module, float], nn.Module], forms: list, tokens: int
+) -> Iterator[dict]:
+    """Decoding of each form (type, sparsity or None for dense); one model in memory at a time."""
     from pyprune.packed.modules import weight_bytes
 
-    rows: list[dict] = []
-    forms = [(dtype, None) for dtype in TYPES[:2]] + [(torch.bfloat16, s) for s in (0.5, 0.7)]
-    if not narrow_first:
-        forms += [(torch.float32, s) for s in (0.5, 0.7)]
     for dtype, sparsity in forms:
         model = build().to(dtype)
         if sparsity is not None:
-            prune(model, sparsity)
-            model = pyprune.sparse(model)
+            model = pack(model, sparsity)
         least, median = decoding(model, tokens)
         layers = kernels_alone(model, 5)
-        rows.append(
-            {
-                "case": label,
-                "weights": f"{f'{sparsity:.0%}' if sparsity else 'dense'} {name(dtype)}",
-                "ms_per_token": round(median * 1e3, 2),
-                "ms_per_token_least": round(least * 1e3, 2),
-                "tokens_per_second": round(1 / median, 1),
-                "layers_alone_ms": round(layers * 1e3, 2),
-                "weight_bytes": weight_bytes(model),
-            }
-        )
-        print(rows[-1], file=sys.stderr, flush=True)
-    dense = min(row["ms_per_token"] for row in rows if "dense" in row["weights"])
-    for row in rows:
-        row["times_fastest_dense"] = round(dense / row["ms_per_token"], 2)
-    return rows
+        yield {
+            "case": label,
+            "weights": f"{f'{sparsity:.0%}' if sparsity else 'dense'} {name(dtype)}",
+            "ms_per_token": round(median * 1e3, 2),
+            "ms_per_token_least": round(least * 1e3, 2),
+            "tokens_per_second": round(1 / median, 1),
+            "layers_alone_ms": round(layers * 1e3, 2),
+            "weight_bytes": weight_bytes(model),
+        }
 
 
 def smollm2() -> nn.Module:
@@ -230,17 +236,28 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
+    now = environment()
+    said = {key: now[key] for key in ("cpu", "instruction_set", "threads", "torch", "commit")}
+    brain, single = TYPES[:2]
     if options.study == "matrix":
         rows = matrix(options.size, options.samples, tuple(options.tokens))
     elif options.study == "llama":
-        rows = whole(
-            f"LLaMA 3.2 1B's shape, {options.blocks} blocks", lambda: llama(options.blocks), 8 * options.samples, True
-        )
+        forms = [(brain, 0.5), (brain, 0.7), (brain, None), (single, None)]
+        case = f"LLaMA 3.2 1B's shape, {options.blocks} blocks"
+        rows = whole(case, lambda: llama(options.blocks), packed_alike, forms, 8 * options.samples)
     else:
-        rows = whole("SmolLM2-135M", smollm2, 8 * options.samples, False)
-    now = environment()
-    said = {key: now[key] for key in ("instruction_set", "threads", "load", "commit", "time")}
-    write(options.name, [*read(options.name, options.out), *({**row, **said} for row in rows)], options.out)
+        forms = [(dtype, sparsity) for sparsity in (None, 0.5, 0.7) for dtype in (brain, single)]
+        rows = whole("SmolLM2-135M", smollm2, packed, forms, 8 * options.samples)
+    for row in rows:
+        print(row, file=sys.stderr, flush=True)
+        kept = [
+            r
+            for r in read(options.name, options.out)
+            if not all(r.get(k) == row[k] for k in ("case", "weights"))
+            or any(r.get(k) != said[k] for k in ("instruction_set", "threads"))
+            or r.get("tokens") != row.get("tokens")
+        ]
+        write(options.name, [*kept, {**row, **said, "load": environment()["load"]}], options.out)
 
 
 if __name__ == "__main__":

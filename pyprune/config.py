@@ -388,10 +388,11 @@ class PruneConfig:
     global_propagation: bool = False
     """Reconstruct towards the activations of the dense model itself, not towards what its block makes of the pruned
     model's activations (global propagation, GP, of arXiv 2406.15524)."""
-    inputs: Inputs = "propagated"
+    inputs: Inputs | None = None
     """Which inputs the statistics come from: those that the pruned blocks before leave (``propagated``, two passes per
     block); those of the dense model (``dense``, one pass); or those that the pruned layers before leave, each group of
-    layers, heads or neurons being pruned as soon as all tokens have arrived at it (``sequential``, one pass)."""
+    layers, heads or neurons being pruned as soon as all tokens have arrived at it (``sequential``, one pass). The
+    default is propagated for masks, sequential for heads and neurons, and dense for several sparsities at once."""
     targets: list[str] = field(default_factory=list)
     """Prune only weights that one of these patterns names: whole components (``mlp``, ``layers.1``,
     ``experts.down_proj[3]``), wildcards (``*_proj``), or ``re:`` and a regular expression. By default every matrix of
@@ -465,6 +466,7 @@ class PruneConfig:
         else:
             self.reconstruct = self.reconstruct or ("layer" if self.method == "sparsegpt" else "none")
             _choose(f"reconstruct for pattern {self.pattern!r}", self.reconstruct, WEIGHT_RECONSTRUCTIONS)
+        self.inputs = self.inputs or self.usual_inputs
         _check_choices(self)
         if self.global_propagation and self.inputs == "dense":
             raise ConfigError("global_propagation needs inputs='propagated': it corrects the pruned stream")
@@ -552,6 +554,13 @@ class PruneConfig:
         if isinstance(self.sparsity, (list, tuple)):
             return tuple(self.sparsity)
         return () if self.sparsity is None else (self.sparsity,)
+
+    @property
+    def usual_inputs(self) -> Inputs:
+        """``inputs`` where nothing is asked for."""
+        if self.is_curve:
+            return "dense"
+        return "sequential" if self.is_structured and effects.observes(self) else "propagated"
 
     @property
     def is_curve(self) -> bool:
@@ -663,6 +672,8 @@ def override(base: PruneConfig | str | Path | None, values: dict) -> PruneConfig
         return from_dict(PruneConfig, values)
     base = base if isinstance(base, PruneConfig) else from_yaml(base)
     merged = {key: dict(vars(value)) if key in SECTIONS else value for key, value in vars(base).items()}
+    if base.inputs == base.usual_inputs:
+        merged["inputs"] = None  # the new fields may have other usual ones
     for key, value in values.items():
         merged[key] = {**merged[key], **value} if key in SECTIONS and isinstance(value, dict) else value
     while True:

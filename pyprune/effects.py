@@ -89,7 +89,7 @@ RUN: dict[str, Rule] = {
     ),
     "criterion": (lambda c: c.is_structured, _STRUCTURED + "; masks choose by method"),
     "global_propagation": _RECONSTRUCTED,
-    "inputs": (observes, _STATISTICS),
+    "inputs": (lambda c: observes(c) or c.inputs == c.usual_inputs, _STATISTICS),
     "damping": _DAMPED,
     "column_block": (_DAMPED[0], _FACTOR),
     "batch_size": _READS,

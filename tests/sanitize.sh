@@ -14,4 +14,5 @@ export ASAN_OPTIONS=detect_leaks=0:abort_on_error=0 UBSAN_OPTIONS=print_stacktra
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
 (cd / && python -c "import sys, pyprune._C as C; sys.exit(not C.__file__.startswith('$target'))")
 # The script, not python -m: that would put the source tree, with its uninstrumented module, first.
-pytest -q -p no:cacheprovider tests/ops/test_native.py tests/ops/test_fuzz_ops.py "$@"
+# -s: a finding ends the process, and with it what pytest would have captured.
+pytest -q -s -p no:cacheprovider tests/ops/test_native.py tests/ops/test_fuzz_ops.py "$@"

@@ -280,3 +280,12 @@ def test_options_become_the_configuration_they_name():
     assert trained.reconstruction.betas == (0.5, 0.6)
     with pytest.raises(ConfigError, match="sparsity must be a number.* got 'half'"):
         options.nested({"sparsity": "half"})
+
+
+def test_usual_inputs_follow_the_kind_of_run_and_new_fields():
+    assert PruneConfig().inputs == PruneConfig(method="magnitude").inputs == "propagated"
+    neurons = PruneConfig(pattern="neurons")
+    assert neurons.inputs == "sequential"
+    assert override(neurons, {"sparsity": [0.25, 0.5]}).inputs == "dense"
+    assert override(PruneConfig(pattern="neurons", inputs="propagated"), {"sparsity": 0.25}).inputs == "propagated"
+    assert from_yaml(to_yaml(neurons)) == neurons and from_yaml(to_yaml(PruneConfig(method="magnitude"))).inputs

@@ -6,7 +6,7 @@
 // bit become 0, and every token multiplies its x with the one register. The place of the next values depends on the
 // bits by an addition alone: the counts of a 64-bit word are independent of it.
 //
-// A load takes COLUMNS values although fewer may be left. Behind the last rows it would leave the array: their values
+// A load takes up to REACH values although fewer may be left. Behind the last rows it would leave the array: their values
 // are read from a copy with room behind it.
 #pragma once
 
@@ -141,7 +141,8 @@ struct Unit : Steps<VL> {
 };
 #endif
 
-constexpr int WORD = 64;  // columns whose bits are read at once
+constexpr int WORD = 64;   // columns whose bits are read at once
+constexpr int REACH = 32;  // values that one load takes at most
 // Rows that pass together share a load of x and hide each other's waits. Each walks through memory of its own, in short
 // pieces, which a processor's prefetching follows badly: asking LEAD bytes ahead takes a 4096×4096 from 1.3 to 0.6 ms.
 constexpr int ROWS_AT_ONCE = 4;
@@ -182,7 +183,7 @@ inline void put(float* p, float x) { *p = x; }
 inline void put(bf16* p, float x) { p->bits = round_bf16(x); }
 inline void put(f16* p, float x) { p->bits = round_f16(x); }
 
-// Where the values of each row are read, so that COLUMNS of them may be loaded at any place.
+// Where the values of each row are read, so that REACH of them may be loaded at any place.
 template <typename T>
 class Values {
   public:
@@ -190,8 +191,8 @@ class Values {
         : data_(static_cast<const T*>(w.values)), offsets_(w.offsets), tail_(w.rows), copy_(room(w)) {
         if (tail_ == w.rows) return;
         const int64_t count = w.offsets[w.rows] - w.offsets[tail_];
-        std::memcpy(copy_.get(), data_ + w.offsets[tail_], size_t(count) * sizeof(T));
-        std::memset(copy_.get() + count, 0, sizeof(T) * Unit<T>::COLUMNS);
+        if (count > 0) std::memcpy(copy_.get(), data_ + w.offsets[tail_], size_t(count) * sizeof(T));
+        std::memset(copy_.get() + count, 0, sizeof(T) * REACH);
     }
     const T* row(int64_t i) const {
         return i < tail_ ? data_ + offsets_[i] : copy_.get() + (offsets_[i] - offsets_[tail_]);
@@ -199,9 +200,9 @@ class Values {
 
   private:
     int64_t room(const PackedView& w) {
-        const int64_t safe = w.offsets[w.rows] - Unit<T>::COLUMNS;
+        const int64_t safe = w.offsets[w.rows] - REACH;
         while (tail_ > 0 && w.offsets[tail_] > safe) --tail_;
-        return w.offsets[w.rows] - w.offsets[tail_] + Unit<T>::COLUMNS;
+        return w.offsets[w.rows] - w.offsets[tail_] + REACH;
     }
     const T* data_;
     const int64_t* offsets_;

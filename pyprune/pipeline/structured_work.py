@@ -61,7 +61,7 @@ class StructuredWork:
     @staticmethod
     def inputs_of(config: PruneConfig) -> str:
         """Whose inputs a block is pruned on: several sparsities share those of the dense model."""
-        return "dense" if config.is_curve else config.inputs
+        return "dense" if config.is_curve else config.inputs or config.usual_inputs
 
     @classmethod
     def passes_of(cls, config: PruneConfig) -> Passes:

@@ -139,9 +139,10 @@ class Moments:
         wrong = {}
         if judge:
             count = torch.full((), len(x), device=x.device)
-            wrong["gram_update"] = guards.gram(gram, x, count, self.precision) | guards.summed(sums, x)
+            wrong["gram_update"] = guards.gram(gram, x, count, self.precision) | guards.summed(sums, x, gram.diagonal())
             if e is not None and cross is not None:
-                wrong["cross_gram_update"] = guards.cross_gram(cross, x.to(narrow), e.to(narrow))
+                bad = guards.cross_gram(cross, x.to(narrow), e.to(narrow), gram.diagonal())
+                wrong["cross_gram_update"] = bad & ~wrong["gram_update"]  # whose diagonal it is judged by
         return (gram, sums, cross), wrong
 
     @property

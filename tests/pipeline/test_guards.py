@@ -193,11 +193,11 @@ def spoiled_update(monkeypatch):
 REPAIRED = {"pattern": "structured", "sparsity": 0.5}
 NEURONS = {"pattern": "neurons", "sparsity": 0.5}
 BROKEN_STRUCTURED = {
-    "gram": (spoiled_gram, "gram_update", REPAIRED),
+    "gram, propagated": (spoiled_gram, "gram_update", {**REPAIRED, "inputs": "propagated"}),
     "gram, sequential": (spoiled_gram, "gram_update", {**REPAIRED, "inputs": "sequential"}),
     "gram, dense inputs": (spoiled_gram, "gram_update", {**REPAIRED, "inputs": "dense"}),
     "sums": (spoiled_sums, "gram_update", {**NEURONS, "reconstruct": "bias"}),
-    "cross, propagated": (spoiled_cross, "cross_gram_update", REPAIRED),
+    "cross, propagated": (spoiled_cross, "cross_gram_update", {**REPAIRED, "inputs": "propagated"}),
     "cross, sequential": (spoiled_cross, "cross_gram_update", {**REPAIRED, "inputs": "sequential"}),
     "a column not solved": (spoiled_solve, "cholesky_solve", {**REPAIRED, "inputs": "sequential"}),
     "a system that fails": (failed_solve, "cholesky_solve", REPAIRED),

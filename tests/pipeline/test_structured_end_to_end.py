@@ -220,7 +220,16 @@ def test_curve_from_one_pass_equals_single_runs(tmp_path):
 
 
 def test_list_says_that_it_uses_the_dense_stream():
-    assert any("dense stream" in w for w in run(tiny.model("llama"), "neurons", [0.5]).report["warnings"])
+    asked = run(tiny.model("llama"), "neurons", [0.5], inputs="propagated")
+    assert any("dense stream" in w for w in asked.report["warnings"])
+    usual = run(tiny.model("llama"), "neurons", [0.5])
+    assert usual.report["structured"]["inputs"] == usual.config.inputs == "dense"
+
+
+def test_one_pass_behind_pruned_blocks_is_usual_for_heads_and_neurons():
+    result = run(tiny.model("llama"))
+    assert result.config.inputs == "sequential" == result.report["config"]["inputs"]
+    assert [row["inputs"] for row in result.report["blocks"]] == ["sequential"] * 3
 
 
 def test_same_seed_same_bits():

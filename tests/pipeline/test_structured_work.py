@@ -31,12 +31,12 @@ def run(model, output, **fields):
 
 
 FIELDS = {
-    "propagated": {},
+    "propagated": dict(inputs="propagated"),
     "sequential": dict(inputs="sequential", criterion="obs_greedy"),
     "dense": dict(inputs="dense", criterion="obs_greedy"),
     "neurons": dict(pattern="neurons", criterion="random", reconstruct="bias"),
     "global": dict(pattern="neurons", inputs="dense", structured={"allocation": "global", "nonstandard": "save"}),
-    "padded": dict(pattern="neurons", structured={"allocation": "global", "nonstandard": "pad"}),
+    "padded": dict(pattern="neurons", inputs="propagated", structured={"allocation": "global", "nonstandard": "pad"}),
     "sequential, padded": dict(inputs="sequential", structured={"allocation": "global", "nonstandard": "pad"}),
     "bfloat16": dict(dtype="bfloat16", compute_dtype="float32"),
     "magnitude": dict(criterion="magnitude", reconstruct="none"),

@@ -30,7 +30,7 @@ FIELDS = {
     "block": dict(
         reconstruct="block", global_propagation=True, reconstruction=Reconstruction(epochs=2, lr=1e-3, batch_size=4)
     ),
-    "liar": dict(pattern="structured", method="sparsegpt", sparsity=0.5, reconstruct="liar"),
+    "liar": dict(pattern="structured", sparsity=0.5, reconstruct="liar", inputs="propagated"),
     "liar_sequential": dict(pattern="structured", sparsity=0.5, inputs="sequential"),
     "liar_sequential_moe": dict(pattern="structured", sparsity=0.5, inputs="sequential"),
     "taylor": dict(
