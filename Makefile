@@ -2,6 +2,9 @@
 # make test   environment, install, lint, tests
 # make lint   ruff and its formatter, the layers of the packages, types
 # make format ruff's formatter, over every file
+# make docs   the documentation, docs/_build/html
+# make wheel  a wheel in dist/, examined: for CPUs, or with CUDA kernels (ARCHS="80;90a")
+# make release  lint, tests, documentation, source archive and CPU wheel in dist/, all examined, for the version in pyprune
 # make bench  the benchmark suite on this machine (BENCH: its arguments)
 #
 # Variables:
@@ -11,6 +14,7 @@
 #   TORCH_CPU_INDEX  index that has it where pip's own do not: the CPU one that PyTorch's install page names
 #   DEMO             options of the demo's run
 #   JOBS             processes the tests are spread over
+#   ARCHS            CUDA architectures of the wheel
 #   BENCH            groups and options of the benchmark suite
 PYTHON ?= python3
 VENV ?= .venv
@@ -20,12 +24,13 @@ DEMO ?= --method sparsegpt --sparsity 0.5
 JOBS ?= 2
 PYTEST ?=
 BENCH ?= --preset quick
+ARCHS ?= off
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: demo test lint format bench install clean
+.PHONY: demo test lint format docs wheel release bench install clean
 
 demo: $(VENV)/.demo
 	@rm -rf runs/demo
@@ -43,6 +48,26 @@ lint: $(VENV)/.dev
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(VENV)/.dev
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+
+wheel: $(VENV)/.dev
+	@rm -rf build/lib.* build/bdist.* dist/new
+	PYPRUNE_CUDA_ARCHS="$(ARCHS)" $(BIN)/python -m build -q --wheel --no-isolation -o dist/new
+	@mv dist/new/*.whl dist/ && rmdir dist/new
+	$(BIN)/python tests/audit_wheel.py --repair "$$(ls -t dist/*.whl | head -n 1)"
+
+release: test docs
+	@version=$$($(BIN)/python -c "import pyprune; print(pyprune.__version__)"); \
+	grep -q "^## $$version" CHANGELOG.md || { echo "CHANGELOG.md has no section $$version"; exit 1; }; \
+	grep -q "^version: $$version$$" CITATION.cff || { echo "CITATION.cff names another version than $$version"; exit 1; }; \
+	test -z "$$(git status --porcelain)" || { echo "commit first: the tree has changes"; exit 1; }
+	rm -rf dist
+	$(BIN)/python -m build -q --sdist --no-isolation -o dist
+	$(MAKE) wheel ARCHS=off
+	@version=$$($(BIN)/python -c "import pyprune; print(pyprune.__version__)"); ls -l dist; \
+	echo "ready: git tag v$$version && git push --tags, then upload dist/*"
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks run $(BENCH)

@@ -40,11 +40,11 @@ PRESETS = {
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = top.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="what there is")
     run = commands.add_parser("run", help="measure groups")
     run.add_argument("groups", nargs="*", metavar="GROUP", help=f"of {', '.join(GROUPS)}; all if none is named")
@@ -60,7 +60,11 @@ def main() -> None:
     against.add_argument("after", type=Path)
     readme = commands.add_parser("readme", help="rewrite the tables of README and docs from the committed results")
     readme.add_argument("--check", action="store_true", help="change nothing; exit status 1 if one is out of date")
-    options = parser.parse_args()
+    return top
+
+
+def main() -> None:
+    options = parser().parse_args()
     if options.command == "list":
         show()
     elif options.command == "run":

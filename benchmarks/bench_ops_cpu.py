@@ -1,6 +1,7 @@
 """CPU ops against PyTorch code for the same result: milliseconds, ratio, and the share of the floor reached.
 
     python benchmarks/bench_ops_cpu.py [--only sweep] [--out DIR]     # table and JSON; calls take turns
+    python benchmarks/bench_ops_cpu.py --isa own avx2                 # the same table for several instruction sets
     pytest benchmarks/bench_ops_cpu.py --benchmark-group-by=group     # pytest-benchmark's own statistics
 
 Every case is checked first: no figure over a wrong result. The floor is the larger of FLOPs over what the register tile
@@ -12,7 +13,11 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
+import os
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +34,14 @@ from pyprune import ops  # noqa: E402
 from pyprune.masks.solvers import Factor, obs_prune  # noqa: E402
 from pyprune.ops import native  # noqa: E402
 from pyprune.ops.packed import pack_bitmask  # noqa: E402
+
+ISAS = {
+    "own": {},
+    "avx2": dict(
+        PYPRUNE_ISA="avx2", ATEN_CPU_CAPABILITY="avx2", ONEDNN_MAX_CPU_ISA="AVX2", MKL_ENABLE_INSTRUCTIONS="AVX2"
+    ),
+}
+"""What makes our kernels and PyTorch's keep to an instruction set; ``own`` is all that the processor has."""
 
 
 @dataclass(frozen=True)
@@ -319,11 +332,34 @@ def test_cpu_ops(benchmark, name, side):
     benchmark.pedantic(getattr(case, side), rounds=5, warmup_rounds=1)
 
 
+def side_by_side(isas: list[str], only: str, out: str | None) -> None:
+    """The table once per instruction set, each measured by a process of its own, and the ratios beside each other."""
+    found: dict[str, dict] = {}
+    for isa in isas:
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, __file__, "--only", only, "--out", folder]
+            subprocess.run(command, env={**os.environ, **ISAS[isa]}, check=True, stdout=subprocess.DEVNULL)
+            [path] = Path(folder).glob("*.json")
+            found[isa] = json.loads(path.read_text())
+    tables = {isa: {row["op"]: row for row in kept["rows"]} for isa, kept in found.items()}
+    print(f"{'times as fast as PyTorch, share of the floor':72} " + " ".join(f"{isa:>16}" for isa in isas))
+    for op in tables[isas[0]]:
+        shown = (f"{tables[isa][op]['ratio']:8.2f}× {tables[isa][op]['share_of_floor']:6.0%}" for isa in isas)
+        print(f"{op:72} " + " ".join(shown))
+    rows = [{"isa": isa, **row} for isa in isas for row in tables[isa].values()]
+    ceilings = {isa: kept["ceilings"] for isa, kept in found.items()}
+    write("bench_ops_cpu_isa", rows, out, ceilings=ceilings)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--out", help="folder of the JSON file; default $OUT or benchmarks/results")
+    parser.add_argument("--isa", nargs="+", choices=ISAS, help="instruction sets to compare, each in its own process")
     options = parser.parse_args()
+    if options.isa:
+        side_by_side(options.isa, options.only, options.out)
+        return
     if (reason := native.unusable("cpu")) is not None:
         sys.exit(reason)
     torch.manual_seed(0)

@@ -40,10 +40,12 @@ _PUBLIC = {
     "Reconstruction": "pyprune.config",
     "Structured": "pyprune.config",
     "backend": "pyprune.ops",
+    "check": "pyprune.watching.check",
     "compare": "pyprune.reporting.comparison",
     "evaluate": "pyprune.evaluation.perplexity",
     "dense": "pyprune.packed.conversion",
     "generate": "pyprune.data.self_generated",
+    "history": "pyprune.watching.history",
     "inspect": "pyprune.reporting.inspection",
     "keep_sparse": "pyprune.finetuning.masks",
     "latency": "pyprune.evaluation.latency",
@@ -78,6 +80,8 @@ if typing.TYPE_CHECKING:
     from pyprune.reporting.comparison import compare
     from pyprune.reporting.inspection import inspect
     from pyprune.studies.study import study
+    from pyprune.watching.check import check
+    from pyprune.watching.history import history
 
 
 def __getattr__(name: str):

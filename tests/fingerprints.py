@@ -31,6 +31,7 @@ from safetensors.torch import load_file
 import pyprune
 
 LEFT_OUT = (
+    "finished",
     "seconds",
     "peak_memory_bytes",
     "peak_device_memory_bytes",

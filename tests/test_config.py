@@ -216,7 +216,7 @@ def test_the_command_line_has_every_field_once_and_documents_it():
         - 4  # the sections
         - 1  # what a run writes down
     )
-    own = {"model", "config", "plan", "resume", "as_json"}
+    own = {"model", "config", "plan", "resume", "track", "as_json"}
     assert len(signature) - len(own) == len(fields) - 1  # ``model`` is the argument
     group = typer.main.get_command(commands.app)
     flags = [flag for p in group.commands["prune"].params for flag in (*p.opts, *p.secondary_opts)]

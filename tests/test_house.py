@@ -19,6 +19,7 @@ TESTED_IN = {
     "cli/packing": "packed/test_files.py",
     "cli/options": "test_config.py",
     "cli/studies": "studies/test_study.py",
+    "cli/watching": "watching/test_check.py",
     "data/texts": "data/test_calibration.py",
     "evaluation/block_by_block": "model/test_arguments.py",
     "evaluation/latency": "evaluation/test_gain.py",

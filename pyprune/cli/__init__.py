@@ -2,6 +2,7 @@
 
 ``commands``      the commands, and ``main``, which turns a ConfigError into one sentence and exit code 2
 ``studies``       ``pyprune study``
+``watching``      ``pyprune history``, ``pyprune check``
 ``options``       options made from the configuration's fields, so that the two cannot drift apart
 ``help``          ``--help`` in sections, as plain text; an interrupted command ends in one sentence
 ``packing``       ``pyprune pack`` and ``pyprune unpack``

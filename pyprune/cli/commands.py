@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 import pyprune
-from pyprune.cli import packing
+from pyprune.cli import packing, watching
 from pyprune.cli.help import Command, Group
 from pyprune.cli.options import as_options, option_of, with_fields
 from pyprune.cli.studies import study
@@ -35,6 +35,10 @@ app = typer.Typer(
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on standard output.")]
 Resume = Annotated[
     bool, typer.Option("--resume", help="Continue the interrupted run in the folder of -o, which knows its settings.")
+]
+TrackOption = Annotated[
+    str | None,
+    typer.Option("--track", metavar="tensorboard:FOLDER", help="Write the figures of each block for TensorBoard, too."),
 ]
 RUN_FIELDS = [path for path in configuration_fields() if path != "model"]
 EVALUATION_FIELDS = [
@@ -80,6 +84,7 @@ def prune(
         bool, typer.Option("--plan", help="List every weight, estimate memory, time and disk, and prune nothing.")
     ] = False,
     resume: Resume = False,
+    track: TrackOption = None,
     as_json: Json = False,
     *,
     fields: dict[str, Any],
@@ -94,6 +99,8 @@ def prune(
     check_named(settings, fields)
     if plan and resume:
         raise ConfigError("--resume would do nothing: --plan runs nothing")
+    if plan and track:
+        raise ConfigError("--track would do nothing: --plan runs nothing")
     libraries("planning" if plan else "pruning")
     if plan:
         with Doing("counting, and timing two blocks", not as_json, "planning", said=False):
@@ -101,7 +108,7 @@ def prune(
         return print_json(found) if as_json else rendering.print_plan(found)
     if settings.output is None:
         raise ConfigError("no output folder: name one with -o, or ask for the --plan only")
-    result = pyprune.prune(config=settings, resume=resume)
+    result = pyprune.prune(config=settings, resume=resume, track=track)
     if silent():
         return None
     if as_json:
@@ -118,6 +125,7 @@ def refine(
     ] = None,
     cross_block: Annotated[bool, typer.Option("--cross-block", help="Train windows of two blocks (CR).")] = False,
     resume: Resume = False,
+    track: TrackOption = None,
     as_json: Json = False,
     *,
     fields: dict[str, Any],
@@ -140,7 +148,9 @@ def refine(
             ("settings", "reconstruction", Reconstruction),
         )
     }
-    found = refine_checkpoint(model, output, dense=dense, cross_block=cross_block, resume=resume, **sections, **fields)
+    found = refine_checkpoint(
+        model, output, dense=dense, cross_block=cross_block, resume=resume, track=track, **sections, **fields
+    )
     if silent():
         return None
     return print_json(found) if as_json else print_refinement(found, output)
@@ -275,6 +285,8 @@ def compare(
 
 
 app.command(cls=Command)(study)
+app.command(cls=Command)(watching.history)
+app.command(cls=Command)(watching.check)
 app.command(cls=Command)(packing.pack)
 app.command(cls=Command)(packing.unpack)
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pyprune.config import Evaluation
 from pyprune.evaluation.perplexity import Text, check_causal, forward_dtype, measure, placed, row_of, window_losses
@@ -100,12 +100,13 @@ def measure_streamed(
     )
     executor.mode = contextlib.nullcontext  # torch's own products, as in the evaluation of a model in memory
     rows = [window for text in named for window in text.windows]
-    losses = [0.0] * len(rows)
+    told: list[Tensor] = []
+    places: list[int] = []
     with rest_in(view, dtype):
         activations = executor.embed(rows)
         last = len(view.blocks) - 1
         for index in range(last):
-            with executor.compute(index) as module:
+            with executor.compute(index, ahead=index + 1) as module:
                 executor.run(index, module, activations, activations)
             weights.release(index)
             if progress is not None:
@@ -118,10 +119,10 @@ def measure_streamed(
                 ids = activations.ids[batch.length][batch.start : batch.stop]
                 home = embedding_device(view.model)
                 out = (out[0].to(home), *out[1:]) if isinstance(out, tuple) else out.to(home)
-                found = window_losses(view.complete(ids.to(home), out).logits, ids.to(home)).tolist()
-                for row, loss in zip(activations.rows[batch.length][batch.start : batch.stop], found):
-                    losses[row] = loss
+                told.append(window_losses(view.complete(ids.to(home), out).logits, ids.to(home)))
+                places += activations.rows[batch.length][batch.start : batch.stop]
         weights.release(last)
+    losses = [loss for _, loss in sorted(zip(places, torch.cat(told).tolist()))]
     seconds = time.perf_counter() - start
     result = []
     for text in named:

@@ -117,17 +117,19 @@ def losses_of(
     check_causal(model)
     if not windows:
         raise ConfigError("there are no windows to evaluate")
-    device, training, losses = device_of(model), model.training, []
+    device, training, done = device_of(model), model.training, 0
+    losses: list[Tensor] = []
     model.eval()
     with _forward_in(model, forward_dtype(model, dtype)) as forward, uncached(model) as options:
         for batch in _batches(windows, batch_size):
             ids = torch.stack(batch).to(device)
             logits = forward(input_ids=ids, **options).logits
-            losses += window_losses(logits, ids).tolist()
+            losses.append(window_losses(logits, ids))
+            done += len(batch)
             if progress is not None:
-                progress(len(losses), len(windows))
+                progress(done, len(windows))
     model.train(training)
-    return losses
+    return torch.cat(losses).tolist()  # read once: the device is not waited for window by window
 
 
 def perplexity_of(losses: list[float]) -> float:

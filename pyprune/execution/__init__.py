@@ -5,6 +5,7 @@
 ``activation_store``   where activations live: host memory or files, and their way to a GPU and back
 ``unopened``           a checkpoint before it is opened, and whether its weights are streamed: ``Unopened``
 ``weight_streaming``   blocks read from their files when it is their turn: ``Streamed``, ``open_checkpoint``
+``residency``          weights on a GPU for a whole run, or there in time for their block: ``resident``, ``Arrivals``
 ``journal``            finished blocks on disk, from which ``--resume`` goes on; ``Interrupted``
 ``distributed``        several processes under ``torchrun``: shares, sums, broadcasts: ``World``
 ``relay``              forward passes that take turns and can stand still in the middle of a block: ``Pass``

@@ -130,7 +130,7 @@ class Plain:
         for key, host in items:
             yield key, host.to(self.device, self.dtype)
 
-    def write(self, host: Tensor, value: Tensor) -> None:
+    def write(self, host: Tensor, value: Tensor, several: bool = False) -> None:
         host.copy_(value)
 
     def drain(self) -> None:
@@ -207,8 +207,11 @@ class Ring:
         slot.filled.record(self.into)
         return buffer
 
-    def write(self, host: Tensor, value: Tensor) -> None:
-        """Copy a batch's result to the store, behind the computation that makes it."""
+    def write(self, host: Tensor, value: Tensor, several: bool = False) -> None:
+        """Copy a batch's result to the store, behind the computation that makes it.
+
+        several: of results that are there already, so that waiting for one means to wait for all.
+        """
         value = value.to(host.dtype)
         ready = self.api.Event()
         ready.record(self.api.current_stream(self.device))
@@ -221,7 +224,7 @@ class Ring:
             done = self.api.Event()
             done.record(self.out)
             self._late.append((done, target, host))
-            if len(self._late) > DEPTH:
+            if len(self._late) > DEPTH and not several:
                 self._land()
 
     def _land(self) -> None:
@@ -236,7 +239,9 @@ class Ring:
     def drain(self) -> None:
         """All writes have happened: the host may read the store."""
         self.out.synchronize()
-        self._flush()
+        while self._late:
+            _, staging, host = self._late.popleft()
+            host.copy_(staging)
 
     # one line each, so that a test can stand in for the device
     def _pinned(self, host: Tensor) -> bool:

@@ -54,10 +54,10 @@ def pass_pruned(executor: Executor, index: int, module: nn.Module, probes: list[
         executor.run(index, module, probe.pruned, probe.pruned)
 
 
-def errors_of(probes: list[ErrorProbe]) -> dict:
+def errors_of(executor: Executor, probes: list[ErrorProbe]) -> dict:
     """A block's errors as its row of the report holds them: of each probe as a whole, and their quantiles over tokens
     and over sequences. One reading of the device."""
-    sums = [stream_errors(probe.pruned, probe.dense) for probe in probes]
+    sums = [stream_errors(executor, probe.pruned, probe.dense) for probe in probes]
     values = torch.stack(sums).tolist() if sums else []
     found = {probe.name: as_row(row) for probe, row in zip(probes, values)}
     errors = {name: error for name, (error, _) in found.items()}
@@ -78,7 +78,7 @@ def as_row(values: list[float]) -> tuple[float, dict[str, list[float]]]:
     }
 
 
-def stream_errors(pruned: Activations, dense: Activations) -> Tensor:
+def stream_errors(executor: Executor, pruned: Activations, dense: Activations) -> Tensor:
     """Of two streams over the same sequences, where they now stand: ``‖dense − pruned‖²``, ``‖dense‖²``, and the
     quantiles ``LEVELS`` of their ratio over tokens and over sequences (arXiv 2407.13331 shows such distributions).
 
@@ -86,12 +86,16 @@ def stream_errors(pruned: Activations, dense: Activations) -> Tensor:
     """
     lost: list[Tensor] = []
     total: list[Tensor] = []
-    for batch in dense.batches():
-        target = dense.read(batch).float()
-        lost.append((target - pruned.read(batch).float()).square().sum(-1).double())  # [sequences, tokens]
+    for batch in dense.batches(executor.batch_size):
+        target, got = (s.read(batch).to(executor.device, non_blocking=True).float() for s in (dense, pruned))
+        lost.append((target - got).square().sum(-1).double())  # [sequences, tokens]
         total.append(target.square().sum(-1).double())
     tokens = torch.cat([(part / whole.clamp(min=1e-30)).flatten() for part, whole in zip(lost, total)])
     sequences = torch.cat([part.sum(1) / whole.sum(1).clamp(min=1e-30) for part, whole in zip(lost, total)])
-    levels = tokens.new_tensor(LEVELS)
     sums = [torch.stack([part.sum() for part in parts]).sum() for parts in (lost, total)]
-    return torch.cat([torch.stack(sums), tokens.quantile(levels), sequences.quantile(levels)])
+    return torch.cat(
+        [
+            torch.stack(sums),
+            *(torch.stack([values.quantile(level) for level in LEVELS]) for values in (tokens, sequences)),
+        ]
+    )

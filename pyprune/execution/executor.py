@@ -12,7 +12,7 @@ import copy
 import enum
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TypeVar
@@ -25,6 +25,7 @@ from pyprune.devices import indexed
 from pyprune.execution.activation_store import Store, transfers
 from pyprune.execution.cpu_forward import forward_mode
 from pyprune.execution.distributed import World
+from pyprune.execution.residency import Arrivals
 from pyprune.model.arguments import Arguments, Beside
 from pyprune.model.attributes import any_token, embedding_device
 from pyprune.model.blocks import ModelView
@@ -166,6 +167,10 @@ class Resident:
     def acquire(self, index: int) -> None:
         """Make the parameters of a block real."""
 
+    def coming(self, index: int, block: nn.Module) -> Callable[[], dict[str, Tensor]] | None:
+        """What waits for the tensors of a block that is to be acquired next, by their names; None if nothing can."""
+        return lambda: named_tensors(block)
+
     def release(self, index: int, saved: Path | None = None) -> None:
         """Free a block's parameters. ``saved``: the file that holds it as it is now; without one it was not changed."""
 
@@ -195,6 +200,7 @@ class Executor:
         self.weights = weights or Resident()
         self.store = store or Store(pin=self.device.type == "cuda")
         self.transfers = transfers(self.device, self.dtype)
+        self.arrivals: Arrivals | None = None
         self.world, self.warn = world or World(), warn
         self.mode: Callable = contextlib.nullcontext
         if self.device.type == "cpu":
@@ -218,15 +224,23 @@ class Executor:
         first = next(passes)
         activations = Activations(sequences, first[1].shape[-1], self.dtype, self.store, tokens)
         for batch, hidden, arguments, own in itertools.chain([first], passes):
-            activations.write(batch, hidden)
+            self._store(activations.read(batch), hidden)
             for number, tensor in own.items():
                 dtype = self.dtype if tensor.is_floating_point() else tensor.dtype
                 rows = activations.room(
                     activations.beside.setdefault(number, {}), batch.length, tensor.shape[1:], dtype
                 )
-                rows[batch.start : batch.stop].copy_(tensor)
+                self._store(rows[batch.start : batch.stop], tensor)
             self._arguments.setdefault((batch.length, batch.size), arguments)
+        self.drain()
         return activations
+
+    def _store(self, host: Tensor, value: Tensor) -> None:
+        """Put what the model's own embedding made, wherever it did so, into the store."""
+        if value.device == self.device:
+            self.transfers.write(host, value)
+        else:
+            host.copy_(value)
 
     def _embed_part(self, sequences: list[Tensor]) -> Activations:
         if len(sequences) < self.world.size:
@@ -269,14 +283,21 @@ class Executor:
         return beside
 
     @contextlib.contextmanager
-    def compute(self, index: int) -> Iterator[nn.Module]:
-        """Block ``index`` ready to run: itself where type and device already fit, else a copy for the duration."""
+    def compute(self, index: int, ahead: int | None = None) -> Iterator[nn.Module]:
+        """Block ``index`` ready to run: itself where type and device already fit, else a copy for the duration.
+
+        ahead: the block that is computed next, and that nothing changes before: it is on its way to a GPU meanwhile.
+        """
+        arrived = self.arrivals.take(index) if self.arrivals else {}
         self.weights.acquire(index)
         block = self.view.blocks[index]
         fits = all(
             p.device == self.device and (p.dtype == self.dtype or not p.is_floating_point()) for p in block.parameters()
         )
-        module = block if fits else moved(block, self.device, self.dtype)
+        module = block if fits else moved(block, self.device, self.dtype, arrived)
+        del arrived
+        if ahead is not None and ahead < len(self.view.blocks):
+            self._send(ahead)
         try:
             with expert_loop(self.view.model.config):
                 yield module
@@ -284,6 +305,21 @@ class Executor:
             if module is not block:  # whoever still holds the copy must not hold its memory
                 for tensor in (*module.parameters(), *module.buffers()):
                     tensor.data = tensor.data.new_empty(0)
+
+    def _send(self, index: int) -> None:
+        block = self.view.blocks[index]
+        read = self.weights.coming(index, block)
+        if self.device.type != "cuda" or read is None or any(p.is_cuda for p in block.parameters()):
+            return
+        self.arrivals = self.arrivals or Arrivals(self.device)
+        self.arrivals.send(index, read, self.dtype)
+
+    def put(self, home: Tensor, value: Tensor) -> None:
+        """Write a result to a weight of the model's own block; in host memory it is there after :meth:`drain`."""
+        if home.device == self.device:
+            home.copy_(value)
+        else:
+            self.transfers.write(home, value, several=True)
 
     @torch.no_grad()
     def forward(self, index: int, module: nn.Module, hidden: Tensor, beside: Beside | None = None) -> Tensor:
@@ -403,11 +439,23 @@ SHARE = 0.8
 """Of a GPU's free memory, what activations that stay there may take; the rest is for a batch at work and solves."""
 
 
-def moved(block: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """A copy of a block on a device, in a type; its parameters are copied once, straight to where they belong."""
+def named_tensors(block: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers of a block by name, each once."""
+    return dict((*block.named_parameters(), *block.named_buffers()))
+
+
+def moved(
+    block: nn.Module, device: torch.device, dtype: torch.dtype, arrived: Mapping[str, Tensor] | None = None
+) -> nn.Module:
+    """A copy of a block on a device, in a type; its parameters are copied once, straight to where they belong.
+
+    arrived: by name, copies that are there already and become the new block's own.
+    """
     memo = {}
-    for tensor in (*block.parameters(), *block.buffers()):
-        copied = tensor.detach().to(device, dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
+    for name, tensor in named_tensors(block).items():
+        copied = (arrived or {}).get(name)
+        if copied is None:
+            copied = tensor.detach().to(device, dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
         memo[id(tensor)] = nn.Parameter(copied, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copied
     return copy.deepcopy(block, memo)
 

@@ -7,6 +7,7 @@ import random
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -39,17 +40,49 @@ class Run:
 
 
 class Clock:
-    """Measures wall time by phase; entering an inner phase pauses the outer one."""
+    """Measures time by phase; entering an inner phase pauses the outer one.
+
+    On a GPU the host only queues what a phase does, so there events measure it: the time from one to the next as the
+    device meets them, its idle time included.
+    """
 
     def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
+        self._seconds: dict[str, float] = {}
         self._stack: list[str] = []
-        self._since = time.perf_counter()
+        self._device: torch.device | None = None
+        self._since: Any = time.perf_counter()
+        self._measured: list[tuple[str, Any, Any]] = []
+        """Phase, and the events where it began and ended, which the device need not have met yet."""
+
+    def follow(self, device: torch.device) -> None:
+        """From here on measure what the GPU does in a phase; any other device is measured by the host's time."""
+        self._charge()
+        self._device = device if device.type == "cuda" else None
+        self._since = self._now()
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """By phase; waits for a GPU to be done with what was queued in them."""
+        if self._measured:
+            self._measured[-1][2].synchronize()
+        for phase, start, stop in self._measured:
+            self._seconds[phase] = self._seconds.get(phase, 0.0) + start.elapsed_time(stop) / 1e3
+        self._measured = []
+        return self._seconds
+
+    def _now(self) -> Any:
+        if self._device is None:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
 
     def _charge(self) -> None:
-        now = time.perf_counter()
-        if self._stack:
-            self.seconds[self._stack[-1]] = self.seconds.get(self._stack[-1], 0.0) + now - self._since
+        now = self._now()
+        if self._stack and self._device is None:
+            self._seconds[self._stack[-1]] = self._seconds.get(self._stack[-1], 0.0) + now - self._since
+        elif self._stack:
+            self._measured.append((self._stack[-1], self._since, now))
         self._since = now
 
     @contextlib.contextmanager

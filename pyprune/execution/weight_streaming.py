@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,6 +52,9 @@ class Streamed(Resident):
             for stale in list(self._ahead):
                 self._ahead.pop(stale).cancel()
             self._ahead[after] = self._reader.submit(self._read, after)
+
+    def coming(self, index: int, block: nn.Module) -> Callable[[], dict[str, Tensor]] | None:
+        return self._ahead[index].result if index in self._ahead else None
 
     @contextlib.contextmanager
     def hold(self, index: int) -> Iterator[None]:

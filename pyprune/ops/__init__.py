@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from pyprune.config import BACKENDS, MAX_COLUMN_BLOCK, OPS, ConfigError, parse_backend
-from pyprune.ops import classes, qualification
+from pyprune.ops import classes, qualification, reference
 from pyprune.ops.packed import FLOATS, Packed
 
 FORWARDS = ("forward_float32", "forward_bfloat16")
@@ -344,6 +344,7 @@ def raise_faults(device: torch.device | str) -> None:
     """
     if torch.device(device).type != "cuda":
         return
+    reference.check(device)
     if TABLE["cuda"].why_not("obs_sweep", device) is None:
         importlib.import_module("pyprune.ops.native").check_cuda(device)
     if TABLE["triton"].why_not("obs_sweep", device) is None:

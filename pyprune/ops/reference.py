@@ -78,9 +78,28 @@ def _score(w: Tensor, scale: Tensor | None) -> Tensor:
     return score if scale is None else score * scale.float()
 
 
+_late: dict[tuple[torch.device, str], Tensor] = {}
+
+
+def _refuse(bad: Tensor, sentence: str) -> None:
+    """Raise for data that an op cannot take. A GPU would have to be waited for: there :func:`check` raises, later."""
+    if bad.is_cuda:
+        key = bad.device, sentence
+        _late[key] = bad | _late[key] if key in _late else bad
+    elif bad:
+        raise ValueError(f"{sentence}; w is unchanged")
+
+
+def check(device: torch.device | str) -> None:
+    """Raise what was found wrong with data on a GPU since the last look; waits for it."""
+    told = {sentence: _late.pop((at, sentence)) for at, sentence in list(_late) if at == torch.device(device)}
+    found = [sentence for sentence, bad in zip(told, torch.stack([*told.values()]).tolist()) if bad] if told else []
+    if found:
+        raise ValueError("; ".join(found))
+
+
 def _ordered(score: Tensor) -> Tensor:
-    if score.isnan().any():
-        raise ValueError("w has NaN scores, so there is no order to select by; w is unchanged")
+    _refuse(score.isnan().any(), "w has NaN scores, so there is no order to select by")
     return score
 
 
@@ -122,11 +141,11 @@ def obs_sweep(
     w: Tensor, r: Tensor, *, mask: Tensor | None = None, k: int | None = None, nm: tuple[int, int] | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     diagonal = r.diagonal()
-    if not (w.isfinite().all() and r.isfinite().all() and (diagonal > 0).all()):
-        raise ValueError(
-            "the sweep needs finite w and r and a positive diagonal of r (non-finite weights or "
-            "activations, or a failed factorisation, come before it); w is unchanged"
-        )
+    _refuse(
+        ~(w.isfinite().all() & r.isfinite().all() & (diagonal > 0).all()),
+        "the sweep needs finite w and r and a positive diagonal of r (non-finite weights or "
+        "activations, or a failed factorisation, come before it)",
+    )
     if k is not None:
         mask = select_mask(w, k, scale=1 / diagonal, scope="matrix")
     keep = torch.ones_like(w, dtype=torch.bool) if mask is None else mask.clone()

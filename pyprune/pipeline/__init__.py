@@ -10,6 +10,7 @@
 ``opening``             which runs can read their weights block by block
 ``passes``              how often a kind of run passes its calibration data through a block, and what it keeps of them
 ``shared``              what several runs on one model have in common, worked out by the first
+``tracking``            scalars of each block for TensorBoard or any other tracker
 ``result``              ``PruneResult``: the pruned model, its report, and how both are written
 
 From outside: ``prune.prune``, ``refine.refine``, ``refine_checkpoint.refine_checkpoint``, ``result.PruneResult``, and

@@ -20,6 +20,7 @@ from pyprune.execution.journal import Journal, shard_path
 from pyprune.execution.progress import Progress
 from pyprune.execution.run import Findings, seed_all
 from pyprune.model.blocks import ModelView
+from pyprune.pipeline.tracking import Track, nobody, scalars
 
 
 class BlockWork(Protocol):
@@ -77,6 +78,8 @@ class Loop:
     world: World
     seed: int
     output: str | None
+    track: Track = nobody
+    """Who is told the scalars of each finished block."""
 
 
 @kept_warm()
@@ -92,7 +95,7 @@ def run_blocks(loop: Loop, work: BlockWork, bar: Progress) -> None:
     for index in range(last + 1):
         started = time.perf_counter()
         seed_all(loop.seed + index)
-        with executor.compute(index) as module, torch.no_grad():
+        with executor.compute(index, ahead=index + 1) as module, torch.no_grad():
             work.enter(index, module, index < done)
             if index < done:
                 bar.update(phase="resume")
@@ -117,6 +120,7 @@ def run_blocks(loop: Loop, work: BlockWork, bar: Progress) -> None:
                         **work.record(index),
                     },
                 )
+            loop.track(index, scalars(found.blocks[index]))
         if loop.world.any(journal.stopping):  # also: process 0 has written what the others may read
             journal.stop()
         for i in work.settled(index):

@@ -264,7 +264,7 @@ class MaskWork:
         way = {}
         if self.config.inputs == "sequential" and self.run.selected[index]:
             way = {"inputs": "sequential" if index == self.passed else "propagated"}
-        return {**errors_of(self.probes), **(self.trainer.row(index) if self.trainer else {}), **way}
+        return {**errors_of(self.executor, self.probes), **(self.trainer.row(index) if self.trainer else {}), **way}
 
     def record(self, index: int) -> dict:
         kept: dict = {"weights": [row for row in self.found.weights if row["block"] == index]}

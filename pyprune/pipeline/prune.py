@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -27,6 +28,7 @@ from pyprune.execution.device import pick_device, pick_dtype
 from pyprune.execution.executor import Executor, Resident
 from pyprune.execution.journal import Journal, journaled
 from pyprune.execution.progress import Doing, Progress
+from pyprune.execution.residency import resident
 from pyprune.execution.run import Findings, Run, seed_all
 from pyprune.execution.unopened import Unopened
 from pyprune.execution.weight_streaming import Opened, Streamed
@@ -52,6 +54,7 @@ from pyprune.pipeline.opening import open_model
 from pyprune.pipeline.result import PruneResult, StreamedResult
 from pyprune.pipeline.shared import Shared
 from pyprune.pipeline.structured_work import StructuredWork
+from pyprune.pipeline.tracking import Track, nobody, outcome, tracker
 from pyprune.reporting.comparison import read as read_report
 from pyprune.reporting.record import build_report, compared, config_for_report, data_identity, settings_of
 
@@ -104,6 +107,7 @@ def prune(
     tokenizer: Any = None,
     in_place: bool = False,
     progress: bool = True,
+    track: Track | str | None = None,
     resume: bool = False,
     **fields: Unpack[Fields],
 ) -> PruneResult:
@@ -114,6 +118,8 @@ def prune(
     :func:`pyprune.load` or an earlier run returned is taken as the live model in it.
     resume: continue the interrupted run in the output folder after its last finished block, to the same result bit for
     bit; a folder with nothing in it starts from the beginning.
+    track: called with (block, scalars by name) after each block, and at the end with the perplexities; or
+    ``"tensorboard:FOLDER"``.
     config: a :class:`PruneConfig`, a mapping of its fields, or the path of a ``run.yaml``. ``**fields``: any setting
     of a run by the name of its option (``num_samples=``, ``epochs=``, ``text=``), those of ``config`` overridden.
     ``calibration`` and ``evaluation`` take their settings or just the text, in any form: a path, a Hub data set, a
@@ -128,15 +134,20 @@ def prune(
     config = make_config(config, {**fields, "model": model} if isinstance(model, str) else fields)
     if resume and config.output is None:
         raise ConfigError("resume=True would do nothing: a run without an output folder leaves nothing to go on with")
-    with journaled(config.output, resume) as (world, journal):
-        return _prune(model, config, tokenizer, in_place, progress and world.leads, journal, world, Shared())
+    with (
+        journaled(config.output, resume) as (world, journal),
+        contextlib.ExitStack() as held,
+        tracker(track, world.leads) as told,
+    ):
+        shown = progress and world.leads
+        return _prune(model, config, tokenizer, in_place, shown, journal, world, Shared(), held, told)
 
 
 def prune_copy(opened: Opened, config: PruneConfig, shared: Shared, progress: bool = True) -> PruneResult:
     """:func:`prune` of a copy of a model that several runs start from, the result in memory; what they have in common
     is worked out once. The model must be whole."""
-    with journaled(None, False) as (world, journal):
-        return _prune(opened, config, opened.tokenizer, False, progress and world.leads, journal, world, shared)
+    with journaled(None, False) as (world, journal), contextlib.ExitStack() as held:
+        return _prune(opened, config, opened.tokenizer, False, progress and world.leads, journal, world, shared, held)
 
 
 def _prune(
@@ -148,7 +159,10 @@ def _prune(
     journal: Journal,
     world: distributed.World,
     shared: Shared,
+    held: contextlib.ExitStack,
+    track: Track = nobody,
 ) -> PruneResult:
+    """The run; what it enters ``held`` with lasts until the result is written."""
     found, device = Findings(), pick_device(config.device)
     world.lead(lambda: journal.check_settings(settings_of(config)))
     if (absent := ops.check_backend(config.backend, device.type)) is not None:
@@ -202,6 +216,12 @@ def _prune(
     if world.same(journal.complete):
         world.lead(journal.publish)
         return published(config, opened.weights)
+    home = next(view.model.parameters()).device
+    if not opened.weights.streamed:
+        with found.clock("load"):
+            held.enter_context(resident(view.model, device, models_held(config)))
+    held.enter_context(ops.pinned(backends))
+    found.clock.follow(device)
     store = make_store(config.memory_budget_gb, journal.folder if journal.keeps else None, device)
     measured = Meter(windows, config.evaluation, device, store, world)
     with found.clock("evaluation"):
@@ -232,12 +252,11 @@ def _prune(
         torch.cuda.reset_peak_memory_stats(device)
     with (
         Progress(len(view.blocks), enabled=progress, afterwards=again(dense, config)) as bar,
-        ops.pinned(backends),
         journal.interruptible(follow=world.size > 1),
     ):
         bar.update(phase="preparing")
         work = kind_of(config)(run, found, journal)
-        run_blocks(Loop(executor, journal, found, world, config.seed, config.output), work, bar)
+        run_blocks(Loop(executor, journal, found, world, config.seed, config.output, track), work, bar)
     peak_device = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     models, structured = work.models(), work.entry()
     live = list(models.values())[-1]
@@ -265,6 +284,7 @@ def _prune(
         *domains.gap_warning(gap),
     ]:
         found.warn(text)
+    track(len(view.blocks), outcome(evaluation))
     report = build_report(run, found, live, evaluation, gap, work.coverage(), structured, peak_device, backends)
     report["model"] |= known_of_dense(config.model, opened.origin)
     if isinstance(opened.weights, Streamed):
@@ -276,6 +296,8 @@ def _prune(
             world.lead(
                 lambda: journal.finish(lambda folder: result.fill(folder, BlockShards(view.path, journal.shards())))
             )
+    for member in models.values() if len(models) > 1 else ():  # they were made beside the model, where it was
+        held.callback(member.to, home)
     return result
 
 
@@ -298,6 +320,11 @@ def known_of_dense(name: str | None, origin: Origin) -> dict:
 def kind_of(config: PruneConfig) -> type[MaskWork | StructuredWork]:
     """The work that a configuration asks for."""
     return StructuredWork if config.is_structured else MaskWork
+
+
+def models_held(config: PruneConfig) -> int:
+    """Models that a run has at once: the one it prunes, and where there are several sparsities one of each."""
+    return 1 + len(config.sparsities) if config.is_curve else 1
 
 
 def _open(

@@ -35,6 +35,7 @@ from pyprune.pipeline.opening import samples_itself
 from pyprune.pipeline.prune import begin, kept, make_store, settle_backends
 from pyprune.pipeline.refine import sequences_for
 from pyprune.pipeline.refine_work import RefineWork
+from pyprune.pipeline.tracking import Track, outcome, tracker
 from pyprune.reporting.comparison import read as read_report
 from pyprune.reporting.record import CALIBRATION_PLACES, compared, data_identity, written
 from pyprune.reporting.rendering import distinct, model_card, perplexity_text
@@ -102,12 +103,14 @@ def refine_checkpoint(
     dense: str | Path | None = None,
     resume: bool = False,
     progress: bool = True,
+    track: Track | str | None = None,
     **fields,
 ) -> dict:
     """Refine a checkpoint by :func:`pyprune.refine` and write it to ``output``, whole or not at all.
 
     dense: the model it was pruned from; None: what its ``pruning.json`` names.
-    resume: go on with the interrupted run in ``output``, to the same result bit for bit. ``**fields``: those of
+    resume: go on with the interrupted run in ``output``, to the same result bit for bit. track: as for
+    :func:`pyprune.prune`. ``**fields``: those of
     :class:`Request`.
     Returns what ``refinement.json`` holds: settings, one row per window, perplexity of the dense, the pruned and the
     refined model. Raises ConfigError for bad input before anything is trained, and
@@ -118,12 +121,12 @@ def refine_checkpoint(
         checkpoint.resolve(name)
     for source in (request.calibration.source, request.evaluation.text if request.evaluation.enabled else None):
         check_there(source)
-    with journaled(request.output, resume) as (world, journal):
+    with journaled(request.output, resume) as (world, journal), tracker(track, world.leads) as told:
         world.lead(lambda: journal.check_settings(request.identity()))
-        return _refine(request, world, journal, progress and world.leads)
+        return _refine(request, world, journal, progress and world.leads, told)
 
 
-def _refine(request: Request, world: World, journal: Journal, progress: bool) -> dict:
+def _refine(request: Request, world: World, journal: Journal, progress: bool, track: Track) -> dict:
     """Open both models, measure them, refine one, measure it again, write it."""
     started, found = time.perf_counter(), Findings()
     where, dtype = pick_device(request.device), pick_dtype(request.compute_dtype)
@@ -216,12 +219,13 @@ def _refine(request: Request, world: World, journal: Journal, progress: bool) ->
             found=found,
             journal=journal,
         )
-        run_blocks(Loop(executors[0], journal, found, world, request.seed, request.output), work, bar)
+        run_blocks(Loop(executors[0], journal, found, world, request.seed, request.output, track), work, bar)
     with found.clock("evaluation"), Doing("measuring the refined model", progress and bool(texts), LABEL) as doing:
         measured = {**measured, "refined": meter(pruned.model, pruned.weights, doing)}
     rows = compared(measured["dense"], measured["refined"])
     before = compared(measured["dense"], measured["pruned"])
     gap = domains.generalisation(rows)
+    track(len(pruned.view.blocks), outcome(rows))
     result = {
         "model": request.directory,
         "dense": request.dense,

@@ -213,7 +213,7 @@ class StructuredWork:
         way = {}
         if self.inputs == "sequential" and self.prepared.groups[index]:
             way = {"inputs": "propagated" if self.kept is None else "sequential"}
-        return {**errors_of(self.probes), **way}
+        return {**errors_of(self.executor, self.probes), **way}
 
     def record(self, index: int) -> dict:
         order = self.orders.get(self.key)

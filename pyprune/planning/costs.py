@@ -182,10 +182,12 @@ def memory_of(
     gpu: bool,
     budget: float = math.inf,
     room: float = math.inf,
+    stays: bool = False,
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Bytes by part, at the moment of its peak, of the host and of a GPU; without one, all is in host memory.
 
     budget: host memory for activations; what is above it lies in files. room: GPU memory for passes that stand still.
+    stays: the weights are on the GPU all the time.
     """
     hidden = embedding_width(view.model)
     own, calibration = next(view.blocks.parameters()).dtype, config.calibration
@@ -199,7 +201,11 @@ def memory_of(
     }
     sequences = config.batch_size or max(1, target_tokens("cuda" if gpu else "cpu") // calibration.tokens)
     batch = sequences * calibration.tokens
-    block = {"block": window * largest * compute.itemsize if gpu or compute != own else 0}
+    block = {"block": window * largest * compute.itemsize if compute != own else 0}
+    if stays:
+        block["weights"] = everything * own.itemsize
+    elif gpu:  # and the next block is on its way
+        block["block"] = (window + 1) * largest * compute.itemsize
     grams, inputs, solve, widest = 0, 0, 0, widest_input(view, selected)
     stored, paused = activations_of(view, selected, config, compute, budget, room if gpu else None)
     host["activations"] = int(min(budget, stored))

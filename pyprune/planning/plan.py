@@ -20,13 +20,14 @@ from pyprune.evaluation.perplexity import refuse_text, window_tokens
 from pyprune.execution.activation_store import available_memory
 from pyprune.execution.device import pick_device, pick_dtype
 from pyprune.execution.executor import SHARE
+from pyprune.execution.residency import stays, weight_bytes
 from pyprune.execution.unopened import Unopened
 from pyprune.model import checkpoint
 from pyprune.model.blocks import ModelView, WeightRef, check_apart, select_weights, uncovered, weights_of
 from pyprune.model.names import matches
 from pyprune.model.positions import positions_of
 from pyprune.pipeline.opening import why_not_streamed
-from pyprune.pipeline.prune import check_weights, make_config
+from pyprune.pipeline.prune import check_weights, make_config, models_held
 from pyprune.planning.costs import (
     activations_of,
     disk_of,
@@ -108,9 +109,11 @@ def plan(
     free = {"memory": memory, "device": torch.cuda.mem_get_info(device)[0] if gpu else None}
     streamed, why = unopened.streams(config.stream, why_not_streamed(config))
     budget = memory / 2 if config.memory_budget_gb is None else config.memory_budget_gb * 1e9
-    room = SHARE * free["device"] if free["device"] is not None else None
+    size = weight_bytes(view.model)
+    keeps = gpu and not streamed and stays(models_held(config) * size, device)
+    room = SHARE * (free["device"] - size * keeps) if free["device"] is not None else None
     in_files = max(0, int(activations_of(view, selected, config, compute, budget, room)[0] - budget))
-    host, on_device = memory_of(view, selected, config, compute, streamed, gpu, budget, room or 0)
+    host, on_device = memory_of(view, selected, config, compute, streamed, gpu, budget, room or 0, keeps)
     seconds = rehearse(config, view, work, small, streamed)
     return {
         "model": {

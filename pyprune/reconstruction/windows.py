@@ -258,7 +258,8 @@ class WindowTrainer:
                 with self.executor.compute(index - 1) as before:
                     self.executor.run(index - 1, before, streams.inputs, streams.inputs)
         for probe in self.probes if index > 0 else []:
-            final, quantiles = as_row(stream_errors(probe.inputs, self._probe_targets[probe.name]).tolist())
+            found = stream_errors(self.executor, probe.inputs, self._probe_targets[probe.name])
+            final, quantiles = as_row(found.tolist())
             row = self.found.blocks[index - 1]
             row["error_quantiles"][probe.name] = quantiles
             key = {"calibration": "error", "held_out": "error_held_out"}[probe.name]
@@ -348,7 +349,7 @@ def parameter_masks(block: nn.Module, masks: dict[WeightRef, Tensor]) -> dict[st
     found: dict[str, Tensor] = {}
     for ref, mask in masks.items():
         if ref.path not in found:
-            found[ref.path] = torch.ones(ref.parameter(block).shape, dtype=torch.bool)
+            found[ref.path] = torch.ones(ref.parameter(block).shape, dtype=torch.bool, device=mask.device)
         whole = found[ref.path] if ref.expert is None else found[ref.path][ref.expert]
         (whole.T if ref.transposed else whole).copy_(mask)
     return found

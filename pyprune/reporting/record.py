@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import datetime
 import hashlib
 import math
 import platform
@@ -106,6 +107,7 @@ def build_report(
         )
     return {
         "version": 1,
+        "finished": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "config": config_for_report(run.config),
         "model": {
             "name": run.config.model or type(model).__name__,

@@ -90,6 +90,8 @@ def _facts(report: dict) -> Markup:
     rows = report.get("evaluation") or []
     if rows and (factor := ratio(rows[0])) is not None:
         items.append(("Perplexity", Markup("× ") + figure(factor, text=lambda v: number(v, 3)), rows[0]["text"]))
+    if (gap := (report.get("generalisation") or {}).get("gap")) is not None:
+        items.append(("Generalisation gap", figure(gap, "generalisation.gap", _three), "off-domain over in-domain"))
     if error is not None:
         items.append(
             ("Last block's error", figure(error, _last_path(report), _three), "relative to dense, calibration")
@@ -151,7 +153,7 @@ def _before_and_after(report: dict) -> Markup:
                 figure(row["dense"], f"{at}.dense", perplexity_text),
                 *before,
                 figure(row["pruned"], f"{at}.pruned", perplexity_text),
-                figure(ratio(row), text=_three),
+                figure(ratio(row), f"{at}.ratio" if row.get("ratio") == ratio(row) else "", _three),
                 f"{row['windows']} × {row['window']} tokens, {row.get('dtype', '')}",
             ]
         )
@@ -226,10 +228,14 @@ def _blocks(report: dict) -> Markup:
     if (windows := (report.get("refinement") or {}).get("windows")) is not None:
         return _windows(windows)
     blocks = report.get("blocks") or []
-    measured = [key for key in ("error", "error_held_out") if any(row.get(key) is not None for row in blocks)]
+    names = {
+        "error": "Calibration text",
+        "error_held_out": "Held-out text",
+        "error_self_generated": "Self-generated text",
+    }
+    measured = [key for key in names if any(row.get(key) is not None for row in blocks)]
     if not measured:
         return Markup("")
-    names = {"error": "Calibration text", "error_held_out": "Held-out text"}
     table = Table(
         "Error of each block's output, ‖pruned − dense‖² / ‖dense‖², carried on from block to block.",
         ["Block", *(names[key] for key in measured), "Seconds"],
@@ -243,7 +249,7 @@ def _blocks(report: dict) -> Markup:
         ],
         plotted=range(1, 1 + len(measured)),
     )
-    return join([chart(table, axis="relative error", log=True, x="whole"), _steps(blocks), _quantiles(blocks)])
+    return join([chart(table, axis="relative error", log=True, x="whole"), _steps(blocks), _quantiles(report)])
 
 
 def _windows(windows: list[dict]) -> Markup:
@@ -291,34 +297,31 @@ def _steps(blocks: list[dict]) -> Markup:
     return details("Step by step", table.html())
 
 
-def _quantiles(blocks: list[dict]) -> Markup:
-    """The distribution of errors over tokens, where the report has quantiles: ``{"calibration": {"0.5": …}}``."""
-    sets = [row["quantiles"] for row in blocks if isinstance(row.get("quantiles"), dict)]
-    kinds = list(dict.fromkeys(kind for found in sets for kind in found if isinstance(found[kind], dict)))
+def _quantiles(report: dict) -> Markup:
+    """The distribution of each block's error over tokens and over sequences, where the report has quantiles."""
+    blocks, levels = report.get("blocks") or [], report.get("error_quantile_levels") or []
+    found = [row.get("error_quantiles") or {} for row in blocks]
+    kinds = dict.fromkeys((text, over) for row in found for text, spread in row.items() for over in spread)
     parts = []
-    for kind in kinds:
-        levels = list(dict.fromkeys(q for found in sets for q in found.get(kind) or {}))
+    for text, over in kinds:
         rows = [
             [
                 figure(row["block"], f"blocks.{k}.block", _count),
                 *(
-                    figure(
-                        ((row.get("quantiles") or {}).get(kind) or {}).get(level),
-                        f"blocks.{k}.quantiles.{kind}.{level}",
-                    )
-                    for level in levels
+                    figure(value, f"blocks.{k}.error_quantiles.{text}.{over}.{q}")
+                    for q, value in enumerate((found[k].get(text) or {}).get(over) or [None] * len(levels))
                 ),
             ]
             for k, row in enumerate(blocks)
         ]
         table = Table(
-            f"How the error spreads over tokens, {kind.replace('_', ' ')} text.",
-            ["Block", *(f"Quantile {level}" for level in levels)],
+            f"How the error spreads over {over}, {text.replace('_', '-')} text: its quantiles.",
+            ["Block", *(f"{level:g}" for level in levels)],
             rows,
             plotted=range(1, 1 + len(levels)),
         )
         parts.append(chart(table, axis="relative error", log=True, x="whole"))
-    return join(parts)
+    return details("How errors spread over tokens and sequences", join(parts)) if parts else Markup("")
 
 
 def _weights(report: dict) -> Markup:

@@ -258,7 +258,8 @@ class Split:
             for part in (self.fit, self.held):
                 part.place(mean_of(x.float(), w), shift_e)
         for part, which in ((self.fit, ~held), (self.held, held)):
-            rows = which.nonzero().flatten().to(x.device, non_blocking=True)
+            rows = which.nonzero().flatten()
+            rows = (rows.pin_memory() if x.is_cuda else rows).to(x.device, non_blocking=True)
             part.update(
                 x.index_select(0, rows),
                 None if e is None else e.index_select(0, rows),

@@ -216,14 +216,15 @@ class Worker:
 
     def _run(self, cell: Cell) -> None:
         """One run; its folder appears whole or not at all."""
-        staging = self.place.cells / f".{cell.name}-{uuid.uuid4().hex[:8]}"
+        holder = self.place.cells / f".{uuid.uuid4().hex[:8]}"
+        staging = holder / cell.name  # its name is the model's on card and page
         try:
             result = self._pruned(cell, staging)
             self._record(result, staging)
             with contextlib.suppress(OSError):  # a worker that was thought dead was first: the same result
                 staging.rename(self.place.cells / cell.name)
         finally:
-            shutil.rmtree(staging, ignore_errors=True)
+            shutil.rmtree(holder, ignore_errors=True)
 
     def _open(self, config: PruneConfig) -> None:
         """Load the model before the first run; not where every run reads it from its files."""
@@ -234,7 +235,7 @@ class Worker:
 
     def _pruned(self, cell: Cell, staging: Path) -> PruneResult:
         if self.opened is None:  # never whole in memory: each run reads and writes its own
-            config = dataclasses.replace(cell.config, output=str(staging / "model"))
+            config = dataclasses.replace(cell.config, output=str(staging.parent / "streamed" / cell.name))
             return prune(None, config, progress=self.progress)
         self._take_up()
         result = prune_copy(self.opened, cell.config, self.shared, self.progress)
@@ -243,12 +244,12 @@ class Worker:
 
     def _record(self, result: PruneResult, staging: Path) -> None:
         if result.config.output is not None:
-            made = staging / "model"
+            made = Path(result.config.output)
+            staging.mkdir()
             kept = None if self.keep_models else ("report.json", "report.html", "run.yaml", "pruning.json", "README.md")
             for path in list(made.iterdir()):
                 if kept is None or path.name in kept:
                     path.rename(staging / path.name)
-            shutil.rmtree(made)
         elif self.keep_models:
             result.save(str(staging))
         else:

@@ -77,7 +77,9 @@ def test_models_of_any_size_are_counted_without_weights(name):
     block = max(sum(p.numel() for p in b.parameters()) for b in view.blocks)
     assert host["activations"] == (128 + 2 * 4) * 2048 * config.hidden_size * 2, "2 + 2 probes, pruned and dense"
     assert 2 * block * 2 < host["weights"] < 0.1 * parameters * 2, "two blocks and the embeddings, not the model"
-    assert device["block"] == block * 2, "bfloat16, and the one before it is gone"
+    assert device["block"] == 2 * block * 2, "bfloat16: the one at work, and the next on its way"
+    _, device = memory_of(view, selected(view), settings, torch.bfloat16, streamed=False, gpu=True, stays=True)
+    assert device["weights"] == sum(p.numel() for p in view.model.parameters()) * 2 and "block" not in device
     small, narrowed = rehearsal_model(config, torch.float32)
     assert narrowed and sum(p.numel() for p in small.parameters()) < 2e7 and len(ModelView(small).blocks) == 2
 

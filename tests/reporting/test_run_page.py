@@ -68,8 +68,13 @@ def test_figures_are_those_of_the_report(folders, name):
 def test_a_browser_draws_the_figures_of_the_report(folders, tmp_path):
     """Opened without a network: every chart is drawn, from exactly the numbers in report.json."""
     report = json.loads((folders["trained"] / "report.json").read_text())
-    blocks, weights = drawn(folders["trained"] / "report.html", tmp_path / "profile")
+    blocks, *quantiles, weights = drawn(folders["trained"] / "report.html", tmp_path / "profile")
     assert blocks == [[row[key] for row in report["blocks"]] for key in ("block", "error", "error_held_out")]
+    spreads = [row["error_quantiles"] for row in report["blocks"]]
+    ways = [(text, over) for text, spread in spreads[0].items() for over in spread]
+    assert [chart[1:] for chart in quantiles] == [
+        [list(level) for level in zip(*(spread[text][over] for spread in spreads))] for text, over in ways
+    ]
     kinds = list(dict.fromkeys(row["name"].partition("layers.")[2][2:] for row in report["weights"]))
     assert weights[1:] == [
         [row["error"] for row in report["weights"] if row["name"].endswith(f".{kind}")] for kind in kinds
@@ -82,7 +87,7 @@ def test_what_other_reports_hold_is_shown_and_what_they_lack_is_not(folders):
     gain = [{"model": "dense", "parameters": 10, "ratios": {}}, {"model": "p", "parameters": 5, "device": "cpu"}]
     gain[1]["ratios"] = {"parameters": 0.5}
     for k, row in enumerate(report["blocks"]):
-        row["quantiles"] = {"calibration": {"p50": 0.1 + k, "p99": 0.9 + k}}
+        row["error_quantiles"] = {"held_out": {"tokens": [0.1 + k, 0.9 + k]}}
     windows = [{"before_calibration": 0.4, "after_calibration": 0.2, "before_held_out": 0.5, "after_held_out": 0.3}]
     refinement = {
         "windows": windows,
@@ -92,9 +97,10 @@ def test_what_other_reports_hold_is_shown_and_what_they_lack_is_not(folders):
         "warnings": ["w!"],
     }
     more = {**report, "gain": gain, "tasks": [{"task": "arc_easy", "dense": 0.5, "pruned": 0.25}]}
+    more |= {"error_quantile_levels": [0.5, 0.9], "generalisation": {"gap": 1.5}}
     shown = check_figures(Page(run_page(more, "m")), more)
     assert {"gain.1.parameters", "gain.1.ratios.parameters", "tasks.0.pruned"} <= shown
-    assert {"blocks.2.quantiles.calibration.p99"} <= shown
+    assert {"blocks.2.error_quantiles.held_out.tokens.1", "generalisation.gap"} <= shown
     refined = {**report, "refinement": refinement}
     page = Page(run_page(refined, "m"))
     assert "refinement.windows.0.after_held_out" in check_figures(page, refined) and "w!" in page.text

@@ -61,7 +61,8 @@ def test_cells_find_what_single_runs_find(model, done):
     for name in ("table.json", "table.md", "table.csv", "study.html", "settings.json", "dense.json"):
         assert (folder / name).stat().st_size > 0
     assert json.loads((folder / "table.json").read_text()) == result
-    assert (folder / "cells/sparsegpt-unstructured-0.5-layer-seed1/report.html").is_file()
+    page = (folder / "cells/sparsegpt-unstructured-0.5-layer-seed1/report.html").read_text()
+    assert "<h1>sparsegpt-unstructured-0.5-layer-seed1</h1>" in page
     assert not list((folder / "cells").glob(".*")) and not list(folder.glob("**/*.safetensors"))
 
 

@@ -98,6 +98,12 @@
     width = window.innerWidth;
     for (const figure of figures) charts.set(figure, draw(figure));
   });
+  // What was folded away had no width when it was drawn.
+  for (const fold of document.querySelectorAll("details")) {
+    fold.addEventListener("toggle", () => {
+      for (const figure of figures) if (fold.open && fold.contains(figure)) charts.set(figure, draw(figure));
+    });
+  }
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
     for (const chart of charts.values()) chart.redraw();
   });
