@@ -8,6 +8,8 @@ import torch
 from pyprune.execution.activation_store import Store
 from pyprune.execution.spilling import Alive, Elsewhere, Spilled
 
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+
 
 class Block(torch.nn.Module):
     def __init__(self):
@@ -35,15 +37,16 @@ def test_bytes_alive_at_a_pause_are_known():
     assert seen == [5 * 8 * 4, 5 * 32 * 4]
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NEEDS_GPU])])
 @pytest.mark.parametrize("budget", [0, 2**20])
-def test_memory_goes_to_the_store_and_comes_back(budget, tmp_path):
-    store = Store(budget, tmp_path)
-    spilled, given = Spilled(store), torch.arange(3.0)
+def test_memory_goes_to_the_store_and_comes_back(budget, device, tmp_path):
+    store = Store(budget, tmp_path, pin=device == "cuda")
+    spilled, given = Spilled(store), torch.arange(3.0, device=device)
     with Alive() as alive:
-        whole = torch.randn(7, 5)
-        view, half = whole[2:, 1], torch.arange(6, dtype=torch.bfloat16)
+        whole = torch.randn(7, 5, device=device)
+        view, half = whole[2:, 1], torch.arange(6, dtype=torch.bfloat16, device=device)
         same = given.view(3, 1)
-        passing = torch.ones(100)
+        passing = torch.ones(100, device=device)
     before = [tensor.clone() for tensor in (whole, view, half)]
     for _ in range(2):
         spilled.out(alive)
