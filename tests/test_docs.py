@@ -11,8 +11,10 @@ import json
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -36,8 +38,17 @@ DEFAULTS = {"SAMPLES": 8, "TOKENS": 32, "WINDOW": 64}
 """What the defaults of a run are here."""
 SMALL = {"--seq-len": "32", "--window": "64", "--num-samples": "8", "--epochs": "1", "--max-windows": "2"}
 """Options that are too large for a tiny model, or for a test."""
-ELSEWHERE = ("meta-llama/", "allenai/", "torchrun", "submitit", "user/", "--latency")
-"""Words of commands that need a network, several machines, or a minute."""
+ELSEWHERE = (
+    "meta-llama/",
+    "allenai/",
+    "torchrun",
+    "submitit",
+    "user/",
+    "--latency",
+    "arc_easy,hellaswag",
+    "tensorboard:",
+)
+"""Words of commands that need a network, several machines, an extra, or a minute."""
 
 
 def blocks(language: str) -> list[tuple[Path, str]]:
@@ -92,7 +103,7 @@ def place(tmp_path_factory):
     tiny.tokenizer().save_pretrained(folder / "MODEL")
     prose = [f"The cat sat on mat {i} and looked at the dog, who did not look back. " * 4 for i in range(100)]
     (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in prose))
-    for name in ("test.txt", "wiki.test.txt"):
+    for name in ("test.txt", "wiki.test.txt", "prose.txt"):
         (folder / name).write_text("\n".join(prose))
     np.save(folder / "ids.npy", tiny.ids(12, 32).numpy())
     for name in ("pruned", "half", "again", "small"):
@@ -106,6 +117,15 @@ def place(tmp_path_factory):
             **extra,
         )
     pyprune.pack(str(folder / "pruned"), str(folder / "packed"))
+    shutil.copytree(folder / "pruned", folder / "runs" / "first")
+    shutil.copytree(folder / "MODEL", folder / "BASE")
+    (folder / "data" / "piqa").mkdir(parents=True)
+    question = {"question": "Which one?", "choices": ["this", "that one"], "gold": 1}
+    goal = {"goal": "sit", "sol1": "on the mat", "sol2": "off it"}
+    for name in ("arc_easy.jsonl", "data/arc_easy_test.jsonl"):
+        (folder / name).write_text(f"{json.dumps(question)}\n" * 4)
+    (folder / "data" / "piqa" / "valid.jsonl").write_text(f"{json.dumps(goal)}\n" * 4)
+    (folder / "data" / "piqa" / "valid-labels.lst").write_text("0\n" * 4)
     return folder
 
 
@@ -208,6 +228,7 @@ def test_python_in_a_document_runs(path, place, tmp_path, monkeypatch):
         "torch": torch,
         "weight": torch.eye(16),
         "x": torch.ones(2, 16),
+        "run": types.SimpleNamespace(log=lambda values, step: None),
         "bias": torch.zeros(16),
         "model": tiny.model("llama", vocab_size=tiny.CHARACTERS),
         "dense": tiny.model("llama", vocab_size=tiny.CHARACTERS),
