@@ -12,6 +12,7 @@ from pyprune.data.self_generated import generate
 from pyprune.evaluation.gain import dense_of
 from pyprune.evaluation.perplexity import NotFinite, evaluate
 from pyprune.evaluation.task_runs import evaluate_tasks
+from pyprune.model.attributes import positions_named
 from pyprune.model.blocks import predicts_next_token
 from pyprune.model.checkpoint import load
 from pyprune.reporting.comparison import read
@@ -22,6 +23,8 @@ MAX_RATIO, MAX_DROP = 1.1, 0.02
 """The limits where nothing else is asked."""
 METRICS = ("acc", "acc_norm", "spearman")
 """Scores of tasks, of which more is better."""
+SAMPLED = 256
+"""Tokens of a self-generated sequence where nothing else is asked."""
 RISE = 0.01
 """Held-out error that rises by more than this share, while calibration error falls, is overfitting."""
 
@@ -33,7 +36,7 @@ def check(
     text: Any = None,
     max_perplexity_ratio: float = MAX_RATIO,
     self_generated: int = 0,
-    seq_len: int = 256,
+    seq_len: int | None = None,
     seed: int = 0,
     tasks: Sequence[str | Path] = (),
     max_drop: float = MAX_DROP,
@@ -45,7 +48,8 @@ def check(
     directory: the model to check. against: the model it is compared with, dense or an earlier pruned one; None: the one
     that it was pruned from. text: one or several texts, as :func:`pyprune.evaluate` takes them; None: those that it
     takes by itself. Each may have at most ``max_perplexity_ratio`` times the other's perplexity.
-    self_generated: that many sequences of ``seq_len`` tokens, sampled from ``against``, are one more text.
+    self_generated: that many sequences of ``seq_len`` tokens, sampled from ``against``, are one more text; None: 256
+    tokens, or as many as the model has positions.
     tasks: files, folders or names of lm-eval's tasks, as ``pyprune eval --tasks`` takes them; each score may fall by at
     most ``max_drop``. fields: further ones of :class:`pyprune.Evaluation`.
     Overfitting fails, too: the calibration error of the last block fell while the held-out one rose, in the run's own
@@ -80,7 +84,7 @@ def _measure(
     sampled: list,
     text: Any,
     count: int,
-    seq_len: int,
+    seq_len: int | None,
     seed: int,
     tasks: Sequence,
     device: str,
@@ -95,12 +99,15 @@ def _measure(
         )
     if causal:
         if count and not sampled:
-            sampled = generate(loaded.model, loaded.tokenizer, count, seq_len=seq_len, seed=seed)
+            length = seq_len or min(SAMPLED, positions_named(loaded.model.config) or SAMPLED)
+            sampled = generate(loaded.model, loaded.tokenizer, count, seq_len=length, seed=seed)
         for row in _rows(loaded, text, device, fields):
             found["perplexity", row["text"]] = row["perplexity"]
         if sampled:
             (row,) = _rows(loaded, sampled, device, {})
-            found["perplexity", f"{len(sampled)} self-generated sequences of {seq_len} tokens"] = row["perplexity"]
+            found["perplexity", f"{len(sampled)} self-generated sequences of {len(sampled[0])} tokens"] = row[
+                "perplexity"
+            ]
     for row in evaluate_tasks(loaded, list(map(str, tasks)), device=device) if tasks else ():
         for metric in METRICS:
             if metric in row:
