@@ -153,7 +153,7 @@ def parse_backend(text: str) -> dict[str, str]:
     return {op: name for op, name in named.items() if name != "auto" or (op and default != "auto")}
 
 
-def _check_backends(backends) -> None:
+def check_backends(backends) -> None:
     """Refuse what is no record of back-ends; what is in it is looked at where it is to be followed."""
     for device, taken in backends.items() if isinstance(backends, dict) else [("", backends)] * (backends is not None):
         if not isinstance(taken, dict) or not all(isinstance(text, str) for text in (device, *taken, *taken.values())):
@@ -450,7 +450,7 @@ class PruneConfig:
         if self.calibration.seed is None:
             self.calibration = dataclasses.replace(self.calibration, seed=self.seed)
         parse_backend(self.backend)
-        _check_backends(self.backends)
+        check_backends(self.backends)
         _positive(self, "batch_size", "column_block")
         if self.column_block > MAX_COLUMN_BLOCK:
             raise ConfigError(
@@ -689,6 +689,11 @@ def override(base: PruneConfig | str | Path | None, values: dict) -> PruneConfig
 
 def from_yaml(text_or_path: str | Path) -> PruneConfig:
     """Configuration from YAML text or the path of a YAML file."""
+    return from_dict(PruneConfig, read_yaml(text_or_path))
+
+
+def read_yaml(text_or_path: str | Path) -> dict:
+    """The mapping in YAML text or in a YAML file. Raises ConfigError if there is no such file or no mapping in it."""
     import yaml
 
     text = str(text_or_path)
@@ -701,4 +706,6 @@ def from_yaml(text_or_path: str | Path) -> PruneConfig:
         values = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
         raise ConfigError(f"not valid YAML: {' '.join(str(error).split())}") from error
-    return from_dict(PruneConfig, values)
+    if not isinstance(values, dict):
+        raise ConfigError(f"config must be a mapping of fields, got {type(values).__name__}")
+    return values

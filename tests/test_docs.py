@@ -106,6 +106,8 @@ def place(tmp_path_factory):
             **extra,
         )
     pyprune.pack(str(folder / "pruned"), str(folder / "packed"))
+    texts = dict(calibration=str(folder / "text.jsonl"), text=str(folder / "test.txt"))
+    pyprune.refine(str(folder / "small"), output=str(folder / "refined"), num_samples=4, seq_len=32, epochs=1, **texts)
     return folder
 
 

@@ -196,7 +196,7 @@ def _prune(
                 functools.partial(add_generated, data, config.calibration, view.model, tokenizer, doing),
             )
     with found.clock("back-ends"), Doing("checking and timing the back-ends of this machine", progress, said=False):
-        backends = settle_backends(journal, world, device, config, found.warn)
+        backends = settle_backends(journal, world, device, config.backend, config.backends, found.warn)
     if config.output:
         with found.clock("load"):
             identity = {
@@ -350,11 +350,11 @@ def settle_backends(
     journal: Journal,
     world: distributed.World,
     device: torch.device,
-    config: PruneConfig | None = None,
+    asked: str = "auto",
+    repeated: dict | None = None,
     warn: Callable[[str], None] = lambda message: None,
 ) -> dict:
     """The back-end that each op takes in this run, the same in all processes: :func:`pyprune.ops.settle`."""
-    asked, repeated = (config.backend, config.backends) if config else ("auto", None)
 
     def settled() -> dict:
         return ops.settle(device.type, journal.header.get("backends"), asked, repeated, warn)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyprune.config import PruneConfig, to_dict
+from pyprune.config import Calibration, Evaluation, PruneConfig, to_dict
 from pyprune.data.calibration import CalibrationData, fingerprint
 from pyprune.data.given import contents
 from pyprune.execution.error_probes import LEVELS
@@ -149,13 +149,25 @@ def build_report(
 def config_for_report(config: PruneConfig) -> dict:
     """Configuration as plain data: what was given in memory stands there as its kind and a fingerprint, never whole."""
     plain = copy.copy(config)
-    plain.calibration, plain.evaluation = copy.copy(config.calibration), copy.copy(config.evaluation)
-    plain.calibration.source = written(config.calibration.source)
-    plain.evaluation.text = written(config.evaluation.text)
-    plain.evaluation.off_domain = written(config.evaluation.off_domain)
+    plain.calibration = named_calibration(config.calibration)
+    plain.evaluation = named_evaluation(config.evaluation)
     if callable(config.criterion):
         plain.criterion = f"<{getattr(config.criterion, '__name__', 'function')} in memory>"
     return to_dict(plain)
+
+
+def named_calibration(settings: Calibration) -> Calibration:
+    """A copy with :func:`written` for its source."""
+    plain = copy.copy(settings)
+    plain.source = written(settings.source)
+    return plain
+
+
+def named_evaluation(settings: Evaluation) -> Evaluation:
+    """A copy with :func:`written` for its texts."""
+    plain = copy.copy(settings)
+    plain.text, plain.off_domain = written(settings.text), written(settings.off_domain)
+    return plain
 
 
 def written(source: Any) -> Any:

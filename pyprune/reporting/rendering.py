@@ -536,7 +536,7 @@ def _repeat_text(report: dict) -> str:
     what += ["texts"] if any("in memory, sha256" in str(value) for value in memory) else []
     if what:
         return f"- settings: `run.yaml`; it repeats the run once {' and '.join(what)} given in memory have a name there"
-    then = ", then `refinement.json` says how it was refined" if report.get("refinement") else ""
+    then = ", then `report.json` says how it was refined" if report.get("refinement") else ""
     return f"- settings: `run.yaml` repeats the pruning (`pyprune prune --config run.yaml -o DIR`){then}"
 
 

@@ -495,6 +495,8 @@ def _how(report: dict, settings: str) -> Markup:
     parts = [table.html(), Markup("<h3>The command that repeats it</h3>"), command]
     if settings:
         parts += [paragraph("with this run.yaml, which lies beside the model:"), details("run.yaml", code(settings))]
+    if refined is not None and "model" in refined:  # a folder was refined, which left a record of its own
+        parts += [paragraph("and its refinement:"), code("pyprune refine --config refine.yaml -o again")]
     return join(parts)
 
 
