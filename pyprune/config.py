@@ -612,6 +612,8 @@ def from_dict(cls, values: dict, where: str = "config"):
                 + (f"; did you mean {near[0]!r}?" if near else f"; fields are {', '.join(names)}")
             )
     hints = typing.get_type_hints(cls)
+    paths = {key: str(v) for key, v in values.items() if isinstance(v, Path) and str in members(hints[key])}
+    values = {**values, **paths}
     for key, value in values.items():
         _check_type(f"{where}.{key}", value, hints[key])
     return cls(**values)

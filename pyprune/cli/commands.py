@@ -14,7 +14,16 @@ from pyprune.cli import packing, watching
 from pyprune.cli.help import Command, Group
 from pyprune.cli.options import as_options, option_of, with_fields
 from pyprune.cli.studies import study
-from pyprune.config import Calibration, ConfigError, Evaluation, Reconstruction, check_named, from_dict, override
+from pyprune.config import (
+    Calibration,
+    ConfigError,
+    Evaluation,
+    PruneConfig,
+    Reconstruction,
+    check_named,
+    from_dict,
+    override,
+)
 from pyprune.execution.progress import Doing
 from pyprune.keywords import configuration_fields, refine_fields
 from pyprune.reporting import comparison, rendering
@@ -24,11 +33,13 @@ app = typer.Typer(
     name="pyprune", cls=Group, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False
 )
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on standard output.")]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Continue the interrupted run in the folder of -o, which knows its settings.")
+]
 TrackOption = Annotated[
     str | None,
     typer.Option("--track", metavar="tensorboard:FOLDER", help="Write the figures of each block for TensorBoard, too."),
 ]
-Resume = Annotated[bool, typer.Option("--resume", help="Continue the interrupted run in the same folder.")]
 RUN_FIELDS = [path for path in configuration_fields() if path != "model"]
 EVALUATION_FIELDS = [
     path for path in configuration_fields() if path.startswith("evaluation.") and path != "evaluation.enabled"
@@ -79,7 +90,12 @@ def prune(
     fields: dict[str, Any],
 ):
     """Prune MODEL, evaluate it, and write a Hugging Face model and a report."""
-    settings = override(config, {**fields, **({"model": model} if model else {})})
+    base: Any = config
+    if resume and model is None and config is None and fields.get("output"):
+        from pyprune.execution.journal import remembered
+
+        base = from_dict(PruneConfig, remembered(fields["output"]))
+    settings = override(base, {**fields, **({"model": model} if model else {})})
     check_named(settings, fields)
     if plan and resume:
         raise ConfigError("--resume would do nothing: --plan runs nothing")

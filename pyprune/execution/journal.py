@@ -408,6 +408,16 @@ def journaled(output: str | Path | None, resume: bool) -> Iterator[tuple[distrib
         world.close(failed)
 
 
+def remembered(output: str | Path) -> dict:
+    """The configuration of the interrupted run in ``output``, as plain data. Raises ConfigError if there is none."""
+    folder = Path(output).expanduser() / FOLDER
+    found = [path for path in (folder / MARK, folder / "run.json") if path.is_file()]
+    config = json.loads(found[0].read_text()).get("config") if found else None
+    if config is None:
+        raise ConfigError(f"{output} holds no interrupted run that says its settings; give the model and the settings")
+    return {**config, "output": str(output)}
+
+
 def shard_path(output: str | Path, index: int) -> Path:
     """Where the finished tensors of a block of the run in ``output`` lie."""
     return Path(output).expanduser().absolute() / FOLDER / f"block-{index:05}.safetensors"

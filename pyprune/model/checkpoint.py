@@ -78,6 +78,8 @@ def resolve(name: str | Path) -> Source:
         return _gguf(path)
     if path.is_dir():
         if not (path / "config.json").is_file():
+            if len(found := members(path)) > 1:
+                raise ConfigError(f"{text} holds several sparsities; name one of them: {', '.join(map(str, found))}")
             raise ConfigError(
                 f"model folder {text!r} has no config.json"
                 + ("; name the .gguf file in it" if any(path.glob("*.gguf")) else "")
@@ -86,6 +88,15 @@ def resolve(name: str | Path) -> Source:
     if path.suffix == ".gguf" or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text) or text.startswith("."):
         raise ConfigError(f"unknown model {text!r}: no such file or folder")
     return Source(text, local=False)
+
+
+def members(directory: str | Path) -> list[Path]:
+    """The checkpoints in a folder that a run of several sparsities wrote, by sparsity; of any other, itself."""
+    folder = Path(directory).expanduser()
+    if (folder / "config.json").is_file():
+        return [folder]
+    found = [path.parent for path in folder.glob("sparsity-*/config.json")]
+    return sorted(found, key=lambda path: float(path.name.removeprefix("sparsity-"))) or [folder]
 
 
 def _packaged(name: str) -> Source:

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -44,6 +45,7 @@ from pyprune.model.blocks import (
     refuse_shared,
     select_weights,
 )
+from pyprune.model.origin import Origin
 from pyprune.model.positions import Positions, positions_of
 from pyprune.packed.loading import opened
 from pyprune.pipeline.block_loop import Loop, run_blocks
@@ -54,7 +56,7 @@ from pyprune.pipeline.shared import Shared
 from pyprune.pipeline.structured_work import StructuredWork
 from pyprune.pipeline.tracking import Track, nobody, outcome, tracker
 from pyprune.reporting.comparison import read as read_report
-from pyprune.reporting.record import build_report, compared, data_identity, settings_of
+from pyprune.reporting.record import build_report, compared, config_for_report, data_identity, settings_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -202,7 +204,15 @@ def _prune(
                 "data": data_identity(data, [text.windows for text in windows]),
                 "model": opened.identity(),
             }
-            begin(journal, world, identity, len(view.blocks), streamed=opened.weights.streamed, backends=backends)
+            begin(
+                journal,
+                world,
+                identity,
+                len(view.blocks),
+                streamed=opened.weights.streamed,
+                backends=backends,
+                config=config_for_report(config),
+            )
     if world.same(journal.complete):
         world.lead(journal.publish)
         return published(config, opened.weights)
@@ -276,6 +286,7 @@ def _prune(
         found.warn(text)
     track(len(view.blocks), outcome(evaluation))
     report = build_report(run, found, live, evaluation, gap, work.coverage(), structured, peak_device, backends)
+    report["model"] |= known_of_dense(config.model, opened.origin)
     if isinstance(opened.weights, Streamed):
         result: PruneResult = StreamedResult(opened.weights, tokenizer, config, report, opened.origin)
     else:
@@ -288,6 +299,22 @@ def _prune(
     for member in models.values() if len(models) > 1 else ():  # they were made beside the model, where it was
         held.callback(member.to, home)
     return result
+
+
+def known_of_dense(name: str | None, origin: Origin) -> dict:
+    """What a model card says of the dense model: the bytes of its weight files, and ``card``, entries of its header."""
+    found: dict[str, Any] = {}
+    card: dict[str, str] = {}
+    if name is not None and not Path(name).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        card["base_model"] = name
+    if origin.folder is not None:
+        files = [path for path in origin.folder.iterdir() if path.suffix in (".safetensors", ".bin")]
+        found["file_bytes_dense"] = sum(path.stat().st_size for path in files)
+        readme = origin.folder / "README.md"
+        header = readme.read_text(errors="replace").split("---")[1:2] if readme.is_file() else []
+        licence = re.search(r"^license:\s*([\w.-]+)\s*$", header[0], flags=re.M) if header else None
+        card |= {"license": licence[1]} if licence else {}
+    return {**found, **({"card": card} if card else {})}
 
 
 def kind_of(config: PruneConfig) -> type[MaskWork | StructuredWork]:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import html
+import io
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -15,24 +18,51 @@ from pyprune.model.assembly import BlockShards
 from pyprune.model.origin import Origin
 from pyprune.packed.files import pack_here
 from pyprune.reporting.record import pruning_record, run_yaml
-from pyprune.reporting.rendering import model_card
+from pyprune.reporting.rendering import headline, model_card, perplexity_text, print_summary, summary_rows
 from pyprune.reporting.run_page import write_run_page
 
 
-@dataclass
+@dataclass(repr=False)
 class PruneResult:
     """A pruned model, what was asked, and what it cost."""
 
     model: nn.Module
-    tokenizer: object
+    """The pruned model, on the host."""
+    tokenizer: Any
+    """Of the model; None if it has none."""
     config: PruneConfig
+    """What was asked for."""
     report: dict
+    """What it cost: what ``report.json`` holds."""
     models: dict[float, nn.Module] = field(default_factory=dict)
     """Structured pruning: by sparsity; ``model`` is the last one asked for."""
     origin: Origin | None = None
     """What the dense checkpoint holds beside the model."""
 
-    def save(self, directory: str) -> None:
+    def __repr__(self) -> str:
+        rows = self.report.get("evaluation") or []
+        moved = (
+            f", perplexity {perplexity_text(rows[0]['dense'])} → {perplexity_text(rows[0]['pruned'])}" if rows else ""
+        )
+        return f"<PruneResult of {self.report['model']['name']}: {headline(self.report)}{moved}>"
+
+    def summary(self) -> str:
+        """The table that the command line prints after a run."""
+        out = io.StringIO()
+        print_summary(self.report, self.config.output, out)
+        return out.getvalue()
+
+    def _repr_html_(self) -> str:
+        """The same for a notebook."""
+        title = f"{self.report['model']['name']}: {headline(self.report)}"
+        rows = "".join(
+            f"<tr><th style='text-align:left'>{html.escape(label)}</th>"
+            f"<td style='text-align:left'>{html.escape(text)}</td></tr>"
+            for label, text in summary_rows(self.report)
+        )
+        return f"<table><caption>{html.escape(title)}</caption>{rows}</table>"
+
+    def save(self, directory: str | Path) -> None:
         """Write a Hugging Face checkpoint with ``pruning.json``, ``report.json``, ``report.html``, ``run.yaml`` and a
         model card; of several sparsities, each in a folder of its own, ``sparsity-0.3``."""
         if len(self.models) < 2:
@@ -96,6 +126,8 @@ class StreamedResult(PruneResult):
 def write_records(folder: Path, report: dict, config: PruneConfig, name: str) -> None:
     """Write what was done: records, report, configuration and model card, which calls the model ``name``; then pack
     the weights in the folder, if that was asked for."""
+    files = [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]
+    report["model"]["file_bytes"] = sum(path.stat().st_size for path in files)
     checkpoint.write_json(folder / "report.json", report)
     checkpoint.write_json(folder / "pruning.json", pruning_record(report))
     (folder / "run.yaml").write_text(run_yaml(report, config))

@@ -25,14 +25,14 @@ def read(directory: str | Path) -> dict:
 def compare(directories: Sequence[str | Path]) -> list[dict]:
     """Runs side by side, read from the folders that pyprune wrote.
 
-    Returns one row per folder: settings, perplexity of the dense and the pruned model per text, error of the blocks,
-    seconds, memory in bytes and parameters; of a refined model what it became, with the seconds of both runs. Raises
-    ConfigError for a folder without a report.
+    Returns one row per folder, of one with several sparsities one for each: settings, perplexity of the dense and the
+    pruned model per text, error of the blocks, seconds, memory in bytes and parameters; of a refined model what it
+    became, with the seconds of both runs. Raises ConfigError for a folder without a report.
     """
     if not directories:
         raise ConfigError("compare needs at least one folder")
     rows = []
-    for directory in directories:
+    for directory in [path for given in directories for path in _runs_in(given)]:
         report = read(directory)
         config, last = report["config"], (report.get("blocks") or [{}])[-1]
         error, held_out, seconds = last.get("error"), last.get("error_held_out"), sum(report["seconds"].values())
@@ -69,6 +69,14 @@ def compare(directories: Sequence[str | Path]) -> list[dict]:
             }
         )
     return rows
+
+
+def _runs_in(directory: str | Path) -> list[str | Path]:
+    """The runs in a folder of several sparsities; of any other, the folder as it was given."""
+    from pyprune.model.checkpoint import members  # torch comes with it: help and version do without
+
+    found = members(directory)
+    return [*found] if len(found) > 1 else [directory]
 
 
 def how_text(row: dict) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyprune.config import ConfigError
 from pyprune.model.blocks import ModelView, weights_of
+from pyprune.model.checkpoint import members
 from pyprune.model.names import in_block
 from pyprune.model.packed_shards import PackedFiles, is_packed
 
@@ -28,8 +29,11 @@ def inspect(directory: str | Path) -> dict:
     and the names of the others), ``non_finite``, ``weights`` (the same per matrix) and ``pruning`` (``pruning.json``
     without its weights); of a packed checkpoint also ``packed`` (matrices that are packed, their bytes, and those that
     they would have as dense ones), and for each of ``weights`` whether it is.
-    Raises :class:`ConfigError` if there is no checkpoint.
+    A folder of several sparsities gives ``members``, the same of each. Raises :class:`ConfigError` if there is no
+    checkpoint.
     """
+    if len(found := members(directory)) > 1:
+        return {"path": str(directory), "members": [inspect(path) for path in found]}
     folder = Path(directory).expanduser()
     files = weight_files(folder)
     transposed = _transposed(folder)

@@ -86,7 +86,10 @@ def print_summary(report: dict, directory: str | Path | None = None, out: TextIO
         table.add_row(label, text)
     if directory is not None:
         table.add_row("model", str(directory))
-        table.add_row("report", f"{Path(directory) / 'report.html'}, its figures in report.json")
+        curve = (report.get("structured") or {}).get("curve", [])
+        folders = [f"sparsity-{entry['sparsity']:g}" for entry in curve] if len(curve) > 1 else ["."]
+        pages = "\n".join(str(Path(directory) / folder / "report.html") for folder in folders)
+        table.add_row("report", f"{pages}, its figures in report.json")
     console.print(table)
 
 
@@ -246,6 +249,10 @@ def print_inspection(found: dict, out: TextIO | None = None) -> None:
     """What :func:`pyprune.inspect` found, the matrices of a kind in one line."""
     from rich.table import Table
 
+    for member in found.get("members", ()):
+        print_inspection(member, out)
+    if "members" in found:
+        return
     console = open_console(out)
     console.print(
         f"{found['path']}: {found['parameters']:,} parameters, {found['bytes'] / 2**20:.1f} MiB of {found['format']}"
@@ -253,31 +260,62 @@ def print_inspection(found: dict, out: TextIO | None = None) -> None:
     if (packed := found.get("packed")) is not None:
         share = f", {packed['bytes'] / packed['dense_bytes']:.3f} of their dense size" if packed["matrices"] else ""
         console.print(f"packed: {packed['matrices']} matrices without their zeros{share}")
-    coverage = found["coverage"]
-    console.print(
-        f"sparsity {found['sparsity']:.4f} of the blocks' matrices, {found['sparsity_of_model']:.4f} of all "
-        f"parameters; {coverage['pruned']} of {coverage['matrices']} matrices are pruned, "
-        f"{coverage['fraction']:.1%} of their weights, to {found['sparsity_of_pruned']:.4f}"
-    )
-    for name, row in found["patterns"].items():
+    coverage, structure = found["coverage"], _structure_text(found)
+    if structure:
+        console.print(structure)
+    if coverage["pruned"] or not structure:
+        console.print(
+            f"sparsity {found['sparsity']:.4f} of the blocks' matrices, {found['sparsity_of_model']:.4f} of all "
+            f"parameters; {coverage['pruned']} of {coverage['matrices']} matrices are pruned, "
+            f"{coverage['fraction']:.1%} of their weights, to {found['sparsity_of_pruned']:.4f}"
+        )
+    patterns = found["patterns"] if coverage["pruned"] else {}
+    for name, row in patterns.items():
         console.print(f"{name}: {row['violations']:,} violations in {row['groups']:,} groups of the pruned matrices")
     if found["non_finite"]:
         console.print(f"{found['non_finite']:,} values are NaN or infinite")
     kinds: dict[str, list[dict]] = {}
     for row in found["weights"]:
         kinds.setdefault(kind_of_weight(row["name"]), []).append(row)
-    table = Table("matrices", "number", "shape", "sparsity", *found["patterns"])
+    table = Table("matrices", "number", "shape", "sparsity", *patterns)
     for kind, rows in kinds.items():
         spread = [row["sparsity"] for row in rows]
-        broken = [[row["violations"][name] for row in rows] for name in found["patterns"]]
+        broken = [[row["violations"][name] for row in rows] for name in patterns]
         table.add_row(
             kind,
             str(len(rows)),
-            "×".join(map(str, rows[0]["shape"])),
+            " … ".join("×".join(map(str, shape)) for shape in _ends([row["shape"] for row in rows])),
             f"{min(spread):.3f}" if max(spread) - min(spread) < 5e-4 else f"{min(spread):.3f} … {max(spread):.3f}",
             *("–" if None in counts else f"{sum(counts):,}" for counts in broken),
         )
     console.print(table)
+
+
+def _structure_text(found: dict) -> str | None:
+    """What structured pruning removed, from the checkpoint's own record; None where it removed nothing."""
+    record = found.get("pruning") or {}
+    structured, model = record.get("structured"), record.get("model") or {}
+    if not structured:
+        return None
+    gone = ", ".join(f"{share:.4g} of the {kind}" for kind, share in structured.get("removed", {}).items())
+    sizes = ", ".join(f"{name} {value}" for name, value in (structured.get("edits") or {}).items())
+    dense = model.get("parameters_dense")
+    left = (
+        f"; {found['parameters']:,} parameters are left of {dense:,}, {found['parameters'] / dense:.1%}"
+        if dense
+        else ""
+    )
+    return (
+        f"structured: {gone or 'heads or neurons'} removed{left}"
+        + (f"; the config says {sizes}" if sizes else "; no stock config says its sizes, pyprune.load knows them")
+        + ". Matrices became smaller, which leaves no zeros to count"
+    )
+
+
+def _ends(shapes: list[list[int]]) -> list[list[int]]:
+    """The one shape that all have, or the smallest and the largest."""
+    ordered = sorted(shapes)
+    return ordered[:1] if ordered[0] == ordered[-1] else [ordered[0], ordered[-1]]
 
 
 def print_plan(found: dict, out: TextIO | None = None) -> None:
@@ -412,6 +450,8 @@ def model_card(report: dict, name: str, picture: str | None = None) -> str:
     lines = [
         "---",
         "library_name: transformers",
+        f"pipeline_tag: {'feature-extraction' if encoder else 'text-generation'}",
+        *(f"{key}: {value}" for key, value in (model.get("card") or {}).items()),
         "tags: [pyprune, pruning, sparsity]",
         "---",
         "",
@@ -455,7 +495,8 @@ def model_card(report: dict, name: str, picture: str | None = None) -> str:
         "A plain checkpoint stores zeros like any other number: it is not smaller, and by itself not faster, than the "
         "dense one. `pyprune pack` leaves them out."
         if config["pattern"] not in ("neurons", "heads", "structured")
-        else "The matrices themselves are smaller, so every runtime gains.",
+        else "The matrices themselves are smaller, so every runtime gains by what is gone.",
+        *([_files_text(model)] if model.get("file_bytes") else []),
         "",
         "## How it was made",
         "",
@@ -471,11 +512,32 @@ def model_card(report: dict, name: str, picture: str | None = None) -> str:
         )
     lines += [f"- warning: {text}" for text in distinct(report.get("warnings") or [])]
     lines += [
-        "- settings: `run.yaml` repeats the run (`pyprune prune --config run.yaml -o DIR`)",
+        _repeat_text(report),
         "- error of every weight and block, seconds by phase: `report.json`; per weight: `pruning.json`",
         "",
     ]
     return "\n".join(lines)
+
+
+def _files_text(model: dict) -> str:
+    """The bytes of the weight files beside those of the dense model's."""
+    own, dense = model["file_bytes"], model.get("file_bytes_dense")
+    if not dense:
+        return f"The weight files take {size_text(own)}."
+    than = "smaller than" if own < 0.99 * dense else "larger than" if own > 1.01 * dense else "as large as"
+    return f"The weight files take {size_text(own)}, {than} the dense model's {size_text(dense)}."
+
+
+def _repeat_text(report: dict) -> str:
+    """How the run is repeated, or what has to be named first."""
+    config = report["config"]
+    memory = [value for value in (config["calibration"].get("source"), config["evaluation"].get("text")) if value]
+    what = [] if config.get("model") else ["the model"]
+    what += ["texts"] if any("in memory, sha256" in str(value) for value in memory) else []
+    if what:
+        return f"- settings: `run.yaml`; it repeats the run once {' and '.join(what)} given in memory have a name there"
+    then = ", then `refinement.json` says how it was refined" if report.get("refinement") else ""
+    return f"- settings: `run.yaml` repeats the pruning (`pyprune prune --config run.yaml -o DIR`){then}"
 
 
 def _perplexities(report: dict) -> list[str]:

@@ -111,3 +111,18 @@ def test_an_interruption_of_a_run_anywhere_is_one_sentence(capsys, tmp_path, fol
     else:
         assert last.startswith("interrupted before the first block was done: nothing is left in")
         assert not (tmp_path / "o").exists()
+
+
+def test_resume_needs_the_folder_alone(capsys, tmp_path, folder, stop_after):
+    np.save(tmp_path / "ids.npy", tiny.ids(6, 24).numpy())
+    asked = ["--method", "wanda", "--sparsity", 0.25, "--calibration", tmp_path / "ids.npy", "--no-evaluation"]
+    stop_after(1)
+    assert call(capsys, "prune", folder, "-o", tmp_path / "o", *asked)[0] == 130
+    stop_after(-1)
+    code, _, err = call(capsys, "prune", "--resume", "-o", tmp_path / "o")
+    assert code == 0, err
+    assert call(capsys, "prune", folder, "-o", tmp_path / "whole", *asked)[0] == 0
+    for path in (tmp_path / "whole").glob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "o" / path.name).read_bytes()
+    code, _, err = call(capsys, "prune", "--resume", "-o", tmp_path / "nothing")
+    assert code == 2 and "holds no interrupted run that says its settings" in err
