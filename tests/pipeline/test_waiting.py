@@ -68,7 +68,7 @@ LIAR = {"read": 27, "stream": 5, "event": 1, "copy to the device": 26, "copy to 
             dict(method="wanda", reconstruct="block", reconstruction=TRAINS),
             {"read": 9, "stream": 5, "device": 1, "event": 1},
         ),
-        (dict(pattern="neurons", memory=1000, structured={"damping": 0.1}), LIAR),
+        (dict(pattern="neurons", inputs="propagated", memory=1000, structured={"damping": 0.1}), LIAR),
     ],
 )
 def test_the_host_waits_a_fixed_number_of_times_per_block(fields, waits, monkeypatch):
