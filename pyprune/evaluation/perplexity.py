@@ -286,7 +286,8 @@ def evaluate(
     Returns a row of the first text, and one of every text under ``"texts"`` when there are several:
     ``{"perplexity", "text", "split", "subset", "domain", "losses", "windows", "window", "stride", "tokens", "dtype",
     "seconds"}``, where ``tokens`` is how many were scored, ``split`` and ``subset`` are a data set's, and ``stride`` is
-    None where windows do not overlap; else ``"scored"``, tokens by window, is there, too. Raises :class:`ConfigError` on bad input, and
+    None where windows do not overlap; else ``"scored"``, tokens by window, is there, too.
+    Raises :class:`ConfigError` on bad input, and
     :class:`NotFinite`, which has the rows of all texts, where a perplexity is not finite.
     """
     evaluation = _settings(evaluation, fields)

@@ -9,7 +9,6 @@ import hashlib
 import math
 import platform
 import resource
-import statistics
 import sys
 from typing import Any
 

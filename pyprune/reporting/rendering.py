@@ -567,14 +567,16 @@ def _perplexities(report: dict) -> list[str]:
         "|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {source_text(row)} | {row.get('domain') or ''} | {conditions_text(row)} | {perplexity_text(row['dense'])} | {perplexity_text(row['pruned'])} | "
+        f"| {source_text(row)} | {row.get('domain') or ''} | {conditions_text(row)} | "
+        f"{perplexity_text(row['dense'])} | {perplexity_text(row['pruned'])} | "
         f"{ratio_text(row).removeprefix(', ×') or '–'} |"
         for row in report["evaluation"]
     ]
     lines += [
         "",
         "Each window is seen by itself; where they overlap (a stride is given), only the tokens count that the window "
-        "before did not have. The same code measures both columns; ± is one standard error over windows. In-domain text is of the kind that the model was calibrated on, off-domain text is of another.",
+        "before did not have. The same code measures both columns; ± is one standard error over windows. In-domain "
+        "text is of the kind that the model was calibrated on, off-domain text is of another.",
     ]
     if (gap := gap_text(report)) is not None:
         lines.append(f"Generalisation gap {gap}; above {report['generalisation']['warn_above']:g} it is a warning.")
