@@ -11,12 +11,13 @@ import difflib
 import re
 import types
 import typing
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
 from pyprune import effects
+from pyprune.sources import in_memory
 
 Method = Literal["magnitude", "wanda", "sparsegpt"]
 StructuredPattern = Literal["neurons", "heads", "structured"]
@@ -131,7 +132,14 @@ def _check_choices(owner, section: str = "") -> None:
     for name, allowed in choices(type(owner)).items():
         if "float32" in allowed:
             setattr(owner, name, dtype_name(getattr(owner, name)))
+        if name == "criterion" and is_function(owner.criterion):
+            continue
         _choose(f"{section} {name}".lstrip(), getattr(owner, name), allowed)
+
+
+def is_function(criterion) -> bool:
+    """Whether a criterion is a function, or in a ``run.yaml`` stands for one that was given in memory."""
+    return callable(criterion) or (isinstance(criterion, str) and in_memory(criterion))
 
 
 def parse_backend(text: str) -> dict[str, str]:
@@ -386,11 +394,11 @@ class PruneConfig:
     sparsity: float | list[float] | tuple[float, ...] | None = None
     """Fraction of the weights that become zero; for structured patterns, of the neurons or heads that are dropped,
     where several values with commas between them give one model each. The default is 0.5, or 1 − N/M."""
-    criterion: Criterion = "wifv"
+    criterion: Criterion | Callable[..., typing.Any] = "wifv"
     """How neurons and heads are chosen for structured patterns: by the size of their weights (``magnitude``), of their
     activations (``activation``) or the product of the two (``wifv``, as in FLAP); by gradients (``taylor``,
     ``fisher``); by what their removal costs once the others make up for it (``obs``, or ``obs_greedy``, one after the
-    other, slower and best); or at ``random``."""
+    other, slower and best); or at ``random``. In Python also by a function of your own."""
     reconstruct: WeightReconstruction | StructuredReconstruction | None = None
     """How the kept weights make up for the dropped ones. For masks: ``none``; ``layer``, SparseGPT's update (in one
     pass, later columns make up for the error of earlier ones); ``refit``, the least-squares optimum on the same mask;
@@ -590,6 +598,13 @@ class PruneConfig:
         if self.model is None:
             raise ConfigError("no model: give a Hub id, a local folder or a .gguf file")
         return self.model
+
+    @property
+    def criterion_name(self) -> str:
+        """The criterion's name; of a function its own."""
+        if isinstance(self.criterion, str):
+            return self.criterion
+        return getattr(self.criterion, "__name__", type(self.criterion).__name__)
 
     @property
     def output_folder(self) -> str:

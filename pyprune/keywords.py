@@ -36,7 +36,7 @@ class Fields(TypedDict, total=False):
     method: Method
     pattern: str
     sparsity: float | list[float] | tuple[float, ...] | None
-    criterion: Criterion
+    criterion: Criterion | Callable[..., Any]
     reconstruct: WeightReconstruction | StructuredReconstruction | None
     global_propagation: bool
     inputs: Inputs

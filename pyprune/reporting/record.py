@@ -6,10 +6,12 @@ import contextlib
 import copy
 import datetime
 import hashlib
+import inspect
 import math
 import platform
 import resource
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -160,9 +162,10 @@ def config_for_report(config: PruneConfig) -> dict:
     plain.calibration.source = written(config.calibration.source)
     plain.evaluation.text = written(config.evaluation.text)
     plain.evaluation.off_domain = written(config.evaluation.off_domain)
-    if callable(config.criterion):
-        plain.criterion = f"<{getattr(config.criterion, '__name__', 'function')} in memory>"
-    return to_dict(plain)
+    if not callable(config.criterion):
+        return to_dict(plain)
+    plain.criterion = "wifv"  # in its place: a function cannot be written
+    return {**to_dict(plain), "criterion": _function_text(config.criterion, config.criterion_name)}
 
 
 def written(source: Any) -> Any:
@@ -178,6 +181,16 @@ def written(source: Any) -> Any:
     for part in contents(source):
         digest.update(part)
     return f"<{type(source).__name__} in memory, sha256 {digest.hexdigest()[:16]}>"
+
+
+def _function_text(criterion: Callable, name: str) -> str:
+    """A criterion that is a function: its name, with a fingerprint of its source where Python finds that."""
+    try:
+        source = inspect.getsource(criterion if hasattr(criterion, "__code__") else type(criterion))
+        digest = f", sha256 {hashlib.sha256(source.encode()).hexdigest()[:16]}"
+    except (OSError, TypeError):  # typed at a prompt
+        digest = ""
+    return f"<{name.strip('<>')} in memory{digest}>"
 
 
 def versions() -> dict:
@@ -217,14 +230,20 @@ def run_yaml(report: dict, config: PruneConfig) -> str:
     absent = unnamed(report)
     if not absent:
         return yaml_text(plain)
+    keywords = [f"{ABSENT[what]}=…" for what in absent if what in ABSENT]
+    again = ", ".join(["model", "config='run.yaml'", *keywords])
     note = (
         f"# The run took its {' and its '.join(absent)} from memory. To repeat it, put a path or a name in place\n"
-        "# of null or <…> below, or pass the same again: pyprune.prune(model, config='run.yaml', calibration=…).\n"
+        f"# of null or <…> below, or pass the same again: pyprune.prune({again}).\n"
         f"# Calibration token ids: sha256 {report['calibration']['fingerprint']}\n"
     )
     if report["model"].get("fingerprint"):
         note += f"# Weights of the model before the run: sha256 {report['model']['fingerprint']}\n"
     return note + yaml_text(plain)
+
+
+ABSENT = {"calibration data": "calibration", "evaluation text": "text", "criterion": "criterion"}
+"""What a run may have taken from memory beside the model, and the keyword that gives it again."""
 
 
 def unnamed(report: dict) -> list[str]:

@@ -48,9 +48,15 @@ def headline(report: dict) -> str:
     shown = asked_text(config["sparsity"])
     structured = config["pattern"] in ("neurons", "heads", "structured")
     return (
-        f"{config['criterion'] if structured else config['method']} {config['pattern']}, sparsity {shown}, "
+        f"{criterion_text(config) if structured else config['method']} {config['pattern']}, sparsity {shown}, "
         f"reconstruct {reconstruction_text(config)}"
     )
+
+
+def criterion_text(config: dict) -> str:
+    """``wifv``; of a function given in memory its name, as ``function by_peak``."""
+    found = config["criterion"]
+    return f"function {found[1:].partition(' ')[0]}" if found.startswith("<") else found
 
 
 def reconstruction_text(config: dict) -> str:
@@ -554,6 +560,10 @@ def _repeat_text(report: dict) -> str:
     memory = [value for value in (config["calibration"].get("source"), config["evaluation"].get("text")) if value]
     what = [] if config.get("model") else ["the model"]
     what += ["texts"] if any("in memory, sha256" in str(value) for value in memory) else []
+    if str(config.get("criterion")).startswith("<"):
+        name = criterion_text(config)
+        beside = f", and {' and '.join(what)}," if what else ""
+        return f"- settings: `run.yaml`; it repeats the run from Python with the {name}{beside} given again"
     if what:
         return f"- settings: `run.yaml`; it repeats the run once {' and '.join(what)} given in memory have a name there"
     then = ", then `refinement.json` says how it was refined" if report.get("refinement") else ""
