@@ -109,7 +109,7 @@ def _text_rows(path: Path) -> list[str]:
 
 
 def check_there(text: Any) -> None:
-    """Raise ConfigError for a local file or folder among the sources in ``text`` that is not there, and for a source that
+    """Raise ConfigError for a local file or folder among the sources in ``text`` that is not there, and for one that
     was in memory when it was written down, reading none."""
     for source in split(text):
         if isinstance(source, (str, Path)) and is_name(source):

@@ -59,7 +59,7 @@ from pyprune.reporting.record import (
     named_evaluation,
     yaml_text,
 )
-from pyprune.reporting.rendering import distinct, model_card, perplexity_text
+from pyprune.reporting.rendering import distinct, model_card, perplexity_text, source_text, windows_text
 from pyprune.reporting.run_page import write_run_page
 from pyprune.sources import in_memory, split
 
@@ -402,8 +402,8 @@ def print_refinement(found: dict, directory: str | Path, out: TextIO | None = No
     for row in found["evaluation"]:
         print(
             f"perplexity {perplexity_text(row['dense'])} dense, {perplexity_text(row['pruned'])} pruned → "
-            f"{perplexity_text(row['refined'])} refined  ({row['windows']} windows of {row['window']} tokens, "
-            f"{row['text']})",
+            f"{perplexity_text(row['refined'])} refined  ({windows_text(row)}, "
+            f"{source_text(row)})",
             file=out,
         )
     last = found["windows"][-1]
