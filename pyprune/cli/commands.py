@@ -253,7 +253,11 @@ def _evaluate_tasks(
             device=device,
             progress=doing,
         )
-    print_json(rows) if as_json else task_runs.print_tasks(rows)
+    written = gain.record(rows, model, "tasks")
+    if as_json:
+        return print_json(rows)
+    task_runs.print_tasks(rows)
+    return print("added to " + ", ".join(map(str, written))) if written else None
 
 
 @app.command(cls=Command)

@@ -180,32 +180,27 @@ def print_tasks(rows: list[dict], out: TextIO | None = None) -> None:
     """One line per task and metric; with a dense model its value, the difference and the test beside it."""
     from rich.table import Table
 
-    from pyprune.reporting.rendering import open_console
+    from pyprune.reporting.rendering import TASK_METRICS, difference_text, open_console, score_text
 
     compared = any("dense" in row for row in rows)
     table = Table(
         "task", "items", "metric", *(["dense"] if compared else []), "model", *(["difference", "p"] if compared else [])
     )
     for row in rows:
-        for metric in ("acc", "acc_norm", "spearman"):
+        for metric in TASK_METRICS:
             if metric not in row:
                 continue
             cells = [str(row["task"]), str(row["items"]), metric]
             if compared:
                 test = row["paired"][metric]
                 p = test.get("mcnemar_p")
-                cells.append(_with_error(row["dense"], metric))
+                cells.append(score_text(row["dense"], metric))
                 cells += [
-                    _with_error(row, metric),
-                    f"{test['difference']:+.4f} ± {test['standard_error'] or 0:.4f}",
+                    score_text(row, metric),
+                    difference_text(test),
                     "–" if p is None else f"{p:.3g}",
                 ]
             else:
-                cells.append(_with_error(row, metric))
+                cells.append(score_text(row, metric))
             table.add_row(*cells)
     open_console(out or sys.stdout).print(table)
-
-
-def _with_error(row: dict, metric: str) -> str:
-    error = row.get(f"{metric}_standard_error")
-    return f"{row[metric]:.4f}" + ("" if error is None else f" ± {error:.4f}")
