@@ -11,7 +11,7 @@ from pyprune.config import ConfigError
 from pyprune.data.self_generated import generate
 from pyprune.evaluation.gain import dense_of
 from pyprune.evaluation.perplexity import NotFinite, evaluate
-from pyprune.evaluation.task_runs import evaluate_tasks
+from pyprune.evaluation.task_runs import METRICS, evaluate_tasks
 from pyprune.model.blocks import predicts_next_token
 from pyprune.model.checkpoint import load
 from pyprune.reporting.comparison import read
@@ -20,8 +20,6 @@ from pyprune.reporting.verdict import last_errors
 
 MAX_RATIO, MAX_DROP = 1.1, 0.02
 """The limits where nothing else is asked."""
-METRICS = ("acc", "acc_norm", "spearman")
-"""Scores of tasks, of which more is better."""
 RISE = 0.01
 """Held-out error that rises by more than this share, while calibration error falls, is overfitting."""
 
