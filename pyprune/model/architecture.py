@@ -99,7 +99,7 @@ def name_class(model: Any) -> None:
 def classes_of_head(model: torch.nn.Module) -> list[str]:
     """Names of the classes of a model's sequence classification head, by number; none for any other model, or for a
     head that gives one number (regression, a reward)."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if not type(model).__name__.endswith("ForSequenceClassification") or config.num_labels < 2:
         return []
     return [str(config.id2label[number]) for number in range(config.num_labels)]
