@@ -260,9 +260,12 @@ class Evaluation:
     for text, or ``none``. Without one, a novel that comes with pyprune (``builtin:novel``); with the default
     calibration every text that is named is of another kind already."""
     window: int | None = None
-    """Tokens per window; windows do not overlap. The default is 1,024 for a text that is named and 512 for others, or
+    """Tokens per window. The default is 1,024 for a text that is named and 512 for others, or
     fewer if the model has fewer positions; token ids keep whole rows. Rows of token ids may be cut to fewer tokens, but
     asking for more than they have is an error."""
+    stride: int | None = None
+    """Tokens from the beginning of a window to the beginning of the next. Where they overlap, only the tokens are
+    scored that the window before did not have, each with more context before it. By default windows do not overlap."""
     max_windows: int | None = 24
     """The most windows that are measured per text; of a text that is not named 8, unless another number is set. None
     (``null`` in a configuration file) takes all of them."""
@@ -285,7 +288,8 @@ class Evaluation:
 
     def __post_init__(self):
         _positive(self, "window", minimum=2)
-        _positive(self, "max_windows", "batch_size")
+        _positive(self, "max_windows", "batch_size", "stride")
+        self.check_stride(self.tokens)
         _check_choices(self, "evaluation")
         check_effects(self, effects.EVALUATION, "evaluation")
 
@@ -293,6 +297,14 @@ class Evaluation:
     def tokens(self) -> int:
         """Tokens a window of text."""
         return self.window or (WINDOW if self.text is not None else SHORT_WINDOW)
+
+    def check_stride(self, tokens: int) -> None:
+        """Raise ConfigError for a stride that is longer than a window of ``tokens``."""
+        if self.stride is not None and self.stride > tokens:
+            raise ConfigError(
+                f"evaluation.stride={self.stride} is longer than the window of {tokens} tokens: the tokens between two "
+                "windows would not be measured; give a larger window or a smaller stride"
+            )
 
     @property
     def other_windows(self) -> int | None:

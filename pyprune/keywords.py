@@ -68,6 +68,7 @@ class Fields(TypedDict, total=False):
     text: Any
     off_domain: Any
     window: int | None
+    stride: int | None
     max_windows: int | None
     evaluation_dtype: Dtype
     evaluation_batch_size: int

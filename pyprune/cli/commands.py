@@ -190,7 +190,7 @@ def evaluate(
     *,
     fields: dict[str, Any],
 ):
-    """Measure the perplexity of a model on a text, in windows that do not overlap and are seen one by one."""
+    """Measure the perplexity of a model on a text, in windows that are seen one by one."""
     asked = fields.get("evaluation", {})
     if latency:
         idle = [option_of(f"evaluation.{name}", EVALUATION_FIELDS) for name in asked]

@@ -38,7 +38,7 @@ from pyprune.pipeline.refine_work import RefineWork
 from pyprune.pipeline.tracking import Track, outcome, tracker
 from pyprune.reporting.comparison import read as read_report
 from pyprune.reporting.record import CALIBRATION_PLACES, compared, data_identity, written
-from pyprune.reporting.rendering import distinct, model_card, perplexity_text
+from pyprune.reporting.rendering import distinct, model_card, perplexity_text, source_text, windows_text
 from pyprune.reporting.run_page import write_run_page
 
 LABEL = "refining"
@@ -311,8 +311,8 @@ def print_refinement(found: dict, directory: str | Path, out: TextIO | None = No
     for row in found["evaluation"]:
         print(
             f"perplexity {perplexity_text(row['dense'])} dense, {perplexity_text(row['pruned'])} pruned → "
-            f"{perplexity_text(row['refined'])} refined  ({row['windows']} windows of {row['window']} tokens, "
-            f"{row['text']})",
+            f"{perplexity_text(row['refined'])} refined  ({windows_text(row)}, "
+            f"{source_text(row)})",
             file=out,
         )
     last = found["windows"][-1]

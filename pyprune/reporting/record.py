@@ -10,7 +10,6 @@ import inspect
 import math
 import platform
 import resource
-import statistics
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -58,25 +57,33 @@ def compared(dense: list[dict], pruned: list[dict]) -> list[dict]:
     """
     return [
         {
-            **{name: value for name, value in d.items() if name not in ("perplexity", "losses")},
+            **{name: value for name, value in d.items() if name not in ("perplexity", "losses", "scored")},
             "dense": d["perplexity"],
             "pruned": p["perplexity"],
-            **paired_ratio(d["losses"], p["losses"]),
+            **paired_ratio(d["losses"], p["losses"], d.get("scored")),
         }
         for d, p in zip(dense, pruned)
     ]
 
 
-def paired_ratio(dense: list[float], pruned: list[float]) -> dict:
-    """Ratio of two perplexities and its standard error, from the mean losses of the same windows."""
+def paired_ratio(dense: list[float], pruned: list[float], scored: list[int] | None = None) -> dict:
+    """Ratio of two perplexities and its standard error, from the mean losses of the same windows.
+
+    scored: tokens that each window scored, where windows overlap; None: they weigh the same.
+    """
     if not all(loss is not None and math.isfinite(loss) for loss in (*dense, *pruned)):
         return {"ratio": None, "ratio_standard_error": None}
     differences = [p - d for d, p in zip(dense, pruned)]
-    mean = statistics.fmean(differences)
+    count = len(differences)
+    weights = scored or [1] * count
+    mean = math.fsum(weight * d for weight, d in zip(weights, differences)) / sum(weights)
     if mean > 700:
         return {"ratio": None, "ratio_standard_error": None}
-    ratio, count = math.exp(mean), len(differences)
-    error = ratio * statistics.stdev(differences) / math.sqrt(count) if count > 1 else None
+    ratio = math.exp(mean)
+    if count == 1:
+        return {"ratio": ratio, "ratio_standard_error": None}
+    spread = math.fsum((weight * (d - mean)) ** 2 for weight, d in zip(weights, differences))
+    error = ratio * math.sqrt(spread * count / (count - 1)) / sum(weights)
     return {"ratio": ratio, "ratio_standard_error": error}
 
 

@@ -119,7 +119,7 @@ def summary_rows(report: dict) -> list[tuple[str, str]]:
             (
                 "perplexity",
                 f"{perplexity_text(row['dense'])} dense → {perplexity_text(row['pruned'])} pruned{ratio_text(row)}  "
-                f"({row['windows']} windows of {row['window']} tokens{kind}, {row['text']})",
+                f"({windows_text(row)}{kind}, {source_text(row)})",
             )
         )
     if len(curve) < 2 and (gap := gap_text(report)) is not None:
@@ -237,14 +237,34 @@ def distinct(warnings: list[str]) -> list[str]:
     ]
 
 
+def source_text(row: dict) -> str:
+    """The text of a row of perplexity; of a data set also its configuration and its split."""
+    parts = [row.get("subset"), f"split {row['split']}" if row.get("split") else None]
+    more = ", ".join(part for part in parts if part)
+    return row["text"] + (f" ({more})" if more else "")
+
+
+def windows_text(row: dict) -> str:
+    """``24 windows of 1024 tokens``, and the stride where they overlap."""
+    stride = f" with stride {row['stride']}" if row.get("stride") else ""
+    return f"{row['windows']} windows of {row['window']} tokens{stride}"
+
+
+def conditions_text(row: dict) -> str:
+    """The windows of a row, the tokens that they score, and the number type, for a table."""
+    stride = f", stride {row['stride']}" if row.get("stride") else ""
+    scored = f", {row['tokens']:,} scored" if row.get("tokens") else ""
+    return f"{row['windows']} × {row['window']} tokens{stride}{scored}, {row.get('dtype', '')}"
+
+
 def print_evaluation(found: dict, out: TextIO | None = None) -> None:
     """One line per text whose perplexity is a number; the others are errors."""
     for row in found.get("texts", [found]):
         if not math.isfinite(row["perplexity"]):
             continue
         print(
-            f"perplexity {perplexity_text(row['perplexity'])}  ({row['windows']} windows of {row['window']} tokens, "
-            f"{row['dtype']}, {row['seconds']:.1f} s, {row['text']})",
+            f"perplexity {perplexity_text(row['perplexity'])}  ({windows_text(row)}, "
+            f"{row['dtype']}, {row['seconds']:.1f} s, {source_text(row)})",
             file=out or sys.stdout,
         )
 
@@ -555,15 +575,16 @@ def _perplexities(report: dict) -> list[str]:
         "|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {row['text']} | {row.get('domain') or ''} | {row['windows']} × {row['window']} tokens, "
-        f"{row.get('dtype', '')} | {perplexity_text(row['dense'])} | {perplexity_text(row['pruned'])} | "
+        f"| {source_text(row)} | {row.get('domain') or ''} | {conditions_text(row)} | "
+        f"{perplexity_text(row['dense'])} | {perplexity_text(row['pruned'])} | "
         f"{ratio_text(row).removeprefix(', ×') or '–'} |"
         for row in report["evaluation"]
     ]
     lines += [
         "",
-        "Windows do not overlap; each is seen by itself. The same code measures both columns; ± is one standard error "
-        "over windows. In-domain text is of the kind that the model was calibrated on, off-domain text is of another.",
+        "Each window is seen by itself; where they overlap (a stride is given), only the tokens count that the window "
+        "before did not have. The same code measures both columns; ± is one standard error over windows. In-domain "
+        "text is of the kind that the model was calibrated on, off-domain text is of another.",
     ]
     if (gap := gap_text(report)) is not None:
         lines.append(f"Generalisation gap {gap}; above {report['generalisation']['warn_above']:g} it is a warning.")

@@ -29,6 +29,7 @@ from pyprune.reporting.page import (
 from pyprune.reporting.rendering import (
     LABELS,
     RECONSTRUCTIONS,
+    conditions_text,
     distinct,
     duration_text,
     headline,
@@ -38,6 +39,7 @@ from pyprune.reporting.rendering import (
     perplexity_text,
     refit_text,
     size_text,
+    source_text,
 )
 from pyprune.reporting.verdict import RULE, last_errors, ratio, verdict
 
@@ -148,13 +150,13 @@ def _before_and_after(report: dict) -> Markup:
         before = [figure(row.get("before_refinement"), f"{at}.before_refinement", perplexity_text)] if refined else []
         body.append(
             [
-                row["text"],
+                source_text(row),
                 *([_kind_of_text(row)] if kinds else []),
                 figure(row["dense"], f"{at}.dense", perplexity_text),
                 *before,
                 figure(row["pruned"], f"{at}.pruned", perplexity_text),
                 figure(ratio(row), f"{at}.ratio" if row.get("ratio") == ratio(row) else "", _three),
-                f"{row['windows']} × {row['window']} tokens, {row.get('dtype', '')}",
+                conditions_text(row),
             ]
         )
     words = (0, 1) if kinds else (0,)
