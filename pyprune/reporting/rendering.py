@@ -176,9 +176,7 @@ def gap_text(report: dict) -> str | None:
 
 
 def asked_text(sparsity) -> str:
-    """A sparsity as it was asked for: a number, several, or one for each pattern."""
-    if isinstance(sparsity, dict):
-        return ", ".join(f"{pattern} {value:g}" for pattern, value in sparsity.items())
+    """A sparsity as it was asked for: a number, or several."""
     return ", ".join(f"{s:g}" for s in (sparsity if isinstance(sparsity, (list, tuple)) else [sparsity]))
 
 
