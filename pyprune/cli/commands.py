@@ -173,7 +173,7 @@ def evaluate(
         str | None,
         typer.Option(
             metavar="NAMES",
-            help="Measure tasks instead: .jsonl files or folders (multiple choice, STS-B, SST-2), or names of tasks of "
+            help="Measure tasks instead: .jsonl files or folders (multiple choice, GLUE, SQuAD), or names of tasks of "
             "lm-eval, with commas between them.",
         ),
     ] = None,

@@ -176,9 +176,7 @@ def gap_text(report: dict) -> str | None:
 
 
 def asked_text(sparsity) -> str:
-    """A sparsity as it was asked for: a number, several, or one for each pattern."""
-    if isinstance(sparsity, dict):
-        return ", ".join(f"{pattern} {value:g}" for pattern, value in sparsity.items())
+    """A sparsity as it was asked for: a number, or several."""
     return ", ".join(f"{s:g}" for s in (sparsity if isinstance(sparsity, (list, tuple)) else [sparsity]))
 
 
@@ -635,8 +633,8 @@ def _gain(rows: list[dict] | None, picture: str | None) -> list[str]:
     return [*lines, *([f"![gain]({picture})", ""] if picture else [])]
 
 
-TASK_METRICS = ("acc", "acc_norm", "spearman")
-"""Metrics that rows of :func:`pyprune.evaluation.task_runs.evaluate_tasks` may have."""
+TASK_METRICS = ("acc", "acc_norm", "f1", "mcc", "exact_match", "spearman")
+"""Scores of tasks, of which more is better, in rows of :func:`pyprune.evaluation.task_runs.evaluate_tasks`."""
 
 
 def score_text(row: dict, metric: str) -> str:
