@@ -142,6 +142,12 @@ def is_function(criterion) -> bool:
     return callable(criterion) or (isinstance(criterion, str) and in_memory(criterion))
 
 
+def function_name(function: Callable) -> str:
+    """The name of a function, of a partial one that of the whole, and of any other callable its class's."""
+    whole = getattr(function, "func", function)
+    return getattr(whole, "__name__", type(whole).__name__)
+
+
 def parse_backend(text: str) -> dict[str, str]:
     """Op → back-end of ``auto``, ``cuda``, ``obs_sweep=cuda,nm_mask=triton`` or ``cuda,linear=reference``; under the
     empty name what all other ops take, if that is not ``auto``."""
@@ -602,9 +608,7 @@ class PruneConfig:
     @property
     def criterion_name(self) -> str:
         """The criterion's name; of a function its own."""
-        if isinstance(self.criterion, str):
-            return self.criterion
-        return getattr(self.criterion, "__name__", type(self.criterion).__name__)
+        return self.criterion if isinstance(self.criterion, str) else function_name(self.criterion)
 
     @property
     def output_folder(self) -> str:

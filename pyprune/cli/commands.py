@@ -162,7 +162,7 @@ def evaluate(
         str | None,
         typer.Option(
             metavar="NAMES",
-            help="Measure tasks instead: .jsonl files or folders (multiple choice, STS-B, SST-2), or names of tasks of "
+            help="Measure tasks instead: .jsonl files or folders (multiple choice, GLUE, SQuAD), or names of tasks of "
             "lm-eval, with commas between them.",
         ),
     ] = None,
@@ -242,7 +242,11 @@ def _evaluate_tasks(
             device=device,
             progress=doing,
         )
-    print_json(rows) if as_json else task_runs.print_tasks(rows)
+    written = gain.record(rows, model, "tasks")
+    if as_json:
+        return print_json(rows)
+    task_runs.print_tasks(rows)
+    return print("added to " + ", ".join(map(str, written))) if written else None
 
 
 @app.command(cls=Command)

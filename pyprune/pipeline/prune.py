@@ -81,7 +81,7 @@ def make_config(config: PruneConfig | dict | str | Path | None, fields: Mapping[
     if isinstance(found.criterion, str) and is_function(found.criterion):
         raise ConfigError(
             f"the criterion {found.criterion} was a function in memory when this configuration was written; pass it "
-            "again, from Python: pyprune.prune(…, criterion=function)"
+            "again, as the criterion of pyprune.prune in Python"
         )
     found.calibration = calibration.settled(found.calibration)
     return found

@@ -196,11 +196,14 @@ def written(source: Any) -> Any:
 
 
 def _function_text(criterion: Callable, name: str) -> str:
-    """A criterion that is a function: its name, with a fingerprint of its source where Python finds that."""
+    """A criterion that is a function: its name, with a fingerprint of its source where Python finds that.
+
+    What a closure holds is not in the fingerprint; a partial function and an object that can be called have none.
+    """
     try:
-        source = inspect.getsource(criterion if hasattr(criterion, "__code__") else type(criterion))
+        source = inspect.getsource(criterion)
         digest = f", sha256 {hashlib.sha256(source.encode()).hexdigest()[:16]}"
-    except (OSError, TypeError):  # typed at a prompt
+    except (OSError, TypeError):  # typed at a prompt; no function
         digest = ""
     return f"<{name.strip('<>')} in memory{digest}>"
 

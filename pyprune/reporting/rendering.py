@@ -176,9 +176,7 @@ def gap_text(report: dict) -> str | None:
 
 
 def asked_text(sparsity) -> str:
-    """A sparsity as it was asked for: a number, several, or one for each pattern."""
-    if isinstance(sparsity, dict):
-        return ", ".join(f"{pattern} {value:g}" for pattern, value in sparsity.items())
+    """A sparsity as it was asked for: a number, or several."""
     return ", ".join(f"{s:g}" for s in (sparsity if isinstance(sparsity, (list, tuple)) else [sparsity]))
 
 
@@ -492,6 +490,7 @@ def model_card(report: dict, name: str, picture: str | None = None) -> str:
     if report.get("evaluation"):
         lines += _perplexities(report)
     lines += _gain(report.get("gain"), picture)
+    lines += _tasks(report.get("tasks"))
     own = bool((report.get("structured") or {}).get("layout"))
     lines += [
         "## Use",
@@ -632,6 +631,47 @@ def _gain(rows: list[dict] | None, picture: str | None) -> list[str]:
         "",
     ]
     return [*lines, *([f"![gain]({picture})", ""] if picture else [])]
+
+
+TASK_METRICS = ("acc", "acc_norm", "f1", "mcc", "exact_match", "spearman")
+"""Scores of tasks, of which more is better, in rows of :func:`pyprune.evaluation.task_runs.evaluate_tasks`."""
+
+
+def score_text(row: dict, metric: str) -> str:
+    """``0.5000 ± 0.0100``: a task's value with its standard error."""
+    error = row.get(f"{metric}_standard_error")
+    return f"{row[metric]:.4f}" + ("" if error is None else f" ± {error:.4f}")
+
+
+def difference_text(test: dict) -> str:
+    """The difference of two models on the same items, with its standard error."""
+    return f"{test['difference']:+.4f} ± {test['standard_error'] or 0:.4f}"
+
+
+def _tasks(rows: list[dict] | None) -> list[str]:
+    """Tasks, each metric in a line; beside the dense model's where that was measured, too."""
+    if not rows:
+        return []
+    lines = ["| task | items | metric | dense | pruned | difference | p |", "|---|---|---|---|---|---|---|"]
+    for row in rows:
+        for metric in TASK_METRICS:
+            if metric not in row:
+                continue
+            dense = difference = p = "–"
+            if "dense" in row:
+                test = row["paired"][metric]
+                dense, difference = score_text(row["dense"], metric), difference_text(test)
+                p = "–" if test.get("mcnemar_p") is None else f"{test['mcnemar_p']:.3g}"
+            lines.append(
+                f"| {row['task']} | {row['items']} | {metric} | {dense} | {score_text(row, metric)} | {difference} "
+                f"| {p} |"
+            )
+    return [
+        *lines,
+        "",
+        "Measured by `pyprune eval --tasks`; ± is one standard error, p is of McNemar's exact test.",
+        "",
+    ]
 
 
 def verdict(row: dict) -> list[str]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pyprune.config import ConfigError
+from pyprune.config import ConfigError, function_name
 from pyprune.structured.groups import Coupled
 from pyprune.structured.moments import Split
 
@@ -253,8 +253,8 @@ def score(criterion: str | Callable[[Scored], Tensor], layer: Scored, where: str
 
 def _own(criterion: Callable[[Scored], Tensor], layer: Scored, where: str) -> Tensor:
     """Scores by a function of the user's."""
-    name = getattr(criterion, "__name__", type(criterion).__name__)
-    out, units = criterion(layer), layer.group.units
+    name, units = function_name(criterion), layer.group.units
+    out = criterion(layer)
     got = None
     if not isinstance(out, Tensor):
         got = f"a {type(out).__name__}"

@@ -15,13 +15,11 @@ from pyprune.evaluation.task_runs import evaluate_tasks
 from pyprune.model.blocks import predicts_next_token
 from pyprune.model.checkpoint import load
 from pyprune.reporting.comparison import read
-from pyprune.reporting.rendering import number, open_console, perplexity_text
+from pyprune.reporting.rendering import TASK_METRICS, number, open_console, perplexity_text
 from pyprune.reporting.verdict import last_errors
 
 MAX_RATIO, MAX_DROP = 1.1, 0.02
 """The limits where nothing else is asked."""
-METRICS = ("acc", "acc_norm", "spearman")
-"""Scores of tasks, of which more is better."""
 RISE = 0.01
 """Held-out error that rises by more than this share, while calibration error falls, is overfitting."""
 
@@ -102,7 +100,7 @@ def _measure(
             (row,) = _rows(loaded, sampled, device, {})
             found["perplexity", f"{len(sampled)} self-generated sequences of {seq_len} tokens"] = row["perplexity"]
     for row in evaluate_tasks(loaded, list(map(str, tasks)), device=device) if tasks else ():
-        for metric in METRICS:
+        for metric in TASK_METRICS:
             if metric in row:
                 found["task", f"{row['task']}, {metric}"] = row[metric]
     return found, sampled
