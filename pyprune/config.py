@@ -11,12 +11,13 @@ import difflib
 import re
 import types
 import typing
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
 from pyprune import effects
+from pyprune.sources import in_memory
 
 Method = Literal["magnitude", "wanda", "sparsegpt"]
 StructuredPattern = Literal["neurons", "heads", "structured"]
@@ -131,7 +132,20 @@ def _check_choices(owner, section: str = "") -> None:
     for name, allowed in choices(type(owner)).items():
         if "float32" in allowed:
             setattr(owner, name, dtype_name(getattr(owner, name)))
+        if name == "criterion" and is_function(owner.criterion):
+            continue
         _choose(f"{section} {name}".lstrip(), getattr(owner, name), allowed)
+
+
+def is_function(criterion) -> bool:
+    """Whether a criterion is a function, or in a ``run.yaml`` stands for one that was given in memory."""
+    return callable(criterion) or (isinstance(criterion, str) and in_memory(criterion))
+
+
+def function_name(function: Callable) -> str:
+    """The name of a function, of a partial one that of the whole, and of any other callable its class's."""
+    whole = getattr(function, "func", function)
+    return getattr(whole, "__name__", type(whole).__name__)
 
 
 def parse_backend(text: str) -> dict[str, str]:
@@ -153,7 +167,7 @@ def parse_backend(text: str) -> dict[str, str]:
     return {op: name for op, name in named.items() if name != "auto" or (op and default != "auto")}
 
 
-def _check_backends(backends) -> None:
+def check_backends(backends) -> None:
     """Refuse what is no record of back-ends; what is in it is looked at where it is to be followed."""
     for device, taken in backends.items() if isinstance(backends, dict) else [("", backends)] * (backends is not None):
         if not isinstance(taken, dict) or not all(isinstance(text, str) for text in (device, *taken, *taken.values())):
@@ -246,9 +260,12 @@ class Evaluation:
     for text, or ``none``. Without one, a novel that comes with pyprune (``builtin:novel``); with the default
     calibration every text that is named is of another kind already."""
     window: int | None = None
-    """Tokens per window; windows do not overlap. The default is 1,024 for a text that is named and 512 for others, or
+    """Tokens per window. The default is 1,024 for a text that is named and 512 for others, or
     fewer if the model has fewer positions; token ids keep whole rows. Rows of token ids may be cut to fewer tokens, but
     asking for more than they have is an error."""
+    stride: int | None = None
+    """Tokens from the beginning of a window to the beginning of the next. Where they overlap, only the tokens are
+    scored that the window before did not have, each with more context before it. By default windows do not overlap."""
     max_windows: int | None = 24
     """The most windows that are measured per text; of a text that is not named 8, unless another number is set. None
     (``null`` in a configuration file) takes all of them."""
@@ -271,7 +288,8 @@ class Evaluation:
 
     def __post_init__(self):
         _positive(self, "window", minimum=2)
-        _positive(self, "max_windows", "batch_size")
+        _positive(self, "max_windows", "batch_size", "stride")
+        self.check_stride(self.tokens)
         _check_choices(self, "evaluation")
         check_effects(self, effects.EVALUATION, "evaluation")
 
@@ -279,6 +297,14 @@ class Evaluation:
     def tokens(self) -> int:
         """Tokens a window of text."""
         return self.window or (WINDOW if self.text is not None else SHORT_WINDOW)
+
+    def check_stride(self, tokens: int) -> None:
+        """Raise ConfigError for a stride that is longer than a window of ``tokens``."""
+        if self.stride is not None and self.stride > tokens:
+            raise ConfigError(
+                f"evaluation.stride={self.stride} is longer than the window of {tokens} tokens: the tokens between two "
+                "windows would not be measured; give a larger window or a smaller stride"
+            )
 
     @property
     def other_windows(self) -> int | None:
@@ -374,11 +400,11 @@ class PruneConfig:
     sparsity: float | list[float] | tuple[float, ...] | None = None
     """Fraction of the weights that become zero; for structured patterns, of the neurons or heads that are dropped,
     where several values with commas between them give one model each. The default is 0.5, or 1 − N/M."""
-    criterion: Criterion = "wifv"
+    criterion: Criterion | Callable[..., typing.Any] = "wifv"
     """How neurons and heads are chosen for structured patterns: by the size of their weights (``magnitude``), of their
     activations (``activation``) or the product of the two (``wifv``, as in FLAP); by gradients (``taylor``,
     ``fisher``); by what their removal costs once the others make up for it (``obs``, or ``obs_greedy``, one after the
-    other, slower and best); or at ``random``."""
+    other, slower and best); or at ``random``. In Python also by a function of your own."""
     reconstruct: WeightReconstruction | StructuredReconstruction | None = None
     """How the kept weights make up for the dropped ones. For masks: ``none``; ``layer``, SparseGPT's update (in one
     pass, later columns make up for the error of earlier ones); ``refit``, the least-squares optimum on the same mask;
@@ -450,7 +476,7 @@ class PruneConfig:
         if self.calibration.seed is None:
             self.calibration = dataclasses.replace(self.calibration, seed=self.seed)
         parse_backend(self.backend)
-        _check_backends(self.backends)
+        check_backends(self.backends)
         _positive(self, "batch_size", "column_block")
         if self.column_block > MAX_COLUMN_BLOCK:
             raise ConfigError(
@@ -580,6 +606,11 @@ class PruneConfig:
         return self.model
 
     @property
+    def criterion_name(self) -> str:
+        """The criterion's name; of a function its own."""
+        return self.criterion if isinstance(self.criterion, str) else function_name(self.criterion)
+
+    @property
     def output_folder(self) -> str:
         """The output folder of a run that has one; ConfigError for one that has not."""
         if self.output is None:
@@ -689,6 +720,11 @@ def override(base: PruneConfig | str | Path | None, values: dict) -> PruneConfig
 
 def from_yaml(text_or_path: str | Path) -> PruneConfig:
     """Configuration from YAML text or the path of a YAML file."""
+    return from_dict(PruneConfig, read_yaml(text_or_path))
+
+
+def read_yaml(text_or_path: str | Path) -> dict:
+    """The mapping in YAML text or in a YAML file. Raises ConfigError if there is no such file or no mapping in it."""
     import yaml
 
     text = str(text_or_path)
@@ -701,4 +737,6 @@ def from_yaml(text_or_path: str | Path) -> PruneConfig:
         values = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
         raise ConfigError(f"not valid YAML: {' '.join(str(error).split())}") from error
-    return from_dict(PruneConfig, values)
+    if not isinstance(values, dict):
+        raise ConfigError(f"config must be a mapping of fields, got {type(values).__name__}")
+    return values

@@ -201,9 +201,12 @@ _MEASURED: Rule = (lambda e: e.enabled, _OFF)
 
 EVALUATION: dict[str, Rule] = {
     **dict.fromkeys(("text", "off_domain", "window", "max_windows", "dtype", "batch_size"), _MEASURED),
-    "bos": (
-        lambda e: e.enabled and _kinds(e) != {"ids"},
-        "only text that is tokenised here uses it (with evaluation.enabled)",
+    **dict.fromkeys(
+        ("bos", "stride"),
+        (
+            lambda e: e.enabled and _kinds(e) != {"ids"},
+            "only text that is tokenised here uses it (with evaluation.enabled)",
+        ),
     ),
     "split": (lambda e: e.enabled and "data set" in _kinds(e), _SET[1] + " (with evaluation.enabled)"),
     "subset": (lambda e: e.enabled and "data set" in _kinds(e), _SET[1] + " (with evaluation.enabled)"),

@@ -36,7 +36,7 @@ class Fields(TypedDict, total=False):
     method: Method
     pattern: str
     sparsity: float | list[float] | tuple[float, ...] | None
-    criterion: Criterion
+    criterion: Criterion | Callable[..., Any]
     reconstruct: WeightReconstruction | StructuredReconstruction | None
     global_propagation: bool
     inputs: Inputs
@@ -68,6 +68,7 @@ class Fields(TypedDict, total=False):
     text: Any
     off_domain: Any
     window: int | None
+    stride: int | None
     max_windows: int | None
     evaluation_dtype: Dtype
     evaluation_batch_size: int

@@ -117,6 +117,8 @@ def place(tmp_path_factory):
         (folder / name).write_text(f"{json.dumps(question)}\n" * 4)
     (folder / "data" / "piqa" / "valid.jsonl").write_text(f"{json.dumps(goal)}\n" * 4)
     (folder / "data" / "piqa" / "valid-labels.lst").write_text("0\n" * 4)
+    texts = dict(calibration=str(folder / "text.jsonl"), text=str(folder / "test.txt"))
+    pyprune.refine(str(folder / "small"), output=str(folder / "refined"), num_samples=4, seq_len=32, epochs=1, **texts)
     return folder
 
 

@@ -14,16 +14,7 @@ from pyprune.cli import packing, watching
 from pyprune.cli.help import Command, Group
 from pyprune.cli.options import as_options, option_of, with_fields
 from pyprune.cli.studies import study
-from pyprune.config import (
-    Calibration,
-    ConfigError,
-    Evaluation,
-    PruneConfig,
-    Reconstruction,
-    check_named,
-    from_dict,
-    override,
-)
+from pyprune.config import ConfigError, PruneConfig, check_named, from_dict, override
 from pyprune.execution.progress import Doing
 from pyprune.keywords import configuration_fields, refine_fields
 from pyprune.reporting import comparison, rendering
@@ -119,11 +110,16 @@ def prune(
 @app.command(cls=Command)
 @with_fields(REFINE_FIELDS)
 def refine(
-    model: Annotated[str, typer.Argument(help="Folder of a pruned model, masked or structured.")],
+    model: Annotated[str | None, typer.Argument(help="Folder of a pruned model, masked or structured.")] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", help="A refine.yaml to repeat. Options override it.")
+    ] = None,
     dense: Annotated[
         str | None, typer.Option(help="The model it was pruned from. By default the one that its pruning.json names.")
     ] = None,
-    cross_block: Annotated[bool, typer.Option("--cross-block", help="Train windows of two blocks (CR).")] = False,
+    cross_block: Annotated[
+        bool | None, typer.Option("--cross-block/--no-cross-block", help="Train windows of two blocks (CR).")
+    ] = None,
     resume: Resume = False,
     track: TrackOption = None,
     as_json: Json = False,
@@ -135,25 +131,18 @@ def refine(
     The targets are the dense model's own activations (GP) unless --no-global-propagation is given.
     """
     libraries("refining")
-    from pyprune.pipeline.refine_checkpoint import print_refinement, refine_checkpoint
+    from pyprune.pipeline.refine_checkpoint import print_refinement, refine_checkpoint, requested
 
-    output = fields.pop("output", None)
-    if output is None:
-        raise ConfigError("no output folder: name one with -o")
-    sections = {
-        name: from_dict(cls, fields.pop(section, {}), section)
-        for name, section, cls in (
-            ("calibration", "calibration", Calibration),
-            ("evaluation", "evaluation", Evaluation),
-            ("settings", "reconstruction", Reconstruction),
-        )
-    }
-    found = refine_checkpoint(
-        model, output, dense=dense, cross_block=cross_block, resume=resume, track=track, **sections, **fields
-    )
+    base: Any = config
+    if resume and model is None and config is None and fields.get("output"):
+        from pyprune.execution.journal import remembered
+
+        base = remembered(fields["output"])
+    request = requested(base, {**fields, "model": model, "dense": dense, "cross_block": cross_block})
+    found = refine_checkpoint(**vars(request), resume=resume, track=track)
     if silent():
         return None
-    return print_json(found) if as_json else print_refinement(found, output)
+    return print_json(found) if as_json else print_refinement(found, request.output)
 
 
 @app.command(name="eval", cls=Command)
@@ -173,7 +162,7 @@ def evaluate(
         str | None,
         typer.Option(
             metavar="NAMES",
-            help="Measure tasks instead: .jsonl files or folders (multiple choice, STS-B, SST-2), or names of tasks of "
+            help="Measure tasks instead: .jsonl files or folders (multiple choice, GLUE, SQuAD), or names of tasks of "
             "lm-eval, with commas between them.",
         ),
     ] = None,
@@ -190,7 +179,7 @@ def evaluate(
     *,
     fields: dict[str, Any],
 ):
-    """Measure the perplexity of a model on a text, in windows that do not overlap and are seen one by one."""
+    """Measure the perplexity of a model on a text, in windows that are seen one by one."""
     asked = fields.get("evaluation", {})
     if latency:
         idle = [option_of(f"evaluation.{name}", EVALUATION_FIELDS) for name in asked]
@@ -253,7 +242,11 @@ def _evaluate_tasks(
             device=device,
             progress=doing,
         )
-    print_json(rows) if as_json else task_runs.print_tasks(rows)
+    written = gain.record(rows, model, "tasks")
+    if as_json:
+        return print_json(rows)
+    task_runs.print_tasks(rows)
+    return print("added to " + ", ".join(map(str, written))) if written else None
 
 
 @app.command(cls=Command)

@@ -129,14 +129,19 @@ def _load_npy(path: Path):
         raise ConfigError(f"{path} is not a .npy array of token ids: {error}") from error
 
 
+def refuse_stand_in(source: Any) -> None:
+    """Raise ConfigError for the name that a record gives to a source which was in memory."""
+    if isinstance(source, str) and in_memory(source):
+        raise ConfigError(
+            f"the source {source} was in memory when this configuration was written; put a path to the "
+            "same data in its place"
+        )
+
+
 def text_rows(source: Any) -> Iterable[Any] | None:
     """Strings given in memory, or mappings with columns of which some are text; None for a source that has a name."""
     if is_name(source):
-        if isinstance(source, str) and in_memory(source):
-            raise ConfigError(
-                f"the source {source} was in memory when this configuration was written; put a path to the "
-                "same data in its place"
-            )
+        refuse_stand_in(source)
         return None
     if isinstance(source, str):
         return [source]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyprune.config import ConfigError
 from pyprune.data import builtin
-from pyprune.data.given import text_rows
+from pyprune.data.given import refuse_stand_in, text_rows
 from pyprune.sources import DATA_FILES, FILES, columns_of, is_name, kind, split
 
 TEXT_COLUMNS = ("text", "content", "sentence", "document", "body", "article", "question", "sentence1", "sentence2")
@@ -109,9 +109,11 @@ def _text_rows(path: Path) -> list[str]:
 
 
 def check_there(text: Any) -> None:
-    """Raise ConfigError for a local file or folder among the sources in ``text`` that is not there, reading none."""
+    """Raise ConfigError for a local file or folder among the sources in ``text`` that is not there, and for one that
+    was in memory when it was written down, reading none."""
     for source in split(text):
         if isinstance(source, (str, Path)) and is_name(source):
+            refuse_stand_in(source)
             path = Path(source)
             if not path.exists() and (_is_local(str(source), path) or path.suffix in FILES):
                 raise ConfigError(f"no such file{'' if path.suffix == '.npy' else ' or folder'}: {source}")

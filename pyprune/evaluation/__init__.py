@@ -6,6 +6,8 @@
 ``choices``          multiple-choice items from files, scored as lm-eval scores them
 ``task_runs``        ``pyprune eval --tasks``: files and lm-eval's tasks, two models side by side
 ``tasks``            sentence vectors, STS-B, and linear heads for encoders
+``glue``             GLUE's classification tasks by their own metrics
+``squad``            exact match and F1 of answers found in a text
 ``latency``          ``pyprune.latency``: size, prefill and decoding speed of one model
 ``gain``             size, memory and speed of two checkpoints side by side: ``pyprune eval --latency``
 

@@ -54,7 +54,7 @@ class Meter:
         if not texts:
             return []
         split = all(len(text.windows) >= world.size for text in texts)
-        own = [text._replace(windows=text.windows[world.rank :: world.size]) if split else text for text in texts]
+        own = [text.share(world.rank, world.size) if split else text for text in texts]
         if isinstance(weights, Streamed):
             rows = measure_streamed(weights.view, weights, own, self.evaluation, self.store, self.device, progress)
         else:
@@ -100,6 +100,7 @@ def measure_streamed(
     )
     executor.mode = contextlib.nullcontext  # torch's own products, as in the evaluation of a model in memory
     rows = [window for text in named for window in text.windows]
+    scored = [count for text in named for count in text.scored or [len(window) - 1 for window in text.windows]]
     told: list[Tensor] = []
     places: list[int] = []
     with rest_in(view, dtype):
@@ -119,8 +120,10 @@ def measure_streamed(
                 ids = activations.ids[batch.length][batch.start : batch.stop]
                 home = embedding_device(view.model)
                 out = (out[0].to(home), *out[1:]) if isinstance(out, tuple) else out.to(home)
-                told.append(window_losses(view.complete(ids.to(home), out).logits, ids.to(home)))
-                places += activations.rows[batch.length][batch.start : batch.stop]
+                numbers = activations.rows[batch.length][batch.start : batch.stop]
+                logits = view.complete(ids.to(home), out).logits
+                told.append(window_losses(logits, ids.to(home), [scored[number] for number in numbers]))
+                places += numbers
         weights.release(last)
     losses = [loss for _, loss in sorted(zip(places, torch.cat(told).tolist()))]
     seconds = time.perf_counter() - start

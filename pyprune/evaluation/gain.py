@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import Literal, TextIO
 
 import torch
 from torch import nn
@@ -132,25 +132,32 @@ def _encoder(model: nn.Module, tokens: int, batch_size: int, directory: Path | N
     }
 
 
-def record(rows: list[dict], directory: str | Path) -> list[Path]:
-    """Add a comparison to the report, its page, the model card and, where matplotlib is installed, a picture in the
-    folder of a pruned model; returns the files written. A folder without a report, or one that cannot be written, is
-    left alone.
+def record(rows: list[dict], directory: str | Path, key: Literal["gain", "tasks"] = "gain") -> list[Path]:
+    """Add what was measured to the report, its page and the model card in the folder of a pruned model, and a picture
+    of the gain where matplotlib is installed; returns the files written. A folder without a report, or one that cannot
+    be written, is left alone.
+
+    key: ``gain`` for rows of :func:`measure_side_by_side`; ``tasks`` for those of
+    :func:`pyprune.evaluation.task_runs.evaluate_tasks`, which replace those of the same tasks.
     """
     folder = Path(directory)
     path = folder / "report.json"
     if not path.is_file() or not os.access(folder, os.W_OK):
         return []
     report = json.loads(path.read_text())
-    report["gain"] = rows
+    if key == "tasks":
+        again = {row["task"] for row in rows}
+        rows = [row for row in report.get("tasks") or [] if row["task"] not in again] + rows
+    report[key] = rows
     picture = folder / "gain.png"
-    if importlib.util.find_spec("matplotlib"):
+    drawn = key == "gain" and importlib.util.find_spec("matplotlib") is not None
+    if drawn:
         plot(rows, picture)
     write_bytes(path, (json.dumps(plain(report), indent=1, allow_nan=False) + "\n").encode())
     text = model_card(report, folder.resolve().name, picture.name if picture.is_file() else None)
     write_bytes(folder / "README.md", card.with_section(text, card.section_of(folder)).encode())
     write_run_page(folder, report, folder.resolve().name)
-    return [path, folder / "README.md", folder / "report.html", *([picture] if picture.is_file() else [])]
+    return [path, folder / "README.md", folder / "report.html", *([picture] if drawn else [])]
 
 
 def print_side_by_side(rows: list[dict], out: TextIO | None = None) -> None:

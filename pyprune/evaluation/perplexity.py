@@ -2,6 +2,10 @@
 
 Perplexity is ``exp(mean over windows of (mean over the window's predictions of −log p))``: windows do not overlap and
 each is seen by itself, so a window of t tokens makes t − 1 predictions.
+
+With a stride windows overlap, each scores only the tokens that the window before did not have, and perplexity is
+``exp(mean over all scored tokens of −log p)``, as in "Perplexity of fixed-length models" of the transformers library's
+documentation (there, a last window that is shorter is scored, too; here every window is whole).
 """
 
 from __future__ import annotations
@@ -44,6 +48,18 @@ class Text(NamedTuple):
     windows: list[Tensor]
     domain: str | None = None
     """As in :class:`pyprune.evaluation.domains.Asked`."""
+    stride: int | None = None
+    """Tokens from the beginning of a window to that of the next; None where windows do not overlap."""
+    scored: list[int] | None = None
+    """How many of its last tokens each window scores, where windows overlap; None: all that follow another."""
+    split: str | None = None
+    """Split and configuration of a data set; None for other sources."""
+    subset: str | None = None
+
+    def share(self, rank: int, count: int) -> Text:
+        """One process's windows."""
+        scored = None if self.scored is None else self.scored[rank::count]
+        return self._replace(windows=self.windows[rank::count], scored=scored)
 
 
 def windows(
@@ -60,7 +76,7 @@ def windows(
     source: one of ``evaluation.text``; left out, ``evaluation.text`` itself. most: windows at most; left out,
     ``evaluation.max_windows``. Rows are cut to ``evaluation.window``; one
     that no row is as long as is refused, unless another of the sources is text. Text is cut into windows of ``tokens``
-    (None: ``evaluation.tokens``).
+    (None: ``evaluation.tokens``), which overlap with ``evaluation.stride``.
     A tokenizer that starts texts with BOS starts every window with it, unless ``evaluation.bos`` says otherwise.
     Raises :class:`ConfigError` if the text is shorter than one window.
     """
@@ -81,39 +97,63 @@ def windows(
             source, split=evaluation.split, subset=evaluation.subset, text_column=evaluation.text_column
         )
         prefix = bos_prefix(tokenizer) if evaluation.bos else torch.empty(0, dtype=torch.long)
-        found = _cut(documents, prefix, most, tokenizer, texts.describe(source), tokens or evaluation.tokens)
+        length = tokens or evaluation.tokens
+        step = advance(evaluation, length, len(prefix))
+        found = _cut(documents, prefix, most, tokenizer, texts.describe(source), length, step)
     texts.check_vocabulary(found, vocab_size)
     return found
 
 
-def _cut(documents: Iterable[str], prefix: Tensor, most: int | None, tokenizer, name: str, tokens: int) -> list[Tensor]:
+def _cut(
+    documents: Iterable[str], prefix: Tensor, most: int | None, tokenizer, name: str, tokens: int, step: int
+) -> list[Tensor]:
     content = tokens - len(prefix)
-    enough = None if most is None else most * content
+    enough = None if most is None else content + (most - 1) * step
     ids = tokenize(documents, tokenizer, enough)
     if len(ids) < content:
         raise ConfigError(
             f"evaluation text from {name} has {len(ids)} tokens, fewer than one window of "
             f"{tokens}; give more text or a smaller window"
         )
-    return [torch.cat([prefix, ids[i : i + content]]) for i in range(0, len(ids) - content + 1, content)]
+    return [torch.cat([prefix, ids[i : i + content]]) for i in range(0, len(ids) - content + 1, step)]
+
+
+def advance(evaluation: Evaluation, tokens: int, prefix: int) -> int:
+    """Tokens of text from a window of ``tokens``, ``prefix`` of them BOS, to the next; at most all that it has."""
+    content = tokens - prefix
+    return content if evaluation.stride is None else min(evaluation.stride, content)
 
 
 def perplexity(
-    model: nn.Module, windows: list[Tensor], *, dtype: torch.dtype | str = "auto", batch_size: int = 1, progress=None
+    model: nn.Module,
+    windows: list[Tensor],
+    *,
+    scored: list[int] | None = None,
+    dtype: torch.dtype | str = "auto",
+    batch_size: int = 1,
+    progress=None,
 ) -> float:
     """Perplexity of a causal language model over windows of token ids; NaN or inf if its logits are.
 
+    scored: how many of its last tokens each window scores, where windows overlap; None: all but its first.
     dtype: type of the weights and activations in the forward passes; the model's own parameters stay as they are.
     progress: called with (windows done, windows in all).
     """
-    return perplexity_of(losses_of(model, windows, dtype=dtype, batch_size=batch_size, progress=progress))
+    losses = losses_of(model, windows, scored=scored, dtype=dtype, batch_size=batch_size, progress=progress)
+    return perplexity_of(losses, scored)
 
 
 @torch.no_grad()
 def losses_of(
-    model: nn.Module, windows: list[Tensor], *, dtype: torch.dtype | str = "auto", batch_size: int = 1, progress=None
+    model: nn.Module,
+    windows: list[Tensor],
+    *,
+    scored: list[int] | None = None,
+    dtype: torch.dtype | str = "auto",
+    batch_size: int = 1,
+    progress=None,
 ) -> list[float]:
-    """Mean −log p of every window's next tokens, in the order of the windows; arguments as of :func:`perplexity`."""
+    """Mean −log p of every window's scored tokens, in the order of the windows; arguments as of :func:`perplexity`."""
     check_causal(model)
     if not windows:
         raise ConfigError("there are no windows to evaluate")
@@ -124,7 +164,8 @@ def losses_of(
         for batch in _batches(windows, batch_size):
             ids = torch.stack(batch).to(device)
             logits = forward(input_ids=ids, **options).logits
-            losses.append(window_losses(logits, ids))
+            counts = None if scored is None else scored[done : done + len(batch)]
+            losses.append(window_losses(logits, ids, counts))
             done += len(batch)
             if progress is not None:
                 progress(done, len(windows))
@@ -132,11 +173,13 @@ def losses_of(
     return torch.cat(losses).tolist()  # read once: the device is not waited for window by window
 
 
-def perplexity_of(losses: list[float]) -> float:
-    """exp of the mean over windows; NaN where a loss is not finite, infinity where the exponential is too large."""
+def perplexity_of(losses: list[float], scored: list[int] | None = None) -> float:
+    """exp of the mean over windows, or over the tokens that they scored; NaN where a loss is not finite, infinity where
+    the exponential is too large."""
     if not all(map(math.isfinite, losses)):
         return math.nan
-    mean = math.fsum(losses) / len(losses)
+    counts = scored or [1] * len(losses)
+    mean = math.fsum(count * loss for count, loss in zip(counts, losses)) / sum(counts)
     return math.exp(mean) if mean < 700 else math.inf
 
 
@@ -169,20 +212,27 @@ def _batches(windows: list[Tensor], batch_size: int) -> Iterable[list[Tensor]]:
     yield batch
 
 
-def window_losses(logits: Tensor, ids: Tensor) -> Tensor:
-    """Mean −log p of each window's next tokens, in float64: logits ``[windows, tokens, vocabulary]``."""
+def window_losses(logits: Tensor, ids: Tensor, scored: list[int] | None = None) -> Tensor:
+    """Mean −log p of each window's next tokens, in float64: logits ``[windows, tokens, vocabulary]``.
+
+    scored: how many of its last tokens count in each window; None: all but the first.
+    """
     total = torch.zeros(len(ids), dtype=torch.float64, device=logits.device)
     last = ids.shape[1] - 1
-    for start in range(0, last, POSITIONS):
+    counts = torch.tensor([last] * len(ids) if scored is None else scored, device=logits.device)
+    for start in range(0 if scored is None else last - max(scored), last, POSITIONS):
         stop = min(start + POSITIONS, last)
         part = logits[:, start:stop].float()
-        total += (
+        losses = (
             F.cross_entropy(part.flatten(0, 1), ids[:, start + 1 : stop + 1].flatten(), reduction="none")
             .view(len(ids), -1)
             .double()
-            .sum(1)
         )
-    return total / last
+        if scored is not None:
+            positions = torch.arange(start, stop, device=logits.device)
+            losses = losses.where(positions >= last - counts[:, None], 0)
+        total += losses.sum(1)
+    return total / counts
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -233,8 +283,11 @@ def evaluate(
     of such sources; without one, the documentation and the novel that come with pyprune.
     fields: further fields of :class:`Evaluation`.
     device: where to run; ``auto`` takes a GPU if there is one. None leaves a live model where it is.
-    Returns ``{"perplexity", "text", "domain", "losses", "windows", "window", "dtype", "seconds"}`` of the first text,
-    and the same of every text under ``"texts"`` when there are several. Raises :class:`ConfigError` on bad input, and
+    Returns a row of the first text, and one of every text under ``"texts"`` when there are several:
+    ``{"perplexity", "text", "split", "subset", "domain", "losses", "windows", "window", "stride", "tokens", "dtype",
+    "seconds"}``, where ``tokens`` is how many were scored, ``split`` and ``subset`` are a data set's, and ``stride`` is
+    None where windows do not overlap; else ``"scored"``, tokens by window, is there, too.
+    Raises :class:`ConfigError` on bad input, and
     :class:`NotFinite`, which has the rows of all texts, where a perplexity is not finite.
     """
     evaluation = _settings(evaluation, fields)
@@ -284,6 +337,7 @@ def windows_of(
     if encoder or not evaluation.enabled:
         return []
     tokens = window_tokens(evaluation, positions)
+    evaluation.check_stride(tokens)
     if positions and evaluation.window:
         positions.check([evaluation.window], "evaluation windows", "window", lambda message: None)
     found: list[Text] = []
@@ -306,7 +360,7 @@ def windows_of(
                 raise
             warn(f"not measured: {error}")
             continue
-        found.append(Text(name, rows, one.domain))
+        found.append(_described(name, rows, one, evaluation, tokenizer))
     cut = any(len(text.windows[0]) == tokens for text in found) and kinds(evaluation.text) != {"ids"}
     if positions and evaluation.window is None and tokens < evaluation.tokens and cut:
         warn(
@@ -315,6 +369,25 @@ def windows_of(
     if positions:
         positions.check({len(row) for text in found for row in text.windows}, "evaluation windows", "window", warn)
     return found
+
+
+def _described(name: str, rows: list[Tensor], asked: Asked, evaluation: Evaluation, tokenizer) -> Text:
+    """The windows of a source, with what a report says of them."""
+    of_set = kind(asked.source) == "data set"
+    text = Text(
+        name,
+        rows,
+        asked.domain,
+        split=evaluation.split if of_set else None,
+        subset=evaluation.subset if of_set else None,
+    )
+    if evaluation.stride is None or given.token_rows(asked.source) is not None:
+        return text
+    length, prefix = len(rows[0]), len(bos_prefix(tokenizer)) if evaluation.bos else 0
+    step = advance(evaluation, length, prefix)
+    if step == length - prefix:
+        return text
+    return text._replace(stride=step, scored=[length - 1, *[step] * (len(rows) - 1)])
 
 
 def window_tokens(evaluation: Evaluation, positions: Positions | None) -> int:
@@ -340,7 +413,9 @@ def measure(model: nn.Module, named: list[Text], evaluation: Evaluation, progres
     for text in named:
         dtype, start = forward_dtype(model, evaluation.dtype), time.perf_counter()
         told = _after(before, whole, progress)
-        losses = losses_of(model, text.windows, dtype=dtype, batch_size=evaluation.batch_size, progress=told)
+        losses = losses_of(
+            model, text.windows, scored=text.scored, dtype=dtype, batch_size=evaluation.batch_size, progress=told
+        )
         before += len(text.windows)
         rows.append(row_of(text, losses, dtype, time.perf_counter() - start))
     return rows
@@ -350,11 +425,16 @@ def row_of(text: Text, losses: list[float], dtype: torch.dtype, seconds: float) 
     """What is known of one text after its windows were measured."""
     return {
         "text": text.name,
+        "split": text.split,
+        "subset": text.subset,
         "domain": text.domain,
-        "perplexity": perplexity_of(losses),
+        "perplexity": perplexity_of(losses, text.scored),
         "losses": losses,
+        **({} if text.scored is None else {"scored": text.scored}),
         "windows": len(text.windows),
         "window": len(text.windows[0]),
+        "stride": text.stride,
+        "tokens": sum(text.scored or (len(window) - 1 for window in text.windows)),
         "dtype": str(dtype)[6:],
         "seconds": seconds,
     }

@@ -1,8 +1,8 @@
 """``pyprune eval --tasks``: tasks from files of your own, and those of lm-eval by their names; two models side by side.
 
 Files are told by the keys of their rows: multiple choice (:mod:`pyprune.evaluation.choices`) for models that predict
-the next token; pairs of sentences with a score (STS-B) and labelled sentences (SST-2, on frozen vectors, with the train
-split beside it) for encoders.
+the next token; for encoders pairs of sentences with a score (STS-B), labelled sentences and pairs
+(:mod:`pyprune.evaluation.glue`), and questions about texts (:mod:`pyprune.evaluation.squad`).
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from typing import Any, TextIO
 import torch
 
 from pyprune.config import ConfigError
-from pyprune.evaluation import choices, tasks
+from pyprune.evaluation import choices, glue, squad, tasks
 from pyprune.execution.device import pick_device
+from pyprune.model.architecture import answers_with_spans
 from pyprune.model.blocks import predicts_next_token
 from pyprune.packed.loading import opened
 
@@ -36,8 +37,8 @@ def evaluate_tasks(
 ) -> list[dict]:
     """Measure a model on tasks, beside the dense model if it is given.
 
-    model, against: live models with their ``tokenizer``, or what :func:`pyprune.load` takes. names: paths of jsonl
-    files or folders, or names of lm-eval's tasks. limit: items per task at most.
+    model, against: live models with their ``tokenizer``, or what :func:`pyprune.load` takes. names: paths of files
+    or folders, or names of lm-eval's tasks. limit: items per task at most.
     Returns one row per task: ``{"task", "items", metric, metric_standard_error}``, and with ``against`` the same of the
     dense model under ``"dense"`` and per metric a paired test under ``"paired"``. Raises :class:`ConfigError` for a
     file that does not exist or does not suit the model, before anything is measured.
@@ -55,7 +56,7 @@ def evaluate_tasks(
             **_public(row),
             "dense": {key: value for key, value in _public(base).items() if key not in ("task", "items")},
             "paired": {name: choices.paired(base["per_item"][name], values) for name, values in row["per_item"].items()}
-            | ({"spearman": _bootstrap(base, row)} if "similarities" in row else {}),
+            | {name: _bootstrap(base, row, name) for name in row.get("statistics", ())},
         }
         for row, base in zip(own, dense)
     ]
@@ -71,31 +72,27 @@ def _measured(model, tokenizer, names, limit, batch_size, device, progress) -> l
 
 
 def _public(row: dict) -> dict:
-    return {key: value for key, value in row.items() if key not in ("per_item", "similarities", "scores")}
+    return {key: value for key, value in row.items() if key not in ("per_item", "statistics")}
 
 
 def measure_of(name: str, model, limit: int | None, batch_size: int, progress: Any) -> Measure:
     """What measures a task; the file is read and checked now."""
     path = Path(name).expanduser()
-    if not (path.exists() or path.suffix == ".jsonl" or "/" in name):
+    if not (path.exists() or path.suffix in (".jsonl", ".json", ".tsv") or "/" in name):
         return lambda live, tokenizer: through_lm_eval(live, tokenizer, name, limit, batch_size)
-    if path.is_dir() and (path / "train.jsonl").is_file():
-        held = next((path / f"{part}.jsonl" for part in ("test", "dev") if (path / f"{part}.jsonl").is_file()), None)
-        if held is None:
-            raise ConfigError(f"{path} has train.jsonl, but neither test.jsonl nor dev.jsonl")
-        file = held
-    else:
-        file = choices.file_of(path)
-    keys = set(choices.read_rows(file)[0])
-    if {"sentence1", "sentence2", "score"} <= keys:
+    file = (glue.held_out_file(path) if path.is_dir() else None) or choices.file_of(path)
+    first_row = {} if file.suffix == ".json" else glue.read_rows(file)[0]
+    if file.suffix == ".json" or squad.is_row(first_row):
+        asked = squad.read_items(file)[:limit]
+        if not answers_with_spans(model):
+            raise ConfigError(f"{name} is SQuAD, and {type(model).__name__} has no question-answering head")
+        return lambda live, tokenizer: squad.measure(live, tokenizer, asked, progress=progress)
+    if {"sentence1", "sentence2", "score"} <= set(first_row):
         first, second, scores = tasks.read_pairs(file)
         pairs = first[:limit], second[:limit], scores[:limit]
         return lambda live, tokenizer: sentence_pairs(live, tokenizer, pairs)
-    if {"sentence", "label"} <= keys:
-        train = file.with_name("train.jsonl")
-        if not train.is_file() or train == file:
-            raise ConfigError(f"{file} has labelled sentences; put train.jsonl beside it, to fit the linear head on")
-        return lambda live, tokenizer: labelled(live, tokenizer, train, file, limit)
+    if glue.fields_of(first_row):
+        return glue.planned(model, file, limit, progress)
     items = choices.read_items(file)[:limit]
     if not predicts_next_token(model):
         raise ConfigError(
@@ -109,41 +106,23 @@ def sentence_pairs(model, tokenizer, pairs: tuple) -> dict:
     """STS-B: Spearman of the cosine of mean-pooled vectors against human scores, its standard error by bootstrap."""
     found = tasks.sts_spearman(model, tokenizer, pairs)
     similarities, scores = found["similarities"], pairs[2]
-    spread = tasks.paired_bootstrap(
-        lambda rows: tasks.spearman(similarities[rows], scores[rows]), len(scores), samples=500
-    )
+
+    def statistic(rows: torch.Tensor) -> float:
+        return tasks.spearman(similarities[rows], scores[rows])
+
     return {
         "items": len(scores),
         "spearman": found["spearman"],
-        "spearman_standard_error": spread["standard_error"],
+        "spearman_standard_error": tasks.paired_bootstrap(statistic, len(scores), samples=500)["standard_error"],
         "per_item": {},
-        "similarities": similarities,
-        "scores": scores,
+        "statistics": {"spearman": statistic},
     }
 
 
-def _bootstrap(dense: dict, pruned: dict) -> dict:
-    """Difference of two models' Spearman on pairs drawn together, with its standard error and 95 % interval."""
-
-    def difference(rows: torch.Tensor) -> float:
-        own, base = (tasks.spearman(row["similarities"][rows], row["scores"][rows]) for row in (pruned, dense))
-        return own - base
-
-    return tasks.paired_bootstrap(difference, len(dense["scores"]), samples=500)
-
-
-def labelled(model, tokenizer, train: Path, held: Path, limit: int | None) -> dict:
-    """Two classes of sentences: a logistic regression on frozen mean-pooled vectors, fitted on the train split; the
-    accuracy on the other."""
-    parts = [choices.read_rows(file)[:limit] for file in (train, held)]
-    labels = [torch.tensor([int(row["label"]) for row in rows]) for rows in parts]
-    if not set(labels[0].tolist()) | set(labels[1].tolist()) <= {0, 1}:
-        raise ConfigError(f"{train} and {held} must have the labels 0 and 1")
-    vectors = [tasks.encode(model, tasks.token_ids(tokenizer, [row["sentence"] for row in rows])) for rows in parts]
-    head = tasks.fit_head(vectors[0], labels[0])
-    right = ((tasks.predict(vectors[1], head) > 0).long() == labels[1]).double().tolist()
-    mean, error = choices.mean_and_error(right)
-    return {"items": len(right), "acc": mean, "acc_standard_error": error, "per_item": {"acc": right}}
+def _bootstrap(dense: dict, pruned: dict, metric: str) -> dict:
+    """Difference of two models' metric on items drawn together, with its standard error and 95 % interval."""
+    own, base = (row["statistics"][metric] for row in (pruned, dense))
+    return tasks.paired_bootstrap(lambda rows: own(rows) - base(rows), dense["items"], samples=500)
 
 
 def through_lm_eval(model, tokenizer, name: Any, limit: int | None, batch_size: int, manager: Any = None) -> dict:
@@ -180,32 +159,27 @@ def print_tasks(rows: list[dict], out: TextIO | None = None) -> None:
     """One line per task and metric; with a dense model its value, the difference and the test beside it."""
     from rich.table import Table
 
-    from pyprune.reporting.rendering import open_console
+    from pyprune.reporting.rendering import TASK_METRICS, difference_text, open_console, score_text
 
     compared = any("dense" in row for row in rows)
     table = Table(
         "task", "items", "metric", *(["dense"] if compared else []), "model", *(["difference", "p"] if compared else [])
     )
     for row in rows:
-        for metric in ("acc", "acc_norm", "spearman"):
+        for metric in TASK_METRICS:
             if metric not in row:
                 continue
             cells = [str(row["task"]), str(row["items"]), metric]
             if compared:
                 test = row["paired"][metric]
                 p = test.get("mcnemar_p")
-                cells.append(_with_error(row["dense"], metric))
+                cells.append(score_text(row["dense"], metric))
                 cells += [
-                    _with_error(row, metric),
-                    f"{test['difference']:+.4f} ± {test['standard_error'] or 0:.4f}",
+                    score_text(row, metric),
+                    difference_text(test),
                     "–" if p is None else f"{p:.3g}",
                 ]
             else:
-                cells.append(_with_error(row, metric))
+                cells.append(score_text(row, metric))
             table.add_row(*cells)
     open_console(out or sys.stdout).print(table)
-
-
-def _with_error(row: dict, metric: str) -> str:
-    error = row.get(f"{metric}_standard_error")
-    return f"{row[metric]:.4f}" + ("" if error is None else f" ± {error:.4f}")

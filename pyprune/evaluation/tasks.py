@@ -1,11 +1,13 @@
-"""Encoders and tasks: sentence vectors, STS-B, and a linear head on frozen vectors."""
+"""Encoders: sentence vectors, STS-B, a linear head on frozen vectors, and forward passes without padding."""
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,38 +22,74 @@ def token_ids(tokenizer, texts: Sequence[str], max_length: int = 128) -> list[Te
     return [torch.tensor(ids) for ids in tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]]
 
 
-@torch.no_grad()
-def encode(model: nn.Module, sequences: Sequence[Tensor], *, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Mean-pooled last hidden states, float32 ``[sequences, hidden]``.
+def paired_inputs(model: nn.Module, tokenizer, *columns: Sequence[str], max_length: int = 128) -> list[dict]:
+    """Inputs of one text per row, or of two in one sequence, as the tokenizer joins them; 1-D tensors, unpadded."""
+    found = tokenizer(*map(list, columns), truncation=True, max_length=max_length)
+    names = [name for name in ("input_ids", "token_type_ids") if name in found]
+    return [accepted(model, dict(zip(names, row))) for row in zip(*(found[name] for name in names))]
 
-    Sequences of equal length run together, so nothing is padded; equal sequences run once. dtype: of the products.
+
+def accepted(model: nn.Module, row: dict) -> dict[str, Tensor]:
+    """A row of token ids as tensors, without the token types where the model takes none."""
+    known = inspect.signature(model.forward).parameters
+    return {name: torch.tensor(ids) for name, ids in row.items() if name == "input_ids" or name in known}
+
+
+@torch.no_grad()
+def unpadded(
+    model: nn.Module,
+    inputs: Sequence[dict[str, Tensor]],
+    read: Callable[[Any], Tensor],
+    *,
+    dtype: torch.dtype = torch.float32,
+    progress: Any = None,
+) -> list[Tensor]:
+    """What ``read`` takes from the model's output (one entry per row of a batch), on the CPU, per input.
+
+    Inputs of equal length run together, so nothing is padded; equal inputs run once. dtype: of the products.
+    progress: called with (distinct inputs done, distinct inputs in all).
     """
     device = next(model.parameters()).device
-    unique: dict[bytes, list[int]] = {}
-    for row, ids in enumerate(sequences):
-        unique.setdefault(ids.numpy().tobytes(), []).append(row)
+    unique: dict[tuple[bytes, ...], list[int]] = {}
+    for place, row in enumerate(inputs):
+        unique.setdefault(tuple(part.numpy().tobytes() for part in row.values()), []).append(place)
     lengths: dict[int, list[list[int]]] = {}
-    for rows in unique.values():
-        lengths.setdefault(len(sequences[rows[0]]), []).append(rows)
-    out: Tensor | None = None
-    was = model.training
+    for places in unique.values():
+        lengths.setdefault(len(inputs[places[0]]["input_ids"]), []).append(places)
+    found: dict[int, Tensor] = {}
+    done, was = 0, model.training
     model.eval()
     narrow = torch.autocast(device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
-    with narrow:
-        for length, members in sorted(lengths.items()):
-            step = max(1, BATCH_TOKENS // length)
-            for start in range(0, len(members), step):
-                part = members[start : start + step]
-                ids = torch.stack([sequences[rows[0]] for rows in part]).to(device)
-                vectors = model(ids)[0].float().mean(1).cpu()
-                if out is None:
-                    out = torch.empty(len(sequences), vectors.shape[1])
-                for rows, vector in zip(part, vectors):
-                    out[rows] = vector
-    model.train(was)
-    if out is None:
+    try:
+        with narrow:
+            for length, members in sorted(lengths.items()):
+                step = max(1, BATCH_TOKENS // length)
+                for start in range(0, len(members), step):
+                    part = members[start : start + step]
+                    names = inputs[part[0][0]]
+                    batch = {name: torch.stack([inputs[p[0]][name] for p in part]).to(device) for name in names}
+                    for places, value in zip(part, read(model(**batch)).cpu()):
+                        found.update(dict.fromkeys(places, value))
+                    done += len(part)
+                    if progress is not None:
+                        progress(done, len(unique))
+    finally:
+        model.train(was)
+    return [found[place] for place in range(len(inputs))]
+
+
+def encode(
+    model: nn.Module, sequences: Sequence[Tensor], *, dtype: torch.dtype = torch.float32, progress: Any = None
+) -> Tensor:
+    """Mean-pooled last hidden states, float32 ``[sequences, hidden]``; of a model with a head, those of its body.
+
+    dtype and progress: as of :func:`unpadded`.
+    """
+    if not sequences:
         raise ConfigError("there are no texts to embed")
-    return out
+    body = getattr(model, "base_model", model)
+    rows = [{"input_ids": ids} for ids in sequences]
+    return torch.stack(unpadded(body, rows, lambda out: out[0].float().mean(1), dtype=dtype, progress=progress))
 
 
 def read_pairs(path: str | Path) -> tuple[list[str], list[str], Tensor]:
@@ -115,28 +153,39 @@ def paired_bootstrap(statistic, rows: int, *, samples: int = 2000, seed: int = 0
 
 
 def fit_head(vectors: Tensor, labels: Tensor, *, decay: float = 1e-4, steps: int = 100) -> Tensor:
-    """Logistic regression on standardised vectors by L-BFGS; returns ``[hidden + 1]`` weights on raw vectors.
+    """Logistic regression on standardised vectors by L-BFGS; returns weights on raw vectors, the bias last.
 
-    vectors: float32 ``[n, hidden]``; labels: 0 or 1 ``[n]``.
+    vectors: float32 ``[n, hidden]``; labels: int64 ``[n]`` from 0. Returns ``[hidden + 1]`` for two classes (of the
+    second against the first), ``[hidden + 1, classes]`` for more.
     """
     mean, std = vectors.mean(0), vectors.std(0).clamp(min=1e-6)
     x = torch.cat([(vectors - mean) / std, torch.ones(len(vectors), 1)], dim=1)
-    weight = torch.zeros(x.shape[1], requires_grad=True)
+    classes = int(labels.max()) + 1
+    two = classes <= 2
+    weight = torch.zeros(x.shape[1], *(() if two else (classes,)), requires_grad=True)
     optimiser = torch.optim.LBFGS([weight], max_iter=steps, line_search_fn="strong_wolfe")
-    target = labels.float()
+    target = labels.float() if two else labels.long()
+    misfit = nn.functional.binary_cross_entropy_with_logits if two else nn.functional.cross_entropy
 
     def closure():
         optimiser.zero_grad()
-        loss = nn.functional.binary_cross_entropy_with_logits(x @ weight, target) + decay * weight.square().sum()
+        loss = misfit(x @ weight, target) + decay * weight.square().sum()
         loss.backward()
         return loss
 
     with torch.enable_grad():
         optimiser.step(closure)
-    w = weight.detach()
-    return torch.cat([w[:-1] / std, (w[-1] - (w[:-1] * mean / std).sum())[None]])
+    scale = torch.cat([std, torch.ones(1)])
+    w = weight.detach() / (scale if two else scale[:, None])
+    return torch.cat([w[:-1], (w[-1] - mean @ w[:-1])[None]])
 
 
 def predict(vectors: Tensor, head: Tensor) -> Tensor:
-    """Logits of :func:`fit_head`'s classifier, ``[n]``."""
+    """Logits of :func:`fit_head`'s classifier, ``[n]`` or ``[n, classes]``."""
     return vectors @ head[:-1] + head[-1]
+
+
+def predicted_classes(vectors: Tensor, head: Tensor) -> Tensor:
+    """Classes of :func:`fit_head`'s classifier, int64 ``[n]``."""
+    logits = predict(vectors, head)
+    return (logits > 0).long() if logits.ndim == 1 else logits.argmax(1)

@@ -94,3 +94,17 @@ def assume_causal(config) -> None:
 def name_class(model: Any) -> None:
     """Name a model's own class in its config, as saving it would."""
     model.config.architectures = [type(model).__name__]
+
+
+def classes_of_head(model: torch.nn.Module) -> list[str]:
+    """Names of the classes of a model's sequence classification head, by number; none for any other model, or for a
+    head that gives one number (regression, a reward)."""
+    config: Any = getattr(model, "config", None)
+    if not type(model).__name__.endswith("ForSequenceClassification") or config.num_labels < 2:
+        return []
+    return [str(config.id2label[number]) for number in range(config.num_labels)]
+
+
+def answers_with_spans(model: torch.nn.Module) -> bool:
+    """Whether a model has a head that gives the start and the end of an answer in the text."""
+    return type(model).__name__.endswith("ForQuestionAnswering")

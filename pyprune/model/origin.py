@@ -44,7 +44,15 @@ LOADED = (
     "packed-model*.safetensors",
 )
 """Weights that transformers, or pyprune, takes, of all that a repository on the Hub may hold."""
-REWRITTEN = ("config.json", "pruning.json", "report.json", "report.html", "run.yaml", "refinement.json")
+REWRITTEN = (
+    "config.json",
+    "pruning.json",
+    "report.json",
+    "report.html",
+    "run.yaml",
+    "refinement.json",
+    "refine.yaml",
+)
 """Files that every run writes itself, or that tell of another run."""
 CARD = "README.original.md"
 """The dense model's card, beside the pruned one's."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pyprune.config import Calibration, PruneConfig
 from pyprune.execution.weight_streaming import Opened, open_checkpoint
-from pyprune.structured.criteria import NEEDS_GRADIENTS
+from pyprune.structured.criteria import needs_gradients
 
 
 def open_model(config: PruneConfig, streamed: bool | None = None, pin: bool = False) -> Opened:
@@ -20,8 +20,8 @@ def why_not_streamed(config: PruneConfig) -> str | None:
         return "finished blocks are written as the run goes on, so it needs an output folder"
     if config.is_curve:
         return "several sparsities make several models at once"
-    if config.is_structured and config.criterion in NEEDS_GRADIENTS:
-        return f"criterion {config.criterion!r} differentiates the whole model"
+    if config.is_structured and needs_gradients(config.criterion):
+        return f"criterion {config.criterion_name!r} differentiates the whole model"
     return samples_itself(config.calibration)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from pyprune import ops
-from pyprune.config import Calibration, ConfigError, Evaluation, PruneConfig, override
+from pyprune.config import Calibration, ConfigError, Evaluation, PruneConfig, is_function, override
 from pyprune.data import calibration, texts
 from pyprune.data.self_generated import generate
 from pyprune.effects import needs_sequences, reads_sequences, watches
@@ -78,6 +78,11 @@ def make_config(config: PruneConfig | dict | str | Path | None, fields: Mapping[
             f"config must be a PruneConfig, a mapping or the path of a run.yaml, got {type(base).__name__}"
         )
     found = override(base, given_sections(fields))
+    if isinstance(found.criterion, str) and is_function(found.criterion):
+        raise ConfigError(
+            f"the criterion {found.criterion} was a function in memory when this configuration was written; pass it "
+            "again, as the criterion of pyprune.prune in Python"
+        )
     found.calibration = calibration.settled(found.calibration)
     return found
 
@@ -124,7 +129,8 @@ def prune(
     of a run by the name of its option (``num_samples=``, ``epochs=``, ``text=``), those of ``config`` overridden.
     ``calibration`` and ``evaluation`` take their settings or just the text, in any form: a path, a Hub data set, a
     string, texts, token ids, a tokenizer's output, a ``datasets.Dataset``, a ``DataLoader``; ``evaluation=False``
-    measures nothing.
+    measures nothing. ``criterion`` also takes a function from a :class:`~pyprune.structured.criteria.Scored` to scores
+    ``[units]``, higher is kept.
     Returns a :class:`PruneResult`. Raises ConfigError for bad input before any work is done, OutputError if the output
     cannot be written, and :class:`pyprune.execution.journal.Interrupted` when a signal stopped it between two blocks.
     """
@@ -196,7 +202,7 @@ def _prune(
                 functools.partial(add_generated, data, config.calibration, view.model, tokenizer, doing),
             )
     with found.clock("back-ends"), Doing("checking and timing the back-ends of this machine", progress, said=False):
-        backends = settle_backends(journal, world, device, config, found.warn)
+        backends = settle_backends(journal, world, device, config.backend, config.backends, found.warn)
     if config.output:
         with found.clock("load"):
             identity = {
@@ -350,11 +356,11 @@ def settle_backends(
     journal: Journal,
     world: distributed.World,
     device: torch.device,
-    config: PruneConfig | None = None,
+    asked: str = "auto",
+    repeated: dict | None = None,
     warn: Callable[[str], None] = lambda message: None,
 ) -> dict:
     """The back-end that each op takes in this run, the same in all processes: :func:`pyprune.ops.settle`."""
-    asked, repeated = (config.backend, config.backends) if config else ("auto", None)
 
     def settled() -> dict:
         return ops.settle(device.type, journal.header.get("backends"), asked, repeated, warn)

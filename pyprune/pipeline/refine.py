@@ -88,6 +88,7 @@ def refine(
             compute_dtype=compute_dtype or "auto",
             device=device,
             seed=seed,
+            reconstruction=asked.pop("settings"),
             **asked,
         )
     if output is not None or "evaluation" in asked:

@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from pyprune import ops
-from pyprune.config import STREAMING, Calibration, ConfigError, Evaluation, Reconstruction, check_dtype, to_dict
+from pyprune.config import (
+    SECTIONS,
+    STREAMING,
+    Calibration,
+    ConfigError,
+    Evaluation,
+    Reconstruction,
+    Unused,
+    check_backends,
+    check_dtype,
+    dtype_name,
+    from_dict,
+    read_yaml,
+    to_dict,
+)
 from pyprune.data.texts import check_there
 from pyprune.evaluation import domains
 from pyprune.evaluation.block_by_block import Meter
@@ -37,13 +51,23 @@ from pyprune.pipeline.refine import sequences_for
 from pyprune.pipeline.refine_work import RefineWork
 from pyprune.pipeline.tracking import Track, outcome, tracker
 from pyprune.reporting.comparison import read as read_report
-from pyprune.reporting.record import CALIBRATION_PLACES, compared, data_identity, written
-from pyprune.reporting.rendering import distinct, model_card, perplexity_text
+from pyprune.reporting.record import (
+    CALIBRATION_PLACES,
+    compared,
+    data_identity,
+    named_calibration,
+    named_evaluation,
+    yaml_text,
+)
+from pyprune.reporting.rendering import distinct, model_card, perplexity_text, source_text, windows_text
 from pyprune.reporting.run_page import write_run_page
+from pyprune.sources import in_memory, split
 
 LABEL = "refining"
 RECORD = "refinement.json"
 """How a checkpoint was refined, and what it gained."""
+RECIPE = "refine.yaml"
+"""What repeats the refinement."""
 CARRIED = ("pruning.json", "run.yaml")
 """Files of a pyprune checkpoint that stay as they are: how it was pruned, and the sizes its config cannot say."""
 
@@ -52,13 +76,14 @@ CARRIED = ("pruning.json", "run.yaml")
 class Request:
     """All settings of one refinement of a checkpoint. Raises ConfigError for a value that is none of those known."""
 
-    directory: str
+    model: str
+    """Folder of the pruned model."""
     output: str
     dense: str = ""
     """The model that the checkpoint was pruned from; empty takes what its ``pruning.json`` names."""
     calibration: Calibration = field(default_factory=Calibration)
     evaluation: Evaluation = field(default_factory=Evaluation)
-    settings: Reconstruction = field(default_factory=Reconstruction)
+    reconstruction: Reconstruction = field(default_factory=Reconstruction)
     cross_block: bool = False
     global_propagation: bool = True
     dtype: str = "auto"
@@ -72,21 +97,24 @@ class Request:
     :class:`pyprune.PruneConfig`; ``always`` asks for both."""
     memory_budget_gb: float | None = None
     """Host memory for activations, in GB."""
+    backends: dict[str, dict[str, str]] | None = None
+    """The back-ends that the refinement took which this one repeats, as in :class:`pyprune.PruneConfig`."""
 
     def __post_init__(self):
         for name in ("dtype", "compute_dtype"):
             setattr(self, name, check_dtype(getattr(self, name), name))
         if self.stream not in STREAMING:
             raise ConfigError(f"stream must be one of {', '.join(STREAMING)}, got {self.stream!r}")
-        self.dense = self.dense or dense_of(self.directory, "--dense")
+        check_backends(self.backends)
+        self.dense = self.dense or dense_of(self.model, "--dense")
 
     def asked(self) -> dict:
         """What decides the result, as plain data."""
         names = ("cross_block", "global_propagation", "seed", "dtype", "compute_dtype", "packed")
         return {
             **{name: getattr(self, name) for name in names},
-            "settings": to_dict(self.settings),
-            "calibration": _named(self.calibration),
+            "settings": to_dict(self.reconstruction),
+            "calibration": to_dict(named_calibration(self.calibration)),
         }
 
     def identity(self) -> dict:
@@ -95,12 +123,66 @@ class Request:
         kept = {key: value for key, value in asked["calibration"].items() if key not in CALIBRATION_PLACES}
         return {**asked, "calibration": kept, "evaluation": {"dtype": self.evaluation.dtype}}
 
+    def record(self) -> dict:
+        """All fields as plain data; what was given in memory stands there as its kind and a fingerprint."""
+        sections = {
+            "calibration": named_calibration(self.calibration),
+            "evaluation": named_evaluation(self.evaluation),
+        }
+        return to_dict({**vars(self), **sections})
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether every text has a name, so that the record alone repeats the refinement."""
+        texts = [
+            *split(named_calibration(self.calibration).source),
+            *split(named_evaluation(self.evaluation).text),
+            *split(named_evaluation(self.evaluation).off_domain),
+        ]
+        return not any(in_memory(text) for text in texts if text is not None)
+
+
+def requested(config: str | Path | Mapping | None, values: Mapping[str, Any]) -> Request:
+    """The request in a ``refine.yaml``, or in a mapping of its fields, with other values put in their places.
+
+    A section of ``values`` is a finished one or a mapping of the fields to override. Raises ConfigError for a field
+    that is unknown or would do nothing; one that only the record has, and that does nothing beside ``values``, returns
+    to its default.
+    """
+    base = read_yaml(config) if isinstance(config, (str, Path)) else dict(config or {})
+    given = {name: value for name, value in values.items() if value is not None}
+    merged = {**base, **given}
+    if not merged.get("model"):
+        raise ConfigError(f"no pruned model: name its folder, or a {RECIPE} with --config")
+    if not merged.get("output"):
+        raise ConfigError("no output folder: name one with -o")
+    for name in ("dtype", "compute_dtype"):
+        merged[name] = dtype_name(merged.get(name, "auto"))
+    for name in ("calibration", "evaluation", "reconstruction"):
+        if not isinstance(given.get(name, {}), SECTIONS[name]):
+            merged[name] = _section(name, base.get(name) or {}, given.get(name, {}))
+    return from_dict(Request, merged, RECIPE)
+
+
+def _section(name: str, base: dict, given: dict):
+    """A section of the base with the given fields; of the base, fields that then do nothing return to their default."""
+    merged = {**base, **given}
+    while True:
+        try:
+            return from_dict(SECTIONS[name], merged, name)
+        except Unused as error:
+            field = error.field.rpartition(".")[2]
+            if field in given or field not in merged:
+                raise
+            del merged[field]
+
 
 def refine_checkpoint(
-    directory: str | Path,
-    output: str | Path,
+    model: str | Path | None = None,
+    output: str | Path | None = None,
     *,
     dense: str | Path | None = None,
+    config: str | Path | Mapping | None = None,
     resume: bool = False,
     progress: bool = True,
     track: Track | str | None = None,
@@ -109,15 +191,15 @@ def refine_checkpoint(
     """Refine a checkpoint by :func:`pyprune.refine` and write it to ``output``, whole or not at all.
 
     dense: the model it was pruned from; None: what its ``pruning.json`` names.
+    config: a ``refine.yaml`` to repeat, or a mapping of its fields; all other arguments override it.
     resume: go on with the interrupted run in ``output``, to the same result bit for bit. track: as for
-    :func:`pyprune.prune`. ``**fields``: those of
-    :class:`Request`.
+    :func:`pyprune.prune`. ``**fields``: those of :class:`Request`.
     Returns what ``refinement.json`` holds: settings, one row per window, perplexity of the dense, the pruned and the
     refined model. Raises ConfigError for bad input before anything is trained, and
     :class:`pyprune.execution.journal.Interrupted` when a signal stopped it between two blocks.
     """
-    request = Request(directory=str(directory), output=str(output), dense=str(dense or ""), **fields)
-    for name in (request.directory, request.dense):
+    request = requested(config, {"model": model, "output": output, "dense": dense, **fields})
+    for name in (request.model, request.dense):
         checkpoint.resolve(name)
     for source in (request.calibration.source, request.evaluation.text if request.evaluation.enabled else None):
         check_there(source)
@@ -131,8 +213,8 @@ def _refine(request: Request, world: World, journal: Journal, progress: bool, tr
     started, found = time.perf_counter(), Findings()
     where, dtype = pick_device(request.device), pick_dtype(request.compute_dtype)
     header, pin = world.same(journal.header), where.type == "cuda"
-    with found.clock("load"), Doing(f"loading {request.directory} and {request.dense}", progress, LABEL):
-        pruned = open_checkpoint(request.directory, request.dtype, request.stream, None, header.get("streamed"), pin)
+    with found.clock("load"), Doing(f"loading {request.model} and {request.dense}", progress, LABEL):
+        pruned = open_checkpoint(request.model, request.dtype, request.stream, None, header.get("streamed"), pin)
         dense = open_checkpoint(
             request.dense,
             request.dtype,
@@ -144,7 +226,7 @@ def _refine(request: Request, world: World, journal: Journal, progress: bool, tr
     tokenizer = pruned.tokenizer or dense.tokenizer
     with found.clock("calibration"), Doing("making calibration sequences", progress, LABEL, said=False) as doing:
         data = sequences_for(
-            pruned.view, dense.view, request.calibration, tokenizer, request.settings, request.seed, doing
+            pruned.view, dense.view, request.calibration, tokenizer, request.reconstruction, request.seed, doing
         )
         refuse_text(request.evaluation, pruned.view)
         texts = windows_of(
@@ -158,7 +240,7 @@ def _refine(request: Request, world: World, journal: Journal, progress: bool, tr
             warn=found.warn,
         )
     with Doing("checking and timing the back-ends of this machine", progress, LABEL, said=False):
-        backends = settle_backends(journal, world, where)
+        backends = settle_backends(journal, world, where, repeated=request.backends, warn=found.warn)
     identity = {
         "settings": request.identity(),
         "data": data_identity(data, [text.windows for text in texts]),
@@ -173,6 +255,7 @@ def _refine(request: Request, world: World, journal: Journal, progress: bool, tr
         streamed=pruned.weights.streamed,
         dense_streamed=dense.weights.streamed,
         backends=backends,
+        config=request.record(),
     )
     if world.same(journal.complete):
         world.lead(journal.publish)
@@ -212,7 +295,7 @@ def _refine(request: Request, world: World, journal: Journal, progress: bool, tr
             executors[0],
             executors[1],
             data,
-            request.settings,
+            request.reconstruction,
             cross_block=request.cross_block,
             global_propagation=request.global_propagation,
             seed=request.seed,
@@ -227,7 +310,7 @@ def _refine(request: Request, world: World, journal: Journal, progress: bool, tr
     gap = domains.generalisation(rows)
     track(len(pruned.view.blocks), outcome(rows))
     result = {
-        "model": request.directory,
+        "model": request.model,
         "dense": request.dense,
         **request.asked(),
         "windows": [row for rows in work.windows for row in rows],
@@ -245,30 +328,26 @@ def _refine(request: Request, world: World, journal: Journal, progress: bool, tr
             *domains.gap_warning(gap),
         ],
     }
-    source, name = Path(request.directory).expanduser(), Path(request.output).name
     world.lead(
         lambda: journal.finish(
             lambda folder: _fill(
-                folder, pruned, BlockShards(pruned.view.path, journal.shards()), tokenizer, source, result, name
+                folder, pruned, BlockShards(pruned.view.path, journal.shards()), tokenizer, request, result
             )
         )
     )
     return result
 
 
-def _named(calibration: Calibration) -> dict:
-    """As plain data; a source in memory is named by its kind."""
-    return to_dict(dataclasses.replace(calibration, source=written(calibration.source)))
-
-
-def _fill(folder: Path, opened: Opened, blocks: BlockShards, tokenizer, source: Path, found: dict, name: str) -> None:
+def _fill(folder: Path, opened: Opened, blocks: BlockShards, tokenizer, request: Request, found: dict) -> None:
     """All files: the model, how it was pruned, how it was refined, and a card that says both."""
+    source, name = Path(request.model).expanduser(), Path(request.output).name
     if isinstance(opened.weights, Streamed):
         opened.weights.save(folder)
     else:
         assembly.save(opened.model, folder, blocks)
     checkpoint.save_extras(tokenizer, folder, opened.origin)
     checkpoint.write_json(folder / RECORD, found)
+    (folder / RECIPE).write_text(recipe(request, found["backends"]))
     for file in CARRIED:
         if (source / file).is_file():
             shutil.copyfile(source / file, folder / file)
@@ -280,14 +359,26 @@ def _fill(folder: Path, opened: Opened, blocks: BlockShards, tokenizer, source: 
             ]
             report["generalisation"] = found["generalisation"]
         checkpoint.write_json(folder / "report.json", report)
-        (folder / "README.md").write_text(model_card(report, name) + card_line(found))
+        (folder / "README.md").write_text(model_card(report, name) + card_line(found, request.repeatable))
         write_run_page(folder, report, name)
     if found["packed"]:
         pack_here(folder, name)
 
 
-def card_line(found: dict) -> str:
-    """What the model card adds: that the weights are not those of the pruning alone."""
+def recipe(request: Request, backends: dict) -> str:
+    """``refine.yaml``: repeats the refinement, each op by the back-end that it took."""
+    plain = yaml_text({**request.record(), "backends": backends})
+    note = "# The refinement took texts from memory. To repeat it, put a path or a name in place of each <…> below.\n"
+    return plain if request.repeatable else note + plain
+
+
+def card_line(found: dict, repeatable: bool) -> str:
+    """What the model card adds: that the weights are not those of the pruning alone, and how to get them again."""
+    repeat = (
+        f"(`pyprune refine --config {RECIPE} -o DIR`)"
+        if repeatable
+        else "once the texts given in memory have a name there"
+    )
     how = (
         ("cross-block" if found["cross_block"] else "block")
         + " reconstruction"
@@ -300,7 +391,7 @@ def card_line(found: dict) -> str:
     return (
         f"- refined after pruning by {how} against `{found['dense']}` (arXiv 2406.15524)"
         + (f", perplexity {was}" if was else "")
-        + ": `refinement.json`\n"
+        + f": `refinement.json`; `{RECIPE}` repeats it {repeat}\n"
         + "".join(f"- warning: {text}\n" for text in distinct(found["warnings"]))
     )
 
@@ -311,8 +402,8 @@ def print_refinement(found: dict, directory: str | Path, out: TextIO | None = No
     for row in found["evaluation"]:
         print(
             f"perplexity {perplexity_text(row['dense'])} dense, {perplexity_text(row['pruned'])} pruned → "
-            f"{perplexity_text(row['refined'])} refined  ({row['windows']} windows of {row['window']} tokens, "
-            f"{row['text']})",
+            f"{perplexity_text(row['refined'])} refined  ({windows_text(row)}, "
+            f"{source_text(row)})",
             file=out,
         )
     last = found["windows"][-1]
@@ -329,3 +420,4 @@ def print_refinement(found: dict, directory: str | Path, out: TextIO | None = No
     for text in found["warnings"]:
         print(f"warning: {text}", file=out)
     print(f"{found['seconds']:.1f} s, written to {directory}", file=out)
+    print(f"repeat it with pyprune refine --config {Path(directory) / RECIPE} -o FOLDER", file=out)

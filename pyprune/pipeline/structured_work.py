@@ -25,7 +25,7 @@ from pyprune.pipeline.passes import Passes
 from pyprune.structured import config_edits, slicing
 from pyprune.structured.allocation import removed
 from pyprune.structured.block import StructuredRun, Target, dense_block, dense_sums, propagated_block, refresh
-from pyprune.structured.criteria import NEEDS_MOMENTS
+from pyprune.structured.criteria import needs_moments
 from pyprune.structured.preparation import prepare
 from pyprune.structured.sequential import SequentialBlock, StopOrder, record, replay
 from pyprune.structured.slicing import Pick
@@ -68,7 +68,7 @@ class StructuredWork:
         """What a run of this configuration passes through its blocks."""
         if not observes(config):
             return Passes()
-        shares = config.structured.allocation == "global" and config.criterion in NEEDS_MOMENTS
+        shares = config.structured.allocation == "global" and needs_moments(config.criterion)
         if cls.inputs_of(config) == "dense":
             return Passes(statistics=1, allocation=int(shares), keeps_outputs=True, streams=("inputs",))
         streams = ["inputs"]

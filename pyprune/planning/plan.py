@@ -41,6 +41,7 @@ from pyprune.planning.costs import (
     work_of,
 )
 from pyprune.planning.rehearsal import rehearsal_model, rehearse
+from pyprune.reporting.record import config_for_report
 from pyprune.sources import kinds as kinds_of
 from pyprune.structured.groups import find_groups
 from pyprune.structured.preparation import foreseen, group_paths
@@ -115,6 +116,7 @@ def plan(
     in_files = max(0, int(activations_of(view, selected, config, compute, budget, room)[0] - budget))
     host, on_device = memory_of(view, selected, config, compute, streamed, gpu, budget, room or 0, keeps)
     seconds = rehearse(config, view, work, small, streamed)
+    written = config_for_report(config)
     return {
         "model": {
             "name": name,
@@ -124,7 +126,7 @@ def plan(
             "dtype": str(dtype)[6:],
         },
         "settings": {
-            name: getattr(config, name)
+            name: written[name]
             for name in ("method", "criterion", "pattern", "sparsity", "reconstruct", "global_propagation")
         },
         "device": str(device),

@@ -128,7 +128,8 @@ def print_comparison(rows: list[dict], out: TextIO | None = None) -> None:
 def differences(rows: list[dict]) -> list[str]:
     """Reasons why the numbers of two rows should not be compared, in sentences."""
     found = []
-    conditions = {tuple((e["text"], e["windows"], e["window"]) for e in row["evaluation"]) for row in rows}
+    keys = ("text", "split", "subset", "windows", "window", "stride")
+    conditions = {tuple(tuple(e.get(key) for key in keys) for e in row["evaluation"]) for row in rows}
     if len(conditions) > 1:
         found.append("the runs were evaluated on different text or windows: their perplexities do not compare")
     if len({row["model"] for row in rows}) > 1:

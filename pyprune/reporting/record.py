@@ -6,17 +6,18 @@ import contextlib
 import copy
 import datetime
 import hashlib
+import inspect
 import math
 import platform
 import resource
-import statistics
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pyprune.config import PruneConfig, to_dict
+from pyprune.config import Calibration, Evaluation, PruneConfig, to_dict
 from pyprune.data.calibration import CalibrationData, fingerprint
 from pyprune.data.given import contents
 from pyprune.execution.error_probes import LEVELS
@@ -56,25 +57,33 @@ def compared(dense: list[dict], pruned: list[dict]) -> list[dict]:
     """
     return [
         {
-            **{name: value for name, value in d.items() if name not in ("perplexity", "losses")},
+            **{name: value for name, value in d.items() if name not in ("perplexity", "losses", "scored")},
             "dense": d["perplexity"],
             "pruned": p["perplexity"],
-            **paired_ratio(d["losses"], p["losses"]),
+            **paired_ratio(d["losses"], p["losses"], d.get("scored")),
         }
         for d, p in zip(dense, pruned)
     ]
 
 
-def paired_ratio(dense: list[float], pruned: list[float]) -> dict:
-    """Ratio of two perplexities and its standard error, from the mean losses of the same windows."""
+def paired_ratio(dense: list[float], pruned: list[float], scored: list[int] | None = None) -> dict:
+    """Ratio of two perplexities and its standard error, from the mean losses of the same windows.
+
+    scored: tokens that each window scored, where windows overlap; None: they weigh the same.
+    """
     if not all(loss is not None and math.isfinite(loss) for loss in (*dense, *pruned)):
         return {"ratio": None, "ratio_standard_error": None}
     differences = [p - d for d, p in zip(dense, pruned)]
-    mean = statistics.fmean(differences)
+    count = len(differences)
+    weights = scored or [1] * count
+    mean = math.fsum(weight * d for weight, d in zip(weights, differences)) / sum(weights)
     if mean > 700:
         return {"ratio": None, "ratio_standard_error": None}
-    ratio, count = math.exp(mean), len(differences)
-    error = ratio * statistics.stdev(differences) / math.sqrt(count) if count > 1 else None
+    ratio = math.exp(mean)
+    if count == 1:
+        return {"ratio": ratio, "ratio_standard_error": None}
+    spread = math.fsum((weight * (d - mean)) ** 2 for weight, d in zip(weights, differences))
+    error = ratio * math.sqrt(spread * count / (count - 1)) / sum(weights)
     return {"ratio": ratio, "ratio_standard_error": error}
 
 
@@ -149,13 +158,26 @@ def build_report(
 def config_for_report(config: PruneConfig) -> dict:
     """Configuration as plain data: what was given in memory stands there as its kind and a fingerprint, never whole."""
     plain = copy.copy(config)
-    plain.calibration, plain.evaluation = copy.copy(config.calibration), copy.copy(config.evaluation)
-    plain.calibration.source = written(config.calibration.source)
-    plain.evaluation.text = written(config.evaluation.text)
-    plain.evaluation.off_domain = written(config.evaluation.off_domain)
-    if callable(config.criterion):
-        plain.criterion = f"<{getattr(config.criterion, '__name__', 'function')} in memory>"
-    return to_dict(plain)
+    plain.calibration = named_calibration(config.calibration)
+    plain.evaluation = named_evaluation(config.evaluation)
+    if not callable(config.criterion):
+        return to_dict(plain)
+    plain.criterion = "wifv"  # in its place: a function cannot be written
+    return {**to_dict(plain), "criterion": _function_text(config.criterion, config.criterion_name)}
+
+
+def named_calibration(settings: Calibration) -> Calibration:
+    """A copy with :func:`written` for its source."""
+    plain = copy.copy(settings)
+    plain.source = written(settings.source)
+    return plain
+
+
+def named_evaluation(settings: Evaluation) -> Evaluation:
+    """A copy with :func:`written` for its texts."""
+    plain = copy.copy(settings)
+    plain.text, plain.off_domain = written(settings.text), written(settings.off_domain)
+    return plain
 
 
 def written(source: Any) -> Any:
@@ -171,6 +193,19 @@ def written(source: Any) -> Any:
     for part in contents(source):
         digest.update(part)
     return f"<{type(source).__name__} in memory, sha256 {digest.hexdigest()[:16]}>"
+
+
+def _function_text(criterion: Callable, name: str) -> str:
+    """A criterion that is a function: its name, with a fingerprint of its source where Python finds that.
+
+    What a closure holds is not in the fingerprint; a partial function and an object that can be called have none.
+    """
+    try:
+        source = inspect.getsource(criterion)
+        digest = f", sha256 {hashlib.sha256(source.encode()).hexdigest()[:16]}"
+    except (OSError, TypeError):  # typed at a prompt; no function
+        digest = ""
+    return f"<{name.strip('<>')} in memory{digest}>"
 
 
 def versions() -> dict:
@@ -210,14 +245,20 @@ def run_yaml(report: dict, config: PruneConfig) -> str:
     absent = unnamed(report)
     if not absent:
         return yaml_text(plain)
+    keywords = [f"{ABSENT[what]}=…" for what in absent if what in ABSENT]
+    again = ", ".join(["model", "config='run.yaml'", *keywords])
     note = (
         f"# The run took its {' and its '.join(absent)} from memory. To repeat it, put a path or a name in place\n"
-        "# of null or <…> below, or pass the same again: pyprune.prune(model, config='run.yaml', calibration=…).\n"
+        f"# of null or <…> below, or pass the same again: pyprune.prune({again}).\n"
         f"# Calibration token ids: sha256 {report['calibration']['fingerprint']}\n"
     )
     if report["model"].get("fingerprint"):
         note += f"# Weights of the model before the run: sha256 {report['model']['fingerprint']}\n"
     return note + yaml_text(plain)
+
+
+ABSENT = {"calibration data": "calibration", "evaluation text": "text", "criterion": "criterion"}
+"""What a run may have taken from memory beside the model, and the keyword that gives it again."""
 
 
 def unnamed(report: dict) -> list[str]:

@@ -48,9 +48,15 @@ def headline(report: dict) -> str:
     shown = asked_text(config["sparsity"])
     structured = config["pattern"] in ("neurons", "heads", "structured")
     return (
-        f"{config['criterion'] if structured else config['method']} {config['pattern']}, sparsity {shown}, "
+        f"{criterion_text(config) if structured else config['method']} {config['pattern']}, sparsity {shown}, "
         f"reconstruct {reconstruction_text(config)}"
     )
+
+
+def criterion_text(config: dict) -> str:
+    """``wifv``; of a function given in memory its name, as ``function by_peak``."""
+    found = config["criterion"]
+    return f"function {found[1:].partition(' ')[0]}" if found.startswith("<") else found
 
 
 def reconstruction_text(config: dict) -> str:
@@ -113,7 +119,7 @@ def summary_rows(report: dict) -> list[tuple[str, str]]:
             (
                 "perplexity",
                 f"{perplexity_text(row['dense'])} dense → {perplexity_text(row['pruned'])} pruned{ratio_text(row)}  "
-                f"({row['windows']} windows of {row['window']} tokens{kind}, {row['text']})",
+                f"({windows_text(row)}{kind}, {source_text(row)})",
             )
         )
     if len(curve) < 2 and (gap := gap_text(report)) is not None:
@@ -170,9 +176,7 @@ def gap_text(report: dict) -> str | None:
 
 
 def asked_text(sparsity) -> str:
-    """A sparsity as it was asked for: a number, several, or one for each pattern."""
-    if isinstance(sparsity, dict):
-        return ", ".join(f"{pattern} {value:g}" for pattern, value in sparsity.items())
+    """A sparsity as it was asked for: a number, or several."""
     return ", ".join(f"{s:g}" for s in (sparsity if isinstance(sparsity, (list, tuple)) else [sparsity]))
 
 
@@ -233,14 +237,34 @@ def distinct(warnings: list[str]) -> list[str]:
     ]
 
 
+def source_text(row: dict) -> str:
+    """The text of a row of perplexity; of a data set also its configuration and its split."""
+    parts = [row.get("subset"), f"split {row['split']}" if row.get("split") else None]
+    more = ", ".join(part for part in parts if part)
+    return row["text"] + (f" ({more})" if more else "")
+
+
+def windows_text(row: dict) -> str:
+    """``24 windows of 1024 tokens``, and the stride where they overlap."""
+    stride = f" with stride {row['stride']}" if row.get("stride") else ""
+    return f"{row['windows']} windows of {row['window']} tokens{stride}"
+
+
+def conditions_text(row: dict) -> str:
+    """The windows of a row, the tokens that they score, and the number type, for a table."""
+    stride = f", stride {row['stride']}" if row.get("stride") else ""
+    scored = f", {row['tokens']:,} scored" if row.get("tokens") else ""
+    return f"{row['windows']} × {row['window']} tokens{stride}{scored}, {row.get('dtype', '')}"
+
+
 def print_evaluation(found: dict, out: TextIO | None = None) -> None:
     """One line per text whose perplexity is a number; the others are errors."""
     for row in found.get("texts", [found]):
         if not math.isfinite(row["perplexity"]):
             continue
         print(
-            f"perplexity {perplexity_text(row['perplexity'])}  ({row['windows']} windows of {row['window']} tokens, "
-            f"{row['dtype']}, {row['seconds']:.1f} s, {row['text']})",
+            f"perplexity {perplexity_text(row['perplexity'])}  ({windows_text(row)}, "
+            f"{row['dtype']}, {row['seconds']:.1f} s, {source_text(row)})",
             file=out or sys.stdout,
         )
 
@@ -466,6 +490,7 @@ def model_card(report: dict, name: str, picture: str | None = None) -> str:
     if report.get("evaluation"):
         lines += _perplexities(report)
     lines += _gain(report.get("gain"), picture)
+    lines += _tasks(report.get("tasks"))
     own = bool((report.get("structured") or {}).get("layout"))
     lines += [
         "## Use",
@@ -534,9 +559,13 @@ def _repeat_text(report: dict) -> str:
     memory = [value for value in (config["calibration"].get("source"), config["evaluation"].get("text")) if value]
     what = [] if config.get("model") else ["the model"]
     what += ["texts"] if any("in memory, sha256" in str(value) for value in memory) else []
+    if str(config.get("criterion")).startswith("<"):
+        name = criterion_text(config)
+        beside = f", and {' and '.join(what)}," if what else ""
+        return f"- settings: `run.yaml`; it repeats the run from Python with the {name}{beside} given again"
     if what:
         return f"- settings: `run.yaml`; it repeats the run once {' and '.join(what)} given in memory have a name there"
-    then = ", then `refinement.json` says how it was refined" if report.get("refinement") else ""
+    then = ", then `report.json` says how it was refined" if report.get("refinement") else ""
     return f"- settings: `run.yaml` repeats the pruning (`pyprune prune --config run.yaml -o DIR`){then}"
 
 
@@ -547,15 +576,16 @@ def _perplexities(report: dict) -> list[str]:
         "|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {row['text']} | {row.get('domain') or ''} | {row['windows']} × {row['window']} tokens, "
-        f"{row.get('dtype', '')} | {perplexity_text(row['dense'])} | {perplexity_text(row['pruned'])} | "
+        f"| {source_text(row)} | {row.get('domain') or ''} | {conditions_text(row)} | "
+        f"{perplexity_text(row['dense'])} | {perplexity_text(row['pruned'])} | "
         f"{ratio_text(row).removeprefix(', ×') or '–'} |"
         for row in report["evaluation"]
     ]
     lines += [
         "",
-        "Windows do not overlap; each is seen by itself. The same code measures both columns; ± is one standard error "
-        "over windows. In-domain text is of the kind that the model was calibrated on, off-domain text is of another.",
+        "Each window is seen by itself; where they overlap (a stride is given), only the tokens count that the window "
+        "before did not have. The same code measures both columns; ± is one standard error over windows. In-domain "
+        "text is of the kind that the model was calibrated on, off-domain text is of another.",
     ]
     if (gap := gap_text(report)) is not None:
         lines.append(f"Generalisation gap {gap}; above {report['generalisation']['warn_above']:g} it is a warning.")
@@ -601,6 +631,47 @@ def _gain(rows: list[dict] | None, picture: str | None) -> list[str]:
         "",
     ]
     return [*lines, *([f"![gain]({picture})", ""] if picture else [])]
+
+
+TASK_METRICS = ("acc", "acc_norm", "f1", "mcc", "exact_match", "spearman")
+"""Scores of tasks, of which more is better, in rows of :func:`pyprune.evaluation.task_runs.evaluate_tasks`."""
+
+
+def score_text(row: dict, metric: str) -> str:
+    """``0.5000 ± 0.0100``: a task's value with its standard error."""
+    error = row.get(f"{metric}_standard_error")
+    return f"{row[metric]:.4f}" + ("" if error is None else f" ± {error:.4f}")
+
+
+def difference_text(test: dict) -> str:
+    """The difference of two models on the same items, with its standard error."""
+    return f"{test['difference']:+.4f} ± {test['standard_error'] or 0:.4f}"
+
+
+def _tasks(rows: list[dict] | None) -> list[str]:
+    """Tasks, each metric in a line; beside the dense model's where that was measured, too."""
+    if not rows:
+        return []
+    lines = ["| task | items | metric | dense | pruned | difference | p |", "|---|---|---|---|---|---|---|"]
+    for row in rows:
+        for metric in TASK_METRICS:
+            if metric not in row:
+                continue
+            dense = difference = p = "–"
+            if "dense" in row:
+                test = row["paired"][metric]
+                dense, difference = score_text(row["dense"], metric), difference_text(test)
+                p = "–" if test.get("mcnemar_p") is None else f"{test['mcnemar_p']:.3g}"
+            lines.append(
+                f"| {row['task']} | {row['items']} | {metric} | {dense} | {score_text(row, metric)} | {difference} "
+                f"| {p} |"
+            )
+    return [
+        *lines,
+        "",
+        "Measured by `pyprune eval --tasks`; ± is one standard error, p is of McNemar's exact test.",
+        "",
+    ]
 
 
 def verdict(row: dict) -> list[str]:

@@ -29,6 +29,8 @@ from pyprune.reporting.page import (
 from pyprune.reporting.rendering import (
     LABELS,
     RECONSTRUCTIONS,
+    TASK_METRICS,
+    conditions_text,
     distinct,
     duration_text,
     headline,
@@ -38,6 +40,7 @@ from pyprune.reporting.rendering import (
     perplexity_text,
     refit_text,
     size_text,
+    source_text,
 )
 from pyprune.reporting.verdict import RULE, last_errors, ratio, verdict
 
@@ -148,13 +151,13 @@ def _before_and_after(report: dict) -> Markup:
         before = [figure(row.get("before_refinement"), f"{at}.before_refinement", perplexity_text)] if refined else []
         body.append(
             [
-                row["text"],
+                source_text(row),
                 *([_kind_of_text(row)] if kinds else []),
                 figure(row["dense"], f"{at}.dense", perplexity_text),
                 *before,
                 figure(row["pruned"], f"{at}.pruned", perplexity_text),
                 figure(ratio(row), f"{at}.ratio" if row.get("ratio") == ratio(row) else "", _three),
-                f"{row['windows']} × {row['window']} tokens, {row.get('dtype', '')}",
+                conditions_text(row),
             ]
         )
     words = (0, 1) if kinds else (0,)
@@ -195,32 +198,36 @@ def _curve(report: dict) -> Markup:
 
 
 def _tasks(report: dict) -> Markup:
-    """Tasks, whatever they are called: figures of the dense and of the pruned model side by side."""
+    """Tasks, each metric in a row, as :func:`pyprune.evaluation.task_runs.evaluate_tasks` returns them; beside the
+    dense model where that was measured, too."""
     rows = report.get("tasks") or []
-    if isinstance(rows, dict):
-        rows = [{"task": name, **row} for name, row in rows.items() if isinstance(row, dict)]
-    if not rows:
+    compared = any("dense" in row for row in rows)
+    body = []
+    for k, row in enumerate(rows):
+        for metric in TASK_METRICS:
+            if metric not in row:
+                continue
+            at, test, dense = f"tasks.{k}", (row.get("paired") or {}).get(metric, {}), row.get("dense") or {}
+            body.append(
+                [
+                    row["task"],
+                    metric,
+                    figure(row["items"], f"{at}.items", _count),
+                    *([figure(dense.get(metric), f"{at}.dense.{metric}")] if compared else []),
+                    figure(row[metric], f"{at}.{metric}"),
+                    figure(row.get(f"{metric}_standard_error"), f"{at}.{metric}_standard_error"),
+                    *(
+                        figure(test.get(key), f"{at}.paired.{metric}.{key}")
+                        for key in ("difference", "standard_error", "mcnemar_p")
+                        if compared
+                    ),
+                ]
+            )
+    if not body:
         return Markup("")
-    keys = [
-        key for key in rows[0] if key != "task" and any(isinstance(row.get(key), (int, float, str)) for row in rows)
-    ]
-    at = [f"tasks.{k}" for k in range(len(rows))]
-    if isinstance(report["tasks"], dict):
-        at = [f"tasks.{row['task']}" for row in rows]
-    body = [
-        [
-            row.get("task"),
-            *(
-                figure(row[key], f"{at[k]}.{key}")
-                if isinstance(row.get(key), (int, float)) and not isinstance(row.get(key), bool)
-                else row.get(key)
-                for key in keys
-            ),
-        ]
-        for k, row in enumerate(rows)
-    ]
-    heads = [key.replace("_", " ").capitalize() for key in keys]
-    return Table("Tasks, dense beside pruned.", ["Task", *heads], body).html()
+    head = ["Task", "Metric", "Items", *(["Dense"] if compared else []), "Pruned", "± of pruned"]
+    head += ["Difference", "± of difference", "p (McNemar)"] if compared else []
+    return Table("Tasks; ± is one standard error.", head, body, words=(0, 1)).html()
 
 
 def _blocks(report: dict) -> Markup:
@@ -495,6 +502,8 @@ def _how(report: dict, settings: str) -> Markup:
     parts = [table.html(), Markup("<h3>The command that repeats it</h3>"), command]
     if settings:
         parts += [paragraph("with this run.yaml, which lies beside the model:"), details("run.yaml", code(settings))]
+    if refined is not None and "model" in refined:  # a folder was refined, which left a record of its own
+        parts += [paragraph("and its refinement:"), code("pyprune refine --config refine.yaml -o again")]
     return join(parts)
 
 

@@ -17,7 +17,7 @@ from pyprune.masks.block import distrust
 from pyprune.model.blocks import WeightRef
 from pyprune.ops import guards
 from pyprune.structured.allocation import choose
-from pyprune.structured.criteria import NEEDS_MOMENTS, Scored, score
+from pyprune.structured.criteria import Scored, needs_moments, score
 from pyprune.structured.groups import Coupled
 from pyprune.structured.liar import Problem, Repair, repair
 from pyprune.structured.moments import Split, at_fault
@@ -112,7 +112,7 @@ def score_group(work: StructuredRun, index: int, i: int, split: Split | None) ->
     run, prepared = work.run, work.prepared
     group, block = prepared.groups[index][i], run.view.blocks[index]
     criterion = run.config.criterion
-    if criterion in NEEDS_MOMENTS and (split is None or split.count == 0):
+    if needs_moments(criterion) and (split is None or split.count == 0):
         criterion = "magnitude"
         work.found.warn(f"{run.view.path}.{index}.{group.name} saw no calibration token: chosen by magnitude")
     layer = Scored(
@@ -125,7 +125,7 @@ def score_group(work: StructuredRun, index: int, i: int, split: Split | None) ->
         gradients=None if prepared.gradients is None else prepared.gradients[index][i],
     )
     with work.clock("score"):
-        return score(criterion, layer)
+        return score(criterion, layer, f"{run.view.path}.{index}.{group.name}")
 
 
 def has_bias(block: nn.Module, group: Coupled) -> bool:

@@ -1,7 +1,8 @@
 """Scores of neurons and heads: higher is kept (LIAR, arXiv 2407.13331).
 
 One function per criterion, from a :class:`Scored` layer to float64 ``[units]``. Any of them goes with any
-reconstruction.
+reconstruction, and so does a function of the user's (``pyprune.prune(…, criterion=function)``), which returns a tensor
+``[units]`` of any real dtype and changes nothing of what it reads. It is called once for each group of each block.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pyprune.config import ConfigError
+from pyprune.config import ConfigError, function_name
 from pyprune.structured.groups import Coupled
 from pyprune.structured.moments import Split
 
@@ -28,13 +29,18 @@ class Scored:
     """What a criterion may look at: a consumer's weight, its inputs' moments, mask gradients, its producers."""
 
     group: Coupled
+    """``kind`` (``neurons`` or ``heads``), ``name``, ``units``, and ``columns`` int64 ``[units, width]``: each
+    unit's columns of the consumer."""
     weight: Tensor
-    """float32 ``[out, c]``."""
+    """float32 ``[out, c]``: of the consumer, the matrix that reads the units (``down_proj``, ``o_proj``)."""
     moments: Split | None = None
+    """Of the consumer's inputs: ``mean``, ``variance``, ``mean_square`` ``[c]`` and ``second(centred)`` float64
+    ``[c, c]``. A function of the user's always has them."""
     centred: bool = True
     """Whether a bias takes up the mean, so that only the variance is at stake (OBS)."""
     gradients: Tensor | None = None
-    """float32 ``[sequences, units]``: derivative of each sequence's loss by each unit's mask."""
+    """float32 ``[sequences, units]``: derivative of each sequence's loss by each unit's mask. A function of the user's
+    has them if it has an attribute ``needs_gradients`` that is true."""
     block: nn.Module | None = None
     """Holds the producers."""
     seed: int = 0
@@ -220,9 +226,47 @@ NEEDS_GRADIENTS = ("taylor", "fisher")
 NEEDS_MOMENTS = ("activation", "wifv", "obs", "obs_greedy")
 
 
-def score(criterion: str, layer: Scored) -> Tensor:
-    """Scores float64 ``[units]`` on the host. Raises ConfigError if they are not finite."""
+def needs_gradients(criterion: str | Callable[[Scored], Tensor]) -> bool:
+    """Whether a criterion looks at mask gradients; a function says so by an attribute of this name."""
+    return bool(getattr(criterion, "needs_gradients", False)) or criterion in NEEDS_GRADIENTS
+
+
+def needs_moments(criterion: str | Callable[[Scored], Tensor]) -> bool:
+    """Whether a criterion looks at moments of activations; a function may."""
+    return callable(criterion) or criterion in NEEDS_MOMENTS
+
+
+def score(criterion: str | Callable[[Scored], Tensor], layer: Scored, where: str | None = None) -> Tensor:
+    """Scores float64 ``[units]`` on the host. Raises ConfigError if they are not finite or, of a function, not
+    ``[units]``.
+
+    where: what the sentence calls the group, its name by default.
+    """
+    where = where or layer.group.name
+    if callable(criterion):
+        return _own(criterion, layer, where)
     out = CRITERIA[criterion](layer).double().cpu()
     if not bool(torch.isfinite(out).all()):
-        raise ConfigError(f"{criterion} scores of {layer.group.name} are not finite; check the calibration data")
+        raise ConfigError(f"{criterion} scores of {where} are not finite; check the calibration data")
     return out
+
+
+def _own(criterion: Callable[[Scored], Tensor], layer: Scored, where: str) -> Tensor:
+    """Scores by a function of the user's."""
+    name, units = function_name(criterion), layer.group.units
+    out = criterion(layer)
+    got = None
+    if not isinstance(out, Tensor):
+        got = f"a {type(out).__name__}"
+    elif out.shape != (units,):
+        got = f"a tensor of shape {list(out.shape)}"
+    elif out.is_complex():
+        got = f"a tensor of {out.dtype}"
+    elif bad := int((~torch.isfinite(out)).sum()):
+        got = f"{bad} scores that are not finite"
+    if got:
+        raise ConfigError(
+            f"criterion {name} returned {got} for {where}; it must return a tensor of one finite score per unit, "
+            f"shape [{units}], higher is kept"
+        )
+    return out.detach().double().cpu()

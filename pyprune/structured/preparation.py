@@ -17,7 +17,7 @@ from pyprune.model.watching import expert_loop
 from pyprune.structured import config_edits, slicing
 from pyprune.structured.allocation import Member, choose, global_counts, removed, shortfalls, uniform_count
 from pyprune.structured.block import Preparation, StructuredRun, Target, dealt, has_bias, score_group
-from pyprune.structured.criteria import NEEDS_GRADIENTS, NEEDS_MOMENTS
+from pyprune.structured.criteria import needs_gradients, needs_moments
 from pyprune.structured.groups import PROBE_TOKENS, Coupled, find_groups
 from pyprune.structured.moments import Split
 from pyprune.structured.observation import observe_moments
@@ -42,9 +42,9 @@ def prepare(run: Run, found: Findings) -> StructuredRun:
     _verify(run, groups)
     selected = [[r for r in refs if r.path in _paths(block)] for block, refs in zip(groups, run.selected)]
     gradients = None
-    if config.criterion in NEEDS_GRADIENTS:
+    if needs_gradients(config.criterion):
         if any(g.consumer.expert is not None for block in groups for g in block):
-            raise ConfigError(f"criterion {config.criterion!r} does not see fused experts; choose wifv or obs")
+            raise ConfigError(f"criterion {config.criterion_name!r} does not see fused experts; choose wifv or obs")
         with found.clock("gradients"):
             gradients = _gradients(run, groups)
     flags, notes = _flags(run, groups)
@@ -190,7 +190,7 @@ def _allocate(work: StructuredRun, sparsities: tuple[float, ...]) -> list[list[l
         return score_group(work, index, i, splits[i])
 
     with work.clock("allocation"), expert_loop(run.view.model.config), torch.no_grad():
-        looks = run.config.criterion in NEEDS_MOMENTS and len(run.data.sequences) > 0
+        looks = needs_moments(run.config.criterion) and len(run.data.sequences) > 0
         stream = run.executor.embed(run.data.sequences, shared=True) if looks else None
         for index, block in enumerate(groups):
             sizes = [g.unit_size(run.view.blocks[index]) for g in block]

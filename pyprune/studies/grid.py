@@ -166,7 +166,7 @@ def _label(values: dict) -> str:
 
 def _name(config: PruneConfig) -> str:
     """``sparsegpt-unstructured-0.5-layer-seed0``: a folder on any file system."""
-    how = config.criterion if config.is_structured else config.method
+    how = config.criterion_name if config.is_structured else config.method
     repair = f"{config.reconstruct}{'+gp' if config.global_propagation else ''}"
     sparsity = "_".join(f"{value:g}" for value in config.sparsities)
     return f"{how}-{config.pattern.replace(':', 'to')}-{sparsity}-{repair}-seed{config.seed}"

@@ -16,13 +16,11 @@ from pyprune.model.attributes import positions_named
 from pyprune.model.blocks import predicts_next_token
 from pyprune.model.checkpoint import load
 from pyprune.reporting.comparison import read
-from pyprune.reporting.rendering import number, open_console, perplexity_text
+from pyprune.reporting.rendering import TASK_METRICS, number, open_console, perplexity_text
 from pyprune.reporting.verdict import last_errors
 
 MAX_RATIO, MAX_DROP = 1.1, 0.02
 """The limits where nothing else is asked."""
-METRICS = ("acc", "acc_norm", "spearman")
-"""Scores of tasks, of which more is better."""
 SAMPLED = 256
 """Tokens of a self-generated sequence where nothing else is asked."""
 RISE = 0.01
@@ -105,11 +103,10 @@ def _measure(
             found["perplexity", row["text"]] = row["perplexity"]
         if sampled:
             (row,) = _rows(loaded, sampled, device, {})
-            found["perplexity", f"{len(sampled)} self-generated sequences of {len(sampled[0])} tokens"] = row[
-                "perplexity"
-            ]
+            name = f"{len(sampled)} self-generated sequences of {len(sampled[0])} tokens"
+            found["perplexity", name] = row["perplexity"]
     for row in evaluate_tasks(loaded, list(map(str, tasks)), device=device) if tasks else ():
-        for metric in METRICS:
+        for metric in TASK_METRICS:
             if metric in row:
                 found["task", f"{row['task']}, {metric}"] = row[metric]
     return found, sampled

@@ -56,6 +56,24 @@ def test_a_pruned_model_beside_its_dense_one_on_the_command_line(folder, questio
     assert test["difference"] == pytest.approx((test["only_pruned"] - test["only_dense"]) / 8)
     (alone,) = evaluate_tasks(str(folder), [questions], limit=8)
     assert alone["acc"] == row["dense"]["acc"], "the dense column is the dense model's"
+    report, card = (tmp_path / "out" / "report.json"), (tmp_path / "out" / "README.md")
+    assert json.loads(report.read_text())["tasks"] == [row], "the folder holds what was measured"
+    line = f"| {questions} | 8 | acc | {row['dense']['acc']:.4f} ±"
+    assert line in card.read_text() and f"{test['difference']:+.4f} ±" in card.read_text()
+    assert "tasks.0.paired.acc.difference" in (tmp_path / "out" / "report.html").read_text()
+    other = write(tmp_path / "other.jsonl", [{"question": "q", "choices": ["a", "b"], "answer": 0}] * 3)
+    with pytest.raises(SystemExit):
+        main_("--tasks", other)
+    assert "added to" in capsys.readouterr().out
+    held = json.loads(report.read_text())["tasks"]
+    assert held[0] == row and [one["task"] for one in held] == [questions, other], "other tasks stay"
+    with pytest.raises(SystemExit):
+        main_("--tasks", questions, "--limit", "4", "--json")
+    capsys.readouterr()
+    assert [(one["task"], one["items"]) for one in json.loads(report.read_text())["tasks"]] == [
+        (other, 3),
+        (questions, 4),
+    ], "measured again, a task is there once"
     with pytest.raises(SystemExit) as end:
         main_("--tasks", questions, "--against", "dense")
     shown = capsys.readouterr().out

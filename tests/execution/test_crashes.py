@@ -159,7 +159,7 @@ def run(output, seed=0, model="one", resume=False):
     if kind == "refine":
         refine_checkpoint(root / f"{model}-pruned", output, dense=root / model, seed=seed, resume=resume,
                           calibration=Calibration(source=ids, num_samples=6, seq_len=8), progress=False,
-                          evaluation=Evaluation(enabled=False), settings=Reconstruction(epochs=1, batch_size=2))
+                          evaluation=Evaluation(enabled=False), reconstruction=Reconstruction(epochs=1, batch_size=2))
         return
     fields = dict(pattern="neurons", criterion="random", sparsity=[0.25, 0.5], inputs="dense") \\
         if kind == "sparsities" else dict(method="magnitude", sparsity=0.25 + seed / 4,

@@ -121,7 +121,7 @@ def test_a_refinement_links_its_blocks_too(tmp_path, monkeypatch):
         evaluation=Evaluation(enabled=False),
         progress=False,
         dense=str(tmp_path / "dense"),
-        settings=Reconstruction(epochs=1),
+        reconstruction=Reconstruction(epochs=1),
     )
     refine_checkpoint(tmp_path / "pruned", tmp_path / "linked", **fields)
     monkeypatch.setattr(assembly, "stores_as_held", lambda model, path: False)

@@ -79,7 +79,7 @@ def test_longer_text_and_generated_sequences_are_refused(tokenizer):
         {"source": [PROSE], "num_samples": 3, "seq_len": 200},
         {"num_samples": 0, "seq_len": 200, "self_generated": 2, "self_generated_for": "all"},
     ):
-        with pytest.raises(ConfigError, match="up to 200 tokens, but GPT2LMHeadModel has 128 positions"):
+        with pytest.raises(ConfigError, match="200 .*128 positions"):
             pyprune.prune(model, tokenizer=tokenizer, calibration=calibration, progress=False)
 
 

@@ -71,8 +71,8 @@ def test_any_number_of_samples_and_any_batch_size(samples, batch_size, forward, 
     seen = {}
     advance = WindowTrainer.advance
 
-    def watched(self, index, module):
-        advance(self, index, module)
+    def watched(self, index, module, **passed):
+        advance(self, index, module, **passed)
         if index == 0:
             seen["hidden"] = torch.cat([d.flatten() for d in self.calibration[0].pruned.data.values()]).clone()
 

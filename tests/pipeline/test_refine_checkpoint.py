@@ -10,6 +10,8 @@ import threading
 import numpy as np
 import pytest
 import tiny
+import yaml
+from calling import call
 from fast import FAST
 from same_bytes import assert_same, files, source
 
@@ -52,7 +54,7 @@ def pruned(tmp_path_factory):
 def refined(pruned, output, kind="masked", **fields):
     calibration = Calibration(source=tiny.ids(20, 24), num_samples=12, seq_len=24, held_out=8)
     return refine_checkpoint(
-        pruned / kind, output, calibration=calibration, evaluation=TEXT, settings=FAST, progress=False, **fields
+        pruned / kind, output, calibration=calibration, evaluation=TEXT, reconstruction=FAST, progress=False, **fields
     )
 
 
@@ -214,3 +216,86 @@ def test_ctrl_c_stops_between_blocks_and_the_command_goes_on(pruned, tmp_path, c
     assert command(*arguments, "--resume") == 0
     assert "error of the last block" in capsys.readouterr().out
     pyprune.load(tmp_path / "out")
+
+
+@pytest.fixture(scope="module")
+def asked(pruned, tmp_path_factory):
+    """A refinement with settings that are not the defaults, through the command line: its folder and the ids' file."""
+    root = tmp_path_factory.mktemp("asked")
+    np.save(root / "ids.npy", tiny.ids(20, 24).numpy())
+    options = f"--num-samples 12 --held-out 6 --seed 3 --epochs 2 --lr 2e-3 --cross-block --max-windows 2 -o {root}/out"
+    files_of = ["--calibration", root / "ids.npy", "--text", root / "ids.npy", "--off-domain", "none"]
+    with pytest.raises(SystemExit) as ended:
+        commands.main([str(a) for a in ["refine", pruned / "masked", *options.split(), *files_of]])
+    assert not ended.value.code
+    return root
+
+
+def test_its_record_repeats_a_refinement_to_the_bit(asked, pruned, tmp_path, capsys):
+    recipe = asked / "out" / "refine.yaml"
+    code, out, err = call(capsys, "refine", "--config", recipe, "-o", tmp_path / "again")
+    assert code == 0, err
+    assert f"pyprune refine --config {tmp_path}/again/refine.yaml" in out
+    assert_same(asked / "out", tmp_path / "again")
+    records = [yaml.safe_load((f / "refine.yaml").read_text()) for f in (asked / "out", tmp_path / "again")]
+    assert {**records[0], "output": None} == {**records[1], "output": None}
+    assert records[0]["model"] == str(pruned / "masked") and records[0]["dense"] == str(pruned / "dense")
+    results = [json.loads((f / "refinement.json").read_text()) for f in (asked / "out", tmp_path / "again")]
+    assert plain(results[0]) == plain(results[1]) and results[0]["backends"] == records[0]["backends"]
+    card = (tmp_path / "again" / "README.md").read_text()
+    assert "`pyprune refine --config refine.yaml -o DIR`" in card
+    assert "pyprune refine --config refine.yaml" in (tmp_path / "again" / "report.html").read_text()
+
+
+def test_options_override_the_record(asked, tmp_path, capsys):
+    options = ["--no-cross-block", "--no-evaluation", "--epochs", 1]
+    code, _, err = call(capsys, "refine", "--config", asked / "out" / "refine.yaml", "-o", tmp_path / "other", *options)
+    assert code == 0, err
+    found = yaml.safe_load((tmp_path / "other" / "refine.yaml").read_text())
+    assert (found["cross_block"], found["reconstruction"]["epochs"], found["seed"]) == (False, 1, 3)
+    assert not found["evaluation"]["enabled"], "and what only an evaluation reads does not stand in the way"
+    assert json.loads((tmp_path / "other" / "refinement.json").read_text())["windows"][0]["blocks"] == [0]
+
+
+def test_a_record_follows_the_back_ends_of_its_run(asked, tmp_path):
+    recipe = yaml.safe_load((asked / "out" / "refine.yaml").read_text())
+    assert recipe["backends"]["cpu"]["gram_update/float32"] != "reference"
+    recipe["backends"]["cpu"]["gram_update/float32"] = "reference"
+    found = refine_checkpoint(output=tmp_path / "o", config=recipe, progress=False, device="cpu")
+    assert found["backends"] == recipe["backends"]
+
+
+def test_texts_in_memory_are_described_and_refused_until_they_have_a_name(pruned, whole, tmp_path):
+    folder = whole("masked", "BR")[0]
+    text = (folder / "refine.yaml").read_text()
+    assert text.startswith("# The refinement took texts from memory") and "<Tensor in memory, sha256" in text
+    assert "`refine.yaml` repeats it once the texts" in (folder / "README.md").read_text()
+    with pytest.raises(ConfigError, match="was in memory when this configuration was written"):
+        refine_checkpoint(output=tmp_path / "o", config=folder / "refine.yaml", progress=False)
+    refined(pruned, tmp_path / "again", config=folder / "refine.yaml")
+    assert_same(folder, tmp_path / "again")
+
+
+def test_the_folder_alone_resumes(asked, tmp_path, capsys, stop_after):  # noqa: F811
+    stop_after(1)
+    assert call(capsys, "refine", "--config", asked / "out" / "refine.yaml", "-o", tmp_path / "o")[0] == 130
+    stop_after(-1)
+    code, _, err = call(capsys, "refine", "--resume", "-o", tmp_path / "o")
+    assert code == 0, err
+    assert_same(asked / "out", tmp_path / "o")
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["-o", "o"], "no pruned model: name its folder, or a refine.yaml"),
+        (["small"], "no output folder"),
+        (["--config", "missing.yaml", "-o", "o"], "no such configuration file: missing.yaml"),
+        (["--config", "run.yaml", "-o", "o"], "unknown field 'method' in refine.yaml"),
+    ],
+)
+def test_what_a_refinement_lacks_is_said(arguments, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text("model: small\nmethod: wanda\n")
+    code, _, err = call(capsys, "refine", *arguments)
+    assert code == 2 and said in err

@@ -316,3 +316,51 @@ def test_hub_names_of_the_classes_are_kept(tmp_path):
     result = run(tiny.model("llama"), "neurons")
     result.save(tmp_path / "out")
     assert isinstance(hf.AutoModelForCausalLM.from_pretrained(tmp_path / "out"), hf.LlamaForCausalLM)
+
+
+def first_units(layer):
+    """The first units are kept; looks at what a function may look at."""
+    units = layer.group.units
+    assert layer.known().second(True).shape == (layer.weight.shape[1],) * 2 and layer.gradients is None
+    return -torch.arange(units)
+
+
+def test_a_criterion_of_the_users_chooses(tmp_path):
+    """The units it scores highest stay, in their order; ``run.yaml`` and card name it, and take it again."""
+    dense = tiny.model("llama")
+    result = run(dense, "neurons", criterion=first_units, reconstruct="none")
+    for block, whole in zip(result.model.model.layers, dense.model.layers):
+        half = whole.mlp.up_proj.out_features // 2
+        assert torch.equal(block.mlp.up_proj.weight, whole.mlp.up_proj.weight[:half])
+        assert torch.equal(block.mlp.down_proj.weight, whole.mlp.down_proj.weight[:, :half])
+    result.save(tmp_path / "out")
+    written = (tmp_path / "out" / "run.yaml").read_text()
+    assert "criterion: <first_units in memory, sha256 " in written and "calibration=…, criterion=…)" in written
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "function first_units neurons" in card and "<first_units" not in card
+    fields = {"calibration": IDS, "progress": False}
+    with pytest.raises(ConfigError, match="criterion <first_units .* was a function in memory .*pass it again"):
+        pyprune.prune(dense, config=tmp_path / "out" / "run.yaml", **fields)
+    again = pyprune.prune(dense, config=tmp_path / "out" / "run.yaml", criterion=first_units, **fields)
+    assert torch.equal(logits(again.model), logits(result.model))
+
+
+@pytest.mark.parametrize("pattern,allocation", [("structured", "uniform"), ("neurons", "global")])
+def test_a_function_may_look_at_mask_gradients(pattern, allocation):
+    """One that says what ``taylor`` says makes the same model."""
+
+    def mine(layer):
+        return layer.derivatives().abs().mean(0)
+
+    mine.needs_gradients = True
+    dense, structured = tiny.model("llama"), {"allocation": allocation, "nonstandard": "save"}
+    own = run(dense, pattern, criterion=mine, inputs="propagated", structured=structured)
+    taylor = run(dense, pattern, criterion="taylor", inputs="propagated", structured=structured)
+    assert torch.equal(logits(own.model), logits(taylor.model))
+
+
+def test_a_criterion_that_returns_nonsense_is_told_where():
+    with pytest.raises(ConfigError, match=r"criterion <lambda> returned .* \[3\] for model\.layers\.0\.mlp"):
+        run(tiny.model("llama"), "neurons", criterion=lambda layer: torch.ones(3))
+    with pytest.raises(ConfigError, match="criterion=<function in memory> would do nothing: only structured"):
+        run(tiny.model("llama"), "2:4", criterion=first_units)

@@ -96,10 +96,19 @@ def test_what_other_reports_hold_is_shown_and_what_they_lack_is_not(folders):
         "global_propagation": True,
         "warnings": ["w!"],
     }
-    more = {**report, "gain": gain, "tasks": [{"task": "arc_easy", "dense": 0.5, "pruned": 0.25}]}
+    paired = {"acc": {"difference": -0.25, "standard_error": 0.1, "mcnemar_p": 0.03}}
+    task = {"task": "arc_easy", "items": 8, "acc": 0.25, "acc_standard_error": 0.15, "paired": paired}
+    task["dense"] = {"acc": 0.5, "acc_standard_error": 0.2}
+    more = {**report, "gain": gain, "tasks": [task]}
     more |= {"error_quantile_levels": [0.5, 0.9], "generalisation": {"gap": 1.5}}
     shown = check_figures(Page(run_page(more, "m")), more)
-    assert {"gain.1.parameters", "gain.1.ratios.parameters", "tasks.0.pruned"} <= shown
+    assert {
+        "gain.1.parameters",
+        "gain.1.ratios.parameters",
+        "tasks.0.acc",
+        "tasks.0.dense.acc",
+        "tasks.0.paired.acc.mcnemar_p",
+    } <= shown
     assert {"blocks.2.error_quantiles.held_out.tokens.1", "generalisation.gap"} <= shown
     refined = {**report, "refinement": refinement}
     page = Page(run_page(refined, "m"))

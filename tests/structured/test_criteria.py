@@ -97,3 +97,19 @@ def test_of_two_equal_columns_greedy_drops_one():
 def test_non_finite_scores_are_an_error():
     with pytest.raises(ConfigError, match="not finite"):
         score("taylor", Scored(neurons(3), torch.ones(2, 3), gradients=torch.full((1, 3), torch.nan)))
+
+
+def test_a_function_of_the_users_is_checked():
+    s = scored(correlated(60, 12))
+    own = lambda layer: layer.known().variance.float()  # noqa: E731
+    assert torch.equal(score(own, s), s.moments.variance.float().double())
+    wrong = {
+        r"a tensor of shape \[12, 1\]": lambda layer: torch.ones(12, 1),
+        "a list": lambda layer: [0.0] * 12,
+        "2 scores that are not finite": lambda layer: torch.tensor([torch.nan, torch.inf, *[0.0] * 10]),
+        "a tensor of torch.complex64": lambda layer: torch.ones(12, dtype=torch.complex64),
+    }
+    for what, function in wrong.items():
+        function.__name__ = "mine"
+        with pytest.raises(ConfigError, match=rf"criterion mine returned {what} for layers\.3\.mlp; .*\[12\]"):
+            score(function, s, "layers.3.mlp")
