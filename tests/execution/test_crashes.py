@@ -21,8 +21,8 @@ from pyprune.pipeline.refine_checkpoint import refine_checkpoint
 root = Path(sys.argv[2])
 os.fsync = lambda handle: None  # a process that dies loses no written page
 events, fatal = 0, -1
-# they tell seconds
-RECORDS = ("report.json", "report.html", "README.md", "refinement.json", "run.yaml", "pruning.json")
+# they tell seconds, or the output folder
+RECORDS = ("report.json", "report.html", "README.md", "refinement.json", "refine.yaml", "run.yaml", "pruning.json")
 
 def written(output):
     return {path.relative_to(output).as_posix(): path.read_bytes() for path in output.rglob("*") if path.is_file()
