@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from pyprune.config import ConfigError
 from pyprune.evaluation.perplexity import check_causal, device_of
+from pyprune.model.attributes import begin_token, end_tokens
 from pyprune.model.positions import of_any
 from pyprune.model.recording import uncached
 
@@ -156,7 +157,8 @@ def encode_pair(tokenizer, context: str, continuation: str) -> tuple[list[int], 
     if spaces:
         context, continuation = context[:-spaces], context[-spaces:] + continuation
     if not context:
-        first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        begin = begin_token(tokenizer)
+        first = end_tokens(tokenizer) if begin is None else begin
         return [first], tokenizer(continuation, add_special_tokens=False)["input_ids"]
     whole, head = tokenizer(context + continuation)["input_ids"], tokenizer(context)["input_ids"]
     return head, whole[len(head) :]
