@@ -43,8 +43,8 @@ __device__ __forceinline__ uint64_t row_word(const PackedRows<T>& w, int64_t row
 }
 
 // Calls body(column, w0, w1) in every lane for two neighbouring columns of a row, word by word; all lanes of the warp
-// come along. column is even and may be columns or more, where both weights are 0.
-template <class T, class Body>
+// come along. column is even and may be columns or more, where both weights are 0. WORDS are in flight at once.
+template <int WORDS, class T, class Body>
 __device__ __forceinline__ void along_row(const PackedRows<T>& w, int64_t row, Body body) {
     const int lane = threadIdx.x % WARP, words = (w.columns + WORD - 1) / WORD;
     const T* values = w.values + w.offsets[row];
@@ -62,7 +62,7 @@ __device__ __forceinline__ void along_row(const PackedRows<T>& w, int64_t row, B
         const uint32_t low = uint32_t(mine), high = uint32_t(mine >> 32);
         const int here = min(WARP, words - first);
 #ifdef __CUDACC__
-#pragma unroll 4
+#pragma unroll WORDS
 #endif
         for (int i = 0; i < here; ++i) {
             const uint32_t l = __shfl_sync(FULL, low, i, WARP), h = __shfl_sync(FULL, high, i, WARP);
@@ -120,7 +120,8 @@ __global__ void __launch_bounds__(THREADS) few_tokens_kernel(const Product<T> a)
     const int64_t row = int64_t(blockIdx.x) * WARPS + threadIdx.x / WARP;
     if (row >= a.w.rows) return;  // whole warps
     float sum[N] = {};
-    along_row(a.w, row, [&](int column, float w0, float w1) {
+    constexpr int WORDS = N < 4 ? 4 : 2;  // four words of four tokens and more would not fit the registers
+    along_row<WORDS>(a.w, row, [&](int column, float w0, float w1) {
         PYPRUNE_UNROLL
         for (int n = 0; n < N; ++n) {
             T x[2];
