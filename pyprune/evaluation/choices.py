@@ -158,7 +158,12 @@ def encode_pair(tokenizer, context: str, continuation: str) -> tuple[list[int], 
         context, continuation = context[:-spaces], context[-spaces:] + continuation
     if not context:
         begin = begin_token(tokenizer)
-        first = end_tokens(tokenizer) if begin is None else begin
+        ends = end_tokens(tokenizer)
+        first = ends if begin is None else begin
+        if not isinstance(first, int):
+            raise ConfigError(
+                "the tokenizer has neither a BOS nor an EOS token, so a text without a context has no start"
+            )
         return [first], tokenizer(continuation, add_special_tokens=False)["input_ids"]
     whole, head = tokenizer(context + continuation)["input_ids"], tokenizer(context)["input_ids"]
     return head, whole[len(head) :]
