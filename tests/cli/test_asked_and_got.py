@@ -77,7 +77,7 @@ def test_sizes_a_stock_config_cannot_say_get_an_option_that_works(capsys, tmp_pa
             "method='wanda' or 'sparsegpt'; structured.damping=1",
             "--method wanda or sparsegpt; --structured-damping 1",
         ),
-        ("/tmp/seq_len/x.jsonl: method and window stay words", "/tmp/seq_len/x.jsonl: method and window stay words"),
+        ("texts/seq_len/x.jsonl: method and window stay words", "texts/seq_len/x.jsonl: method and window stay words"),
     ],
 )
 def test_settings_are_spelt_as_options(sentence, spelt):

@@ -14,19 +14,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from simulated import KERNELS
 
 ROOT = Path(__file__).resolve().parents[2]
 ARCHITECTURES = ("80", "86", "89", "90a", "100", "120")
-KERNELS = (
-    "obs_sweep",
-    "select_mask",
-    "nm_mask",
-    "compress_24",
-    "cholesky",
-    "cholesky_solve",
-    "sparse_linear",
-    "device",
-)
 EXPECTED = {
     "obs_sweep": 4,
     "select_mask": 15,
