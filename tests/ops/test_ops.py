@@ -103,7 +103,7 @@ REFUSED = [
     (lambda: ops.sparse_linear(EYE, pack_bitmask(EYE), torch.ones(7)), r"bias must be float32 \(8,\) on cpu"),
     (lambda: ops.attention(EYE, EYE, EYE), r"must be \[batch, heads, tokens, width\], got \[\(8, 8\)"),
     (lambda: ops.attention(*heads(3, 2, 2)), r"g dividing h, got \[\(1, 3, 5, 4\), \(1, 2, 5, 4\), \(1, 2, 5, 4\)\]"),
-    (lambda: ops.attention(*heads(2, 1, 2)), "need one b, d, s"),
+    (lambda: ops.attention(*heads(2, 1, 2)), "need one b, d and s"),
     (lambda: ops.attention(*heads(2, 2, 2)[:2], torch.ones(1, 2, 5, 4).half()), "of one dtype"),
     (lambda: ops.attention(*heads(2, 2, 2), scale=-1.0), "positive and finite, got -1.0"),
     (lambda: ops.attention(*heads(2, 2, 2), mask=torch.ones(5, 5) > 0, causal=True), "not both"),
