@@ -53,6 +53,7 @@ from pyprune.pipeline.mask_work import MaskWork
 from pyprune.pipeline.opening import open_model
 from pyprune.pipeline.result import PruneResult, StreamedResult
 from pyprune.pipeline.shared import Shared
+from pyprune.pipeline.sparsities import Rules, by_name, check_patterns, check_removes, kinds_for
 from pyprune.pipeline.structured_work import StructuredWork
 from pyprune.pipeline.tracking import Track, nobody, outcome, tracker
 from pyprune.reporting.comparison import read as read_report
@@ -187,8 +188,9 @@ def _prune(
     view, tokenizer = opened.view, opened.tokenizer
     check_usable(view, opened.weights.streamed)
     selected = select_weights(view, config.targets, config.ignore)
-    check_weights(view, selected, config)
     check_apart(view)
+    selected, rules = by_name(view, selected, config, kinds_for(view, config, opened.weights))
+    check_weights(view, selected, config, rules)
     refuse_text(config.evaluation, view)
     positions = positions_of(view)
     if data is None or windows is None:
@@ -251,7 +253,7 @@ def _prune(
         world=world,
         warn=found.warn,
     )
-    run = Run(config, view, executor, selected, data, world)
+    run = Run(config, view, executor, selected, data, world, rules)
     for text in [*opened.origin.notes, *data.warnings, *thin_statistics(run), *unmeasured(config, view, windows)]:
         found.warn(text)
     if device.type == "cuda":
@@ -405,7 +407,9 @@ def outlined(config: PruneConfig, tokenizer: Any) -> tuple[ModelView | None, Any
     if checkpoint.structured_sizes(source):
         return None, None
     view = Unopened(config.model, config.dtype).view
-    check_weights(view, select_weights(view, config.targets, config.ignore), config)
+    selected = select_weights(view, config.targets, config.ignore)
+    check_patterns(view, selected, config)
+    check_weights(view, selected, config)
     refuse_text(config.evaluation, view)
     if source.gguf_file:
         if reads_sequences(config):
@@ -492,15 +496,13 @@ def published(config: PruneConfig, weights: Resident) -> PruneResult:
         tokenizer = checkpoint.load_tokenizer(checkpoint.resolve(config.output_folder))
         return StreamedResult(weights, tokenizer, config, read_report(config.output_folder))
     output = config.output_folder
-    folders = {s: f"{output}/sparsity-{s:g}" if config.is_curve else output for s in config.sparsities}
+    if not isinstance(config.sparsity, tuple):
+        return PruneResult(*checkpoint.load(output), config, read_report(output))
+    folders = {s: f"{output}/sparsity-{s:g}" for s in config.sparsity}
     loaded = {s: checkpoint.load(folder) for s, folder in folders.items()}
     last = list(loaded)[-1]
-    return PruneResult(
-        *loaded[last],
-        config,
-        read_report(folders[last]),
-        {s: found.model for s, found in loaded.items()} if config.is_curve else {},
-    )
+    models = {s: found.model for s, found in loaded.items()}
+    return PruneResult(*loaded[last], config, read_report(folders[last]), models)
 
 
 def make_store(budget_gb: float | None, folder: Path | None, device: torch.device) -> Store:
@@ -508,12 +510,15 @@ def make_store(budget_gb: float | None, folder: Path | None, device: torch.devic
     return Store(None if budget_gb is None else int(budget_gb * 1e9), folder, pin=device.type == "cuda")
 
 
-def check_weights(view: ModelView, selected: list[list[WeightRef]], config: PruneConfig) -> None:
-    """Refuse what cannot be done to these blocks, before any work."""
+def check_weights(
+    view: ModelView, selected: list[list[WeightRef]], config: PruneConfig, rules: Rules | None = None
+) -> None:
+    """Refuse what cannot be done to these blocks, before any work. rules: where there are sparsities by name, the key
+    of each weight; None if they are not resolved yet."""
     if config.is_structured:
         refuse_shared(view, config.pattern)
-    elif config.nm is None:
-        _check_removes(view, selected, config)
+    elif config.nm is None and (rules or not config.sparsity_by_name):
+        check_removes(view, selected, config, rules)
     if config.nm is None:
         return
     group = config.nm[1]
@@ -529,22 +534,6 @@ def check_weights(view: ModelView, selected: list[list[WeightRef]], config: Prun
                     f"pattern {config.pattern} does not divide the {columns} inputs of "
                     f"{view.name(i, ref)}; choose another pattern or ignore that weight"
                 )
-
-
-def _check_removes(view: ModelView, selected: list[list[WeightRef]], config: PruneConfig) -> None:
-    """Refuse a sparsity above 0 that rounds to no zero in any weight."""
-    rows = config.method == "wanda"  # whose zeros are counted row by row
-    sizes = [
-        ref.view(block).shape[1] if rows else ref.view(block).numel()
-        for block, refs in zip(view.blocks, selected)
-        for ref in refs
-    ]
-    for sparsity in config.sparsities:
-        if sparsity and not any(round(sparsity * size) for size in sizes):
-            raise ConfigError(
-                f"sparsity {sparsity:g} would remove nothing: {'a row' if rows else 'the largest matrix'} has "
-                f"{max(sizes, default=0)} weights, of which one is sparsity {1 / max(sizes, default=1):.3g}"
-            )
 
 
 def calibration_data(
