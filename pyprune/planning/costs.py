@@ -24,7 +24,7 @@ from pyprune.model.attributes import active_share, attention_size, embedding_wid
 from pyprune.model.blocks import ModelView, WeightRef, weights_of
 from pyprune.model.packed_shards import packed_bytes, pays
 from pyprune.pipeline.passes import Passes
-from pyprune.pipeline.prune import kind_of
+from pyprune.pipeline.phases import kind_of
 from pyprune.pipeline.sparsities import Rules
 
 PROCESS = 500 * 2**20

@@ -26,8 +26,10 @@ from pyprune.model import checkpoint
 from pyprune.model.blocks import ModelView, WeightRef, check_apart, select_weights, uncovered, weights_of
 from pyprune.model.names import matches
 from pyprune.model.positions import positions_of
+from pyprune.pipeline.checks import check_weights
 from pyprune.pipeline.opening import why_not_streamed
-from pyprune.pipeline.prune import check_weights, make_config, models_held
+from pyprune.pipeline.phases import models_held
+from pyprune.pipeline.prune import make_config
 from pyprune.pipeline.sparsities import Rules, check_patterns, kinds_for
 from pyprune.pipeline.sparsities import by_name as weights_by_name
 from pyprune.planning.costs import (
