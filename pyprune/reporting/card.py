@@ -7,6 +7,7 @@ from pyprune.reporting.rendering import (
     RECONSTRUCTIONS,
     TASK_METRICS,
     asked_text,
+    by_key_text,
     cell,
     conditions_text,
     criterion_text,
@@ -217,8 +218,11 @@ def _outcome(report: dict) -> str:
     if structured := report.get("structured"):
         gone = " and ".join(f"{part:.2%} of the {kind}" for kind, part in structured.get("removed", {}).items())
         gone = gone or format(report["sparsity"], ".2%")
-        return f"Sparsity {asked} was asked for; {gone} are gone, {left_text(report)}."
+        named = by_key_text(report)
+        apart = f" Asked for and achieved: {named}." if named else ""
+        return f"Sparsity {asked} was asked for; {gone} are gone, {left_text(report)}.{apart}"
+    named = by_key_text(report)
     return (
         f"Sparsity {asked} was asked for; {report['sparsity']:.2%} of the pruned weights are exactly zero, and they "
-        f"are {share}."
+        f"are {share}." + (f" Asked for and achieved: {named}." if named else "")
     )

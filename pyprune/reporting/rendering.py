@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
+from pyprune.config import sparsity_text
+
 
 def open_console(out: TextIO | None = None):
     """A rich console; wide where it is no terminal, so that logs and pipes hold whole lines."""
@@ -125,7 +127,9 @@ def summary_rows(report: dict) -> list[tuple[str, str]]:
     if len(curve) < 2 and (gap := gap_text(report)) is not None:
         rows.append(("generalisation gap", gap))
     if not curve:
-        rows.append(("sparsity", sparsity_text(report)))
+        rows.append(("sparsity", achieved_text(report)))
+        if (named := by_key_text(report)) is not None:
+            rows.append(("asked → achieved", named))
     last = report["blocks"][-1] if report.get("blocks") else {}
     if last.get("error") is not None:
         held = "" if last.get("error_held_out") is None else f", {number(last['error_held_out'])} on held-out text"
@@ -176,11 +180,17 @@ def gap_text(report: dict) -> str | None:
 
 
 def asked_text(sparsity) -> str:
-    """A sparsity as it was asked for: a number, or several."""
-    return ", ".join(f"{s:g}" for s in (sparsity if isinstance(sparsity, (list, tuple)) else [sparsity]))
+    """A sparsity as it was asked for: a number, several, or several by name."""
+    return sparsity_text(sparsity).replace(",", ", ")
 
 
-def sparsity_text(report: dict) -> str:
+def by_key_text(report: dict) -> str | None:
+    """``mlp 0.6 → 0.6000, attention 0.4 → 0.4000``: asked for and achieved, where sparsities were given by name."""
+    rows = report.get("sparsity_by_key") or []
+    return ", ".join(f"{row['key']} {row['asked']:g} → {row['achieved']:.4f}" for row in rows) or None
+
+
+def achieved_text(report: dict) -> str:
     """What was asked for beside what was achieved."""
     asked = report.get("sparsity_asked", report["config"]["sparsity"])
     structured = report.get("structured")
@@ -421,7 +431,11 @@ def achieved_rows(found: dict) -> list[str]:
     texts = []
     for row in found["achieved"]:
         got = ", ".join(f"{share:.4g} of the {kind} will be removed" for kind, share in row["removed"].items())
-        if found["settings"]["pattern"] not in ("neurons", "heads", "structured"):
+        if isinstance(row["asked"], dict) and row.get("by_key"):
+            got = ", ".join(
+                f"{part['key']}: {part['asked']:g} of {part['weights']:,} weights" for part in row["by_key"]
+            )
+        elif found["settings"]["pattern"] not in ("neurons", "heads", "structured"):
             zeros = sum(math.prod(w["shape"]) for w in found["weights"] if w["prune"])
             got = f"about that share of {zeros:,} weights will be zero"
         texts += [f"{asked_text(row['asked'])} asked for, {got or 'widths depend on the scores'}", *row["notes"]]
