@@ -90,6 +90,9 @@ def _facts(report: dict) -> Markup:
             f"{coverage['fraction']:.1%} of the blocks' weights pruned",
         )
     ]
+    for k, row in enumerate(report.get("sparsity_by_key") or []):
+        value = figure(row["achieved"], f"sparsity_by_key.{k}.achieved")
+        items.append((f"Sparsity of {row['key']}", value, f"{row['asked']:g} asked for"))
     rows = report.get("evaluation") or []
     if rows and (factor := ratio(rows[0])) is not None:
         items.append(("Perplexity", Markup("× ") + figure(factor, text=lambda v: number(v, 3)), rows[0]["text"]))

@@ -66,7 +66,7 @@ def seconds_of(row: dict) -> float:
 def line_name(row: dict) -> str:
     """What runs have in common that are one line of a trend: the model and how it was pruned."""
     asked = row.get("sparsity_asked")
-    sparsity = row["sparsity"] if asked is None or isinstance(asked, (list, tuple)) else asked
+    sparsity = row["sparsity"] if asked is None or isinstance(asked, (list, tuple, dict)) else asked
     return f"{Path(row['model']).name}, {how_text(row)}, {row['pattern']} {sparsity:.2g}"
 
 
