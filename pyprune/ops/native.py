@@ -341,12 +341,12 @@ def attention_cpu(
     batch, heads, queries, width = q.shape
     key_heads, keys, value_width = v.shape[1:]
     q, k, v = (x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous() for x in (q, k, v))
-    kind, mask_strides = 0, (0, 0, 0)
+    kind, strides = 0, q.stride()
     if mask is not None:
         kind, mask = (1, mask) if mask.dtype == torch.bool else (2, mask.float())
         mask = mask.expand(*mask.shape[:-1], keys)
         mask = (mask if mask.stride(-1) == 1 else mask.contiguous()).expand(batch, heads, queries, keys)
-        mask_strides = mask.stride()[:3]
+        strides = mask.stride()
     out = torch.empty((batch, queries, heads, value_width), dtype=q.dtype).transpose(1, 2)
     _C.attention_cpu(
         q.data_ptr(),
@@ -356,7 +356,7 @@ def attention_cpu(
         v.data_ptr(),
         v.stride()[:3],
         _address(mask),
-        mask_strides,
+        strides[:3],
         kind,
         out.data_ptr(),
         out.stride()[:3],
