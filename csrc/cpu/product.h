@@ -1,8 +1,8 @@
 // Float32 products over rows as they lie: linear, out = x wᵀ + bias, and the sweep's trailing update, w −= e r.
 //
 // FLOPs: 2·m·n·k. The second operand is packed into panels of NR outputs, GROUP panels and DEPTH of their depth at a time:
-// they are multiplied with all rows of x while they lie in the second-level cache, and the whole packed weight is never in
-// memory. x is broadcast from where it lies, ROWS rows at a time, whose outputs stay in that cache too.
+// they are multiplied with SHARE rows of x while they lie in the second-level cache, so that a packed weight is never in
+// memory. That packs it once for every SHARE rows, 2 % of their time. x is broadcast from where it lies.
 #pragma once
 
 #include "cpu/gemm.h"
@@ -15,7 +15,8 @@ constexpr int64_t ROWS = 96;
 // AVX-512, whose tile reads each panel element for twice as many rows, so that the second level keeps up; with AVX2 they
 // would take 35 of the 32 KiB that AVX2 processors have, and every pass would begin with what was just thrown out.
 constexpr int64_t DEPTH = VL == 16 ? 320 : 192;
-constexpr int64_t GROUP = VL == 16 ? 6 : 16;  // 360 and 288 KiB of packed panels
+constexpr int64_t GROUP = VL == 16 ? 4 : 8;  // 240 and 144 KiB of packed panels, 192 outputs
+constexpr int64_t SHARE = 4 * ROWS;         // rows whose outputs of a group stay there too, 288 KiB
 
 // The second operand of out [m, n] (+)= x [m, k] · b: b is wᵀ with w [n, k] (linear), or −r with r [k, n] (trailing).
 struct Operand {
@@ -70,8 +71,9 @@ inline void multiply(const float* x, int64_t x_stride, const Operand& b, const f
                      int64_t out_stride, int64_t m, bool accumulate, int threads) {
     threads = worth(threads, 0.5 * double(m) * double(b.n) * double(b.k + 16) / VL);
     const int64_t n = b.n, k = b.k, panels = ceil_div(n, NR), groups = ceil_div(panels, GROUP);
-    // Several threads share the rows of a group, each with panels of its own, where there are few groups.
-    const int64_t parts = threads == 1 ? 1 : most(1, least(ceil_div(m, ROWS), ceil_div(4 * threads, most(1, groups))));
+    // Fewer rows for each where many threads share few groups.
+    const int64_t wanted = threads == 1 ? 1 : least(ceil_div(m, ROWS), ceil_div(4 * threads, most(1, groups)));
+    const int64_t parts = most(most(1, wanted), ceil_div(m, SHARE));
     const int64_t share = ceil_div(ceil_div(m, parts), MR) * MR;
     const int64_t size = least(GROUP, panels) * NR * least(DEPTH, most(k, 1));
     Buffer<float> packed(threads * size), biases(panels * NR);
