@@ -17,9 +17,8 @@ MMAP_THRESHOLD, TRIM_THRESHOLD, ARENA_MAX = -3, -1, -8
 """Parameters of glibc's ``mallopt``."""
 LARGEST = 32 * 2**20
 """The largest threshold that glibc takes; what is larger is mapped by itself, and unmapped when it is freed."""
-KEPT = 2**30
-"""Free bytes that stay, at most a sixteenth of the machine's: what passes of some ten thousand tokens keep alive while
-they stand still is asked for again at the next group of layers."""
+KEPT = 256 * 2**20
+"""Free bytes that stay: a few batches' activations of a block."""
 
 
 @contextlib.contextmanager
@@ -31,7 +30,7 @@ def kept_warm() -> Iterator[None]:
     where they ask for more than a kilobyte at the same moment.
     """
     libc = None if _chosen() else _glibc()
-    if libc is None or not (libc.mallopt(MMAP_THRESHOLD, LARGEST) and libc.mallopt(TRIM_THRESHOLD, _kept())):
+    if libc is None or not (libc.mallopt(MMAP_THRESHOLD, LARGEST) and libc.mallopt(TRIM_THRESHOLD, KEPT)):
         yield
         return
     libc.mallopt(ARENA_MAX, 1)
@@ -40,10 +39,6 @@ def kept_warm() -> Iterator[None]:
     finally:
         libc.mallopt(TRIM_THRESHOLD, 2 * LARGEST)  # where glibc's own rule ends once a block of 32 MiB was freed
         libc.malloc_trim(0)
-
-
-def _kept() -> int:
-    return min(KEPT, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 16)
 
 
 def _chosen() -> bool:
