@@ -184,6 +184,11 @@ def _positive(owner, *names: str, minimum: int = 1) -> None:
             raise ConfigError(f"{name} must be at least {minimum}, got {value!r}")
 
 
+def member_name(sparsity: float) -> str:
+    """Name of the folder of one of several sparsities, in the output folder: ``sparsity-0.3``."""
+    return f"sparsity-{sparsity:g}"
+
+
 def parse_nm(pattern: str) -> tuple[int, int] | None:
     """``"2:4"`` → ``(2, 4)``; None for a pattern that is not N:M."""
     match = re.fullmatch(r"(\d+):(\d+)", pattern)
@@ -398,8 +403,8 @@ class PruneConfig:
     """Which zeros are allowed: ``unstructured``, ``N:M`` (at most N non-zeros in M weights, for example 2:4), or whole
     ``neurons``, ``heads``, or both (``structured``)."""
     sparsity: float | list[float] | tuple[float, ...] | None = None
-    """Fraction of the weights that become zero; for structured patterns, of the neurons or heads that are dropped,
-    where several values with commas between them give one model each. The default is 0.5, or 1 − N/M."""
+    """Fraction of the weights that become zero; for structured patterns, of the neurons or heads that are dropped.
+    Several values with commas between them give one model each. The default is 0.5, or 1 − N/M."""
     criterion: Criterion | Callable[..., typing.Any] = "wifv"
     """How neurons and heads are chosen for structured patterns: by the size of their weights (``magnitude``), of their
     activations (``activation``) or the product of the two (``wifv``, as in FLAP); by gradients (``taylor``,
@@ -418,7 +423,7 @@ class PruneConfig:
     """Which inputs the statistics come from: those that the pruned blocks before leave (``propagated``, two passes per
     block); those of the dense model (``dense``, one pass); or those that the pruned layers before leave, each group of
     layers, heads or neurons being pruned as soon as all tokens have arrived at it (``sequential``, one pass). The
-    default is propagated for masks, sequential for heads and neurons, and dense for several sparsities at once."""
+    default is propagated for masks, sequential for heads and neurons, and dense for several sparsities of these."""
     targets: list[str] = field(default_factory=list)
     """Prune only weights that one of these patterns names: whole components (``mlp``, ``layers.1``,
     ``experts.down_proj[3]``), wildcards (``*_proj``), or ``re:`` and a regular expression. By default every matrix of
@@ -557,8 +562,6 @@ class PruneConfig:
         if self.sparsity is None:
             self.sparsity = 0.5
         values = self.sparsity if isinstance(self.sparsity, (list, tuple)) else [self.sparsity]
-        if isinstance(self.sparsity, (list, tuple)) and not self.is_structured:
-            raise ConfigError("a list of sparsities is for structured patterns; run the others one by one")
         if not values:
             raise ConfigError("sparsity is an empty list")
         for value in values:
@@ -571,7 +574,12 @@ class PruneConfig:
                         else ""
                     )
                 )
-        many = isinstance(self.sparsity, (list, tuple))
+        names = [member_name(value) for value in values]
+        if (twice := next((name for name in names if names.count(name) > 1), None)) is not None:
+            raise ConfigError(
+                f"sparsity has two values for the folder {twice}: {', '.join(map(str, values))}; leave one of them out"
+            )
+        many = isinstance(self.sparsity, (list, tuple)) and (self.is_structured or len(values) > 1)
         self.sparsity = tuple(float(v) for v in values) if many else float(values[0])
 
     @property
@@ -590,8 +598,18 @@ class PruneConfig:
 
     @property
     def is_curve(self) -> bool:
-        """Several sparsities were asked for, in a list, even if it holds one."""
-        return isinstance(self.sparsity, tuple)
+        """Heads or neurons are pruned to several sparsities in one run; a list was asked for, even if it holds one."""
+        return isinstance(self.sparsity, tuple) and self.is_structured
+
+    def single(self, sparsity: float) -> PruneConfig:
+        """The configuration of one of several sparsities, whose folder is inside the output."""
+        output = None if self.output is None else f"{self.output}/{member_name(sparsity)}"
+        return dataclasses.replace(self, sparsity=sparsity, output=output)
+
+    def singles(self) -> list[PruneConfig]:
+        """Masks of several sparsities: the configuration of each run; of any other there is none."""
+        several = len(self.sparsities) > 1 and not self.is_structured
+        return [self.single(sparsity) for sparsity in self.sparsities] if several else []
 
     @property
     def nm(self) -> tuple[int, int] | None:

@@ -14,7 +14,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -320,12 +320,12 @@ def _sentence(error: BaseException) -> str:
     return text if len(text) <= 300 else text[:297] + "…"
 
 
-def check_output(directory: str | Path, allow: str | None = None) -> None:
-    """Raise :class:`ConfigError` unless ``directory`` can be written: absent, or empty but for an entry ``allow``."""
+def check_output(directory: str | Path, allow: Collection[str] = ()) -> None:
+    """Raise :class:`ConfigError` unless ``directory`` can be written: absent, or empty but for entries ``allow``."""
     path = Path(directory).expanduser()
     if path.exists() and not path.is_dir():
         raise ConfigError(f"output {str(directory)!r} is a file; name a folder")
-    if path.is_dir() and any(entry.name != allow for entry in path.iterdir()):
+    if path.is_dir() and any(entry.name not in allow for entry in path.iterdir()):
         raise ConfigError(f"output folder {str(directory)!r} is not empty; choose another or empty it")
     parent = next(p for p in path.absolute().parents if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
