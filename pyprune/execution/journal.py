@@ -479,8 +479,10 @@ def kept_by(
 
 def remembered(output: str | Path) -> dict:
     """The configuration of the interrupted run in ``output``, as plain data. Raises ConfigError if there is none."""
-    folder = Path(output).expanduser() / FOLDER
-    found = [path for path in (folder / MARK, folder / "run.json") if path.is_file()]
+    place = Path(output).expanduser()
+    found = [path for path in (place / FOLDER / MARK, place / FOLDER / "run.json") if path.is_file()]
+    if not found and (any(place.glob("pruning.json")) or any(place.glob("sparsity-*/pruning.json"))):
+        raise ConfigError(f"{output} holds a finished run: there is nothing to resume")
     config = json.loads(found[0].read_text()).get("config") if found else None
     if config is None:
         raise ConfigError(f"{output} holds no interrupted run that says its settings; give the model and the settings")

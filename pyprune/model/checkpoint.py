@@ -78,8 +78,7 @@ def resolve(name: str | Path) -> Source:
         return _gguf(path)
     if path.is_dir():
         if not (path / "config.json").is_file():
-            if len(found := members(path)) > 1:
-                raise ConfigError(f"{text} holds several sparsities; name one of them: {', '.join(map(str, found))}")
+            refuse_several(path)
             raise ConfigError(
                 f"model folder {text!r} has no config.json"
                 + ("; name the .gguf file in it" if any(path.glob("*.gguf")) else "")
@@ -97,6 +96,12 @@ def members(directory: str | Path) -> list[Path]:
         return [folder]
     found = [path.parent for path in folder.glob("sparsity-*/config.json")]
     return sorted(found, key=lambda path: float(path.name.removeprefix("sparsity-"))) or [folder]
+
+
+def refuse_several(directory: str | Path) -> None:
+    """Raise :class:`ConfigError` for a folder of several sparsities, where one checkpoint is meant."""
+    if len(found := members(directory)) > 1:
+        raise ConfigError(f"{directory} holds several sparsities; name one of them: {', '.join(map(str, found))}")
 
 
 def _packaged(name: str) -> Source:

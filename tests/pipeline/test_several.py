@@ -140,6 +140,8 @@ def test_an_interrupted_list_goes_on_with_the_first_that_is_not_finished(tmp_pat
     assert_same(tmp_path / "whole", place)
     with pytest.raises(ConfigError, match="nothing to resume"):
         run(path, place, stream=stream, resume=True, **fields)
+    code, _, err = call(capsys, "prune", "--resume", "-o", place)
+    assert code == 2 and "holds a finished run: there is nothing to resume" in err
 
 
 def test_a_list_stopped_between_two_runs_keeps_the_first(tmp_path, monkeypatch):
@@ -225,6 +227,9 @@ def test_a_new_user_s_list_from_the_plan_to_the_comparison(tmp_path, folder, cap
     assert rows[0]["evaluation"][0]["dense"] == rows[1]["evaluation"][0]["dense"]
     page = comparison_page([tmp_path / "out"])
     assert "sparsity-0.3" in page and "sparsity-0.5" in page and "Trade-off" in page
+    for command in (["eval"], ["eval", "--latency"], ["pack", "-o", tmp_path / "p"], ["refine", "-o", tmp_path / "r"]):
+        code, _, err = call(capsys, *command, tmp_path / "out")
+        assert code == 2 and "holds several sparsities; name one of them" in err, command
     with pytest.raises(ConfigError, match="holds several sparsities; name one of them"):
         pyprune.load(tmp_path / "out")
 
