@@ -274,10 +274,17 @@ def inspect(
 def compare(
     directories: Annotated[list[Path], typer.Argument(help="Folders that pyprune wrote.")],
     html: Annotated[Path | None, typer.Option(help="Write the comparison as a page, too: one HTML file.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Picture (.png) of how each run's errors spread over tokens, to write.")
+    ] = None,
     as_json: Json = False,
 ):
     """Show runs side by side: settings, perplexity, reconstruction error and time."""
     rows = pyprune.compare(directories)
+    if plot is not None:
+        from pyprune.reporting.quantiles import picture
+
+        picture([(folder.resolve().name, comparison.read(folder)) for folder in directories], plot)
     if html is not None:
         from pyprune.reporting.comparison_page import comparison_page
         from pyprune.reporting.page import write
