@@ -11,7 +11,7 @@ import difflib
 import re
 import types
 import typing
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
@@ -54,6 +54,7 @@ OPS = (
     "liar_update",
     "linear",
     "sparse_linear",
+    "attention",
 )
 """The functions of :mod:`pyprune.ops`."""
 MAX_COLUMN_BLOCK = 1024
@@ -62,6 +63,10 @@ SAMPLES, TOKENS, WINDOW = 64, 512, 1024
 """Sequences of calibration text, tokens of each, tokens of an evaluation window, where nothing else is asked."""
 SHORT_WINDOWS, SHORT_WINDOW = 8, 512
 """How many windows of how many tokens are measured of a text that nobody named."""
+KINDS = ("attention", "mlp")
+"""Parts of every block that a sparsity may be given for."""
+REST = ("*", "default")
+"""Keys of a mapping of sparsities that stand for what its other keys do not name."""
 
 
 class ConfigError(ValueError):
@@ -187,6 +192,22 @@ def _positive(owner, *names: str, minimum: int = 1) -> None:
 def member_name(sparsity: float) -> str:
     """Name of the folder of one of several sparsities, in the output folder: ``sparsity-0.3``."""
     return f"sparsity-{sparsity:g}"
+
+
+def _fraction(name: str, value: typing.Any) -> float:
+    """A sparsity; ConfigError for what is none."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not 0 <= value < 1:
+        hint = f"; did you mean {value / 100:g}?" if number and 5 <= value < 100 else ""
+        raise ConfigError(f"{name} must be in [0, 1), the fraction of zeros, got {value!r}{hint}")
+    return float(value)
+
+
+def sparsity_text(sparsity: typing.Any) -> str:
+    """A sparsity as the command line takes it: ``0.5``, ``0.3,0.5`` or ``mlp=0.6,attention=0.4``."""
+    if isinstance(sparsity, Mapping):
+        return ",".join(f"{key}={value:g}" for key, value in sparsity.items())
+    return ",".join(f"{value:g}" for value in (sparsity if isinstance(sparsity, (list, tuple)) else [sparsity]))
 
 
 def parse_nm(pattern: str) -> tuple[int, int] | None:
@@ -402,9 +423,12 @@ class PruneConfig:
     pattern: str = "unstructured"
     """Which zeros are allowed: ``unstructured``, ``N:M`` (at most N non-zeros in M weights, for example 2:4), or whole
     ``neurons``, ``heads``, or both (``structured``)."""
-    sparsity: float | list[float] | tuple[float, ...] | None = None
+    sparsity: float | list[float] | tuple[float, ...] | dict[str, float] | None = None
     """Fraction of the weights that become zero; for structured patterns, of the neurons or heads that are dropped.
-    Several values with commas between them give one model each. The default is 0.5, or 1 − N/M."""
+    Several values with commas between them give one model each. The default is 0.5, or 1 − N/M. Parts of the
+    blocks may have their own: ``mlp=0.6,attention=0.4``, or patterns of names as for ``targets``, of which the first
+    that names a weight counts (``layers.0=0.3,*.down_proj=0.4,*=0.5``). ``*`` is the rest; without it the rest stays
+    dense."""
     criterion: Criterion | Callable[..., typing.Any] = "wifv"
     """How neurons and heads are chosen for structured patterns: by the size of their weights (``magnitude``), of their
     activations (``activation``) or the product of the two (``wifv``, as in FLAP); by gradients (``taylor``,
@@ -531,7 +555,7 @@ class PruneConfig:
 
     def _check_sequential(self) -> None:
         if self.inputs == "sequential" and self.is_curve:
-            shown = ", ".join(f"{s:g}" for s in self.sparsities)
+            shown = ", ".join(f"{s:g}" for s in self.several)
             raise ConfigError(
                 f"inputs='sequential' prunes to one sparsity, not to a list ({shown}): behind pruned blocks each "
                 "sparsity has inputs of its own, so no pass would be shared; prune to one at a time, or set "
@@ -554,6 +578,11 @@ class PruneConfig:
             implied = 1 - n / m
             if self.sparsity is None:
                 self.sparsity = implied
+            elif isinstance(self.sparsity, Mapping):
+                raise ConfigError(
+                    f"sparsity {sparsity_text(self.sparsity)} contradicts pattern {self.pattern!r}, which is sparsity "
+                    f"{implied:g} wherever it is applied; leave it out and choose weights by targets or ignore"
+                )
             elif isinstance(self.sparsity, (list, tuple)) or abs(float(self.sparsity) - implied) > 1e-9:
                 raise ConfigError(
                     f"sparsity {self.sparsity} contradicts pattern {self.pattern!r}, which is sparsity "
@@ -561,33 +590,63 @@ class PruneConfig:
                 )
         if self.sparsity is None:
             self.sparsity = 0.5
+        if isinstance(self.sparsity, Mapping):
+            self.sparsity = self._named_sparsities(self.sparsity)
+            return
         values = self.sparsity if isinstance(self.sparsity, (list, tuple)) else [self.sparsity]
         if not values:
             raise ConfigError("sparsity is an empty list")
-        for value in values:
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
-                raise ConfigError(
-                    f"sparsity must be in [0, 1), the fraction of zeros, got {value!r}"
-                    + (
-                        f"; did you mean {value / 100:g}?"
-                        if isinstance(value, (int, float)) and 5 <= value < 100
-                        else ""
-                    )
-                )
-        names = [member_name(value) for value in values]
+        found = tuple(_fraction("sparsity", value) for value in values)
+        names = [member_name(value) for value in found]
         if (twice := next((name for name in names if names.count(name) > 1), None)) is not None:
             raise ConfigError(
-                f"sparsity has two values for the folder {twice}: {', '.join(map(str, values))}; leave one of them out"
+                f"sparsity has two values for the folder {twice}: {sparsity_text(found)}; leave one of them out"
             )
-        many = isinstance(self.sparsity, (list, tuple)) and (self.is_structured or len(values) > 1)
-        self.sparsity = tuple(float(v) for v in values) if many else float(values[0])
+        many = isinstance(self.sparsity, (list, tuple)) and (self.is_structured or len(found) > 1)
+        self.sparsity = found if many else found[0]
+
+    def _named_sparsities(self, asked: Mapping) -> dict[str, float]:
+        """A mapping of sparsities, checked as far as it can be without a model."""
+        if not asked:
+            raise ConfigError("sparsity is an empty mapping: give a number, or name parts, such as {'mlp': 0.6}")
+        for key in asked:
+            if not isinstance(key, str) or not key.strip():
+                raise ConfigError(f"a key of sparsity must be a name or a pattern, got {key!r}")
+        found = {key.strip(): _fraction(f"sparsity of {key.strip()}", value) for key, value in asked.items()}
+        if all(key in found for key in REST):
+            raise ConfigError("sparsity names the rest twice, by * and by default; leave one of them out")
+        other = {"heads": "mlp", "neurons": "attention"}.get(self.pattern)
+        if other in found:
+            raise ConfigError(
+                f"sparsity {other}={found[other]:g} would do nothing: pattern={self.pattern!r} leaves the {other} "
+                "alone; pattern='structured' removes both heads (attention) and neurons (mlp)"
+            )
+        if self.is_structured and self.structured.allocation == "global":
+            raise ConfigError(
+                f"allocation='global' shares out one sparsity over all blocks, got {sparsity_text(found)}; give a "
+                "number, or allocation='uniform'"
+            )
+        return found
 
     @property
-    def sparsities(self) -> tuple[float, ...]:
-        """Every sparsity asked for; usually one."""
+    def sparsities(self) -> tuple[float | dict[str, float], ...]:
+        """Every sparsity asked for, each a number or a mapping; usually one."""
         if isinstance(self.sparsity, (list, tuple)):
             return tuple(self.sparsity)
         return () if self.sparsity is None else (self.sparsity,)
+
+    @property
+    def sparsity_by_name(self) -> dict[str, float]:
+        """The sparsities that were asked for by name; empty where numbers were."""
+        return self.sparsity if isinstance(self.sparsity, dict) else {}
+
+    @property
+    def one_sparsity(self) -> float:
+        """The sparsity of a run that has a single number; of several the first. ConfigError for a mapping."""
+        [first, *_] = self.sparsities
+        if isinstance(first, dict):
+            raise ConfigError(f"one number is needed here, got {sparsity_text(first)}")
+        return first
 
     @property
     def usual_inputs(self) -> Inputs:
@@ -608,8 +667,13 @@ class PruneConfig:
 
     def singles(self) -> list[PruneConfig]:
         """Masks of several sparsities: the configuration of each run; of any other there is none."""
-        several = len(self.sparsities) > 1 and not self.is_structured
-        return [self.single(sparsity) for sparsity in self.sparsities] if several else []
+        several = isinstance(self.sparsity, tuple) and not self.is_structured
+        return [self.single(sparsity) for sparsity in self.several] if several else []
+
+    @property
+    def several(self) -> tuple[float, ...]:
+        """The sparsities that were asked for in a list; of a single one there is none."""
+        return self.sparsity if isinstance(self.sparsity, tuple) else ()
 
     @property
     def nm(self) -> tuple[int, int] | None:

@@ -14,6 +14,7 @@
 ``refine_work``         ``BlockWork`` of training a model that is pruned already
 ``opening``             which runs can read their weights block by block
 ``passes``              how often a kind of run passes its calibration data through a block, and what it keeps of them
+``sparsities``          sparsities by name, as a run of masks applies them
 ``shared``              what several runs on one model have in common, worked out by the first
 ``tracking``            scalars of each block for TensorBoard or any other tracker
 ``result``              ``PruneResult``: the pruned model, its report, and how both are written

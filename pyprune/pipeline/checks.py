@@ -12,8 +12,9 @@ from pyprune.execution.run import Run
 from pyprune.execution.unopened import Unopened
 from pyprune.model import checkpoint
 from pyprune.model.attributes import positions_named, token_embedding
-from pyprune.model.blocks import ModelView, WeightRef, refuse_shared, select_weights
+from pyprune.model.blocks import ModelView, refuse_shared, select_weights
 from pyprune.model.positions import Positions
+from pyprune.pipeline.sparsities import Rules, Selected, check_patterns, check_removes
 
 
 def outlined(config: PruneConfig, tokenizer: Any) -> tuple[ModelView | None, Any]:
@@ -28,7 +29,9 @@ def outlined(config: PruneConfig, tokenizer: Any) -> tuple[ModelView | None, Any
     if checkpoint.structured_sizes(source):
         return None, None
     view = Unopened(config.model, config.dtype).view
-    check_weights(view, select_weights(view, config.targets, config.ignore), config)
+    selected = select_weights(view, config.targets, config.ignore)
+    check_patterns(view, selected, config)
+    check_weights(view, selected, config)
     refuse_text(config.evaluation, view)
     if source.gguf_file:
         if reads_sequences(config):
@@ -51,12 +54,13 @@ def named_positions(view: ModelView) -> Positions | None:
     return Positions(type(view.model).__name__, count, table)
 
 
-def check_weights(view: ModelView, selected: list[list[WeightRef]], config: PruneConfig) -> None:
-    """Refuse what cannot be done to these blocks, before any work."""
+def check_weights(view: ModelView, selected: Selected, config: PruneConfig, rules: Rules | None = None) -> None:
+    """Refuse what cannot be done to these blocks, before any work. rules: where there are sparsities by name, the key
+    of each weight; None if they are not resolved yet."""
     if config.is_structured:
         refuse_shared(view, config.pattern)
-    elif config.nm is None:
-        _check_removes(view, selected, config)
+    elif config.nm is None and (rules or not config.sparsity_by_name):
+        check_removes(view, selected, config, rules)
     if config.nm is None:
         return
     group = config.nm[1]
@@ -72,22 +76,6 @@ def check_weights(view: ModelView, selected: list[list[WeightRef]], config: Prun
                     f"pattern {config.pattern} does not divide the {columns} inputs of "
                     f"{view.name(i, ref)}; choose another pattern or ignore that weight"
                 )
-
-
-def _check_removes(view: ModelView, selected: list[list[WeightRef]], config: PruneConfig) -> None:
-    """Refuse a sparsity above 0 that rounds to no zero in any weight."""
-    rows = config.method == "wanda"  # whose zeros are counted row by row
-    sizes = [
-        ref.view(block).shape[1] if rows else ref.view(block).numel()
-        for block, refs in zip(view.blocks, selected)
-        for ref in refs
-    ]
-    for sparsity in config.sparsities:
-        if sparsity and not any(round(sparsity * size) for size in sizes):
-            raise ConfigError(
-                f"sparsity {sparsity:g} would remove nothing: {'a row' if rows else 'the largest matrix'} has "
-                f"{max(sizes, default=0)} weights, of which one is sparsity {1 / max(sizes, default=1):.3g}"
-            )
 
 
 def thin_statistics(run: Run) -> list[str]:

@@ -45,6 +45,7 @@ from pyprune.pipeline.opening import open_model
 from pyprune.pipeline.result import PruneResult, SeveralResult, StreamedResult, WrittenResult
 from pyprune.pipeline.sequences import add_generated, check_lengths, sequences_of
 from pyprune.pipeline.session import Session, begin, kept, make_store, settle_backends
+from pyprune.pipeline.sparsities import Rules, Selected, by_name, kinds_for
 from pyprune.pipeline.structured_work import StructuredWork
 from pyprune.pipeline.tracking import outcome
 from pyprune.reporting.comparison import read as read_report
@@ -57,6 +58,10 @@ class Material:
 
     opened: Opened
     """The dense model."""
+    selected: Selected
+    """Per block, the weights to prune."""
+    rules: Rules | None
+    """Per block, the key of each weight's sparsity, where these are given by name."""
     data: CalibrationData
     windows: list[Text]
     """Of the evaluation."""
@@ -108,8 +113,10 @@ def prepare(session: Session, model, tokenizer, in_place: bool) -> Material:
         opened = open_for(session, model, tokenizer, in_place)
     view = opened.view
     check_usable(view, opened.weights.streamed)
-    check_weights(view, select_weights(view, config.targets, config.ignore), config)
     check_apart(view)
+    selected = select_weights(view, config.targets, config.ignore)
+    selected, rules = by_name(view, selected, config, kinds_for(view, config, opened.weights))
+    check_weights(view, selected, config, rules)
     refuse_text(config.evaluation, view)
     positions = positions_of(view)
     data, windows = read or sequences_of(session, view, opened.tokenizer, positions)
@@ -119,7 +126,7 @@ def prepare(session: Session, model, tokenizer, in_place: bool) -> Material:
         backends = settle_backends(
             session.journal, session.world, session.device, config.backend, config.backends, found.warn
         )
-    return Material(opened, data, windows, backends, next(view.model.parameters()).device)
+    return Material(opened, selected, rules, data, windows, backends, next(view.model.parameters()).device)
 
 
 def read_ahead(session: Session, tokenizer) -> tuple[CalibrationData, list[Text]] | None:
@@ -228,8 +235,7 @@ def carry_out(session: Session, material: Material, dense: Dense) -> PruneResult
         world=session.world,
         warn=found.warn,
     )
-    selected = select_weights(view, config.targets, config.ignore)
-    run = Run(config, view, executor, selected, material.data, session.world)
+    run = Run(config, view, executor, material.selected, material.data, session.world, material.rules)
     notes = [*opened.origin.notes, *material.data.warnings]
     for text in [*notes, *thin_statistics(run), *unmeasured(config, view, material.windows)]:
         found.warn(text)
@@ -324,8 +330,8 @@ def write(session: Session, view: ModelView, result: PruneResult) -> None:
 
 def published(config: PruneConfig, dense: Opened) -> PruneResult:
     """The result of a run that had only its checkpoint left to move out."""
-    if config.is_curve and len(config.sparsities) > 1:
-        return SeveralResult([written(config.single(s), dense) for s in config.sparsities], config)
+    if len(config.several) > 1:
+        return SeveralResult([written(config.single(s), dense) for s in config.several], config)
     return written(config, dense)
 
 

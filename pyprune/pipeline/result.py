@@ -17,15 +17,9 @@ from pyprune.model import assembly, checkpoint
 from pyprune.model.assembly import BlockShards
 from pyprune.model.origin import Origin
 from pyprune.packed.files import pack_here
+from pyprune.reporting.card import model_card
 from pyprune.reporting.record import config_for_report, pruning_record, run_yaml
-from pyprune.reporting.rendering import (
-    curve_of,
-    headline,
-    model_card,
-    perplexity_text,
-    print_summary,
-    summary_rows,
-)
+from pyprune.reporting.rendering import curve_of, headline, perplexity_text, print_summary, summary_rows
 from pyprune.reporting.run_page import write_run_page
 
 
@@ -79,7 +73,7 @@ class PruneResult:
             with checkpoint.staged(directory) as folder:
                 self._write(folder, Path(directory).name)
         for single in singles:
-            single.save(f"{directory}/{member_name(single.config.sparsities[0])}")
+            single.save(f"{directory}/{member_name(single.config.one_sparsity)}")
 
     def fill(self, folder: Path, blocks: BlockShards | None = None) -> None:
         """Write the same files into a folder that exists; ``blocks``: what the run has written already."""
@@ -87,7 +81,7 @@ class PruneResult:
         if not singles:
             self._write(folder, Path(self.config.output_folder).name, blocks)
         for single in singles:
-            name = member_name(single.config.sparsities[0])
+            name = member_name(single.config.one_sparsity)
             (folder / name).mkdir()
             single._write(folder / name, name)
 
@@ -148,7 +142,7 @@ class SeveralResult(PruneResult):
     def __init__(self, results: Sequence[PruneResult], config: PruneConfig):
         self._results, last = list(results), results[-1]
         self.tokenizer, self.config, self.origin = last.tokenizer, config, last.origin
-        self.models = Members({single.config.sparsities[0]: single for single in results})
+        self.models = Members({single.config.one_sparsity: single for single in results})
         self.report = several_reported([single.report for single in results], config)
 
     @property
@@ -196,7 +190,7 @@ def several_reported(reports: Sequence[dict], config: PruneConfig) -> dict:
     and an entry of each in ``curve``."""
     phases = dict.fromkeys(phase for report in reports for phase in report["seconds"])
     entries = []
-    for report, sparsity in zip(reports, config.sparsities):
+    for report, sparsity in zip(reports, config.several):
         last = (report.get("blocks") or [{}])[-1]
         entries.append(
             {
@@ -213,7 +207,7 @@ def several_reported(reports: Sequence[dict], config: PruneConfig) -> dict:
     return {
         **reports[-1],
         "config": config_for_report(config),
-        "sparsity_asked": list(config.sparsities),
+        "sparsity_asked": list(config.several),
         "curve": entries,
         "seconds": {phase: sum(report["seconds"].get(phase, 0.0) for report in reports) for phase in phases},
         "peak_memory_bytes": max(report["peak_memory_bytes"] for report in reports),
@@ -223,7 +217,7 @@ def several_reported(reports: Sequence[dict], config: PruneConfig) -> dict:
 
 def report_of(report: dict, config: PruneConfig) -> dict:
     """The report of one of several sparsities, as if it had been pruned alone."""
-    whole, sparsity = report["structured"], config.sparsities[0]
+    whole, sparsity = report["structured"], config.one_sparsity
     entry = next(e for e in whole["curve"] if e["sparsity"] == sparsity)
     total = sum(r["shape"][0] * r["shape"][1] for r in entry["layers"])
     dropped = sum(r["sparsity"] * r["shape"][0] * r["shape"][1] for r in entry["layers"])

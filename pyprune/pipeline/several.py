@@ -25,7 +25,7 @@ def run_several(session: Session, model, tokenizer, in_place: bool) -> PruneResu
         raise ConfigError("in_place=True would do nothing: of several sparsities each has a model of its own")
     material = prepare(session, model, tokenizer, in_place=False)
     singles = session.config.singles()
-    names = [member_name(sparsity) for sparsity in session.config.sparsities]
+    names = [member_name(sparsity) for sparsity in session.config.several]
     register(session, material, len(material.opened.view.blocks), members=names)
     done = session.world.same(session.journal.finished())
     left = [number for number, name in enumerate(names) if name not in done]
@@ -39,7 +39,7 @@ def run_several(session: Session, model, tokenizer, in_place: bool) -> PruneResu
             results.append(written(single, material.opened))
             continue
         following = len(left) - left.index(number) - 1
-        announce(f"sparsity {single.sparsity:g}, {number + 1} of {len(names)}", session.progress)
+        announce(f"sparsity {single.one_sparsity:g}, {number + 1} of {len(names)}", session.progress)
         opened = material.opened.copy() if following else material.opened
         own = dataclasses.replace(session, config=single, found=found, following=following)
         results.append(run_member(own, dataclasses.replace(material, opened=opened), session.journal))
@@ -51,7 +51,7 @@ def run_several(session: Session, model, tokenizer, in_place: bool) -> PruneResu
 def run_member(session: Session, material: Material, parent: Journal) -> PruneResult:
     """The run of one sparsity, in a folder of its own. session: as it is but for its journal and what it holds."""
     config, world = session.config, session.world
-    track = under(member_name(config.sparsities[0]), session.track)
+    track = under(member_name(config.one_sparsity), session.track)
     with kept_by(world, config.output, config.output is not None, parent) as journal, contextlib.ExitStack() as held:
         result = run_prepared(dataclasses.replace(session, journal=journal, held=held, track=track), material)
         if world.any(journal.stopping):  # a signal came with the last block

@@ -26,6 +26,7 @@ from pyprune.model.packed_shards import packed_bytes, pays
 from pyprune.pipeline.opening import models_whole
 from pyprune.pipeline.passes import Passes
 from pyprune.pipeline.phases import kind_of
+from pyprune.pipeline.sparsities import Rules
 
 PROCESS = 500 * 2**20
 """Bytes of a process that has imported torch (built for CPUs) and transformers and pruned something tiny."""
@@ -333,12 +334,17 @@ def writes_once(view: ModelView, config: PruneConfig, streamed: bool) -> bool:
 
 
 def disk_of(
-    view: ModelView, selected: list[list[WeightRef]], config: PruneConfig, streamed: bool, activations: int = 0
+    view: ModelView,
+    selected: list[list[WeightRef]],
+    config: PruneConfig,
+    streamed: bool,
+    activations: int = 0,
+    rules: Rules | None = None,
 ) -> dict[str, int]:
     """Bytes of the checkpoint, or of those of all sparsities, and while running: one that is packed is written beside
     the plain one.
 
-    activations: bytes that do not fit into their memory.
+    activations: bytes that do not fit into their memory. rules: per block, the key of each weight's sparsity.
     """
     size = next(view.blocks.parameters()).dtype.itemsize
     checkpoint = sum(p.numel() for p in view.model.parameters()) * size
@@ -347,20 +353,23 @@ def disk_of(
     if config.is_curve:
         checkpoint, blocks = len(config.sparsities) * checkpoint, len(config.sparsities) * blocks
     finished = running = 0
-    for sparsity in (single.sparsities[0] for single in config.singles() or [config]):
+    for single in config.singles() or [config]:
         plain = checkpoint + blocks + activations
-        kept = checkpoint - packing_saves(view, selected, sparsity) if config.packed else checkpoint
+        kept = checkpoint - packing_saves(view, selected, single, rules) if config.packed else checkpoint
         running = max(running, finished + plain + kept * config.packed)
         finished += kept
     return {"checkpoint": finished, "while_running": running}
 
 
-def packing_saves(view: ModelView, selected: list[list[WeightRef]], sparsity: float) -> int:
+def packing_saves(
+    view: ModelView, selected: list[list[WeightRef]], config: PruneConfig, rules: Rules | None = None
+) -> int:
     """Bytes that packing the selected weights takes off the checkpoint."""
     saved = 0
-    for block, refs in zip(view.blocks, selected):
+    for i, (block, refs) in enumerate(zip(view.blocks, selected)):
         for ref in refs:
             weight = ref.view(block)
+            sparsity = config.sparsity_by_name[rules[i][ref]] if rules else config.one_sparsity
             shape, kept = tuple(weight.shape), round((1 - sparsity) * weight.numel())
             if pays(shape, kept, weight.dtype):
                 saved += weight.numel() * weight.element_size() - packed_bytes(shape, kept, weight.dtype)

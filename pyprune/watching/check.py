@@ -10,7 +10,7 @@ from typing import Any, TextIO
 from pyprune.config import ConfigError
 from pyprune.data.self_generated import generate
 from pyprune.evaluation.gain import dense_of
-from pyprune.evaluation.perplexity import NotFinite, evaluate
+from pyprune.evaluation.single import NotFinite, evaluate
 from pyprune.evaluation.task_runs import evaluate_tasks
 from pyprune.model.attributes import positions_named
 from pyprune.model.blocks import predicts_next_token

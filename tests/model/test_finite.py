@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 import pyprune
 from pyprune.cli import commands
 from pyprune.config import Calibration, ConfigError, Evaluation
-from pyprune.evaluation.perplexity import NotFinite, perplexity_of
+from pyprune.evaluation.perplexity import perplexity_of
+from pyprune.evaluation.single import NotFinite
 from pyprune.pipeline.refine_checkpoint import refine_checkpoint
 from pyprune.reporting import rendering
 
