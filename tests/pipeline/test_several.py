@@ -173,7 +173,7 @@ def test_a_list_stopped_before_its_first_block_leaves_nothing(tmp_path, monkeypa
     "fields, message",
     [
         (dict(pattern="2:4", sparsity=[0.3, 0.5]), "contradicts pattern '2:4', which is sparsity 0.5"),
-        (dict(sparsity=[0.5, 0.3, 0.5]), "two values for the folder sparsity-0.5: 0.5, 0.3, 0.5"),
+        (dict(sparsity=[0.5, 0.3, 0.5]), "two values for the folder sparsity-0.5: 0.5,0.3,0.5"),
         (dict(sparsity=[0.3, 1.0]), r"sparsity must be in \[0, 1\)"),
         (dict(sparsity=[]), "empty list"),
     ],
