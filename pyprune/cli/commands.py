@@ -164,8 +164,8 @@ def evaluate(
         str | None,
         typer.Option(
             metavar="NAMES",
-            help="Measure tasks instead: .jsonl files or folders (multiple choice, GLUE, SQuAD), or names of tasks of "
-            "lm-eval, with commas between them.",
+            help="Measure tasks instead, with commas between them: .jsonl files or folders (multiple choice, GLUE, "
+            "SQuAD), last-word (of passages of a novel), or names of tasks of lm-eval.",
         ),
     ] = None,
     limit: Annotated[int | None, typer.Option(help="The most items per task.", min=1)] = None,
