@@ -234,6 +234,8 @@ def rewrite(check: bool) -> int:
         if not check:
             path.write_text(tables.rewritten(path.read_text()))
         print(f"{'out of date' if check else 'rewritten'}: {path}")
+    if not check:
+        print("\n".join(f"drawn: {path}" for path in tables.draw()))
     return 1 if check and changed else 0
 
 

@@ -1,8 +1,9 @@
 """What a user would take instead: llm-compressor's SparseGPT and Wanda, torch-pruning for structured width.
 
-``python -m benchmarks run peers`` makes an environment for them in the user's cache, from the package index, once. Every
-call is a process of its own (:mod:`benchmarks.peer_calls`) on the same float32 model and token ids; all perplexities
-are taken here, by the same code on the same windows. Text is that of ``PYPRUNE_DATA`` if set, else the package's own.
+``python -m benchmarks run peers`` makes an environment for them in the user's cache, from the package index, once.
+Every call is a process of its own (:mod:`benchmarks.peer_calls`) on the same float32 model and token ids; all
+perplexities are taken here, by the same code on the same windows. Text is that of ``PYPRUNE_DATA`` if set, else the
+package's own.
 """
 
 from __future__ import annotations
