@@ -68,7 +68,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("groups", nargs="*", metavar="GROUP", help=groups)
     run.add_argument("--preset", choices=PRESETS, default="quick", help="how much; quick if not set")
     run.add_argument("--device", choices=("cpu", "cuda"), help="the GPU if there is one, if not set")
-    run.add_argument("--only", default="", help="ops, or cases of the peers, whose name contains this")
+    run.add_argument("--only", default="", help="ops, cases of peers and scaling, whose name contains this")
     run.add_argument("--backends", default="", help="back-ends of the ops, by commas; all usable ones if not set")
     run.add_argument("--compile", action="store_true", help="torch.compile beside eager; the preset full has it")
     run.add_argument("--seconds", type=float, default=10, help="after which a case of an op stops; 10 if not set")

@@ -65,7 +65,7 @@ class Job:
     device: str
     preset: str
     only: str = ""
-    """Of the group ``peers``: cases whose name contains this."""
+    """Of the groups ``peers`` and ``scaling``: cases whose name contains this."""
 
     @property
     def kind(self) -> str:

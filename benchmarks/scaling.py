@@ -13,8 +13,12 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
+import unittest.mock
 from collections.abc import Iterator
 from pathlib import Path
+
+import torch
 
 from benchmarks.common import ROOT, Spent
 from benchmarks.jobs import Job, Shape, model, pruned
@@ -57,18 +61,22 @@ def series(job: Job) -> Iterator[tuple[str, float, Shape, dict]]:
 
 
 def scaling(job: Job) -> Iterator[list[Row]]:
+    """The series and blocks whose name contains ``job.only``."""
     for name, x, shape, settings in series(job):
+        if job.only not in name:
+            continue
         dense = model(shape, job.device)
         with Spent() as spent:
             pruned(dense, shape, job.device, compute_dtype="float32", **settings)
         yield [_row(job, name, shape, spent.cpu if job.device == "cpu" else spent.wall, x)]
-    for count in PROCESSES[job.preset]:
-        yield [_row(job, "processes", BASE[job.preset], _in_processes(BASE[job.preset], count), count)]
-    for blocks in MEMORY[job.preset]:
-        shape = dataclasses.replace(BASE[job.preset], blocks=blocks)
-        yield [_memory(job, shape)]
-    if job.preset == "full":
-        for name, (shape, blocks) in WHOLE.items():
+    if job.only in "processes":
+        for count in PROCESSES[job.preset]:
+            yield [_row(job, "processes", BASE[job.preset], _in_processes(BASE[job.preset], count), count)]
+    if job.only in "memory of a streamed run":
+        for blocks in MEMORY[job.preset]:
+            yield [_memory(job, dataclasses.replace(BASE[job.preset], blocks=blocks))]
+    for name, (shape, blocks) in WHOLE.items():
+        if job.preset == "full" and job.only in f"one block, {name}":
             yield [_predicted(job, name, shape, blocks)]
 
 
@@ -80,13 +88,17 @@ def _row(job: Job, name: str, shape: Shape, seconds: float, x: float) -> Row:
 
 
 def _predicted(job: Job, name: str, shape: Shape, blocks: int) -> Row:
-    """One block for real; the whole of 128 × 2,048 tokens by its seconds per token, and solves per block."""
+    """One block for real; the whole of 128 × 2,048 tokens by its seconds per token, and solves per block. With one
+    thread phases are in the processor's seconds, whatever else goes on."""
     dense = model(shape, job.device)
-    with Spent() as spent:
+    alone = job.device == "cpu" and torch.get_num_threads() == 1
+    now = time.process_time if alone else time.perf_counter
+    with unittest.mock.patch("time.perf_counter", now), Spent() as spent:
         report = pruned(dense, shape, job.device).report
     seconds = report["seconds"]
     tokens = shape.sequences * shape.tokens
-    whole = blocks * (seconds.get("solve", 0.0) + seconds.get("forward", 0.0) * 128 * 2048 / tokens)
+    per_token = (seconds.get("forward", 0.0) + seconds.get("statistics", 0.0)) / tokens
+    whole = blocks * (seconds.get("solve", 0.0) + per_token * 128 * 2048)
     row = _row(job, f"one block, {name}", shape, spent.cpu if job.device == "cpu" else spent.wall, 1)
     row.figures = {**{f"{key}_seconds": value for key, value in seconds.items()}, "predicted_whole_seconds": whole}
     return row
