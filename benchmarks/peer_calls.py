@@ -105,6 +105,7 @@ def memory(name: str) -> int:
 def main() -> None:
     tool, path = sys.argv[1:]
     job = json.loads(Path(path).read_text())
+    make, packages = TOOLS[tool]
     import numpy
     import torch
     from safetensors.torch import save_file
@@ -112,7 +113,6 @@ def main() -> None:
 
     torch.set_num_threads(job["threads"])
     torch.manual_seed(0)
-    make, packages = TOOLS[tool]
     call = make(job)
     ids = torch.from_numpy(numpy.load(job["ids"])).long()
     model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32).eval()
