@@ -281,8 +281,8 @@ class Evaluation:
     calibration every text that is named is of another kind already."""
     window: int | None = None
     """Tokens per window. The default is 1,024 for a text that is named and 512 for others, or
-    fewer if the model has fewer positions; token ids keep whole rows. Rows of token ids may be cut to fewer tokens, but
-    asking for more than they have is an error."""
+    fewer if the model has fewer positions; token ids keep whole rows. Longer rows of token ids are cut into windows one
+    after the other; a window that no row is as long as is an error."""
     stride: int | None = None
     """Tokens from the beginning of a window to the beginning of the next. Where they overlap, only the tokens are
     scored that the window before did not have, each with more context before it. By default windows do not overlap."""
