@@ -35,8 +35,8 @@ def test_every_option_name_is_whole_at_80_columns(capsys, monkeypatch, name):
 
 @pytest.mark.parametrize("name", sorted(GROUP.commands))
 def test_no_types_and_no_spelling_of_python(capsys, monkeypatch, name):
-    text = help_of(capsys, monkeypatch, name)
-    assert not re.search(r"<\w|list\[|None\b(?! in Python)", text)
+    text = " ".join(help_of(capsys, monkeypatch, name).split())
+    assert not re.search(r"<\w|list\[|\bNone\b", text.replace("(None in Python", ""))
     fields = {p for p in keywords() if "_" in p}
     words = set(re.findall(r"(?<![\w-])[a-z]+(?:_[a-z]+)+", text))
     assert not words & fields, "options are spelt as options"
