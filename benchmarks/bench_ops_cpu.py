@@ -202,6 +202,21 @@ def linear(rows: int, inputs: int, outputs: int) -> Case:
     )
 
 
+def attention(batch: int, heads: int, groups: int, tokens: int, width: int, dtype: torch.dtype) -> Case:
+    """Causal."""
+    q, k, v = (torch.randn(batch, tokens, n, width).to(dtype).transpose(1, 2) for n in (heads, groups, groups))
+    return Case(
+        f"attention {batch}×{tokens}, {heads} heads on {groups} of {width}, {str(dtype)[6:]}",
+        lambda: ops.attention(q, k, v, causal=True).flatten(0, 2),
+        lambda: functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).flatten(0, 2),
+        1.5,
+        flops=2 * batch * heads * tokens * (tokens + 1) * width,
+        bytes=2 * q.nbytes + 2 * k.nbytes,
+        tolerance=1e-5 if dtype == torch.float32 else 1e-2,
+        bf16=dtype == torch.bfloat16,
+    )
+
+
 def moments(tokens: int, c: int) -> Case:
     x = torch.randn(tokens, c)
     return Case(
@@ -255,6 +270,8 @@ CASES = {
     "linear up": lambda: linear(4096, 576, 1536),
     "linear down": lambda: linear(4096, 1536, 576),
     "linear square": lambda: linear(4096, 576, 576),
+    "attention float32": lambda: attention(4, 9, 3, 512, 64, torch.float32),
+    "attention bfloat16": lambda: attention(4, 9, 3, 512, 64, torch.bfloat16),
     "sweep 576x1536 50%": lambda: sweep(576, 1536, None),
     "sweep 576x1536 2:4": lambda: sweep(576, 1536, (2, 4)),
     "sweep 4096x4096 50%": lambda: sweep(4096, 4096, None),

@@ -50,6 +50,8 @@ FULL: dict[str, dict[str, list[tuple]]] = {
         "sparse_linear/one-token": [(1, 4096, 4096, BRAIN), (1, 4096, 4096)],
         "sparse_linear/few-tokens": [(4, 4096, 4096, BRAIN), (16, 4096, 4096, BRAIN)],
         "sparse_linear/tokens": [(512, 4096, 4096, BRAIN)],
+        "attention/float32": [(4, 9, 3, 512, 64, torch.float32), (1, 32, 8, 2048, 128, torch.float32)],
+        "attention/16-bit": [(4, 9, 3, 512, 64, BRAIN), (1, 32, 8, 2048, 128, BRAIN)],
     },
     "cuda": {
         "gram_update/16-bit": [(16384, 768, BRAIN), (16384, 1536, BRAIN)],
@@ -107,6 +109,13 @@ def sparse_work(tokens, out, into, dtype=torch.float32):
     return 2 * tokens * out * into, weight + tokens * (out + into) * dtype.itemsize
 
 
+def attention_work(
+    batch: int, heads: int, groups: int, tokens: int, width: int, dtype: torch.dtype, causal: bool = True
+) -> tuple[float, float]:
+    pairs = tokens * (tokens + 1) / 2 if causal else tokens**2
+    return 4 * batch * heads * pairs * width, 2 * batch * tokens * (heads + groups) * width * dtype.itemsize
+
+
 WORK: dict[str, Callable[..., tuple[float, float]]] = {
     "gram_update": gram_work,
     "cross_gram_update": cross_gram_work,
@@ -122,6 +131,7 @@ WORK: dict[str, Callable[..., tuple[float, float]]] = {
     "liar_update": lambda r, c, k: (2 * r * k * (c - k), 4 * (r * c + k * (c - k) + r * k)),
     "linear": lambda rows, out, into: (2 * rows * out * into, 4 * (rows * into + out * into + rows * out)),
     "sparse_linear": sparse_work,
+    "attention": attention_work,
 }
 """Op → floating-point operations and bytes of a case, from the size that its trial takes."""
 

@@ -54,6 +54,7 @@ OPS = (
     "liar_update",
     "linear",
     "sparse_linear",
+    "attention",
 )
 """The functions of :mod:`pyprune.ops`."""
 MAX_COLUMN_BLOCK = 1024

@@ -181,8 +181,8 @@ def evaluate(
         str | None,
         typer.Option(
             metavar="NAMES",
-            help="Measure tasks instead: .jsonl files or folders (multiple choice, GLUE, SQuAD), or names of tasks of "
-            "lm-eval, with commas between them.",
+            help="Measure tasks instead, with commas between them: .jsonl files or folders (multiple choice, GLUE, "
+            "SQuAD), last-word (of passages of a novel), or names of tasks of lm-eval.",
         ),
     ] = None,
     limit: Annotated[int | None, typer.Option(help="The most items per task.", min=1)] = None,
@@ -291,10 +291,17 @@ def inspect(
 def compare(
     directories: Annotated[list[Path], typer.Argument(help="Folders that pyprune wrote.")],
     html: Annotated[Path | None, typer.Option(help="Write the comparison as a page, too: one HTML file.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Picture (.png) of how each run's errors spread over tokens, to write.")
+    ] = None,
     as_json: Json = False,
 ):
     """Show runs side by side: settings, perplexity, reconstruction error and time."""
     rows = pyprune.compare(directories)
+    if plot is not None:
+        from pyprune.reporting.quantiles import picture
+
+        picture([(folder.resolve().name, comparison.read(folder)) for folder in directories], plot)
     if html is not None:
         from pyprune.reporting.comparison_page import comparison_page
         from pyprune.reporting.page import write

@@ -34,12 +34,13 @@ from pyprune.pipeline.refine_request import RECIPE, RECORD, Request, card_line, 
 from pyprune.pipeline.refine_work import RefineWork
 from pyprune.pipeline.session import begin, kept, make_store, settle_backends
 from pyprune.pipeline.tracking import Track, outcome, tracker
+from pyprune.reporting.card import model_card
 from pyprune.reporting.comparison import read as read_report
 from pyprune.reporting.record import (
     compared,
     data_identity,
 )
-from pyprune.reporting.rendering import model_card, perplexity_text, source_text, windows_text
+from pyprune.reporting.rendering import perplexity_text, source_text, windows_text
 from pyprune.reporting.run_page import write_run_page
 
 LABEL = "refining"
