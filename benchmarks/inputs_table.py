@@ -6,6 +6,7 @@ stored), of which the first ``samples`` are taken: with fewer than all of them o
 them rounding alone differs, and near-ties in the masks fall the other way. A run that was stopped goes on.
 
     python -m benchmarks.inputs_table --samples 16 --windows 12 --orders 0 1 2 3 4
+    python -m benchmarks.inputs_table --methods obs_greedy --patterns "neurons 50%"
     python -m benchmarks.inputs_table --table
 """
 
@@ -30,6 +31,13 @@ PATTERNS = {
     "50%": {"pattern": "unstructured", "sparsity": 0.5},
     "70%": {"pattern": "unstructured", "sparsity": 0.7},
     "2:4": {"pattern": "2:4"},
+    "neurons 50%": {"pattern": "neurons", "sparsity": 0.5, "reconstruct": "liar"},
+}
+METHODS = {
+    "wanda": {"method": "wanda"},
+    "sparsegpt": {"method": "sparsegpt"},
+    "wifv": {"criterion": "wifv"},
+    "obs_greedy": {"criterion": "obs_greedy"},
 }
 TEXTS = {"wikitext2": ("evaluation", "wt2_test_24x1024.npy"), "c4": ("c4", "c4_sample.jsonl")}
 WAYS = ("propagated", "sequential")
@@ -40,7 +48,7 @@ def cell(dense, samples: torch.Tensor, windows: dict, method: str, pattern: str,
     with common.Spent() as spent:
         result = pyprune.prune(
             copy.deepcopy(dense),
-            method=method,
+            **METHODS[method],
             **PATTERNS[pattern],
             calibration=calibration,
             inputs=way,
@@ -57,8 +65,8 @@ def cell(dense, samples: torch.Tensor, windows: dict, method: str, pattern: str,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--methods", nargs="+", default=["wanda", "sparsegpt"])
-    parser.add_argument("--patterns", nargs="+", default=list(PATTERNS), choices=list(PATTERNS))
+    parser.add_argument("--methods", nargs="+", default=["wanda", "sparsegpt"], choices=list(METHODS))
+    parser.add_argument("--patterns", nargs="+", default=["50%", "70%", "2:4"], choices=list(PATTERNS))
     parser.add_argument("--orders", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--windows", type=int, default=24)
