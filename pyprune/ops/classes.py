@@ -31,6 +31,7 @@ CLASSES: dict[str, tuple[str, ...]] = {
     "cholesky_solve": ("small", "medium", "large"),
     "linear": ("few-rows", "rows", "rows-wide"),
     "sparse_linear": ("one-token", "few-tokens", "tokens"),
+    "attention": ("float32", "16-bit"),
 }
 KEYS = tuple(f"{op}/{name}" if name else op for op in OPS for name in CLASSES.get(op, ("",)))
 
@@ -76,3 +77,7 @@ def sparse_product(x: Tensor) -> str:
     if tokens <= 1:
         return "sparse_linear/one-token"
     return "sparse_linear/few-tokens" if tokens <= FEW_TOKENS else "sparse_linear/tokens"
+
+
+def attention(q: Tensor) -> str:
+    return "attention/float32" if q.dtype == torch.float32 else "attention/16-bit"
