@@ -221,10 +221,10 @@ class Calibration:
     """Token sequences that the statistics and the reconstruction are computed from."""
 
     source: typing.Any = None
-    """Where the text comes from: the id of a Hub data set, a local ``.txt``, ``.jsonl``, ``.json``, ``.csv``,
-    ``.parquet`` or ``.npy`` file, a list of texts, or an integer tensor of token ids ``[samples, tokens]``; or several
-    sources, of which equal shares are taken. Without one, a mixture that comes with pyprune: Python's documentation and
-    essays (``builtin:documentation``, ``builtin:essays``)."""
+    """Text that shows what the model is used for: the id of a Hub data set, a local ``.txt``, ``.jsonl``, ``.json``,
+    ``.csv`` or ``.parquet`` file, or token ids in a ``.npy`` file; or several of these, of which equal shares are
+    taken. In Python also text or token ids in memory, in any usual form. Without one, a mixture that comes with
+    pyprune: Python's documentation and essays (``builtin:documentation``, ``builtin:essays``)."""
     num_samples: int | None = None
     """How many sequences to use. It is an error if there are fewer, never a silent shortfall. The default is 64; of
     token ids all rows are used."""
@@ -232,7 +232,7 @@ class Calibration:
     """Tokens per sequence; for encoders, the most tokens that a sentence keeps. The default is 512; token ids keep
     whole rows. Rows of token ids may be cut to fewer tokens, but asking for more than they have is an error."""
     seed: int | None = None
-    """Seed of the choice of sequences and of self-generation. The default is the run's seed."""
+    """Seed of the choice of sequences and of sampling them from the model. The default is the run's seed."""
     split: str = "train"
     """Split of the data set."""
     subset: str | None = None
@@ -279,22 +279,23 @@ class Evaluation:
     """What the dense and the pruned model are measured on at the end of a run."""
 
     text: typing.Any = None
-    """Text to measure perplexity on, from the same kinds of sources as the calibration text; several sources are given
-    as a list, or by repeating the option. Without one, text of the calibration's own source that it does not see."""
+    """Text to measure perplexity on, from the same kinds of sources as the calibration text; several are given as a
+    list in Python, by repeating the option on a command line. Without one, text of the calibration's own source that it
+    does not see."""
     off_domain: typing.Any = None
     """Text of another kind than the calibration text, measured beside it to show how far the result carries: sources as
     for text, or ``none``. Without one, a novel that comes with pyprune (``builtin:novel``); with the default
     calibration every text that is named is of another kind already."""
     window: int | None = None
     """Tokens per window. The default is 1,024 for a text that is named and 512 for others, or
-    fewer if the model has fewer positions; token ids keep whole rows. Rows of token ids may be cut to fewer tokens, but
-    asking for more than they have is an error."""
+    fewer if the model has fewer positions; token ids keep whole rows. Longer rows of token ids are cut into windows one
+    after the other; a window that no row is as long as is an error."""
     stride: int | None = None
     """Tokens from the beginning of a window to the beginning of the next. Where they overlap, only the tokens are
     scored that the window before did not have, each with more context before it. By default windows do not overlap."""
     max_windows: int | None = 24
-    """The most windows that are measured per text; of a text that is not named 8, unless another number is set. None
-    (``null`` in a configuration file) takes all of them."""
+    """The most windows that are measured per text; of a text that is not named 8, unless another number is set. ``all``
+    takes all of them (None in Python, ``null`` in a configuration file)."""
     dtype: Dtype = "auto"
     """Number type of the forward passes of the evaluation. ``auto`` is the model's own type on a GPU, and bfloat16 on a
     CPU that multiplies it in hardware."""
@@ -346,8 +347,8 @@ class Reconstruction:
     epochs: int = 5
     """Passes over the calibration sequences per block."""
     lr: float = 2e-4
-    """Learning rate of AdamW, which falls linearly to zero. The default is the authors' for 320 steps per block; with
-    about 50 steps, 6e-4 is better."""
+    """Learning rate of AdamW at the start, which falls linearly to zero. 2e-4 is the authors' for 320 steps per block;
+    with about 50 steps, 6e-4 is better."""
     betas: tuple[float, float] = (0.9, 0.95)
     """The two decay rates of AdamW's moments."""
     weight_decay: float = 0.0
@@ -388,14 +389,14 @@ class Structured:
     """How widths are shared out: ``uniform`` keeps the same width in every block, which is a standard checkpoint;
     ``global`` compares scores across blocks as FLAP does, so that every block has a width of its own."""
     damping: float | None = None
-    """What is added to the diagonal of the least-squares systems, as a multiple of their mean diagonal. By default it
-    is chosen on held-out calibration tokens."""
+    """How strongly LIAR's fit is held back, for few tokens: what is added to the diagonal of its least-squares systems,
+    as a multiple of their mean diagonal. By default it is chosen on held-out calibration tokens."""
     interpolate: Literal["both", "weight", "bias"] = "both"
     """Which part of LIAR is used: ``both``, only the ``weight`` update, or only the ``bias``."""
     interpolate_weights: bool = False
     """Write the dropped weights as a linear map of the kept ones (the matrix P of arXiv 2407.13331)."""
     token_weights: TokenWeights = "auto"
-    """How much each token counts in the least squares. ``uniform``: all the same, as in the papers. ``relative``: a
+    """How much each token counts in LIAR's fit. ``uniform``: all the same, as in the papers. ``relative``: a
     token's error counts by the size of its own output, so that the few tokens on which a neuron is huge do not decide
     the fit. ``balanced``: half relative to the token's residual stream, half uniform. ``auto``: relative where a layer
     norm follows the residual sum at once (BERT), balanced elsewhere, and uniform for experts."""
@@ -417,18 +418,20 @@ class PruneConfig:
     model: str | None = None
     """Hub id, local folder, ``.gguf`` file, or the name of a packaged model (``smollm2-135m``)."""
     output: str | None = None
-    """Folder to write the pruned model to. Without one, the result stays in memory."""
+    """Folder to write the pruned model to. In Python, the result stays in memory without one."""
     method: Method = "sparsegpt"
-    """How weights are chosen for unstructured and N:M patterns: ``magnitude``, ``wanda`` or ``sparsegpt``."""
+    """Which weights become zero, for unstructured and N:M patterns: the smallest ones (``magnitude``); those with the
+    smallest product of weight and input (``wanda``); or those whose removal costs least once the others make up for it
+    (``sparsegpt``, slower and best)."""
     pattern: str = "unstructured"
     """Which zeros are allowed: ``unstructured``, ``N:M`` (at most N non-zeros in M weights, for example 2:4), or whole
     ``neurons``, ``heads``, or both (``structured``)."""
     sparsity: float | list[float] | tuple[float, ...] | dict[str, float] | None = None
     """Fraction of the weights that become zero; for structured patterns, of the neurons or heads that are dropped.
     Several values with commas between them give one model each. The default is 0.5, or 1 − N/M. Parts of the
-    blocks may have their own: ``mlp=0.6,attention=0.4``, or patterns of names as for ``targets``, of which the first
-    that names a weight counts (``layers.0=0.3,*.down_proj=0.4,*=0.5``). ``*`` is the rest; without it the rest stays
-    dense."""
+    blocks may have their own: ``mlp=0.6,attention=0.4``, or ``layers.0=0.3,*.down_proj=0.4,*=0.5`` with patterns of
+    names, as ``targets`` takes them. Of two that name a weight the first counts; ``*`` is the rest, which stays dense
+    if it is not named."""
     criterion: Criterion | Callable[..., typing.Any] = "wifv"
     """How neurons and heads are chosen for structured patterns: by the size of their weights (``magnitude``), of their
     activations (``activation``) or the product of the two (``wifv``, as in FLAP); by gradients (``taylor``,
@@ -438,8 +441,9 @@ class PruneConfig:
     """How the kept weights make up for the dropped ones. For masks: ``none``; ``layer``, SparseGPT's update (in one
     pass, later columns make up for the error of earlier ones); ``refit``, the least-squares optimum on the same mask;
     ``block`` and ``cross_block``, which also train each block, or windows of two. The default is ``layer`` for
-    sparsegpt and ``none`` for the others. For structured patterns: ``none``, ``bias``, ``mask_tuning`` or ``liar``
-    (estimates what is lost from what is kept), the default."""
+    sparsegpt and ``none`` for the others. For structured patterns: ``none``; ``bias``,
+    which makes up for the mean of what is lost; ``mask_tuning``, which rescales what is kept; or ``liar``, the default,
+    which estimates what is lost from what is kept."""
     global_propagation: bool = False
     """Reconstruct towards the activations of the dense model itself, not towards what its block makes of the pruned
     model's activations (global propagation, GP, of arXiv 2406.15524)."""
@@ -476,6 +480,9 @@ class PruneConfig:
     """What every op that ``backend`` leaves to ``auto`` takes: type of device, class of the op, back-end, as
     ``report.json`` holds them. ``run.yaml`` records what its run took, so that a repeated run gives the same bytes.
     Where a machine cannot follow, the choice is automatic and the run says so. None leaves all to ``auto``."""
+    weights: str | None = None
+    """Of a model given in memory, a fingerprint of its weights before the run. ``run.yaml`` records it, and a run that
+    repeats it on other weights warns of that."""
     seed: int = 0
     """Seed of every random choice. The same seed gives the same result, bit for bit, on the same machine."""
     probe_samples: int = 2

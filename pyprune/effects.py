@@ -88,6 +88,7 @@ RUN: dict[str, Rule] = {
         "only masks use it: pattern='unstructured' or N:M; structured patterns choose by criterion",
     ),
     "criterion": (lambda c: c.is_structured, _STRUCTURED + "; masks choose by method"),
+    "weights": (lambda c: c.model is None, "only a model given in memory has it, and this one has a name"),
     "global_propagation": _RECONSTRUCTED,
     "inputs": (lambda c: observes(c) or c.inputs == c.usual_inputs, _STATISTICS),
     "damping": _DAMPED,

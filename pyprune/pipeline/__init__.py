@@ -7,6 +7,7 @@
 ``checks``              what is refused, or warned of, before a run begins its work
 ``sequences``           what a run reads: calibration sequences and evaluation windows
 ``refine``              ``pyprune.refine``: trains a live pruned model towards its dense one
+``refine_request``      what a refinement is asked to do, and the ``refine.yaml`` that repeats it
 ``refine_checkpoint``   ``pyprune refine``: the same from one folder to another
 ``block_loop``          the one loop over blocks, and the protocol ``BlockWork`` of what a kind of run does in it
 ``mask_work``           ``BlockWork`` of unstructured and N:M masks

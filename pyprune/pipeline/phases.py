@@ -33,7 +33,7 @@ from pyprune.execution.executor import Executor, Resident
 from pyprune.execution.progress import Progress
 from pyprune.execution.residency import resident
 from pyprune.execution.run import Run, seed_all
-from pyprune.execution.weight_streaming import Opened, Streamed
+from pyprune.execution.weight_streaming import Opened, Streamed, weights_digest
 from pyprune.model.assembly import BlockShards
 from pyprune.model.blocks import ModelView, check_apart, check_finite, check_usable, select_weights
 from pyprune.model.origin import Origin
@@ -67,6 +67,8 @@ class Material:
     """Of the evaluation."""
     backends: dict
     """What each op takes."""
+    weights: str | None
+    """A fingerprint of the weights, where the model has no name."""
     home: torch.device
     """Where the weights lay when they were opened."""
 
@@ -126,7 +128,23 @@ def prepare(session: Session, model, tokenizer, in_place: bool) -> Material:
         backends = settle_backends(
             session.journal, session.world, session.device, config.backend, config.backends, found.warn
         )
-    return Material(opened, selected, rules, data, windows, backends, next(view.model.parameters()).device)
+    weights = fingerprint_of(session, opened)
+    home = next(view.model.parameters()).device
+    return Material(opened, selected, rules, data, windows, backends, weights, home)
+
+
+def fingerprint_of(session: Session, opened: Opened) -> str | None:
+    """A fingerprint of a model that has no name; warns where the run is to repeat one on other weights."""
+    config = session.config
+    if config.model is not None:
+        return None
+    found = weights_digest(opened.model.state_dict().items())
+    if config.weights not in (None, found):
+        session.found.warn(
+            f"the model's weights (fingerprint {found[:12]}…) are not those of the run that is repeated "
+            f"({config.weights[:12]}…): the result will be another one"
+        )
+    return found
 
 
 def read_ahead(session: Session, tokenizer) -> tuple[CalibrationData, list[Text]] | None:
@@ -308,6 +326,8 @@ def reported(
         run, found, live, evaluation, gap, work.coverage(), structured, peak_device, material.backends
     )
     report["model"] |= known_of_dense(session.config.model, material.opened.origin)
+    if material.weights is not None:
+        report["model"]["weights"] = material.weights
     return report
 
 

@@ -17,6 +17,7 @@ from pyprune.model import assembly, checkpoint
 from pyprune.model.assembly import BlockShards
 from pyprune.model.origin import Origin
 from pyprune.packed.files import pack_here
+from pyprune.pipeline.refine_request import RECIPE, RECORD, card_line
 from pyprune.reporting.card import model_card
 from pyprune.reporting.record import config_for_report, pruning_record, run_yaml
 from pyprune.reporting.rendering import curve_of, headline, perplexity_text, print_summary, summary_rows
@@ -179,7 +180,12 @@ def write_records(folder: Path, report: dict, config: PruneConfig, name: str) ->
     checkpoint.write_json(folder / "report.json", report)
     checkpoint.write_json(folder / "pruning.json", pruning_record(report))
     (folder / "run.yaml").write_text(run_yaml(report, config))
-    (folder / "README.md").write_text(model_card(report, name))
+    card = model_card(report, name)
+    if "recipe" in (refined := report.get("refinement") or {}):  # refined in memory, after the run
+        (folder / RECIPE).write_text(refined["recipe"])
+        checkpoint.write_json(folder / RECORD, refined)
+        card += card_line(refined, refined["repeatable"])
+    (folder / "README.md").write_text(card)
     write_run_page(folder, report, name)
     if config.packed:
         pack_here(folder, name)

@@ -433,6 +433,12 @@ def plan_rows(found: dict) -> list[tuple[str, str]]:
             if passes
             else "none: no calibration data is needed",
         ),
+        (
+            "evaluation",
+            f"{found['evaluation']['windows']} windows, {found['evaluation']['tokens']:,} tokens, before and after"
+            if found["evaluation"]["windows"]
+            else "none: no perplexity is measured",
+        ),
         ("host memory", _parts(found["memory_bytes"], size_text, f", {size_text(free['memory'])} free")),
         (
             "device memory",
@@ -447,8 +453,6 @@ def plan_rows(found: dict) -> list[tuple[str, str]]:
         ),
         ("time", "about " + _parts(found["seconds"], duration_text)),
     ]
-    if found["not_counted"]:
-        rows.append(("", "not counted: " + "; ".join(found["not_counted"])))
     for what, needed, there in (
         ("host memory", found["memory_bytes"]["total"] - found["memory_bytes"]["process"], free["memory"]),
         ("device memory", (found["device_memory_bytes"] or {}).get("total", 0), free["device"]),

@@ -128,7 +128,10 @@ def _count(value: float) -> str:
 
 
 def _last_path(report: dict, held_out: bool = False) -> str:
-    if (report.get("refinement") or {}).get("windows"):
+    refined = report.get("refinement") or {}
+    if refined.get("blocks"):
+        return f"refinement.blocks.{len(refined['blocks']) - 1}.after.error{'_held_out' if held_out else ''}"
+    if refined.get("windows"):
         where = len(report["refinement"]["windows"]) - 1
         return f"refinement.windows.{where}.after_{'held_out' if held_out else 'calibration'}"
     return f"blocks.{len(report['blocks']) - 1}.error" + ("_held_out" if held_out else "")
