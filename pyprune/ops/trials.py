@@ -348,7 +348,7 @@ CASES: dict[str, tuple[Callable[..., Case], list[tuple], list[tuple]]] = {
     ),
     "sparse_linear/few-tokens": (
         sparse_linear,
-        [(3, 37, 203, BRAIN), (7, 9, 70, HALF), (16, 20, 131)],
+        [(3, 37, 203, BRAIN), (7, 9, 70, HALF), (16, 20, 131), (13, 33, 4104, BRAIN)],
         [(4, 1536, 1536, BRAIN), (16, 1536, 1536, BRAIN)],
     ),
     "sparse_linear/tokens": (
