@@ -294,9 +294,7 @@ class Observer(Gathered[S]):
 
     def without(self, calls: frozenset[Call], sinks: set[str]) -> frozenset[Call]:
         """Those of the calls that feed none of these sinks."""
-        return frozenset(
-            call for call in calls if self.leader[call[1] + AGAIN if call[2] else call[1]] not in sinks
-        )
+        return frozenset(call for call in calls if self.leader[call[1] + AGAIN if call[2] else call[1]] not in sinks)
 
     def close(self) -> None:
         self._watch.close()

@@ -278,6 +278,19 @@ def sparse_linear(device, tokens, outputs, inputs, dtype=torch.float32, gap=0) -
     return Case(lambda implementation: (implementation(x, packed, bias),), want, rounding)
 
 
+def sparse_linear_24(device, tokens, outputs, inputs, dtype, gap=0) -> Case:
+    x, bias = _within(_normal(device, tokens, inputs, dtype=dtype), gap), _normal(device, outputs, dtype=dtype, seed=2)
+    w = _normal(device, outputs, inputs, dtype=dtype, seed=1)
+    w = torch.where(w == 0, 1, w)
+    reference.nm_mask(w, 2, 4, apply=True)
+    packed = pack_bitmask(w)
+    return Case(
+        lambda implementation: (implementation(x, packed, bias),),
+        lambda: (x.double() @ w.double().T + bias.double(),),
+        4e-3 if dtype == torch.bfloat16 else 5e-4,
+    )
+
+
 def _forward(dtype: torch.dtype, tolerance: float):
     def case(device, sequences, tokens, hidden, inner, heads, groups, gap=0) -> Case:
         """A LLaMA block: attention with grouped key heads, and the gated layers."""
@@ -356,6 +369,8 @@ CASES: dict[str, tuple[Callable[..., Case], list[tuple], list[tuple]]] = {
         [(17, 37, 203, BRAIN), (33, 9, 70, HALF), (70, 120, 131)],
         [(256, 1536, 1536, BRAIN), (256, 1536, 1536)],
     ),
+    "sparse_linear/few-tokens-2:4": (sparse_linear_24, [(3, 32, 64, HALF)], [(16, 1536, 1536, BRAIN)]),
+    "sparse_linear/tokens-2:4": (sparse_linear_24, [(21, 96, 320, BRAIN)], [(256, 1536, 1536, BRAIN)]),
     "forward_float32": (_forward(torch.float32, 1e-5), [(2, 150, 48, 80, 6, 2)], [(2, 512, 576, 1536, 9, 3)]),
     "forward_bfloat16": (_forward(torch.bfloat16, 2e-2), [(2, 150, 48, 80, 6, 2)], [(2, 512, 576, 1536, 9, 3)]),
 }
@@ -383,6 +398,8 @@ TIMED_ON_A_GPU: dict[str, list[tuple]] = {
     "sparse_linear/one-token": [(1, 4096, 4096, BRAIN), (1, 11008, 4096, BRAIN)],
     "sparse_linear/few-tokens": [(4, 4096, 4096, BRAIN), (16, 4096, 4096, BRAIN)],
     "sparse_linear/tokens": [(512, 4096, 4096, BRAIN)],
+    "sparse_linear/few-tokens-2:4": [(4, 4096, 4096, BRAIN), (16, 4096, 4096, BRAIN)],
+    "sparse_linear/tokens-2:4": [(512, 4096, 4096, BRAIN)],
 }
 """The sizes there; those above where it has none."""
 
