@@ -21,9 +21,9 @@ namespace pyprune::cuda {
 
 constexpr int THREADS = 256, WARPS = THREADS / WARP;
 constexpr int ROWS = 16, QUAD = 4, TOKENS = 8;  // of a product: rows; lanes that share a row; tokens
-constexpr uint32_t CHUNK = 16, RING = 256;           // bytes of one copy; of a row's ring
-constexpr uint32_t ROW = RING + CHUNK;               // a ring and its first chunk once more: reads need not wrap around
-constexpr int PITCH = 20;                            // of a token's sums in shared memory: no bank conflicts
+constexpr uint32_t CHUNK = 16, RING = 256;      // bytes of one copy; of a row's ring
+constexpr uint32_t ROW = RING + CHUNK;          // a ring and its first chunk once more: reads need not wrap around
+constexpr int PITCH = 20;                       // of a token's sums in shared memory: no bank conflicts
 constexpr size_t SHARED = WARPS * ROWS * (ROW + sizeof(uint32_t));
 static_assert(WARPS * 2 * TOKENS * PITCH * sizeof(float) <= WARPS * ROWS * ROW, "the sums take the rings' place");
 
@@ -48,7 +48,8 @@ struct Stream {
 
     // Start the copies of all chunks there is room for, the one that is being read counted.
     __device__ __forceinline__ void refill() {
-        const uint32_t whole = end / CHUNK * CHUNK, limit = min(at / CHUNK * CHUNK + RING, whole + CHUNK);
+        const uint32_t whole = end / CHUNK * CHUNK, all = (end + CHUNK - 1) / CHUNK * CHUNK;
+        const uint32_t limit = min(at / CHUNK * CHUNK + RING, all);
         PYPRUNE_ROLL
         while (mine < min(limit, whole)) copy(CHUNK);
         if (mine < limit) copy(end - whole);
@@ -67,8 +68,8 @@ struct Stream {
 
 // Two bytes, in bytes 0 and 2 with a copy of each behind it, as four nibbles each: 4 + a pair of bits.
 __device__ __forceinline__ uint32_t pairs_of_bits(uint32_t bytes) {
-    const uint32_t nibbles = bytes & 0x000f000fu | bytes >> 4 & 0x0f000f00u;
-    return nibbles & 0x03030303u | nibbles << 2 & 0x30303030u | 0x44444444u;
+    const uint32_t nibbles = (bytes & 0x000f000fu) | (bytes >> 4 & 0x0f000f00u);
+    return (nibbles & 0x03030303u) | (nibbles << 2 & 0x30303030u) | 0x44444444u;
 }
 
 // The weights of eight columns as four pairs: where a column's bit is one the next of the values from a place on, else 0.
@@ -213,6 +214,7 @@ __global__ void __launch_bounds__(THREADS, 2) some_tokens_kernel(const Product<T
         __syncwarp();  // the quad has read what the next copies overwrite
     }
 
+    wait_for_copies();
     __syncthreads();
     float* sums = reinterpret_cast<float*>(pool);  // [warps, tokens, PITCH]
     PYPRUNE_UNROLL

@@ -257,6 +257,7 @@ inline void run(int i) {
 
 inline void entry() {
     S.body();
+    if (!self().copies.empty()) fail("cusim: a thread has ended before the copies it started");
     self().done = true;
     for (;;) yield();
 }
