@@ -25,8 +25,8 @@ _metadata: weakref.WeakKeyDictionary[Packed, tuple[tuple | None, Tensor]] = weak
 
 def unusable(name: str) -> str | None:
     """None if there is a GPU that may have the kernels, else the reason in a sentence."""
-    if not torch.cuda.is_available():
-        return "sparse tensor cores need an NVIDIA GPU"
+    if torch.version.cuda is None or not torch.cuda.device_count():
+        return "sparse tensor cores need an NVIDIA GPU, and a torch built for it"
     major, minor = torch.cuda.get_device_capability()
     return None if major >= 8 else f"sparse tensor cores need compute capability 8.0, this GPU has {major}.{minor}"
 
