@@ -38,11 +38,12 @@ _PUBLIC = {
     "PruneConfig": "pyprune.config",
     "PruneResult": "pyprune.pipeline.result",
     "Reconstruction": "pyprune.config",
+    "Scored": "pyprune.structured.criteria",
     "Structured": "pyprune.config",
     "backend": "pyprune.ops",
     "check": "pyprune.watching.check",
     "compare": "pyprune.reporting.comparison",
-    "evaluate": "pyprune.evaluation.perplexity",
+    "evaluate": "pyprune.evaluation.single",
     "dense": "pyprune.packed.conversion",
     "generate": "pyprune.data.self_generated",
     "history": "pyprune.watching.history",
@@ -66,7 +67,7 @@ if typing.TYPE_CHECKING:
     from pyprune.config import Calibration, ConfigError, Evaluation, PruneConfig, Reconstruction, Structured
     from pyprune.data.self_generated import generate
     from pyprune.evaluation.latency import latency
-    from pyprune.evaluation.perplexity import evaluate
+    from pyprune.evaluation.single import evaluate
     from pyprune.finetuning.adapters import merge_lora
     from pyprune.finetuning.masks import keep_sparse
     from pyprune.ops import backend
@@ -79,6 +80,7 @@ if typing.TYPE_CHECKING:
     from pyprune.planning.plan import plan
     from pyprune.reporting.comparison import compare
     from pyprune.reporting.inspection import inspect
+    from pyprune.structured.criteria import Scored
     from pyprune.studies.study import study
     from pyprune.watching.check import check
     from pyprune.watching.history import history

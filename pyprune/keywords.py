@@ -35,7 +35,7 @@ class Fields(TypedDict, total=False):
     output: str | None
     method: Method
     pattern: str
-    sparsity: float | list[float] | tuple[float, ...] | None
+    sparsity: float | list[float] | tuple[float, ...] | dict[str, float] | None
     criterion: Criterion | Callable[..., Any]
     reconstruct: WeightReconstruction | StructuredReconstruction | None
     global_propagation: bool
@@ -99,7 +99,7 @@ class Fields(TypedDict, total=False):
     structured: Structured | dict
 
 
-RECORDED = ("backends",)
+RECORDED = ("backends", "weights")
 """Fields that a run writes down in ``run.yaml``; nobody names them on a command line."""
 RENAMED = {"calibration.source": "calibration", "evaluation.text": "text", "evaluation.enabled": "evaluation"}
 

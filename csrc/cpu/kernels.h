@@ -24,6 +24,19 @@ struct PackedView {  // a weight [rows, columns] as pyprune/ops/packed.py lays i
     int type;
 };
 
+enum MaskKind { MASK_NONE = 0, MASK_BOOL = 1, MASK_FLOAT = 2 };
+
+struct AttentionView {  // q [batch, heads, queries, width], k [batch, key_heads, keys, width], v […, value_width]
+    const void *q, *k, *v;
+    const void* mask;  // [batch, heads, queries, keys]: bool, or float32 to be added
+    void* out;         // [batch, heads, queries, value_width]
+    int64_t batch, heads, key_heads, queries, keys, width, value_width;
+    int64_t q_stride[3], k_stride[3], v_stride[3], mask_stride[3], out_stride[3];
+    int type, mask_kind;
+    bool causal;  // query i sees keys up to i
+    float scale;
+};
+
 struct Kernels {
     const char* name;
     // gram [c, c] += xᵀx, both triangles; sums [c] and count may be null.
@@ -60,6 +73,7 @@ struct Kernels {
                           void* out, int64_t out_stride, int threads);
     // out [count, columns] = rows first … of w
     void (*expand_bitmask)(const PackedView& w, int64_t first, int64_t count, void* out, int threads);
+    void (*attention)(const AttentionView& view, int threads);
     double (*tile_flops)(bool pairs, int64_t repeats, int threads);  // for benchmarks: peak.h
 };
 

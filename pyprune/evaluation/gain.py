@@ -20,19 +20,21 @@ from pyprune.config import ConfigError
 from pyprune.evaluation.latency import latency
 from pyprune.execution.progress import Doing
 from pyprune.model.blocks import predicts_next_token
-from pyprune.model.checkpoint import plain
+from pyprune.model.checkpoint import plain, refuse_several
 from pyprune.model.positions import of_any
 from pyprune.model.shards import write_bytes
 from pyprune.packed import card
 from pyprune.packed.loading import load
 from pyprune.packed.modules import parameter_count, weight_bytes
-from pyprune.reporting.rendering import LABELS, cell, model_card, verdict
+from pyprune.reporting.card import model_card
+from pyprune.reporting.rendering import LABELS, cell, gain_text
 from pyprune.reporting.run_page import write_run_page
 
 
 def dense_of(name: str | Path, option: str = "--against") -> str:
     """The model that a folder written by pyprune was pruned from. Raises ConfigError if it does not say; ``option``
     is what names it instead."""
+    refuse_several(name)
     record = Path(name) / "pruning.json"
     found = json.loads(record.read_text()).get("settings", {}).get("model") if record.is_file() else None
     if not found:
@@ -172,7 +174,7 @@ def print_side_by_side(rows: list[dict], out: TextIO | None = None) -> None:
     console = Console(file=out or sys.stdout, highlight=False)
     console.print(table)
     for row in rows[1:]:
-        console.print(*verdict(row), soft_wrap=True)
+        console.print(*gain_text(row), soft_wrap=True)
 
 
 def plot(rows: list[dict], path: str | Path) -> None:

@@ -11,34 +11,37 @@ documentation (there, a last window that is shorter is scored, too; here every w
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import itertools
 import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyprune.config import ConfigError, Evaluation, from_dict
+from pyprune.config import ConfigError, Evaluation
 from pyprune.data import builtin, given, texts
 from pyprune.data.calibration import bos_prefix, need_tokenizer, tokenize
 from pyprune.effects import shown
-from pyprune.evaluation import domains
 from pyprune.evaluation.domains import Asked
-from pyprune.execution.device import cpu_has_bfloat16, pick_device
+from pyprune.execution.device import cpu_has_bfloat16
 from pyprune.model.attributes import vocabulary_size
-from pyprune.model.blocks import ModelView, not_finite, predicts_next_token
-from pyprune.model.positions import Positions, of_any
+from pyprune.model.blocks import ModelView, predicts_next_token
+from pyprune.model.positions import Positions
 from pyprune.model.recording import uncached
-from pyprune.packed.loading import opened
 from pyprune.sources import kind, kinds
 
 POSITIONS = 256
 """Logits of this many positions are widened to float32 at a time: the vocabulary is wide."""
+
+
+COUNTED = 400_000
+"""Characters of a text that are tokenised to reckon how many tokens it has."""
+CHARACTERS = 4
+"""Characters per token of a text that no tokenizer is at hand for."""
 
 
 class Text(NamedTuple):
@@ -74,7 +77,7 @@ def windows(
     """Windows of one source: rows of token ids as given, or the text cut from its beginning.
 
     source: one of ``evaluation.text``; left out, ``evaluation.text`` itself. most: windows at most; left out,
-    ``evaluation.max_windows``. Rows are cut to ``evaluation.window``; one
+    ``evaluation.max_windows``. Rows are cut into :func:`pieces` of ``evaluation.window``; one
     that no row is as long as is refused, unless another of the sources is text. Text is cut into windows of ``tokens``
     (None: ``evaluation.tokens``), which overlap with ``evaluation.stride``.
     A tokenizer that starts texts with BOS starts every window with it, unless ``evaluation.bos`` says otherwise.
@@ -84,12 +87,10 @@ def windows(
     most = evaluation.max_windows if most is ... else most
     found = given.token_rows(source)
     if found is not None:
-        found = found[:most]
         texts.check_rows(found, texts.describe(source), "a window")
-        if evaluation.window is not None:
-            if kinds(evaluation.text) == {"ids"}:
-                texts.check_length(found, texts.describe(source), "window", evaluation.window)
-            found = [row[: evaluation.window] for row in found]
+        if evaluation.window is not None and kinds(evaluation.text) == {"ids"}:
+            texts.check_length(found, texts.describe(source), "window", evaluation.window)
+        found = list(itertools.islice(pieces(found, evaluation.window), most))
     else:
         need_tokenizer(tokenizer, "evaluation text")
         source = builtin.REST if source is None else source
@@ -102,6 +103,16 @@ def windows(
         found = _cut(documents, prefix, most, tokenizer, texts.describe(source), length, step)
     texts.check_vocabulary(found, vocab_size)
     return found
+
+
+def pieces(rows: Iterable[Tensor], window: int | None) -> Iterator[Tensor]:
+    """Rows of token ids as windows: a row that holds several gives them one after the other, without what is left at
+    its end; a shorter one, and any where no window is asked for, is one."""
+    for row in rows:
+        if window is None or len(row) < 2 * window:
+            yield row[:window]
+        else:
+            yield from row[: len(row) // window * window].split(window)
 
 
 def _cut(
@@ -118,29 +129,39 @@ def _cut(
     return [torch.cat([prefix, ids[i : i + content]]) for i in range(0, len(ids) - content + 1, step)]
 
 
+def count_windows(evaluation: Evaluation, tokenizer, asked: Asked, tokens: int) -> int:
+    """About how many windows :func:`windows` gives of one source: exactly for token ids, and for a text that is short;
+    of a longer one the beginning is tokenised and the rest reckoned by its characters.
+
+    tokenizer: None reckons all of them, as no text is read with it. Reads the source; ConfigError where it cannot.
+    """
+    source = builtin.REST if asked.source is None else asked.source
+    rows = given.token_rows(source)
+    if rows is not None:
+        found = sum(1 for _ in pieces(rows, evaluation.window))
+        return found if asked.most is None else min(found, asked.most)
+    documents = texts.read(source, split=evaluation.split, subset=evaluation.subset, text_column=evaluation.text_column)
+    whole = "\n\n".join(documents)
+    count, prefix = len(whole) / CHARACTERS, 0
+    if tokenizer is not None and whole:
+        start = whole[:COUNTED]
+        read = len(tokenizer(start, add_special_tokens=False, verbose=False)["input_ids"])
+        count = read * len(whole) / len(start)
+        prefix = len(bos_prefix(tokenizer)) if evaluation.bos else 0
+    found = max(0, int((count - (tokens - prefix)) // advance(evaluation, tokens, prefix)) + 1)
+    return found if asked.most is None else min(found, asked.most)
+
+
 def advance(evaluation: Evaluation, tokens: int, prefix: int) -> int:
     """Tokens of text from a window of ``tokens``, ``prefix`` of them BOS, to the next; at most all that it has."""
     content = tokens - prefix
     return content if evaluation.stride is None else min(evaluation.stride, content)
 
 
-def perplexity(
-    model: nn.Module,
-    windows: list[Tensor],
-    *,
-    scored: list[int] | None = None,
-    dtype: torch.dtype | str = "auto",
-    batch_size: int = 1,
-    progress=None,
-) -> float:
-    """Perplexity of a causal language model over windows of token ids; NaN or inf if its logits are.
-
-    scored: how many of its last tokens each window scores, where windows overlap; None: all but its first.
-    dtype: type of the weights and activations in the forward passes; the model's own parameters stay as they are.
-    progress: called with (windows done, windows in all).
-    """
-    losses = losses_of(model, windows, scored=scored, dtype=dtype, batch_size=batch_size, progress=progress)
-    return perplexity_of(losses, scored)
+def perplexity(model: nn.Module, windows: list[Tensor], *, scored: list[int] | None = None, **forward) -> float:
+    """Perplexity of a causal language model over windows of token ids; NaN or inf if its logits are. Arguments as of
+    :func:`losses_of`."""
+    return perplexity_of(losses_of(model, windows, scored=scored, **forward), scored)
 
 
 @torch.no_grad()
@@ -153,7 +174,12 @@ def losses_of(
     batch_size: int = 1,
     progress=None,
 ) -> list[float]:
-    """Mean −log p of every window's scored tokens, in the order of the windows; arguments as of :func:`perplexity`."""
+    """Mean −log p of every window's scored tokens, in the order of the windows.
+
+    scored: how many of its last tokens each window scores, where windows overlap; None: all but its first.
+    dtype: type of the weights and activations in the forward passes; the model's own parameters stay as they are.
+    progress: called with (windows done, windows in all).
+    """
     check_causal(model)
     if not windows:
         raise ConfigError("there are no windows to evaluate")
@@ -181,14 +207,6 @@ def perplexity_of(losses: list[float], scored: list[int] | None = None) -> float
     counts = scored or [1] * len(losses)
     mean = math.fsum(count * loss for count, loss in zip(counts, losses)) / sum(counts)
     return math.exp(mean) if mean < 700 else math.inf
-
-
-class NotFinite(ConfigError):
-    """A perplexity is not finite; ``found`` is what :func:`evaluate` would have returned, with its ``warnings``."""
-
-    def __init__(self, found: dict):
-        super().__init__("; ".join(found["warnings"]))
-        self.found = found
 
 
 def warnings_for(rows: list[dict], whose: str) -> list[str]:
@@ -271,49 +289,6 @@ def _forward_in(model: nn.Module, dtype: torch.dtype):
         return
     cast = {name: p.detach().to(dtype) for name, p in model.named_parameters() if p.is_floating_point()}
     yield lambda **inputs: torch.func.functional_call(model, cast, (), inputs)
-
-
-def evaluate(
-    model: Any, evaluation: Any = None, *, tokenizer=None, device: str | None = None, progress=None, **fields
-) -> dict:
-    """Perplexity of a model on one or several texts.
-
-    model: a live causal model with its ``tokenizer``, what :func:`pyprune.load` takes or returns, or a run's result.
-    evaluation: an :class:`Evaluation`, or its ``text``: a path, a Hub data set, a list of texts, token ids, or a list
-    of such sources; without one, the documentation and the novel that come with pyprune.
-    fields: further fields of :class:`Evaluation`.
-    device: where to run; ``auto`` takes a GPU if there is one. None leaves a live model where it is.
-    Returns a row of the first text, and one of every text under ``"texts"`` when there are several:
-    ``{"perplexity", "text", "split", "subset", "domain", "losses", "windows", "window", "stride", "tokens", "dtype",
-    "seconds"}``, where ``tokens`` is how many were scored, ``split`` and ``subset`` are a data set's, and ``stride`` is
-    None where windows do not overlap; else ``"scored"``, tokens by window, is there, too.
-    Raises :class:`ConfigError` on bad input, and
-    :class:`NotFinite`, which has the rows of all texts, where a perplexity is not finite.
-    """
-    evaluation = _settings(evaluation, fields)
-    if isinstance(model, (str, Path)):
-        device = device or "auto"
-    model, tokenizer = opened(model, tokenizer)
-    check_causal(model)
-    if device is not None:
-        model.to(pick_device(device))
-    pieces = windows_of(
-        domains.alone(evaluation), evaluation, tokenizer, vocab_size=vocabulary_size(model), positions=of_any(model)
-    )
-    if not pieces:
-        need_tokenizer(tokenizer, "evaluation text")
-    rows = measure(model, pieces, evaluation, progress)
-    found = {**rows[0], "texts": rows} if len(rows) > 1 else rows[0]
-    bad = [row for row in rows if not math.isfinite(row["perplexity"])]
-    if bad:
-        cause = not_finite(model.state_dict().items())
-        told = [
-            f"the perplexity on {row['text']} is {row['perplexity']}: the model's weights or activations hold NaN or "
-            f"inf in {row['dtype']}" + (f", {cause}" if cause else "")
-            for row in bad
-        ]
-        raise NotFinite({**found, "warnings": told})
-    return found
 
 
 def windows_of(
@@ -463,12 +438,3 @@ def placed(model: nn.Module, device: torch.device, evaluation: Evaluation) -> It
     finally:
         model.to(home)
         torch.cuda.empty_cache()
-
-
-def _settings(evaluation: Any, fields: dict) -> Evaluation:
-    given = (
-        {f.name: getattr(evaluation, f.name) for f in dataclasses.fields(Evaluation)}
-        if isinstance(evaluation, Evaluation)
-        else {"text": evaluation}
-    )
-    return from_dict(Evaluation, {**given, **fields}, "evaluation")

@@ -32,6 +32,7 @@ CLASSES: dict[str, tuple[str, ...]] = {
     "cholesky_solve": ("small", "medium", "large"),
     "linear": ("few-rows", "rows", "rows-wide"),
     "sparse_linear": ("one-token", "few-tokens", "tokens", "few-tokens-2:4", "tokens-2:4"),
+    "attention": ("float32", "16-bit"),
 }
 KEYS = tuple(f"{op}/{name}" if name else op for op in OPS for name in CLASSES.get(op, ("",)))
 
@@ -78,3 +79,7 @@ def sparse_product(x: Tensor, packed: Packed) -> str:
         return "sparse_linear/one-token"
     key = "sparse_linear/few-tokens" if tokens <= FEW_TOKENS else "sparse_linear/tokens"
     return f"{key}-2:4" if packed.semi_structured else key
+
+
+def attention(q: Tensor) -> str:
+    return "attention/float32" if q.dtype == torch.float32 else "attention/16-bit"
