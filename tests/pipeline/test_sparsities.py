@@ -105,7 +105,7 @@ def test_a_pattern_comes_before_a_kind_and_a_kind_before_the_rest_and_the_first_
     [
         ({"*.dwn_proj": 0.5}, "names no weight that this run prunes; did you mean '*.down_proj'"),
         ({"mpl": 0.5}, "did you mean 'mlp'"),
-        ({"layers.7": 0.5, "*": 0.2}, "layers.7=0.5 names no weight"),
+        ({"layers.7": 0.5, "*": 0.2}, "layers.7=0.5 names no weight that this run prunes; did you mean 'layers.2'"),
         ({"layers.1": 0.5, "layers.1.mlp": 0.2}, "layers.1 before it name all that it names; put it first"),
         ({"*.mlp.*": 0.5, "mlp": 0.2}, "decides nothing: other keys name all of the mlp"),
         ({"mlp": 1.5}, r"sparsity of mlp must be in \[0, 1\)"),
