@@ -166,12 +166,13 @@ def peers(job: Job) -> Iterator[list[Row]]:
         np.save(place / "ids.npy", known.samples.numpy())
         before = perplexity(known.dense, known.windows)
         for name, calls in wanted:
-            rows = []
+            rows: list[Row] = []
             for call in calls:
                 interpreter = sys.executable if call.tool == "pyprune" else python
                 rows.append(_row(name, call, known, _called(interpreter, call, place)))
                 rows[-1].figures["dense_perplexity"] = before
-            yield against(judged(rows), rows[0].backend)
+                against(judged(rows), rows[0].backend)
+                yield rows[-1:]
 
 
 def _called(interpreter: str | Path, call: Call, place: Path) -> dict | str:
