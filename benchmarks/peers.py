@@ -37,7 +37,7 @@ from pyprune.ops.qualification import cache_folder
 REQUIREMENTS = ("llmcompressor==0.14.0.1", "torch-pruning==1.6.1")
 CALLS = Path(__file__).with_name("peer_calls.py")
 MODEL = "smollm2-135m"
-SIZES = {"smoke": (2, 2), "quick": (16, 8), "full": (64, 24)}
+SIZES = {"smoke": (2, 2), "quick": (16, 4), "full": (64, 24)}
 """Calibration sequences and windows of a preset."""
 MASKS = [(method, pattern) for method in ("sparsegpt", "wanda") for pattern in ("unstructured", "2:4")]
 WIDTH = 0.2
