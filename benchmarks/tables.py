@@ -152,9 +152,10 @@ PICTURES: dict[str, tuple[str, Callable[[list[Row], Path], bool]]] = {"scaling.s
 
 
 def draw() -> list[Path]:
-    """Draw the pictures anew, where matplotlib is installed."""
+    """Draw the pictures anew whose results are there, if matplotlib is installed."""
     folder = ROOT / "docs" / "images"
-    return [folder / name for name, (file, make) in PICTURES.items() if make(read(RESULTS / file)[0], folder / name)]
+    there = {name: found for name, found in PICTURES.items() if (RESULTS / found[0]).exists()}
+    return [folder / name for name, (file, make) in there.items() if make(read(RESULTS / file)[0], folder / name)]
 
 
 def documents() -> list[Path]:
