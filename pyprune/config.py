@@ -189,6 +189,11 @@ def _positive(owner, *names: str, minimum: int = 1) -> None:
             raise ConfigError(f"{name} must be at least {minimum}, got {value!r}")
 
 
+def member_name(sparsity: float) -> str:
+    """Name of the folder of one of several sparsities, in the output folder: ``sparsity-0.3``."""
+    return f"sparsity-{sparsity:g}"
+
+
 def _fraction(name: str, value: typing.Any) -> float:
     """A sparsity; ConfigError for what is none."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -422,8 +427,8 @@ class PruneConfig:
     """Which zeros are allowed: ``unstructured``, ``N:M`` (at most N non-zeros in M weights, for example 2:4), or whole
     ``neurons``, ``heads``, or both (``structured``)."""
     sparsity: float | list[float] | tuple[float, ...] | dict[str, float] | None = None
-    """Fraction of the weights that become zero; for structured patterns, of the neurons or heads that are dropped,
-    where several values with commas between them give one model each. The default is 0.5, or 1 − N/M. Parts of the
+    """Fraction of the weights that become zero; for structured patterns, of the neurons or heads that are dropped.
+    Several values with commas between them give one model each. The default is 0.5, or 1 − N/M. Parts of the
     blocks may have their own: ``mlp=0.6,attention=0.4``, or ``layers.0=0.3,*.down_proj=0.4,*=0.5`` with patterns of
     names, as ``targets`` takes them. Of two that name a weight the first counts; ``*`` is the rest, which stays dense
     if it is not named."""
@@ -446,7 +451,7 @@ class PruneConfig:
     """Which inputs the statistics come from: those that the pruned blocks before leave (``propagated``, two passes per
     block); those of the dense model (``dense``, one pass); or those that the pruned layers before leave, each group of
     layers, heads or neurons being pruned as soon as all tokens have arrived at it (``sequential``, one pass). The
-    default is propagated for masks, sequential for heads and neurons, and dense for several sparsities at once."""
+    default is propagated for masks, sequential for heads and neurons, and dense for several sparsities of these."""
     targets: list[str] = field(default_factory=list)
     """Prune only weights that one of these patterns names: whole components (``mlp``, ``layers.1``,
     ``experts.down_proj[3]``), wildcards (``*_proj``), or ``re:`` and a regular expression. By default every matrix of
@@ -557,7 +562,7 @@ class PruneConfig:
 
     def _check_sequential(self) -> None:
         if self.inputs == "sequential" and self.is_curve:
-            shown = ", ".join(f"{s:g}" for s in self.sparsities)
+            shown = ", ".join(f"{s:g}" for s in self.several)
             raise ConfigError(
                 f"inputs='sequential' prunes to one sparsity, not to a list ({shown}): behind pruned blocks each "
                 "sparsity has inputs of its own, so no pass would be shared; prune to one at a time, or set "
@@ -596,12 +601,16 @@ class PruneConfig:
             self.sparsity = self._named_sparsities(self.sparsity)
             return
         values = self.sparsity if isinstance(self.sparsity, (list, tuple)) else [self.sparsity]
-        if isinstance(self.sparsity, (list, tuple)) and not self.is_structured:
-            raise ConfigError("a list of sparsities is for structured patterns; run the others one by one")
         if not values:
             raise ConfigError("sparsity is an empty list")
         found = tuple(_fraction("sparsity", value) for value in values)
-        self.sparsity = found if isinstance(self.sparsity, (list, tuple)) else found[0]
+        names = [member_name(value) for value in found]
+        if (twice := next((name for name in names if names.count(name) > 1), None)) is not None:
+            raise ConfigError(
+                f"sparsity has two values for the folder {twice}: {sparsity_text(found)}; leave one of them out"
+            )
+        many = isinstance(self.sparsity, (list, tuple)) and (self.is_structured or len(found) > 1)
+        self.sparsity = found if many else found[0]
 
     def _named_sparsities(self, asked: Mapping) -> dict[str, float]:
         """A mapping of sparsities, checked as far as it can be without a model."""
@@ -655,8 +664,23 @@ class PruneConfig:
 
     @property
     def is_curve(self) -> bool:
-        """Several sparsities were asked for, in a list, even if it holds one."""
-        return isinstance(self.sparsity, tuple)
+        """Heads or neurons are pruned to several sparsities in one run; a list was asked for, even if it holds one."""
+        return isinstance(self.sparsity, tuple) and self.is_structured
+
+    def single(self, sparsity: float) -> PruneConfig:
+        """The configuration of one of several sparsities, whose folder is inside the output."""
+        output = None if self.output is None else f"{self.output}/{member_name(sparsity)}"
+        return dataclasses.replace(self, sparsity=sparsity, output=output)
+
+    def singles(self) -> list[PruneConfig]:
+        """Masks of several sparsities: the configuration of each run; of any other there is none."""
+        several = isinstance(self.sparsity, tuple) and not self.is_structured
+        return [self.single(sparsity) for sparsity in self.several] if several else []
+
+    @property
+    def several(self) -> tuple[float, ...]:
+        """The sparsities that were asked for in a list; of a single one there is none."""
+        return self.sparsity if isinstance(self.sparsity, tuple) else ()
 
     @property
     def nm(self) -> tuple[int, int] | None:

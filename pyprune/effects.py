@@ -44,7 +44,7 @@ def trains(config) -> bool:
 
 
 def _curve(config) -> bool:
-    return len(config.sparsities) > 1
+    return config.is_structured and len(config.sparsities) > 1
 
 
 def observes(config) -> bool:
@@ -95,7 +95,10 @@ RUN: dict[str, Rule] = {
     "column_block": (_DAMPED[0], _FACTOR),
     "batch_size": _READS,
     "compute_dtype": _READS,
-    "probe_samples": (lambda c: not _curve(c), "errors are measured where there is one sparsity, not a list"),
+    "probe_samples": (
+        lambda c: not _curve(c),
+        "errors of heads and neurons are measured where there is one sparsity, not a list",
+    ),
     **dict.fromkeys(
         (
             "calibration.source",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -363,8 +364,18 @@ def env(
     return print_json(found) if as_json else print_environment(found)
 
 
+_usual_format = warnings.formatwarning
+
+
+def _one_line(message, category, filename, *place, **more) -> str:
+    """Warnings of our own without the line of code that they come from."""
+    own = Path(filename).is_relative_to(Path(pyprune.__file__).parent)
+    return f"warning: {message}\n" if own else _usual_format(message, category, filename, *place, **more)
+
+
 def main(arguments: list[str] | None = None, prog: str | None = None) -> None:
     """Entry point of ``pyprune`` and ``python -m pyprune``. prog: what the usage calls it."""
+    warnings.formatwarning = _one_line
     try:
         app(args=arguments, prog_name=prog)
     except ConfigError as error:

@@ -164,6 +164,10 @@ class Resident:
 
     streamed = False
 
+    def of_copy(self, view: ModelView) -> Resident:
+        """How the weights of a copy of the model are held."""
+        return Resident()
+
     def acquire(self, index: int) -> None:
         """Make the parameters of a block real."""
 

@@ -2,6 +2,7 @@
 
 ``prune``               ``pyprune.prune``, from what callers give to a configuration
 ``phases``              the phases of one run, from the configuration to the result
+``several``             masks of several sparsities: one run each, on what is prepared once
 ``session``             what a run holds while it lasts, and what its journal keeps beside the blocks
 ``checks``              what is refused, or warned of, before a run begins its work
 ``sequences``           what a run reads: calibration sequences and evaluation windows

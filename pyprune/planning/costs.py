@@ -25,6 +25,7 @@ from pyprune.model import assembly
 from pyprune.model.attributes import active_share, attention_size, embedding_width, output_layer, vocabulary_size
 from pyprune.model.blocks import ModelView, WeightRef, weights_of
 from pyprune.model.packed_shards import packed_bytes, pays
+from pyprune.pipeline.opening import models_whole
 from pyprune.pipeline.passes import Passes
 from pyprune.pipeline.phases import kind_of
 from pyprune.pipeline.sparsities import Rules
@@ -151,8 +152,14 @@ def shapes_of(block: nn.Module, refs: list[WeightRef]) -> list[tuple[int, int]]:
 
 
 def passes_of(config: PruneConfig) -> Passes:
-    """Forward passes of the calibration data through every block, as the kind of run itself has them."""
+    """Forward passes of the calibration data through every block, as the kind of run itself has them; of several
+    sparsities that are pruned one after the other, for each."""
     return kind_of(config).passes_of(config)
+
+
+def runs_of(config: PruneConfig) -> int:
+    """How often the blocks are gone through: once per sparsity for masks, once in all for heads and neurons."""
+    return len(config.singles()) or 1
 
 
 def flops_of(view: ModelView, work: Work, config: PruneConfig, windows: int) -> dict[str, float]:
@@ -164,8 +171,19 @@ def flops_of(view: ModelView, work: Work, config: PruneConfig, windows: int) -> 
     if config.is_structured or needs_factor(config):
         found |= {"gram": blocks * tokens * work.statistics, "solve": view.distinct * work.solve}
     found["reconstruct"] = 3 * passes.training * tokens * forward
-    found["evaluation"] = 2 * windows * config.evaluation.tokens * (forward + work.head)
+    found = {phase: runs_of(config) * count for phase, count in found.items()}
+    scored = windows * config.evaluation.tokens
+    found["evaluation"] = (1 + len(config.sparsities)) * scored * (forward + work.head)
     return {phase: count for phase, count in found.items() if count}
+
+
+def models_parameters(view: ModelView, config: PruneConfig) -> int:
+    """Parameters of all models that a run holds at once, none streamed; of several sparsities of heads and neurons each
+    has blocks of its own."""
+    everything, several = sum(p.numel() for p in view.model.parameters()), len(config.sparsities)
+    if config.is_curve and several > 1:
+        return everything + several * sum(p.numel() for p in view.blocks.parameters())
+    return everything * models_whole(config)
 
 
 def evaluation_windows(view: ModelView, config: PruneConfig, tokenizer: Callable[[], Any] = lambda: None) -> int:
@@ -205,7 +223,7 @@ def memory_of(
     window = 2 if config.reconstruct == "cross_block" else 1
     host = {
         "process": PROCESS,
-        "weights": (rest + (1 + window) * largest if streamed else everything) * own.itemsize,
+        "weights": (rest + (1 + window) * largest if streamed else models_parameters(view, config)) * own.itemsize,
     }
     sequences = config.batch_size or max(1, target_tokens("cuda" if gpu else "cpu") // calibration.tokens)
     batch = sequences * calibration.tokens
@@ -330,7 +348,8 @@ def disk_of(
     activations: int = 0,
     rules: Rules | None = None,
 ) -> dict[str, int]:
-    """Bytes of the checkpoint, and while running: one that is packed is written beside the plain one.
+    """Bytes of the checkpoint, or of those of all sparsities, and while running: one that is packed is written beside
+    the plain one.
 
     activations: bytes that do not fit into their memory. rules: per block, the key of each weight's sparsity.
     """
@@ -338,11 +357,15 @@ def disk_of(
     checkpoint = sum(p.numel() for p in view.model.parameters()) * size
     once = writes_once(view, config, streamed)
     blocks = 0 if once else sum(p.numel() for p in view.blocks.parameters()) * size
-    plain = checkpoint + blocks + activations
-    if not config.packed:
-        return {"checkpoint": checkpoint, "while_running": plain}
-    packed = checkpoint - packing_saves(view, selected, config, rules)
-    return {"checkpoint": packed, "while_running": plain + packed}
+    if config.is_curve:
+        checkpoint, blocks = len(config.sparsities) * checkpoint, len(config.sparsities) * blocks
+    finished = running = 0
+    for single in config.singles() or [config]:
+        plain = checkpoint + blocks + activations
+        kept = checkpoint - packing_saves(view, selected, single, rules) if config.packed else checkpoint
+        running = max(running, finished + plain + kept * config.packed)
+        finished += kept
+    return {"checkpoint": finished, "while_running": running}
 
 
 def packing_saves(

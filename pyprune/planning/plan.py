@@ -29,7 +29,7 @@ from pyprune.model.blocks import ModelView, WeightRef, check_apart, select_weigh
 from pyprune.model.names import matches
 from pyprune.model.positions import Positions, positions_of
 from pyprune.pipeline.checks import check_weights
-from pyprune.pipeline.opening import why_not_streamed
+from pyprune.pipeline.opening import models_whole, why_not_streamed
 from pyprune.pipeline.phases import models_held
 from pyprune.pipeline.prune import make_config
 from pyprune.pipeline.sparsities import Rules, check_patterns, kinds_for
@@ -42,6 +42,7 @@ from pyprune.planning.costs import (
     kinds,
     memory_of,
     passes_of,
+    runs_of,
     shapes_of,
     tokens_of,
     work_of,
@@ -71,7 +72,8 @@ def plan(
     ``ignore`` names); ``memory_bytes``
     and, with a GPU, ``device_memory_bytes``, by part at the moment of the peak; ``free_bytes`` of both; ``disk_bytes``;
     ``calibration``, ``evaluation`` (``windows`` and ``tokens``), ``passes``, ``streamed`` and ``streamed_because``;
-    ``flops`` and ``seconds`` by phase. Only an evaluation text of which everything is to be measured is read.
+    ``flops`` and ``seconds`` by phase; ``runs``, how often all blocks are gone through: for masks once per
+    sparsity, all of which are counted. Only an evaluation text of which everything is to be measured is read.
     Raises :class:`ConfigError` as :func:`pyprune.prune` would for everything that can be known without reading weights
     or data.
     """
@@ -87,7 +89,7 @@ def plan(
         config.calibration = calibration.coerce(config.calibration)
     name = config.model_name
     if config.output:
-        checkpoint.check_output(config.output, allow=".pyprune")
+        checkpoint.check_output(config.output, allow=(".pyprune",))
     unopened = Unopened(name, config.dtype)
     view = unopened.view
     selected = targeted = select_weights(view, config.targets, config.ignore)
@@ -122,7 +124,7 @@ def plan(
     weights, work = _weights(view, selected, targeted, config), work_of(view, selected, config)
     memory = available_memory()
     free = {"memory": memory, "device": torch.cuda.mem_get_info(device)[0] if gpu else None}
-    streamed, why = unopened.streams(config.stream, why_not_streamed(config))
+    streamed, why = unopened.streams(config.stream, why_not_streamed(config), models_whole(config))
     budget = memory / 2 if config.memory_budget_gb is None else config.memory_budget_gb * 1e9
     size = weight_bytes(view.model)
     keeps = gpu and not streamed and stays(models_held(config) * size, device)
@@ -157,7 +159,8 @@ def plan(
             "tokens": tokens_of(config),
         },
         "evaluation": {"windows": windows, "tokens": windows * config.evaluation.tokens},
-        "passes": passes_of(config).counts(),
+        "runs": runs_of(config),
+        "passes": {name: runs_of(config) * count for name, count in passes_of(config).counts().items()},
         "streamed": streamed,
         "streamed_because": why,
         "disk_bytes": {**disk_of(view, selected, config, streamed, in_files, rules), "free": _free_disk(config)},

@@ -33,7 +33,7 @@ from pyprune.model.blocks import ModelView, read_on, weights_of
 from pyprune.model.shards import Shard, write_shard
 from pyprune.model.skeleton import skeleton
 from pyprune.pipeline.prune import prune
-from pyprune.planning.costs import Work, passes_of, probe_sequences, tokens_of, work_of, writes_once
+from pyprune.planning.costs import Work, passes_of, probe_sequences, runs_of, tokens_of, work_of, writes_once
 
 LARGEST = 4e6
 """Parameters of a block that is rehearsed as it is; a larger one is narrowed to about this."""
@@ -48,11 +48,13 @@ SAMPLED, STEPS = 32, 8
 def rehearse(
     config: PruneConfig, view: ModelView, work: Work, own: ModelView, streamed: bool = False, windows: int = 0
 ) -> dict[str, float]:
-    """Estimated seconds by phase of the whole run.
+    """Estimated seconds by phase of the whole run, of all its sparsities.
 
     work: of the model of ``view``, which may be without weights. own: its :func:`rehearsal_model`. windows: that
     perplexity will be measured on.
     """
+    times = runs_of(config)
+    config = (config.singles() or [config])[0]
     calibration = config.calibration
     longest = positions_named(view.model.config) or max(calibration.tokens, config.evaluation.tokens)
     length, window = min(calibration.tokens, longest), min(config.evaluation.tokens, longest)
@@ -103,9 +105,11 @@ def rehearse(
         "gradients": more * wider,
     }
     outside = ("evaluation", "load", "write", "calibration")
-    seconds = {phase: value * scale.get(phase, wider) for phase, value in found.items() if phase not in outside}
+    seconds = {phase: times * value * scale.get(phase, wider) for phase, value in found.items() if phase not in outside}
     seconds["evaluation"] = (
-        found.get("evaluation", 0.0)
+        (1 + times)
+        / 2  # the rehearsal measures the dense model and one pruned one
+        * found.get("evaluation", 0.0)
         * windows
         * (config.evaluation.tokens / window)
         * (blocks * work.passing(window) + work.head)
@@ -116,7 +120,7 @@ def rehearse(
     rates = disk_rates(config.output)
     seconds["load"] = stored / rates["read"]
     if config.output:
-        seconds["write"] = (1 if writes_once(view, config, streamed) else 2) * stored / rates["write"]
+        seconds["write"] = times * (1 if writes_once(view, config, streamed) else 2) * stored / rates["write"]
     return {phase: value for phase, value in seconds.items() if value}
 
 
