@@ -208,8 +208,10 @@ class Executor:
         self.world, self.warn = world or World(), warn
         self.mode: Callable = contextlib.nullcontext
         if self.device.type == "cpu":
-            self.mode = lambda: forward_mode(self.dtype)
+            self.mode = lambda: forward_mode(self.dtype, self.products)
         """Makes the context that forward passes run in."""
+        self.products: list[Tensor] | None = None
+        """While it is a list, it takes the guards of the products that forward passes compute by ``ops.linear``."""
         self._arguments: dict[tuple[int, int], list[Arguments]] = {}
 
     def embed(self, sequences: Sequence[Tensor], shared: bool = False) -> Activations:

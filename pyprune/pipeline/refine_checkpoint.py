@@ -237,7 +237,7 @@ def _fill(folder: Path, opened: Opened, blocks: BlockShards, tokenizer, request:
 
 
 def print_refinement(found: dict, directory: str | Path, out: TextIO | None = None) -> None:
-    """Perplexity before and after, the error of the last window, where everything lies."""
+    """Perplexity and the error behind the last block, before and after, and where everything lies."""
     out = out or sys.stdout
     for row in found["evaluation"]:
         print(
@@ -246,15 +246,14 @@ def print_refinement(found: dict, directory: str | Path, out: TextIO | None = No
             f"{source_text(row)})",
             file=out,
         )
-    last = found["windows"][-1]
+    before, after = (found["blocks"][-1][when] for when in ("before", "after"))
     held_out = (
-        f", {last['before_held_out']:.4g} → {last['after_held_out']:.4g} on held-out text"
-        if "after_held_out" in last
-        else ""
+        ""
+        if after["error_held_out"] is None
+        else f", {before['error_held_out']:.4g} → {after['error_held_out']:.4g} on held-out text"
     )
     print(
-        f"error of the last block {last['before_calibration']:.4g} → {last['after_calibration']:.4g}{held_out} "
-        "(relative to dense)",
+        f"error of the last block {before['error']:.4g} → {after['error']:.4g}{held_out} (relative to dense)",
         file=out,
     )
     for text in found["warnings"]:
