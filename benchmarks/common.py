@@ -1,6 +1,6 @@
 """What every benchmark shares: where the data is, how time is taken, what goes into a result file.
 
-Run as modules from the repository root: ``python -m benchmarks.main_job``. ``PYPRUNE_DATA`` names the folder with the
+Run from the repository root: ``python -m benchmarks study main_job``. ``PYPRUNE_DATA`` names the folder with the
 data sets; results go to ``$OUT`` if set, else to ``benchmarks/results/``.
 """
 
@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,10 +48,9 @@ def environment() -> dict:
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():
-        cpu = next(
-            (line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")),
-            cpu,
-        )
+        said = dict(re.findall(r"^(model name|cpu family|model)\s*: (.+)$", info.read_text(), re.MULTILINE))
+        if "model name" in said:  # which alone is "AMD EPYC" for three generations
+            cpu = f"{said['model name']} (family {said.get('cpu family')}, model {said.get('model')})"
     return {
         "cpu": cpu,
         "cores": os.cpu_count(),
@@ -101,24 +100,6 @@ class Spent:
 
     def __exit__(self, *error) -> None:
         self.wall, self.cpu = time.perf_counter() - self._wall, time.process_time() - self._cpu
-
-
-def fastest(calls: dict[str, Callable[[], object]], repeats: int = 7, seconds: float = 20) -> dict[str, float]:
-    """Least seconds of each call; the calls take turns, so that a busy machine slows all of them alike.
-
-    Each runs once before it counts, then ``repeats`` times or until ``seconds`` are spent, once at least.
-    """
-    best = dict.fromkeys(calls, float("inf"))
-    begun = time.perf_counter()
-    for i in range(repeats + 1):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            if i:
-                best[name] = min(best[name], time.perf_counter() - start)
-        if i and time.perf_counter() - begun > seconds:
-            break
-    return best
 
 
 def load_model(name: str):

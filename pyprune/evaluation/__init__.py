@@ -5,6 +5,7 @@
 ``domains``          which texts a run measures, and the gap between the calibration's kind of text and others
 ``block_by_block``   models whose weights are streamed: ``Blockwise``; perplexity during a run: ``Meter``
 ``choices``          multiple-choice items from files, scored as lm-eval scores them
+``last_word``        last words of passages, as LAMBADA asks for them
 ``task_runs``        ``pyprune eval --tasks``: files and lm-eval's tasks, two models side by side
 ``lm_eval_model``    a streamed model as lm-eval sees one
 ``tasks``            sentence vectors, STS-B, and linear heads for encoders

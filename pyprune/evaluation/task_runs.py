@@ -1,8 +1,9 @@
 """``pyprune eval --tasks``: tasks from files of your own, and those of lm-eval by their names; two models side by side.
 
-Files are told by the keys of their rows: multiple choice (:mod:`pyprune.evaluation.choices`) for models that predict
-the next token; for encoders pairs of sentences with a score (STS-B), labelled sentences and pairs
-(:mod:`pyprune.evaluation.glue`), and questions about texts (:mod:`pyprune.evaluation.squad`).
+Files are told by the keys of their rows: multiple choice (:mod:`pyprune.evaluation.choices`) and last words of
+passages (:mod:`pyprune.evaluation.last_word`) for models that predict the next token; for encoders pairs of sentences
+with a score (STS-B), labelled sentences and pairs (:mod:`pyprune.evaluation.glue`), and questions about texts
+(:mod:`pyprune.evaluation.squad`).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any, TextIO
 import torch
 
 from pyprune.config import ConfigError, Streaming
-from pyprune.evaluation import choices, glue, squad, tasks
+from pyprune.evaluation import choices, glue, last_word, squad, tasks
 from pyprune.evaluation.block_by_block import Blockwise
 from pyprune.evaluation.single import placed_on, ready, to_stream
 from pyprune.execution.weight_streaming import Opened
@@ -49,6 +50,9 @@ def evaluate_tasks(
     """
     if not names:
         raise ConfigError("no tasks: name files, folders, or tasks of lm-eval")
+    for name in names:
+        if of_files(name) and not Path(name).expanduser().exists():
+            raise ConfigError(f"no such file: {name}")
     if against is not None:
         to_stream(against, stream)  # what cannot be streamed is refused before the first model is measured
     conditions = (names, limit, batch_size, device, progress)
@@ -81,10 +85,18 @@ def _public(row: dict) -> dict:
     return {key: value for key, value in row.items() if key not in ("per_item", "statistics")}
 
 
+def of_files(name: str) -> bool:
+    """Whether a task is named by a file or folder; else lm-eval has to know it."""
+    path = Path(name).expanduser()
+    return path.exists() or path.suffix in (".jsonl", ".json", ".tsv", ".txt") or "/" in name
+
+
 def measure_of(name: str, model, limit: int | None, batch_size: int, progress: Any) -> Measure:
     """What measures a task; the file is read and checked now."""
     path = Path(name).expanduser()
-    if not (path.exists() or path.suffix in (".jsonl", ".json", ".tsv") or "/" in name):
+    if path.suffix == ".txt" or name == last_word.NAME and not path.exists():
+        return _last_words(name, model, last_word.of_file(path)[:limit], batch_size, progress)
+    if not of_files(name):
         return lambda live, tokenizer: through_lm_eval(live, tokenizer, name, limit, batch_size, progress=progress)
     file = (glue.held_out_file(path) if path.is_dir() else None) or choices.file_of(path)
     first_row = {} if file.suffix == ".json" else glue.read_rows(file)[0]
@@ -99,6 +111,8 @@ def measure_of(name: str, model, limit: int | None, batch_size: int, progress: A
         return lambda live, tokenizer: sentence_pairs(live, tokenizer, pairs)
     if glue.fields_of(first_row):
         return glue.planned(model, file, limit, progress)
+    if "text" in first_row and choices.kind_of(first_row) is None:
+        return _last_words(name, model, last_word.of_rows(choices.read_rows(file), name)[:limit], batch_size, progress)
     items = choices.read_items(file)[:limit]
     if not predicts_next_token(model):
         raise ConfigError(
@@ -106,6 +120,12 @@ def measure_of(name: str, model, limit: int | None, batch_size: int, progress: A
             "sentence pairs with scores, or labelled sentences"
         )
     return lambda live, tokenizer: choices.score(live, tokenizer, items, batch_size=batch_size, progress=progress)
+
+
+def _last_words(name: str, model, passages: list, batch_size: int, progress: Any) -> Measure:
+    if not predicts_next_token(model):
+        raise ConfigError(f"{name} asks for last words, and {type(model).__name__} does not predict the next token")
+    return lambda live, tokenizer: last_word.score(live, tokenizer, passages, batch_size=batch_size, progress=progress)
 
 
 def sentence_pairs(model, tokenizer, pairs: tuple) -> dict:

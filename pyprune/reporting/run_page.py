@@ -26,6 +26,7 @@ from pyprune.reporting.page import (
     warnings_list,
     write,
 )
+from pyprune.reporting.quantiles import quantile_name, quantile_order
 from pyprune.reporting.rendering import (
     LABELS,
     RECONSTRUCTIONS,
@@ -60,7 +61,6 @@ def run_page(report: dict, name: str, settings: str = "") -> str:
     )
     sections = [
         Section("Before and after", _before_and_after(report)),
-        Section("Trade-off", _curve(report)),
         Section("Tasks", _tasks(report)),
         Section("Error per block", _blocks(report)),
         Section("Weights", _weights(report)),
@@ -128,7 +128,10 @@ def _count(value: float) -> str:
 
 
 def _last_path(report: dict, held_out: bool = False) -> str:
-    if (report.get("refinement") or {}).get("windows"):
+    refined = report.get("refinement") or {}
+    if refined.get("blocks"):
+        return f"refinement.blocks.{len(refined['blocks']) - 1}.after.error{'_held_out' if held_out else ''}"
+    if refined.get("windows"):
         where = len(report["refinement"]["windows"]) - 1
         return f"refinement.windows.{where}.after_{'held_out' if held_out else 'calibration'}"
     return f"blocks.{len(report['blocks']) - 1}.error" + ("_held_out" if held_out else "")
@@ -176,28 +179,6 @@ def _before_and_after(report: dict) -> Markup:
 def _kind_of_text(row: dict) -> str:
     """``in-domain``, ``off-domain``, where the report says it."""
     return str(row.get("domain") or row.get("kind") or "")
-
-
-def _curve(report: dict) -> Markup:
-    entries = (report.get("structured") or {}).get("curve") or []
-    if len(entries) < 2:
-        return Markup("")
-    order = sorted(range(len(entries)), key=lambda k: entries[k]["sparsity"])
-    texts = [row["text"] for row in entries[0].get("evaluation") or []]
-    rows = [
-        [
-            figure(entries[k]["sparsity"], f"structured.curve.{k}.sparsity"),
-            *(
-                figure(row["pruned"], f"structured.curve.{k}.evaluation.{t}.pruned", perplexity_text)
-                for t, row in enumerate(entries[k].get("evaluation") or [])
-            ),
-            figure(entries[k]["parameters"], f"structured.curve.{k}.parameters", _count),
-        ]
-        for k in order
-    ]
-    head = ["Sparsity", *(f"Perplexity on {text}" for text in texts), "Parameters"]
-    table = Table("What each sparsity costs.", head, rows, plotted=range(1, 1 + len(texts)))
-    return chart(table, axis="perplexity", log=True) if texts else table.html()
 
 
 def _tasks(report: dict) -> Markup:
@@ -308,30 +289,47 @@ def _steps(blocks: list[dict]) -> Markup:
 
 
 def _quantiles(report: dict) -> Markup:
-    """The distribution of each block's error over tokens and over sequences, where the report has quantiles."""
-    blocks, levels = report.get("blocks") or [], report.get("error_quantile_levels") or []
-    found = [row.get("error_quantiles") or {} for row in blocks]
-    kinds = dict.fromkeys((text, over) for row in found for text, spread in row.items() for over in spread)
-    parts = []
-    for text, over in kinds:
-        rows = [
-            [
-                figure(row["block"], f"blocks.{k}.block", _count),
-                *(
-                    figure(value, f"blocks.{k}.error_quantiles.{text}.{over}.{q}")
-                    for q, value in enumerate((found[k].get(text) or {}).get(over) or [None] * len(levels))
-                ),
-            ]
-            for k, row in enumerate(blocks)
+    """The distribution of each block's error over tokens and over sequences, where the report has quantiles: the median
+    of each kind of text as a line, the quantiles on either side of it as bands."""
+    found = [row.get("error_quantiles") or {} for row in report.get("blocks") or []]
+    over = dict.fromkeys(name for row in found for spread in row.values() for name in spread)
+    charts = [_spread(report, found, name) for name in over]
+    more = details("How errors spread over sequences", join(charts[1:])) if charts[1:] else ""
+    return join([*charts[:1], more])
+
+
+def _spread(report: dict, found: list[dict], over: str) -> Markup:
+    """One chart: how the errors of ``over``, tokens or sequences, spread on every kind of text."""
+    levels = report["error_quantile_levels"]
+    texts = list(dict.fromkeys(text for row in found for text in row))
+    order, bands = quantile_order(levels)
+    head, plotted, shaded = ["Block"], [], []
+    for text in texts:
+        name, first = text.replace("_", "-").capitalize(), len(head)
+        head += [f"{name}, {quantile_name(levels[q])}" for q in order]
+        plotted.append(first)
+        shaded += [(first + low, first + high, first) for low, high in bands]
+    rows = [
+        [
+            figure(row["block"], f"blocks.{k}.block", _count),
+            *(
+                figure(_at(found[k], text, over, q), f"blocks.{k}.error_quantiles.{text}.{over}.{q}")
+                for text in texts
+                for q in order
+            ),
         ]
-        table = Table(
-            f"How the error spreads over {over}, {text.replace('_', '-')} text: its quantiles.",
-            ["Block", *(f"{level:g}" for level in levels)],
-            rows,
-            plotted=range(1, 1 + len(levels)),
-        )
-        parts.append(chart(table, axis="relative error", log=True, x="whole"))
-    return details("How errors spread over tokens and sequences", join(parts)) if parts else Markup("")
+        for k, row in enumerate(report["blocks"])
+    ]
+    shown = " and ".join(
+        f"{quantile_name(levels[order[low]])} to {quantile_name(levels[order[high]])}" for low, high in bands
+    )
+    caption = f"How the error spreads over {over}: the median" + (f", shaded from {shown}." if shown else ".")
+    return chart(Table(caption, head, rows, plotted=plotted, bands=shaded), axis="relative error", log=True, x="whole")
+
+
+def _at(row: dict, text: str, over: str, quantile: int) -> float | None:
+    values = (row.get(text) or {}).get(over)
+    return values[quantile] if values else None
 
 
 def _weights(report: dict) -> Markup:

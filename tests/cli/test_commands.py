@@ -149,6 +149,9 @@ def test_inspect_and_compare(capsys, tmp_path, pruned, folder):
     code, out, _ = call(capsys, "compare", path, path)
     assert code == 0 and "sparsegpt + layer" in out
     assert call(capsys, "compare", folder)[0] == 2
+    pytest.importorskip("matplotlib")
+    assert call(capsys, "compare", path, "--plot", tmp_path / "errors.png")[0] == 0
+    assert (tmp_path / "errors.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_compare_says_what_does_not_compare(pruned):
@@ -158,6 +161,19 @@ def test_compare_says_what_does_not_compare(pruned):
     rows = compare([path, path])
     rows[1] = {**rows[1], "calibration": "other", "model": "other", "evaluation": []}
     assert [text.split()[3] for text in differences(rows)] == ["evaluated", "from", "calibrated"]
+
+
+def test_a_warning_of_our_own_is_one_line(monkeypatch):
+    import warnings
+
+    from pyprune.cli import commands
+
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    with pytest.raises(SystemExit):
+        commands.main(["--version"])
+    own = warnings.formatwarning("short windows", UserWarning, commands.__file__, 3)
+    other = warnings.formatwarning("old", UserWarning, "/elsewhere/torch.py", 3)
+    assert own == "warning: short windows\n" and "/elsewhere/torch.py:3: UserWarning: old" in other
 
 
 def test_env(capsys):
