@@ -54,6 +54,9 @@ OPS = (
     "liar_update",
     "linear",
     "sparse_linear",
+    "rms_norm",
+    "rotary",
+    "swiglu",
 )
 """The functions of :mod:`pyprune.ops`."""
 MAX_COLUMN_BLOCK = 1024

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from pyprune.config import ConfigError
 from pyprune.devices import indexed
 from pyprune.execution.activation_store import Store, transfers
+from pyprune.execution.between import Between
 from pyprune.execution.cpu_forward import forward_mode
 from pyprune.execution.distributed import World
 from pyprune.execution.residency import Arrivals
@@ -206,6 +207,7 @@ class Executor:
         if self.device.type == "cpu":
             self.mode = lambda: forward_mode(self.dtype)
         """Makes the context that forward passes run in."""
+        self._between = Between()
         self._arguments: dict[tuple[int, int], list[Arguments]] = {}
 
     def embed(self, sequences: Sequence[Tensor], shared: bool = False) -> Activations:
@@ -299,7 +301,7 @@ class Executor:
         if ahead is not None and ahead < len(self.view.blocks):
             self._send(ahead)
         try:
-            with expert_loop(self.view.model.config):
+            with expert_loop(self.view.model.config), self._between.through_ops(module):
                 yield module
         finally:
             if module is not block:  # whoever still holds the copy must not hold its memory

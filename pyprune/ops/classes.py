@@ -31,6 +31,9 @@ CLASSES: dict[str, tuple[str, ...]] = {
     "cholesky_solve": ("small", "medium", "large"),
     "linear": ("few-rows", "rows", "rows-wide"),
     "sparse_linear": ("one-token", "few-tokens", "tokens"),
+    "rms_norm": ("float32", "16-bit"),
+    "rotary": ("float32", "16-bit"),
+    "swiglu": ("float32", "16-bit"),
 }
 KEYS = tuple(f"{op}/{name}" if name else op for op in OPS for name in CLASSES.get(op, ("",)))
 
@@ -49,8 +52,8 @@ def gram(x: Tensor, precision: str) -> str:
     return "gram_update/16-bit-wide" if x.shape[1] >= WIDE_GRAM else "gram_update/16-bit"
 
 
-def cross_gram(x: Tensor) -> str:
-    return "cross_gram_update/float32" if x.dtype == torch.float32 else "cross_gram_update/16-bit"
+def by_type(op: str, dtype: torch.dtype) -> str:
+    return f"{op}/float32" if dtype == torch.float32 else f"{op}/16-bit"
 
 
 def selection(scope: str) -> str:

@@ -95,6 +95,13 @@ REFUSED = [
     (lambda: ops.sparse_linear(torch.ones(3, 5), pack_bitmask(EYE)), r"x must be float32 \[..., 8\] .* \(3, 5\)"),
     (lambda: ops.sparse_linear(EYE, pack_bitmask(EYE.half())), r"x must be float16 \[..., 8\] on cpu, got float32"),
     (lambda: ops.sparse_linear(EYE, pack_bitmask(EYE), torch.ones(7)), r"bias must be float32 \(8,\) on cpu"),
+    (lambda: ops.rms_norm(EYE, torch.ones(7), 1e-5), r"weight must be float32 \(8,\) on cpu, got float32 \(7,\)"),
+    (lambda: ops.rms_norm(EYE, torch.ones(8), 1e-5, form="other"), "narrow, wide, offset, got 'other'"),
+    (lambda: ops.rms_norm(EYE, torch.ones(8), -1.0), "eps must not be negative, got -1.0"),
+    (lambda: ops.rotary(EYE, EYE, EYE), "x must have 4 dimensions, got 2"),
+    (lambda: ops.rotary(torch.ones(2, 3, 4, 5), EYE, EYE), "even number of columns, got 5"),
+    (lambda: ops.rotary(torch.ones(2, 3, 4, 6), torch.ones(1, 4, 6), EYE), r"sin must be float32 \(2, 4, 6\) on cpu"),
+    (lambda: ops.swiglu(EYE, EYE.half()), r"up must be float32 \(8, 8\) on cpu, got float16"),
 ]
 
 
