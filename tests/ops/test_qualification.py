@@ -282,7 +282,8 @@ def test_an_instruction_set_is_forced_or_refused():
 def test_the_reference_takes_views_of_any_stride():
     """Its own trials found that the library's conversion did not."""
     for key in classes.KEYS:
-        limit = 4e-3 if key.startswith("sparse_linear") else 1e-4  # its results are rounded to 16 bits
+        rounded = classes.op_of(key) in ("sparse_linear", "rms_norm", "rotary", "swiglu")  # to 16 bits
+        limit = 4e-3 if rounded else 1e-4
         assert trials.check(key, getattr(reference, classes.op_of(key)), "cpu") < limit
 
 
