@@ -1,7 +1,8 @@
 """The benchmark suite's command line.
 
-    python -m benchmarks list                                  # groups, presets, what each measures
+    python -m benchmarks list                                  # groups, presets, studies
     python -m benchmarks run ops pruning --preset quick        # on whatever device is there; a table and a JSON file
+    python -m benchmarks study main_job --help                 # one of the longer measurements
     python -m benchmarks compare before.json after.json        # what changed beyond noise
     python -m benchmarks readme                                # tables of README and docs from the committed results
 
@@ -12,14 +13,18 @@ from __future__ import annotations
 
 import argparse
 import ast
+import os
+import runpy
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from benchmarks import ceilings, compare, jobs, ops_group, scaling, tables
+from benchmarks import ceilings, compare, jobs, ops_group, peers, scaling, tables
 from benchmarks.common import environment
 from benchmarks.rows import Row, read, write
 from pyprune import ops
@@ -33,6 +38,18 @@ JOBS = {
     "scaling": (scaling.scaling, "cost against width, tokens, blocks, sparsity, processes; memory against model size"),
 }
 GROUPS = {"ops": "every op on every back-end against PyTorch", **{name: said for name, (_, said) in JOBS.items()}}
+OPTIONAL = {"peers": (peers.peers, "llm-compressor and torch-pruning on the same tokens; installs them, so ask for it")}
+"""Groups that run only where they are named."""
+ISAS = {
+    "own": {},
+    "avx2": {
+        "PYPRUNE_ISA": "avx2",
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+    },
+}
+"""What makes PyTorch and our kernels keep to an instruction set; ``own`` is whatever the processor has."""
 PRESETS = {
     "smoke": "tiny sizes, under a minute: does everything run?",
     "quick": "the sizes of SmolLM2 on a CPU, of LLaMA-2-7B on a GPU; minutes",
@@ -47,14 +64,22 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="what there is")
     run = commands.add_parser("run", help="measure groups")
-    run.add_argument("groups", nargs="*", metavar="GROUP", help=f"of {', '.join(GROUPS)}; all if none is named")
+    groups = f"of {', '.join(GROUPS)}, which are all if none is named, and {', '.join(OPTIONAL)}"
+    run.add_argument("groups", nargs="*", metavar="GROUP", help=groups)
     run.add_argument("--preset", choices=PRESETS, default="quick", help="how much; quick if not set")
     run.add_argument("--device", choices=("cpu", "cuda"), help="the GPU if there is one, if not set")
-    run.add_argument("--only", default="", help="ops whose name contains this")
+    run.add_argument("--only", default="", help="ops, cases of peers and scaling, whose name contains this")
     run.add_argument("--backends", default="", help="back-ends of the ops, by commas; all usable ones if not set")
     run.add_argument("--compile", action="store_true", help="torch.compile beside eager; the preset full has it")
     run.add_argument("--seconds", type=float, default=10, help="after which a case of an op stops; 10 if not set")
+    run.add_argument("--isa", nargs="+", choices=ISAS, help="instruction sets of a CPU, each in a process of its own")
     run.add_argument("--out", type=Path, help="the JSON file; benchmarks/results/local/PRESET_DEVICE.json if not set")
+    run.add_argument(
+        "--add", action="store_true", help="keep the rows of that file, from the same machine and versions"
+    )
+    study = commands.add_parser("study", help="run one of the studies that `list` names")
+    study.add_argument("name", metavar="STUDY")
+    study.add_argument("arguments", nargs=argparse.REMAINDER, help="its own; --help lists them")
     against = commands.add_parser("compare", help="what changed between two files beyond noise")
     against.add_argument("before", type=Path)
     against.add_argument("after", type=Path)
@@ -69,58 +94,114 @@ def main() -> None:
         show()
     elif options.command == "run":
         sys.exit(measure(options))
+    elif options.command == "study":
+        sys.exit(start(options.name, options.arguments))
     elif options.command == "compare":
         print(compare.text(read(options.before), read(options.after)))
     else:
         sys.exit(rewrite(options.check))
 
 
-def show() -> None:
-    for title, found in (("groups", GROUPS), ("presets", PRESETS)):
-        print(title)
-        print("\n".join(f"  {name:15} {said}" for name, said in found.items()))
-    print("studies (each has --help)")
+def studies() -> dict[str, str]:
+    """Name → summary of the modules here that are programs of their own."""
+    found = {}
     for path in sorted(Path(__file__).parent.glob("*.py")):
         text = path.read_text()
-        if "def main(" in text and path.stem != "__main__":
-            summary = ast.get_docstring(ast.parse(text)) or ""
-            print(f"  {path.stem:15} {summary.splitlines()[0] if summary else ''}")
+        if "def main(" in text and path.stem not in ("__main__", "peer_calls"):
+            found[path.stem] = (ast.get_docstring(ast.parse(text)) or "").partition("\n")[0]
+    return found
+
+
+def start(name: str, arguments: list[str]) -> str | None:
+    """Run a study as a program; a sentence if there is none of that name."""
+    if name not in studies():
+        return f"there is no study {name!r}; there are {', '.join(studies())}"
+    sys.argv = [f"python -m benchmarks study {name}", *arguments]
+    runpy.run_module(f"benchmarks.{name}", run_name="__main__")
+    return None
+
+
+def show() -> None:
+    groups = {**GROUPS, **{name: said for name, (_, said) in OPTIONAL.items()}}
+    parts = {"groups": groups, "presets": PRESETS, "studies (python -m benchmarks study NAME --help)": studies()}
+    for title, found in parts.items():
+        print(title)
+        print("\n".join(f"  {name:20} {said}" for name, said in found.items()))
 
 
 def measure(options: argparse.Namespace) -> int:
     """Exit status 1 if a row is red."""
-    if unknown := [name for name in options.groups if name not in GROUPS]:
-        sys.exit(f"there is no group {unknown[0]!r}; there are {', '.join(GROUPS)}")
+    if unknown := [name for name in options.groups if name not in (*GROUPS, *OPTIONAL)]:
+        sys.exit(f"there is no group {unknown[0]!r}; there are {', '.join((*GROUPS, *OPTIONAL))}")
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         sys.exit("there is no GPU here: --device cpu")
+    if options.isa and device != "cpu":
+        sys.exit("instruction sets are those of a CPU: --device cpu")
     groups = options.groups or list(GROUPS)
-    local = Path(__file__).parent / "results" / "local" / f"{options.preset}_{device}.json"
-    path = options.out or local
+    path = options.out or Path(__file__).parent / "results" / "local" / f"{options.preset}_{device}.json"
+    about = {"preset": options.preset, "environment": environment(), "ceilings": {}}
+    kept = earlier(path, about) if options.add and path.exists() else []
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    ops.verdicts(device)  # measured once per machine, before anything is timed
     begun, rows = time.perf_counter(), []
-    about = {"preset": options.preset, "environment": environment(), "ceilings": {}}
-    for found in _measured(groups, options, device, about):
+    if not options.isa:
+        ops.verdicts(device)  # measured once per machine, before anything is timed
+    measured = _per_isa(options, groups, about) if options.isa else _measured(groups, options, device, about)
+    for found in measured:
         rows += found
-        about["fits"] = scaling.fits(rows)
-        write(path, rows, **about)
-        for row in found:
-            print(line(row), flush=True)
-    if "scaling" in groups and scaling.plot(rows, path.with_suffix(".png")):
+        again = {row.key for row in rows}
+        everything = [row for row in kept if row.key not in again] + rows
+        about["fits"] = scaling.fits(everything)
+        write(path, everything, **about)
+        if not options.isa:
+            print("\n".join(map(line, found)), flush=True)
+    if "scaling" in groups and scaling.plot(everything, path.with_suffix(".png")):
         print(path.with_suffix(".png"))
     red = [row for row in rows if row.correct.startswith("red")]
     print(f"{len(rows)} rows, {len(red)} red, {time.perf_counter() - begun:.0f} s; {path}")
     return 1 if red else 0
 
 
+def earlier(path: Path, about: dict) -> list[Row]:
+    """Rows of a file that more are added to, its ceilings put into ``about``. Raises SystemExit with what differs."""
+    rows, was = read(path)
+    differ = compare.differences(was, about)
+    if was["preset"] != about["preset"]:
+        differ.append(f"preset: {was['preset']} → {about['preset']}")
+    if differ:
+        sys.exit(f"{path} was measured under other conditions, so nothing is added to it: {'; '.join(differ)}")
+    about["ceilings"] |= was["ceilings"]
+    return rows
+
+
+def _per_isa(options: argparse.Namespace, groups: list[str], about: dict) -> Iterator[list[Row]]:
+    """The rows of each instruction set, from a process that was kept to it."""
+    for isa in options.isa:
+        print(f"==== {isa}", flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            part = Path(folder, "part.json")
+            command = [sys.executable, "-m", "benchmarks", "run", *groups, "--device", "cpu", "--out", str(part)]
+            command += ["--preset", options.preset, "--only", options.only, "--backends", options.backends]
+            command += ["--seconds", str(options.seconds), *["--compile"] * options.compile]
+            done = subprocess.run(command, env={**os.environ, **ISAS[isa]}, cwd=Path(__file__).parents[1])
+            if not part.exists():
+                sys.exit(f"the process for {isa} ended with status {done.returncode} and left no rows")
+            rows, found = read(part)
+        name = isa if isa != "own" else ""
+        about["ceilings"] |= {f"{key} {name}".rstrip(): rate for key, rate in found["ceilings"].items()}
+        for row in rows:
+            row.isa = name
+        yield rows
+
+
 def _measured(groups: list[str], options: argparse.Namespace, device: str, about: dict) -> Iterator[list[Row]]:
     for group in groups:
-        print(f"== {group}: {GROUPS[group]}", flush=True)
-        if group != "ops":
-            yield from JOBS[group][0](jobs.Job(device, options.preset))
+        work, said = (JOBS | OPTIONAL).get(group) or (None, GROUPS[group])
+        print(f"== {group}: {said}", flush=True)
+        if work is not None:
+            yield from work(jobs.Job(device, options.preset, options.only))
             continue
         wanted = ops_group.Wanted(
             device,
@@ -130,7 +211,7 @@ def _measured(groups: list[str], options: argparse.Namespace, device: str, about
             tuple(name for name in options.backends.split(",") if name),
         )
         ops_group.prepare(wanted)
-        about["ceilings"] = ceilings.measure(device, [torch.float32, *ops_group.dtypes(wanted)])
+        about["ceilings"] |= ceilings.measure(device, [torch.float32, *ops_group.dtypes(wanted)])
         said = ", ".join(f"{name} {rate / 1e9:.0f} G/s" for name, rate in about["ceilings"].items())
         print(f"   ceilings: {said}", flush=True)
         for key, size in ops_group.cases(wanted):
@@ -153,6 +234,8 @@ def rewrite(check: bool) -> int:
         if not check:
             path.write_text(tables.rewritten(path.read_text()))
         print(f"{'out of date' if check else 'rewritten'}: {path}")
+    if not check:
+        print("\n".join(f"drawn: {path}" for path in tables.draw()))
     return 1 if check and changed else 0
 
 

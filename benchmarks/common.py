@@ -1,6 +1,6 @@
 """What every benchmark shares: where the data is, how time is taken, what goes into a result file.
 
-Run as modules from the repository root: ``python -m benchmarks.main_job``. ``PYPRUNE_DATA`` names the folder with the
+Run from the repository root: ``python -m benchmarks study main_job``. ``PYPRUNE_DATA`` names the folder with the
 data sets; results go to ``$OUT`` if set, else to ``benchmarks/results/``.
 """
 
@@ -13,7 +13,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,24 +100,6 @@ class Spent:
 
     def __exit__(self, *error) -> None:
         self.wall, self.cpu = time.perf_counter() - self._wall, time.process_time() - self._cpu
-
-
-def fastest(calls: dict[str, Callable[[], object]], repeats: int = 7, seconds: float = 20) -> dict[str, float]:
-    """Least seconds of each call; the calls take turns, so that a busy machine slows all of them alike.
-
-    Each runs once before it counts, then ``repeats`` times or until ``seconds`` are spent, once at least.
-    """
-    best = dict.fromkeys(calls, float("inf"))
-    begun = time.perf_counter()
-    for i in range(repeats + 1):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            if i:
-                best[name] = min(best[name], time.perf_counter() - start)
-        if i and time.perf_counter() - begun > seconds:
-            break
-    return best
 
 
 def load_model(name: str):

@@ -93,7 +93,8 @@ def text(before: tuple[list[Row], dict], after: tuple[list[Row], dict]) -> str:
         if missing:
             lines.append(f"{name}: {len(missing)} rows")
     for change in counted:
-        group, job, case, dtype, device, backend = change.key
+        group, job, case, dtype, device, backend, isa = change.key
+        device = f"{device} ({isa})" if isa else device
         p = "few samples" if change.p is None else f"p {change.p:.1g}"
         faster = f"{change.ratio:.2f}× as fast"
         times = f"{change.before * 1e3:.4g} → {change.after * 1e3:.4g} ms, {faster}, {p}"

@@ -1,6 +1,6 @@
-"""The steps of ``benchmarks/gpu_run.sh`` that are no tests: what a GPU nobody has seen can do, and what it makes of us.
+"""Steps of ``benchmarks/gpu_run.sh``: what a GPU that nobody has seen can do, op by op, block by block, test by test.
 
-    python benchmarks/first_contact.py ceilings|smoke|block|tests … [--device cpu]
+    python -m benchmarks study first_contact ceilings|smoke|block|tests … [--device cpu]
 
 Each step writes its JSON to ``$OUT`` as it goes, so that one that is ended leaves what it had. ``--device cpu`` is the
 rehearsal: the same steps at tiny shapes, with Triton's interpreter where ``TRITON_INTERPRET=1``.
@@ -14,12 +14,10 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-from common import ROOT, result_path, write  # noqa: E402
+from benchmarks.common import ROOT, result_path, write
 
 GROUPS = (
     ("gram_update", "cross_gram_update", "column_moments"),

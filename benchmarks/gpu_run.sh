@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, the most valuable truth first, in two parts of under ten minutes each:
 #
-#   benchmarks/gpu_run.sh 1            ceilings, every op on every back-end, one LLaMA-2-7B-shaped block, kernel benchmarks
+#   benchmarks/gpu_run.sh 1            ceilings, every op on every back-end, one LLaMA-2-7B-shaped block, speed of the ops
 #   benchmarks/gpu_run.sh 2            CUDA tests, Triton tests spread over the cores, sanitizers, whole runs
 #   benchmarks/gpu_run.sh              both
 #   benchmarks/gpu_run.sh --rehearse   the same steps at tiny shapes on a CPU, in under a minute
@@ -35,12 +35,12 @@ step() {  # name, seconds it may take, command...
 
 
 rehearse() {
-    step ceilings 100 "$python" benchmarks/first_contact.py ceilings --device cpu
-    step smoke 200 env TRITON_INTERPRET=1 "$python" benchmarks/first_contact.py smoke --device cpu --only nm_mask
-    step block 200 "$python" benchmarks/first_contact.py block --device cpu --backends auto,reference
-    step tests 300 "$python" benchmarks/first_contact.py tests --file tests/test_config.py --name some_tests --processes 1
-    step triton_bench 100 "$python" benchmarks/bench_kernels_gpu.py --help
-    step cuda_bench 100 "$python" benchmarks/cuda_kernels.py --help
+    step ceilings 100 "$python" -m benchmarks study first_contact ceilings --device cpu
+    step smoke 200 env TRITON_INTERPRET=1 "$python" -m benchmarks study first_contact smoke --device cpu --only nm_mask
+    step block 200 "$python" -m benchmarks study first_contact block --device cpu --backends auto,reference
+    step tests 300 "$python" -m benchmarks study first_contact tests --file tests/test_config.py --name some_tests --processes 1
+    step ops 200 env TRITON_INTERPRET=1 "$python" -m benchmarks run ops --device cpu --preset smoke --only nm_mask \
+        --out "$OUT/ops.json"
 }
 
 build() {
@@ -56,16 +56,15 @@ build() {
 }
 
 part_one() {
-    step ceilings 40 "$python" benchmarks/first_contact.py ceilings
-    step smoke 150 "$python" benchmarks/first_contact.py smoke
-    step block 150 "$python" benchmarks/first_contact.py block --backends auto,triton,reference
-    step triton_bench 80 "$python" benchmarks/bench_kernels_gpu.py
-    step cuda_bench 60 "$python" benchmarks/cuda_kernels.py
+    step ceilings 40 "$python" -m benchmarks study first_contact ceilings
+    step smoke 150 "$python" -m benchmarks study first_contact smoke
+    step block 150 "$python" -m benchmarks study first_contact block --backends auto,triton,reference
+    step ops 140 "$python" -m benchmarks run ops --seconds 1 --out "$OUT/ops.json"
 }
 
 part_two() {
     step cuda_tests 110 "$python" -m pytest -q --junitxml="$OUT/cuda_tests.xml" tests/ops/test_cuda_gpu.py
-    step triton_tests 150 "$python" benchmarks/first_contact.py tests
+    step triton_tests 150 "$python" -m benchmarks study first_contact tests
     if command -v compute-sanitizer > /dev/null; then
         step memcheck 70 compute-sanitizer --tool memcheck --error-exitcode 1 "$python" -m pytest -q \
             tests/ops/test_cuda_gpu.py -k "sweep and 63 or nm_mask and 4-8 or cholesky and 129"

@@ -64,6 +64,8 @@ class Job:
 
     device: str
     preset: str
+    only: str = ""
+    """Of the groups ``peers`` and ``scaling``: cases whose name contains this."""
 
     @property
     def kind(self) -> str:

@@ -7,8 +7,10 @@ result, ``compile`` the same through ``torch.compile``, where it compiles.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
@@ -56,21 +58,34 @@ FULL: dict[str, dict[str, list[tuple]]] = {
         "rotary/16-bit": [(8, 9, 512, 64, BRAIN)],
         "swiglu/float32": [(4096, 1536)],
         "swiglu/16-bit": [(4096, 1536, BRAIN)],
+        "attention/float32": [(4, 9, 3, 512, 64, torch.float32), (1, 32, 8, 2048, 128, torch.float32)],
+        "attention/16-bit": [(4, 9, 3, 512, 64, BRAIN), (1, 32, 8, 2048, 128, BRAIN)],
     },
     "cuda": {
+        "gram_update/float32": [(16384, 4096)],
         "gram_update/16-bit": [(16384, 768, BRAIN), (16384, 1536, BRAIN)],
         "gram_update/16-bit-wide": [
+            (16384, 3072, BRAIN),
             (16384, 4096, BRAIN),
             (16384, 8192, BRAIN),
             (16384, 11008, BRAIN),
             (8192, 28672, BRAIN),
         ],
+        "cross_gram_update/16-bit": [(16384, 4096, 4096, BRAIN)],
         "column_moments": [(16384, 768), (16384, 4096), (16384, 11008)],
         "select_mask/row": [(768, 768, "row", False), (4096, 11008, "row", False), (8192, 28672, "row", False)],
         "nm_mask": [(4096, 11008, 2, 4), (8192, 28672, 2, 4), (4096, 11008, 4, 8)],
         "compress_24": [(11008, 4096, BRAIN)],
-        "obs_sweep": [(4096, 128), (12288, 128), (22016, 128), (22016, 128, (2, 4))],
+        "expand_24": [(11008, 4096, BRAIN)],
+        "obs_sweep": [
+            *((rows, 128, *nm) for rows in (768, 4096, 12288, 22016) for nm in ((), ((2, 4),))),
+            (4096, 128, (4, 8)),
+            (4096, 128, (1, 2)),
+        ],
+        "cholesky/small": [(256, 64), (64, 128)],
+        "cholesky/large": [(4, 1024), (64, 1024)],
         "cholesky_solve/small": [(512, 32, 64), (144, 64, 768), (64, 128, 128)],
+        "cholesky_solve/medium": [(64, 256, 256), (16, 512, 512)],
         "cholesky_solve/large": [(8, 1024, 1024), (2, 2048, 2048), (1, 5504, 4096)],
         "liar_update": [(768, 3072, 2151), (4096, 11008, 7706)],
         "rms_norm/16-bit": [(16384, 768, BRAIN), (16384, 4096, BRAIN), (524288, 128, BRAIN)],
@@ -116,6 +131,13 @@ def sparse_work(tokens, out, into, dtype=torch.float32):
     return 2 * tokens * out * into, weight + tokens * (out + into) * dtype.itemsize
 
 
+def attention_work(
+    batch: int, heads: int, groups: int, tokens: int, width: int, dtype: torch.dtype, causal: bool = True
+) -> tuple[float, float]:
+    pairs = tokens * (tokens + 1) / 2 if causal else tokens**2
+    return 4 * batch * heads * pairs * width, 2 * batch * tokens * (heads + groups) * width * dtype.itemsize
+
+
 WORK: dict[str, Callable[..., tuple[float, float]]] = {
     "gram_update": gram_work,
     "cross_gram_update": cross_gram_work,
@@ -134,6 +156,7 @@ WORK: dict[str, Callable[..., tuple[float, float]]] = {
     "rms_norm": lambda rows, c, dtype=torch.float32, form="": (4 * rows * c, 2 * rows * c * dtype.itemsize),
     "rotary": lambda b, h, t, d, dtype=torch.float32: (3 * b * h * t * d, 2 * (h + 1) * b * t * d * dtype.itemsize),
     "swiglu": lambda rows, c, dtype=torch.float32: (5 * rows * c, 3 * rows * c * dtype.itemsize),
+    "attention": attention_work,
 }
 """Op → floating-point operations and bytes of a case, from the size that its trial takes."""
 
@@ -188,7 +211,8 @@ EAGER: dict[str, Callable] = {
     "nm_mask": topk_mask,
     "sparse_linear": dense_product,
 }
-"""The eager code of a baseline, where it is another than the plain reference of the op."""
+"""The eager code of a baseline, where it is another than the plain reference of the op, which then is a contender."""
+BASELINES = ("eager", "compile")
 
 
 @dataclass(frozen=True)
@@ -246,15 +270,18 @@ def contenders(key: str, wanted: Wanted) -> dict[str, Callable]:
         and ops.TABLE[name].why_not(op, wanted.device) is None
     }
     eager = EAGER.get(op, getattr(reference, op))
+    if op in EAGER and not wanted.backends:
+        found["reference"] = getattr(reference, op)
     found["eager"] = eager
     if wanted.compile:
         found["compile"] = torch.compile(eager, dynamic=False)
     return found
 
 
+@functools.cache
 def correctness(key: str, name: str, implementation: Callable, device: str) -> str:
-    """Green or red, by the op's own trial."""
-    if name in ("eager", "compile"):
+    """Green or red, by the op's own trial, once for all sizes."""
+    if name in BASELINES:
         return "green"
     try:
         trials.check(key, implementation, device)
@@ -280,17 +307,20 @@ def measure(key: str, size: tuple, wanted: Wanted, ceilings: dict[str, float], s
             name,
             [],
             clock=clock.name,
-            correct=correctness(key, name, implementation, wanted.device),
             flops=flops,
             bytes=moved,
         )
         rows.append(row)
         call = _timed(case, implementation, clock)
+        begun = time.perf_counter()
         try:
             call()
         except Exception as error:  # does not compile, does not take this size
             row.correct = f"red: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
             continue
+        if wanted.device != "cpu":
+            row.figures["first_call_seconds"] = time.perf_counter() - begun  # kernels are compiled and tuned in it
+        row.correct = correctness(key, name, implementation, wanted.device)
         calls[name] = call
     if calls:
         taken = take_turns(calls, samples=3 if wanted.preset == "smoke" else 15, seconds=seconds)

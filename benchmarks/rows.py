@@ -51,11 +51,13 @@ class Row:
     """What bounds it here: ``copy`` or a type's FLOP/s."""
     share: float | None = None
     """Of that ceiling, as measured in the same run."""
+    isa: str = ""
+    """The instruction set that PyTorch and our kernels were kept to; empty: whatever the processor has."""
 
     @property
     def key(self) -> tuple[str, ...]:
         """Equal for the same measurement in two files."""
-        return self.group, self.name, self.case, self.dtype, self.device, self.backend
+        return self.group, self.name, self.case, self.dtype, self.device, self.backend, self.isa
 
     @property
     def median(self) -> float:
@@ -70,7 +72,7 @@ class Row:
         return ordered[low] + (place - low) * (ordered[high] - ordered[low])
 
     def to_dict(self) -> dict:
-        found = {key: value for key, value in dataclasses.asdict(self).items() if value not in (None, {}, 0.0)}
+        found = {key: value for key, value in dataclasses.asdict(self).items() if value not in (None, {}, 0.0, "")}
         found["samples"] = [float(f"{value:.5g}") for value in self.samples]
         found["quantiles"] = {f"p{int(q * 100)}": float(f"{self.quantile(q):.5g}") for q in (0.1, 0.5, 0.9)}
         for name in ("ratio", "gb_s", "tflop_s", "share"):

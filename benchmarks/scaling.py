@@ -13,8 +13,12 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
+import unittest.mock
 from collections.abc import Iterator
 from pathlib import Path
+
+import torch
 
 from benchmarks.common import ROOT, Spent
 from benchmarks.jobs import Job, Shape, model, pruned
@@ -32,6 +36,12 @@ WHOLE = {
     "7B": (Shape(4096, 11008, 32, 32, 1, 2, 512), 32),
 }
 """One block of LLaMA-3.2-1B's and of LLaMA-2-7B's shape, and how many blocks the model has."""
+ABSCISSAS = {
+    "width": "hidden size",
+    "tokens": "calibration tokens",
+    "sparsity": "share of zeros",
+    "memory of a streamed run": "bytes of the model",
+}
 BASE = {"smoke": Shape(32, 96, 4, 2, 1, 4, 32), "quick": Shape(256, 704, 4, 2, 2, 8, 256)}
 BASE["full"] = Shape(576, 1536, 9, 3, 2, 16, 512)
 
@@ -51,18 +61,22 @@ def series(job: Job) -> Iterator[tuple[str, float, Shape, dict]]:
 
 
 def scaling(job: Job) -> Iterator[list[Row]]:
+    """The series and blocks whose name contains ``job.only``."""
     for name, x, shape, settings in series(job):
+        if job.only not in name:
+            continue
         dense = model(shape, job.device)
         with Spent() as spent:
             pruned(dense, shape, job.device, compute_dtype="float32", **settings)
         yield [_row(job, name, shape, spent.cpu if job.device == "cpu" else spent.wall, x)]
-    for count in PROCESSES[job.preset]:
-        yield [_row(job, "processes", BASE[job.preset], _in_processes(BASE[job.preset], count), count)]
-    for blocks in MEMORY[job.preset]:
-        shape = dataclasses.replace(BASE[job.preset], blocks=blocks)
-        yield [_memory(job, shape)]
-    if job.preset == "full":
-        for name, (shape, blocks) in WHOLE.items():
+    if job.only in "processes":
+        for count in PROCESSES[job.preset]:
+            yield [_row(job, "processes", BASE[job.preset], _in_processes(BASE[job.preset], count), count)]
+    if job.only in "memory of a streamed run":
+        for blocks in MEMORY[job.preset]:
+            yield [_memory(job, dataclasses.replace(BASE[job.preset], blocks=blocks))]
+    for name, (shape, blocks) in WHOLE.items():
+        if job.preset == "full" and job.only in f"one block, {name}":
             yield [_predicted(job, name, shape, blocks)]
 
 
@@ -74,13 +88,17 @@ def _row(job: Job, name: str, shape: Shape, seconds: float, x: float) -> Row:
 
 
 def _predicted(job: Job, name: str, shape: Shape, blocks: int) -> Row:
-    """One block for real; the whole of 128 × 2,048 tokens by its seconds per token, and solves per block."""
+    """One block for real; the whole of 128 × 2,048 tokens by its seconds per token, and solves per block. With one
+    thread phases are in the processor's seconds, whatever else goes on."""
     dense = model(shape, job.device)
-    with Spent() as spent:
+    alone = job.device == "cpu" and torch.get_num_threads() == 1
+    now = time.process_time if alone else time.perf_counter
+    with unittest.mock.patch("time.perf_counter", now), Spent() as spent:
         report = pruned(dense, shape, job.device).report
     seconds = report["seconds"]
     tokens = shape.sequences * shape.tokens
-    whole = blocks * (seconds.get("solve", 0.0) + seconds.get("forward", 0.0) * 128 * 2048 / tokens)
+    per_token = (seconds.get("forward", 0.0) + seconds.get("statistics", 0.0)) / tokens
+    whole = blocks * (seconds.get("solve", 0.0) + per_token * 128 * 2048)
     row = _row(job, f"one block, {name}", shape, spent.cpu if job.device == "cpu" else spent.wall, 1)
     row.figures = {**{f"{key}_seconds": value for key, value in seconds.items()}, "predicted_whole_seconds": whole}
     return row
@@ -129,20 +147,33 @@ def _memory(job: Job, shape: Shape) -> Row:
 
 
 WORKER = """
-import os, resource, sys, time
+import sys, time
 import torch, transformers
-import pyprune, pyprune.pipeline.prune
+import pyprune
 
 source, out, sequences, tokens = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 torch.set_num_threads(1)
-ids = torch.randint(0, 512, (sequences, tokens), generator=torch.Generator().manual_seed(1))
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-start = time.perf_counter()
-pyprune.prune(source, output=out, calibration=ids, evaluation={"enabled": False}, stream="always",
-              compute_dtype="float32", probe_samples=0, progress=False)
+
+def resident(name):  # ru_maxrss would begin with that of the process that started this one
+    return next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith(name))
+
+def run(source, out, ids):
+    pyprune.prune(source, output=out, calibration=ids, evaluation={"enabled": False}, stream="always",
+                  compute_dtype="float32", probe_samples=0, progress=False)
+
+def ids(sequences, tokens):
+    return torch.randint(0, 512, (sequences, tokens), generator=torch.Generator().manual_seed(1))
+
+small = dict(hidden_size=32, intermediate_size=96, num_attention_heads=2, num_hidden_layers=2, vocab_size=512)
+pyprune.prune(transformers.LlamaForCausalLM(transformers.LlamaConfig(**small)), calibration=ids(4, 16),
+              evaluation={"enabled": False}, progress=False)  # imports and first uses are nobody's seconds and bytes
+with open("/proc/self/clear_refs", "w") as file:
+    file.write("5")  # the highest so far is what there is now
+before, start = resident("VmRSS"), time.perf_counter()
+run(source, out, ids(sequences, tokens))
 print("seconds", time.perf_counter() - start)
-print("before", before * 1024)
-print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+print("before", before)
+print("peak", resident("VmHWM"))
 """
 
 
@@ -180,15 +211,28 @@ def plot(rows: list[Row], path: Path) -> bool:
     exponents = fits(rows)
     if not exponents:
         return False
-    figure, axes = pyplot.subplots(1, len(exponents), figsize=(3.2 * len(exponents), 3), squeeze=False)
-    for panel, (name, fit) in zip(axes[0], exponents.items()):
+    matplotlib.rcParams["svg.hashsalt"] = "pyprune"
+    columns = min(3, len(exponents))
+    lines = -(-len(exponents) // columns)
+    figure, axes = pyplot.subplots(lines, columns, figsize=(3.2 * columns, 2.7 * lines), squeeze=False)
+    for panel in axes.flat[len(exponents) :]:
+        panel.set_visible(False)
+    for panel, (name, fit) in zip(axes.flat, exponents.items()):
         points = sorted((row.figures["x"], _ordinate(row)) for row in rows if row.name == name)
-        panel.loglog(*zip(*points), "o-", color="#2563eb", markersize=4)
-        panel.set_title(f"{name}\nexponent {fit['exponent']:.2f}", fontsize=9)
-        panel.set_ylabel("peak bytes" if name.startswith("memory") else "seconds", fontsize=8)
-        panel.grid(True, which="both", linewidth=0.3)
+        x, y = zip(*points)
+        middle = [math.exp(math.fsum(map(math.log, values)) / len(values)) for values in (x, y)]
+        panel.loglog(x, y, "o", color="#2563eb", markersize=4)
+        panel.loglog(x, [middle[1] * (at / middle[0]) ** fit["exponent"] for at in x], color="#93c5fd", linewidth=1.2)
+        panel.set_title(f"{name}: exponent {fit['exponent']:.2f}", fontsize=9)
+        panel.set_xlabel(ABSCISSAS.get(name, name), fontsize=8)
+        clock = next(row.clock for row in rows if row.name == name)
+        panel.set_ylabel("peak bytes" if name.startswith("memory") else f"seconds ({clock})", fontsize=8)
+        panel.grid(True, which="major", linewidth=0.3)
+        panel.set_xticks(x, [f"{at:.3g}" for at in x])
+        panel.minorticks_off()
         panel.tick_params(labelsize=7)
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, facecolor="white", metadata={"Date": None} if path.suffix == ".svg" else None)
     pyplot.close(figure)
     return True

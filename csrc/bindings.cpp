@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 
 #include "cpu/kernels.h"
@@ -114,6 +115,18 @@ static void bind_cpu(py::module_& m) {
         };
         kernels().rotary(view(x, strides), view(out, out_strides), at<void>(cos), at<void>(sin), cos_strides.data(),
                          sin_strides.data(), type, threads);
+    }, nogil);
+    typedef std::array<std::int64_t, 3> Strides;  // of batch, heads and tokens
+    m.def("attention_cpu", [](Address q, Strides q_stride, Address k, Strides k_stride, Address v, Strides v_stride,
+                              Address mask, Strides mask_stride, int mask_kind, Address out, Strides out_stride,
+                              std::array<std::int64_t, 7> shape, int type, bool causal, float scale, int threads) {
+        pyprune::AttentionView view{at<void>(q), at<void>(k), at<void>(v), at<void>(mask), at<void>(out), shape[0],
+                                    shape[1], shape[2], shape[3], shape[4], shape[5], shape[6]};
+        const auto copy = [](const Strides& from, int64_t (&to)[3]) { std::copy(from.begin(), from.end(), to); };
+        copy(q_stride, view.q_stride), copy(k_stride, view.k_stride), copy(v_stride, view.v_stride);
+        copy(mask_stride, view.mask_stride), copy(out_stride, view.out_stride);
+        view.type = type, view.mask_kind = mask_kind, view.causal = causal, view.scale = scale;
+        kernels().attention(view, threads);
     }, nogil);
 }
 

@@ -42,7 +42,7 @@ _PUBLIC = {
     "backend": "pyprune.ops",
     "check": "pyprune.watching.check",
     "compare": "pyprune.reporting.comparison",
-    "evaluate": "pyprune.evaluation.perplexity",
+    "evaluate": "pyprune.evaluation.single",
     "dense": "pyprune.packed.conversion",
     "generate": "pyprune.data.self_generated",
     "history": "pyprune.watching.history",
@@ -66,7 +66,7 @@ if typing.TYPE_CHECKING:
     from pyprune.config import Calibration, ConfigError, Evaluation, PruneConfig, Reconstruction, Structured
     from pyprune.data.self_generated import generate
     from pyprune.evaluation.latency import latency
-    from pyprune.evaluation.perplexity import evaluate
+    from pyprune.evaluation.single import evaluate
     from pyprune.finetuning.adapters import merge_lora
     from pyprune.finetuning.masks import keep_sparse
     from pyprune.ops import backend

@@ -11,7 +11,7 @@ import difflib
 import re
 import types
 import typing
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
@@ -57,6 +57,7 @@ OPS = (
     "rms_norm",
     "rotary",
     "swiglu",
+    "attention",
 )
 """The functions of :mod:`pyprune.ops`."""
 MAX_COLUMN_BLOCK = 1024
@@ -65,6 +66,10 @@ SAMPLES, TOKENS, WINDOW = 64, 512, 1024
 """Sequences of calibration text, tokens of each, tokens of an evaluation window, where nothing else is asked."""
 SHORT_WINDOWS, SHORT_WINDOW = 8, 512
 """How many windows of how many tokens are measured of a text that nobody named."""
+KINDS = ("attention", "mlp")
+"""Parts of every block that a sparsity may be given for."""
+REST = ("*", "default")
+"""Keys of a mapping of sparsities that stand for what its other keys do not name."""
 
 
 class ConfigError(ValueError):
@@ -185,6 +190,22 @@ def _positive(owner, *names: str, minimum: int = 1) -> None:
         value = getattr(owner, name)
         if value is not None and (not isinstance(value, (int, float)) or isinstance(value, bool) or value < minimum):
             raise ConfigError(f"{name} must be at least {minimum}, got {value!r}")
+
+
+def _fraction(name: str, value: typing.Any) -> float:
+    """A sparsity; ConfigError for what is none."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not 0 <= value < 1:
+        hint = f"; did you mean {value / 100:g}?" if number and 5 <= value < 100 else ""
+        raise ConfigError(f"{name} must be in [0, 1), the fraction of zeros, got {value!r}{hint}")
+    return float(value)
+
+
+def sparsity_text(sparsity: typing.Any) -> str:
+    """A sparsity as the command line takes it: ``0.5``, ``0.3,0.5`` or ``mlp=0.6,attention=0.4``."""
+    if isinstance(sparsity, Mapping):
+        return ",".join(f"{key}={value:g}" for key, value in sparsity.items())
+    return ",".join(f"{value:g}" for value in (sparsity if isinstance(sparsity, (list, tuple)) else [sparsity]))
 
 
 def parse_nm(pattern: str) -> tuple[int, int] | None:
@@ -400,9 +421,12 @@ class PruneConfig:
     pattern: str = "unstructured"
     """Which zeros are allowed: ``unstructured``, ``N:M`` (at most N non-zeros in M weights, for example 2:4), or whole
     ``neurons``, ``heads``, or both (``structured``)."""
-    sparsity: float | list[float] | tuple[float, ...] | None = None
+    sparsity: float | list[float] | tuple[float, ...] | dict[str, float] | None = None
     """Fraction of the weights that become zero; for structured patterns, of the neurons or heads that are dropped,
-    where several values with commas between them give one model each. The default is 0.5, or 1 − N/M."""
+    where several values with commas between them give one model each. The default is 0.5, or 1 − N/M. Parts of the
+    blocks may have their own: ``mlp=0.6,attention=0.4``, or patterns of names as for ``targets``, of which the first
+    that names a weight counts (``layers.0=0.3,*.down_proj=0.4,*=0.5``). ``*`` is the rest; without it the rest stays
+    dense."""
     criterion: Criterion | Callable[..., typing.Any] = "wifv"
     """How neurons and heads are chosen for structured patterns: by the size of their weights (``magnitude``), of their
     activations (``activation``) or the product of the two (``wifv``, as in FLAP); by gradients (``taylor``,
@@ -552,6 +576,11 @@ class PruneConfig:
             implied = 1 - n / m
             if self.sparsity is None:
                 self.sparsity = implied
+            elif isinstance(self.sparsity, Mapping):
+                raise ConfigError(
+                    f"sparsity {sparsity_text(self.sparsity)} contradicts pattern {self.pattern!r}, which is sparsity "
+                    f"{implied:g} wherever it is applied; leave it out and choose weights by targets or ignore"
+                )
             elif isinstance(self.sparsity, (list, tuple)) or abs(float(self.sparsity) - implied) > 1e-9:
                 raise ConfigError(
                     f"sparsity {self.sparsity} contradicts pattern {self.pattern!r}, which is sparsity "
@@ -559,30 +588,59 @@ class PruneConfig:
                 )
         if self.sparsity is None:
             self.sparsity = 0.5
+        if isinstance(self.sparsity, Mapping):
+            self.sparsity = self._named_sparsities(self.sparsity)
+            return
         values = self.sparsity if isinstance(self.sparsity, (list, tuple)) else [self.sparsity]
         if isinstance(self.sparsity, (list, tuple)) and not self.is_structured:
             raise ConfigError("a list of sparsities is for structured patterns; run the others one by one")
         if not values:
             raise ConfigError("sparsity is an empty list")
-        for value in values:
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
-                raise ConfigError(
-                    f"sparsity must be in [0, 1), the fraction of zeros, got {value!r}"
-                    + (
-                        f"; did you mean {value / 100:g}?"
-                        if isinstance(value, (int, float)) and 5 <= value < 100
-                        else ""
-                    )
-                )
-        many = isinstance(self.sparsity, (list, tuple))
-        self.sparsity = tuple(float(v) for v in values) if many else float(values[0])
+        found = tuple(_fraction("sparsity", value) for value in values)
+        self.sparsity = found if isinstance(self.sparsity, (list, tuple)) else found[0]
+
+    def _named_sparsities(self, asked: Mapping) -> dict[str, float]:
+        """A mapping of sparsities, checked as far as it can be without a model."""
+        if not asked:
+            raise ConfigError("sparsity is an empty mapping: give a number, or name parts, such as {'mlp': 0.6}")
+        for key in asked:
+            if not isinstance(key, str) or not key.strip():
+                raise ConfigError(f"a key of sparsity must be a name or a pattern, got {key!r}")
+        found = {key.strip(): _fraction(f"sparsity of {key.strip()}", value) for key, value in asked.items()}
+        if all(key in found for key in REST):
+            raise ConfigError("sparsity names the rest twice, by * and by default; leave one of them out")
+        other = {"heads": "mlp", "neurons": "attention"}.get(self.pattern)
+        if other in found:
+            raise ConfigError(
+                f"sparsity {other}={found[other]:g} would do nothing: pattern={self.pattern!r} leaves the {other} "
+                "alone; pattern='structured' removes both heads (attention) and neurons (mlp)"
+            )
+        if self.is_structured and self.structured.allocation == "global":
+            raise ConfigError(
+                f"allocation='global' shares out one sparsity over all blocks, got {sparsity_text(found)}; give a "
+                "number, or allocation='uniform'"
+            )
+        return found
 
     @property
-    def sparsities(self) -> tuple[float, ...]:
-        """Every sparsity asked for; usually one."""
+    def sparsities(self) -> tuple[float | dict[str, float], ...]:
+        """Every sparsity asked for, each a number or a mapping; usually one."""
         if isinstance(self.sparsity, (list, tuple)):
             return tuple(self.sparsity)
         return () if self.sparsity is None else (self.sparsity,)
+
+    @property
+    def sparsity_by_name(self) -> dict[str, float]:
+        """The sparsities that were asked for by name; empty where numbers were."""
+        return self.sparsity if isinstance(self.sparsity, dict) else {}
+
+    @property
+    def one_sparsity(self) -> float:
+        """The sparsity of a run that has a single number; of several the first. ConfigError for a mapping."""
+        [first, *_] = self.sparsities
+        if isinstance(first, dict):
+            raise ConfigError(f"one number is needed here, got {sparsity_text(first)}")
+        return first
 
     @property
     def usual_inputs(self) -> Inputs:

@@ -35,7 +35,7 @@ class Fields(TypedDict, total=False):
     output: str | None
     method: Method
     pattern: str
-    sparsity: float | list[float] | tuple[float, ...] | None
+    sparsity: float | list[float] | tuple[float, ...] | dict[str, float] | None
     criterion: Criterion | Callable[..., Any]
     reconstruct: WeightReconstruction | StructuredReconstruction | None
     global_propagation: bool

@@ -27,7 +27,8 @@ def run(*command: object, **environment: str) -> str:
         [str(part) for part in command], capture_output=True, text=True, env={**os.environ, **environment}
     )
     if done.returncode:
-        raise RuntimeError((done.stdout + done.stderr).strip().splitlines()[-1])
+        said = (done.stdout + done.stderr).strip() or f"{command[0]} ended with status {done.returncode}"
+        raise RuntimeError(said.splitlines()[-1])
     return done.stdout
 
 
@@ -52,7 +53,12 @@ def machine_code(module: Path) -> set[str]:
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    return set(re.findall(r"\.sm_(\w+)\.cubin", run(tool, "--list-elf", module)))
+    try:
+        return set(re.findall(r"\.sm_(\w+)\.cubin", run(tool, "--list-elf", module)))
+    except RuntimeError as error:
+        if "does not contain device code" in str(error):
+            return set()
+        raise
 
 
 def faults(wheel: Path) -> list[str]:
@@ -90,12 +96,17 @@ def faults_of_module(wheel: Path, folder: Path) -> list[str]:
         if not said[1].startswith(str(folder)):
             found.append("another installed pyprune was imported in its place, so it was not tried")
         elif (said[0] == "True") != bool(promised(wheel)):
-            found.append(f"its name promises {promised(wheel) or 'no CUDA'}, and the module says with_cuda={said[0]}")
+            named = f"CUDA for {', '.join(sorted(promised(wheel)))}" if promised(wheel) else "no CUDA"
+            found.append(f"its name promises {named}, and the module says with_cuda={said[0]}")
     except RuntimeError as error:
         found.append(f"the native module does not import without a driver: {error}")
-    if promised(wheel) and (missing := promised(wheel) - machine_code(modules[0])):
+    try:
+        missing = promised(wheel) - machine_code(modules[0]) if promised(wheel) else set()
+        linked = [line.split()[0] for line in run("ldd", modules[0]).splitlines()]
+    except RuntimeError as error:
+        return [*found, f"the native module cannot be read: {error}"]
+    if missing:
         found.append(f"there is no machine code for {', '.join(sorted(missing))}")
-    linked = [line.split()[0] for line in run("ldd", modules[0]).splitlines()]
     foreign = [name for name in linked if re.match(r"lib(torch|c10|cuda|cudart|cublas|cusolver)", name)]
     if foreign:
         found.append(f"it is linked to {', '.join(foreign)}, which a user's machine may not have")

@@ -17,12 +17,13 @@ from pyprune.triton_kernels.gram import cross_gram_update, gram_update
 from pyprune.triton_kernels.liar import liar_update
 from pyprune.triton_kernels.moments import column_moments
 from pyprune.triton_kernels.nm import nm_mask
-from pyprune.triton_kernels.products import linear, trailing_update
+from pyprune.triton_kernels.products import attention, linear, trailing_update
 from pyprune.triton_kernels.select import select_mask
 from pyprune.triton_kernels.sparse import sparse_linear
 from pyprune.triton_kernels.sweep import obs_sweep
 
 __all__ = [
+    "attention",
     "cholesky",
     "cholesky_solve",
     "column_moments",

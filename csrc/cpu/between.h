@@ -97,7 +97,7 @@ inline vf exponential(vf x) {
 
 // out [rows, columns] = x / sqrt(mean x² + eps), times the weight: rounded before (NARROW), after (WIDE), or as 1 + w
 // (OFFSET, which rounds after as well).
-enum Form { NARROW = 0, WIDE = 1, OFFSET = 2 };
+enum NormForm { NARROW = 0, WIDE = 1, OFFSET = 2 };
 
 template <typename T>
 inline void norm_row(const T* x, const T* weight, T* out, int64_t columns, float eps, int form) {

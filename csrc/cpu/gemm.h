@@ -23,25 +23,26 @@ struct Dot16 {
 };
 #endif
 
-// acc [MR][3] = Σ_k a_r[k·a_step] · b[k][NR]
-template <typename Dot, int A_STEP>
-inline void tile(const float* const* a, const float* b, int64_t k, vf acc[MR][3]) {
-    vf sum[MR][3] = {};
+// acc [MR][NV] = Σ_k a_r[k·a_step] · b[k][NV vectors], rows of b `stride` floats apart
+template <typename Dot, int A_STEP, int NV = 3>
+inline void tile(const float* const* a, const float* b, int64_t k, vf (*acc)[NV], int64_t stride = NR) {
+    vf sum[MR][NV] = {};
     const float* row[MR];
     for (int r = 0; r < MR; ++r) row[r] = a[r];
-    for (int64_t i = 0; i < k; ++i, b += NR) {
-        const vf b0 = load(b), b1 = load(b + VL), b2 = load(b + 2 * VL);
+    for (int64_t i = 0; i < k; ++i, b += stride) {
+        vf lanes[NV];
+#pragma GCC unroll 3
+        for (int v = 0; v < NV; ++v) lanes[v] = load(b + v * VL);
 #pragma GCC unroll 8
         for (int r = 0; r < MR; ++r) {
             const float x = row[r][i * A_STEP];
-            sum[r][0] = Dot::step(sum[r][0], x, b0);
-            sum[r][1] = Dot::step(sum[r][1], x, b1);
-            sum[r][2] = Dot::step(sum[r][2], x, b2);
+#pragma GCC unroll 3
+            for (int v = 0; v < NV; ++v) sum[r][v] = Dot::step(sum[r][v], x, lanes[v]);
         }
     }
 #pragma GCC unroll 8
     for (int r = 0; r < MR; ++r)
-        for (int v = 0; v < 3; ++v) acc[r][v] = sum[r][v];
+        for (int v = 0; v < NV; ++v) acc[r][v] = sum[r][v];
 }
 
 // Adds a tile to out; rows and columns beyond the matrix stay unwritten. bias: null, or the NR values of the panel.

@@ -30,6 +30,19 @@ struct HeadsView {  // [batch, heads, tokens, d]
     int64_t strides[3];
 };
 
+enum MaskKind { MASK_NONE = 0, MASK_BOOL = 1, MASK_FLOAT = 2 };
+
+struct AttentionView {  // q [batch, heads, queries, width], k [batch, key_heads, keys, width], v […, value_width]
+    const void *q, *k, *v;
+    const void* mask;  // [batch, heads, queries, keys]: bool, or float32 to be added
+    void* out;         // [batch, heads, queries, value_width]
+    int64_t batch, heads, key_heads, queries, keys, width, value_width;
+    int64_t q_stride[3], k_stride[3], v_stride[3], mask_stride[3], out_stride[3];
+    int type, mask_kind;
+    bool causal;  // query i sees keys up to i
+    float scale;
+};
+
 struct Kernels {
     const char* name;
     // gram [c, c] += xᵀx, both triangles; sums [c] and count may be null.
@@ -66,7 +79,8 @@ struct Kernels {
                           void* out, int64_t out_stride, int threads);
     // out [count, columns] = rows first … of w
     void (*expand_bitmask)(const PackedView& w, int64_t first, int64_t count, void* out, int threads);
-    // out [rows, columns] = x / sqrt(mean x² + eps) times weight; form is Form of between.h
+    void (*attention)(const AttentionView& view, int threads);
+    // out [rows, columns] = x / sqrt(mean x² + eps) times weight; form is NormForm of between.h
     void (*rms_norm)(const void* x, int64_t stride, int64_t rows, int64_t columns, int type, const void* weight,
                      float eps, int form, void* out, int threads);
     void (*swiglu)(const void* gate, const void* up, void* out, int64_t count, int type, int threads);

@@ -4,7 +4,7 @@
 // from about fifty rows on); x is broadcast from where it lies. A thread takes ROWS rows at a time: their outputs stay in
 // its second-level cache while the panels stream past once.
 // Measured on two Zen 5 cores: 350 GFLOP/s where MKL, through torch, reaches 165 (4096×576×1536 and like shapes), of
-// 410 that the register tile alone sustains. benchmarks/bench_ops_cpu.py prints the ratio.
+// 410 that the register tile alone sustains. `python -m benchmarks run ops --only linear` prints the ratio.
 #pragma once
 
 #include "cpu/gemm.h"

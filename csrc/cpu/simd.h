@@ -148,6 +148,29 @@ inline void put_floats(float* p, vf x, int64_t count) {  // the first count lane
     if (count >= VL) return store(p, x);
     for (int64_t i = 0; i < count; ++i) p[i] = x[i];
 }
+inline vf greater(vf a, vf b) { return a > b ? a : b; }  // b where a is NaN
+inline float add_lanes(vf x) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps(x);
+#else
+    float sum[VL];
+    store(sum, x);
+    for (int step = VL / 2; step > 0; step /= 2)
+        for (int i = 0; i < step; ++i) sum[i] += sum[i + step];
+    return sum[0];
+#endif
+}
+inline float largest_lane(vf x) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps(x);
+#else
+    float most[VL];
+    store(most, x);
+    for (int step = VL / 2; step > 0; step /= 2)
+        for (int i = 0; i < step; ++i) most[i] = most[i + step] > most[i] ? most[i + step] : most[i];
+    return most[0];
+#endif
+}
 inline vf abs(vf x) { return (vf)((vi)x & 0x7fffffff); }
 inline bool any(vi lanes) {
     int32_t seen = 0;

@@ -167,18 +167,6 @@ inline uint64_t mask_word(const uint8_t* row, int64_t width, int64_t word) {
     return bits;
 }
 
-inline float add_lanes(vf x) {
-#if defined(__AVX512F__)
-    return _mm512_reduce_add_ps(x);
-#else
-    float sum[VL];
-    store(sum, x);
-    for (int step = VL / 2; step > 0; step /= 2)
-        for (int i = 0; i < step; ++i) sum[i] += sum[i + step];
-    return sum[0];
-#endif
-}
-
 inline void put(float* p, float x) { *p = x; }
 inline void put(bf16* p, float x) { p->bits = round_bf16(x); }
 inline void put(f16* p, float x) { p->bits = round_f16(x); }

@@ -33,7 +33,9 @@ TrackOption = Annotated[
 ]
 RUN_FIELDS = [path for path in configuration_fields() if path != "model"]
 EVALUATION_FIELDS = [
-    path for path in configuration_fields() if path.startswith("evaluation.") and path != "evaluation.enabled"
+    path
+    for path in configuration_fields()
+    if path == "stream" or path.startswith("evaluation.") and path != "evaluation.enabled"
 ]
 
 REFINE_FIELDS = refine_fields()
@@ -162,8 +164,8 @@ def evaluate(
         str | None,
         typer.Option(
             metavar="NAMES",
-            help="Measure tasks instead: .jsonl files or folders (multiple choice, GLUE, SQuAD), or names of tasks of "
-            "lm-eval, with commas between them.",
+            help="Measure tasks instead, with commas between them: .jsonl files or folders (multiple choice, GLUE, "
+            "SQuAD), last-word (of passages of a novel), or names of tasks of lm-eval.",
         ),
     ] = None,
     limit: Annotated[int | None, typer.Option(help="The most items per task.", min=1)] = None,
@@ -180,9 +182,10 @@ def evaluate(
     fields: dict[str, Any],
 ):
     """Measure the perplexity of a model on a text, in windows that are seen one by one."""
-    asked = fields.get("evaluation", {})
+    asked, stream = fields.get("evaluation", {}), fields.get("stream", "auto")
     if latency:
         idle = [option_of(f"evaluation.{name}", EVALUATION_FIELDS) for name in asked]
+        idle += ["--stream"] if "stream" in fields else []
         for option in idle if device == "auto" else [*idle, "--device"]:
             raise ConfigError(f"{option} would do nothing: --latency reads no text and runs where the model is loaded")
         from pyprune.evaluation import gain
@@ -198,7 +201,7 @@ def evaluate(
     if plot is not None:
         raise ConfigError("--plot would do nothing: only --latency draws a picture")
     if tasks is not None:
-        return _evaluate_tasks(model, tasks, limit, against, device, asked, as_json)
+        return _evaluate_tasks(model, tasks, limit, against, device, stream, asked, as_json)
     for name, value, used in (
         ("--against", against, "--tasks and --latency compare"),
         ("--limit", limit, "--tasks has items"),
@@ -207,13 +210,13 @@ def evaluate(
             raise ConfigError(f"{name} would do nothing: only {used}")
     libraries("evaluating")
     from pyprune.data.texts import check_there
-    from pyprune.evaluation.perplexity import NotFinite
+    from pyprune.evaluation.single import NotFinite, ready
 
     show = print_json if as_json else rendering.print_evaluation
     try:
         check_there(asked.get("text"))
         with Doing(f"loading {model}", label="evaluating"):
-            loaded = pyprune.load(model)
+            loaded = ready(model, stream=stream)
         with Doing("measuring perplexity", label="evaluating") as doing:
             found = pyprune.evaluate(loaded, device=device, progress=doing, **asked)
         show(found)
@@ -223,7 +226,14 @@ def evaluate(
 
 
 def _evaluate_tasks(
-    model: str, names: str, limit: int | None, against: str | None, device: str, asked: dict, as_json: bool
+    model: str,
+    names: str,
+    limit: int | None,
+    against: str | None,
+    device: str,
+    stream: Any,
+    asked: dict,
+    as_json: bool,
 ) -> None:
     for name in asked:
         if name != "batch_size":
@@ -240,6 +250,7 @@ def _evaluate_tasks(
             limit=limit,
             batch_size=asked.get("batch_size", 16),
             device=device,
+            stream=stream,
             progress=doing,
         )
     written = gain.record(rows, model, "tasks")
@@ -263,10 +274,17 @@ def inspect(
 def compare(
     directories: Annotated[list[Path], typer.Argument(help="Folders that pyprune wrote.")],
     html: Annotated[Path | None, typer.Option(help="Write the comparison as a page, too: one HTML file.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Picture (.png) of how each run's errors spread over tokens, to write.")
+    ] = None,
     as_json: Json = False,
 ):
     """Show runs side by side: settings, perplexity, reconstruction error and time."""
     rows = pyprune.compare(directories)
+    if plot is not None:
+        from pyprune.reporting.quantiles import picture
+
+        picture([(folder.resolve().name, comparison.read(folder)) for folder in directories], plot)
     if html is not None:
         from pyprune.reporting.comparison_page import comparison_page
         from pyprune.reporting.page import write

@@ -191,9 +191,23 @@ def nested(flat: dict[str, Any]) -> dict:
     return result
 
 
-def _sparsity(text: str) -> float | list[float]:
+def _sparsity(text: str) -> float | list[float] | dict[str, float]:
+    """``0.5``, ``0.3,0.5`` or ``mlp=0.6,*=0.4``."""
+    parts = [part.rpartition("=") for part in text.split(",")]
+    if len({bool(equals) for _, equals, _ in parts}) > 1:
+        raise ConfigError(
+            f"sparsity {text!r} has parts with and without a name; write *=0.5 for the rest, or numbers only"
+        )
     try:
-        values = [float(part) for part in text.split(",")]
+        values = [float(value) for _, _, value in parts]
     except ValueError as error:
-        raise ConfigError(f"sparsity must be a number, or several with commas between them, got {text!r}") from error
+        raise ConfigError(
+            "sparsity must be a number, several with commas between them, or names with theirs, such as "
+            f"mlp=0.6,attention=0.4, got {text!r}"
+        ) from error
+    names = [name.strip() for name, equals, _ in parts if equals]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ConfigError(f"sparsity {text!r} names {twice} twice; leave one of them out")
+    if names:
+        return dict(zip(names, values))
     return values if len(values) > 1 else values[0]

@@ -73,6 +73,7 @@ def check(
         tasks=several(tasks),
         max_drop=max_drop,
         device=device,
+        progress=True,
         **fields.get("evaluation", {}),
     )
     print_json(found) if as_json else print_check(found)

@@ -1,10 +1,13 @@
 """How good and how fast a model is; the same code measures dense and pruned models.
 
-``perplexity``       ``pyprune.evaluate``: windows of text, losses, perplexity
+``single``           ``pyprune.evaluate``: perplexity of one model by itself
+``perplexity``       windows of text, losses, perplexity
 ``domains``          which texts a run measures, and the gap between the calibration's kind of text and others
-``block_by_block``   the same measure inside a run, also where the weights are streamed: ``Meter``
+``block_by_block``   models whose weights are streamed: ``Blockwise``; perplexity during a run: ``Meter``
 ``choices``          multiple-choice items from files, scored as lm-eval scores them
+``last_word``        last words of passages, as LAMBADA asks for them
 ``task_runs``        ``pyprune eval --tasks``: files and lm-eval's tasks, two models side by side
+``lm_eval_model``    a streamed model as lm-eval sees one
 ``tasks``            sentence vectors, STS-B, and linear heads for encoders
 ``glue``             GLUE's classification tasks by their own metrics
 ``squad``            exact match and F1 of answers found in a text

@@ -1,12 +1,13 @@
-"""Perplexity during a run: of a model in memory, or of one that never is, whose windows pass one block at a time.
+"""Models that are never whole: rows of token ids pass one block at a time, one reading of the weights for all of them.
 
-Block by block: the same windows, types and losses as :func:`pyprune.evaluation.perplexity.measure`, one reading of the
-weights for all texts.
+``Blockwise`` gives their logits; ``measure_streamed`` the same windows, types and losses as
+:func:`pyprune.evaluation.perplexity.measure`; ``Meter`` measures whatever model a run has.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Callable, Iterator
 
@@ -56,7 +57,8 @@ class Meter:
         split = all(len(text.windows) >= world.size for text in texts)
         own = [text.share(world.rank, world.size) if split else text for text in texts]
         if isinstance(weights, Streamed):
-            rows = measure_streamed(weights.view, weights, own, self.evaluation, self.store, self.device, progress)
+            blocks = Blockwise(weights.view, weights, self.device, self.store)
+            rows = measure_streamed(blocks, own, self.evaluation, progress)
         else:
             with placed(model, self.device, self.evaluation) as fits:
                 rows = measure(model, own, self.evaluation, progress)
@@ -80,51 +82,82 @@ class Meter:
         return found
 
 
-@torch.no_grad()
+@dataclasses.dataclass
+class Blockwise:
+    """A model that is never whole, as forward passes over rows of token ids: all rows pass one block after another, so
+    each weight is read once."""
+
+    view: ModelView
+    weights: Resident
+    """How the blocks' weights are held."""
+    device: torch.device = torch.device("cpu")
+    store: Store = dataclasses.field(default_factory=Store)
+    """Where the rows' hidden states are kept between two blocks."""
+
+    @torch.no_grad()
+    def logits(
+        self,
+        rows: list[Tensor],
+        *,
+        dtype: torch.dtype,
+        batch_size: int = 1,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+        """Of each batch of rows of one length: their numbers in ``rows``, their ids, and the logits ``[rows, tokens,
+        vocabulary]``, on the device of the embedding.
+
+        rows: 1-D token ids of any lengths. dtype: of the forward passes. progress: called with (blocks done, blocks).
+        """
+        view, weights = self.view, self.weights
+        executor = Executor(
+            view, device=self.device, compute_dtype=dtype, batch_size=batch_size, weights=weights, store=self.store
+        )
+        executor.mode = contextlib.nullcontext  # torch's own products, as in the evaluation of a model in memory
+        last = len(view.blocks) - 1
+        told = progress or (lambda done, whole: None)
+        with rest_in(view, dtype):
+            activations = executor.embed(rows)
+            for index in range(last):
+                with executor.compute(index, ahead=index + 1) as module:
+                    executor.run(index, module, activations, activations)
+                weights.release(index)
+                told(index + 1, last + 1)
+            with executor.compute(last) as module:
+                for batch, hidden in executor.stream(activations):
+                    beside = executor.beside([last], activations, batch)
+                    arguments = beside.fill(executor.arguments(last, batch.length, batch.size))
+                    out = module(hidden, *arguments.args, **arguments.kwargs)
+                    ids = activations.ids[batch.length][batch.start : batch.stop]
+                    home = embedding_device(view.model)
+                    out = (out[0].to(home), *out[1:]) if isinstance(out, tuple) else out.to(home)
+                    ids = ids.to(home)
+                    yield (
+                        activations.rows[batch.length][batch.start : batch.stop],
+                        ids,
+                        view.complete(ids, out).logits,
+                    )
+            weights.release(last)
+            told(last + 1, last + 1)
+
+
 def measure_streamed(
-    view: ModelView,
-    weights: Streamed,
+    model: Blockwise,
     named: list[Text],
     evaluation: Evaluation,
-    store: Store,
-    device: torch.device,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[dict]:
     """One row per text, as :func:`pyprune.evaluation.perplexity.measure` returns them."""
     if not named:
         return []
-    check_causal(view.model)
-    start, dtype = time.perf_counter(), forward_dtype(view.model, evaluation.dtype)
-    executor = Executor(
-        view, device=device, compute_dtype=dtype, batch_size=evaluation.batch_size, weights=weights, store=store
-    )
-    executor.mode = contextlib.nullcontext  # torch's own products, as in the evaluation of a model in memory
+    check_causal(model.view.model)
+    start, dtype = time.perf_counter(), forward_dtype(model.view.model, evaluation.dtype)
     rows = [window for text in named for window in text.windows]
     scored = [count for text in named for count in text.scored or [len(window) - 1 for window in text.windows]]
     told: list[Tensor] = []
     places: list[int] = []
-    with rest_in(view, dtype):
-        activations = executor.embed(rows)
-        last = len(view.blocks) - 1
-        for index in range(last):
-            with executor.compute(index, ahead=index + 1) as module:
-                executor.run(index, module, activations, activations)
-            weights.release(index)
-            if progress is not None:
-                progress(index + 1, last + 1)
-        with executor.compute(last) as module:
-            for batch, hidden in executor.stream(activations):
-                beside = executor.beside([last], activations, batch)
-                arguments = beside.fill(executor.arguments(last, batch.length, batch.size))
-                out = module(hidden, *arguments.args, **arguments.kwargs)
-                ids = activations.ids[batch.length][batch.start : batch.stop]
-                home = embedding_device(view.model)
-                out = (out[0].to(home), *out[1:]) if isinstance(out, tuple) else out.to(home)
-                numbers = activations.rows[batch.length][batch.start : batch.stop]
-                logits = view.complete(ids.to(home), out).logits
-                told.append(window_losses(logits, ids.to(home), [scored[number] for number in numbers]))
-                places += numbers
-        weights.release(last)
+    for numbers, ids, logits in model.logits(rows, dtype=dtype, batch_size=evaluation.batch_size, progress=progress):
+        told.append(window_losses(logits, ids, [scored[number] for number in numbers]))
+        places += numbers
     losses = [loss for _, loss in sorted(zip(places, torch.cat(told).tolist()))]
     seconds = time.perf_counter() - start
     result = []

@@ -11,18 +11,19 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from pyprune.config import ConfigError
+from pyprune.evaluation.block_by_block import Blockwise
 from pyprune.evaluation.perplexity import check_causal, device_of
 from pyprune.model.attributes import begin_token, end_tokens
-from pyprune.model.positions import of_any
+from pyprune.model.positions import of_any, positions_of
 from pyprune.model.recording import uncached
 
 DELIMITER = " "
@@ -169,58 +170,91 @@ def encode_pair(tokenizer, context: str, continuation: str) -> tuple[list[int], 
     return head, whole[len(head) :]
 
 
-@torch.no_grad()
+class Likelihood(NamedTuple):
+    """What a model says of a continuation behind its context."""
+
+    logp: float
+    """The sum of its tokens' log-probabilities."""
+    greedy: bool
+    """Whether each of its tokens is the most likely one."""
+
+
 def loglikelihoods(
-    model: nn.Module, pairs: list[tuple[list[int], list[int]]], *, batch_size: int = 16, progress: Any = None
-) -> list[float]:
-    """log p of every continuation behind its context, in the order given.
+    model: nn.Module | Blockwise,
+    pairs: list[tuple[list[int], list[int]]],
+    *,
+    batch_size: int = 16,
+    progress: Any = None,
+) -> list[Likelihood]:
+    """How likely every continuation is behind its context, in the order given.
 
     pairs: token ids of context and continuation; a pair longer than the model's positions loses the beginning of its
-    context. Pairs run from the longest to the shortest, ``batch_size`` at a time, so memory shows at once.
-    progress: called with (pairs done, pairs in all).
+    context. Pairs run from the longest to the shortest, ``batch_size`` at a time, so memory shows at once; a streamed
+    model reads its weights once for all of them.
+    progress: called with what is done and all there is, in pairs, or in blocks of a streamed model.
     """
-    check_causal(model)
-    device, training, found = device_of(model), model.training, [0.0] * len(pairs)
-    positions = of_any(model)
+    live = model.view.model if isinstance(model, Blockwise) else model
+    check_causal(live)
+    positions = positions_of(model.view) if isinstance(model, Blockwise) else of_any(live)
     longest = positions.count if positions else None
-    rows = [torch.tensor((context + after)[:-1]) for context, after in pairs]
-    rows = [row if longest is None else row[-longest:] for row in rows]
-    order = sorted(range(len(pairs)), key=lambda i: -len(rows[i]))
+    cut = [(context + after)[:-1] for context, after in pairs]
+    cut = [row if longest is None else row[-longest:] for row in cut]
+    order = sorted(range(len(pairs)), key=lambda i: -len(cut[i]))
+    rows = []
+    for start in range(0, len(order), batch_size):
+        batch = [cut[i] for i in order[start : start + batch_size]]
+        rows += [torch.tensor(row + [0] * (len(batch[0]) - len(row))) for row in batch]
+    passes = (
+        model.logits(rows, dtype=next(live.parameters()).dtype, batch_size=batch_size, progress=progress)
+        if isinstance(model, Blockwise)
+        else _passes(model, rows, batch_size, progress)
+    )
+    places: list[int] = []
+    told: list[Tensor] = []
+    for numbers, _, logits in passes:
+        for place, number in enumerate(numbers):
+            i = order[number]
+            places.append(i)
+            told.append(_likelihood(logits[place], len(cut[i]), pairs[i][1]))
+    found = dict(zip(places, torch.stack(told).tolist())) if told else {}
+    return [Likelihood(found[i][0], bool(found[i][1])) for i in range(len(pairs))]
+
+
+@torch.no_grad()
+def _passes(model: nn.Module, rows: list[Tensor], batch_size: int, progress: Any) -> Iterator[tuple]:
+    """What :meth:`Blockwise.logits` yields, of a model in memory."""
+    device, training = device_of(model), model.training
     model.eval()
     try:
         with uncached(model) as options:
-            for start in range(0, len(order), batch_size):
-                batch = order[start : start + batch_size]
-                width = len(rows[batch[0]])
-                ids = torch.zeros(len(batch), width, dtype=torch.long)
-                for place, i in enumerate(batch):
-                    ids[place, : len(rows[i])] = rows[i]
-                logits = model(input_ids=ids.to(device), **options).logits
-                sums = [_sum(logits[place], len(rows[i]), pairs[i][1]) for place, i in enumerate(batch)]
-                for i, value in zip(batch, torch.stack(sums).tolist()):
-                    found[i] = value
+            for start in range(0, len(rows), batch_size):
+                ids = torch.stack(rows[start : start + batch_size]).to(device)
+                yield range(start, start + len(ids)), ids, model(input_ids=ids, **options).logits
                 if progress is not None:
-                    progress(start + len(batch), len(order))
+                    progress(start + len(ids), len(rows))
     finally:
         model.train(training)
-    return found
 
 
-def _sum(logits: Tensor, length: int, continuation: list[int]) -> Tensor:
-    """log p of the continuation whose last token follows position ``length − 1``; logits ``[tokens, vocabulary]``."""
+def _likelihood(logits: Tensor, length: int, continuation: list[int]) -> Tensor:
+    """log p of the continuation whose last token follows position ``length − 1``, and 1 where each of its tokens is the
+    most likely one, float64 ``[2]``; logits ``[tokens, vocabulary]``."""
     wanted = torch.tensor(continuation, device=logits.device)[-length:]
     scores = logits[length - len(wanted) : length].float().log_softmax(-1)
-    return scores.gather(1, wanted[:, None]).double().sum()
+    greedy = (scores.argmax(-1) == wanted).all()
+    return torch.stack([scores.gather(1, wanted[:, None]).double().sum(), greedy.double()])
 
 
-def score(model: nn.Module, tokenizer, items: list[Item], *, batch_size: int = 16, progress: Any = None) -> dict:
+def score(
+    model: nn.Module | Blockwise, tokenizer, items: list[Item], *, batch_size: int = 16, progress: Any = None
+) -> dict:
     """Accuracy of a model on multiple-choice items: ``{"items", "acc", "acc_standard_error", "acc_norm", …}`` and, by
     metric, the per-item values under ``"per_item"``."""
     pairs = [encode_pair(tokenizer, item.context, DELIMITER + choice) for item in items for choice in item.choices]
     values = iter(loglikelihoods(model, pairs, batch_size=batch_size, progress=progress))
     right: dict[str, list[float]] = {"acc": [], "acc_norm": []}
     for item in items:
-        scores = [next(values) for _ in item.choices]
+        scores = [next(values).logp for _ in item.choices]
         normed = [value / len(choice) for value, choice in zip(scores, item.choices)]
         for name, of in (("acc", scores), ("acc_norm", normed)):
             right[name].append(float(max(range(len(of)), key=of.__getitem__) == item.gold))

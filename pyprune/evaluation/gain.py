@@ -26,7 +26,8 @@ from pyprune.model.shards import write_bytes
 from pyprune.packed import card
 from pyprune.packed.loading import load
 from pyprune.packed.modules import parameter_count, weight_bytes
-from pyprune.reporting.rendering import LABELS, cell, model_card, verdict
+from pyprune.reporting.card import model_card
+from pyprune.reporting.rendering import LABELS, cell, gain_text
 from pyprune.reporting.run_page import write_run_page
 
 
@@ -172,7 +173,7 @@ def print_side_by_side(rows: list[dict], out: TextIO | None = None) -> None:
     console = Console(file=out or sys.stdout, highlight=False)
     console.print(table)
     for row in rows[1:]:
-        console.print(*verdict(row), soft_wrap=True)
+        console.print(*gain_text(row), soft_wrap=True)
 
 
 def plot(rows: list[dict], path: str | Path) -> None:

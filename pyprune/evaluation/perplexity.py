@@ -11,30 +11,26 @@ documentation (there, a last window that is shorter is scored, too; here every w
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyprune.config import ConfigError, Evaluation, from_dict
+from pyprune.config import ConfigError, Evaluation
 from pyprune.data import builtin, given, texts
 from pyprune.data.calibration import bos_prefix, need_tokenizer, tokenize
 from pyprune.effects import shown
-from pyprune.evaluation import domains
 from pyprune.evaluation.domains import Asked
-from pyprune.execution.device import cpu_has_bfloat16, pick_device
+from pyprune.execution.device import cpu_has_bfloat16
 from pyprune.model.attributes import vocabulary_size
-from pyprune.model.blocks import ModelView, not_finite, predicts_next_token
-from pyprune.model.positions import Positions, of_any
+from pyprune.model.blocks import ModelView, predicts_next_token
+from pyprune.model.positions import Positions
 from pyprune.model.recording import uncached
-from pyprune.packed.loading import opened
 from pyprune.sources import kind, kinds
 
 POSITIONS = 256
@@ -124,23 +120,10 @@ def advance(evaluation: Evaluation, tokens: int, prefix: int) -> int:
     return content if evaluation.stride is None else min(evaluation.stride, content)
 
 
-def perplexity(
-    model: nn.Module,
-    windows: list[Tensor],
-    *,
-    scored: list[int] | None = None,
-    dtype: torch.dtype | str = "auto",
-    batch_size: int = 1,
-    progress=None,
-) -> float:
-    """Perplexity of a causal language model over windows of token ids; NaN or inf if its logits are.
-
-    scored: how many of its last tokens each window scores, where windows overlap; None: all but its first.
-    dtype: type of the weights and activations in the forward passes; the model's own parameters stay as they are.
-    progress: called with (windows done, windows in all).
-    """
-    losses = losses_of(model, windows, scored=scored, dtype=dtype, batch_size=batch_size, progress=progress)
-    return perplexity_of(losses, scored)
+def perplexity(model: nn.Module, windows: list[Tensor], *, scored: list[int] | None = None, **forward) -> float:
+    """Perplexity of a causal language model over windows of token ids; NaN or inf if its logits are. Arguments as of
+    :func:`losses_of`."""
+    return perplexity_of(losses_of(model, windows, scored=scored, **forward), scored)
 
 
 @torch.no_grad()
@@ -153,7 +136,12 @@ def losses_of(
     batch_size: int = 1,
     progress=None,
 ) -> list[float]:
-    """Mean −log p of every window's scored tokens, in the order of the windows; arguments as of :func:`perplexity`."""
+    """Mean −log p of every window's scored tokens, in the order of the windows.
+
+    scored: how many of its last tokens each window scores, where windows overlap; None: all but its first.
+    dtype: type of the weights and activations in the forward passes; the model's own parameters stay as they are.
+    progress: called with (windows done, windows in all).
+    """
     check_causal(model)
     if not windows:
         raise ConfigError("there are no windows to evaluate")
@@ -181,14 +169,6 @@ def perplexity_of(losses: list[float], scored: list[int] | None = None) -> float
     counts = scored or [1] * len(losses)
     mean = math.fsum(count * loss for count, loss in zip(counts, losses)) / sum(counts)
     return math.exp(mean) if mean < 700 else math.inf
-
-
-class NotFinite(ConfigError):
-    """A perplexity is not finite; ``found`` is what :func:`evaluate` would have returned, with its ``warnings``."""
-
-    def __init__(self, found: dict):
-        super().__init__("; ".join(found["warnings"]))
-        self.found = found
 
 
 def warnings_for(rows: list[dict], whose: str) -> list[str]:
@@ -271,49 +251,6 @@ def _forward_in(model: nn.Module, dtype: torch.dtype):
         return
     cast = {name: p.detach().to(dtype) for name, p in model.named_parameters() if p.is_floating_point()}
     yield lambda **inputs: torch.func.functional_call(model, cast, (), inputs)
-
-
-def evaluate(
-    model: Any, evaluation: Any = None, *, tokenizer=None, device: str | None = None, progress=None, **fields
-) -> dict:
-    """Perplexity of a model on one or several texts.
-
-    model: a live causal model with its ``tokenizer``, what :func:`pyprune.load` takes or returns, or a run's result.
-    evaluation: an :class:`Evaluation`, or its ``text``: a path, a Hub data set, a list of texts, token ids, or a list
-    of such sources; without one, the documentation and the novel that come with pyprune.
-    fields: further fields of :class:`Evaluation`.
-    device: where to run; ``auto`` takes a GPU if there is one. None leaves a live model where it is.
-    Returns a row of the first text, and one of every text under ``"texts"`` when there are several:
-    ``{"perplexity", "text", "split", "subset", "domain", "losses", "windows", "window", "stride", "tokens", "dtype",
-    "seconds"}``, where ``tokens`` is how many were scored, ``split`` and ``subset`` are a data set's, and ``stride`` is
-    None where windows do not overlap; else ``"scored"``, tokens by window, is there, too.
-    Raises :class:`ConfigError` on bad input, and
-    :class:`NotFinite`, which has the rows of all texts, where a perplexity is not finite.
-    """
-    evaluation = _settings(evaluation, fields)
-    if isinstance(model, (str, Path)):
-        device = device or "auto"
-    model, tokenizer = opened(model, tokenizer)
-    check_causal(model)
-    if device is not None:
-        model.to(pick_device(device))
-    pieces = windows_of(
-        domains.alone(evaluation), evaluation, tokenizer, vocab_size=vocabulary_size(model), positions=of_any(model)
-    )
-    if not pieces:
-        need_tokenizer(tokenizer, "evaluation text")
-    rows = measure(model, pieces, evaluation, progress)
-    found = {**rows[0], "texts": rows} if len(rows) > 1 else rows[0]
-    bad = [row for row in rows if not math.isfinite(row["perplexity"])]
-    if bad:
-        cause = not_finite(model.state_dict().items())
-        told = [
-            f"the perplexity on {row['text']} is {row['perplexity']}: the model's weights or activations hold NaN or "
-            f"inf in {row['dtype']}" + (f", {cause}" if cause else "")
-            for row in bad
-        ]
-        raise NotFinite({**found, "warnings": told})
-    return found
 
 
 def windows_of(
@@ -463,12 +400,3 @@ def placed(model: nn.Module, device: torch.device, evaluation: Evaluation) -> It
     finally:
         model.to(home)
         torch.cuda.empty_cache()
-
-
-def _settings(evaluation: Any, fields: dict) -> Evaluation:
-    given = (
-        {f.name: getattr(evaluation, f.name) for f in dataclasses.fields(Evaluation)}
-        if isinstance(evaluation, Evaluation)
-        else {"text": evaluation}
-    )
-    return from_dict(Evaluation, {**given, **fields}, "evaluation")

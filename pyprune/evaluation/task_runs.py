@@ -1,8 +1,9 @@
 """``pyprune eval --tasks``: tasks from files of your own, and those of lm-eval by their names; two models side by side.
 
-Files are told by the keys of their rows: multiple choice (:mod:`pyprune.evaluation.choices`) for models that predict
-the next token; for encoders pairs of sentences with a score (STS-B), labelled sentences and pairs
-(:mod:`pyprune.evaluation.glue`), and questions about texts (:mod:`pyprune.evaluation.squad`).
+Files are told by the keys of their rows: multiple choice (:mod:`pyprune.evaluation.choices`) and last words of
+passages (:mod:`pyprune.evaluation.last_word`) for models that predict the next token; for encoders pairs of sentences
+with a score (STS-B), labelled sentences and pairs (:mod:`pyprune.evaluation.glue`), and questions about texts
+(:mod:`pyprune.evaluation.squad`).
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ from typing import Any, TextIO
 
 import torch
 
-from pyprune.config import ConfigError
-from pyprune.evaluation import choices, glue, squad, tasks
-from pyprune.execution.device import pick_device
+from pyprune.config import ConfigError, Streaming
+from pyprune.evaluation import choices, glue, last_word, squad, tasks
+from pyprune.evaluation.block_by_block import Blockwise
+from pyprune.evaluation.single import placed_on, ready, to_stream
+from pyprune.execution.weight_streaming import Opened
 from pyprune.model.architecture import answers_with_spans
 from pyprune.model.blocks import predicts_next_token
-from pyprune.packed.loading import opened
+from pyprune.model.checkpoint import Loaded
 
 Measure = Callable[[Any, Any], dict]
 
@@ -33,24 +36,29 @@ def evaluate_tasks(
     limit: int | None = None,
     batch_size: int = 16,
     device: str | None = None,
+    stream: Streaming = "auto",
     progress: Any = None,
 ) -> list[dict]:
     """Measure a model on tasks, beside the dense model if it is given.
 
     model, against: live models with their ``tokenizer``, or what :func:`pyprune.load` takes. names: paths of files
     or folders, or names of lm-eval's tasks. limit: items per task at most.
+    stream: as of :func:`pyprune.evaluate`; a model whose weights are streamed reads them once per task.
     Returns one row per task: ``{"task", "items", metric, metric_standard_error}``, and with ``against`` the same of the
     dense model under ``"dense"`` and per metric a paired test under ``"paired"``. Raises :class:`ConfigError` for a
     file that does not exist or does not suit the model, before anything is measured.
     """
     if not names:
         raise ConfigError("no tasks: name files, folders, or tasks of lm-eval")
-    live = opened(model, tokenizer)
-    own = _measured(live.model, live.tokenizer, names, limit, batch_size, device, progress)
+    if against is not None:
+        to_stream(against, stream)  # what cannot be streamed is refused before the first model is measured
+    conditions = (names, limit, batch_size, device, progress)
+    subject = ready(model, tokenizer, stream)
+    own, words = _measured(subject, *conditions), subject.tokenizer
+    del subject
     if against is None:
         return [_public(row) for row in own]
-    other = opened(against, live.tokenizer if isinstance(against, torch.nn.Module) else None)
-    dense = _measured(other.model, other.tokenizer, names, limit, batch_size, device, progress)
+    dense = _measured(ready(against, words if isinstance(against, torch.nn.Module) else None, stream), *conditions)
     return [
         {
             **_public(row),
@@ -62,13 +70,12 @@ def evaluate_tasks(
     ]
 
 
-def _measured(model, tokenizer, names, limit, batch_size, device, progress) -> list[dict]:
-    if tokenizer is None:
+def _measured(subject: Loaded | Opened, names, limit, batch_size, device, progress) -> list[dict]:
+    if subject.tokenizer is None:
         raise ConfigError("tasks need a tokenizer: pass tokenizer=, or a folder that has one")
-    planned = [(name, measure_of(name, model, limit, batch_size, progress)) for name in names]
-    if device is not None:
-        model.to(pick_device(device))
-    return [{"task": name, **measure(model, tokenizer)} for name, measure in planned]
+    planned = [(name, measure_of(name, subject.model, limit, batch_size, progress)) for name in names]
+    forwards = placed_on(subject, device)
+    return [{"task": name, **measure(forwards, subject.tokenizer)} for name, measure in planned]
 
 
 def _public(row: dict) -> dict:
@@ -78,8 +85,10 @@ def _public(row: dict) -> dict:
 def measure_of(name: str, model, limit: int | None, batch_size: int, progress: Any) -> Measure:
     """What measures a task; the file is read and checked now."""
     path = Path(name).expanduser()
+    if path.suffix == ".txt" or name == last_word.NAME and not path.exists():
+        return _last_words(name, model, last_word.of_file(path)[:limit], batch_size, progress)
     if not (path.exists() or path.suffix in (".jsonl", ".json", ".tsv") or "/" in name):
-        return lambda live, tokenizer: through_lm_eval(live, tokenizer, name, limit, batch_size)
+        return lambda live, tokenizer: through_lm_eval(live, tokenizer, name, limit, batch_size, progress=progress)
     file = (glue.held_out_file(path) if path.is_dir() else None) or choices.file_of(path)
     first_row = {} if file.suffix == ".json" else glue.read_rows(file)[0]
     if file.suffix == ".json" or squad.is_row(first_row):
@@ -93,6 +102,8 @@ def measure_of(name: str, model, limit: int | None, batch_size: int, progress: A
         return lambda live, tokenizer: sentence_pairs(live, tokenizer, pairs)
     if glue.fields_of(first_row):
         return glue.planned(model, file, limit, progress)
+    if "text" in first_row and choices.kind_of(first_row) is None:
+        return _last_words(name, model, last_word.of_rows(choices.read_rows(file), name)[:limit], batch_size, progress)
     items = choices.read_items(file)[:limit]
     if not predicts_next_token(model):
         raise ConfigError(
@@ -100,6 +111,12 @@ def measure_of(name: str, model, limit: int | None, batch_size: int, progress: A
             "sentence pairs with scores, or labelled sentences"
         )
     return lambda live, tokenizer: choices.score(live, tokenizer, items, batch_size=batch_size, progress=progress)
+
+
+def _last_words(name: str, model, passages: list, batch_size: int, progress: Any) -> Measure:
+    if not predicts_next_token(model):
+        raise ConfigError(f"{name} asks for last words, and {type(model).__name__} does not predict the next token")
+    return lambda live, tokenizer: last_word.score(live, tokenizer, passages, batch_size=batch_size, progress=progress)
 
 
 def sentence_pairs(model, tokenizer, pairs: tuple) -> dict:
@@ -125,8 +142,11 @@ def _bootstrap(dense: dict, pruned: dict, metric: str) -> dict:
     return tasks.paired_bootstrap(lambda rows: own(rows) - base(rows), dense["items"], samples=500)
 
 
-def through_lm_eval(model, tokenizer, name: Any, limit: int | None, batch_size: int, manager: Any = None) -> dict:
-    """A task of lm-eval on a live model. name: of a task, or a task object. Its data come from the Hub or its cache."""
+def through_lm_eval(
+    model, tokenizer, name: Any, limit: int | None, batch_size: int, manager: Any = None, progress: Any = None
+) -> dict:
+    """A task of lm-eval on a live or a streamed model. name: of a task, or a task object. Its data come from the Hub or
+    its cache. progress: told of a streamed model's blocks."""
     try:
         import lm_eval
         from lm_eval.models.huggingface import HFLM
@@ -135,7 +155,12 @@ def through_lm_eval(model, tokenizer, name: Any, limit: int | None, batch_size: 
             f"task {name!r} is no file here, and lm-eval, which may know it, is not installed: "
             "pip install 'pyprune[eval]', or give the path of a .jsonl file"
         ) from error
-    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    if isinstance(model, Blockwise):
+        from pyprune.evaluation.lm_eval_model import StreamedModel
+
+        wrapped: Any = StreamedModel(model, tokenizer, batch_size, progress)
+    else:
+        wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     try:
         found = lm_eval.simple_evaluate(
             wrapped, tasks=[name], limit=limit, log_samples=True, bootstrap_iters=0, task_manager=manager

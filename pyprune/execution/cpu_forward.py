@@ -4,9 +4,10 @@ Linear layers: ``y = x Wᵀ``, ``dX = dY W`` and ``dW += dYᵀ X`` through ``ops
 twice the speed of the torch wheel's; ``dW`` accumulates in a float32 buffer of the caller's, so a bfloat16 block keeps
 float32 gradient sums and no copy is made. 6·n·r·c FLOPs, as ever.
 
-Attention in bfloat16: softmax(Q Kᵀ/√d) V by batched products over causal row chunks, the probabilities kept for the
-backward pass; torch's fused kernel recomputes them and runs its products well below the processor's rate. Scores and
-softmax are float32, as there: a score of 100 rounded to bfloat16 is off by up to 0.25, its probability by a quarter.
+Attention without gradients through ``ops.attention``. In bfloat16 training: softmax(Q Kᵀ/√d) V by batched products
+over causal row chunks, the probabilities kept for the backward pass; torch's fused kernel recomputes them and runs its
+products well below the processor's rate. Scores and softmax are float32, as there: a score of 100 rounded to bfloat16
+is off by up to 0.25, its probability by a quarter.
 
 Both replace torch's functions by a function mode, for the duration of a pass, whatever the architecture.
 """
@@ -14,6 +15,8 @@ Both replace torch's functions by a function mode, for the duration of a pass, w
 from __future__ import annotations
 
 import contextlib
+import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -57,7 +60,7 @@ def _chunks(tokens: int, causal: bool) -> list[tuple[int, int, int]]:
     return [(s, min(s + CHUNK, tokens), min(s + CHUNK, tokens)) for s in range(0, tokens, CHUNK)]
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, kept: list[Tensor] | None = None) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, kept: list[Tensor]) -> Tensor:
     """Softmax attention of ``q [b, h, t, d]`` on ``k, v [b, h/g, t, d]``, the g query heads of a key head stacked as
     rows of one product; the probabilities of each chunk, in the type of ``v``, are appended to ``kept``."""
     b, h, t, d = q.shape
@@ -75,8 +78,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, kept:
             scores[..., start:].masked_fill_(above, -torch.inf)
         p = scores.softmax(-1).to(v.dtype).view(b * heads, -1, keys)
         out[:, :, start:stop] = torch.bmm(p, v3[:, :keys]).view(b * heads, group, stop - start, -1)
-        if kept is not None:
-            kept.append(p)
+        kept.append(p)
     return out.view(b, h, t, -1)
 
 
@@ -148,16 +150,45 @@ def forward_mode(dtype: torch.dtype) -> contextlib.AbstractContextManager:
 
 
 class ForwardMode(TorchFunctionMode):
-    """The same for passes without gradients: float32 linear layers through ``ops.linear``, bfloat16 attention."""
+    """The same for passes without gradients: float32 linear layers through ``ops.linear``, attention through
+    ``ops.attention``."""
 
     def __torch_function__(self, func, types, args: tuple = (), kwargs=None):
         kwargs = kwargs or {}
         if func is functional.linear and not kwargs and args[0].dtype == torch.float32 == args[1].dtype:
             return ops.linear(*args)
-        if func is functional.scaled_dot_product_attention and len(args) == 3 and _plain_attention(*args, **kwargs):
-            scale = kwargs.get("scale") or args[0].shape[-1] ** -0.5
-            return attention(*args, bool(kwargs.get("is_causal")), scale)
+        if func is functional.scaled_dot_product_attention:
+            call = _inference(*args, **kwargs)
+            return func(*args, **kwargs) if call is None else call()
         return func(*args, **kwargs)
+
+
+def _inference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Callable[[], Tensor] | None:
+    """``ops.attention`` in place of torch's function, whose arguments these are; None where it does not take them."""
+    shapes = query.shape, key.shape, value.shape
+    fits = (
+        not dropout_p
+        and all(len(shape) == 4 and 0 not in shape for shape in shapes)
+        and query.dtype in ops.FLOATS
+        and query.dtype == key.dtype == value.dtype
+        and query.shape[0] == key.shape[0] == value.shape[0]
+        and key.shape[1:3] == value.shape[1:3]
+        and (query.shape[1] == key.shape[1] or (enable_gqa and query.shape[1] % key.shape[1] == 0))
+        and (scale is None or scale > 0)
+        and (attn_mask is None or (attn_mask.dtype in (torch.bool, query.dtype) and attn_mask.ndim <= 4))
+        and not (is_causal and attn_mask is not None)
+    )
+    call = functools.partial(ops.attention, query, key, value, mask=attn_mask, causal=is_causal, scale=scale)
+    return call if fits else None
 
 
 def _plain_attention(

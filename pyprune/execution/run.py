@@ -32,11 +32,31 @@ class Run:
     data: CalibrationData
     world: World = field(default_factory=World)
     """The processes that share the calibration sequences."""
+    rules: list[dict[WeightRef, str]] | None = None
+    """Per block, the key of ``sparsity`` that counts for each weight, where that is a mapping."""
     parameters: int = field(init=False)
     """Of the model as it was before the run."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "parameters", sum(p.numel() for p in self.view.model.parameters()))
+
+    @property
+    def sparsity(self) -> float:
+        """The sparsity that is asked for; of several by name the mean over their weights."""
+        if self.rules is None:
+            return self.config.one_sparsity
+        sizes = {
+            (i, ref): ref.view(block).numel()
+            for i, (block, refs) in enumerate(zip(self.view.blocks, self.selected))
+            for ref in refs
+        }
+        return sum(self.sparsity_of(*key) * size for key, size in sizes.items()) / max(sum(sizes.values()), 1)
+
+    def sparsity_of(self, index: int, ref: WeightRef) -> float:
+        """The sparsity that is asked for in a weight of block ``index``."""
+        if self.rules is None:
+            return self.config.one_sparsity
+        return self.config.sparsity_by_name[self.rules[index][ref]]
 
 
 class Clock:

@@ -163,9 +163,14 @@ def open_checkpoint(
     found = Unopened(name, dtype)
     if stream != "never" and found.files is None:
         obstacle = obstacle or FORMAT
+    return open_streamed(found, stream, obstacle, pin) or whole(name, dtype)
+
+
+def open_streamed(found: Unopened, stream: str, obstacle: str | None = None, pin: bool = False) -> Opened | None:
+    """The model without its blocks; None where :meth:`Unopened.streams` decides that it is loaded whole."""
     if found.streams(stream, obstacle)[0] and found.files is not None:
         return _streamed(found, found.files, pin)
-    return whole(name, dtype)
+    return None
 
 
 def whole(name: str, dtype: str = "auto") -> Opened:

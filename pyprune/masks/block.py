@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pyprune import ops
-from pyprune.config import ConfigError
+from pyprune.config import ConfigError, PruneConfig
 from pyprune.effects import needs_factor, needs_sequences
 from pyprune.execution.executor import Activations
 from pyprune.execution.run import Findings, Run
@@ -230,12 +230,13 @@ def _solve(
             if copy_of.device == run.executor.device and copy_of.dtype == weight.dtype:
                 before = copy_of  # the same, and there already
             before = before.to(run.executor.device)
-            solved = solve(before, group_config, statistics, factor)
+            solved = solve(before, with_sparsity(group_config, run, index, ref), statistics, factor)
             row = {
                 "name": run.view.name(index, ref),
                 "block": index,
                 "shape": list(weight.shape),
                 "damping": solved.damping,
+                **asked_in(run, index, ref),
             }
             results = {"": solved.weight} if solved.swept is None else {"": solved.weight, "_sweep": solved.swept}
             errors = {
@@ -254,6 +255,22 @@ def _solve(
             own.rows.append(row | dict.fromkeys(errors))
             own.wrong += solved.wrong.items()
     return own
+
+
+def with_sparsity(config: PruneConfig, run: Run, index: int, ref: WeightRef) -> PruneConfig:
+    """The configuration of a weight that has a sparsity of its own; any other as it is."""
+    if run.rules is None:
+        return config
+    own = copy.copy(config)
+    own.sparsity = run.sparsity_of(index, ref)
+    return own
+
+
+def asked_in(run: Run, index: int, ref: WeightRef) -> dict[str, float | str]:
+    """What a weight's row says of a sparsity that it has by name: how much was asked for, and by which key."""
+    if run.rules is None:
+        return {}
+    return {"asked": run.sparsity_of(index, ref), "asked_by": run.rules[index][ref]}
 
 
 def look(observer: Gathered[Statistics]) -> tuple[set[str], bool]:

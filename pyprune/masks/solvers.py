@@ -172,7 +172,7 @@ def sweep_guards(start: Tensor, weight: Tensor, keep: Tensor, factor: Factor, co
         )
         return {"obs_sweep": wrong}
     rows, columns = start.shape
-    counts = drop_counts(config.sparsities[0], rows, columns, config.column_block)
+    counts = drop_counts(config.one_sparsity, rows, columns, config.column_block)
     first = slice(0, min(config.column_block, columns))
     chosen = guards.chosen(start[:, first], keep[:, first], scale[first], total=keep[:, first].numel() - counts[0])
     return {"obs_sweep": wrong | chosen | (torch.count_nonzero(keep) != keep.numel() - sum(counts))}
@@ -185,7 +185,7 @@ def mask_guards(weight: Tensor, mask: Tensor, config: PruneConfig, statistics: S
     if config.nm:
         return {"nm_mask": guards.counted(mask, config.nm) | guards.chosen(weight, mask, scale, nm=config.nm)}
     size = weight.shape[1] if wanda else weight.numel()
-    kept = size - round(config.sparsities[0] * size)
+    kept = size - round(config.one_sparsity * size)
     if wanda:
         return {"select_mask": guards.chosen(weight, mask, scale, per_row=kept)}
     return {"select_mask": guards.chosen(weight, mask, scale, total=kept)}
@@ -200,7 +200,7 @@ def score_mask(weight: Tensor, config: PruneConfig, statistics: Statistics | Non
     if config.nm:
         return ops.nm_mask(weight, *config.nm, scale=scale)
     size = weight.shape[1] if wanda else weight.numel()
-    return ops.select_mask(weight, round(config.sparsities[0] * size), scale=scale, scope="row" if wanda else "matrix")
+    return ops.select_mask(weight, round(config.one_sparsity * size), scale=scale, scope="row" if wanda else "matrix")
 
 
 def dense_target_start(weight: Tensor, statistics: Statistics, factor: Factor) -> Tensor:
@@ -231,7 +231,7 @@ def solve(weight: Tensor, config: PruneConfig, statistics: Statistics | None, fa
         mask = obs_prune(
             updated,
             factor,
-            sparsity=None if config.nm else config.sparsities[0],
+            sparsity=None if config.nm else config.one_sparsity,
             nm=config.nm,
             column_block=config.column_block,
         )

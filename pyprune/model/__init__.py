@@ -7,6 +7,8 @@
 ``expert_products``   which expert a product belongs to, and its tokens
 ``positions``         how many positions a model has
 ``names``             patterns that name weights (``targets``, ``ignore``)
+``kinds``             which weights of a block are its attention and which its feed-forward part
+``sparsities``        which of several sparsities by name counts for each weight
 ``sizes``             modules whose sizes their configuration cannot say
 ``checkpoint``        checkpoints found, loaded and written whole or not at all
 ``gguf_cache``        GGUF files, whose dequantised weights are kept for the next opening

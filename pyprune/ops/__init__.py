@@ -72,7 +72,17 @@ AUTO: dict[str, dict[str, tuple[str, ...]]] = {
         ("cholesky/medium", "cholesky/large", "cholesky_solve/medium", "cholesky_solve/large"),
         ("reference", "cuda", "triton"),
     )
-    | dict.fromkeys(("trailing_update", "linear/few-rows", "linear/rows", "linear/rows-wide"), ("reference",)),
+    | dict.fromkeys(
+        (
+            "trailing_update",
+            "linear/few-rows",
+            "linear/rows",
+            "linear/rows-wide",
+            "attention/float32",
+            "attention/16-bit",
+        ),
+        ("reference",),
+    ),
 }
 
 _forced: contextvars.ContextVar[dict[str, str] | None] = contextvars.ContextVar("pyprune_backend", default=None)
@@ -710,3 +720,52 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     _numbers("gate", gate, 1)
     _like("up", up, tuple(gate.shape), gate.dtype, gate.device)
     return _implementation(classes.by_type("swiglu", gate.dtype), gate.device)(gate, up)
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, causal: bool = False, scale: float | None = None
+) -> Tensor:
+    """``softmax(scale · q kᵀ + mask) v`` as ``torch.nn.functional.scaled_dot_product_attention`` without dropout.
+
+    q: ``[b, h, t, d]``; k: ``[b, g, s, d]``; v: ``[b, g, s, e]``, where g divides h and consecutive h/g query heads
+    read one key head; one dtype, any strides. causal: query i sees the keys up to i; mask: bool, True where a key is
+    seen, or of q's dtype and added, with a shape that expands to ``[b, h, t, s]``; not both. scale: positive, 1/√d if
+    None. Returns ``[b, h, t, e]``; scores, softmax and sums are float32; a row that sees no key is zero. Where a
+    gradient is wanted the reference runs, unless a back-end is named.
+    """
+    shapes = [tuple(getattr(x, "shape", ())) for x in (q, k, v)]
+    if not all(isinstance(x, Tensor) and x.ndim == 4 for x in (q, k, v)):
+        raise ValueError(f"q, k and v must be [batch, heads, tokens, width], got {shapes}")
+    if q.dtype not in FLOATS or not q.dtype == k.dtype == v.dtype or not q.device == k.device == v.device:
+        raise ValueError(
+            "q, k and v must be float32, bfloat16 or float16, of one dtype and on one device, got "
+            f"{[f'{str(x.dtype)[6:]} on {x.device}' for x in (q, k, v)]}"
+        )
+    fits = q.shape[0] == k.shape[0] == v.shape[0] and q.shape[3] == k.shape[3] and k.shape[1:3] == v.shape[1:3]
+    if not fits or 0 in (k.shape[1], q.shape[3], v.shape[3]) or q.shape[1] % k.shape[1]:
+        raise ValueError(
+            f"q [b, h, t, d], k [b, g, s, d] and v [b, g, s, e] need one b, d and s, and g dividing h, got {shapes}"
+        )
+    if scale is not None and not 0 < scale < float("inf"):
+        raise ValueError(f"scale must be positive and finite, got {scale}")
+    if mask is not None:
+        if causal:
+            raise ValueError("give a mask or causal=True, not both: put the causal part into the mask")
+        _attention_mask(mask, q, k)
+    tensors = (q, k, v) if mask is None else (q, k, v, mask)
+    wants_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    if wants_gradient and not _forced.get():
+        return reference.attention(q, k, v, mask=mask, causal=causal, scale=scale)
+    return _implementation(classes.by_type("attention", q.dtype), q.device)(
+        q, k, v, mask=mask, causal=causal, scale=scale
+    )
+
+
+def _attention_mask(mask: Tensor, q: Tensor, k: Tensor) -> None:
+    full = (*q.shape[:3], k.shape[2])
+    expands = mask.ndim <= 4 and all(m in (1, f) for m, f in zip(reversed(mask.shape), reversed(full)))
+    if mask.dtype not in (torch.bool, q.dtype) or mask.device != q.device or not expands:
+        raise ValueError(
+            f"mask must be bool or {str(q.dtype)[6:]} on {q.device}, of a shape that expands to {full}, got "
+            f"{str(mask.dtype)[6:]} {tuple(mask.shape)} on {mask.device}"
+        )

@@ -34,6 +34,7 @@ CLASSES: dict[str, tuple[str, ...]] = {
     "rms_norm": ("float32", "16-bit"),
     "rotary": ("float32", "16-bit"),
     "swiglu": ("float32", "16-bit"),
+    "attention": ("float32", "16-bit"),
 }
 KEYS = tuple(f"{op}/{name}" if name else op for op in OPS for name in CLASSES.get(op, ("",)))
 

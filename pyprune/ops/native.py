@@ -334,6 +334,41 @@ def linear_cpu(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     return out
 
 
+def attention_cpu(
+    q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, causal: bool = False, scale: float | None = None
+) -> Tensor:
+    """The result lies ``[b, t, h, e]`` in memory, as the projection behind it reads it."""
+    batch, heads, queries, width = q.shape
+    key_heads, keys, value_width = v.shape[1:]
+    q, k, v = (x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous() for x in (q, k, v))
+    kind, strides = 0, q.stride()
+    if mask is not None:
+        kind, mask = (1, mask) if mask.dtype == torch.bool else (2, mask.float())
+        mask = mask.expand(*mask.shape[:-1], keys)
+        mask = (mask if mask.stride(-1) == 1 else mask.contiguous()).expand(batch, heads, queries, keys)
+        strides = mask.stride()
+    out = torch.empty((batch, queries, heads, value_width), dtype=q.dtype).transpose(1, 2)
+    _C.attention_cpu(
+        q.data_ptr(),
+        q.stride()[:3],
+        k.data_ptr(),
+        k.stride()[:3],
+        v.data_ptr(),
+        v.stride()[:3],
+        _address(mask),
+        strides[:3],
+        kind,
+        out.data_ptr(),
+        out.stride()[:3],
+        (batch, heads, key_heads, queries, keys, width, value_width),
+        TYPES[q.dtype],
+        causal,
+        width**-0.5 if scale is None else scale,
+        torch.get_num_threads(),
+    )
+    return out
+
+
 EXPANDED = 2**20
 """Weights that are expanded at a time for many tokens: they are multiplied while they lie in a cache."""
 

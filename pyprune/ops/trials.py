@@ -320,6 +320,25 @@ def _rounding(dtype: torch.dtype) -> float:
     return {torch.float32: 1e-5, torch.bfloat16: 6e-3, torch.float16: 1e-3}[dtype]
 
 
+def attention(device, batch, heads, groups, tokens, width, dtype, causal=True, gap=0) -> Case:
+    """Projections as they lie in memory, tokens before heads; without ``causal`` a mask that shows some keys."""
+    shapes = [(batch * tokens, count * width) for count in (heads, groups, groups)]
+    q, k, v = (
+        _within(_normal(device, *shape, dtype=dtype, seed=i), gap).view(batch, tokens, -1, width).transpose(1, 2)
+        for i, shape in enumerate(shapes)
+    )
+    mask = None if causal else _normal(device, batch, 1, tokens, tokens, seed=3) > -1
+
+    def want():
+        scores = q.double() @ k.double().repeat_interleave(heads // groups, 1).mT * width**-0.5
+        seen = torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril() if mask is None else mask
+        weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+        return (weights @ v.double().repeat_interleave(heads // groups, 1),)
+
+    tolerance = 2e-6 if dtype == torch.float32 else 5e-3 if dtype == torch.bfloat16 else 1e-3
+    return Case(lambda implementation: (implementation(q, k, v, mask=mask, causal=causal),), want, tolerance)
+
+
 def _forward(dtype: torch.dtype, tolerance: float):
     def case(device, sequences, tokens, hidden, inner, heads, groups, gap=0) -> Case:
         """A LLaMA block: attention with grouped key heads, and the gated layers."""
@@ -408,6 +427,16 @@ CASES: dict[str, tuple[Callable[..., Case], list[tuple], list[tuple]]] = {
     "rotary/16-bit": (rotary, [(2, 3, 7, 64, BRAIN), (1, 2, 5, 6, HALF)], [(4, 9, 512, 64, BRAIN)]),
     "swiglu/float32": (swiglu, [(13, 70)], [(2048, 1536)]),
     "swiglu/16-bit": (swiglu, [(5, 33, BRAIN), (9, 130, HALF)], [(2048, 1536, BRAIN)]),
+    "attention/float32": (
+        attention,
+        [(2, 6, 2, 70, 24, torch.float32), (1, 3, 3, 37, 33, torch.float32, False), (1, 2, 1, 600, 8, torch.float32)],
+        [(2, 9, 3, 512, 64, torch.float32), (4, 12, 12, 128, 32, torch.float32, False)],
+    ),
+    "attention/16-bit": (
+        attention,
+        [(2, 6, 2, 70, 24, BRAIN), (1, 3, 3, 37, 33, BRAIN, False), (1, 4, 2, 50, 40, HALF), (1, 2, 1, 600, 8, BRAIN)],
+        [(2, 9, 3, 512, 64, BRAIN), (4, 12, 12, 128, 32, BRAIN, False)],
+    ),
     "forward_float32": (_forward(torch.float32, 1e-5), [(2, 150, 48, 80, 6, 2)], [(2, 512, 576, 1536, 9, 3)]),
     "forward_bfloat16": (_forward(torch.bfloat16, 2e-2), [(2, 150, 48, 80, 6, 2)], [(2, 512, 576, 1536, 9, 3)]),
 }

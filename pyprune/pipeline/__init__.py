@@ -1,6 +1,10 @@
 """Whole runs: open the model, measure it, work on its blocks one by one, measure it again, report and write.
 
-``prune``               ``pyprune.prune`` from the configuration to the result
+``prune``               ``pyprune.prune``, from what callers give to a configuration
+``phases``              the phases of one run, from the configuration to the result
+``session``             what a run holds while it lasts, and what its journal keeps beside the blocks
+``checks``              what is refused, or warned of, before a run begins its work
+``sequences``           what a run reads: calibration sequences and evaluation windows
 ``refine``              ``pyprune.refine``: trains a live pruned model towards its dense one
 ``refine_checkpoint``   ``pyprune refine``: the same from one folder to another
 ``block_loop``          the one loop over blocks, and the protocol ``BlockWork`` of what a kind of run does in it
@@ -9,6 +13,7 @@
 ``refine_work``         ``BlockWork`` of training a model that is pruned already
 ``opening``             which runs can read their weights block by block
 ``passes``              how often a kind of run passes its calibration data through a block, and what it keeps of them
+``sparsities``          sparsities by name, as a run of masks applies them
 ``shared``              what several runs on one model have in common, worked out by the first
 ``tracking``            scalars of each block for TensorBoard or any other tracker
 ``result``              ``PruneResult``: the pruned model, its report, and how both are written

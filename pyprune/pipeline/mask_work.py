@@ -286,7 +286,7 @@ class MaskWork:
 
     def models(self) -> dict[float, nn.Module]:
         """The pruned model by its sparsity."""
-        return {self.config.sparsities[0]: self.run.view.model}
+        return {self.run.sparsity: self.run.view.model}
 
     def entry(self) -> None:
         """There is no structure to report."""

@@ -35,8 +35,9 @@ from pyprune.model.blocks import ModelView, check_apart, check_finite, check_usa
 from pyprune.model.positions import positions_of
 from pyprune.packed.loading import opened
 from pyprune.pipeline.block_loop import Loop, run_blocks
-from pyprune.pipeline.prune import add_generated, given_sections, lengths_of
+from pyprune.pipeline.prune import given_sections
 from pyprune.pipeline.refine_work import RefineWork
+from pyprune.pipeline.sequences import add_generated, lengths_of
 
 NO_EFFECT = (lambda _: False, "refining solves no layers, it trains; only pyprune prune uses it")
 

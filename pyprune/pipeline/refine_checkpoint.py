@@ -46,10 +46,11 @@ from pyprune.model.positions import positions_of
 from pyprune.packed.files import pack_here
 from pyprune.pipeline.block_loop import Loop, run_blocks
 from pyprune.pipeline.opening import samples_itself
-from pyprune.pipeline.prune import begin, kept, make_store, settle_backends
 from pyprune.pipeline.refine import sequences_for
 from pyprune.pipeline.refine_work import RefineWork
+from pyprune.pipeline.session import begin, kept, make_store, settle_backends
 from pyprune.pipeline.tracking import Track, outcome, tracker
+from pyprune.reporting.card import model_card
 from pyprune.reporting.comparison import read as read_report
 from pyprune.reporting.record import (
     CALIBRATION_PLACES,
@@ -59,7 +60,7 @@ from pyprune.reporting.record import (
     named_evaluation,
     yaml_text,
 )
-from pyprune.reporting.rendering import distinct, model_card, perplexity_text, source_text, windows_text
+from pyprune.reporting.rendering import distinct, perplexity_text, source_text, windows_text
 from pyprune.reporting.run_page import write_run_page
 from pyprune.sources import in_memory, split
 
@@ -271,9 +272,7 @@ def _refine(request: Request, world: World, journal: Journal, progress: bool, tr
             lambda doing: {
                 name: meter(one.model, one.weights, doing) for name, one in (("dense", dense), ("pruned", pruned))
             },
-            "measuring the dense and the pruned model",
-            progress and bool(texts),
-            LABEL,
+            Doing("measuring the dense and the pruned model", progress and bool(texts), LABEL),
         )
     executors = [
         Executor(

@@ -17,8 +17,9 @@ from pyprune.model import assembly, checkpoint
 from pyprune.model.assembly import BlockShards
 from pyprune.model.origin import Origin
 from pyprune.packed.files import pack_here
+from pyprune.reporting.card import model_card
 from pyprune.reporting.record import pruning_record, run_yaml
-from pyprune.reporting.rendering import headline, model_card, perplexity_text, print_summary, summary_rows
+from pyprune.reporting.rendering import headline, perplexity_text, print_summary, summary_rows
 from pyprune.reporting.run_page import write_run_page
 
 

@@ -24,7 +24,8 @@ from pyprune.model.attributes import active_share, attention_size, embedding_wid
 from pyprune.model.blocks import ModelView, WeightRef, weights_of
 from pyprune.model.packed_shards import packed_bytes, pays
 from pyprune.pipeline.passes import Passes
-from pyprune.pipeline.prune import kind_of
+from pyprune.pipeline.phases import kind_of
+from pyprune.pipeline.sparsities import Rules
 
 PROCESS = 500 * 2**20
 """Bytes of a process that has imported torch (built for CPUs) and transformers and pruned something tiny."""
@@ -315,11 +316,16 @@ def writes_once(view: ModelView, config: PruneConfig, streamed: bool) -> bool:
 
 
 def disk_of(
-    view: ModelView, selected: list[list[WeightRef]], config: PruneConfig, streamed: bool, activations: int = 0
+    view: ModelView,
+    selected: list[list[WeightRef]],
+    config: PruneConfig,
+    streamed: bool,
+    activations: int = 0,
+    rules: Rules | None = None,
 ) -> dict[str, int]:
     """Bytes of the checkpoint, and while running: one that is packed is written beside the plain one.
 
-    activations: bytes that do not fit into their memory.
+    activations: bytes that do not fit into their memory. rules: per block, the key of each weight's sparsity.
     """
     size = next(view.blocks.parameters()).dtype.itemsize
     checkpoint = sum(p.numel() for p in view.model.parameters()) * size
@@ -328,16 +334,19 @@ def disk_of(
     plain = checkpoint + blocks + activations
     if not config.packed:
         return {"checkpoint": checkpoint, "while_running": plain}
-    packed = checkpoint - packing_saves(view, selected, config.sparsities[0])
+    packed = checkpoint - packing_saves(view, selected, config, rules)
     return {"checkpoint": packed, "while_running": plain + packed}
 
 
-def packing_saves(view: ModelView, selected: list[list[WeightRef]], sparsity: float) -> int:
+def packing_saves(
+    view: ModelView, selected: list[list[WeightRef]], config: PruneConfig, rules: Rules | None = None
+) -> int:
     """Bytes that packing the selected weights takes off the checkpoint."""
     saved = 0
-    for block, refs in zip(view.blocks, selected):
+    for i, (block, refs) in enumerate(zip(view.blocks, selected)):
         for ref in refs:
             weight = ref.view(block)
+            sparsity = config.sparsity_by_name[rules[i][ref]] if rules else config.one_sparsity
             shape, kept = tuple(weight.shape), round((1 - sparsity) * weight.numel())
             if pays(shape, kept, weight.dtype):
                 saved += weight.numel() * weight.element_size() - packed_bytes(shape, kept, weight.dtype)

@@ -19,15 +19,19 @@ from pyprune.effects import reads_sequences
 from pyprune.evaluation.perplexity import refuse_text, window_tokens
 from pyprune.execution.activation_store import available_memory
 from pyprune.execution.device import pick_device, pick_dtype
-from pyprune.execution.executor import SHARE
+from pyprune.execution.executor import SHARE, Resident
 from pyprune.execution.residency import stays, weight_bytes
 from pyprune.execution.unopened import Unopened
 from pyprune.model import checkpoint
 from pyprune.model.blocks import ModelView, WeightRef, check_apart, select_weights, uncovered, weights_of
 from pyprune.model.names import matches
 from pyprune.model.positions import positions_of
+from pyprune.pipeline.checks import check_weights
 from pyprune.pipeline.opening import why_not_streamed
-from pyprune.pipeline.prune import check_weights, make_config, models_held
+from pyprune.pipeline.phases import models_held
+from pyprune.pipeline.prune import make_config
+from pyprune.pipeline.sparsities import Rules, check_patterns, kinds_for
+from pyprune.pipeline.sparsities import by_name as weights_by_name
 from pyprune.planning.costs import (
     activations_of,
     disk_of,
@@ -44,7 +48,7 @@ from pyprune.planning.rehearsal import rehearsal_model, rehearse
 from pyprune.reporting.record import config_for_report
 from pyprune.sources import kinds as kinds_of
 from pyprune.structured.groups import find_groups
-from pyprune.structured.preparation import foreseen, group_paths
+from pyprune.structured.preparation import by_name, foreseen, group_paths
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -99,12 +103,19 @@ def plan(
         config.evaluation = dataclasses.replace(config.evaluation, window=tokens)
     if positions and not view.is_encoder and reads_sequences(config) and kinds_of(config.calibration.source) != {"ids"}:
         positions.check([config.calibration.tokens], "calibration sequences", "seq_len", lambda message: None)
-    achieved = []
+    achieved, rules = [], None
     if config.is_structured:
-        groups = find_groups(small, config.pattern, config.structured.head_scope)
-        achieved = [] if narrowed else foreseen(groups, config)
-        paths = group_paths(groups)
-        selected = [[ref for ref in refs if ref.path in paths] for refs in targeted]
+        few = find_groups(small, config.pattern, config.structured.head_scope)
+        groups, keys = by_name(view, [few[min(i, len(few) - 1)] for i in range(len(view.blocks))], config)
+        achieved = [] if narrowed else foreseen(groups, config, keys)
+        paths = [group_paths([block]) for block in groups]
+        selected = [[ref for ref in refs if ref.path in own] for refs, own in zip(targeted, paths)]
+    elif config.sparsity_by_name:
+        check_patterns(view, selected, config)
+        alike = {path: kind for block in kinds_for(small, config, Resident()) for path, kind in block.items()}
+        selected, rules = weights_by_name(view, selected, config, [alike for _ in view.blocks])
+        check_weights(view, selected, config, rules)
+        achieved = [{"asked": config.sparsity, "removed": {}, "notes": [], "by_key": _by_key(view, config, rules)}]
     weights, work = _weights(view, selected, targeted, config), work_of(view, selected, config)
     memory = available_memory()
     free = {"memory": memory, "device": torch.cuda.mem_get_info(device)[0] if gpu else None}
@@ -145,11 +156,21 @@ def plan(
         "passes": passes_of(config).counts(),
         "streamed": streamed,
         "streamed_because": why,
-        "disk_bytes": {**disk_of(view, selected, config, streamed, in_files), "free": _free_disk(config)},
+        "disk_bytes": {**disk_of(view, selected, config, streamed, in_files, rules), "free": _free_disk(config)},
         "flops": flops_of(view, work, config),
         "seconds": {**seconds, "total": sum(seconds.values())},
         "not_counted": _not_counted(view, config),
     }
+
+
+def _by_key(view: ModelView, config: PruneConfig, rules: Rules | None) -> list[dict]:
+    """By key of a mapping of sparsities, what is asked for and how many weights it concerns."""
+    sizes: dict[str, int] = {}
+    for block, keys in zip(view.blocks, rules or []):
+        for ref, key in keys.items():
+            sizes[key] = sizes.get(key, 0) + ref.view(block).numel()
+    asked = config.sparsity_by_name
+    return [{"key": key, "asked": asked[key], "weights": size} for key, size in sizes.items()]
 
 
 def _weights(
@@ -171,6 +192,8 @@ def _weights(
                         "why": None
                         if prune
                         else f"no part of its {config.pattern}"
+                        if ref in targeted[i] and config.is_structured and not config.sparsity_by_name
+                        else "no key of sparsity names it"
                         if ref in targeted[i]
                         else "not among targets, or ignored"
                         if ref in plain

@@ -68,6 +68,8 @@ def rehearse(
             changed["probe_samples"] = probes
         if trains(config):
             changed["reconstruction"] = dataclasses.replace(config.reconstruction, epochs=epochs)
+        if named := config.sparsity_by_name:
+            changed["sparsity"] = max(named.values())  # its two blocks need not have these names
         return dataclasses.replace(config, model=None, output=None, targets=[], ignore=[], stream="never", **changed)
 
     prune(own.model, settings(1, 16, Evaluation(enabled=False), 0), progress=False)  # what only the first run pays

@@ -59,11 +59,13 @@ class Table:
     words: Sequence[int] = ()
     """Columns of text, which stand to the left and may wrap."""
     plotted: Sequence[int] = ()
-    """Columns that the chart above draws."""
+    """Columns that the chart above draws as lines."""
+    bands: Sequence[tuple[int, int, int]] = ()
+    """Columns between which the chart is shaded, in the colour of a line: lower edge, upper edge, the line."""
 
     def html(self) -> Markup:
         head = "".join(
-            f'<th scope="col"{_class(k in self.words)}{" data-plot" if k in self.plotted else ""}>{safe(cell)}</th>'
+            f'<th scope="col"{_class(k in self.words)}{self._drawn_as(k)}>{safe(cell)}</th>'
             for k, cell in enumerate(self.head)
         )
         body = "\n".join(
@@ -81,13 +83,20 @@ class Table:
             f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>"
         )
 
+    def _drawn_as(self, column: int) -> str:
+        """What the head of a column tells the script."""
+        line = next((line for low, high, line in self.bands if column in (low, high)), None)
+        if line is not None:
+            return f' data-band="{line}"'
+        return " data-plot" if column in self.plotted else ""
+
 
 def _class(words: bool) -> str:
     return ' class="text"' if words else ""
 
 
 def chart(table: Table, *, axis: str = "", log: bool = False, x: str = "number") -> Markup:
-    """A line chart of a table's plotted columns over its first one, whose values ascend, and the table below it.
+    """A line chart of a table's plotted columns and bands over its first one, whose values ascend, and the table below.
 
     axis: what the vertical axis says. log: its scale is logarithmic. x: ``number``, ``whole`` or ``time`` (seconds
     since 1970).

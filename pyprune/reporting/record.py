@@ -33,6 +33,8 @@ CALIBRATION_PLACES = ("source", "split", "subset", "text_column", "self_generate
 def settings_of(config: PruneConfig) -> dict:
     """The fields that decide the result."""
     settings = {key: value for key, value in config_for_report(config).items() if key not in PLACES}
+    if config.sparsity_by_name:
+        settings["sparsity"] = list(map(list, config.sparsity_by_name.items()))  # the order of its keys counts
     settings["calibration"] = {
         key: value for key, value in settings["calibration"].items() if key not in CALIBRATION_PLACES
     }
@@ -128,6 +130,7 @@ def build_report(
         },
         "sparsity_asked": run.config.sparsity,
         "sparsity": pruned_weights / targeted if targeted else 0.0,
+        **({"sparsity_by_key": by_key(found.weights)} if run.config.sparsity_by_name else {}),
         "coverage": coverage,
         "evaluation": evaluation,
         "generalisation": generalisation,
@@ -153,6 +156,24 @@ def build_report(
         },
         "backends": backends,
     }
+
+
+def by_key(rows: list[dict]) -> list[dict]:
+    """Where sparsities were given by name, for each key what was ``asked`` and what was ``achieved`` in the mean over
+    its ``weights``."""
+    found: dict[str, list[dict]] = {}
+    for row in rows:
+        found.setdefault(row["asked_by"], []).append(row)
+    return [
+        {
+            "key": key,
+            "asked": own[0]["asked"],
+            "achieved": sum(math.prod(row["shape"]) * row["sparsity"] for row in own)
+            / sum(math.prod(row["shape"]) for row in own),
+            "weights": len(own),
+        }
+        for key, own in found.items()
+    ]
 
 
 def config_for_report(config: PruneConfig) -> dict:

@@ -1,4 +1,4 @@
-"""A run's report as people read it: the table after a run, the plan before it, the model card."""
+"""A run's report as people read it: the table after a run, the plan before it; labels and cells of every table."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
+
+from pyprune.config import sparsity_text
 
 
 def open_console(out: TextIO | None = None):
@@ -125,7 +127,9 @@ def summary_rows(report: dict) -> list[tuple[str, str]]:
     if len(curve) < 2 and (gap := gap_text(report)) is not None:
         rows.append(("generalisation gap", gap))
     if not curve:
-        rows.append(("sparsity", sparsity_text(report)))
+        rows.append(("sparsity", achieved_text(report)))
+        if (named := by_key_text(report)) is not None:
+            rows.append(("asked → achieved", named))
     last = report["blocks"][-1] if report.get("blocks") else {}
     if last.get("error") is not None:
         held = "" if last.get("error_held_out") is None else f", {number(last['error_held_out'])} on held-out text"
@@ -176,11 +180,17 @@ def gap_text(report: dict) -> str | None:
 
 
 def asked_text(sparsity) -> str:
-    """A sparsity as it was asked for: a number, or several."""
-    return ", ".join(f"{s:g}" for s in (sparsity if isinstance(sparsity, (list, tuple)) else [sparsity]))
+    """A sparsity as it was asked for: a number, several, or several by name."""
+    return sparsity_text(sparsity).replace(",", ", ")
 
 
-def sparsity_text(report: dict) -> str:
+def by_key_text(report: dict) -> str | None:
+    """``mlp 0.6 → 0.6000, attention 0.4 → 0.4000``: asked for and achieved, where sparsities were given by name."""
+    rows = report.get("sparsity_by_key") or []
+    return ", ".join(f"{row['key']} {row['asked']:g} → {row['achieved']:.4f}" for row in rows) or None
+
+
+def achieved_text(report: dict) -> str:
     """What was asked for beside what was achieved."""
     asked = report.get("sparsity_asked", report["config"]["sparsity"])
     structured = report.get("structured")
@@ -421,7 +431,11 @@ def achieved_rows(found: dict) -> list[str]:
     texts = []
     for row in found["achieved"]:
         got = ", ".join(f"{share:.4g} of the {kind} will be removed" for kind, share in row["removed"].items())
-        if found["settings"]["pattern"] not in ("neurons", "heads", "structured"):
+        if isinstance(row["asked"], dict) and row.get("by_key"):
+            got = ", ".join(
+                f"{part['key']}: {part['asked']:g} of {part['weights']:,} weights" for part in row["by_key"]
+            )
+        elif found["settings"]["pattern"] not in ("neurons", "heads", "structured"):
             zeros = sum(math.prod(w["shape"]) for w in found["weights"] if w["prune"])
             got = f"about that share of {zeros:,} weights will be zero"
         texts += [f"{asked_text(row['asked'])} asked for, {got or 'widths depend on the scores'}", *row["notes"]]
@@ -463,135 +477,6 @@ def duration_text(seconds: float) -> str:
     return f"{large} {names[0]}" + (f" {small} {names[1]}" if small and large < 10 else "")
 
 
-def model_card(report: dict, name: str, picture: str | None = None) -> str:
-    """README.md of a pruned checkpoint: what it is, what it costs, how to load it.
-
-    picture: file beside it that draws the measured gain (``report["gain"]``, if ``pyprune eval --latency`` ran).
-    """
-    config, model = report["config"], report["model"]
-    encoder = not report.get("evaluation") and not model["architecture"].endswith(("ForCausalLM", "LMHeadModel"))
-    auto = "AutoModel" if encoder else "AutoModelForCausalLM"
-    lines = [
-        "---",
-        "library_name: transformers",
-        f"pipeline_tag: {'feature-extraction' if encoder else 'text-generation'}",
-        *(f"{key}: {value}" for key, value in (model.get("card") or {}).items()),
-        "tags: [pyprune, pruning, sparsity]",
-        "---",
-        "",
-        f"# {name}",
-        "",
-        f"{model['name']} ({model['architecture']}, {model['parameters']:,} parameters, {model['dtype']}) pruned "
-        f"in one shot with pyprune: {headline(report)}. "
-        + _outcome(report)
-        + " Embeddings and the head are as they were.",
-        "",
-    ]
-    if report.get("evaluation"):
-        lines += _perplexities(report)
-    lines += _gain(report.get("gain"), picture)
-    lines += _tasks(report.get("tasks"))
-    own = bool((report.get("structured") or {}).get("layout"))
-    lines += [
-        "## Use",
-        "",
-        "```python",
-        *(
-            ["import pyprune", "", f'model, tokenizer = pyprune.load("{name}")']
-            if own
-            else [
-                f"from transformers import {auto}, AutoTokenizer",
-                "",
-                f'model = {auto}.from_pretrained("{name}", dtype="auto")',
-                f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
-            ]
-        ),
-        "```",
-        "",
-        *(
-            [
-                f"Only pyprune loads this model, a stock config cannot say its sizes: "
-                f"{report['structured']['reason']}.",
-                "",
-            ]
-            if own
-            else []
-        ),
-        "A plain checkpoint stores zeros like any other number: it is not smaller, and by itself not faster, than the "
-        "dense one. `pyprune pack` leaves them out."
-        if config["pattern"] not in ("neurons", "heads", "structured")
-        else "The matrices themselves are smaller, so every runtime gains by what is gone.",
-        *([_files_text(model)] if model.get("file_bytes") else []),
-        "",
-        "## How it was made",
-        "",
-        f"- calibration: {report['calibration']['description']} (token ids sha256 "
-        f"`{report['calibration']['fingerprint'][:16]}…`)",
-    ]
-    if (inputs := inputs_text(report)) is not None:
-        lines.append(f"- statistics of inputs, {inputs}")
-    if config["reconstruct"] in RECONSTRUCTIONS:
-        lines.append(
-            f"- reconstruction: {RECONSTRUCTIONS[config['reconstruct']]}"
-            + ("; the targets are the dense model's own stream" if config.get("global_propagation") else "")
-        )
-    lines += [f"- warning: {text}" for text in distinct(report.get("warnings") or [])]
-    lines += [
-        _repeat_text(report),
-        "- error of every weight and block, seconds by phase: `report.json`; per weight: `pruning.json`",
-        "",
-    ]
-    return "\n".join(lines)
-
-
-def _files_text(model: dict) -> str:
-    """The bytes of the weight files beside those of the dense model's."""
-    own, dense = model["file_bytes"], model.get("file_bytes_dense")
-    if not dense:
-        return f"The weight files take {size_text(own)}."
-    than = "smaller than" if own < 0.99 * dense else "larger than" if own > 1.01 * dense else "as large as"
-    return f"The weight files take {size_text(own)}, {than} the dense model's {size_text(dense)}."
-
-
-def _repeat_text(report: dict) -> str:
-    """How the run is repeated, or what has to be named first."""
-    config = report["config"]
-    memory = [value for value in (config["calibration"].get("source"), config["evaluation"].get("text")) if value]
-    what = [] if config.get("model") else ["the model"]
-    what += ["texts"] if any("in memory, sha256" in str(value) for value in memory) else []
-    if str(config.get("criterion")).startswith("<"):
-        name = criterion_text(config)
-        beside = f", and {' and '.join(what)}," if what else ""
-        return f"- settings: `run.yaml`; it repeats the run from Python with the {name}{beside} given again"
-    if what:
-        return f"- settings: `run.yaml`; it repeats the run once {' and '.join(what)} given in memory have a name there"
-    then = ", then `report.json` says how it was refined" if report.get("refinement") else ""
-    return f"- settings: `run.yaml` repeats the pruning (`pyprune prune --config run.yaml -o DIR`){then}"
-
-
-def _perplexities(report: dict) -> list[str]:
-    """Perplexity of both models, the calibration's kind of text beside others."""
-    lines = [
-        "| text | kind | windows | dense perplexity | pruned perplexity | pruned / dense |",
-        "|---|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {source_text(row)} | {row.get('domain') or ''} | {conditions_text(row)} | "
-        f"{perplexity_text(row['dense'])} | {perplexity_text(row['pruned'])} | "
-        f"{ratio_text(row).removeprefix(', ×') or '–'} |"
-        for row in report["evaluation"]
-    ]
-    lines += [
-        "",
-        "Each window is seen by itself; where they overlap (a stride is given), only the tokens count that the window "
-        "before did not have. The same code measures both columns; ± is one standard error over windows. In-domain "
-        "text is of the kind that the model was calibrated on, off-domain text is of another.",
-    ]
-    if (gap := gap_text(report)) is not None:
-        lines.append(f"Generalisation gap {gap}; above {report['generalisation']['warn_above']:g} it is a warning.")
-    return [*lines, ""]
-
-
 def cell(row: dict, key: str, base: dict) -> str:
     """A measure as text, with its ratio to the base's."""
     _, unit, name = LABELS[key]
@@ -612,27 +497,6 @@ LABELS = {
 """Measure → its label, unit and the unit's name."""
 
 
-def _gain(rows: list[dict] | None, picture: str | None) -> list[str]:
-    """Size, memory and speed beside the dense model's, as a table."""
-    if not rows:
-        return []
-    base, own = rows[0], rows[-1]
-    lines = ["| | dense | pruned |", "|---|---|---|"]
-    lines += [
-        f"| {label} | {cell(base, key, base)} | {cell(own, key, base)} |"
-        for key, (label, _, _) in LABELS.items()
-        if own.get(key)
-    ]
-    lines += [
-        "",
-        *verdict(own),
-        f"Measured by `pyprune eval --latency` on {own['device']}, {own['dtype']}, {own['tokens']} tokens, "
-        f"batch size {own['batch_size']}, each model in a process of its own.",
-        "",
-    ]
-    return [*lines, *([f"![gain]({picture})", ""] if picture else [])]
-
-
 TASK_METRICS = ("acc", "acc_norm", "f1", "mcc", "exact_match", "spearman")
 """Scores of tasks, of which more is better, in rows of :func:`pyprune.evaluation.task_runs.evaluate_tasks`."""
 
@@ -648,33 +512,7 @@ def difference_text(test: dict) -> str:
     return f"{test['difference']:+.4f} ± {test['standard_error'] or 0:.4f}"
 
 
-def _tasks(rows: list[dict] | None) -> list[str]:
-    """Tasks, each metric in a line; beside the dense model's where that was measured, too."""
-    if not rows:
-        return []
-    lines = ["| task | items | metric | dense | pruned | difference | p |", "|---|---|---|---|---|---|---|"]
-    for row in rows:
-        for metric in TASK_METRICS:
-            if metric not in row:
-                continue
-            dense = difference = p = "–"
-            if "dense" in row:
-                test = row["paired"][metric]
-                dense, difference = score_text(row["dense"], metric), difference_text(test)
-                p = "–" if test.get("mcnemar_p") is None else f"{test['mcnemar_p']:.3g}"
-            lines.append(
-                f"| {row['task']} | {row['items']} | {metric} | {dense} | {score_text(row, metric)} | {difference} "
-                f"| {p} |"
-            )
-    return [
-        *lines,
-        "",
-        "Measured by `pyprune eval --tasks`; ± is one standard error, p is of McNemar's exact test.",
-        "",
-    ]
-
-
-def verdict(row: dict) -> list[str]:
+def gain_text(row: dict) -> list[str]:
     """``This model: 0.56 of the size, 1.4 times the decoding speed on this machine.``, from a measured row."""
     parts = [
         f"{row['ratios'][key]:.2f} {text}"
@@ -687,18 +525,3 @@ def verdict(row: dict) -> list[str]:
         if row["ratios"].get(key)
     ]
     return [f"This model: {', '.join(parts)} on this machine, relative to the dense one."] if parts else []
-
-
-def _outcome(report: dict) -> str:
-    """What was asked for and what became of it."""
-    config = report["config"]
-    share = f"{report['coverage']['fraction']:.1%} of the matrix weights of its blocks"
-    asked = asked_text(report.get("sparsity_asked", config["sparsity"]))
-    if structured := report.get("structured"):
-        gone = " and ".join(f"{part:.2%} of the {kind}" for kind, part in structured.get("removed", {}).items())
-        gone = gone or format(report["sparsity"], ".2%")
-        return f"Sparsity {asked} was asked for; {gone} are gone, {left_text(report)}."
-    return (
-        f"Sparsity {asked} was asked for; {report['sparsity']:.2%} of the pruned weights are exactly zero, and they "
-        f"are {share}."
-    )

@@ -26,6 +26,7 @@ from pyprune.reporting.page import (
     warnings_list,
     write,
 )
+from pyprune.reporting.quantiles import quantile_name, quantile_order
 from pyprune.reporting.rendering import (
     LABELS,
     RECONSTRUCTIONS,
@@ -90,6 +91,9 @@ def _facts(report: dict) -> Markup:
             f"{coverage['fraction']:.1%} of the blocks' weights pruned",
         )
     ]
+    for k, row in enumerate(report.get("sparsity_by_key") or []):
+        value = figure(row["achieved"], f"sparsity_by_key.{k}.achieved")
+        items.append((f"Sparsity of {row['key']}", value, f"{row['asked']:g} asked for"))
     rows = report.get("evaluation") or []
     if rows and (factor := ratio(rows[0])) is not None:
         items.append(("Perplexity", Markup("× ") + figure(factor, text=lambda v: number(v, 3)), rows[0]["text"]))
@@ -305,30 +309,47 @@ def _steps(blocks: list[dict]) -> Markup:
 
 
 def _quantiles(report: dict) -> Markup:
-    """The distribution of each block's error over tokens and over sequences, where the report has quantiles."""
-    blocks, levels = report.get("blocks") or [], report.get("error_quantile_levels") or []
-    found = [row.get("error_quantiles") or {} for row in blocks]
-    kinds = dict.fromkeys((text, over) for row in found for text, spread in row.items() for over in spread)
-    parts = []
-    for text, over in kinds:
-        rows = [
-            [
-                figure(row["block"], f"blocks.{k}.block", _count),
-                *(
-                    figure(value, f"blocks.{k}.error_quantiles.{text}.{over}.{q}")
-                    for q, value in enumerate((found[k].get(text) or {}).get(over) or [None] * len(levels))
-                ),
-            ]
-            for k, row in enumerate(blocks)
+    """The distribution of each block's error over tokens and over sequences, where the report has quantiles: the median
+    of each kind of text as a line, the quantiles on either side of it as bands."""
+    found = [row.get("error_quantiles") or {} for row in report.get("blocks") or []]
+    over = dict.fromkeys(name for row in found for spread in row.values() for name in spread)
+    charts = [_spread(report, found, name) for name in over]
+    more = details("How errors spread over sequences", join(charts[1:])) if charts[1:] else ""
+    return join([*charts[:1], more])
+
+
+def _spread(report: dict, found: list[dict], over: str) -> Markup:
+    """One chart: how the errors of ``over``, tokens or sequences, spread on every kind of text."""
+    levels = report["error_quantile_levels"]
+    texts = list(dict.fromkeys(text for row in found for text in row))
+    order, bands = quantile_order(levels)
+    head, plotted, shaded = ["Block"], [], []
+    for text in texts:
+        name, first = text.replace("_", "-").capitalize(), len(head)
+        head += [f"{name}, {quantile_name(levels[q])}" for q in order]
+        plotted.append(first)
+        shaded += [(first + low, first + high, first) for low, high in bands]
+    rows = [
+        [
+            figure(row["block"], f"blocks.{k}.block", _count),
+            *(
+                figure(_at(found[k], text, over, q), f"blocks.{k}.error_quantiles.{text}.{over}.{q}")
+                for text in texts
+                for q in order
+            ),
         ]
-        table = Table(
-            f"How the error spreads over {over}, {text.replace('_', '-')} text: its quantiles.",
-            ["Block", *(f"{level:g}" for level in levels)],
-            rows,
-            plotted=range(1, 1 + len(levels)),
-        )
-        parts.append(chart(table, axis="relative error", log=True, x="whole"))
-    return details("How errors spread over tokens and sequences", join(parts)) if parts else Markup("")
+        for k, row in enumerate(report["blocks"])
+    ]
+    shown = " and ".join(
+        f"{quantile_name(levels[order[low]])} to {quantile_name(levels[order[high]])}" for low, high in bands
+    )
+    caption = f"How the error spreads over {over}: the median" + (f", shaded from {shown}." if shown else ".")
+    return chart(Table(caption, head, rows, plotted=plotted, bands=shaded), axis="relative error", log=True, x="whole")
+
+
+def _at(row: dict, text: str, over: str, quantile: int) -> float | None:
+    values = (row.get(text) or {}).get(over)
+    return values[quantile] if values else None
 
 
 def _weights(report: dict) -> Markup:

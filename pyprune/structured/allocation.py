@@ -62,24 +62,37 @@ def removed(groups: list[list[Coupled]], counts: list[list[int]]) -> dict[str, f
     return {kind: 1 - kept[kind] / units[kind] for kind in units}
 
 
-def shortfalls(groups: list[list[Coupled]], counts: list[list[int]], sparsity: float) -> list[str]:
+def shortfalls(
+    groups: list[list[Coupled]], counts: list[list[int]], wanted: list[list[float]], by_name: bool = False
+) -> list[str]:
     """A sentence for each kind of which clearly more or less is dropped than was asked for.
 
-    Raises ConfigError if nothing at all would be, with the sparsities that can be reached.
+    wanted: the sparsity of each group. Raises ConfigError if nothing at all would be dropped, or where sparsities were
+    given by name nothing of one of them, with those that can be reached.
     """
-    got = removed(groups, counts)
-    first = {g.kind: g for block in groups for g in block}
-    steps = {kind: reachable(group) for kind, group in first.items()}
-    if sparsity and not any(got.values()):
+    first: dict[tuple[str, float], Coupled] = {}
+    units: dict[tuple[str, float], int] = {}
+    kept: dict[tuple[str, float], int] = {}
+    for block, numbers, sparsities in zip(groups, counts, wanted):
+        for group, count, sparsity in zip(block, numbers, sparsities):
+            key = group.kind, sparsity
+            first.setdefault(key, group)
+            units[key] = units.get(key, 0) + group.units
+            kept[key] = kept.get(key, 0) + count
+    got = {key: 1 - kept[key] / units[key] for key in units}
+    steps = {key: f"{key[0]} go in steps of one in {_pool(g)}, {_offer(reachable(g))}" for key, g in first.items()}
+    idle = [key for key, share in got.items() if key[1] and not share]
+    if idle and (by_name or not any(got.values())):
+        amounts = sorted({sparsity for _, sparsity in idle})
         raise ConfigError(
-            f"sparsity {sparsity:g} would remove nothing: "
-            + "; ".join(f"{kind} go in steps of one in {_pool(first[kind])}, {_offer(steps[kind])}" for kind in got)
+            f"sparsity {' and '.join(f'{s:g}' for s in amounts)} would remove nothing: "
+            + "; ".join(dict.fromkeys(steps[key] for key in idle))
         )
     return [
-        f"sparsity {sparsity:g} was asked for, {share:.3g} of the {kind} are removed: they go in steps of one in "
-        f"{_pool(first[kind])}, {_offer(steps[kind])}"
-        for kind, share in got.items()
-        if abs(share - sparsity) > TOLERANCE
+        f"sparsity {key[1]:g} was asked for, {share:.3g} of the {key[0]} are removed: they"
+        + steps[key].removeprefix(key[0])
+        for key, share in got.items()
+        if abs(share - key[1]) > TOLERANCE
     ]
 
 

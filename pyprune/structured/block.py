@@ -33,6 +33,7 @@ class Target:
     """One sparsity: the model it becomes and how."""
 
     sparsity: float
+    """As it was asked for; of several by name the mean over the units."""
     model: nn.Module
     blocks: nn.ModuleList
     counts: list[list[int]]
@@ -63,6 +64,8 @@ class Preparation:
     """Per block, the weights that belong to a group."""
     coverage: dict
     """What of the dense model that is."""
+    rules: list[list[str]] | None = None
+    """By block and group the key of ``sparsity`` that counts, where that is a mapping."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,9 +199,18 @@ def repair_group(
         "warnings": done.warnings,
         "tokens": 0 if split is None else split.count,
         "sparsity": 1 - count / group.units,
+        **asked_in(work, index, i),
     }
     # a bias that was a slot only stays absent where nothing was put in it
     return Pick(group, kept, done.weight, done.bias, None if target.padded is None else target.padded[index][i]), row
+
+
+def asked_in(work: StructuredRun, index: int, i: int) -> dict[str, float | str]:
+    """What a row says of a sparsity given by name: how much was asked for, and by which key."""
+    if (rules := work.prepared.rules) is None:
+        return {}
+    key = rules[index][i]
+    return {"asked": work.run.config.sparsity_by_name[key], "asked_by": key}
 
 
 def refresh(block: nn.Module, module: nn.Module) -> None:

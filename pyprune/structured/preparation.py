@@ -9,10 +9,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from pyprune.config import ConfigError, PruneConfig
+from pyprune.config import ConfigError, PruneConfig, sparsity_text
 from pyprune.execution.run import Findings, Run
 from pyprune.model.attributes import embedding_device, vocabulary_size
-from pyprune.model.blocks import block_list
+from pyprune.model.blocks import ModelView, block_list
+from pyprune.model.sparsities import rules as rules_for
 from pyprune.model.watching import expert_loop
 from pyprune.structured import config_edits, slicing
 from pyprune.structured.allocation import Member, choose, global_counts, removed, shortfalls, uniform_count
@@ -24,12 +25,16 @@ from pyprune.structured.observation import observe_moments
 from pyprune.structured.slicing import Pick, slice_block
 from pyprune.structured.taps import gradient_sequences, mask_gradients
 
+KIND = {"heads": "attention", "neurons": "mlp"}
+"""What the two kinds of units are called where a sparsity is given by name."""
+
 
 def prepare(run: Run, found: Findings) -> StructuredRun:
     """Groups, gradients, sizes and whether they can be said in a stock config; nothing is changed yet."""
     config, view = run.config, run.view
     groups = find_groups(view, config.pattern, config.structured.head_scope, run.executor.weights)
     groups = [[g for g in block if _selected(g, refs)] for block, refs in zip(groups, run.selected)]
+    groups, rules = by_name(view, groups, config)
     if not any(groups):
         raise ConfigError(
             f"targets and ignore leave no whole {config.pattern} to prune: a group goes only if its "
@@ -57,14 +62,17 @@ def prepare(run: Run, found: Findings) -> StructuredRun:
             f"{config.criterion} chooses heads for a repair that takes up their mean; without reconstruction "
             "it can be worse than random"
         )
-    prepared = Preparation(groups, gradients, flags, notes, _biases(run, flags), selected, view.coverage(selected))
-    sparsities = config.sparsities
+    prepared = Preparation(
+        groups, gradients, flags, notes, _biases(run, flags), selected, view.coverage(selected), rules
+    )
+    wanted = wanted_of(groups, config, rules)
     targets = []
-    for sparsity, counts in zip(sparsities, _allocate(StructuredRun(run, found, prepared, []), sparsities)):
-        model = view.model if len(sparsities) == 1 else twin(view.model, view.path)
-        target = Target(sparsity, model, block_list(model, view.path), counts)
+    for amounts, counts in zip(wanted, _allocate(StructuredRun(run, found, prepared, []), wanted)):
+        model = view.model if len(wanted) == 1 else twin(view.model, view.path)
+        target = Target(_mean(groups, amounts), model, block_list(model, view.path), counts)
         if config.structured.allocation == "uniform":  # global widths differ from block to block by design
-            notes += [text for text in shortfalls(groups, counts, sparsity) if text not in notes]
+            found_notes = shortfalls(groups, counts, amounts, rules is not None)
+            notes += [text for text in found_notes if text not in notes]
         _decide(run, prepared, target)
         targets.append(target)
     return StructuredRun(run, found, prepared, targets)
@@ -104,15 +112,51 @@ def group_paths(groups: list[list[Coupled]]) -> set[str]:
     return set().union(*map(_paths, groups))
 
 
-def foreseen(groups: list[list[Coupled]], config: PruneConfig) -> list[dict]:
+def by_name(
+    view: ModelView, groups: list[list[Coupled]], config: PruneConfig
+) -> tuple[list[list[Coupled]], list[list[str]] | None]:
+    """The groups that a key of ``sparsity`` names, and the key of each; all of them, and None, where it is no mapping.
+
+    A group goes by its consumer's name and its kind: heads are attention, neurons mlp. Raises ConfigError for a key
+    that decides nothing.
+    """
+    asked = config.sparsity_by_name
+    if not asked:
+        return groups, None
+    names = {view.name(i, g.consumer): KIND[g.kind] for i, block in enumerate(groups) for g in block}
+    keys = rules_for(asked, names)
+    kept = [[g for g in block if view.name(i, g.consumer) in keys] for i, block in enumerate(groups)]
+    return kept, [[keys[view.name(i, g.consumer)] for g in block] for i, block in enumerate(kept)]
+
+
+def wanted_of(
+    groups: list[list[Coupled]], config: PruneConfig, rules: list[list[str]] | None
+) -> list[list[list[float]]]:
+    """Per model that the run makes, the sparsity of each group. rules: of :func:`by_name`."""
+    if rules is not None:
+        return [[[config.sparsity_by_name[key] for key in block] for block in rules]]
+    return [[[s for _ in block] for block in groups] for s in config.sparsities if not isinstance(s, dict)]
+
+
+def _mean(groups: list[list[Coupled]], wanted: list[list[float]]) -> float:
+    """The sparsity that is asked for, of several the mean over the units."""
+    found = {s for block in wanted for s in block}
+    if len(found) == 1:
+        return found.pop()
+    units = sum(g.units for block in groups for g in block)
+    return sum(g.units * s for block, row in zip(groups, wanted) for g, s in zip(block, row)) / units
+
+
+def foreseen(groups: list[list[Coupled]], config: PruneConfig, rules: list[list[str]] | None = None) -> list[dict]:
     """Per sparsity what was ``asked``, what would be ``removed`` of each kind, and ``notes`` where the two differ;
     ``removed`` is empty where the widths depend on scores. Raises ConfigError if nothing would go."""
     if config.structured.allocation != "uniform":
         return [{"asked": s, "removed": {}, "notes": []} for s in config.sparsities]
     rows = []
-    for s in config.sparsities:
-        counts = [[uniform_count(g, s) for g in block] for block in groups]
-        rows.append({"asked": s, "removed": removed(groups, counts), "notes": shortfalls(groups, counts, s)})
+    for asked, wanted in zip(config.sparsities, wanted_of(groups, config, rules)):
+        counts = [[uniform_count(g, s) for g, s in zip(block, row)] for block, row in zip(groups, wanted)]
+        notes = shortfalls(groups, counts, wanted, rules is not None)
+        rows.append({"asked": asked, "removed": removed(groups, counts), "notes": notes})
     return rows
 
 
@@ -179,11 +223,14 @@ def _flags(run: Run, groups: list[list[Coupled]]) -> tuple[dict[str, str], list[
     return flags, notes
 
 
-def _allocate(work: StructuredRun, sparsities: tuple[float, ...]) -> list[list[list[int]]]:
-    """Units kept per sparsity, block and group."""
+def _allocate(work: StructuredRun, wanted: list[list[list[float]]]) -> list[list[list[int]]]:
+    """Units kept per sparsity, block and group. wanted: the sparsity of each."""
     run, groups = work.run, work.prepared.groups
     if run.config.structured.allocation == "uniform":
-        return [[[uniform_count(g, s) for g in block] for block in groups] for s in sparsities]
+        return [
+            [[uniform_count(g, s) for g, s in zip(block, row)] for block, row in zip(groups, amounts)]
+            for amounts in wanted
+        ]
     flat: list[Member] = []
 
     def scored(index: int, splits: Sequence[Split | None], i: int) -> Tensor:
@@ -202,8 +249,8 @@ def _allocate(work: StructuredRun, sparsities: tuple[float, ...]) -> list[list[l
             flat += [Member(index, g, found, size) for g, (_, found), size in zip(block, scores, sizes)]
             run.executor.release(index)
     out = []
-    for s in sparsities:
-        counts = iter(global_counts(flat, s))
+    for amounts in wanted:
+        counts = iter(global_counts(flat, next(s for row in amounts for s in row)))
         out.append([[next(counts) for _ in block] for block in groups])
     return out
 
@@ -225,8 +272,9 @@ def _decide(run: Run, prepared: Preparation, target: Target) -> None:
     except ConfigError as error:
         target.reason = str(error)
     if mode == "refuse":
+        shown = f"{target.sparsity:g}" if prepared.rules is None else sparsity_text(run.config.sparsity)
         raise ConfigError(
-            f"sparsity {target.sparsity:g} makes a model that stock tools cannot load: {target.reason}. "
+            f"sparsity {shown} makes a model that stock tools cannot load: {target.reason}. "
             "Set nonstandard='save' (pyprune.load loads it) or nonstandard='pad' (zeros: stock tools load it, it is "
             "no smaller), or choose another sparsity or pattern"
         )

@@ -34,6 +34,8 @@ class Axes:
             values = getattr(self, name)
             if not values:
                 raise ConfigError(f"{name} is empty: a study needs at least one value of each")
+            if name == "sparsities" and not all(isinstance(value, (int, float)) for value in values):
+                raise ConfigError(f"sparsities of a study are numbers, got {list(values)!r}")
             if len(set(values)) < len(values):
                 raise ConfigError(f"{name} names a value twice: {', '.join(map(str, values))}")
 

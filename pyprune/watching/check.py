@@ -10,15 +10,16 @@ from typing import Any, TextIO
 from pyprune.config import ConfigError
 from pyprune.data.self_generated import generate
 from pyprune.evaluation.gain import dense_of
-from pyprune.evaluation.perplexity import NotFinite, evaluate
+from pyprune.evaluation.single import NotFinite, evaluate, ready
 from pyprune.evaluation.task_runs import evaluate_tasks
+from pyprune.execution.progress import Doing
 from pyprune.model.attributes import positions_named
 from pyprune.model.blocks import predicts_next_token
-from pyprune.model.checkpoint import load
 from pyprune.reporting.comparison import read
 from pyprune.reporting.rendering import TASK_METRICS, number, open_console, perplexity_text
 from pyprune.reporting.verdict import last_errors
 
+LABEL = "checking"
 MAX_RATIO, MAX_DROP = 1.1, 0.02
 """The limits where nothing else is asked."""
 SAMPLED = 256
@@ -39,6 +40,7 @@ def check(
     tasks: Sequence[str | Path] = (),
     max_drop: float = MAX_DROP,
     device: str = "auto",
+    progress: bool = False,
     **fields,
 ) -> dict:
     """Whether a model may take another one's place: both are measured here, by the same code on the same tokens.
@@ -49,7 +51,8 @@ def check(
     self_generated: that many sequences of ``seq_len`` tokens, sampled from ``against``, are one more text; None: 256
     tokens, or as many as the model has positions.
     tasks: files, folders or names of lm-eval's tasks, as ``pyprune eval --tasks`` takes them; each score may fall by at
-    most ``max_drop``. fields: further ones of :class:`pyprune.Evaluation`.
+    most ``max_drop``. progress: say on standard error what is done. fields: further ones of
+    :class:`pyprune.Evaluation`. A model that does not fit into memory is streamed, unless it has to sample.
     Overfitting fails, too: the calibration error of the last block fell while the held-out one rose, in the run's own
     reconstruction or against the run in ``against``, as far as their reports say it.
     Returns ``{"passed", "directory", "against", "figures"}``; a figure has ``what``, ``before``, ``after``, ``value``,
@@ -63,8 +66,9 @@ def check(
     sampled: list = []
     measured = []
     for place in (base, str(directory)):
-        loaded = load(place)
-        found, sampled = _measure(loaded, sampled, text, self_generated, seq_len, seed, tasks, device, fields)
+        with Doing(f"loading {place}", progress, LABEL):
+            loaded = ready(place, stream="never" if self_generated else "auto")
+        found, sampled = _measure(loaded, sampled, text, self_generated, seq_len, seed, tasks, device, progress, fields)
         measured.append(found)
         del loaded
     before, after = measured
@@ -86,6 +90,7 @@ def _measure(
     seed: int,
     tasks: Sequence,
     device: str,
+    progress: bool,
     fields: dict,
 ) -> tuple[dict[tuple[str, str], float], list]:
     """Every figure of one model, by kind and name, and the sequences that the first of them sampled."""
@@ -98,14 +103,22 @@ def _measure(
     if causal:
         if count and not sampled:
             length = seq_len or min(SAMPLED, positions_named(loaded.model.config) or SAMPLED)
-            sampled = generate(loaded.model, loaded.tokenizer, count, seq_len=length, seed=seed)
-        for row in _rows(loaded, text, device, fields):
+            with Doing("sampling sequences", progress, LABEL) as doing:
+                sampled = generate(loaded.model, loaded.tokenizer, count, seq_len=length, seed=seed, progress=doing)
+        with Doing("measuring perplexity", progress, LABEL) as doing:
+            rows = _rows(loaded, text, device, {**fields, "progress": doing})
+        for row in rows:
             found["perplexity", row["text"]] = row["perplexity"]
         if sampled:
-            (row,) = _rows(loaded, sampled, device, {})
+            with Doing("measuring perplexity on the sampled sequences", progress, LABEL) as doing:
+                (row,) = _rows(loaded, sampled, device, {"progress": doing})
             name = f"{len(sampled)} self-generated sequences of {len(sampled[0])} tokens"
             found["perplexity", name] = row["perplexity"]
-    for row in evaluate_tasks(loaded, list(map(str, tasks)), device=device) if tasks else ():
+    scores: list[dict] = []
+    if tasks:
+        with Doing("measuring tasks", progress, LABEL) as doing:
+            scores = evaluate_tasks(loaded, list(map(str, tasks)), device=device, progress=doing)
+    for row in scores:
         for metric in TASK_METRICS:
             if metric in row:
                 found["task", f"{row['task']}, {metric}"] = row[metric]

@@ -66,28 +66,24 @@ def seconds_of(row: dict) -> float:
 def line_name(row: dict) -> str:
     """What runs have in common that are one line of a trend: the model and how it was pruned."""
     asked = row.get("sparsity_asked")
-    sparsity = row["sparsity"] if asked is None or isinstance(asked, (list, tuple)) else asked
+    sparsity = row["sparsity"] if asked is None or isinstance(asked, (list, tuple, dict)) else asked
     return f"{Path(row['model']).name}, {how_text(row)}, {row['pattern']} {sparsity:.2g}"
 
 
 def print_history(rows: Sequence[dict], out: TextIO | None = None) -> None:
-    """One line per run."""
+    """One line per run and text."""
     from rich.table import Table
 
     console = open_console(out)
     table = Table("finished", "run", "model and pruning", "text", "perplexity", "× dense", "block error", "held out")
     for row in rows:
-        texts = row["evaluation"] or [{}]
-        table.add_row(
-            row["finished"][:16].replace("T", " "),
-            row["run"],
-            line_name(row),
-            "\n".join(e.get("text", "–") for e in texts),
-            "\n".join(perplexity_text(e["pruned"]) if e else "–" for e in texts),
-            "\n".join(number(ratio(e), 3) for e in texts),
-            number(row["block_error"], 3),
-            number(row["block_error_held_out"], 3),
-        )
+        when, errors = row["finished"][:16].replace("T", " "), (row["block_error"], row["block_error_held_out"])
+        run = [when, row["run"], line_name(row)]
+        last = [number(error, 3) for error in errors]
+        for e in row["evaluation"] or [{}]:
+            measured = perplexity_text(e["pruned"]) if e else "–"
+            table.add_row(*run, e.get("text", "–"), measured, number(ratio(e), 3), *last)
+            run, last = [""] * len(run), [""] * len(last)
     console.print(table)
 
 

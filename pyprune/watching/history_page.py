@@ -23,8 +23,11 @@ def history_page(found: Sequence[dict]) -> str:
         Section("Trade-off", tradeoff(rows)),
         Section("The runs", _runs(rows)),
     ]
-    lead = f"from {rows[0]['finished'][:10]} to {rows[-1]['finished'][:10]}"
-    return page(f"{len(rows)} runs over time", sections, kicker="pyprune · history", lead=lead)
+    first, last = rows[0]["finished"][:10], rows[-1]["finished"][:10]
+    lead = f"from {first} to {last}" if first != last else f"on {first}"
+    return page(
+        f"{len(rows)} {'run' if len(rows) == 1 else 'runs'} over time", sections, kicker="pyprune · history", lead=lead
+    )
 
 
 def _three(value: float) -> str:
@@ -89,4 +92,4 @@ def _runs(rows: list[dict]) -> Markup:
         for k, row in enumerate(rows)
     ]
     head = ["Run", "Finished", "Model and pruning", "Perplexity", "Last block's error", "Held out", "Time", "Memory"]
-    return Table("Oldest first.", head, body, words=(2, 3)).html()
+    return Table("Oldest first.", head, body, words=(1, 2, 3)).html()

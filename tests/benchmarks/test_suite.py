@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -191,3 +193,92 @@ def test_the_list_names_groups_presets_and_studies(run, capsys):
     assert run("list") == 0
     listed = capsys.readouterr().out
     assert all(word in listed for word in ("pruning", "streaming", "smoke", "full", "main_job", "rates"))
+
+
+def test_rows_are_added_only_to_a_file_of_the_same_machine_and_versions(tmp_path, monkeypatch):
+    from benchmarks.__main__ import earlier
+    from benchmarks.rows import write
+
+    was = {"preset": "quick", "environment": {"cpu": "one", "torch": "2.13.0"}, "ceilings": {"copy": 1e10}}
+    path = write(tmp_path / "a.json", [row([1.0])], **was)
+    about = {**was, "ceilings": {}}
+    assert earlier(path, about) == [row([1.0])] and about["ceilings"] == {"copy": 1e10}
+    with pytest.raises(SystemExit, match="torch: 2.13.0 → 2.14.0"):
+        earlier(path, {**about, "environment": {"cpu": "one", "torch": "2.14.0"}})
+    with pytest.raises(SystemExit, match="preset: quick → full"):
+        earlier(path, {**about, "preset": "full"})
+
+
+def test_each_instruction_set_is_measured_by_a_process_that_is_kept_to_it(run, tmp_path, monkeypatch):
+    from benchmarks import __main__ as command
+    from benchmarks.rows import read, write
+
+    def measured(arguments, *, env, **_):
+        part = Path(arguments[arguments.index("--out") + 1])
+        rate = 2.0 if env.get("PYPRUNE_ISA") == "avx2" else 1.0
+        write(part, [row([rate])], ceilings={"copy": rate}, preset="smoke", environment={})
+
+    monkeypatch.setattr(command.subprocess, "run", measured)
+    monkeypatch.setattr(command, "environment", lambda: {"instruction_set": "avx512"})
+    out = tmp_path / "isa.json"
+    assert run("run", "ops", "--device", "cpu", "--preset", "smoke", "--isa", "own", "avx2", "--out", str(out)) == 0
+    rows, about = read(out)
+    assert [(r.isa, r.median) for r in rows] == [("", 1.0), ("avx2", 2.0)] and rows[0].key != rows[1].key
+    assert about["ceilings"] == {"copy": 1.0, "copy avx2": 2.0}
+
+
+def test_a_study_is_started_with_its_own_arguments_and_an_unknown_one_refused(run, capsys):
+    assert run("study", "rates", "--help") == 0 and "--sheet" in capsys.readouterr().out
+    said = str(run("study", "rate"))
+    assert "no study 'rate'" in said and "main_job" in said
+
+
+def test_a_peer_that_cannot_run_says_why(tmp_path):
+    from benchmarks import peers
+
+    np.save(tmp_path / "ids.npy", [[1, 2]])
+    call = peers.Call("no such tool", "float32", {"pattern": "2:4", "sparsity": 0.5})
+    assert peers._called(sys.executable, call, tmp_path) == "KeyError: 'no such tool'"
+
+
+def test_a_result_of_a_peer_is_checked_for_what_was_asked():
+    from benchmarks import jobs, peer_calls, peers
+
+    dense = jobs.model(jobs.TINY)
+    settings = {"method": "magnitude", "pattern": "2:4"}
+    job = {"settings": settings, "reads_tokens": False}
+    changed = peer_calls.pyprune(job)(copy.deepcopy(dense), jobs.ids(jobs.TINY))
+    assert peers.what_is_wrong(changed, dense, {"pattern": "2:4", "sparsity": 0.5}) == "green"
+    assert "2:4" not in peers.what_is_wrong(changed, dense, {"pattern": "unstructured", "sparsity": 0.5})
+    weight = changed.model.layers[1].mlp.up_proj.weight.data
+    weight[0, :4], weight[0, 4:8] = 0.0, 1.0  # as many zeros, in other places
+    assert peers.what_is_wrong(changed, dense, {"pattern": "2:4", "sparsity": 0.5}).endswith(
+        "up_proj.weight is not 2:4"
+    )
+    assert "0.0% of" in peers.what_is_wrong(dense, dense, {"pattern": "unstructured", "sparsity": 0.5})
+    assert "160 neurons are left, not 128" in peers.what_is_wrong(dense, dense, peers.NEURONS)
+
+
+def test_ours_is_red_where_its_perplexity_is_far_above_the_peers():
+    from benchmarks.peers import judged
+
+    peer, near, far = (row([1.0], figures={"perplexity": found}) for found in (40.0, 41.0, 43.0))
+    judged([peer, near, far])
+    assert peer.correct == near.correct == "green" and far.correct == "red: perplexity 43, the peer's is 40"
+
+
+def test_an_environment_that_cannot_be_had_leaves_nothing_behind(tmp_path, monkeypatch):
+    from types import SimpleNamespace
+
+    from benchmarks import peers
+
+    def failing(command, **_):
+        if "venv" in command:
+            Path(command[-1]).mkdir(parents=True)
+        return SimpleNamespace(returncode=1, stderr="looking\nERROR: No matching distribution found for tool\n")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(peers.subprocess, "run", failing)
+    with pytest.raises(SystemExit, match="could not be installed: ERROR: No matching distribution found for tool"):
+        peers.environment(("tool==1",))
+    assert list((tmp_path / "pyprune").iterdir()) == []

@@ -149,6 +149,9 @@ def test_inspect_and_compare(capsys, tmp_path, pruned, folder):
     code, out, _ = call(capsys, "compare", path, path)
     assert code == 0 and "sparsegpt + layer" in out
     assert call(capsys, "compare", folder)[0] == 2
+    pytest.importorskip("matplotlib")
+    assert call(capsys, "compare", path, "--plot", tmp_path / "errors.png")[0] == 0
+    assert (tmp_path / "errors.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_compare_says_what_does_not_compare(pruned):

@@ -12,6 +12,7 @@ from pyprune.config import Calibration, ConfigError, Evaluation, from_yaml
 from pyprune.data.calibration import coerce, load
 from pyprune.evaluation.perplexity import windows
 from pyprune.reporting import rendering
+from pyprune.reporting.card import model_card
 
 OFF = Evaluation(enabled=False)
 
@@ -128,7 +129,7 @@ def test_text_that_was_named_still_needs_a_tokenizer():
 def warned(**fields) -> str:
     result = run(**fields)
     shown = " ".join(text for label, text in rendering.summary_rows(result.report) if label == "warning")
-    card = rendering.model_card(result.report, "pruned")
+    card = model_card(result.report, "pruned")
     for text in rendering.distinct(result.report["warnings"]):
         assert text in shown and text in card
     return " ".join(result.report["warnings"])

@@ -12,7 +12,8 @@ import pyprune
 from pyprune.config import Calibration, Evaluation
 from pyprune.data import builtin
 from pyprune.evaluation.domains import GAP, IN, OFF, alone, gap_warning, generalisation, of_run
-from pyprune.reporting.rendering import model_card, summary_rows
+from pyprune.reporting.card import model_card
+from pyprune.reporting.rendering import summary_rows
 
 
 def plan(evaluation=None, calibration=None):

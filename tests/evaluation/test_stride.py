@@ -10,10 +10,9 @@ import torch
 
 import pyprune
 from pyprune.config import ConfigError, Evaluation
-from pyprune.evaluation.block_by_block import Meter, measure_streamed
+from pyprune.evaluation.block_by_block import Blockwise, Meter, measure_streamed
 from pyprune.evaluation.domains import alone
 from pyprune.evaluation.perplexity import losses_of, measure, perplexity, windows_of
-from pyprune.execution.activation_store import Store
 from pyprune.execution.distributed import World
 from pyprune.execution.executor import Resident
 from pyprune.model.blocks import ModelView
@@ -67,7 +66,7 @@ def test_the_definition_in_memory_and_streamed(model, tokenizer, stride):
     (row,) = measure(model, texts, evaluation)
     assert row["perplexity"] == pytest.approx(truth, rel=1e-5)
     assert (row["tokens"], row["windows"], row["window"], row["stride"]) == (count, 7, 48, stride)
-    (apart,) = measure_streamed(ModelView(model), Resident(), texts, evaluation, Store(), torch.device("cpu"))
+    (apart,) = measure_streamed(Blockwise(ModelView(model), Resident()), texts, evaluation)
     assert apart["perplexity"] == pytest.approx(truth, rel=1e-5) and apart["tokens"] == count
     assert truth != pytest.approx(perplexity(model, texts[0].windows, dtype="float32"), rel=1e-4), "it would be no test"
 

@@ -11,8 +11,12 @@ import torch
 import pyprune
 from pyprune.cli.commands import main
 from pyprune.config import ConfigError
-from pyprune.evaluation import tasks
+from pyprune.evaluation import choices, task_runs, tasks
+from pyprune.evaluation.block_by_block import Blockwise
 from pyprune.evaluation.task_runs import evaluate_tasks
+from pyprune.execution.executor import Resident
+from pyprune.execution.weight_streaming import Streamed
+from pyprune.model.blocks import ModelView
 
 
 def write(path, rows):
@@ -41,10 +45,7 @@ def halved(folder, out):
 
 def test_a_pruned_model_beside_its_dense_one_on_the_command_line(folder, questions, tmp_path, capsys):
     out = str(tmp_path / "out")
-    calibration = {"num_samples": 4, "seq_len": 32}
-    pyprune.prune(
-        str(folder), output=out, sparsity=0.7, evaluation={"enabled": False}, progress=False, calibration=calibration
-    )
+    halved(folder, out)
     main_ = lambda *words: main(["eval", out, *words])  # noqa: E731
     with pytest.raises(SystemExit) as end:
         main_("--tasks", questions, "--against", "dense", "--limit", "8", "--json")
@@ -82,13 +83,49 @@ def test_a_pruned_model_beside_its_dense_one_on_the_command_line(folder, questio
 
 def test_packed_and_plain_models_score_alike(folder, questions, tmp_path):
     out = str(tmp_path / "out")
-    calibration = {"num_samples": 4, "seq_len": 32}
-    pyprune.prune(
-        str(folder), output=out, sparsity=0.7, evaluation={"enabled": False}, progress=False, calibration=calibration
-    )
+    halved(folder, out)
     pyprune.pack(out, str(tmp_path / "packed"))
     plain, packed = (evaluate_tasks(name, [questions])[0] for name in (out, str(tmp_path / "packed")))
     assert {**packed, "task": 0} == {**plain, "task": 0}
+
+
+def test_a_streamed_model_scores_as_in_memory_and_reads_each_block_once_per_task(
+    folder, questions, tmp_path, monkeypatch
+):
+    halved(folder, tmp_path / "out")
+    whole = evaluate_tasks(str(tmp_path / "out"), [questions, questions], against=str(folder), stream="never")
+    read = []
+    of_block = Streamed._read
+    monkeypatch.setattr(Streamed, "_read", lambda self, index: read.append(index) or of_block(self, index))
+    apart = evaluate_tasks(str(tmp_path / "out"), [questions, questions], against=str(folder), stream="always")
+    assert apart == whole, "report and summary are made from these rows"
+    assert sorted(read) == sorted(4 * list(range(max(read) + 1))), "two models, two tasks"
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 50])
+def test_log_likelihoods_block_by_block_are_those_of_the_whole_model(batch_size):
+    model = tiny.model("llama", vocab_size=tiny.CHARACTERS)
+    ids = [row.tolist() for row in tiny.ids(9, 40)]
+    pairs = [(row[: 5 + i], row[5 + i : 6 + 2 * i]) for i, row in enumerate(ids)] + [(4 * ids[0], [7, 8])]
+    with torch.no_grad():
+        best = model(torch.tensor([pairs[0][0]])).logits[0, -1].argmax().item()
+    pairs.append((pairs[0][0], [best]))
+    whole = choices.loglikelihoods(model, pairs, batch_size=batch_size)
+    apart = choices.loglikelihoods(Blockwise(ModelView(model), Resident()), pairs, batch_size=batch_size)
+    assert [one.logp for one in apart] == pytest.approx([one.logp for one in whole], abs=1e-4)
+    assert [one.greedy for one in apart] == [one.greedy for one in whole] and whole[-1].greedy and not whole[0].greedy
+
+
+def test_what_cannot_be_streamed_is_refused_before_any_work(folder, questions, tmp_path, monkeypatch):
+    tiny.model("bert", vocab_size=tiny.CHARACTERS).save_pretrained(tmp_path / "encoder")
+    monkeypatch.setattr(task_runs, "_measured", lambda *a: pytest.fail("worked"))
+    with pytest.raises(ConfigError, match="in memory"):
+        evaluate_tasks(tiny.model("llama"), [questions], tokenizer=tiny.tokenizer(), stream="always")
+    with pytest.raises(ConfigError, match="does not predict the next token, and only"):
+        evaluate_tasks(str(tmp_path / "encoder"), [questions], stream="always")
+    with pytest.raises(ConfigError, match="in memory"):
+        evaluate_tasks(str(folder), [questions], against=tiny.model("llama"), stream="always")
+    assert main_code(["eval", str(folder), "--latency", "--against", str(folder), "--stream", "always"]) == 2
 
 
 def test_sentence_pairs_and_labelled_sentences_for_encoders(tmp_path):

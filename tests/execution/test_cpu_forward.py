@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from pyprune.execution.cpu_forward import ForwardMode, TrainingMode, _Attention, attention
+from pyprune import ops
+from pyprune.execution.cpu_forward import ForwardMode, TrainingMode, _Attention
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -55,9 +56,27 @@ def test_bfloat16_attention_is_as_exact_as_the_fused_kernel_at_large_logits(larg
         q.double(), k.double(), v.double(), is_causal=True, enable_gqa=True
     )
     fused = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    with ForwardMode():
+    least = (fused.double() - want).norm() / want.norm()
+    with ForwardMode(), ops.backend("cpu"):
         forward = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    trained = _Attention.apply(q, k, v, True, 0.125)
-    assert torch.equal(forward, attention(q, k, v, True, 0.125)) and torch.equal(forward, trained)
-    error, least = ((x.double() - want).norm() / want.norm() for x in (forward, fused))
-    assert error < 0.003 and error < 1.5 * least
+    for found in (forward, _Attention.apply(q, k, v, True, 0.125)):
+        error = (found.double() - want).norm() / want.norm()
+        assert error < 0.003 and error < 1.5 * least
+
+
+def test_the_forward_mode_takes_what_attention_takes_and_leaves_the_rest_to_torch(monkeypatch):
+    taken = []
+    monkeypatch.setattr(ops, "attention", lambda *tensors, **options: taken.append(options) or tensors[0])
+    attend = nn.functional.scaled_dot_product_attention
+    q, k = torch.randn(2, 4, 6, 8), torch.randn(2, 2, 6, 8)
+    shown = torch.ones(6, 6, dtype=torch.bool)
+    with ForwardMode():
+        attend(q, k, k, is_causal=True, enable_gqa=True)
+        attend(q, q, value=q, attn_mask=shown, scale=0.5)
+        first, second = taken
+        assert (first["causal"], first["mask"], first["scale"]) == (True, None, None)
+        assert (second["causal"], second["mask"] is shown, second["scale"]) == (False, True, 0.5)
+        attend(q, q, q, dropout_p=0.5)
+        attend(q[0], q[0], q[0])
+        attend(q.double(), q.double(), q.double())
+    assert len(taken) == 2

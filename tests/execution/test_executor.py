@@ -136,7 +136,7 @@ def test_a_moved_block_is_a_copy_in_the_compute_type():
 
 def test_cuda_and_cuda_0_are_one_device(monkeypatch):
     """Where a block lies already it is not copied, whichever of the GPU's names was given."""
-    from pyprune.evaluation.perplexity import pick_device
+    from pyprune.execution.device import pick_device
 
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

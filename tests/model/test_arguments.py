@@ -15,7 +15,7 @@ from token_models import MODELS, Synthetic, build, gemma3n
 
 import pyprune
 from pyprune.config import ConfigError, Evaluation, Reconstruction
-from pyprune.evaluation.block_by_block import measure_streamed
+from pyprune.evaluation.block_by_block import Blockwise, measure_streamed
 from pyprune.evaluation.perplexity import Text, measure
 from pyprune.execution.activation_store import Store
 from pyprune.execution.executor import Executor, Resident
@@ -216,7 +216,7 @@ def test_perplexity_block_by_block_is_that_of_the_whole_model(name):
     windows = [Text("text", list(tiny.ids(5, 12))), Text("other", list(tiny.ids(3, 20, seed=1)))]
     evaluation = Evaluation(dtype="float32", batch_size=2)
     whole = measure(model, windows, evaluation)
-    apart = measure_streamed(ModelView(model), Resident(), windows, evaluation, Store(), torch.device("cpu"))
+    apart = measure_streamed(Blockwise(ModelView(model), Resident()), windows, evaluation)
     for a, b in zip(whole, apart):
         assert b["perplexity"] == pytest.approx(a["perplexity"], rel=1e-5)
 

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 import pyprune
 from pyprune.cli import commands
 from pyprune.config import Calibration, ConfigError, Evaluation
-from pyprune.evaluation.perplexity import NotFinite, perplexity_of
+from pyprune.evaluation.perplexity import perplexity_of
+from pyprune.evaluation.single import NotFinite
 from pyprune.pipeline.refine_checkpoint import refine_checkpoint
 from pyprune.reporting import rendering
 
@@ -60,7 +61,7 @@ def run(model, **fields):
 @pytest.mark.parametrize("name", LLAMA)
 def test_nan_in_any_tensor_is_named_before_any_work(tmp_path, monkeypatch, name, stream):
     path = poisoned(tmp_path / "dense", name, LLAMA[name], -math.inf if "norm" in name else math.nan)
-    monkeypatch.setattr("pyprune.pipeline.prune.Meter", lambda *_, **__: pytest.fail("work has begun"))
+    monkeypatch.setattr("pyprune.pipeline.phases.Meter", lambda *_, **__: pytest.fail("work has begun"))
     value, place = "-inf" if "norm" in name else "nan", str(list(LLAMA[name]))
     with pytest.raises(ConfigError) as refusal:
         run(path, stream=stream, output=str(tmp_path / "out"))

@@ -13,7 +13,7 @@ import pyprune
 from pyprune.config import ConfigError, Evaluation, Reconstruction
 from pyprune.data.self_generated import generate
 from pyprune.evaluation.latency import latency
-from pyprune.evaluation.perplexity import evaluate
+from pyprune.evaluation.single import evaluate
 from pyprune.execution.executor import Executor
 from pyprune.model.blocks import ModelView, predicts_next_token
 from pyprune.structured.groups import find_groups

@@ -223,3 +223,30 @@ def test_sparse_linear(w, tokens, share, biased, data):
     damaged[data.draw(st.integers(0, w.shape[0]))] += data.draw(st.sampled_from([-1, 1, 2**40]))
     with pytest.raises(DamagedWeight):
         ops.sparse_linear(x, Packed(packed.mask, packed.values, damaged, packed.columns))
+
+
+@fuzz
+@given(st.data())
+def test_attention(data):
+    """q may hold a NaN or an infinity, which stays in its row; no row of a boolean mask is empty by chance alone."""
+    draw, few = data.draw, st.integers(1, 5)
+    batch, groups, times = draw(st.integers(1, 2)), draw(st.integers(1, 3)), draw(few)
+    queries, keys, width, value_width = draw(sizes), draw(sizes), draw(few) * draw(few), draw(few) * draw(few)
+    queries, keys, dtype = max(1, queries), max(1, keys), draw(dtypes)
+    exact = draw(specials) if dtype == torch.float32 else None
+    q = draw(matrices(st.just(batch * queries), st.just(groups * times * width), st.just(dtype), st.just(exact)))
+    k = draw(matrices(st.just(batch * keys), st.just(groups * width), st.just(dtype), st.just(None)))
+    v = draw(matrices(st.just(batch * keys), st.just(groups * value_width), st.just(dtype), st.just(None)))
+    kind = draw(st.sampled_from(["none", "causal", "bool", "added"]))
+    mask = {"bool": torch.rand(batch, 1, queries, keys) > 0.5, "added": torch.randn(queries, keys).to(dtype)}.get(kind)
+
+    def call(q, k, v):
+        split = (x.unflatten(0, (batch, -1)).unflatten(2, (-1, d)).transpose(1, 2) for x, d in zip((q, k, v), widths))
+        return ops.attention(*split, mask=mask, causal=kind == "causal")
+
+    widths = (width, width, value_width)
+    (truth, _), (found, _) = answers(call, q, k, v)
+    rtol = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}[dtype]
+    seen = torch.ones(truth.shape[:3], dtype=torch.bool) if kind != "bool" else mask.any(-1).expand(truth.shape[:3])
+    same(found[seen], truth[seen], rtol, rtol)
+    assert not found[~seen].any()

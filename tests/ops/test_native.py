@@ -301,6 +301,90 @@ def test_sparse_linear_rounds_halves_to_nearest_even_and_keeps_what_is_not_finit
     assert ops.sparse_linear(tiny, pack_bitmask(parts)).tolist() == [[0.0, 2.0**-23, 3 * 2.0**-24]]
 
 
+# Float32 sums; of 16-bit types the rounding of probabilities and of the result.
+ATTENTION_TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+
+
+def projections(batch, heads, groups, queries, keys, width, value_width, dtype=torch.float32):
+    """Tokens before heads in memory, and rows apart."""
+    sizes = [(queries, heads, width), (keys, groups, width), (keys, groups, value_width)]
+    wide = [torch.randn(batch, tokens, count, d + 3).to(dtype) for tokens, count, d in sizes]
+    return [x[..., 1 : d + 1].transpose(1, 2) for x, (_, _, d) in zip(wide, sizes)]
+
+
+def attention_in_float64(q, k, v, mask=None, causal=False, scale=None):
+    q, k, v = (x.double().contiguous() for x in (q, k, v))
+    repeats = q.shape[1] // k.shape[1]
+    scores = q @ k.repeat_interleave(repeats, 1).mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if causal:
+        mask = torch.ones(scores.shape[2:], dtype=torch.bool).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.double()
+    return scores.softmax(-1).nan_to_num(0.0) @ v.repeat_interleave(repeats, 1)
+
+
+@pytest.mark.parametrize("dtype", ops.FLOATS)
+@pytest.mark.parametrize(
+    "batch, heads, groups, queries, keys, width, value_width",
+    [
+        (1, 1, 1, 1, 1, 1, 1),
+        (2, 6, 2, 37, 37, 24, 24),
+        (1, 9, 3, 100, 100, 64, 64),
+        (2, 4, 4, 33, 65, 33, 17),
+        (1, 30, 1, 7, 50, 80, 96),
+        (1, 2, 1, 600, 1100, 16, 128),
+        (3, 2, 2, 5, 530, 7, 40),
+    ],
+)
+def test_attention(batch, heads, groups, queries, keys, width, value_width, dtype):
+    q, k, v = projections(batch, heads, groups, queries, keys, width, value_width, dtype)
+    shown = torch.rand(batch, 1, queries, keys) > 0.4
+    shown[:, :, 0] = False  # a row that sees nothing
+    added = torch.randn(heads, queries, keys).to(dtype) * 3
+    for options in [
+        {},
+        {"causal": True, "scale": 0.3},
+        {"mask": shown},
+        {"mask": shown[:, :, -1:]},
+        {"mask": added},
+        {"mask": added[:1, :, :1]},
+    ]:
+        with poisoned():
+            value = ops.attention(q, k, v, **options)
+        assert value.shape == (batch, heads, queries, value_width)
+        assert value.dtype == dtype
+        assert relative(value, attention_in_float64(q, k, v, **options)) < ATTENTION_TOLERANCE[dtype]
+
+
+def test_attention_knows_the_exponential():
+    """One query per score x on two keys of scores x and 0: the first value is the logistic function of x."""
+    x = torch.cat([torch.linspace(-86, 20, 5001), torch.tensor([-200.0, -1e4, 0.0])])
+    q, k = x.view(1, 1, -1, 1), torch.tensor([1.0, 0.0]).view(1, 1, 2, 1)
+    value = ops.attention(q, k, torch.eye(2)[None, None], scale=1.0)[0, 0].double()
+    for column, truth in enumerate((x.double().sigmoid(), (-x.double()).sigmoid())):
+        rounding = 2**-24 * x.double().abs().clamp(max=88)  # of x · log₂ e
+        assert ((value[:, column] - truth).abs() <= (3e-7 + 2 * rounding) * truth + 1e-37).all()
+
+
+def test_attention_of_what_is_not_finite_stays_in_its_row():
+    q, k, v = projections(1, 2, 1, 70, 70, 16, 16)
+    clean = ops.attention(q, k, v, causal=True)
+    q[0, 1, 40], q[0, 0, 3, 2] = torch.nan, torch.inf
+    value = ops.attention(q, k, v, causal=True)
+    hurt = torch.zeros(1, 2, 70, dtype=torch.bool)
+    hurt[0, 1, 40] = hurt[0, 0, 3] = True
+    assert value[hurt].isnan().all()
+    assert torch.equal(value[~hurt], clean[~hurt])
+
+
+def test_attention_at_large_scores_is_as_exact_as_at_small_ones():
+    """A running maximum across spans: the largest score comes last, first, and in the middle."""
+    q, k, v = projections(1, 1, 1, 20, 1400, 32, 32)
+    for place in (0, 700, 1399):
+        k[0, 0, place] = 12 * q[0, 0, 4]
+        assert relative(ops.attention(q, k, v), attention_in_float64(q, k, v)) < 3e-6
+
+
 def test_liar_update_is_the_formula():
     w, mean, bias = torch.randn(50, 90), torch.randn(90), torch.randn(50)
     order = torch.randperm(90)
@@ -320,7 +404,10 @@ def test_repeated_runs_and_thread_counts_give_the_same_bits():
         gram, swept = torch.zeros(150, 150), w.clone()
         ops.gram_update(gram, x)
         sparse = [ops.sparse_linear(x[:tokens, :96], pack_bitmask(swept)) for tokens in (1, 11, 3000)]
-        return gram, *ops.column_moments(x), *ops.obs_sweep(swept, r, k=4000), swept, ops.linear(x, x[:96]), *sparse
+        heads = x[:2000, :96].view(2, 1000, 6, 16).transpose(1, 2)
+        mixed = ops.attention(heads, heads[:, :2], heads[:, 2:4], causal=True)
+        swept_parts = ops.obs_sweep(swept, r, k=4000)
+        return gram, *ops.column_moments(x), *swept_parts, swept, ops.linear(x, x[:96]), mixed, *sparse
 
     threads = torch.get_num_threads()
     try:

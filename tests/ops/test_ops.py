@@ -68,6 +68,12 @@ def test_the_forced_back_end_belongs_to_its_thread():
 
 
 EYE = torch.eye(8)
+
+
+def heads(*counts):
+    return [torch.ones(1, count, 5, 4) for count in counts]
+
+
 REFUSED = [
     (lambda: ops.gram_update(torch.zeros(3, 3), torch.ones(5, 4)), r"gram must be float32 \(4, 4\)"),
     (lambda: ops.gram_update(torch.ones(4, 4).T, torch.ones(5, 4)), "contiguous"),
@@ -102,6 +108,14 @@ REFUSED = [
     (lambda: ops.rotary(torch.ones(2, 3, 4, 5), EYE, EYE), "even number of columns, got 5"),
     (lambda: ops.rotary(torch.ones(2, 3, 4, 6), torch.ones(1, 4, 6), EYE), r"sin must be float32 \(2, 4, 6\) on cpu"),
     (lambda: ops.swiglu(EYE, EYE.half()), r"up must be float32 \(8, 8\) on cpu, got float16"),
+    (lambda: ops.attention(EYE, EYE, EYE), r"must be \[batch, heads, tokens, width\], got \[\(8, 8\)"),
+    (lambda: ops.attention(*heads(3, 2, 2)), r"g dividing h, got \[\(1, 3, 5, 4\), \(1, 2, 5, 4\), \(1, 2, 5, 4\)\]"),
+    (lambda: ops.attention(*heads(2, 1, 2)), "need one b, d and s"),
+    (lambda: ops.attention(*heads(2, 2, 2)[:2], torch.ones(1, 2, 5, 4).half()), "of one dtype"),
+    (lambda: ops.attention(*heads(2, 2, 2), scale=-1.0), "positive and finite, got -1.0"),
+    (lambda: ops.attention(*heads(2, 2, 2), mask=torch.ones(5, 5) > 0, causal=True), "not both"),
+    (lambda: ops.attention(*heads(2, 2, 2), mask=torch.ones(3, 5)), r"\(1, 2, 5, 5\), got float32 \(3, 5\)"),
+    (lambda: ops.attention(*heads(2, 2, 2), mask=torch.ones(5, 5).half()), "bool or float32 on cpu"),
 ]
 
 
@@ -199,3 +213,11 @@ def test_linear_takes_any_leading_shape(backend):
     for shape in ((30,), (2, 3, 30), (4, 50, 30), (0, 30)):
         x = torch.randn(shape)
         torch.testing.assert_close(ops.linear(x, w, bias), torch.nn.functional.linear(x, w, bias), rtol=1e-5, atol=1e-4)
+
+
+def test_attention_is_torchs_and_keeps_gradients(backend):
+    q, k, v = torch.randn(2, 6, 20, 8), torch.randn(2, 3, 20, 8), torch.randn(2, 3, 20, 8)
+    want = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    torch.testing.assert_close(ops.attention(q, k, v, causal=True), want, rtol=1e-5, atol=1e-5)
+    with ops.backend("auto"):
+        assert ops.attention(q.requires_grad_(), k, v, causal=True).requires_grad

@@ -93,7 +93,7 @@ def test_ops_launch_on_the_device_of_their_tensors(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "device", Current)
     for name in kernels.__all__:
-        if name not in ("linear", "trailing_update"):  # torch's own products
+        if name not in ("attention", "linear", "trailing_update"):  # torch's own
             with pytest.raises(InterruptedError):
                 getattr(kernels, name)(torch.empty(4, 4).as_subclass(Elsewhere))
 

@@ -56,7 +56,7 @@ def test_n_m_patterns_survive_reconstruction(method, pattern, n, m):
 def test_no_self_generated_data_is_needed_or_made(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
-        importlib.import_module("pyprune.pipeline.prune"),
+        importlib.import_module("pyprune.pipeline.sequences"),
         "generate",
         lambda *args, **kwargs: pytest.fail("nothing was asked for"),
     )

@@ -71,10 +71,11 @@ def test_a_browser_draws_the_figures_of_the_report(folders, tmp_path):
     blocks, *quantiles, weights = drawn(folders["trained"] / "report.html", tmp_path / "profile")
     assert blocks == [[row[key] for row in report["blocks"]] for key in ("block", "error", "error_held_out")]
     spreads = [row["error_quantiles"] for row in report["blocks"]]
-    ways = [(text, over) for text, spread in spreads[0].items() for over in spread]
+    shown = [report["error_quantile_levels"].index(level) for level in (0.5, 0.05, 0.95, 0.25, 0.75)]
     assert [chart[1:] for chart in quantiles] == [
-        [list(level) for level in zip(*(spread[text][over] for spread in spreads))] for text, over in ways
-    ]
+        [[spread[text][over][level] for spread in spreads] for text in ("calibration", "held_out") for level in shown]
+        for over in ("tokens", "sequences")
+    ], "the median of each kind of text, and the edges of its bands"
     kinds = list(dict.fromkeys(row["name"].partition("layers.")[2][2:] for row in report["weights"]))
     assert weights[1:] == [
         [row["error"] for row in report["weights"] if row["name"].endswith(f".{kind}")] for kind in kinds
@@ -86,6 +87,7 @@ def test_what_other_reports_hold_is_shown_and_what_they_lack_is_not(folders):
     report, _ = loaded(folders["masks"])
     gain = [{"model": "dense", "parameters": 10, "ratios": {}}, {"model": "p", "parameters": 5, "device": "cpu"}]
     gain[1]["ratios"] = {"parameters": 0.5}
+    report["error_quantile_levels"] = [0.5, 0.9]
     for k, row in enumerate(report["blocks"]):
         row["error_quantiles"] = {"held_out": {"tokens": [0.1 + k, 0.9 + k]}}
     windows = [{"before_calibration": 0.4, "after_calibration": 0.2, "before_held_out": 0.5, "after_held_out": 0.3}]
@@ -100,7 +102,7 @@ def test_what_other_reports_hold_is_shown_and_what_they_lack_is_not(folders):
     task = {"task": "arc_easy", "items": 8, "acc": 0.25, "acc_standard_error": 0.15, "paired": paired}
     task["dense"] = {"acc": 0.5, "acc_standard_error": 0.2}
     more = {**report, "gain": gain, "tasks": [task]}
-    more |= {"error_quantile_levels": [0.5, 0.9], "generalisation": {"gap": 1.5}}
+    more |= {"generalisation": {"gap": 1.5}}
     shown = check_figures(Page(run_page(more, "m")), more)
     assert {
         "gain.1.parameters",

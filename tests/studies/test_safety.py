@@ -5,28 +5,10 @@ from __future__ import annotations
 import math
 
 import pytest
+from reports import report
 
 from pyprune.studies import safety
 from pyprune.studies.tables import rows_of
-
-
-def report(seed: int, pruned: float | None, **config) -> dict:
-    settings = {
-        "method": "wanda",
-        "criterion": "wifv",
-        "pattern": "unstructured",
-        "sparsity": 0.5,
-        "reconstruct": "none",
-    }
-    return {
-        "config": {**settings, "seed": seed, **config},
-        "sparsity": 0.5,
-        "model": {"parameters": 10},
-        "seconds": {"load": 1.0, "solve": seed + 1.0},
-        "peak_memory_bytes": 100,
-        "blocks": [{"error": 0.1 * (seed + 1), "error_held_out": None}],
-        "evaluation": [{"text": "t", "dense": 10.0, "pruned": pruned}],
-    }
 
 
 def test_safe_stops_at_the_first_sparsity_beyond_the_limit():

@@ -7,27 +7,9 @@ import io
 import math
 
 import pytest
+from reports import report
 
 from pyprune.studies import tables
-
-
-def report(seed: int, pruned: float | None, **config) -> dict:
-    settings = {
-        "method": "wanda",
-        "criterion": "wifv",
-        "pattern": "unstructured",
-        "sparsity": 0.5,
-        "reconstruct": "none",
-    }
-    return {
-        "config": {**settings, "seed": seed, **config},
-        "sparsity": 0.5,
-        "model": {"parameters": 10},
-        "seconds": {"load": 1.0, "solve": seed + 1.0},
-        "peak_memory_bytes": 100,
-        "blocks": [{"error": 0.1 * (seed + 1), "error_held_out": None}],
-        "evaluation": [{"text": "t", "dense": 10.0, "pruned": pruned}],
-    }
 
 
 def test_mean_and_sample_standard_deviation_over_seeds():

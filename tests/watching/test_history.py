@@ -45,6 +45,24 @@ def test_runs_are_found_everywhere_below_and_sorted_by_time(runs):
     assert [row["run"] for row in pyprune.history(runs / "a")] == ["a"]
 
 
+def test_the_table_has_a_line_for_each_text_beside_its_own_figures(capsys):
+    texts = [{"text": "a text with a name so long that a terminal breaks it " * 2, "dense": 10.0, "pruned": 12.0}]
+    texts.append({"text": "prose", "dense": 20.0, "pruned": 50.0})
+    row = {"finished": "2026-01-01T10:00:00+00:00", "run": "r", "model": "m", "method": "wanda", "reconstruct": "none"}
+    row |= {"pattern": "unstructured", "sparsity": 0.5, "sparsity_asked": 0.5, "evaluation": texts}
+    row |= {
+        "block_error": 0.1,
+        "block_error_held_out": 0.2,
+        "criterion": None,
+        "global_propagation": False,
+        "refined": None,
+    }
+    history.print_history([row])
+    shown = capsys.readouterr().out.splitlines()
+    (first,), (second,) = ([line for line in shown if value in line] for value in ("12.00", "50.00"))
+    assert "a text with" in first and "1.2" in first and "0.1" in first and "prose" in second and "2.5" in second
+
+
 def test_a_report_without_a_time_has_that_of_its_file(tmp_path):
     (tmp_path / "report.json").write_text("{}")
     os.utime(tmp_path / "report.json", (0, 0))

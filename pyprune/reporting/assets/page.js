@@ -2,6 +2,7 @@
 // Every chart is drawn from the table below it: what is seen is what the table says.
 (() => {
   const style = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+  const colour = (one) => style("--s" + (one.line % 8));
   const dashes = [[], [6, 4], [2, 3], [9, 3, 2, 3]];
   const valueOf = (cell) => {
     const data = cell && cell.querySelector("data");
@@ -13,16 +14,26 @@
     const table = figure.querySelector("table");
     const head = [...table.tHead.rows[0].cells];
     const rows = [...table.tBodies[0].rows];
-    const plotted = head.map((cell, k) => (k === 0 || cell.dataset.plot !== undefined ? k : -1)).filter((k) => k >= 0);
-    return {
-      labels: plotted.map((k) => head[k].textContent),
-      data: plotted.map((k) => rows.map((row) => valueOf(row.cells[k]))),
-    };
+    const shown = (cell) => cell.dataset.plot !== undefined || cell.dataset.band !== undefined;
+    const drawn = head.map((cell, k) => (k === 0 || shown(cell) ? k : -1)).filter((k) => k >= 0);
+    const lines = head.map((cell, k) => (cell.dataset.plot !== undefined ? k : -1)).filter((k) => k >= 0);
+    const series = drawn.slice(1).map((k) => {
+      const band = head[k].dataset.band;
+      return { label: head[k].textContent, edge: band !== undefined, line: lines.indexOf(band === undefined ? k : Number(band)) };
+    });
+    const bands = [];  // the edges of a band stand beside each other, the lower one first
+    for (let k = 1; k < series.length; k += 1) {
+      if (series[k].edge && series[k - 1].edge && series[k].line === series[k - 1].line) {
+        bands.push({ series: [k + 1, k], fill: style("--s" + (series[k].line % 8)) + "30" });
+        k += 1;
+      }
+    }
+    return { first: head[0].textContent, series, bands, data: drawn.map((k) => rows.map((row) => valueOf(row.cells[k]))) };
   }
 
   function draw(figure) {
     const plot = figure.querySelector(".plot");
-    const { labels, data } = columns(figure);
+    const { first, series, bands, data } = columns(figure);
     const time = figure.dataset.x === "time";
     const log = figure.dataset.scale === "log" && data.slice(1).every((c) => c.every((v) => v === null || v > 0));
     const few = data[0].length <= 40;
@@ -33,25 +44,26 @@
     });
     const options = {
       width: Math.max(plot.clientWidth, 240), height: plot.clientWidth < 500 ? 260 : 320,
-      padding: [12, 12, 0, 0],
+      padding: [12, 24, 0, 0], tzDate: (seconds) => uPlot.tzDate(new Date(seconds * 1000), "Etc/UTC"), bands,
       cursor: { points: { size: 8 }, drag: { x: true, y: false } },
-      scales: { x: { time, range: spread }, y: log ? { distr: 3, range: (u, low, high) => [low / 1.2, high * 1.2] } : {} },
+      scales: { x: { time, range: spread }, y: log ? { distr: 3, range: (u, low, high) => [low / 1.2, high * 1.2] } : { range: around } },
       axes: [
-        axis(labels[0], time ? {} : { incrs: figure.dataset.x === "whole" ? [1, 2, 5, 10, 20, 50, 100] : undefined }),
+        axis(first, time ? { values: moments } : { incrs: figure.dataset.x === "whole" ? [1, 2, 5, 10, 20, 50, 100] : undefined }),
         axis(figure.dataset.y || "", {
-          size: 58, values: (u, ticks) => ticks.map((v) => (v === null || (log && !round(v)) ? "" : Number(v.toPrecision(3)).toString())),
+          size: 58, values: (u, ticks, axis, space, step) => ticks.map((v) => (v === null || (log && !round(v)) ? "" : tick(v, log ? v : step))),
         }),
       ],
       legend: { markers: {
-        fill: (u, k) => (k && k <= 8 ? style("--s" + ((k - 1) % 8)) : "transparent"),
-        stroke: (u, k) => (k ? style("--s" + ((k - 1) % 8)) : "transparent"), dash: (u, k) => (k > 8 ? "dashed" : "solid"), width: 2,
+        fill: (u, k) => (k && series[k - 1].line < 8 ? colour(series[k - 1]) : "transparent"),
+        stroke: (u, k) => (k ? colour(series[k - 1]) : "transparent"),
+        dash: (u, k) => (k && series[k - 1].line >= 8 ? "dashed" : "solid"), width: 2,
       } },
       series: [
-        { label: labels[0], value: (u, v) => (time && v !== null ? new Date(v * 1000).toISOString().slice(0, 16).replace("T", " ") : textOf(v)) },
-        ...labels.slice(1).map((label, k) => ({
-          label, width: 2, spanGaps: true, stroke: () => style("--s" + (k % 8)), fill: undefined,
-          dash: dashes[Math.floor(k / 8) % dashes.length],
-          points: { show: few, size: 6, fill: () => style("--s" + (k % 8)) },
+        { label: first, value: (u, v) => (time && v !== null ? new Date(v * 1000).toISOString().slice(0, 16).replace("T", " ") : textOf(v)) },
+        ...series.map((one) => ({
+          label: one.label, class: one.edge ? "edge" : "line", width: one.edge ? 0 : 2, spanGaps: true,
+          stroke: () => colour(one), fill: undefined, dash: dashes[Math.floor(one.line / 8) % dashes.length],
+          points: { show: few && !one.edge, size: 6, fill: () => colour(one) },
           value: (u, v) => textOf(v),
         })),
       ],
@@ -66,6 +78,28 @@
   function round(value) {
     const digits = value / 10 ** Math.floor(Math.log10(value) + 1e-9);
     return Math.abs(digits - Math.round(digits)) < 1e-6;
+  }
+
+  // As many decimals as tell one tick from the next.
+  function tick(value, step) {
+    return Number(value.toFixed(Math.min(Math.max(-Math.floor(Math.log10(Math.abs(step) || 1)), 0) + 1, 20))).toString();
+  }
+
+  // Times in UTC, as the tables have them; the date where it changes.
+  function moments(u, ticks, axis, space, step) {
+    let before = "";
+    return ticks.map((v) => {
+      const [day, clock] = new Date(v * 1000).toISOString().split("T");
+      const text = step >= 86400 ? day : clock.slice(0, step >= 60 ? 5 : 8) + (day === before ? "" : "\n" + day);
+      before = day;
+      return text;
+    });
+  }
+
+  // Values that hardly differ are drawn as such, not as a cliff.
+  function around(u, low, high) {
+    const least = 0.01 * Math.max(Math.abs(low), Math.abs(high));
+    return high - low < least ? [low - least, high + least] : uPlot.rangeNum(low, high, 0.1, true);
   }
 
   // A margin at both ends, so that the first and the last point are not cut.
