@@ -207,7 +207,8 @@ class Executor:
         if self.device.type == "cpu":
             self.mode = lambda: forward_mode(self.dtype)
         """Makes the context that forward passes run in."""
-        self._between = Between()
+        self.between: Between | None = Between()
+        """Recognises what runs through ops in a block; None leaves all to the block's own code."""
         self._arguments: dict[tuple[int, int], list[Arguments]] = {}
 
     def embed(self, sequences: Sequence[Tensor], shared: bool = False) -> Activations:
@@ -301,7 +302,8 @@ class Executor:
         if ahead is not None and ahead < len(self.view.blocks):
             self._send(ahead)
         try:
-            with expert_loop(self.view.model.config), self._between.through_ops(module):
+            faster = self.between.through_ops(module) if self.between else contextlib.nullcontext()
+            with expert_loop(self.view.model.config), faster:
                 yield module
         finally:
             if module is not block:  # whoever still holds the copy must not hold its memory
