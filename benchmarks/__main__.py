@@ -235,7 +235,8 @@ def rewrite(check: bool) -> int:
             path.write_text(tables.rewritten(path.read_text()))
         print(f"{'out of date' if check else 'rewritten'}: {path}")
     if not check:
-        print("\n".join(f"drawn: {path}" for path in tables.draw()))
+        for path in tables.draw():
+            print(f"drawn: {path}")
     return 1 if check and changed else 0
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -47,10 +48,9 @@ def environment() -> dict:
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():
-        cpu = next(
-            (line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")),
-            cpu,
-        )
+        said = dict(re.findall(r"^(model name|cpu family|model)\s*: (.+)$", info.read_text(), re.MULTILINE))
+        if "model name" in said:  # which alone is "AMD EPYC" for three generations
+            cpu = f"{said['model name']} (family {said.get('cpu family')}, model {said.get('model')})"
     return {
         "cpu": cpu,
         "cores": os.cpu_count(),

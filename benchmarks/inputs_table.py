@@ -1,11 +1,13 @@
 """Perplexity with statistics of ``propagated`` and of ``sequential`` inputs, on real text, cell by cell.
 
-SmolLM2-135M, calibrated on rows of ``calibration/wiki_64x512.npy``, bfloat16 forward; perplexity on WikiText-2 test and
-on C4, windows of 1,024 tokens. ``order`` is the seed of a permutation of the calibration sequences (0: as they are
-stored), of which the first ``samples`` are taken: with fewer than all of them orders are draws of the data; with all of
-them rounding alone differs, and near-ties in the masks fall the other way. A run that was stopped goes on.
+SmolLM2-135M, calibrated on rows of ``calibration/wiki_64x512.npy``, bfloat16 forward there and in the measurement;
+perplexity on WikiText-2 test and on C4, windows of 1,024 tokens. ``order`` is the seed of a permutation of the
+calibration sequences (0: as they are stored), of which the first ``samples`` are taken: with fewer than all of them
+orders are draws of the data; with all of them rounding alone differs, and near-ties in the masks fall the other way. A
+run that was stopped goes on.
 
     python -m benchmarks.inputs_table --samples 16 --windows 12 --orders 0 1 2 3 4
+    python -m benchmarks.inputs_table --methods obs_greedy --patterns "neurons 50%"
     python -m benchmarks.inputs_table --table
 """
 
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import math
 import statistics
 
@@ -30,6 +33,13 @@ PATTERNS = {
     "50%": {"pattern": "unstructured", "sparsity": 0.5},
     "70%": {"pattern": "unstructured", "sparsity": 0.7},
     "2:4": {"pattern": "2:4"},
+    "neurons 50%": {"pattern": "neurons", "sparsity": 0.5, "reconstruct": "liar"},
+}
+METHODS = {
+    "wanda": {"method": "wanda"},
+    "sparsegpt": {"method": "sparsegpt"},
+    "wifv": {"criterion": "wifv"},
+    "obs_greedy": {"criterion": "obs_greedy"},
 }
 TEXTS = {"wikitext2": ("evaluation", "wt2_test_24x1024.npy"), "c4": ("c4", "c4_sample.jsonl")}
 WAYS = ("propagated", "sequential")
@@ -40,7 +50,7 @@ def cell(dense, samples: torch.Tensor, windows: dict, method: str, pattern: str,
     with common.Spent() as spent:
         result = pyprune.prune(
             copy.deepcopy(dense),
-            method=method,
+            **METHODS[method],
             **PATTERNS[pattern],
             calibration=calibration,
             inputs=way,
@@ -50,15 +60,15 @@ def cell(dense, samples: torch.Tensor, windows: dict, method: str, pattern: str,
             in_place=True,
             progress=False,
         )
-    found = {name: perplexity(result.model, own) for name, own in windows.items()}
+    found = {name: perplexity(result.model, own, dtype=compute) for name, own in windows.items()}
     return {**found, "cpu_seconds": spent.cpu, "warnings": result.report["warnings"]}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--methods", nargs="+", default=["wanda", "sparsegpt"])
-    parser.add_argument("--patterns", nargs="+", default=list(PATTERNS), choices=list(PATTERNS))
+    parser.add_argument("--methods", nargs="+", default=["wanda", "sparsegpt"], choices=list(METHODS))
+    parser.add_argument("--patterns", nargs="+", default=["50%", "70%", "2:4"], choices=list(PATTERNS))
     parser.add_argument("--orders", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--windows", type=int, default=24)
@@ -77,6 +87,7 @@ def main() -> None:
     evaluation = Evaluation(text=list(texts.values()), window=1024, max_windows=options.windows)
     windows = {name: windows_of(evaluation, tokenizer, source=path) for name, path in texts.items()}
     setting = {key: getattr(options, key) for key in ("model", "samples", "windows", "compute")}
+    setting["evaluated"] = options.compute
 
     def missing(key: dict) -> bool:
         return not any(all(row.get(name) == value for name, value in key.items()) for row in rows)
@@ -87,15 +98,12 @@ def main() -> None:
         print(row, flush=True)
 
     if missing(key := {**setting, "method": "dense"}):
-        keep({**key, **{name: perplexity(dense, own) for name, own in windows.items()}})
-    for pattern in options.patterns:
-        for method in options.methods:
-            for order in options.orders:
-                for way in WAYS:
-                    key = {**setting, "method": method, "pattern": pattern, "order": order, "inputs": way}
-                    if missing(key):
-                        chosen = stored[_order(order, len(stored))[: options.samples]]
-                        keep({**key, **cell(dense, chosen, windows, method, pattern, way, options.compute)})
+        keep({**key, **{name: perplexity(dense, own, dtype=options.compute) for name, own in windows.items()}})
+    for order, pattern, method, way in itertools.product(options.orders, options.patterns, options.methods, WAYS):
+        key = {**setting, "method": method, "pattern": pattern, "order": order, "inputs": way}
+        if missing(key):
+            chosen = stored[_order(order, len(stored))[: options.samples]]
+            keep({**key, **cell(dense, chosen, windows, method, pattern, way, options.compute)})
     print(table(rows))
 
 
@@ -115,9 +123,11 @@ def table(rows: list[dict]) -> str:
     groups: dict[tuple, dict[tuple, dict]] = {}
     for row in rows:
         if row["method"] != "dense":
-            key = tuple(row[name] for name in ("samples", "windows", "compute", "method", "pattern"))
+            key = tuple(
+                row.get(name, "float32") for name in ("samples", "windows", "compute", "evaluated", "method", "pattern")
+            )
             groups.setdefault(key, {})[row["order"], row["inputs"]] = row
-    for (samples, _, _, method, pattern), found in groups.items():
+    for (samples, _, _, _, method, pattern), found in groups.items():
         pairs = [
             [found[order, way] for way in WAYS]
             for order in sorted({order for order, _ in found})

@@ -3,10 +3,12 @@
     python -m benchmarks.packed_products matrix [--threads 2]     # 4096×4096, from memory and from the cache
     python -m benchmarks.packed_products llama                    # the shape of LLaMA 3.2 1B, random weights
     python -m benchmarks.packed_products smollm2                  # SmolLM2-135M, and what is not its kernels
+    python -m benchmarks.packed_products quality                  # its perplexity: zeros beside four and eight bits
 
-Dense is PyTorch's ``linear`` in bfloat16 and in float32. Large matrices lie in memory: several of each form are used
-in turn, more than ``ROTATED`` bytes between two uses of one. Contenders take turns. With one thread the seconds are
-those of the processor, otherwise wall time.
+Dense is PyTorch's ``linear`` in bfloat16 and in float32, four bits its weight-only product (``_weight_int4pack_mm``)
+with a scale and a zero point for ``GROUP`` weights of a row. Large matrices lie in memory: several of each form are
+used in turn, more than ``ROTATED`` bytes between two uses of one. Contenders take turns. With one thread the seconds
+are those of the processor, otherwise wall time.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks.common import environment, read, write
+from benchmarks.common import data, environment, read, write
 from benchmarks.timing import Clock
 from pyprune import ops
 from pyprune.model.blocks import read_on
@@ -28,6 +30,8 @@ from pyprune.ops.packed import Packed, pack_bitmask
 
 ROTATED = 96 << 20
 """Bytes: three times the third-level cache of the machine that the results are of."""
+GROUP = 64
+"""Neighbouring weights of a row that share a scale and a zero point, two bfloat16 numbers: 4.5 bits per weight."""
 SPARSITIES = (0.5, 0.6, 0.7, 0.9)
 TYPES = (torch.bfloat16, torch.float32, torch.float16)
 
@@ -77,11 +81,19 @@ def matrix(size: int, samples: int, tokens: tuple[int, ...]) -> Iterator[dict]:
                 first = pack_bitmask(without(w, sparsity).to(t))
                 packed[label] = [first] + [copied(first) for _ in range(max(1, copies // 2) - 1)]
                 calls[label] = [lambda p=p, v=x[t]: ops.sparse_linear(v, p) for p in packed[label]]
+        if not size % GROUP:
+            four_bit = [four_bits(w) for _ in range(max(1, copies // 2))]
+            calls["4-bit bfloat16"] = [lambda q=q, v=x[torch.bfloat16]: four_bit_product(v, *q) for q in four_bit]
         with torch.no_grad():
             least = in_turns(calls, samples if count < 64 else 3)
         fastest_dense = min(least["dense bfloat16"], least["dense float32"])
         for label, seconds in least.items():
-            moved = packed[label][0].nbytes if label in packed else w.numel() * (2 if "bfloat16" in label else 4)
+            if label in packed:
+                moved = packed[label][0].nbytes
+            elif label.startswith("4-bit"):
+                moved = sum(part.nbytes for part in four_bit[0])
+            else:
+                moved = w.numel() * (2 if "bfloat16" in label else 4)
             yield {
                 "case": f"{size}×{size}, {'memory' if copies > 1 else 'cache'}",
                 "tokens": count,
@@ -92,6 +104,30 @@ def matrix(size: int, samples: int, tokens: tuple[int, ...]) -> Iterator[dict]:
                 "bytes_of_dense_bfloat16": round(moved / (2 * w.numel()), 3),
                 "share_of_reading": round(moved / seconds / rate, 2) if count == 1 and copies > 1 else None,
             }
+
+
+def rounded(w: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """``w`` rounded to the nearest of ``2**bits`` levels between the least and the greatest weight of each group.
+
+    Returns levels ``(rows, groups, GROUP)``, scales and least values ``(rows, groups, 1)``, both rounded to bfloat16:
+    a weight is ``level * scale + least``."""
+    grouped = w.float().unflatten(1, (-1, GROUP))
+    least = grouped.amin(2, keepdim=True).bfloat16().float()
+    scale = ((grouped.amax(2, keepdim=True) - least) / (2**bits - 1)).bfloat16().float().clamp(min=1e-12)
+    levels = ((grouped - least) / scale).round().clamp(0, 2**bits - 1)
+    return levels, scale, least
+
+
+def four_bits(w: Tensor) -> tuple[Tensor, Tensor]:
+    """``w`` as PyTorch's four-bit product takes it: packed levels, then scale and value of level 8 for each group."""
+    levels, scale, least = rounded(w, 4)
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(levels.flatten(1).int(), 1)
+    scales = torch.cat([scale, least + 8 * scale], 2).transpose(0, 1)
+    return packed, scales.bfloat16().contiguous()
+
+
+def four_bit_product(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
+    return torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, GROUP, scales)
 
 
 def name(dtype: torch.dtype) -> str:
@@ -223,9 +259,50 @@ def smollm2() -> nn.Module:
     return pyprune.load("smollm2-135m", "float32")[0].eval()
 
 
+def quality(windows: int) -> Iterator[dict]:
+    """Perplexity of SmolLM2-135M, its blocks' matrices in fewer bits: rounded, or with zeros and packed as bfloat16."""
+    import numpy as np
+
+    import pyprune
+    from pyprune.config import Calibration, Evaluation
+    from pyprune.evaluation.perplexity import perplexity
+
+    held = torch.from_numpy(np.load(data("evaluation", "wt2_test_24x1024.npy"))).long()[:windows]
+    calibration = torch.from_numpy(np.load(data("calibration", "wiki_64x512.npy"))).long()
+
+    def row(weights: str, bits: float, model: nn.Module) -> dict:
+        found = perplexity(model, list(held), dtype=torch.bfloat16)
+        return {"case": "SmolLM2-135M", "weights": weights, "bits": bits, "windows": windows, "perplexity": found}
+
+    yield row("dense bfloat16", 16, smollm2())
+    for bits in (8, 4):
+        model = smollm2()
+        for module in model.model.layers.modules():
+            if isinstance(module, nn.Linear):
+                levels, scale, least = rounded(module.weight.data, bits)
+                module.weight.data = (levels * scale + least).flatten(1)
+        yield row(f"{bits} bits, rounded to nearest", bits + 32 / GROUP, model)
+    for sparsity in (0.5, 0.7, 0.78):
+        pruned = pyprune.prune(
+            smollm2(),
+            method="sparsegpt",
+            sparsity=sparsity,
+            calibration=Calibration(
+                source=calibration, num_samples=len(calibration), seq_len=calibration.shape[1], held_out=0
+            ),
+            compute_dtype="bfloat16",
+            probe_samples=0,
+            evaluation=Evaluation(enabled=False),
+            in_place=True,
+            progress=False,
+        )
+        yield row(f"{sparsity:.0%} zeros by sparsegpt", round(1 + 16 * (1 - sparsity), 2), pruned.model)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("study", choices=("matrix", "llama", "smollm2"))
+    parser.add_argument("study", choices=("matrix", "llama", "smollm2", "quality"))
+    parser.add_argument("--windows", type=int, default=12, help="of 1,024 tokens, for the perplexity; 12 if not set")
     parser.add_argument("--size", type=int, default=4096, help="rows and columns of the matrix; 4096 if not set")
     parser.add_argument("--samples", type=int, default=3, help="rounds, or tokens divided by eight; 3 if not set")
     parser.add_argument("--tokens", type=int, nargs="*", default=(1, 4, 16, 64, 512), help="tokens of the matrix's x")
@@ -245,6 +322,8 @@ def main() -> None:
         forms = [(brain, 0.5), (brain, 0.7), (brain, None), (single, None)]
         case = f"LLaMA 3.2 1B's shape, {options.blocks} blocks"
         rows = whole(case, lambda: llama(options.blocks), packed_alike, forms, 8 * options.samples)
+    elif options.study == "quality":
+        rows = quality(options.windows)
     else:
         forms = [(dtype, sparsity) for sparsity in (None, 0.5, 0.7) for dtype in (brain, single)]
         rows = whole("SmolLM2-135M", smollm2, packed, forms, 8 * options.samples)

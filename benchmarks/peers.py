@@ -37,7 +37,7 @@ from pyprune.ops.qualification import cache_folder
 REQUIREMENTS = ("llmcompressor==0.14.0.1", "torch-pruning==1.6.1")
 CALLS = Path(__file__).with_name("peer_calls.py")
 MODEL = "smollm2-135m"
-SIZES = {"smoke": (2, 2), "quick": (16, 8), "full": (64, 24)}
+SIZES = {"smoke": (2, 2), "quick": (16, 4), "full": (64, 24)}
 """Calibration sequences and windows of a preset."""
 MASKS = [(method, pattern) for method in ("sparsegpt", "wanda") for pattern in ("unstructured", "2:4")]
 WIDTH = 0.2
@@ -166,12 +166,13 @@ def peers(job: Job) -> Iterator[list[Row]]:
         np.save(place / "ids.npy", known.samples.numpy())
         before = perplexity(known.dense, known.windows)
         for name, calls in wanted:
-            rows = []
+            rows: list[Row] = []
             for call in calls:
                 interpreter = sys.executable if call.tool == "pyprune" else python
                 rows.append(_row(name, call, known, _called(interpreter, call, place)))
                 rows[-1].figures["dense_perplexity"] = before
-            yield against(judged(rows), rows[0].backend)
+                against(judged(rows), rows[0].backend)
+                yield rows[-1:]
 
 
 def _called(interpreter: str | Path, call: Call, place: Path) -> dict | str:

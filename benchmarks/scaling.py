@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.common import ROOT, Spent
-from benchmarks.jobs import Job, Shape, model, pruned
+from benchmarks.jobs import TINY, Job, Shape, model, pruned
 from benchmarks.rows import Row
 
 WIDTHS = {"smoke": (32, 64), "quick": (128, 256, 512), "full": (256, 512, 1024, 2048)}
@@ -62,6 +62,7 @@ def series(job: Job) -> Iterator[tuple[str, float, Shape, dict]]:
 
 def scaling(job: Job) -> Iterator[list[Row]]:
     """The series and blocks whose name contains ``job.only``."""
+    pruned(model(TINY, job.device), TINY, job.device)  # imports and first uses are nobody's seconds
     for name, x, shape, settings in series(job):
         if job.only not in name:
             continue
@@ -229,6 +230,7 @@ def plot(rows: list[Row], path: Path) -> bool:
         panel.set_ylabel("peak bytes" if name.startswith("memory") else f"seconds ({clock})", fontsize=8)
         panel.grid(True, which="major", linewidth=0.3)
         panel.set_xticks(x, [f"{at:.3g}" for at in x])
+        panel.set_yticks([min(y), max(y)], [f"{at:.3g}" for at in (min(y), max(y))])
         panel.minorticks_off()
         panel.tick_params(labelsize=7)
     figure.tight_layout()

@@ -27,7 +27,12 @@ def conditions(about: dict) -> str:
     e = about["environment"]
     kernels = e["instruction_set"] or "no native module"
     where = e["gpu"] or f"{e['cpu']}, {e['threads']} of {e['cores']} cores, {kernels}"
-    return f"{where}; torch {e['torch']}, commit {e['commit']}, preset {about['preset']}, {e['time'][:10]}."
+    rates = [
+        f"{name} {rate / 1e9:.0f} G{'B' if name[:4] == 'copy' else 'FLOP'}/s"
+        for name, rate in about["ceilings"].items()
+    ]
+    most = f" ({', '.join(rates)})" if rates else ""
+    return f"{where}{most}; torch {e['torch']}, commit {e['commit']}, preset {about['preset']}, {e['time'][:10]}."
 
 
 def ops_table(rows: list[Row], about: dict) -> str:
@@ -129,7 +134,7 @@ def whole_table(rows: list[Row], about: dict) -> str:
 
 
 TABLES: dict[str, tuple[str, Callable[[list[Row], dict], str]]] = {
-    "ops-cpu": ("suite_cpu.json", ops_table),
+    "ops-cpu": ("ops_cpu.json", ops_table),
     "jobs-cpu": ("suite_cpu.json", jobs_table),
     "inference-cpu": ("suite_cpu.json", inference_table),
     "scaling-cpu": ("suite_cpu.json", scaling_table),
@@ -147,9 +152,10 @@ PICTURES: dict[str, tuple[str, Callable[[list[Row], Path], bool]]] = {"scaling.s
 
 
 def draw() -> list[Path]:
-    """Draw the pictures anew, where matplotlib is installed."""
+    """Draw the pictures anew whose results are there, if matplotlib is installed."""
     folder = ROOT / "docs" / "images"
-    return [folder / name for name, (file, make) in PICTURES.items() if make(read(RESULTS / file)[0], folder / name)]
+    there = {name: found for name, found in PICTURES.items() if (RESULTS / found[0]).exists()}
+    return [folder / name for name, (file, make) in there.items() if make(read(RESULTS / file)[0], folder / name)]
 
 
 def documents() -> list[Path]:

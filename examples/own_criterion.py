@@ -7,13 +7,12 @@ import torch
 from prune_live_model import random_model
 
 import pyprune
-from pyprune.structured.criteria import Scored, magnitude
 
 
-def spread_and_size(layer: Scored) -> torch.Tensor:
-    """How far a neuron's contribution to the next layer varies, times the size of its own weights."""
+def spread_and_size(layer: pyprune.Scored) -> torch.Tensor:
+    """How far a neuron's contribution to the next layer varies, times its largest weight there."""
     varies = layer.per_unit(layer.known().variance * layer.weight.double().square().sum(0)).sqrt()
-    return varies * magnitude(layer)
+    return varies * layer.weight.abs().amax(0)[layer.group.columns].amax(1).double()
 
 
 def main() -> None:

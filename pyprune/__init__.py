@@ -38,6 +38,7 @@ _PUBLIC = {
     "PruneConfig": "pyprune.config",
     "PruneResult": "pyprune.pipeline.result",
     "Reconstruction": "pyprune.config",
+    "Scored": "pyprune.structured.criteria",
     "Structured": "pyprune.config",
     "backend": "pyprune.ops",
     "check": "pyprune.watching.check",
@@ -79,6 +80,7 @@ if typing.TYPE_CHECKING:
     from pyprune.planning.plan import plan
     from pyprune.reporting.comparison import compare
     from pyprune.reporting.inspection import inspect
+    from pyprune.structured.criteria import Scored
     from pyprune.studies.study import study
     from pyprune.watching.check import check
     from pyprune.watching.history import history

@@ -192,6 +192,11 @@ def _positive(owner, *names: str, minimum: int = 1) -> None:
             raise ConfigError(f"{name} must be at least {minimum}, got {value!r}")
 
 
+def member_name(sparsity: float) -> str:
+    """Name of the folder of one of several sparsities, in the output folder: ``sparsity-0.3``."""
+    return f"sparsity-{sparsity:g}"
+
+
 def _fraction(name: str, value: typing.Any) -> float:
     """A sparsity; ConfigError for what is none."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -219,10 +224,10 @@ class Calibration:
     """Token sequences that the statistics and the reconstruction are computed from."""
 
     source: typing.Any = None
-    """Where the text comes from: the id of a Hub data set, a local ``.txt``, ``.jsonl``, ``.json``, ``.csv``,
-    ``.parquet`` or ``.npy`` file, a list of texts, or an integer tensor of token ids ``[samples, tokens]``; or several
-    sources, of which equal shares are taken. Without one, a mixture that comes with pyprune: Python's documentation and
-    essays (``builtin:documentation``, ``builtin:essays``)."""
+    """Text that shows what the model is used for: the id of a Hub data set, a local ``.txt``, ``.jsonl``, ``.json``,
+    ``.csv`` or ``.parquet`` file, or token ids in a ``.npy`` file; or several of these, of which equal shares are
+    taken. In Python also text or token ids in memory, in any usual form. Without one, a mixture that comes with
+    pyprune: Python's documentation and essays (``builtin:documentation``, ``builtin:essays``)."""
     num_samples: int | None = None
     """How many sequences to use. It is an error if there are fewer, never a silent shortfall. The default is 64; of
     token ids all rows are used."""
@@ -230,7 +235,7 @@ class Calibration:
     """Tokens per sequence; for encoders, the most tokens that a sentence keeps. The default is 512; token ids keep
     whole rows. Rows of token ids may be cut to fewer tokens, but asking for more than they have is an error."""
     seed: int | None = None
-    """Seed of the choice of sequences and of self-generation. The default is the run's seed."""
+    """Seed of the choice of sequences and of sampling them from the model. The default is the run's seed."""
     split: str = "train"
     """Split of the data set."""
     subset: str | None = None
@@ -277,22 +282,23 @@ class Evaluation:
     """What the dense and the pruned model are measured on at the end of a run."""
 
     text: typing.Any = None
-    """Text to measure perplexity on, from the same kinds of sources as the calibration text; several sources are given
-    as a list, or by repeating the option. Without one, text of the calibration's own source that it does not see."""
+    """Text to measure perplexity on, from the same kinds of sources as the calibration text; several are given as a
+    list in Python, by repeating the option on a command line. Without one, text of the calibration's own source that it
+    does not see."""
     off_domain: typing.Any = None
     """Text of another kind than the calibration text, measured beside it to show how far the result carries: sources as
     for text, or ``none``. Without one, a novel that comes with pyprune (``builtin:novel``); with the default
     calibration every text that is named is of another kind already."""
     window: int | None = None
     """Tokens per window. The default is 1,024 for a text that is named and 512 for others, or
-    fewer if the model has fewer positions; token ids keep whole rows. Rows of token ids may be cut to fewer tokens, but
-    asking for more than they have is an error."""
+    fewer if the model has fewer positions; token ids keep whole rows. Longer rows of token ids are cut into windows one
+    after the other; a window that no row is as long as is an error."""
     stride: int | None = None
     """Tokens from the beginning of a window to the beginning of the next. Where they overlap, only the tokens are
     scored that the window before did not have, each with more context before it. By default windows do not overlap."""
     max_windows: int | None = 24
-    """The most windows that are measured per text; of a text that is not named 8, unless another number is set. None
-    (``null`` in a configuration file) takes all of them."""
+    """The most windows that are measured per text; of a text that is not named 8, unless another number is set. ``all``
+    takes all of them (None in Python, ``null`` in a configuration file)."""
     dtype: Dtype = "auto"
     """Number type of the forward passes of the evaluation. ``auto`` is the model's own type on a GPU, and bfloat16 on a
     CPU that multiplies it in hardware."""
@@ -344,8 +350,8 @@ class Reconstruction:
     epochs: int = 5
     """Passes over the calibration sequences per block."""
     lr: float = 2e-4
-    """Learning rate of AdamW, which falls linearly to zero. The default is the authors' for 320 steps per block; with
-    about 50 steps, 6e-4 is better."""
+    """Learning rate of AdamW at the start, which falls linearly to zero. 2e-4 is the authors' for 320 steps per block;
+    with about 50 steps, 6e-4 is better."""
     betas: tuple[float, float] = (0.9, 0.95)
     """The two decay rates of AdamW's moments."""
     weight_decay: float = 0.0
@@ -386,14 +392,14 @@ class Structured:
     """How widths are shared out: ``uniform`` keeps the same width in every block, which is a standard checkpoint;
     ``global`` compares scores across blocks as FLAP does, so that every block has a width of its own."""
     damping: float | None = None
-    """What is added to the diagonal of the least-squares systems, as a multiple of their mean diagonal. By default it
-    is chosen on held-out calibration tokens."""
+    """How strongly LIAR's fit is held back, for few tokens: what is added to the diagonal of its least-squares systems,
+    as a multiple of their mean diagonal. By default it is chosen on held-out calibration tokens."""
     interpolate: Literal["both", "weight", "bias"] = "both"
     """Which part of LIAR is used: ``both``, only the ``weight`` update, or only the ``bias``."""
     interpolate_weights: bool = False
     """Write the dropped weights as a linear map of the kept ones (the matrix P of arXiv 2407.13331)."""
     token_weights: TokenWeights = "auto"
-    """How much each token counts in the least squares. ``uniform``: all the same, as in the papers. ``relative``: a
+    """How much each token counts in LIAR's fit. ``uniform``: all the same, as in the papers. ``relative``: a
     token's error counts by the size of its own output, so that the few tokens on which a neuron is huge do not decide
     the fit. ``balanced``: half relative to the token's residual stream, half uniform. ``auto``: relative where a layer
     norm follows the residual sum at once (BERT), balanced elsewhere, and uniform for experts."""
@@ -415,18 +421,20 @@ class PruneConfig:
     model: str | None = None
     """Hub id, local folder, ``.gguf`` file, or the name of a packaged model (``smollm2-135m``)."""
     output: str | None = None
-    """Folder to write the pruned model to. Without one, the result stays in memory."""
+    """Folder to write the pruned model to. In Python, the result stays in memory without one."""
     method: Method = "sparsegpt"
-    """How weights are chosen for unstructured and N:M patterns: ``magnitude``, ``wanda`` or ``sparsegpt``."""
+    """Which weights become zero, for unstructured and N:M patterns: the smallest ones (``magnitude``); those with the
+    smallest product of weight and input (``wanda``); or those whose removal costs least once the others make up for it
+    (``sparsegpt``, slower and best)."""
     pattern: str = "unstructured"
     """Which zeros are allowed: ``unstructured``, ``N:M`` (at most N non-zeros in M weights, for example 2:4), or whole
     ``neurons``, ``heads``, or both (``structured``)."""
     sparsity: float | list[float] | tuple[float, ...] | dict[str, float] | None = None
-    """Fraction of the weights that become zero; for structured patterns, of the neurons or heads that are dropped,
-    where several values with commas between them give one model each. The default is 0.5, or 1 − N/M. Parts of the
-    blocks may have their own: ``mlp=0.6,attention=0.4``, or patterns of names as for ``targets``, of which the first
-    that names a weight counts (``layers.0=0.3,*.down_proj=0.4,*=0.5``). ``*`` is the rest; without it the rest stays
-    dense."""
+    """Fraction of the weights that become zero; for structured patterns, of the neurons or heads that are dropped.
+    Several values with commas between them give one model each. The default is 0.5, or 1 − N/M. Parts of the
+    blocks may have their own: ``mlp=0.6,attention=0.4``, or ``layers.0=0.3,*.down_proj=0.4,*=0.5`` with patterns of
+    names, as ``targets`` takes them. Of two that name a weight the first counts; ``*`` is the rest, which stays dense
+    if it is not named."""
     criterion: Criterion | Callable[..., typing.Any] = "wifv"
     """How neurons and heads are chosen for structured patterns: by the size of their weights (``magnitude``), of their
     activations (``activation``) or the product of the two (``wifv``, as in FLAP); by gradients (``taylor``,
@@ -436,8 +444,9 @@ class PruneConfig:
     """How the kept weights make up for the dropped ones. For masks: ``none``; ``layer``, SparseGPT's update (in one
     pass, later columns make up for the error of earlier ones); ``refit``, the least-squares optimum on the same mask;
     ``block`` and ``cross_block``, which also train each block, or windows of two. The default is ``layer`` for
-    sparsegpt and ``none`` for the others. For structured patterns: ``none``, ``bias``, ``mask_tuning`` or ``liar``
-    (estimates what is lost from what is kept), the default."""
+    sparsegpt and ``none`` for the others. For structured patterns: ``none``; ``bias``,
+    which makes up for the mean of what is lost; ``mask_tuning``, which rescales what is kept; or ``liar``, the default,
+    which estimates what is lost from what is kept."""
     global_propagation: bool = False
     """Reconstruct towards the activations of the dense model itself, not towards what its block makes of the pruned
     model's activations (global propagation, GP, of arXiv 2406.15524)."""
@@ -445,7 +454,7 @@ class PruneConfig:
     """Which inputs the statistics come from: those that the pruned blocks before leave (``propagated``, two passes per
     block); those of the dense model (``dense``, one pass); or those that the pruned layers before leave, each group of
     layers, heads or neurons being pruned as soon as all tokens have arrived at it (``sequential``, one pass). The
-    default is propagated for masks, sequential for heads and neurons, and dense for several sparsities at once."""
+    default is propagated for masks, sequential for heads and neurons, and dense for several sparsities of these."""
     targets: list[str] = field(default_factory=list)
     """Prune only weights that one of these patterns names: whole components (``mlp``, ``layers.1``,
     ``experts.down_proj[3]``), wildcards (``*_proj``), or ``re:`` and a regular expression. By default every matrix of
@@ -474,6 +483,9 @@ class PruneConfig:
     """What every op that ``backend`` leaves to ``auto`` takes: type of device, class of the op, back-end, as
     ``report.json`` holds them. ``run.yaml`` records what its run took, so that a repeated run gives the same bytes.
     Where a machine cannot follow, the choice is automatic and the run says so. None leaves all to ``auto``."""
+    weights: str | None = None
+    """Of a model given in memory, a fingerprint of its weights before the run. ``run.yaml`` records it, and a run that
+    repeats it on other weights warns of that."""
     seed: int = 0
     """Seed of every random choice. The same seed gives the same result, bit for bit, on the same machine."""
     probe_samples: int = 2
@@ -553,7 +565,7 @@ class PruneConfig:
 
     def _check_sequential(self) -> None:
         if self.inputs == "sequential" and self.is_curve:
-            shown = ", ".join(f"{s:g}" for s in self.sparsities)
+            shown = ", ".join(f"{s:g}" for s in self.several)
             raise ConfigError(
                 f"inputs='sequential' prunes to one sparsity, not to a list ({shown}): behind pruned blocks each "
                 "sparsity has inputs of its own, so no pass would be shared; prune to one at a time, or set "
@@ -592,12 +604,16 @@ class PruneConfig:
             self.sparsity = self._named_sparsities(self.sparsity)
             return
         values = self.sparsity if isinstance(self.sparsity, (list, tuple)) else [self.sparsity]
-        if isinstance(self.sparsity, (list, tuple)) and not self.is_structured:
-            raise ConfigError("a list of sparsities is for structured patterns; run the others one by one")
         if not values:
             raise ConfigError("sparsity is an empty list")
         found = tuple(_fraction("sparsity", value) for value in values)
-        self.sparsity = found if isinstance(self.sparsity, (list, tuple)) else found[0]
+        names = [member_name(value) for value in found]
+        if (twice := next((name for name in names if names.count(name) > 1), None)) is not None:
+            raise ConfigError(
+                f"sparsity has two values for the folder {twice}: {sparsity_text(found)}; leave one of them out"
+            )
+        many = isinstance(self.sparsity, (list, tuple)) and (self.is_structured or len(found) > 1)
+        self.sparsity = found if many else found[0]
 
     def _named_sparsities(self, asked: Mapping) -> dict[str, float]:
         """A mapping of sparsities, checked as far as it can be without a model."""
@@ -651,8 +667,23 @@ class PruneConfig:
 
     @property
     def is_curve(self) -> bool:
-        """Several sparsities were asked for, in a list, even if it holds one."""
-        return isinstance(self.sparsity, tuple)
+        """Heads or neurons are pruned to several sparsities in one run; a list was asked for, even if it holds one."""
+        return isinstance(self.sparsity, tuple) and self.is_structured
+
+    def single(self, sparsity: float) -> PruneConfig:
+        """The configuration of one of several sparsities, whose folder is inside the output."""
+        output = None if self.output is None else f"{self.output}/{member_name(sparsity)}"
+        return dataclasses.replace(self, sparsity=sparsity, output=output)
+
+    def singles(self) -> list[PruneConfig]:
+        """Masks of several sparsities: the configuration of each run; of any other there is none."""
+        several = isinstance(self.sparsity, tuple) and not self.is_structured
+        return [self.single(sparsity) for sparsity in self.several] if several else []
+
+    @property
+    def several(self) -> tuple[float, ...]:
+        """The sparsities that were asked for in a list; of a single one there is none."""
+        return self.sparsity if isinstance(self.sparsity, tuple) else ()
 
     @property
     def nm(self) -> tuple[int, int] | None:

@@ -44,7 +44,7 @@ def trains(config) -> bool:
 
 
 def _curve(config) -> bool:
-    return len(config.sparsities) > 1
+    return config.is_structured and len(config.sparsities) > 1
 
 
 def observes(config) -> bool:
@@ -88,13 +88,17 @@ RUN: dict[str, Rule] = {
         "only masks use it: pattern='unstructured' or N:M; structured patterns choose by criterion",
     ),
     "criterion": (lambda c: c.is_structured, _STRUCTURED + "; masks choose by method"),
+    "weights": (lambda c: c.model is None, "only a model given in memory has it, and this one has a name"),
     "global_propagation": _RECONSTRUCTED,
     "inputs": (lambda c: observes(c) or c.inputs == c.usual_inputs, _STATISTICS),
     "damping": _DAMPED,
     "column_block": (_DAMPED[0], _FACTOR),
     "batch_size": _READS,
     "compute_dtype": _READS,
-    "probe_samples": (lambda c: not _curve(c), "errors are measured where there is one sparsity, not a list"),
+    "probe_samples": (
+        lambda c: not _curve(c),
+        "errors of heads and neurons are measured where there is one sparsity, not a list",
+    ),
     **dict.fromkeys(
         (
             "calibration.source",

@@ -99,7 +99,7 @@ class Fields(TypedDict, total=False):
     structured: Structured | dict
 
 
-RECORDED = ("backends",)
+RECORDED = ("backends", "weights")
 """Fields that a run writes down in ``run.yaml``; nobody names them on a command line."""
 RENAMED = {"calibration.source": "calibration", "evaluation.text": "text", "evaluation.enabled": "evaluation"}
 

@@ -124,8 +124,10 @@ __device__ __forceinline__ void store(T* p, const T (&from)[N], int count, bool 
 }
 
 #ifdef PYPRUNE_SIM
+using cusim::close_copies;
 using cusim::copy_async;
 using cusim::wait_for_copies;
+using cusim::wait_for_copies_but;
 #else
 // BYTES (4, 8 or 16, both sides aligned to it) from global to shared memory without a register or a wait; only the first
 // `inside` of them are read, if any, the rest become zero. cp.async, compute capability 8.0.
@@ -141,6 +143,15 @@ __device__ __forceinline__ void copy_async(void* to, const void* from, int insid
 
 // The calling thread's own copies have arrived; those of others have after a barrier behind their wait.
 __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// The copies that the calling thread has started since the last call are a group; all groups but the latest GROUPS
+// have arrived.
+__device__ __forceinline__ void close_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+template <int GROUPS>
+__device__ __forceinline__ void wait_for_copies_but() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS) : "memory");
+}
 #endif
 
 // Exclusive prefix sum over the block and its total; `scratch` holds one word per warp and one more.

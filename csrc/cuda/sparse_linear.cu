@@ -1,5 +1,5 @@
-// Products with packed weights: y [tokens, rows] = x [tokens, columns] Wᵀ + bias for a few tokens, and the expansion of
-// the weight for more (pyprune/ops/packed.py has the layout).
+// Products with packed weights: y [tokens, rows] = x [tokens, columns] Wᵀ + bias for one token, in float32 for a few
+// (sparse_linear_mma.cu has those of 16-bit types), and the expansion of the weight for more.
 //
 // Bytes: the packed weight; the bound is DRAM. A warp walks along one row. Its lanes read the bits of 32 words of 64
 // columns at once and add them up, so that every word knows where its values begin; then all lanes work on one word,
@@ -7,40 +7,12 @@
 // has lie one behind the other, so the lanes' loads touch each sector once. Words do not wait for each other: their
 // loads are in flight together. FLOPs: 2 · tokens · rows · columns; about 17 instructions per lane and word for one
 // token, 7 more for each further one.
-#include "cuda/device.cuh"
-#include "cuda/ops.h"
+#include "cuda/packed.cuh"
 
 namespace pyprune::cuda {
 
 constexpr int THREADS = 256, WARPS = THREADS / WARP;
-constexpr int WORD = 64, FEW = 8;  // columns of a word; tokens of one pass
-
-template <class T>
-struct PackedRows {
-    const uint8_t* mask;
-    int64_t width;  // bytes of a row's mask
-    const T* values;
-    const int64_t* offsets;
-    int64_t rows;
-    int columns;
-    bool whole;  // 8-byte loads of the mask
-};
-
-// The bits of columns 64·word … of a row, 0 behind the last.
-template <class T>
-__device__ __forceinline__ uint64_t row_word(const PackedRows<T>& w, int64_t row, int word) {
-    const uint8_t* p = w.mask + row * w.width + int64_t(word) * 8;
-    const int64_t left = w.width - int64_t(word) * 8;
-    uint64_t bits = 0;
-    if (left <= 0) return bits;
-    if (w.whole) {
-        memcpy(&bits, p, 8);
-        return bits;
-    }
-    for (int i = 0; i < 8; ++i)
-        if (i < left) bits |= uint64_t(p[i]) << (8 * i);
-    return bits;
-}
+constexpr int FEW = 8, SOME = 16;  // tokens of one pass: of float32, of 16-bit types
 
 // Calls body(column, w0, w1) in every lane for two neighbouring columns of a row, word by word; all lanes of the warp
 // come along. column is even and may be columns or more, where both weights are 0. WORDS are in flight at once.
@@ -78,42 +50,6 @@ __device__ __forceinline__ void along_row(const PackedRows<T>& w, int64_t row, B
     }
 }
 
-__device__ __forceinline__ float from_float(float x, float*) { return x; }
-#ifdef PYPRUNE_SIM
-inline bf16 from_float(float x, bf16*) {
-    const uint32_t bits = float_bits(x);
-    const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
-    return {uint16_t(nan ? bits >> 16 | 0x40 : (bits + 0x7fffu + (bits >> 16 & 1)) >> 16)};
-}
-inline f16 from_float(float x, f16*) {
-    const _Float16 y = static_cast<_Float16>(x);
-    f16 bits;
-    memcpy(&bits, &y, 2);
-    return bits;
-}
-#else
-__device__ __forceinline__ bf16 from_float(float x, bf16*) {
-    bf16 y;
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
-    return y;
-}
-__device__ __forceinline__ f16 from_float(float x, f16*) {
-    f16 y;
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
-    return y;
-}
-#endif
-
-template <class T>
-struct Product {
-    PackedRows<T> w;
-    const T* x;
-    int64_t x_stride;
-    const T* bias;
-    T* out;
-    bool pairs;  // x in loads of two columns
-};
-
 template <class T, int N>
 __global__ void __launch_bounds__(THREADS) few_tokens_kernel(const Product<T> a) {
     const int lane = threadIdx.x % WARP;
@@ -125,7 +61,7 @@ __global__ void __launch_bounds__(THREADS) few_tokens_kernel(const Product<T> a)
         PYPRUNE_UNROLL
         for (int n = 0; n < N; ++n) {
             T x[2];
-            load(x, a.x + n * a.x_stride + column, a.w.columns - column, a.pairs);
+            load(x, a.x + n * a.x_stride + column, a.w.columns - column, a.whole);
             sum[n] += w0 * to_float(x[0]) + w1 * to_float(x[1]);
         }
     });
@@ -159,12 +95,6 @@ __global__ void __launch_bounds__(THREADS) expand_kernel(const PackedRows<T> w, 
     }
 }
 
-template <class T>
-PackedRows<T> packed_rows(const Packed& w) {
-    return {w.mask, w.width, static_cast<const T*>(w.values), w.offsets, w.rows, int(w.columns),
-            w.width % 8 == 0 && aligned(w.mask, 0, 8)};
-}
-
 void sparse_linear(const Packed& w, int dtype, const void* x, int64_t x_stride, int64_t tokens, const void* bias,
                    void* out, void* stream) {
     if (w.rows == 0 || tokens == 0) return;
@@ -174,20 +104,35 @@ void sparse_linear(const Packed& w, int dtype, const void* x, int64_t x_stride, 
     const int64_t blocks = (w.rows + WARPS - 1) / WARPS;
     with_dtype(launch, dtype, [&](auto type) {
         using T = decltype(type);
-        for (int64_t t = 0; t < tokens; t += FEW) {
+        for (int64_t t = 0; t < tokens;) {
             const T* from = static_cast<const T*>(x) + t * x_stride;
-            const Product<T> a{packed_rows<T>(w), from, x_stride, static_cast<const T*>(bias),
-                               static_cast<T*>(out) + t * w.rows,
-                               aligned(from, x_stride * int64_t(sizeof(T)), 2 * sizeof(T))};
-            switch (std::min<int64_t>(FEW, tokens - t)) {
-                case 1: launch(few_tokens_kernel<T, 1>, blocks, THREADS, 0, a); break;
-                case 2: launch(few_tokens_kernel<T, 2>, blocks, THREADS, 0, a); break;
-                case 3: launch(few_tokens_kernel<T, 3>, blocks, THREADS, 0, a); break;
-                case 4: launch(few_tokens_kernel<T, 4>, blocks, THREADS, 0, a); break;
-                case 5: launch(few_tokens_kernel<T, 5>, blocks, THREADS, 0, a); break;
-                case 6: launch(few_tokens_kernel<T, 6>, blocks, THREADS, 0, a); break;
-                case 7: launch(few_tokens_kernel<T, 7>, blocks, THREADS, 0, a); break;
-                default: launch(few_tokens_kernel<T, 8>, blocks, THREADS, 0, a);
+            const auto whole = [&](int columns) {
+                return aligned(from, x_stride * int64_t(sizeof(T)), columns * int(sizeof(T)));
+            };
+            Product<T> a{packed_rows<T>(w), from, x_stride, static_cast<const T*>(bias),
+                         static_cast<T*>(out) + t * w.rows, whole(2)};
+            if constexpr (sizeof(T) == 2) {
+                const int some = int(std::min<int64_t>(SOME, tokens - t));
+                if (some > 1 && aligned(w.values, 0, 16)) {
+                    a.whole = whole(8);
+                    sparse_linear_mma(launch, a, some);
+                    t += some;
+                } else {
+                    launch(few_tokens_kernel<T, 1>, blocks, THREADS, 0, a);
+                    t += 1;
+                }
+            } else {
+                switch (std::min<int64_t>(FEW, tokens - t)) {
+                    case 1: launch(few_tokens_kernel<T, 1>, blocks, THREADS, 0, a); break;
+                    case 2: launch(few_tokens_kernel<T, 2>, blocks, THREADS, 0, a); break;
+                    case 3: launch(few_tokens_kernel<T, 3>, blocks, THREADS, 0, a); break;
+                    case 4: launch(few_tokens_kernel<T, 4>, blocks, THREADS, 0, a); break;
+                    case 5: launch(few_tokens_kernel<T, 5>, blocks, THREADS, 0, a); break;
+                    case 6: launch(few_tokens_kernel<T, 6>, blocks, THREADS, 0, a); break;
+                    case 7: launch(few_tokens_kernel<T, 7>, blocks, THREADS, 0, a); break;
+                    default: launch(few_tokens_kernel<T, 8>, blocks, THREADS, 0, a);
+                }
+                t += FEW;
             }
         }
     });

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +12,7 @@ import typer
 
 import pyprune
 from pyprune.cli import packing, watching
-from pyprune.cli.help import Command, Group
+from pyprune.cli.help import NAMED, Command, Group
 from pyprune.cli.options import as_options, option_of, with_fields
 from pyprune.cli.studies import study
 from pyprune.config import ConfigError, PruneConfig, check_named, from_dict, override
@@ -29,7 +30,7 @@ Resume = Annotated[
 ]
 TrackOption = Annotated[
     str | None,
-    typer.Option("--track", metavar="tensorboard:FOLDER", help="Write the figures of each block for TensorBoard, too."),
+    typer.Option("--track", metavar="tensorboard:FOLDER", help="Write the errors of each block for TensorBoard, too."),
 ]
 RUN_FIELDS = [path for path in configuration_fields() if path != "model"]
 EVALUATION_FIELDS = [
@@ -71,7 +72,7 @@ def silent() -> bool:
 @app.command(cls=Command)
 @with_fields(RUN_FIELDS)
 def prune(
-    model: Annotated[str | None, typer.Argument(help="Hub id, local folder, .gguf file or packaged name.")] = None,
+    model: Annotated[str | None, typer.Argument(help=NAMED)] = None,
     config: Annotated[Path | None, typer.Option("--config", help="A run.yaml to repeat. Options override it.")] = None,
     plan: Annotated[
         bool, typer.Option("--plan", help="List every weight, estimate memory, time and disk, and prune nothing.")
@@ -110,9 +111,17 @@ def prune(
 
 
 @app.command(cls=Command)
-@with_fields(REFINE_FIELDS)
+@with_fields(
+    REFINE_FIELDS,
+    said={
+        "output": "Folder to write the refined model to.",
+        "global_propagation": "Train towards the activations of the dense model itself, not towards what its block "
+        "makes of the pruned model's activations. [default: on]",
+        "packed": "Write the checkpoint without its zeros, as pyprune pack does. [default: off]",
+    },
+)
 def refine(
-    model: Annotated[str | None, typer.Argument(help="Folder of a pruned model, masked or structured.")] = None,
+    model: Annotated[str | None, typer.Argument(help="Folder of a pruned model, as pyprune prune writes it.")] = None,
     config: Annotated[
         Path | None, typer.Option("--config", help="A refine.yaml to repeat. Options override it.")
     ] = None,
@@ -120,7 +129,8 @@ def refine(
         str | None, typer.Option(help="The model it was pruned from. By default the one that its pruning.json names.")
     ] = None,
     cross_block: Annotated[
-        bool | None, typer.Option("--cross-block/--no-cross-block", help="Train windows of two blocks (CR).")
+        bool | None,
+        typer.Option("--cross-block/--no-cross-block", help="Train neighbouring blocks together. [default: off]"),
     ] = None,
     resume: Resume = False,
     track: TrackOption = None,
@@ -128,12 +138,10 @@ def refine(
     *,
     fields: dict[str, Any],
 ):
-    """Train a pruned MODEL block by block to give the dense model's outputs (arXiv 2406.15524); its zeros stay zeros.
-
-    The targets are the dense model's own activations (GP) unless --no-global-propagation is given.
-    """
+    """Train a pruned MODEL block by block to give the dense model's outputs (arXiv 2406.15524); zeros stay zeros."""
     libraries("refining")
-    from pyprune.pipeline.refine_checkpoint import print_refinement, refine_checkpoint, requested
+    from pyprune.pipeline.refine_checkpoint import print_refinement, refine_checkpoint
+    from pyprune.pipeline.refine_request import requested
 
     base: Any = config
     if resume and model is None and config is None and fields.get("output"):
@@ -148,9 +156,19 @@ def refine(
 
 
 @app.command(name="eval", cls=Command)
-@with_fields(EVALUATION_FIELDS, common=EVALUATION_FIELDS)
+@with_fields(
+    EVALUATION_FIELDS,
+    common=EVALUATION_FIELDS,
+    said={
+        "evaluation.text": "Text to measure perplexity on: the id of a Hub data set, a local .txt, .jsonl, .json, .csv "
+        "or .parquet file, or token ids in a .npy file; for several, repeat the option. Without one, documentation and "
+        "a novel that come with pyprune.",
+        "evaluation.off_domain": "Text of another kind, measured beside it: sources as for --text, or none. Without "
+        "one, a novel that comes with pyprune if no text is named.",
+    },
+)
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Folder, Hub id, .gguf file or packaged name.")],
+    model: Annotated[str, typer.Argument(help=NAMED)],
     device: Annotated[
         str, typer.Option(help="Where to run: cpu, cuda or cuda:1; auto takes a GPU if there is one.")
     ] = "auto",
@@ -304,7 +322,7 @@ app.command(cls=Command)(packing.unpack)
 
 @app.command(cls=Command)
 def generate(
-    model: Annotated[str, typer.Argument(help="Folder, Hub id, .gguf file or packaged name.")],
+    model: Annotated[str, typer.Argument(help=NAMED)],
     output: Annotated[Path, typer.Option("--output", "-o", help="A jsonl file to write, or to extend.")],
     num_samples: Annotated[int, typer.Option("--num-samples", "-n", help="Number of sequences.")] = 64,
     seq_len: Annotated[int, typer.Option(help="Tokens per sequence.")] = 512,
@@ -346,8 +364,18 @@ def env(
     return print_json(found) if as_json else print_environment(found)
 
 
+_usual_format = warnings.formatwarning
+
+
+def _one_line(message, category, filename, *place, **more) -> str:
+    """Warnings of our own without the line of code that they come from."""
+    own = Path(filename).is_relative_to(Path(pyprune.__file__).parent)
+    return f"warning: {message}\n" if own else _usual_format(message, category, filename, *place, **more)
+
+
 def main(arguments: list[str] | None = None, prog: str | None = None) -> None:
     """Entry point of ``pyprune`` and ``python -m pyprune``. prog: what the usage calls it."""
+    warnings.formatwarning = _one_line
     try:
         app(args=arguments, prog_name=prog)
     except ConfigError as error:

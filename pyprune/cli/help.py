@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from typing import Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+NAMED = "Hub id, local folder, .gguf file, or a name that comes with pyprune (smollm2-135m, minilm-l6-v2)."
+"""What a command may be told of a model."""
 ADVANCED = "Advanced"
 """Panels whose names begin so come last."""
 
@@ -48,6 +51,26 @@ class Group(TyperGroup):
                 formatter.write_dl(rows)
 
 
+VALUES = {
+    "int": "N",
+    "int range": "N",
+    "float": "NUMBER",
+    "str": "TEXT",
+    "path": "PATH",
+    "list[str]": "PATTERN",
+    "list[Path]": "FOLDER",
+    "float,float": "NUMBER NUMBER",
+}
+"""What ``--help`` calls a value of each type, where the option does not say it."""
+
+
+def plain(name: str) -> str:
+    """An option or an argument without the names of Python's types: ``--seed N``, ``model``."""
+    if not name.startswith("-"):
+        return re.sub(r" <[^>]*>", "", name)
+    return re.sub(r"<([^>]*)>(\.\.\.)?", lambda match: VALUES.get(match[1], match[1]), name)
+
+
 def sections(command: Any, ctx: Any) -> dict[str, list[tuple[str, str]]]:
     """Title → rows of name and help; arguments and the command's own options first, the advanced ones last."""
     found: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": []}
@@ -57,6 +80,7 @@ def sections(command: Any, ctx: Any) -> dict[str, list[tuple[str, str]]]:
             continue
         panel = getattr(parameter, "rich_help_panel", None)
         panel = panel if isinstance(panel, str) else "Options"
+        record = plain(record[0]), record[1]
         found.setdefault("Arguments" if parameter.param_type_name == "argument" else panel, []).append(record)
     ordered = sorted(found.items(), key=lambda item: item[0].startswith(ADVANCED))
     return {title: rows for title, rows in ordered if rows}

@@ -13,7 +13,7 @@ import inspect
 import re
 import textwrap
 import typing
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Annotated, Any
 
 import typer
@@ -26,9 +26,25 @@ from pyprune.keywords import configuration_fields, keywords
 SHORT = {"output": "-o"}
 SEVERAL = ("calibration.source", "evaluation.text", "evaluation.off_domain")
 """Fields that take one source or several: the option may be given more than once."""
-TEXTUAL = {"sparsity": str, **dict.fromkeys(SEVERAL, list[str])}
+TEXTUAL = {"sparsity": str, "evaluation.max_windows": str, **dict.fromkeys(SEVERAL, list[str])}
 """Fields of any type in Python; on the command line they are text."""
-VALUES = {"memory_budget_gb": "GB", "output": "FOLDER", **dict.fromkeys(SEVERAL, "SOURCE")}
+VALUES = {
+    "memory_budget_gb": "GB",
+    "output": "FOLDER",
+    "pattern": "PATTERN",
+    "sparsity": "NUMBER",
+    "device": "DEVICE",
+    "backend": "NAME",
+    "evaluation.max_windows": "N",
+    "calibration.self_generated_path": "FILE",
+    "calibration.language": "CODE",
+    **{
+        f"{section}.{name}": "NAME"
+        for section in ("calibration", "evaluation")
+        for name in ("split", "subset", "text_column")
+    },
+    **dict.fromkeys(SEVERAL, "SOURCE"),
+}
 """What ``--help`` calls the value of an option, where its type would say little."""
 
 COMMON = (
@@ -113,7 +129,7 @@ def panel_of(path: str, common: Collection[str]) -> str | None:
     return f"{ADVANCED}: {PANELS[section]}"
 
 
-def _annotation(path: str, cls, field: dataclasses.Field, name: str, common: Collection[str]):
+def _annotation(path: str, cls, field: dataclasses.Field, name: str, common: Collection[str], said: Mapping[str, str]):
     hint = TEXTUAL.get(path) or typing.get_type_hints(cls)[field.name]
     allowed = choices(cls).get(field.name)
     kind = str if allowed else next(member for member in members(hint) if member is not type(None))
@@ -127,7 +143,7 @@ def _annotation(path: str, cls, field: dataclasses.Field, name: str, common: Col
         typer.Option(
             *filter(None, [flags, SHORT.get(path)]),
             rich_help_panel=panel_of(path, common),
-            help=described(cls, field.name),
+            help=as_options(said.get(path) or described(cls, field.name) or ""),
             show_default=False,
             **named,
         ),
@@ -144,11 +160,12 @@ def described(cls, name: str) -> str | None:
     return f"{text} [default: {', '.join(map(str, standard)) if isinstance(standard, tuple) else standard}]"
 
 
-def with_fields(paths: list[str], common: Collection[str] = COMMON):
+def with_fields(paths: list[str], common: Collection[str] = COMMON, said: Mapping[str, str] = {}):
     """Decorator: add the options of these configuration fields to a typer command.
 
-    common: fields that do not stand in an advanced section. The command receives ``fields``, a nested dict of what was
-    given; its other parameters stay as they are.
+    common: fields that do not stand in an advanced section. said: by field, what the help of this command says of it,
+    if not what the field's documentation does. The command receives ``fields``, a nested dict of what was given; its
+    other parameters stay as they are.
     """
     every, names = configuration_fields(), keywords(paths)
 
@@ -159,7 +176,7 @@ def with_fields(paths: list[str], common: Collection[str] = COMMON):
                 name,
                 inspect.Parameter.KEYWORD_ONLY,
                 default=None,
-                annotation=_annotation(path, *every[path], name, common),
+                annotation=_annotation(path, *every[path], name, common, said),
             )
             for name, path in names.items()
         ]
@@ -185,10 +202,22 @@ def nested(flat: dict[str, Any]) -> dict:
         section, _, name = path.rpartition(".")
         if path == "sparsity":
             value = _sparsity(value)
+        if path == "evaluation.max_windows":
+            value = _count(value)
         if path in SEVERAL and len(value) == 1:
             value = value[0]
         (result.setdefault(section, {}) if section else result)[name] = value
     return result
+
+
+def _count(text: str) -> int | None:
+    """``24``, or ``all``, which is None."""
+    if text == "all":
+        return None
+    try:
+        return int(text)
+    except ValueError as error:
+        raise ConfigError(f"max_windows must be a whole number or all, got {text!r}") from error
 
 
 def _sparsity(text: str) -> float | list[float] | dict[str, float]:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 import pyprune
+from pyprune.cli.help import NAMED
 from pyprune.cli.options import with_fields
 from pyprune.config import ConfigError
 from pyprune.keywords import configuration_fields
@@ -32,15 +33,17 @@ def numbers(text: str, option: str, kind: type) -> list:
 
 @with_fields(COMMON_FIELDS)
 def study(
-    model: Annotated[str, typer.Argument(help="Hub id, local folder, .gguf file or packaged name.")],
+    model: Annotated[str, typer.Argument(help=NAMED)],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the study; several workers may share it.")],
-    methods: Annotated[str, typer.Option(help="Methods of masks, with commas between them.")] = "sparsegpt",
-    criteria: Annotated[str, typer.Option(help="Criteria of structured patterns.")] = "wifv",
-    patterns: Annotated[str, typer.Option(help="Patterns: unstructured, 2:4, neurons, …")] = "unstructured",
-    sparsities: Annotated[str, typer.Option(help="Sparsities; N:M patterns have their own.")] = "0.3,0.4,0.5,0.6",
+    methods: Annotated[
+        str, typer.Option(help="Values of --method of pyprune prune, with commas between them.")
+    ] = "sparsegpt",
+    criteria: Annotated[str, typer.Option(help="Values of --criterion, for heads and neurons.")] = "wifv",
+    patterns: Annotated[str, typer.Option(help="Values of --pattern.")] = "unstructured",
+    sparsities: Annotated[str, typer.Option(help="Values of --sparsity; not for N:M patterns.")] = "0.3,0.4,0.5,0.6",
     reconstruct: Annotated[
         str | None,
-        typer.Option(help="Reconstructions, with +gp for global propagation. By default each pattern's own."),
+        typer.Option(help="Values of --reconstruct, with +gp for global propagation. By default each pattern's own."),
     ] = None,
     seeds: Annotated[int, typer.Option(help="Number of seeds, from 0 on.")] = 3,
     max_ratio: Annotated[

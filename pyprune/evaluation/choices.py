@@ -165,8 +165,8 @@ def encode_pair(tokenizer, context: str, continuation: str) -> tuple[list[int], 
             raise ConfigError(
                 "the tokenizer has neither a BOS nor an EOS token, so a text without a context has no start"
             )
-        return [first], tokenizer(continuation, add_special_tokens=False)["input_ids"]
-    whole, head = tokenizer(context + continuation)["input_ids"], tokenizer(context)["input_ids"]
+        return [first], tokenizer(continuation, add_special_tokens=False, verbose=False)["input_ids"]
+    whole, head = (tokenizer(text, verbose=False)["input_ids"] for text in (context + continuation, context))
     return head, whole[len(head) :]
 
 

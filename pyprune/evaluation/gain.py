@@ -20,7 +20,7 @@ from pyprune.config import ConfigError
 from pyprune.evaluation.latency import latency
 from pyprune.execution.progress import Doing
 from pyprune.model.blocks import predicts_next_token
-from pyprune.model.checkpoint import plain
+from pyprune.model.checkpoint import plain, refuse_several
 from pyprune.model.positions import of_any
 from pyprune.model.shards import write_bytes
 from pyprune.packed import card
@@ -34,6 +34,7 @@ from pyprune.reporting.run_page import write_run_page
 def dense_of(name: str | Path, option: str = "--against") -> str:
     """The model that a folder written by pyprune was pruned from. Raises ConfigError if it does not say; ``option``
     is what names it instead."""
+    refuse_several(name)
     record = Path(name) / "pruning.json"
     found = json.loads(record.read_text()).get("settings", {}).get("model") if record.is_file() else None
     if not found:

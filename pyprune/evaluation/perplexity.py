@@ -11,6 +11,7 @@ documentation (there, a last window that is shorter is scored, too; here every w
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import time
 import warnings
@@ -35,6 +36,12 @@ from pyprune.sources import kind, kinds
 
 POSITIONS = 256
 """Logits of this many positions are widened to float32 at a time: the vocabulary is wide."""
+
+
+COUNTED = 400_000
+"""Characters of a text that are tokenised to reckon how many tokens it has."""
+CHARACTERS = 4
+"""Characters per token of a text that no tokenizer is at hand for."""
 
 
 class Text(NamedTuple):
@@ -70,7 +77,7 @@ def windows(
     """Windows of one source: rows of token ids as given, or the text cut from its beginning.
 
     source: one of ``evaluation.text``; left out, ``evaluation.text`` itself. most: windows at most; left out,
-    ``evaluation.max_windows``. Rows are cut to ``evaluation.window``; one
+    ``evaluation.max_windows``. Rows are cut into :func:`pieces` of ``evaluation.window``; one
     that no row is as long as is refused, unless another of the sources is text. Text is cut into windows of ``tokens``
     (None: ``evaluation.tokens``), which overlap with ``evaluation.stride``.
     A tokenizer that starts texts with BOS starts every window with it, unless ``evaluation.bos`` says otherwise.
@@ -80,12 +87,10 @@ def windows(
     most = evaluation.max_windows if most is ... else most
     found = given.token_rows(source)
     if found is not None:
-        found = found[:most]
         texts.check_rows(found, texts.describe(source), "a window")
-        if evaluation.window is not None:
-            if kinds(evaluation.text) == {"ids"}:
-                texts.check_length(found, texts.describe(source), "window", evaluation.window)
-            found = [row[: evaluation.window] for row in found]
+        if evaluation.window is not None and kinds(evaluation.text) == {"ids"}:
+            texts.check_length(found, texts.describe(source), "window", evaluation.window)
+        found = list(itertools.islice(pieces(found, evaluation.window), most))
     else:
         need_tokenizer(tokenizer, "evaluation text")
         source = builtin.REST if source is None else source
@@ -100,6 +105,16 @@ def windows(
     return found
 
 
+def pieces(rows: Iterable[Tensor], window: int | None) -> Iterator[Tensor]:
+    """Rows of token ids as windows: a row that holds several gives them one after the other, without what is left at
+    its end; a shorter one, and any where no window is asked for, is one."""
+    for row in rows:
+        if window is None or len(row) < 2 * window:
+            yield row[:window]
+        else:
+            yield from row[: len(row) // window * window].split(window)
+
+
 def _cut(
     documents: Iterable[str], prefix: Tensor, most: int | None, tokenizer, name: str, tokens: int, step: int
 ) -> list[Tensor]:
@@ -112,6 +127,29 @@ def _cut(
             f"{tokens}; give more text or a smaller window"
         )
     return [torch.cat([prefix, ids[i : i + content]]) for i in range(0, len(ids) - content + 1, step)]
+
+
+def count_windows(evaluation: Evaluation, tokenizer, asked: Asked, tokens: int) -> int:
+    """About how many windows :func:`windows` gives of one source: exactly for token ids, and for a text that is short;
+    of a longer one the beginning is tokenised and the rest reckoned by its characters.
+
+    tokenizer: None reckons all of them, as no text is read with it. Reads the source; ConfigError where it cannot.
+    """
+    source = builtin.REST if asked.source is None else asked.source
+    rows = given.token_rows(source)
+    if rows is not None:
+        found = sum(1 for _ in pieces(rows, evaluation.window))
+        return found if asked.most is None else min(found, asked.most)
+    documents = texts.read(source, split=evaluation.split, subset=evaluation.subset, text_column=evaluation.text_column)
+    whole = "\n\n".join(documents)
+    count, prefix = len(whole) / CHARACTERS, 0
+    if tokenizer is not None and whole:
+        start = whole[:COUNTED]
+        read = len(tokenizer(start, add_special_tokens=False, verbose=False)["input_ids"])
+        count = read * len(whole) / len(start)
+        prefix = len(bos_prefix(tokenizer)) if evaluation.bos else 0
+    found = max(0, int((count - (tokens - prefix)) // advance(evaluation, tokens, prefix)) + 1)
+    return found if asked.most is None else min(found, asked.most)
 
 
 def advance(evaluation: Evaluation, tokens: int, prefix: int) -> int:

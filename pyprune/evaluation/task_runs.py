@@ -50,6 +50,9 @@ def evaluate_tasks(
     """
     if not names:
         raise ConfigError("no tasks: name files, folders, or tasks of lm-eval")
+    for name in names:
+        if of_files(name) and not Path(name).expanduser().exists():
+            raise ConfigError(f"no such file: {name}")
     if against is not None:
         to_stream(against, stream)  # what cannot be streamed is refused before the first model is measured
     conditions = (names, limit, batch_size, device, progress)
@@ -82,12 +85,18 @@ def _public(row: dict) -> dict:
     return {key: value for key, value in row.items() if key not in ("per_item", "statistics")}
 
 
+def of_files(name: str) -> bool:
+    """Whether a task is named by a file or folder; else lm-eval has to know it."""
+    path = Path(name).expanduser()
+    return path.exists() or path.suffix in (".jsonl", ".json", ".tsv", ".txt") or "/" in name
+
+
 def measure_of(name: str, model, limit: int | None, batch_size: int, progress: Any) -> Measure:
     """What measures a task; the file is read and checked now."""
     path = Path(name).expanduser()
     if path.suffix == ".txt" or name == last_word.NAME and not path.exists():
         return _last_words(name, model, last_word.of_file(path)[:limit], batch_size, progress)
-    if not (path.exists() or path.suffix in (".jsonl", ".json", ".tsv") or "/" in name):
+    if not of_files(name):
         return lambda live, tokenizer: through_lm_eval(live, tokenizer, name, limit, batch_size, progress=progress)
     file = (glue.held_out_file(path) if path.is_dir() else None) or choices.file_of(path)
     first_row = {} if file.suffix == ".json" else glue.read_rows(file)[0]

@@ -24,6 +24,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from pyprune import ops
+from pyprune.ops import guards
 
 CHUNK = 128
 """Query rows per chunk of causal attention: 5/8 of the square at 512 tokens."""
@@ -143,20 +144,30 @@ class TrainingMode(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def forward_mode(dtype: torch.dtype) -> contextlib.AbstractContextManager:
+def forward_mode(dtype: torch.dtype, products: list[Tensor] | None = None) -> contextlib.AbstractContextManager:
     """What a forward pass in ``dtype`` on a CPU runs under: :class:`ForwardMode` where it is the faster one here."""
     op = "forward_bfloat16" if dtype == torch.bfloat16 else "forward_float32"
-    return ForwardMode() if ops.taken(op, "cpu") == "pyprune" else contextlib.nullcontext()
+    return ForwardMode(products) if ops.taken(op, "cpu") == "pyprune" else contextlib.nullcontext()
 
 
 class ForwardMode(TorchFunctionMode):
     """The same for passes without gradients: float32 linear layers through ``ops.linear``, attention through
     ``ops.attention``."""
 
+    def __init__(self, products: list[Tensor] | None = None):
+        """products: takes the guard of each product (:func:`pyprune.ops.guards.product`)."""
+        super().__init__()
+        self.products = products
+
     def __torch_function__(self, func, types, args: tuple = (), kwargs=None):
         kwargs = kwargs or {}
         if func is functional.linear and not kwargs and args[0].dtype == torch.float32 == args[1].dtype:
-            return ops.linear(*args)
+            out = ops.linear(*args)
+            if self.products is not None and out.numel():
+                x, weight, *bias = args
+                flat = x.reshape(-1, x.shape[-1])
+                self.products.append(guards.product(out.reshape(len(flat), -1), flat, weight, *bias))
+            return out
         if func is functional.scaled_dot_product_attention:
             call = _inference(*args, **kwargs)
             return func(*args, **kwargs) if call is None else call()

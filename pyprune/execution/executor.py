@@ -165,6 +165,10 @@ class Resident:
 
     streamed = False
 
+    def of_copy(self, view: ModelView) -> Resident:
+        """How the weights of a copy of the model are held."""
+        return Resident()
+
     def acquire(self, index: int) -> None:
         """Make the parameters of a block real."""
 
@@ -205,10 +209,12 @@ class Executor:
         self.world, self.warn = world or World(), warn
         self.mode: Callable = contextlib.nullcontext
         if self.device.type == "cpu":
-            self.mode = lambda: forward_mode(self.dtype)
+            self.mode = lambda: forward_mode(self.dtype, self.products)
         """Makes the context that forward passes run in."""
         self.between: Between | None = Between()
         """Recognises what runs through ops in a block; None leaves all to the block's own code."""
+        self.products: list[Tensor] | None = None
+        """While it is a list, it takes the guards of the products that forward passes compute by ``ops.linear``."""
         self._arguments: dict[tuple[int, int], list[Arguments]] = {}
 
     def embed(self, sequences: Sequence[Tensor], shared: bool = False) -> Activations:

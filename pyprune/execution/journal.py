@@ -5,6 +5,9 @@ temporary name, fsynced and renamed, the entry last, so whatever moment a proces
 at all. The final checkpoint is assembled beside them; a mark, which names the run and every file, says that it is
 complete. Then it is moved out and the folder goes, the mark last: as long as anything of a run is left here, it is
 known whose it is.
+
+A run of several sparsities that are pruned one after the other has a journal that names their folders (``members``),
+and each of these has a journal of its own until its checkpoint is out.
 """
 
 from __future__ import annotations
@@ -41,8 +44,12 @@ class Interrupted(KeyboardInterrupt):
 class Journal:
     """Progress of one run on disk; with ``output=None`` it keeps nothing and refuses nothing."""
 
-    def __init__(self, output: str | Path | None, resume: bool = False):
-        """Take the output folder: refuse one that is in use, unusable, or holds what ``resume`` does not fit to."""
+    def __init__(self, output: str | Path | None, resume: bool = False, parent: Journal | None = None):
+        """Take the output folder: refuse one that is in use, unusable, or holds what ``resume`` does not fit to.
+
+        parent: of the run of several sparsities that this one is part of; it is what a user resumes.
+        """
+        self.parent = parent
         self.entries: list[dict] = []
         self.notes: list[str] = []
         """What was found wrong and repaired, for the report."""
@@ -101,35 +108,57 @@ class Journal:
         """Where the steps of a run with an output folder lie."""
         return self.output / FOLDER
 
+    @property
+    def members(self) -> list[str]:
+        """Folders in the output of the runs that this one consists of, each with a journal of its own; mostly none."""
+        return self.header.get("members", [])
+
+    def finished(self) -> list[str]:
+        """The members whose checkpoints are out whole: ``config.json`` is moved last."""
+        folders = [(name, self.output / name) for name in self.members]
+        return [n for n, path in folders if (path / "config.json").is_file() and not (path / FOLDER / MARK).exists()]
+
+    @property
+    def begun(self) -> bool:
+        """Anything was worked out that a resumed run need not do again."""
+        steps = [step for name in self.members for step in (self.output / name / FOLDER).glob("block-*.json")]
+        return bool(self.entries or steps or self.finished())
+
+    def _stored_header(self) -> dict:
+        """What the interrupted run in the folder said of itself; empty if there is none."""
+        path = self.folder / "run.json"
+        return json.loads(path.read_text()) if path.is_file() else {}
+
     def _admit(self, resume: bool) -> None:
         """Refuse an output folder that holds anything but an interrupted run."""
         if self.complete:
             return
-        if resume and any(self.output.glob("pruning.json")) or any(self.output.glob("sparsity-*/pruning.json")):
+        members = self._stored_header().get("members", [])
+        done = any(self.output.glob("sparsity-*/pruning.json")) and not members
+        if done or (resume and any(self.output.glob("pruning.json"))):
             raise ConfigError(
                 f"{self.output} holds a finished checkpoint: there is nothing to resume; choose another output folder"
             )
-        checkpoint.check_output(self.output, allow=FOLDER)
+        checkpoint.check_output(self.output, allow=(FOLDER, *members))
 
     def _read(self, resume: bool) -> None:
         if self.complete:
             self._read_mark(resume)
             return
-        path = self.folder / "run.json"
-        if not path.is_file():
+        self.header = self._stored_header()
+        if not self.header:
             self._clear()  # what belongs to no run known is no use to this one
             return
-        self.header = json.loads(path.read_text())
-        found = sorted(self.folder.glob("block-*.json"))
-        if not resume:
-            raise ConfigError(
-                f"{self.output} holds an interrupted run with {len(found)} of {self.header['blocks']} "
-                f"blocks done; {RESUME}, or remove {self.folder}"
-            )
-        for index, path in enumerate(found):
+        self.total = self.header["blocks"]
+        for index, path in enumerate(sorted(self.folder.glob("block-*.json"))):
             if path.name != f"block-{index:05}.json":
                 break
             self.entries.append(json.loads(path.read_text()))
+        if not resume:
+            raise ConfigError(
+                f"{self.output} holds an interrupted run with {self._progress()} done; {RESUME}, or remove "
+                f"{self._remains}"
+            )
 
     def _read_mark(self, resume: bool) -> None:
         """Take up a run whose checkpoint was assembled, if all its files are there as they were."""
@@ -195,7 +224,7 @@ class Journal:
             raise ConfigError(
                 f"the interrupted run in {self.output} was another one: "
                 + "; ".join(found)
-                + f". Give what it was given, or remove {self.folder} to start anew"
+                + f". Give what it was given, or remove {self._remains} to start anew"
             )
 
     def _drop_damaged(self) -> None:
@@ -304,23 +333,40 @@ class Journal:
     def safe_point(self) -> None:
         """Between two blocks: raise :class:`Interrupted` if a signal asked for it."""
         if self._stopping:
-            where = self.output if self.keeps else "the output folder"
-            raise Interrupted(
-                f"stopped with {len(self.entries)} of {self.total} blocks done, safe in {where}; {RESUME}"
-            )
+            where = self._resumed if self.keeps else "the output folder"
+            raise Interrupted(f"stopped with {self._progress()} done, safe in {where}; {RESUME}")
+
+    @property
+    def _resumed(self) -> Path:
+        """The output folder that the user named."""
+        return self.output if self.parent is None else self.parent.output
+
+    @property
+    def _remains(self) -> Path:
+        """What to remove to be rid of an interrupted run."""
+        return self.output if self.members else self.folder
+
+    def _progress(self) -> str:
+        """``3 of 30 blocks``; of one of several sparsities, these too."""
+        if self.members:
+            return f"{len(self.finished())} of {len(self.members)} sparsities"
+        blocks = f"{len(self.entries)} of {self.total} blocks"
+        if self.parent is None or not self.parent.keeps:
+            return blocks
+        return f"{self.parent._progress()} and {blocks} of {self.output.name}"
 
     def interrupted(self) -> str:
         """What a run that was stopped at any place leaves behind."""
         if not self.keeps:
             return "interrupted: nothing was written"
-        if not self.entries:
-            return f"interrupted before the first block was done: nothing is left in {self.output}"
-        return f"interrupted with {len(self.entries)} of {self.total} blocks done, safe in {self.output}; {RESUME}"
+        if not (self.begun or (self.parent is not None and self.parent.begun)):
+            return f"interrupted before the first block was done: nothing is left in {self._resumed}"
+        return f"interrupted with {self._progress()} done, safe in {self._resumed}; {RESUME}"
 
     def explain(self, error: OutputError) -> OutputError:
         """Add to an error what is kept and how to go on."""
-        if self.entries and RESUME not in str(error):
-            error.args = (f"{error}. {len(self.entries)} of {self.total} blocks are safe; mend that and {RESUME}",)
+        if self.begun and RESUME not in str(error):
+            error.args = (f"{error}. {self._progress()} are safe; mend that and {RESUME}",)
         return error
 
     def finish(self, fill: Callable[[Path], None]) -> None:
@@ -366,6 +412,17 @@ class Journal:
             shutil.rmtree(self.folder)
         self.release()
 
+    def dissolve(self) -> None:
+        """The checkpoints of all members are out: the run is done."""
+        if not self.keeps:
+            return
+        for name in self.members:  # what a process that died while it cleared up has left
+            shutil.rmtree(self.output / name / FOLDER, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            self._clear()
+            shutil.rmtree(self.folder)
+        self.release()
+
     def close(self) -> None:
         """Unlock the folder. One that holds no step yet is removed, unless it was there before."""
         if not self.keeps:
@@ -373,7 +430,7 @@ class Journal:
         for future in self._pending.values():
             future.exception()
         self._pending = {}
-        if self._lock is not None and not self.entries and not self.complete:
+        if self._lock is not None and not self.begun and not self.complete:
             with contextlib.suppress(OSError):
                 self._clear()
                 shutil.rmtree(self.folder)
@@ -391,11 +448,24 @@ class Journal:
 @contextlib.contextmanager
 def journaled(output: str | Path | None, resume: bool) -> Iterator[tuple[distributed.World, Journal]]:
     """The processes of a run and its journal, which process 0 keeps; left in order however the run ends."""
-    world, journal, failed = distributed.start(), Journal(None), True
+    world, failed = distributed.start(), True
     try:
-        journal = world.lead(lambda: Journal(output, resume)) or journal
-        yield world, journal
+        with kept_by(world, output, resume) as journal:
+            yield world, journal
         failed = False
+    finally:
+        world.close(failed)
+
+
+@contextlib.contextmanager
+def kept_by(
+    world: distributed.World, output: str | Path | None, resume: bool, parent: Journal | None = None
+) -> Iterator[Journal]:
+    """A journal that process 0 keeps. parent: as of :class:`Journal`."""
+    journal = Journal(None, parent=parent)
+    try:
+        journal = world.lead(lambda: Journal(output, resume, parent)) or journal
+        yield journal
     except OutputError as error:
         journal.explain(error)
         raise
@@ -405,13 +475,14 @@ def journaled(output: str | Path | None, resume: bool) -> Iterator[tuple[distrib
         raise Interrupted(journal.interrupted()) from stop
     finally:
         journal.close()
-        world.close(failed)
 
 
 def remembered(output: str | Path) -> dict:
     """The configuration of the interrupted run in ``output``, as plain data. Raises ConfigError if there is none."""
-    folder = Path(output).expanduser() / FOLDER
-    found = [path for path in (folder / MARK, folder / "run.json") if path.is_file()]
+    place = Path(output).expanduser()
+    found = [path for path in (place / FOLDER / MARK, place / FOLDER / "run.json") if path.is_file()]
+    if not found and (any(place.glob("pruning.json")) or any(place.glob("sparsity-*/pruning.json"))):
+        raise ConfigError(f"{output} holds a finished run: there is nothing to resume")
     config = json.loads(found[0].read_text()).get("config") if found else None
     if config is None:
         raise ConfigError(f"{output} holds no interrupted run that says its settings; give the model and the settings")

@@ -129,11 +129,14 @@ class Progress:
         out: TextIO | None = None,
         listener: Callable[[int, int], None] | None = None,
         afterwards: float = 0.0,
+        following: int = 0,
     ):
-        """afterwards: seconds of what follows the last block, which count as time left."""
+        """afterwards: seconds of what follows the last block, which count as time left. following: how many times as
+        much follows."""
         self.listener = listener
         """Called with (blocks finished, blocks in all) after each."""
-        self.total, self.label, self.enabled, self.afterwards = total, label, enabled, afterwards
+        self.total, self.label, self.enabled = total, label, enabled
+        self.afterwards, self.following = afterwards, following
         self.out = out or sys.stderr
         self.block, self.phase = 0, ""
         self.error: float | None = None
@@ -183,7 +186,9 @@ class Progress:
         if not self.block:
             return ""
         elapsed = time.monotonic() - self._started
-        left = elapsed / self.block * (self.total - self.block) + self.afterwards
+        block = elapsed / self.block
+        left = block * (self.total - self.block) + self.afterwards
+        left += self.following * (block * self.total + self.afterwards)
         return f"about {left:.0f} s left" if left else ""
 
     def line(self, phase: bool = True) -> str:

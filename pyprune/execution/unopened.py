@@ -75,11 +75,12 @@ class Unopened:
         """What its weights take in memory: by its files, or by its model where they are not here."""
         return self.files.bytes_as(self.kind) if self.files else assembly.stored_bytes(self.view.model)
 
-    def streams(self, stream: str, obstacle: str | None = None) -> tuple[bool, str]:
+    def streams(self, stream: str, obstacle: str | None = None, models: int = 1) -> tuple[bool, str]:
         """Whether its weights are streamed, and why or why not.
 
         stream: auto, always or never; ``auto`` streams what needs more than half of the free memory, if it can be
-        streamed. obstacle: why the caller needs it whole. Raises ConfigError where ``always`` cannot.
+        streamed. obstacle: why the caller needs it whole. models: how many the caller would hold at once. Raises
+        ConfigError where ``always`` cannot.
         """
         if stream == "never":
             return False, "stream is never"
@@ -87,7 +88,7 @@ class Unopened:
         if self.files is None:
             obstacle = obstacle or self._unreadable()
         counted = not (self.files is None and obstacle)  # what is not here is not counted in vain
-        if stream == "auto" and counted and self.bytes < SHARE * free:
+        if stream == "auto" and counted and models * self.bytes < SHARE * free:
             return False, "they fit into memory"
         reason = obstacle or self.why_whole()
         if reason is not None:
@@ -99,7 +100,8 @@ class Unopened:
         why = (
             "stream is always"
             if stream == "always"
-            else f"their {self.bytes / 2**30:.1f} GiB are more than half of the {free / 2**30:.1f} GiB that are free"
+            else f"their {'' if models == 1 else f'{models} × '}{self.bytes / 2**30:.1f} GiB are more than half of the "
+            f"{free / 2**30:.1f} GiB that are free"
         )
         return True, why if self.files else why + "; if the names in their files, which are not here, are the model's"
 

@@ -7,6 +7,8 @@ disk, and comes back from there. Embeddings, final norm, head and rotary tables 
 from __future__ import annotations
 
 import contextlib
+import copy
+import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -41,6 +43,9 @@ class Streamed(Resident):
         self._ahead: dict[int, Future] = {}
         self._present: set[int] = set()
         view.hold = self.hold
+
+    def of_copy(self, view: ModelView) -> Streamed:
+        return Streamed(view, self.files, self.dtype, self.pin)
 
     def acquire(self, index: int) -> None:
         if index not in self._present:
@@ -120,6 +125,12 @@ class Opened:
     view: ModelView
     origin: Origin = field(default_factory=Origin)
 
+    def copy(self) -> Opened:
+        """The same model once more, for a run that changes it; it must not have been changed yet."""
+        own = copy.deepcopy(self.model)
+        view = ModelView(own)
+        return dataclasses.replace(self, model=own, view=view, weights=self.weights.of_copy(view))
+
     def identity(self) -> dict:
         """What tells this model from another: its class, its type and a digest of its weights or of its files."""
         digest = (
@@ -153,22 +164,26 @@ def open_checkpoint(
     obstacle: str | None = None,
     streamed: bool | None = None,
     pin: bool = False,
+    models: int = 1,
 ) -> Opened:
     """Open a checkpoint for streaming or load it whole, as :meth:`Unopened.streams` decides.
 
     obstacle: why the caller needs it whole. streamed: what an interrupted run did, which its continuation repeats.
+    models: how many the caller would hold at once.
     """
     if streamed is not None:
         stream = "always" if streamed else "never"
     found = Unopened(name, dtype)
     if stream != "never" and found.files is None:
         obstacle = obstacle or FORMAT
-    return open_streamed(found, stream, obstacle, pin) or whole(name, dtype)
+    return open_streamed(found, stream, obstacle, pin, models) or whole(name, dtype)
 
 
-def open_streamed(found: Unopened, stream: str, obstacle: str | None = None, pin: bool = False) -> Opened | None:
+def open_streamed(
+    found: Unopened, stream: str, obstacle: str | None = None, pin: bool = False, models: int = 1
+) -> Opened | None:
     """The model without its blocks; None where :meth:`Unopened.streams` decides that it is loaded whole."""
-    if found.streams(stream, obstacle)[0] and found.files is not None:
+    if found.streams(stream, obstacle, models)[0] and found.files is not None:
         return _streamed(found, found.files, pin)
     return None
 

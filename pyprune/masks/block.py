@@ -22,8 +22,11 @@ from pyprune.masks.statistics import (
     Gathered,
     Inputs,
     Observer,
+    Review,
     Statistics,
+    by_reference,
     find_non_finite,
+    look,
     observe,
     ratio,
     reduce_statistics,
@@ -53,15 +56,16 @@ def gather(
     """
     target = fit if run.config.inputs == "dense" else target
     once = target is fit or dense is not None  # the pass takes the place of its own inputs
-    sink = sink_of(run, found, index, once)
+    sink = sink_of(run, found)
+    review = Review(functools.partial(distrust, found, run.executor.device, index)) if once else None
 
     def watched() -> Observer[Statistics]:
-        return observe(run.executor, index, module, refs, fit, sink, dense=dense, target=target)
+        return observe(run.executor, index, module, refs, fit, sink, dense=dense, target=target, review=review)
 
     observer = watched()
     wrong, finite = look(observer)
     if not once and wrong:
-        with ops.backend(",".join(f"{op}=reference" for op in wrong)):
+        with by_reference(wrong):
             observer = watched()
         still, finite = look(observer)
         for op in () if still else wrong:
@@ -74,21 +78,15 @@ def gather(
     return observer
 
 
-def sink_of(run: Run, found: Findings, index: int, once: bool) -> Callable[[int, torch.device], Statistics]:
-    """Makes what a run gathers of each group's inputs, from their number of columns and device.
-
-    once: the pass cannot be made again, so that each update is checked by itself and done again by the reference if it
-    fails its guard.
-    """
+def sink_of(run: Run, found: Findings) -> Callable[[int, torch.device], Statistics]:
+    """Makes what a run gathers of each group's inputs, from their number of columns and device."""
     gram = needs_factor(run.config)
-    redo = functools.partial(distrust, found, run.executor.device, index) if once else None
     return functools.partial(
         Statistics,
         want_gram=gram,
         want_moments=run.config.method == "wanda" and not gram,
         precision="bfloat16" if run.executor.dtype == torch.bfloat16 else "float32",
         clock=found.clock,
-        redo=redo,
     )
 
 
@@ -251,9 +249,9 @@ def _solve(
                 )
             written = solved.weight.to(weight.dtype)
             own.solved[ref] = written, solved.mask
-            own.sums += [torch.count_nonzero(written), *errors.values()]
+            own.sums += [torch.count_nonzero(written), *(sums for sums, _ in errors.values())]
             own.rows.append(row | dict.fromkeys(errors))
-            own.wrong += solved.wrong.items()
+            own.wrong += [*solved.wrong.items(), *(("linear", bad) for _, bad in errors.values())]
     return own
 
 
@@ -271,20 +269,6 @@ def asked_in(run: Run, index: int, ref: WeightRef) -> dict[str, float | str]:
     if run.rules is None:
         return {}
     return {"asked": run.sparsity_of(index, ref), "asked_by": run.rules[index][ref]}
-
-
-def look(observer: Gathered[Statistics]) -> tuple[set[str], bool]:
-    """Read from the device in one go what has to be known of a statistics pass: the ops whose results fail their
-    guards, whether all is finite, and every sink's tokens, which it keeps."""
-    sinks = list(observer.sinks.values())
-    if not sinks:
-        return set(), True
-    none = torch.zeros((), dtype=torch.bool, device=sinks[0].device)
-    told = [torch.stack([none if s.wrong is None else s.wrong, s.finite(), s.count]) for s in sinks]
-    rows = torch.stack(told).tolist()
-    for sink, (_, _, count) in zip(sinks, rows):
-        sink.known = count
-    return {sink.op for sink, (bad, _, _) in zip(sinks, rows) if bad}, all(finite for _, finite, _ in rows)
 
 
 def distrust(found: Findings, device: torch.device, index: int, op: str) -> None:

@@ -9,13 +9,14 @@ matrices: a batch of Cholesky solves. Wide ones: conjugate gradients on all rows
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from pyprune import ops
 from pyprune.config import ConfigError
+from pyprune.ops import guards
 
 NARROW = 128
 """Columns up to which the rows' systems are factored: about there both ways take equally long on a CPU."""
@@ -40,6 +41,8 @@ class Refit:
     """Steps of conjugate gradients; 0 where the systems were factored."""
     converged: bool = True
     """False where ``MOST_STEPS`` were not enough for ``TOLERANCE``."""
+    wrong: dict[str, Tensor] = field(default_factory=dict)
+    """By op, whether its result fails its guard: bool scalars on the device."""
 
 
 def damped(gram: Tensor, count: Tensor | int, damping: float) -> Tensor:
@@ -59,13 +62,15 @@ def exact_refit(dense: Tensor, mask: Tensor, h: Tensor, start: Tensor) -> Refit:
     zero off the mask, where the search begins (the sweep's result). No row's objective rises.
     """
     if dense.shape[1] <= NARROW:
-        return Refit(_factored(dense, mask, h))
+        return _factored(dense, mask, h)
     return _searched(dense, mask, h, start)
 
 
-def _factored(dense: Tensor, mask: Tensor, h: Tensor) -> Tensor:
+def _factored(dense: Tensor, mask: Tensor, h: Tensor) -> Refit:
     """One system per row, in which the dropped columns are replaced by those of the identity."""
-    target = ops.linear(dense, h).masked_fill_(~mask, 0)
+    target = ops.linear(dense, h)
+    wrong = {"linear": guards.product(target, dense, h)}
+    target.masked_fill_(~mask, 0)
     solutions, infos = [], []
     for keep, right in zip(*(t.split(max(1, SYSTEM_ELEMENTS // h.numel())) for t in (mask, target))):
         system = h * (keep[:, :, None] & keep[:, None, :])
@@ -76,7 +81,7 @@ def _factored(dense: Tensor, mask: Tensor, h: Tensor) -> Tensor:
     info = torch.cat(infos)
     if bool(info.any()):
         raise ConfigError(f"the refit of row {int(info.argmax())} is singular; use a larger damping")
-    return torch.cat(solutions)
+    return Refit(torch.cat(solutions), wrong=wrong)
 
 
 def _searched(dense: Tensor, mask: Tensor, h: Tensor, start: Tensor) -> Refit:
@@ -87,9 +92,11 @@ def _searched(dense: Tensor, mask: Tensor, h: Tensor, start: Tensor) -> Refit:
     objective = (delta * residual).sum().double()
     del delta
     residual.masked_fill_(~mask, 0)
+    first = (residual * inverse.sqrt()).norm(dim=1)
     direction = residual * inverse
     size = (residual * direction).sum(1, keepdim=True)
     lowered = torch.zeros_like(objective)
+    converged = False
     for step in range(1, MOST_STEPS + 1):
         product = ops.linear(direction, h)
         curvature = (direction * product).sum(1, keepdim=True)
@@ -102,7 +109,9 @@ def _searched(dense: Tensor, mask: Tensor, h: Tensor, start: Tensor) -> Refit:
         direction.mul_(torch.where(before > 0, size / before, 0)).add_(ahead)
         if step % CHECK == 0:
             objective -= lowered
-            if bool(lowered <= TOLERANCE * objective):
-                return Refit(weight, step)
+            converged = bool(lowered <= TOLERANCE * objective)
+            if converged:
+                break
             lowered.zero_()
-    return Refit(weight, MOST_STEPS, converged=False)
+    wrong = {"linear": guards.refitted(dense, weight, mask, h, residual, first)}
+    return Refit(weight, step, converged, wrong)

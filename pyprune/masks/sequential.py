@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from pyprune.execution.executor import Activations
 from pyprune.execution.lanes import Declined, Lane, Lanes, TooLarge
 from pyprune.execution.run import Findings, Run
-from pyprune.masks.block import prune_block, refuse_non_finite, sink_of
+from pyprune.masks.block import distrust, prune_block, refuse_non_finite, sink_of
 from pyprune.masks.group_order import Group, GroupOrder
-from pyprune.masks.statistics import Gathered, Inputs, S, Statistics, reduce_statistics, rows_of
+from pyprune.masks.statistics import Gathered, Inputs, S, Statistics, by_reference, look, reduce_statistics, rows_of
 from pyprune.model.blocks import WeightRef
 from pyprune.model.routing import expert_lists
 from pyprune.model.watching import Watch
@@ -61,7 +61,7 @@ class SequentialPass(Lanes):
         lists = tuple(f"{path}." for path in expert_lists(module))
         self.routed = {ref.name for ref in self.refs if ref.expert is not None or ref.path.startswith(lists)}
         """Weights that see the tokens routed to them, which two streams choose differently."""
-        self._make = sink_of(run, found, index, once=True)
+        self._make = sink_of(run, found)
 
     def add_towards(
         self, dense: Activations, source: Activations, dense_target: Activations | None, target: Activations | None
@@ -110,24 +110,27 @@ class SequentialPass(Lanes):
         return self.masks
 
     def arrived(self, lane: GroupLane) -> None:
-        leader, x = lane.at.leader, lane.x
+        leader = lane.at.leader
         if lane.is_ahead:
             return  # what it brings is read by the one behind it
-        assert x is not None
-        rows = rows_of(x, lane.batch.size)
+        assert lane.x is not None
         sinks = self.sinks.setdefault(lane.stream, {})
         if leader not in sinks:
-            sinks[leader] = self._make(rows.shape[-1], rows.device) if lane.fit else Inputs()
-        ahead = None if leader in self.routed else lane.ahead
+            sinks[leader] = self._make(lane.x.shape[-1], lane.x.device) if lane.fit else Inputs()
+        self._feed(sinks[leader], lane)
+
+    def _feed(self, sink: Any, lane: GroupLane) -> None:
+        """Give a sink what a pass brings to the place that it stands at, and the dense stream with it."""
+        assert lane.x is not None
+        rows = rows_of(lane.x, lane.batch.size)
+        ahead = None if lane.at.leader in self.routed else lane.ahead
         if ahead is None:
-            sinks[leader].update(rows)
+            sink.update(rows)
         elif ahead.at is not lane.at or ahead.x is None:
-            raise Declined(f"{leader} is not reached where the dense stream reaches it")
+            raise Declined(f"{lane.at.leader} is not reached where the dense stream reaches it")
         else:
             with self.at_hand(ahead):
-                sinks[leader].update(rows, rows_of(ahead.x, lane.batch.size))
-            ahead.x = None
-        lane.x = None
+                sink.update(rows, rows_of(ahead.x, lane.batch.size))
 
     # ---- where they stand still --------------------------------------------------------------------------------
 
@@ -161,8 +164,16 @@ class SequentialPass(Lanes):
         if sink is None:
             sink = self._make(group.refs[0].view(self.block).shape[1], self.run.executor.device)
         gathered = self._gathered(group, sink)
-        reduce_statistics(self.run.world, gathered)
-        if not sink.finite():
+        wrong, finite = look(gathered)
+        if wrong:
+            finite = self._again(group, gathered, wrong)
+        for lane in self.lanes:
+            if lane.at is group:
+                lane.x = None
+        if self.run.world.size > 1:
+            reduce_statistics(self.run.world, gathered)
+            _, finite = look(gathered)
+        if not finite:
             self.abandon()
             refuse_non_finite(self.run, self.index, self.module, list(group.refs), self.lanes[0].source)
         if not sink.tokens:
@@ -173,6 +184,21 @@ class SequentialPass(Lanes):
             [Gathered() if inputs is None else self._gathered(group, inputs) for inputs in sinks.values()],
         )
         self.pruned.add(group.leader)
+
+    def _again(self, group: Group, gathered: Gathered[Statistics], wrong: set[str]) -> bool:
+        """Gather the statistics of a group anew with the reference in place of the ops that failed their guards: what
+        every pass brought is still there. Returns whether they are finite."""
+        sink = gathered.sinks[group.leader]
+        sink.reset()
+        with by_reference(wrong):
+            for lane in self.lanes:
+                if lane.at is group and lane.fit and not lane.is_ahead:
+                    with self.at_hand(lane):
+                        self._feed(sink, lane)
+        still, finite = look(gathered)
+        for op in () if still else wrong:
+            distrust(self.found, self.run.executor.device, self.index, op)
+        return finite
 
     def _gathered(self, group: Group, sink: S) -> Gathered[S]:
         return Gathered({group.leader: sink}, {ref.name: group.leader for ref in group.refs})

@@ -250,4 +250,4 @@ def solve(weight: Tensor, config: PruneConfig, statistics: Statistics | None, fa
         return Solved(updated, mask, factor.damping, wrong=wrong)
     h = damped(statistics.gram, statistics.count, factor.damping)
     found = exact_refit(start.masked_fill(factor.dead, 0), mask, h, updated)
-    return Solved(found.weight, mask, factor.damping, updated, found, wrong)
+    return Solved(found.weight, mask, factor.damping, updated, found, wrong | found.wrong)

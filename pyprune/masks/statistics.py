@@ -60,19 +60,17 @@ class Statistics:
     """Centred sum of squares, float64 ``[c]``, merged by Chan's formula; empty where no moments are wanted."""
     cross: Tensor | None = None
     """float32 ``[c, c]``, ``X̄ᵀX`` with the dense stream's inputs X̄, where the layer-wise target is dense (GP)."""
-    wrong: Tensor | None = None
-    """bool scalar on the device: whether the first update failed its guard (:mod:`pyprune.ops.guards`)."""
+    wrong: dict[str, Tensor] = field(default_factory=dict)
+    """By op, bool scalars on the device: whether its first result failed its guard (:mod:`pyprune.ops.guards`)."""
     known: int | None = None
     """``count`` as it was last read from the device, until more tokens come."""
-    redo: Callable[[str], None] | None = None
-    """Set where the pass cannot be made again: hears of the op when the first update, at fault, is made again."""
-
-    @property
-    def op(self) -> str:
-        """The op whose result ``wrong`` judges."""
-        return "gram_update" if self.want_gram else "column_moments"
 
     def __post_init__(self):
+        self.reset()
+
+    def reset(self) -> None:
+        """As before the first update."""
+        self.known, self.cross, self.wrong = None, None, {}
         self.count = torch.zeros((), dtype=torch.int64, device=self.device)
         c, moments = self.columns if self.want_gram else 0, self.columns if self.want_moments else 0
         self.gram, self.sums = torch.zeros(c, c, device=self.device), torch.zeros(c, device=self.device)
@@ -83,34 +81,28 @@ class Statistics:
         """Add tokens ``x [tokens, c]``; ``dense`` are the same tokens in the dense stream."""
         self.known = None
         with self.clock("statistics"):
-            first = self.wrong is None
             self._update(x)
-            if first and self.redo is not None and self.wrong is not None and bool(self.wrong):
-                self.__post_init__()
-                self.wrong = None
-                with ops.backend("reference"):
-                    self._update(x)
-                if not self.wrong:
-                    self.redo(self.op)
-                self.wrong = torch.zeros((), dtype=torch.bool, device=self.device)
             if dense is not None:
                 if self.cross is None:
                     self.cross = torch.zeros_like(self.gram)
                 ops.cross_gram_update(self.cross, dense, x)
+                if "cross_gram_update" not in self.wrong:
+                    squares = torch.linalg.vector_norm(dense, dim=0, dtype=torch.float32).square()
+                    self.wrong["cross_gram_update"] = guards.cross_gram(self.cross, dense, x, squares)
 
     def _update(self, x: Tensor) -> None:
         if self.want_moments:
             count, mean, m2 = ops.column_moments(x)
-            if self.wrong is None and not self.want_gram:
-                self.wrong = guards.moments(x, count, mean, m2)
+            if "column_moments" not in self.wrong:
+                self.wrong["column_moments"] = guards.moments(x, count, mean, m2)
             total = (self.count + count).clamp(min=1).double()
             delta = mean.double() - self.mean
             self.m2 += m2.double() + delta.square() * (self.count * count / total)
             self.mean += delta * (count / total)
         if self.want_gram:
             ops.gram_update(self.gram, x, sums=self.sums, count=self.count, precision=self.precision)
-            if self.wrong is None:
-                self.wrong = guards.gram(self.gram, x, self.count, self.precision)
+            if "gram_update" not in self.wrong:
+                self.wrong["gram_update"] = guards.gram(self.gram, x, self.count, self.precision)
         else:
             self.count += x.shape[0]
 
@@ -119,10 +111,8 @@ class Statistics:
         both = copy.copy(self)
         both.known = None
         both.count = self.count + other.count
-        if self.wrong is not None and other.wrong is not None:
-            both.wrong = self.wrong | other.wrong
-        else:
-            both.wrong = self.wrong if other.wrong is None else other.wrong
+        both.wrong = {op: bad | other.wrong[op] if op in other.wrong else bad for op, bad in self.wrong.items()}
+        both.wrong |= {op: bad for op, bad in other.wrong.items() if op not in self.wrong}
         both.gram, both.sums = self.gram + other.gram, self.sums + other.sums
         if self.cross is not None and other.cross is not None:
             both.cross = self.cross + other.cross
@@ -192,6 +182,8 @@ class Gathered(Generic[S]):
     """By the name of each group's first weight."""
     leader: dict[str, str] = field(default_factory=dict)
     """By a weight's name, that of its group's first."""
+    products: list[Tensor] = field(default_factory=list)
+    """Guards of the products of the first forward pass."""
 
 
 Call = tuple[int, str, int]
@@ -300,6 +292,10 @@ class Observer(Gathered[S]):
         finally:
             self.holding, self.calls = False, []  # nothing was counted
 
+    def without(self, calls: frozenset[Call], sinks: set[str]) -> frozenset[Call]:
+        """Those of the calls that feed none of these sinks."""
+        return frozenset(call for call in calls if self.leader[call[1] + AGAIN if call[2] else call[1]] not in sinks)
+
     def close(self) -> None:
         self._watch.close()
 
@@ -320,6 +316,60 @@ class Observer(Gathered[S]):
         self.sinks, self.leader = sinks, leader
 
 
+@dataclass(eq=False)
+class Review:
+    """Of a pass that takes the place of its own inputs, so that it cannot be made again as a whole: after each part of
+    it that brought new sinks, their guards, all in one read."""
+
+    distrust: Callable[[str], None]
+    """Hears of the ops that failed where the reference does not."""
+    suspects: set[str] = field(default_factory=set)
+    """Ops for which the reference makes the present part again."""
+    _seen: set[str] = field(default_factory=set)
+
+    def backend(self) -> contextlib.AbstractContextManager:
+        return by_reference(self.suspects)
+
+    def refused(self, observer: Gathered) -> set[str]:
+        """The sinks, emptied, that are to be filled anew from the part that was just passed; none if all is right."""
+        new = {key for key in observer.sinks if key not in self._seen}
+        if not new:
+            return set()
+        wrong, _ = look(Gathered({key: observer.sinks[key] for key in new}, products=observer.products))
+        if wrong and not self.suspects:
+            self.suspects = wrong
+            observer.products.clear()
+            for key in new:
+                observer.sinks[key].reset()
+            return new
+        for op in sorted(self.suspects - wrong):
+            self.distrust(op)
+        self.suspects = set()
+        self._seen |= new
+        return set()
+
+
+def by_reference(suspects: set[str]) -> contextlib.AbstractContextManager:
+    """Inside the ``with`` block the reference takes the place of these ops."""
+    return ops.backend(",".join(f"{op}=reference" for op in sorted(suspects))) if suspects else contextlib.nullcontext()
+
+
+def look(gathered: Gathered[Statistics]) -> tuple[set[str], bool]:
+    """Read from the device in one go what has to be known of statistics: the ops whose results fail their guards,
+    whether all is finite, and every sink's tokens, which it keeps."""
+    told = [*gathered.products]
+    for sink in gathered.sinks.values():
+        told += [*sink.wrong.values(), sink.finite(), sink.count]
+    values = torch.stack([value.long() for value in told]).tolist() if told else []
+    flat, finite = iter(values), True
+    wrong = {"linear" for _, bad in zip(gathered.products, flat) if bad}
+    for sink in gathered.sinks.values():
+        wrong |= {op for op, bad in zip(sink.wrong, flat) if bad}
+        finite &= bool(next(flat))
+        sink.known = next(flat)
+    return wrong, finite
+
+
 def rows_of(x: Tensor, batch: int) -> Tensor:
     """Inputs ``[tokens, c]`` of a layer in a pass over ``batch`` sequences."""
     if x.ndim == 3 and len(x) == 1:
@@ -336,12 +386,14 @@ def observe(
     sink: Callable[[int, torch.device], S],
     target: Activations | None = None,
     dense: Activations | None = None,
+    review: Review | None = None,
 ) -> Observer[S]:
     """Run a block over ``activations`` and return the observer with one filled sink per group.
 
     The pass ends before the block's last projection unless ``target`` wants the outputs.
     dense: the dense stream of the same sequences. Sinks get its inputs of their group beside their own, but
     for experts, and its outputs take the place of its inputs.
+    review: looks at what each part of the pass added to the sinks before the outputs take the place of the inputs.
     """
     observer = Observer(module, refs, sink)
 
@@ -355,20 +407,29 @@ def observe(
         out = observer.run(lambda: executor.forward(index, module, x, own), part.length if target is None else None)
         return [(dense, ahead, beyond), (target, out, own)]
 
+    written = False
     try:
         for batch, hidden in executor.stream(activations):
             parts: list[tuple[Batch, Tensor, frozenset[Call]]] = [(batch, hidden, frozenset())]
             while parts:
                 part, x, observer.skip = parts.pop(0)
-                outs = executor.attempt(functools.partial(both, part, x))
+                executor.products = observer.products if not written else None
+                with contextlib.nullcontext() if review is None else review.backend():
+                    outs = executor.attempt(functools.partial(both, part, x))
                 if outs is NO_ROOM:
                     parts[:0] = _again(executor, index, observer, part, x)
                     continue
+                if review is not None and (anew := review.refused(observer)):
+                    seen = observer.skip.union(observer.calls)
+                    parts = [(p, x, observer.without(skip, anew)) for p, x, skip in [(part, x, seen), *parts]]
+                    continue
+                written = True
                 for stream, out, beside in outs:
                     if stream is not None and out is not None:
                         executor.write(stream, part, out, beside)
         executor.drain()
     finally:
+        executor.products = None
         observer.close()
     observer.gather()
     return observer
@@ -452,13 +513,16 @@ def find_non_finite(
                 )
 
 
-def weight_error_sums(x: Tensor, weight: Tensor, pruned: Tensor) -> Tensor:
+def weight_error_sums(x: Tensor, weight: Tensor, pruned: Tensor) -> tuple[Tensor, Tensor]:
     """``[‖X Wᵀ − X W'ᵀ‖², ‖X Wᵀ‖²]`` on the device, for inputs ``[tokens, c]`` (evenly thinned to ``ERROR_TOKENS``) and
-    weights ``[out, c]``."""
+    weights ``[out, c]``, and whether a product failed its guard."""
     x = x[:: max(1, len(x) // ERROR_TOKENS)].float().contiguous()
-    weight = weight.float()
-    lost = ops.linear(x, weight - pruned).square_().sum()
-    return torch.stack([lost, ops.linear(x, weight).square_().sum()])
+    sums, wrong = [], torch.zeros((), dtype=torch.bool, device=x.device)
+    for factor in (weight.float() - pruned, weight.float()):
+        product = ops.linear(x, factor)
+        wrong = wrong | guards.product(product, x, factor)
+        sums.append(product.square_().sum())
+    return torch.stack(sums), wrong
 
 
 def ratio(lost: float, total: float) -> float:

@@ -14,7 +14,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -78,8 +78,7 @@ def resolve(name: str | Path) -> Source:
         return _gguf(path)
     if path.is_dir():
         if not (path / "config.json").is_file():
-            if len(found := members(path)) > 1:
-                raise ConfigError(f"{text} holds several sparsities; name one of them: {', '.join(map(str, found))}")
+            refuse_several(path)
             raise ConfigError(
                 f"model folder {text!r} has no config.json"
                 + ("; name the .gguf file in it" if any(path.glob("*.gguf")) else "")
@@ -97,6 +96,12 @@ def members(directory: str | Path) -> list[Path]:
         return [folder]
     found = [path.parent for path in folder.glob("sparsity-*/config.json")]
     return sorted(found, key=lambda path: float(path.name.removeprefix("sparsity-"))) or [folder]
+
+
+def refuse_several(directory: str | Path) -> None:
+    """Raise :class:`ConfigError` for a folder of several sparsities, where one checkpoint is meant."""
+    if len(found := members(directory)) > 1:
+        raise ConfigError(f"{directory} holds several sparsities; name one of them: {', '.join(map(str, found))}")
 
 
 def _packaged(name: str) -> Source:
@@ -320,12 +325,12 @@ def _sentence(error: BaseException) -> str:
     return text if len(text) <= 300 else text[:297] + "…"
 
 
-def check_output(directory: str | Path, allow: str | None = None) -> None:
-    """Raise :class:`ConfigError` unless ``directory`` can be written: absent, or empty but for an entry ``allow``."""
+def check_output(directory: str | Path, allow: Collection[str] = ()) -> None:
+    """Raise :class:`ConfigError` unless ``directory`` can be written: absent, or empty but for entries ``allow``."""
     path = Path(directory).expanduser()
     if path.exists() and not path.is_dir():
         raise ConfigError(f"output {str(directory)!r} is a file; name a folder")
-    if path.is_dir() and any(entry.name != allow for entry in path.iterdir()):
+    if path.is_dir() and any(entry.name not in allow for entry in path.iterdir()):
         raise ConfigError(f"output folder {str(directory)!r} is not empty; choose another or empty it")
     parent = next(p for p in path.absolute().parents if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):

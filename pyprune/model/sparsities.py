@@ -60,7 +60,8 @@ def _unused(key: str, asked: Mapping[str, float], kinds: Mapping[str, str | None
 def _spellings(name: str) -> Iterable[str]:
     """What a key may call a weight: its module with and without what stands around it."""
     parts = name.removesuffix(".weight").split(".")
-    return [".".join(parts), ".".join(parts[-2:]), "*." + parts[-1], parts[-1]]
+    blocks = [f"{before}.{part}" for before, part in zip(parts, parts[1:]) if part.isdigit()]
+    return [".".join(parts), ".".join(parts[-2:]), "*." + parts[-1], parts[-1], *blocks]
 
 
 def _some(kinds: Mapping[str, str | None], most: int = 12) -> str:

@@ -16,6 +16,7 @@ This file holds the contracts: one function per op, its arguments checked. Besid
 ``qualification``   which candidate of an op ``auto`` takes on this machine, measured once and kept
 ``trials``          the cases that a candidate is checked and timed on
 ``classes``         the classes of an op's sizes that have a verdict of their own
+``semi_structured`` products of 2:4 weights by PyTorch's kernels for sparse tensor cores
 ``packed``          weights as a bitmask and their non-zero values: the layout, to it and back
 ``guards``          what a run checks of its kernels' results
 
@@ -82,6 +83,9 @@ AUTO: dict[str, dict[str, tuple[str, ...]]] = {
             "attention/16-bit",
         ),
         ("reference",),
+    )
+    | dict.fromkeys(
+        ("sparse_linear/few-tokens-2:4", "sparse_linear/tokens-2:4"), ("cuda", "triton", "semi_structured", "reference")
     ),
 }
 
@@ -110,8 +114,8 @@ class Backend:
             return None
         if self.name == "cpu" and device.type != "cpu":
             return f"the cpu back-end takes CPU tensors, not {device.type} ones"
-        if self.name == "cuda" and device.type != "cuda":
-            return f"the cuda back-end takes CUDA tensors, not {device.type} ones"
+        if self.name in ("cuda", "semi_structured") and device.type != "cuda":
+            return f"the {self.name} back-end takes CUDA tensors, not {device.type} ones"
         interpreted = os.environ.get("TRITON_INTERPRET") == "1"
         if self.name == "triton" and device.type == "cpu" and not interpreted:
             return "Triton runs on CPU tensors only in its interpreter (set TRITON_INTERPRET=1 before the first import)"
@@ -133,7 +137,10 @@ TABLE = {
     "triton": Backend("triton", "pyprune.triton_kernels"),
     "cpu": Backend("cpu", "pyprune.ops.native", "_cpu"),
     "reference": Backend("reference", "pyprune.ops.reference"),
+    "semi_structured": Backend("semi_structured", "pyprune.ops.semi_structured"),
 }
+"""By name; ``semi_structured`` is none that a user names (``config.BACKENDS``): ``auto`` takes it where it has proved
+itself."""
 
 
 @contextlib.contextmanager
@@ -675,7 +682,7 @@ def sparse_linear(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tens
     )
     if wants_gradient and not _forced.get():
         return TABLE["reference"].load("sparse_linear")(x, packed, bias)
-    return _implementation(classes.sparse_product(x), x.device)(x, packed, bias)
+    return _implementation(classes.sparse_product(x, packed), x.device)(x, packed, bias)
 
 
 NORM_FORMS = ("narrow", "wide", "offset")

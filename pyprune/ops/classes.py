@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pyprune.config import OPS
+from pyprune.ops.packed import Packed
 
 FEW_ROWS, WIDE_WEIGHT = 48, 2**22
 """Rows of a product below which packing its weight may not pay; numbers in a weight that no cache holds."""
@@ -30,7 +31,7 @@ CLASSES: dict[str, tuple[str, ...]] = {
     "cholesky": ("small", "medium", "large"),
     "cholesky_solve": ("small", "medium", "large"),
     "linear": ("few-rows", "rows", "rows-wide"),
-    "sparse_linear": ("one-token", "few-tokens", "tokens"),
+    "sparse_linear": ("one-token", "few-tokens", "tokens", "few-tokens-2:4", "tokens-2:4"),
     "rms_norm": ("float32", "16-bit"),
     "rotary": ("float32", "16-bit"),
     "swiglu": ("float32", "16-bit"),
@@ -75,8 +76,9 @@ def product(x: Tensor, w: Tensor) -> str:
     return "linear/rows-wide" if w.numel() >= WIDE_WEIGHT else "linear/rows"
 
 
-def sparse_product(x: Tensor) -> str:
+def sparse_product(x: Tensor, packed: Packed) -> str:
     tokens = math.prod(x.shape[:-1])
     if tokens <= 1:
         return "sparse_linear/one-token"
-    return "sparse_linear/few-tokens" if tokens <= FEW_TOKENS else "sparse_linear/tokens"
+    key = "sparse_linear/few-tokens" if tokens <= FEW_TOKENS else "sparse_linear/tokens"
+    return f"{key}-2:4" if packed.semi_structured else key

@@ -62,6 +62,16 @@ def cross_gram(total: Tensor, y: Tensor, x: Tensor, squares: Tensor) -> Tensor:
     return through.isfinite().all() & squares.isfinite().all() & ~close
 
 
+def product(out: Tensor, x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``out [rows, n]`` is to be ``x wᵀ + bias``, all float32: a few rows are multiplied again."""
+    rows = _some(len(x), ROWS, x.device)
+    part = x[rows]
+    want = part @ w.T if bias is None else torch.addmm(bias, part, w.T)
+    allowed = ROUNDING * part.norm(dim=1)[:, None] * torch.linalg.vector_norm(w, dim=1)
+    close = ((out[rows] - want).abs() <= allowed + ROUNDING * want.abs()).all()
+    return want.isfinite().all() & ~close
+
+
 def moments(x: Tensor, count: Tensor, mean: Tensor, m2: Tensor) -> Tensor:
     """They are to be those of ``x``: a few columns in float64."""
     columns = _some(x.shape[1], 2 * ROWS, x.device)
@@ -124,6 +134,18 @@ def swept(start: Tensor, weight: Tensor, keep: Tensor, r: Tensor, dead: Tensor |
     made_up = (change * keep[rows]).norm(dim=1)
     far = ~(rest.norm(dim=1) <= SWEEP * made_up + ROUNDING * before.norm(dim=1)).all()
     return far | weight.ne(0).gt(keep).any()
+
+
+def refitted(dense: Tensor, weight: Tensor, mask: Tensor, h: Tensor, residual: Tensor, first: Tensor) -> Tensor:
+    """``residual`` is to be ``(dense − weight) h`` where the mask keeps, of which a few rows are computed again.
+
+    Columns are weighed by the diagonal of h, so that a loud one hides no other. first: the residual's norms, so
+    weighed, when the search began to update it product by product.
+    """
+    rows, size = _some(len(dense), ROWS, dense.device), h.diagonal().rsqrt()
+    off = residual[rows] - ((dense[rows] - weight[rows]) @ h) * mask[rows]
+    allowed = SWEEP * first[rows] + ROUNDING * len(h) ** 0.5 * (dense[rows] / size).norm(dim=1)
+    return h.isfinite().all() & ~((off * size).norm(dim=1) <= allowed).all()
 
 
 def solved(a: Tensor, b: Tensor, damping: Tensor, solution: Tensor, good: Tensor) -> Tensor:

@@ -41,6 +41,7 @@ class Packed:
     offsets: Tensor
     columns: int
     _checked: tuple | None = field(default=None, init=False, repr=False)
+    _semi_structured: bool | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         for name, tensor, dtypes, ndim in (
@@ -89,6 +90,14 @@ class Packed:
         """Stored values of all weights."""
         return len(self.values) / max(1, self.mask.shape[0] * self.columns)
 
+    @property
+    def semi_structured(self) -> bool:
+        """Whether exactly two of every four columns are stored, in a type and a shape that sparse tensor cores take.
+        Looks at the data once, and again after :meth:`check` did."""
+        if self._semi_structured is None:
+            object.__setattr__(self, "_semi_structured", _is_semi_structured(self))
+        return bool(self._semi_structured)
+
     def to(self, device: torch.device | str) -> Packed:
         return Packed(self.mask.to(device), self.values.to(device), self.offsets.to(device), self.columns)
 
@@ -101,6 +110,7 @@ class Packed:
         if (complaint := _complaint(self)) is not None:
             raise DamagedWeight(f"a packed weight {list(self.shape)} is damaged: {complaint}")
         object.__setattr__(self, "_checked", state)
+        object.__setattr__(self, "_semi_structured", None)
 
 
 def _state(x: Tensor) -> tuple[int, int]:
@@ -127,12 +137,28 @@ def _complaint(packed: Packed) -> str | None:
     return None
 
 
+def _is_semi_structured(packed: Packed) -> bool:
+    rows, columns = packed.shape
+    if packed.dtype == torch.float32 or rows % 32 or columns % 64 or 2 * len(packed.values) != rows * columns:
+        return False
+    return all(bool((_nibble_counts(part) == 0x22).all()) for part in _parts(packed.mask))
+
+
+def _parts(mask: Tensor) -> tuple[Tensor, ...]:
+    return mask.split(max(1, CHUNK // max(1, mask.shape[1])))
+
+
+def _nibble_counts(mask: Tensor) -> Tensor:
+    """Bits that are set in the lower and the higher half of each byte, in these halves."""
+    twos = mask - (mask >> 1 & 0x55)
+    return (twos & 0x33) + (twos >> 2 & 0x33)
+
+
 def row_counts(mask: Tensor) -> Tensor:
     """Bits that are set in each row of a uint8 matrix, int64."""
     counts = []
-    for part in mask.split(max(1, CHUNK // max(1, mask.shape[1]))):
-        twos = part - (part >> 1 & 0x55)
-        fours = (twos & 0x33) + (twos >> 2 & 0x33)
+    for part in _parts(mask):
+        fours = _nibble_counts(part)
         counts.append(((fours + (fours >> 4)) & 0x0F).sum(1, dtype=torch.int64))
     return torch.cat(counts) if counts else mask.new_zeros(0, dtype=torch.int64)
 

@@ -320,6 +320,19 @@ def _rounding(dtype: torch.dtype) -> float:
     return {torch.float32: 1e-5, torch.bfloat16: 6e-3, torch.float16: 1e-3}[dtype]
 
 
+def sparse_linear_24(device, tokens, outputs, inputs, dtype, gap=0) -> Case:
+    x, bias = _within(_normal(device, tokens, inputs, dtype=dtype), gap), _normal(device, outputs, dtype=dtype, seed=2)
+    w = _normal(device, outputs, inputs, dtype=dtype, seed=1)
+    w = torch.where(w == 0, 1, w)
+    reference.nm_mask(w, 2, 4, apply=True)
+    packed = pack_bitmask(w)
+    return Case(
+        lambda implementation: (implementation(x, packed, bias),),
+        lambda: (x.double() @ w.double().T + bias.double(),),
+        4e-3 if dtype == torch.bfloat16 else 5e-4,
+    )
+
+
 def attention(device, batch, heads, groups, tokens, width, dtype, causal=True, gap=0) -> Case:
     """Projections as they lie in memory, tokens before heads; without ``causal`` a mask that shows some keys."""
     shapes = [(batch * tokens, count * width) for count in (heads, groups, groups)]
@@ -409,7 +422,7 @@ CASES: dict[str, tuple[Callable[..., Case], list[tuple], list[tuple]]] = {
     ),
     "sparse_linear/few-tokens": (
         sparse_linear,
-        [(3, 37, 203, BRAIN), (7, 9, 70, HALF), (16, 20, 131)],
+        [(3, 37, 203, BRAIN), (7, 9, 70, HALF), (16, 20, 131), (13, 33, 4104, BRAIN)],
         [(4, 1536, 1536, BRAIN), (16, 1536, 1536, BRAIN)],
     ),
     "sparse_linear/tokens": (
@@ -427,6 +440,8 @@ CASES: dict[str, tuple[Callable[..., Case], list[tuple], list[tuple]]] = {
     "rotary/16-bit": (rotary, [(2, 3, 7, 64, BRAIN), (1, 2, 5, 6, HALF)], [(4, 9, 512, 64, BRAIN)]),
     "swiglu/float32": (swiglu, [(13, 70)], [(2048, 1536)]),
     "swiglu/16-bit": (swiglu, [(5, 33, BRAIN), (9, 130, HALF)], [(2048, 1536, BRAIN)]),
+    "sparse_linear/few-tokens-2:4": (sparse_linear_24, [(3, 32, 64, HALF)], [(16, 1536, 1536, BRAIN)]),
+    "sparse_linear/tokens-2:4": (sparse_linear_24, [(21, 96, 320, BRAIN)], [(256, 1536, 1536, BRAIN)]),
     "attention/float32": (
         attention,
         [(2, 6, 2, 70, 24, torch.float32), (1, 3, 3, 37, 33, torch.float32, False), (1, 2, 1, 600, 8, torch.float32)],
@@ -470,6 +485,8 @@ TIMED_ON_A_GPU: dict[str, list[tuple]] = {
     "rotary/16-bit": [(8, 32, 2048, 128, BRAIN)],
     "swiglu/float32": [(8192, 11008)],
     "swiglu/16-bit": [(8192, 11008, BRAIN)],
+    "sparse_linear/few-tokens-2:4": [(4, 4096, 4096, BRAIN), (16, 4096, 4096, BRAIN)],
+    "sparse_linear/tokens-2:4": [(512, 4096, 4096, BRAIN)],
 }
 """The sizes there; those above where it has none."""
 

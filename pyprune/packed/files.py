@@ -102,6 +102,7 @@ def pack(directory: str | Path, output: str | Path, *, progress: Progress | None
         raise ConfigError(f"no such folder: {source}")
     if is_packed(source):
         raise ConfigError(f"{source} is packed already: it has a {INDEX}")
+    checkpoint.refuse_several(source)
     Files(source)  # one that cannot be read is refused at once
     with writing(output) as folder:
         _copy_others(source, folder)

@@ -2,10 +2,12 @@
 
 ``prune``               ``pyprune.prune``, from what callers give to a configuration
 ``phases``              the phases of one run, from the configuration to the result
+``several``             masks of several sparsities: one run each, on what is prepared once
 ``session``             what a run holds while it lasts, and what its journal keeps beside the blocks
 ``checks``              what is refused, or warned of, before a run begins its work
 ``sequences``           what a run reads: calibration sequences and evaluation windows
 ``refine``              ``pyprune.refine``: trains a live pruned model towards its dense one
+``refine_request``      what a refinement is asked to do, and the ``refine.yaml`` that repeats it
 ``refine_checkpoint``   ``pyprune refine``: the same from one folder to another
 ``block_loop``          the one loop over blocks, and the protocol ``BlockWork`` of what a kind of run does in it
 ``mask_work``           ``BlockWork`` of unstructured and N:M masks

@@ -11,7 +11,16 @@ from pyprune.structured.criteria import needs_gradients
 
 def open_model(config: PruneConfig, streamed: bool | None = None, pin: bool = False) -> Opened:
     """Open the model of a run as :func:`open_checkpoint` does."""
-    return open_checkpoint(config.model_name, config.dtype, config.stream, why_not_streamed(config), streamed, pin)
+    return open_checkpoint(
+        config.model_name, config.dtype, config.stream, why_not_streamed(config), streamed, pin, models_whole(config)
+    )
+
+
+def models_whole(config: PruneConfig) -> int:
+    """Models that a run holds at once if they are whole: for masks of several sparsities the dense one and the copy at
+    work, or without an output folder every result. Heads and neurons share what is outside the blocks."""
+    several = len(config.singles())
+    return 2 if several and config.output else several or 1
 
 
 def why_not_streamed(config: PruneConfig) -> str | None:
@@ -19,7 +28,7 @@ def why_not_streamed(config: PruneConfig) -> str | None:
     if config.output is None:
         return "finished blocks are written as the run goes on, so it needs an output folder"
     if config.is_curve:
-        return "several sparsities make several models at once"
+        return "several sparsities of heads and neurons make several models at once"
     if config.is_structured and needs_gradients(config.criterion):
         return f"criterion {config.criterion_name!r} differentiates the whole model"
     return samples_itself(config.calibration)

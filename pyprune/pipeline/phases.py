@@ -33,8 +33,7 @@ from pyprune.execution.executor import Executor, Resident
 from pyprune.execution.progress import Progress
 from pyprune.execution.residency import resident
 from pyprune.execution.run import Run, seed_all
-from pyprune.execution.weight_streaming import Opened, Streamed
-from pyprune.model import checkpoint
+from pyprune.execution.weight_streaming import Opened, Streamed, weights_digest
 from pyprune.model.assembly import BlockShards
 from pyprune.model.blocks import ModelView, check_apart, check_finite, check_usable, select_weights
 from pyprune.model.origin import Origin
@@ -43,7 +42,7 @@ from pyprune.pipeline.block_loop import Loop, run_blocks
 from pyprune.pipeline.checks import check_weights, named_positions, outlined, thin_statistics, unmeasured
 from pyprune.pipeline.mask_work import MaskWork
 from pyprune.pipeline.opening import open_model
-from pyprune.pipeline.result import PruneResult, StreamedResult
+from pyprune.pipeline.result import PruneResult, SeveralResult, StreamedResult, WrittenResult
 from pyprune.pipeline.sequences import add_generated, check_lengths, sequences_of
 from pyprune.pipeline.session import Session, begin, kept, make_store, settle_backends
 from pyprune.pipeline.sparsities import Rules, Selected, by_name, kinds_for
@@ -68,6 +67,8 @@ class Material:
     """Of the evaluation."""
     backends: dict
     """What each op takes."""
+    weights: str | None
+    """A fingerprint of the weights, where the model has no name."""
     home: torch.device
     """Where the weights lay when they were opened."""
 
@@ -84,12 +85,15 @@ class Dense:
 
 def run_once(session: Session, model, tokenizer, in_place: bool) -> PruneResult:
     """All phases, each once."""
-    config, journal = session.config, session.journal
-    material = prepare(session, model, tokenizer, in_place)
+    return run_prepared(session, prepare(session, model, tokenizer, in_place))
+
+
+def run_prepared(session: Session, material: Material) -> PruneResult:
+    """The phases after the first; those that an interrupted run did, it does not do again."""
     register(session, material, len(material.opened.view.blocks))
-    if session.world.same(journal.complete):
-        session.world.lead(journal.publish)
-        return published(config, material.opened.weights)
+    if session.world.same(session.journal.complete):
+        session.world.lead(session.journal.publish)
+        return published(session.config, material.opened)
     return carry_out(session, material, measure_dense(session, material))
 
 
@@ -124,7 +128,23 @@ def prepare(session: Session, model, tokenizer, in_place: bool) -> Material:
         backends = settle_backends(
             session.journal, session.world, session.device, config.backend, config.backends, found.warn
         )
-    return Material(opened, selected, rules, data, windows, backends, next(view.model.parameters()).device)
+    weights = fingerprint_of(session, opened)
+    home = next(view.model.parameters()).device
+    return Material(opened, selected, rules, data, windows, backends, weights, home)
+
+
+def fingerprint_of(session: Session, opened: Opened) -> str | None:
+    """A fingerprint of a model that has no name; warns where the run is to repeat one on other weights."""
+    config = session.config
+    if config.model is not None:
+        return None
+    found = weights_digest(opened.model.state_dict().items())
+    if config.weights not in (None, found):
+        session.found.warn(
+            f"the model's weights (fingerprint {found[:12]}…) are not those of the run that is repeated "
+            f"({config.weights[:12]}…): the result will be another one"
+        )
+    return found
 
 
 def read_ahead(session: Session, tokenizer) -> tuple[CalibrationData, list[Text]] | None:
@@ -141,8 +161,7 @@ def open_for(session: Session, model, tokenizer, in_place: bool) -> Opened:
     """The model of a run: the live one or a copy of it, a copy of one that is open already, or the one that the
     configuration names."""
     if isinstance(model, Opened):
-        own = copy.deepcopy(model.model)
-        return dataclasses.replace(model, model=own, view=ModelView(own))
+        return model.copy()
     if isinstance(model, nn.Module):
         check_finite(model.state_dict().items())
         live = (model if in_place else copy.deepcopy(model)).eval()
@@ -197,14 +216,15 @@ def measure_dense(session: Session, material: Material) -> Dense:
     store = make_store(config.memory_budget_gb, journal.folder if journal.keeps else None, device)
     meter = Meter(material.windows, config.evaluation, device, store, session.world)
     with session.found.clock("evaluation"):
-        rows = kept(
-            journal,
-            session.world,
-            "dense",
-            lambda doing: session.shared.once(
-                session.shared.dense(config, material.windows), lambda: meter(opened.model, opened.weights, doing)
+        rows = session.shared.once(
+            session.shared.dense(config, material.windows),
+            lambda: kept(
+                journal,
+                session.world,
+                "dense",
+                lambda doing: meter(opened.model, opened.weights, doing),
+                session.doing("measuring the dense model", bool(material.windows)),
             ),
-            session.doing("measuring the dense model", bool(material.windows)),
         )
     return Dense(rows, meter, store)
 
@@ -254,8 +274,9 @@ def carry_out(session: Session, material: Material, dense: Dense) -> PruneResult
 def prune_blocks(session: Session, run: Run, afterwards: float) -> MaskWork | StructuredWork:
     """The loop over the blocks. afterwards: seconds of what follows it."""
     config, journal, world = session.config, session.journal, session.world
+    bar = Progress(len(run.view.blocks), enabled=session.progress, afterwards=afterwards, following=session.following)
     with (
-        Progress(len(run.view.blocks), enabled=session.progress, afterwards=afterwards) as bar,
+        bar,
         journal.interruptible(follow=world.size > 1),
     ):
         bar.update(phase="preparing")
@@ -305,6 +326,8 @@ def reported(
         run, found, live, evaluation, gap, work.coverage(), structured, peak_device, material.backends
     )
     report["model"] |= known_of_dense(session.config.model, material.opened.origin)
+    if material.weights is not None:
+        report["model"]["weights"] = material.weights
     return report
 
 
@@ -325,19 +348,16 @@ def write(session: Session, view: ModelView, result: PruneResult) -> None:
         )
 
 
-def published(config: PruneConfig, weights: Resident) -> PruneResult:
+def published(config: PruneConfig, dense: Opened) -> PruneResult:
     """The result of a run that had only its checkpoint left to move out."""
-    if isinstance(weights, Streamed):
-        tokenizer = checkpoint.load_tokenizer(checkpoint.resolve(config.output_folder))
-        return StreamedResult(weights, tokenizer, config, read_report(config.output_folder))
-    output = config.output_folder
-    if not isinstance(config.sparsity, tuple):
-        return PruneResult(*checkpoint.load(output), config, read_report(output))
-    folders = {s: f"{output}/sparsity-{s:g}" for s in config.sparsity}
-    loaded = {s: checkpoint.load(folder) for s, folder in folders.items()}
-    last = list(loaded)[-1]
-    models = {s: found.model for s, found in loaded.items()}
-    return PruneResult(*loaded[last], config, read_report(folders[last]), models)
+    if len(config.several) > 1:
+        return SeveralResult([written(config.single(s), dense) for s in config.several], config)
+    return written(config, dense)
+
+
+def written(config: PruneConfig, dense: Opened) -> WrittenResult:
+    """The result of a run that is in its output folder."""
+    return WrittenResult(dense.tokenizer, config, read_report(config.output_folder), dense.origin)
 
 
 def again(dense: list[dict], config: PruneConfig) -> float:

@@ -19,6 +19,7 @@ from pyprune.packed.loading import opened
 from pyprune.pipeline.phases import run_once
 from pyprune.pipeline.result import PruneResult
 from pyprune.pipeline.session import Session
+from pyprune.pipeline.several import run_several
 from pyprune.pipeline.shared import Shared
 from pyprune.pipeline.tracking import Track, tracker
 
@@ -108,7 +109,8 @@ def prune(
         tracker(track, world.leads) as told,
     ):
         session = Session(config, journal, world, held, progress and world.leads, told)
-        return run_once(session, model, tokenizer, in_place)
+        work = run_several if config.singles() else run_once
+        return work(session, model, tokenizer, in_place)
 
 
 def prune_copy(opened: Opened, config: PruneConfig, shared: Shared, progress: bool = True) -> PruneResult:

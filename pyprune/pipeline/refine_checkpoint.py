@@ -7,30 +7,13 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from pyprune import ops
-from pyprune.config import (
-    SECTIONS,
-    STREAMING,
-    Calibration,
-    ConfigError,
-    Evaluation,
-    Reconstruction,
-    Unused,
-    check_backends,
-    check_dtype,
-    dtype_name,
-    from_dict,
-    read_yaml,
-    to_dict,
-)
 from pyprune.data.texts import check_there
 from pyprune.evaluation import domains
 from pyprune.evaluation.block_by_block import Meter
-from pyprune.evaluation.gain import dense_of
 from pyprune.evaluation.perplexity import refuse_text, warnings_for, windows_of
 from pyprune.execution.device import pick_device, pick_dtype
 from pyprune.execution.distributed import World
@@ -47,135 +30,22 @@ from pyprune.packed.files import pack_here
 from pyprune.pipeline.block_loop import Loop, run_blocks
 from pyprune.pipeline.opening import samples_itself
 from pyprune.pipeline.refine import sequences_for
+from pyprune.pipeline.refine_request import RECIPE, RECORD, Request, card_line, recipe, requested
 from pyprune.pipeline.refine_work import RefineWork
 from pyprune.pipeline.session import begin, kept, make_store, settle_backends
 from pyprune.pipeline.tracking import Track, outcome, tracker
 from pyprune.reporting.card import model_card
 from pyprune.reporting.comparison import read as read_report
 from pyprune.reporting.record import (
-    CALIBRATION_PLACES,
     compared,
     data_identity,
-    named_calibration,
-    named_evaluation,
-    yaml_text,
 )
-from pyprune.reporting.rendering import distinct, perplexity_text, source_text, windows_text
+from pyprune.reporting.rendering import perplexity_text, source_text, windows_text
 from pyprune.reporting.run_page import write_run_page
-from pyprune.sources import in_memory, split
 
 LABEL = "refining"
-RECORD = "refinement.json"
-"""How a checkpoint was refined, and what it gained."""
-RECIPE = "refine.yaml"
-"""What repeats the refinement."""
 CARRIED = ("pruning.json", "run.yaml")
 """Files of a pyprune checkpoint that stay as they are: how it was pruned, and the sizes its config cannot say."""
-
-
-@dataclass(kw_only=True)
-class Request:
-    """All settings of one refinement of a checkpoint. Raises ConfigError for a value that is none of those known."""
-
-    model: str
-    """Folder of the pruned model."""
-    output: str
-    dense: str = ""
-    """The model that the checkpoint was pruned from; empty takes what its ``pruning.json`` names."""
-    calibration: Calibration = field(default_factory=Calibration)
-    evaluation: Evaluation = field(default_factory=Evaluation)
-    reconstruction: Reconstruction = field(default_factory=Reconstruction)
-    cross_block: bool = False
-    global_propagation: bool = True
-    dtype: str = "auto"
-    compute_dtype: str = "auto"
-    device: str = "auto"
-    seed: int = 0
-    packed: bool = False
-    """Write the checkpoint without its zeros, as :func:`pyprune.pack` does."""
-    stream: str = "auto"
-    """Whether the blocks of either model are read from their files one after the other, as in
-    :class:`pyprune.PruneConfig`; ``always`` asks for both."""
-    memory_budget_gb: float | None = None
-    """Host memory for activations, in GB."""
-    backends: dict[str, dict[str, str]] | None = None
-    """The back-ends that the refinement took which this one repeats, as in :class:`pyprune.PruneConfig`."""
-
-    def __post_init__(self):
-        for name in ("dtype", "compute_dtype"):
-            setattr(self, name, check_dtype(getattr(self, name), name))
-        if self.stream not in STREAMING:
-            raise ConfigError(f"stream must be one of {', '.join(STREAMING)}, got {self.stream!r}")
-        check_backends(self.backends)
-        self.dense = self.dense or dense_of(self.model, "--dense")
-
-    def asked(self) -> dict:
-        """What decides the result, as plain data."""
-        names = ("cross_block", "global_propagation", "seed", "dtype", "compute_dtype", "packed")
-        return {
-            **{name: getattr(self, name) for name in names},
-            "settings": to_dict(self.reconstruction),
-            "calibration": to_dict(named_calibration(self.calibration)),
-        }
-
-    def identity(self) -> dict:
-        """The same, but for where the data lie: they have fingerprints."""
-        asked = self.asked()
-        kept = {key: value for key, value in asked["calibration"].items() if key not in CALIBRATION_PLACES}
-        return {**asked, "calibration": kept, "evaluation": {"dtype": self.evaluation.dtype}}
-
-    def record(self) -> dict:
-        """All fields as plain data; what was given in memory stands there as its kind and a fingerprint."""
-        sections = {
-            "calibration": named_calibration(self.calibration),
-            "evaluation": named_evaluation(self.evaluation),
-        }
-        return to_dict({**vars(self), **sections})
-
-    @property
-    def repeatable(self) -> bool:
-        """Whether every text has a name, so that the record alone repeats the refinement."""
-        texts = [
-            *split(named_calibration(self.calibration).source),
-            *split(named_evaluation(self.evaluation).text),
-            *split(named_evaluation(self.evaluation).off_domain),
-        ]
-        return not any(in_memory(text) for text in texts if text is not None)
-
-
-def requested(config: str | Path | Mapping | None, values: Mapping[str, Any]) -> Request:
-    """The request in a ``refine.yaml``, or in a mapping of its fields, with other values put in their places.
-
-    A section of ``values`` is a finished one or a mapping of the fields to override. Raises ConfigError for a field
-    that is unknown or would do nothing; one that only the record has, and that does nothing beside ``values``, returns
-    to its default.
-    """
-    base = read_yaml(config) if isinstance(config, (str, Path)) else dict(config or {})
-    given = {name: value for name, value in values.items() if value is not None}
-    merged = {**base, **given}
-    if not merged.get("model"):
-        raise ConfigError(f"no pruned model: name its folder, or a {RECIPE} with --config")
-    if not merged.get("output"):
-        raise ConfigError("no output folder: name one with -o")
-    for name in ("dtype", "compute_dtype"):
-        merged[name] = dtype_name(merged.get(name, "auto"))
-    for name in ("calibration", "evaluation", "reconstruction"):
-        if not isinstance(given.get(name, {}), SECTIONS[name]):
-            merged[name] = _section(name, base.get(name) or {}, given.get(name, {}))
-    return from_dict(Request, merged, RECIPE)
-
-
-def _section(name: str, base: dict, given: dict):
-    """A section of the base with the given fields; of the base, fields that then do nothing return to their default."""
-    merged = {**base, **given}
-    while True:
-        try:
-            return from_dict(SECTIONS[name], merged, name)
-        except Unused as error:
-            field = error.field.rpartition(".")[2]
-            if field in given or field not in merged:
-                raise
-            del merged[field]
 
 
 def refine_checkpoint(
@@ -200,7 +70,7 @@ def refine_checkpoint(
     :class:`pyprune.execution.journal.Interrupted` when a signal stopped it between two blocks.
     """
     request = requested(config, {"model": model, "output": output, "dense": dense, **fields})
-    for name in (request.model, request.dense):
+    for name in (request.pruned, request.original):
         checkpoint.resolve(name)
     for source in (request.calibration.source, request.evaluation.text if request.evaluation.enabled else None):
         check_there(source)
@@ -214,10 +84,10 @@ def _refine(request: Request, world: World, journal: Journal, progress: bool, tr
     started, found = time.perf_counter(), Findings()
     where, dtype = pick_device(request.device), pick_dtype(request.compute_dtype)
     header, pin = world.same(journal.header), where.type == "cuda"
-    with found.clock("load"), Doing(f"loading {request.model} and {request.dense}", progress, LABEL):
-        pruned = open_checkpoint(request.model, request.dtype, request.stream, None, header.get("streamed"), pin)
+    with found.clock("load"), Doing(f"loading {request.pruned} and {request.original}", progress, LABEL):
+        pruned = open_checkpoint(request.pruned, request.dtype, request.stream, None, header.get("streamed"), pin)
         dense = open_checkpoint(
-            request.dense,
+            request.original,
             request.dtype,
             request.stream,
             samples_itself(request.calibration),
@@ -309,10 +179,12 @@ def _refine(request: Request, world: World, journal: Journal, progress: bool, tr
     gap = domains.generalisation(rows)
     track(len(pruned.view.blocks), outcome(rows))
     result = {
-        "model": request.model,
-        "dense": request.dense,
+        "model": request.pruned,
+        "dense": request.original,
         **request.asked(),
+        "fingerprint": data.fingerprint,
         "windows": [row for rows in work.windows for row in rows],
+        "blocks": work.errors,
         "evaluation": [
             {**row, "refined": row["pruned"], "pruned": was["pruned"], "ratio_before_refinement": was["ratio"]}
             for row, was in zip(rows, before)
@@ -339,7 +211,7 @@ def _refine(request: Request, world: World, journal: Journal, progress: bool, tr
 
 def _fill(folder: Path, opened: Opened, blocks: BlockShards, tokenizer, request: Request, found: dict) -> None:
     """All files: the model, how it was pruned, how it was refined, and a card that says both."""
-    source, name = Path(request.model).expanduser(), Path(request.output).name
+    source, name = Path(request.pruned).expanduser(), Path(request.output).name
     if isinstance(opened.weights, Streamed):
         opened.weights.save(folder)
     else:
@@ -364,39 +236,8 @@ def _fill(folder: Path, opened: Opened, blocks: BlockShards, tokenizer, request:
         pack_here(folder, name)
 
 
-def recipe(request: Request, backends: dict) -> str:
-    """``refine.yaml``: repeats the refinement, each op by the back-end that it took."""
-    plain = yaml_text({**request.record(), "backends": backends})
-    note = "# The refinement took texts from memory. To repeat it, put a path or a name in place of each <…> below.\n"
-    return plain if request.repeatable else note + plain
-
-
-def card_line(found: dict, repeatable: bool) -> str:
-    """What the model card adds: that the weights are not those of the pruning alone, and how to get them again."""
-    repeat = (
-        f"(`pyprune refine --config {RECIPE} -o DIR`)"
-        if repeatable
-        else "once the texts given in memory have a name there"
-    )
-    how = (
-        ("cross-block" if found["cross_block"] else "block")
-        + " reconstruction"
-        + (" with global propagation" if found["global_propagation"] else "")
-    )
-    was = "; ".join(
-        f"{perplexity_text(row['pruned'])} → {perplexity_text(row['refined'])} on {row['text']}"
-        for row in found["evaluation"]
-    )
-    return (
-        f"- refined after pruning by {how} against `{found['dense']}` (arXiv 2406.15524)"
-        + (f", perplexity {was}" if was else "")
-        + f": `refinement.json`; `{RECIPE}` repeats it {repeat}\n"
-        + "".join(f"- warning: {text}\n" for text in distinct(found["warnings"]))
-    )
-
-
 def print_refinement(found: dict, directory: str | Path, out: TextIO | None = None) -> None:
-    """Perplexity before and after, the error of the last window, where everything lies."""
+    """Perplexity and the error behind the last block, before and after, and where everything lies."""
     out = out or sys.stdout
     for row in found["evaluation"]:
         print(
@@ -405,15 +246,14 @@ def print_refinement(found: dict, directory: str | Path, out: TextIO | None = No
             f"{source_text(row)})",
             file=out,
         )
-    last = found["windows"][-1]
+    before, after = (found["blocks"][-1][when] for when in ("before", "after"))
     held_out = (
-        f", {last['before_held_out']:.4g} → {last['after_held_out']:.4g} on held-out text"
-        if "after_held_out" in last
-        else ""
+        ""
+        if after["error_held_out"] is None
+        else f", {before['error_held_out']:.4g} → {after['error_held_out']:.4g} on held-out text"
     )
     print(
-        f"error of the last block {last['before_calibration']:.4g} → {last['after_calibration']:.4g}{held_out} "
-        "(relative to dense)",
+        f"error of the last block {before['error']:.4g} → {after['error']:.4g}{held_out} (relative to dense)",
         file=out,
     )
     for text in found["warnings"]:

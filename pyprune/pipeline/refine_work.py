@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pyprune.config import Reconstruction
 from pyprune.data.calibration import CalibrationData
+from pyprune.execution.error_probes import ErrorProbe, errors_of, pass_pruned
 from pyprune.execution.executor import Activations, Executor
 from pyprune.execution.journal import Journal
 from pyprune.execution.progress import Progress
@@ -25,6 +26,8 @@ from pyprune.reconstruction.training import Trace, train, window_error_sums
 from pyprune.reconstruction.windows import parameter_masks, training_dtype
 
 NAMES = ("calibration", "held_out")
+PROBES = 2
+"""Sequences of each on which the errors of the blocks are measured, as many as a run of ``pyprune.prune`` takes."""
 
 
 class RefineWork:
@@ -55,6 +58,13 @@ class RefineWork:
         """The same in the dense model."""
         self.windows: list[list[dict]] = []
         """Per block, the rows of the windows that its step trained."""
+        self.errors: list[dict] = []
+        """Per block, how far the model is from the dense one behind it, ``before`` and ``after``: what the report of
+        ``pyprune.prune`` calls a block's errors, on the same sequences for both."""
+        self.before: list[ErrorProbe] = []
+        """A few sequences in the model as it came and in the dense one."""
+        self.after: list[ErrorProbe] = []
+        """The same in the refined model; of cross-block training behind the last block that is final."""
 
     def start(self) -> None:
         fit = self.data.sequences + self.data.generated
@@ -62,8 +72,20 @@ class RefineWork:
             [executor.embed(rows, shared=shared) for rows, shared in ((fit, True), (self.data.held_out, False)) if rows]
             for executor in (self.pruned, self.dense)
         )
+        for name, rows in zip(NAMES, (self.data.sequences[:PROBES], self.data.held_out[:PROBES])):
+            if rows:
+                came = ErrorProbe(name, self.pruned.embed(rows), self.dense.embed(rows))
+                self.before.append(came)
+                self.after.append(ErrorProbe(name, came.pruned.like(), came.dense))
 
     def enter(self, index: int, module: nn.Module, done: bool) -> None:
+        with self.found.clock("probe"):
+            for came, refined in zip(self.before, self.after):
+                if self.cross:  # the block before is final later than the dense stream leaves it
+                    refined.dense = came.dense.like()
+                _through(self.dense, [index], came.dense, came.dense)
+            pass_pruned(self.pruned, index, module, self.before)
+            self.errors.append({"block": index, "before": self._measured(self.before)})
         if self.propagate:
             with self.found.clock("forward"):
                 for target in self.targets:
@@ -95,6 +117,10 @@ class RefineWork:
             with self.found.clock("forward"):
                 for stream in self.streams:
                     self.pruned.run(index, module, stream, stream)
+        if not self.cross or index == self.last:
+            for came, refined in zip(self.before, self.after):
+                refined.dense = came.dense
+            self._pass_refined(index, module)
 
     def tensors(self, index: int) -> list[Written]:
         final = self.settled(index)
@@ -167,6 +193,18 @@ class RefineWork:
         if self.cross and index:
             for stream in self.streams:
                 _through(self.pruned, [index - 1], stream, stream)
+            with self.pruned.compute(index - 1) as module:
+                self._pass_refined(index - 1, module)
+
+    def _pass_refined(self, index: int, module: nn.Module) -> None:
+        """The refined model's probes pass a block that is final, and are measured."""
+        with self.found.clock("probe"), torch.no_grad():
+            pass_pruned(self.pruned, index, module, self.after)
+            self.errors[index]["after"] = self._measured(self.after)
+
+    def _measured(self, probes: list[ErrorProbe]) -> dict:
+        """``error`` and ``error_held_out``."""
+        return {key: value for key, value in errors_of(self.pruned, probes).items() if key != "error_quantiles"}
 
     def _follow(self, index: int, module: nn.Module) -> None:
         """The compute copy takes the block's new weights."""

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import dataclasses
 import html
 import io
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from pyprune.config import PruneConfig
+from pyprune.config import PruneConfig, member_name
 from pyprune.execution.weight_streaming import Streamed
 from pyprune.model import assembly, checkpoint
 from pyprune.model.assembly import BlockShards
 from pyprune.model.origin import Origin
 from pyprune.packed.files import pack_here
+from pyprune.pipeline.refine_request import RECIPE, RECORD, card_line
 from pyprune.reporting.card import model_card
-from pyprune.reporting.record import pruning_record, run_yaml
-from pyprune.reporting.rendering import headline, perplexity_text, print_summary, summary_rows
+from pyprune.reporting.record import config_for_report, pruning_record, run_yaml
+from pyprune.reporting.rendering import curve_of, headline, perplexity_text, print_summary, summary_rows
 from pyprune.reporting.run_page import write_run_page
 
 
@@ -35,16 +36,18 @@ class PruneResult:
     """What was asked for."""
     report: dict
     """What it cost: what ``report.json`` holds."""
-    models: dict[float, nn.Module] = field(default_factory=dict)
-    """Structured pruning: by sparsity; ``model`` is the last one asked for."""
+    models: Mapping[float, nn.Module] = field(default_factory=dict)
+    """Of several sparsities, by sparsity; ``model`` is the last one asked for."""
     origin: Origin | None = None
     """What the dense checkpoint holds beside the model."""
 
     def __repr__(self) -> str:
         rows = self.report.get("evaluation") or []
-        moved = (
-            f", perplexity {perplexity_text(rows[0]['dense'])} → {perplexity_text(rows[0]['pruned'])}" if rows else ""
-        )
+        moved = ""
+        if rows:
+            each = [entry["evaluation"][0] for entry in curve_of(self.report) or [self.report]]
+            shown = ", ".join(perplexity_text(row["pruned"]) for row in each)
+            moved = f", perplexity {perplexity_text(rows[0]['dense'])} → {shown}"
         return f"<PruneResult of {self.report['model']['name']}: {headline(self.report)}{moved}>"
 
     def summary(self) -> str:
@@ -66,18 +69,20 @@ class PruneResult:
     def save(self, directory: str | Path) -> None:
         """Write a Hugging Face checkpoint with ``pruning.json``, ``report.json``, ``report.html``, ``run.yaml`` and a
         model card; of several sparsities, each in a folder of its own, ``sparsity-0.3``."""
-        if len(self.models) < 2:
+        singles = self.singles()
+        if not singles:
             with checkpoint.staged(directory) as folder:
                 self._write(folder, Path(directory).name)
-        for single in self.singles():
-            single.save(f"{directory}/sparsity-{single.config.sparsity:g}")
+        for single in singles:
+            single.save(f"{directory}/{member_name(single.config.one_sparsity)}")
 
     def fill(self, folder: Path, blocks: BlockShards | None = None) -> None:
         """Write the same files into a folder that exists; ``blocks``: what the run has written already."""
-        if len(self.models) < 2:
+        singles = self.singles()
+        if not singles:
             self._write(folder, Path(self.config.output_folder).name, blocks)
-        for single in self.singles():
-            name = f"sparsity-{single.config.sparsity:g}"
+        for single in singles:
+            name = member_name(single.config.one_sparsity)
             (folder / name).mkdir()
             single._write(folder / name, name)
 
@@ -89,8 +94,8 @@ class PruneResult:
             PruneResult(
                 model,
                 self.tokenizer,
-                dataclasses.replace(self.config, sparsity=sparsity),
-                report_of(self.report, sparsity),
+                self.config.single(sparsity),
+                report_of(self.report, self.config.single(sparsity)),
                 origin=self.origin,
             )
             for sparsity, model in self.models.items()
@@ -102,11 +107,11 @@ class PruneResult:
         write_records(folder, self.report, self.config, name)
 
 
-class StreamedResult(PruneResult):
-    """The result of a run that never held the whole model: it lies in the output folder and is loaded if asked for."""
+class WrittenResult(PruneResult):
+    """The result of a run that holds no model: it lies in the output folder and is loaded if asked for."""
 
-    def __init__(self, weights: Streamed, tokenizer, config: PruneConfig, report: dict, origin: Origin | None = None):
-        self.weights, self.tokenizer, self.config, self.report = weights, tokenizer, config, report
+    def __init__(self, tokenizer, config: PruneConfig, report: dict, origin: Origin | None = None):
+        self.tokenizer, self.config, self.report = tokenizer, config, report
         self.models, self.origin = {}, origin
         self._model: nn.Module | None = None
 
@@ -117,11 +122,54 @@ class StreamedResult(PruneResult):
             self._model = checkpoint.load(self.config.output_folder).model
         return self._model
 
+
+class StreamedResult(WrittenResult):
+    """The result of a run that never held the whole model."""
+
+    def __init__(self, weights: Streamed, tokenizer, config: PruneConfig, report: dict, origin: Origin | None = None):
+        super().__init__(tokenizer, config, report, origin)
+        self.weights = weights
+
     def fill(self, folder: Path, blocks: BlockShards | None = None) -> None:
         """Write the checkpoint from the shards of the finished blocks."""
         self.weights.save(folder)
         checkpoint.save_extras(self.tokenizer, folder, self.origin)
         write_records(folder, self.report, self.config, Path(self.config.output_folder).name)
+
+
+class SeveralResult(PruneResult):
+    """Several sparsities with a result each, in the order asked."""
+
+    def __init__(self, results: Sequence[PruneResult], config: PruneConfig):
+        self._results, last = list(results), results[-1]
+        self.tokenizer, self.config, self.origin = last.tokenizer, config, last.origin
+        self.models = Members({single.config.one_sparsity: single for single in results})
+        self.report = several_reported([single.report for single in results], config)
+
+    @property
+    def model(self) -> nn.Module:  # type: ignore[override]  # that of its last result
+        """The pruned model of the last sparsity."""
+        return self._results[-1].model
+
+    def singles(self) -> list[PruneResult]:
+        """The result of each sparsity."""
+        return self._results
+
+
+class Members(Mapping[float, nn.Module]):
+    """The models of several results by sparsity, each loaded when it is asked for."""
+
+    def __init__(self, results: Mapping[float, PruneResult]):
+        self._results = results
+
+    def __getitem__(self, sparsity: float) -> nn.Module:
+        return self._results[sparsity].model
+
+    def __iter__(self) -> Iterator[float]:
+        return iter(self._results)
+
+    def __len__(self) -> int:
+        return len(self._results)
 
 
 def write_records(folder: Path, report: dict, config: PruneConfig, name: str) -> None:
@@ -132,21 +180,56 @@ def write_records(folder: Path, report: dict, config: PruneConfig, name: str) ->
     checkpoint.write_json(folder / "report.json", report)
     checkpoint.write_json(folder / "pruning.json", pruning_record(report))
     (folder / "run.yaml").write_text(run_yaml(report, config))
-    (folder / "README.md").write_text(model_card(report, name))
+    card = model_card(report, name)
+    if "recipe" in (refined := report.get("refinement") or {}):  # refined in memory, after the run
+        (folder / RECIPE).write_text(refined["recipe"])
+        checkpoint.write_json(folder / RECORD, refined)
+        card += card_line(refined, refined["repeatable"])
+    (folder / "README.md").write_text(card)
     write_run_page(folder, report, name)
     if config.packed:
         pack_here(folder, name)
 
 
-def report_of(report: dict, sparsity: float) -> dict:
+def several_reported(reports: Sequence[dict], config: PruneConfig) -> dict:
+    """One report for several sparsities that were pruned one after the other: that of the last, with the seconds of all
+    and an entry of each in ``curve``."""
+    phases = dict.fromkeys(phase for report in reports for phase in report["seconds"])
+    entries = []
+    for report, sparsity in zip(reports, config.several):
+        last = (report.get("blocks") or [{}])[-1]
+        entries.append(
+            {
+                "sparsity": sparsity,
+                "achieved": report["sparsity"],
+                "removed": (report.get("structured") or {}).get("removed", {}),
+                "parameters": report["model"]["parameters"],
+                "evaluation": report["evaluation"],
+                "generalisation": report["generalisation"],
+                "error": last.get("error"),
+                "error_held_out": last.get("error_held_out"),
+            }
+        )
+    return {
+        **reports[-1],
+        "config": config_for_report(config),
+        "sparsity_asked": list(config.several),
+        "curve": entries,
+        "seconds": {phase: sum(report["seconds"].get(phase, 0.0) for report in reports) for phase in phases},
+        "peak_memory_bytes": max(report["peak_memory_bytes"] for report in reports),
+        "warnings": list(dict.fromkeys(text for report in reports for text in report["warnings"])),
+    }
+
+
+def report_of(report: dict, config: PruneConfig) -> dict:
     """The report of one of several sparsities, as if it had been pruned alone."""
-    whole = report["structured"]
+    whole, sparsity = report["structured"], config.one_sparsity
     entry = next(e for e in whole["curve"] if e["sparsity"] == sparsity)
     total = sum(r["shape"][0] * r["shape"][1] for r in entry["layers"])
     dropped = sum(r["sparsity"] * r["shape"][0] * r["shape"][1] for r in entry["layers"])
     return {
         **report,
-        "config": {**report["config"], "sparsity": sparsity},
+        "config": {**report["config"], "sparsity": sparsity, "output": config.output},
         "sparsity_asked": sparsity,
         "weights": entry["layers"],
         "model": {**report["model"], "parameters": entry["parameters"]},

@@ -38,6 +38,8 @@ class Session:
     track: Track = nobody
     shared: Shared = field(default_factory=Shared)
     """What this run has in common with others."""
+    following: int = 0
+    """Runs of the same kind that follow this one, for the time that is left."""
     found: Findings = field(default_factory=Findings)
     device: torch.device = field(init=False)
     """Where blocks are computed."""

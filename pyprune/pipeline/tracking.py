@@ -31,6 +31,11 @@ def tracker(target: Track | str | None, leads: bool = True) -> Iterator[Track]:
     yield target if callable(target) and leads else nobody
 
 
+def under(name: str, track: Track) -> Track:
+    """A callback that puts a name before every scalar's: ``sparsity-0.3/block/error``."""
+    return lambda step, values: track(step, {f"{name}/{key}": value for key, value in values.items()})
+
+
 def nobody(step: int, values: dict[str, float]) -> None:
     """Nobody wants to know."""
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,7 +16,7 @@ from torch import nn
 from pyprune.config import PruneConfig
 from pyprune.effects import needs_factor, trains
 from pyprune.evaluation.domains import of_run
-from pyprune.evaluation.perplexity import POSITIONS
+from pyprune.evaluation.perplexity import POSITIONS, count_windows
 from pyprune.execution.activation_store import DEPTH
 from pyprune.execution.device import cpu_has_bfloat16
 from pyprune.execution.executor import target_tokens
@@ -23,6 +25,7 @@ from pyprune.model import assembly
 from pyprune.model.attributes import active_share, attention_size, embedding_width, output_layer, vocabulary_size
 from pyprune.model.blocks import ModelView, WeightRef, weights_of
 from pyprune.model.packed_shards import packed_bytes, pays
+from pyprune.pipeline.opening import models_whole
 from pyprune.pipeline.passes import Passes
 from pyprune.pipeline.phases import kind_of
 from pyprune.pipeline.sparsities import Rules
@@ -149,12 +152,18 @@ def shapes_of(block: nn.Module, refs: list[WeightRef]) -> list[tuple[int, int]]:
 
 
 def passes_of(config: PruneConfig) -> Passes:
-    """Forward passes of the calibration data through every block, as the kind of run itself has them."""
+    """Forward passes of the calibration data through every block, as the kind of run itself has them; of several
+    sparsities that are pruned one after the other, for each."""
     return kind_of(config).passes_of(config)
 
 
-def flops_of(view: ModelView, work: Work, config: PruneConfig) -> dict[str, float]:
-    """FLOPs of the matrix products by phase; a phase that does not happen is left out."""
+def runs_of(config: PruneConfig) -> int:
+    """How often the blocks are gone through: once per sparsity for masks, once in all for heads and neurons."""
+    return len(config.singles()) or 1
+
+
+def flops_of(view: ModelView, work: Work, config: PruneConfig, windows: int) -> dict[str, float]:
+    """FLOPs of the matrix products by phase; a phase that does not happen is left out. windows: of the evaluation."""
     blocks, passes, tokens = len(view.order), passes_of(config), tokens_of(config)
     forward = blocks * work.forward
     probes = 2 * probe_sequences(config) * config.calibration.tokens * forward
@@ -162,16 +171,31 @@ def flops_of(view: ModelView, work: Work, config: PruneConfig) -> dict[str, floa
     if config.is_structured or needs_factor(config):
         found |= {"gram": blocks * tokens * work.statistics, "solve": view.distinct * work.solve}
     found["reconstruct"] = 3 * passes.training * tokens * forward
-    found["evaluation"] = 2 * evaluation_windows(view, config) * config.evaluation.tokens * (forward + work.head)
+    found = {phase: runs_of(config) * count for phase, count in found.items()}
+    scored = windows * config.evaluation.tokens
+    found["evaluation"] = (1 + len(config.sparsities)) * scored * (forward + work.head)
     return {phase: count for phase, count in found.items() if count}
 
 
-def evaluation_windows(view: ModelView, config: PruneConfig) -> int:
-    """Windows that perplexity is measured on, before and after; 0 where their number hangs on the text's length."""
+def models_parameters(view: ModelView, config: PruneConfig) -> int:
+    """Parameters of all models that a run holds at once, none streamed; of several sparsities of heads and neurons each
+    has blocks of its own."""
+    everything, several = sum(p.numel() for p in view.model.parameters()), len(config.sparsities)
+    if config.is_curve and several > 1:
+        return everything + several * sum(p.numel() for p in view.blocks.parameters())
+    return everything * models_whole(config)
+
+
+def evaluation_windows(view: ModelView, config: PruneConfig, tokenizer: Callable[[], Any] = lambda: None) -> int:
+    """Windows that perplexity is measured on, before and after: as many as are asked for at most. Where that is not
+    bounded, the text is read and its tokens are reckoned. tokenizer: gives the model's."""
     if view.is_encoder or not config.evaluation.enabled:
         return 0
-    most = [asked.most for asked in of_run(config.evaluation, config.calibration)]
-    return 0 if None in most else sum(count for count in most if count)
+    settings = config.evaluation
+    return sum(
+        count_windows(settings, tokenizer(), asked, settings.tokens) if asked.most is None else asked.most
+        for asked in of_run(settings, config.calibration)
+    )
 
 
 def memory_of(
@@ -184,11 +208,12 @@ def memory_of(
     budget: float = math.inf,
     room: float = math.inf,
     stays: bool = False,
+    windows: int = 0,
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Bytes by part, at the moment of its peak, of the host and of a GPU; without one, all is in host memory.
 
     budget: host memory for activations; what is above it lies in files. room: GPU memory for passes that stand still.
-    stays: the weights are on the GPU all the time.
+    stays: the weights are on the GPU all the time. windows: of the evaluation.
     """
     hidden = embedding_width(view.model)
     own, calibration = next(view.blocks.parameters()).dtype, config.calibration
@@ -198,7 +223,7 @@ def memory_of(
     window = 2 if config.reconstruct == "cross_block" else 1
     host = {
         "process": PROCESS,
-        "weights": (rest + (1 + window) * largest if streamed else everything) * own.itemsize,
+        "weights": (rest + (1 + window) * largest if streamed else models_parameters(view, config)) * own.itemsize,
     }
     sequences = config.batch_size or max(1, target_tokens("cuda" if gpu else "cpu") // calibration.tokens)
     batch = sequences * calibration.tokens
@@ -235,7 +260,7 @@ def memory_of(
     if trains(config):
         micro = (config.reconstruction.micro_batch_size or config.reconstruction.batch_size) * calibration.tokens
         moments.append({**block, "training": window * (20 * largest + 4 * micro * (6 * widest + 12 * hidden))})
-    evaluated = {**host, "activations": 0, "evaluation": evaluation_bytes(view, config, streamed, widest)}
+    evaluated = {**host, "activations": 0, "evaluation": evaluation_bytes(view, config, streamed, widest, windows)}
     hosts = [host, evaluated] if gpu else [evaluated, *({**host, **moment} for moment in moments)]
     return _peak(hosts), _peak(moments) if gpu else {}
 
@@ -287,7 +312,7 @@ def paused_bytes(config: PruneConfig, hidden: int, widest: int, compute: torch.d
     return tokens * (hidden + max(4 * hidden, widest)) * compute.itemsize
 
 
-def evaluation_bytes(view: ModelView, config: PruneConfig, streamed: bool, widest: int) -> int:
+def evaluation_bytes(view: ModelView, config: PruneConfig, streamed: bool, widest: int, windows: int) -> int:
     """What measuring perplexity needs beside the weights: a copy in another type, activations, logits."""
     if view.is_encoder or not config.evaluation.enabled:
         return 0
@@ -304,7 +329,7 @@ def evaluation_bytes(view: ModelView, config: PruneConfig, streamed: bool, wides
     everything = sum(p.numel() for p in view.model.parameters())
     blocks = sum(p.numel() for p in view.blocks.parameters())
     cast = 0 if dtype == own else (everything if not streamed else everything - blocks + 2 * blocks // len(view.blocks))
-    kept = evaluation_windows(view, config) * config.evaluation.tokens * hidden if streamed else 0
+    kept = windows * config.evaluation.tokens * hidden if streamed else 0
     return (
         cast + kept + tokens * max(vocabulary, 4 * widest + hidden)
     ) * dtype.itemsize + 8 * config.evaluation.batch_size * min(POSITIONS, config.evaluation.tokens) * vocabulary
@@ -323,7 +348,8 @@ def disk_of(
     activations: int = 0,
     rules: Rules | None = None,
 ) -> dict[str, int]:
-    """Bytes of the checkpoint, and while running: one that is packed is written beside the plain one.
+    """Bytes of the checkpoint, or of those of all sparsities, and while running: one that is packed is written beside
+    the plain one.
 
     activations: bytes that do not fit into their memory. rules: per block, the key of each weight's sparsity.
     """
@@ -331,11 +357,15 @@ def disk_of(
     checkpoint = sum(p.numel() for p in view.model.parameters()) * size
     once = writes_once(view, config, streamed)
     blocks = 0 if once else sum(p.numel() for p in view.blocks.parameters()) * size
-    plain = checkpoint + blocks + activations
-    if not config.packed:
-        return {"checkpoint": checkpoint, "while_running": plain}
-    packed = checkpoint - packing_saves(view, selected, config, rules)
-    return {"checkpoint": packed, "while_running": plain + packed}
+    if config.is_curve:
+        checkpoint, blocks = len(config.sparsities) * checkpoint, len(config.sparsities) * blocks
+    finished = running = 0
+    for single in config.singles() or [config]:
+        plain = checkpoint + blocks + activations
+        kept = checkpoint - packing_saves(view, selected, single, rules) if config.packed else checkpoint
+        running = max(running, finished + plain + kept * config.packed)
+        finished += kept
+    return {"checkpoint": finished, "while_running": running}
 
 
 def packing_saves(

@@ -7,14 +7,16 @@ Nothing is loaded: the model is built from its configuration without memory. Byt
 from __future__ import annotations
 
 import dataclasses
+import functools
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pyprune.config import ConfigError, PruneConfig
+from pyprune.config import ConfigError, Evaluation, PruneConfig
 from pyprune.data import calibration
+from pyprune.data.given import token_rows
 from pyprune.effects import reads_sequences
 from pyprune.evaluation.perplexity import refuse_text, window_tokens
 from pyprune.execution.activation_store import available_memory
@@ -25,9 +27,9 @@ from pyprune.execution.unopened import Unopened
 from pyprune.model import checkpoint
 from pyprune.model.blocks import ModelView, WeightRef, check_apart, select_weights, uncovered, weights_of
 from pyprune.model.names import matches
-from pyprune.model.positions import positions_of
+from pyprune.model.positions import Positions, positions_of
 from pyprune.pipeline.checks import check_weights
-from pyprune.pipeline.opening import why_not_streamed
+from pyprune.pipeline.opening import models_whole, why_not_streamed
 from pyprune.pipeline.phases import models_held
 from pyprune.pipeline.prune import make_config
 from pyprune.pipeline.sparsities import Rules, check_patterns, kinds_for
@@ -40,6 +42,7 @@ from pyprune.planning.costs import (
     kinds,
     memory_of,
     passes_of,
+    runs_of,
     shapes_of,
     tokens_of,
     work_of,
@@ -47,6 +50,7 @@ from pyprune.planning.costs import (
 from pyprune.planning.rehearsal import rehearsal_model, rehearse
 from pyprune.reporting.record import config_for_report
 from pyprune.sources import kinds as kinds_of
+from pyprune.sources import split
 from pyprune.structured.groups import find_groups
 from pyprune.structured.preparation import by_name, foreseen, group_paths
 
@@ -67,8 +71,9 @@ def plan(
     (per sparsity, what was ``asked`` and what will be ``removed``), ``patterns`` (what each of ``targets`` and
     ``ignore`` names); ``memory_bytes``
     and, with a GPU, ``device_memory_bytes``, by part at the moment of the peak; ``free_bytes`` of both; ``disk_bytes``;
-    ``calibration``, ``passes``, ``streamed`` and ``streamed_because``; ``flops`` and ``seconds`` by phase;
-    ``not_counted``, what the seconds leave out.
+    ``calibration``, ``evaluation`` (``windows`` and ``tokens``), ``passes``, ``streamed`` and ``streamed_because``;
+    ``flops`` and ``seconds`` by phase; ``runs``, how often all blocks are gone through: for masks once per
+    sparsity, all of which are counted. Only an evaluation text of which everything is to be measured is read.
     Raises :class:`ConfigError` as :func:`pyprune.prune` would for everything that can be known without reading weights
     or data.
     """
@@ -84,7 +89,7 @@ def plan(
         config.calibration = calibration.coerce(config.calibration)
     name = config.model_name
     if config.output:
-        checkpoint.check_output(config.output, allow=".pyprune")
+        checkpoint.check_output(config.output, allow=(".pyprune",))
     unopened = Unopened(name, config.dtype)
     view = unopened.view
     selected = targeted = select_weights(view, config.targets, config.ignore)
@@ -99,10 +104,10 @@ def plan(
     check_apart(small)
     positions = positions_of(small)
     if config.evaluation.enabled and not view.is_encoder:
-        tokens = window_tokens(config.evaluation, positions)
-        config.evaluation = dataclasses.replace(config.evaluation, window=tokens)
+        config.evaluation = dataclasses.replace(config.evaluation, window=_window(config.evaluation, positions))
     if positions and not view.is_encoder and reads_sequences(config) and kinds_of(config.calibration.source) != {"ids"}:
         positions.check([config.calibration.tokens], "calibration sequences", "seq_len", lambda message: None)
+    windows = evaluation_windows(view, config, functools.partial(_tokenizer, unopened))
     achieved, rules = [], None
     if config.is_structured:
         few = find_groups(small, config.pattern, config.structured.head_scope)
@@ -119,14 +124,14 @@ def plan(
     weights, work = _weights(view, selected, targeted, config), work_of(view, selected, config)
     memory = available_memory()
     free = {"memory": memory, "device": torch.cuda.mem_get_info(device)[0] if gpu else None}
-    streamed, why = unopened.streams(config.stream, why_not_streamed(config))
+    streamed, why = unopened.streams(config.stream, why_not_streamed(config), models_whole(config))
     budget = memory / 2 if config.memory_budget_gb is None else config.memory_budget_gb * 1e9
     size = weight_bytes(view.model)
     keeps = gpu and not streamed and stays(models_held(config) * size, device)
     room = SHARE * (free["device"] - size * keeps) if free["device"] is not None else None
     in_files = max(0, int(activations_of(view, selected, config, compute, budget, room)[0] - budget))
-    host, on_device = memory_of(view, selected, config, compute, streamed, gpu, budget, room or 0, keeps)
-    seconds = rehearse(config, view, work, small, streamed)
+    host, on_device = memory_of(view, selected, config, compute, streamed, gpu, budget, room or 0, keeps, windows)
+    seconds = rehearse(config, view, work, small, streamed, windows)
     written = config_for_report(config)
     return {
         "model": {
@@ -153,14 +158,27 @@ def plan(
             "sequences": config.calibration.samples + config.calibration.self_generated,
             "tokens": tokens_of(config),
         },
-        "passes": passes_of(config).counts(),
+        "evaluation": {"windows": windows, "tokens": windows * config.evaluation.tokens},
+        "runs": runs_of(config),
+        "passes": {name: runs_of(config) * count for name, count in passes_of(config).counts().items()},
         "streamed": streamed,
         "streamed_because": why,
         "disk_bytes": {**disk_of(view, selected, config, streamed, in_files, rules), "free": _free_disk(config)},
-        "flops": flops_of(view, work, config),
+        "flops": flops_of(view, work, config, windows),
         "seconds": {**seconds, "total": sum(seconds.values())},
-        "not_counted": _not_counted(view, config),
     }
+
+
+def _window(evaluation: Evaluation, positions: Positions | None) -> int:
+    """Tokens of an evaluation window; of token ids, which keep whole rows, the longest row's."""
+    if evaluation.window is None and kinds_of(evaluation.text) == {"ids"}:
+        return max(len(row) for source in split(evaluation.text) for row in token_rows(source) or ())
+    return window_tokens(evaluation, positions)
+
+
+def _tokenizer(unopened: Unopened) -> Any:
+    """The tokenizer of a model; None of a GGUF file, of which it takes as long to read as the weights."""
+    return None if unopened.source.gguf_file else checkpoint.load_tokenizer(unopened.source)
 
 
 def _by_key(view: ModelView, config: PruneConfig, rules: Rules | None) -> list[dict]:
@@ -233,13 +251,3 @@ def _patterns(view: ModelView, config: PruneConfig) -> list[dict]:
 def _free_disk(config: PruneConfig) -> int:
     place = Path(config.output or ".").expanduser().absolute()
     return shutil.disk_usage(next(p for p in (place, *place.parents) if p.is_dir())).free
-
-
-def _not_counted(view: ModelView, config: PruneConfig) -> list[str]:
-    found = []
-    settings = config.calibration
-    if settings.self_generated and not (settings.self_generated_path and Path(settings.self_generated_path).is_file()):
-        found.append(f"generating {settings.self_generated} sequences")
-    if config.evaluation.enabled and not view.is_encoder and not evaluation_windows(view, config):
-        found.append("measuring perplexity, as max_windows does not say on how much text")
-    return found

@@ -29,11 +29,11 @@ from pyprune.model.attributes import (
     token_embedding,
     vocabulary_size,
 )
-from pyprune.model.blocks import ModelView, weights_of
+from pyprune.model.blocks import ModelView, read_on, weights_of
 from pyprune.model.shards import Shard, write_shard
 from pyprune.model.skeleton import skeleton
 from pyprune.pipeline.prune import prune
-from pyprune.planning.costs import Work, evaluation_windows, passes_of, probe_sequences, tokens_of, work_of, writes_once
+from pyprune.planning.costs import Work, passes_of, probe_sequences, runs_of, tokens_of, work_of, writes_once
 
 LARGEST = 4e6
 """Parameters of a block that is rehearsed as it is; a larger one is narrowed to about this."""
@@ -41,13 +41,20 @@ BATCHES, PATIENCE, REPEATS = 2, 1.5, 3
 """Batches of a rehearsal. It is repeated until so many seconds or runs are spent; the fastest counts."""
 
 
-def rehearse(
-    config: PruneConfig, view: ModelView, work: Work, own: ModelView, streamed: bool = False
-) -> dict[str, float]:
-    """Estimated seconds by phase of the whole run.
+SAMPLED, STEPS = 32, 8
+"""Sequences that are sampled together, and tokens of each in a rehearsal."""
 
-    work: of the model of ``view``, which may be without weights. own: its :func:`rehearsal_model`.
+
+def rehearse(
+    config: PruneConfig, view: ModelView, work: Work, own: ModelView, streamed: bool = False, windows: int = 0
+) -> dict[str, float]:
+    """Estimated seconds by phase of the whole run, of all its sparsities.
+
+    work: of the model of ``view``, which may be without weights. own: its :func:`rehearsal_model`. windows: that
+    perplexity will be measured on.
     """
+    times = runs_of(config)
+    config = (config.singles() or [config])[0]
     calibration = config.calibration
     longest = positions_named(view.model.config) or max(calibration.tokens, config.evaluation.tokens)
     length, window = min(calibration.tokens, longest), min(config.evaluation.tokens, longest)
@@ -98,20 +105,44 @@ def rehearse(
         "gradients": more * wider,
     }
     outside = ("evaluation", "load", "write", "calibration")
-    seconds = {phase: value * scale.get(phase, wider) for phase, value in found.items() if phase not in outside}
+    seconds = {phase: times * value * scale.get(phase, wider) for phase, value in found.items() if phase not in outside}
     seconds["evaluation"] = (
-        found.get("evaluation", 0.0)
-        * evaluation_windows(view, config)
+        (1 + times)
+        / 2  # the rehearsal measures the dense model and one pruned one
+        * found.get("evaluation", 0.0)
+        * windows
         * (config.evaluation.tokens / window)
         * (blocks * work.passing(window) + work.head)
         / (2 * small.passing(window) + small.head)
     )
+    seconds["sampling"] = sampling_seconds(config, view, work, own, small)
     stored = sum(p.numel() * p.element_size() for p in view.model.parameters())
     rates = disk_rates(config.output)
     seconds["load"] = stored / rates["read"]
     if config.output:
-        seconds["write"] = (1 if writes_once(view, config, streamed) else 2) * stored / rates["write"]
+        seconds["write"] = times * (1 if writes_once(view, config, streamed) else 2) * stored / rates["write"]
     return {phase: value for phase, value in seconds.items() if value}
+
+
+@torch.no_grad()
+def sampling_seconds(config: PruneConfig, view: ModelView, work: Work, own: ModelView, small: Work) -> float:
+    """Seconds until the dense model has sampled its calibration sequences; 0 where a file has some of them already.
+
+    work, small: of ``view`` and of ``own``, in which a few tokens are sampled.
+    """
+    settings = config.calibration
+    path = settings.self_generated_path
+    if not settings.self_generated or (path and Path(path).is_file()):
+        return 0.0
+    count = min(settings.self_generated, SAMPLED)
+    tokens, cache = torch.full((count, 1), 5), None
+    _, cache = read_on(own.model, tokens, cache)  # what only the first step pays
+    began = time.perf_counter()
+    for _ in range(STEPS):
+        _, cache = read_on(own.model, tokens, cache)
+    step = (time.perf_counter() - began) / STEPS
+    larger = (len(view.order) * work.passing(settings.tokens) + work.head) / (2 * small.passing(STEPS) + small.head)
+    return math.ceil(settings.self_generated / count) * settings.tokens * step * larger
 
 
 def forward_units(steps: int, blocks: int, view: ModelView, config: PruneConfig) -> float:

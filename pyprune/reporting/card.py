@@ -130,7 +130,7 @@ def _repeat_text(report: dict) -> str:
         return f"- settings: `run.yaml`; it repeats the run from Python with the {name}{beside} given again"
     if what:
         return f"- settings: `run.yaml`; it repeats the run once {' and '.join(what)} given in memory have a name there"
-    then = ", then `report.json` says how it was refined" if report.get("refinement") else ""
+    then = ", then `refine.yaml` the refinement" if report.get("refinement") else ""
     return f"- settings: `run.yaml` repeats the pruning (`pyprune prune --config run.yaml -o DIR`){then}"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from pyprune.model.checkpoint import plain
+from pyprune.model.checkpoint import members, plain
 from pyprune.reporting.comparison import compare, differences, how_text, read
 from pyprune.reporting.page import (
     Markup,
@@ -26,6 +26,7 @@ from pyprune.reporting.verdict import ratio, verdict
 def comparison_page(directories: Sequence[str | Path]) -> str:
     """The page of several runs, read from the folders that pyprune wrote; the places of its figures are those of
     ``{"runs": pyprune.compare(…), "reports": […]}``. Raises ConfigError for a folder without a report."""
+    directories = [path for directory in directories for path in members(directory)]
     rows = plain(compare(directories))
     reports = [plain(read(directory)) for directory in directories]
     names = labels(directories)

@@ -24,7 +24,7 @@ from pyprune.execution.error_probes import LEVELS
 from pyprune.execution.run import Findings, Run
 from pyprune.sources import in_memory, is_name, split
 
-PLACES = ("model", "output", "stream", "memory_budget_gb", "evaluation", "backends")
+PLACES = ("model", "output", "stream", "memory_budget_gb", "evaluation", "backends", "weights")
 """Fields that say where things are or what is measured, not what comes out; data and model have fingerprints, and what
 the ops took stands in the journal."""
 CALIBRATION_PLACES = ("source", "split", "subset", "text_column", "self_generated_path")
@@ -262,7 +262,11 @@ def pruning_record(report: dict) -> dict:
 def run_yaml(report: dict, config: PruneConfig) -> str:
     """``run.yaml``: repeats the run, each op by the back-end that it took. What was given in memory is described there,
     and refused until it has a name."""
-    plain = {**config_for_report(config), "backends": report["backends"]}
+    plain = {
+        **config_for_report(config),
+        "backends": report["backends"],
+        "weights": report["model"].get("weights"),
+    }
     absent = unnamed(report)
     if not absent:
         return yaml_text(plain)
@@ -273,8 +277,6 @@ def run_yaml(report: dict, config: PruneConfig) -> str:
         f"# of null or <…> below, or pass the same again: pyprune.prune({again}).\n"
         f"# Calibration token ids: sha256 {report['calibration']['fingerprint']}\n"
     )
-    if report["model"].get("fingerprint"):
-        note += f"# Weights of the model before the run: sha256 {report['model']['fingerprint']}\n"
     return note + yaml_text(plain)
 
 

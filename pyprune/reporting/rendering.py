@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
-from pyprune.config import sparsity_text
+from pyprune.config import member_name, sparsity_text
 
 
 def open_console(out: TextIO | None = None):
@@ -94,43 +94,38 @@ def print_summary(report: dict, directory: str | Path | None = None, out: TextIO
         table.add_row(label, text)
     if directory is not None:
         table.add_row("model", str(directory))
-        curve = (report.get("structured") or {}).get("curve", [])
-        folders = [f"sparsity-{entry['sparsity']:g}" for entry in curve] if len(curve) > 1 else ["."]
+        curve = curve_of(report)
+        folders = [member_name(entry["sparsity"]) for entry in curve] if len(curve) > 1 else ["."]
         pages = "\n".join(str(Path(directory) / folder / "report.html") for folder in folders)
         table.add_row("report", f"{pages}, its figures in report.json")
+        if len(curve) > 1:
+            table.add_row("side by side", f"pyprune compare {directory} --html FILE")
     console.print(table)
 
 
 def summary_rows(report: dict) -> list[tuple[str, str]]:
     """Label and text of each line of the summary."""
     rows = []
-    curve = (report.get("structured") or {}).get("curve", [])
-    for entry in curve:
-        shown = ", ".join(perplexity_text(row["pruned"]) for row in entry.get("evaluation", []))
-        rows.append(
-            (
-                f"at {entry['sparsity']:g}",
-                "".join(f"{share:.4g} of the {kind} removed, " for kind, share in entry.get("removed", {}).items())
-                + f"{entry['parameters']:,} parameters"
-                + (f", perplexity {shown}" if shown else ""),
-            )
-        )
-    for row in (report.get("evaluation") or []) if len(curve) < 2 else []:
-        kind = f", {row['domain']}" if row.get("domain") else ""
+    curve = curve_of(report)
+    several = len(curve) > 1
+    if several:
+        rows += [("dense", f"perplexity {text}") for text in dense_texts(report)]
+    rows += [(f"at {entry['sparsity']:g}", entry_text(entry)) for entry in curve]
+    for row in (report.get("evaluation") or []) if not several else []:
         rows.append(
             (
                 "perplexity",
                 f"{perplexity_text(row['dense'])} dense → {perplexity_text(row['pruned'])} pruned{ratio_text(row)}  "
-                f"({windows_text(row)}{kind}, {source_text(row)})",
+                f"({windows_text(row)}{domain_text(row)}, {source_text(row)})",
             )
         )
-    if len(curve) < 2 and (gap := gap_text(report)) is not None:
+    if not several and (gap := gap_text(report)) is not None:
         rows.append(("generalisation gap", gap))
     if not curve:
         rows.append(("sparsity", achieved_text(report)))
         if (named := by_key_text(report)) is not None:
             rows.append(("asked → achieved", named))
-    last = report["blocks"][-1] if report.get("blocks") else {}
+    last = report["blocks"][-1] if report.get("blocks") and not several else {}
     if last.get("error") is not None:
         held = "" if last.get("error_held_out") is None else f", {number(last['error_held_out'])} on held-out text"
         rows.append(("block error", f"{number(last.get('error'))} after the last block{held} (relative to dense)"))
@@ -151,13 +146,44 @@ def summary_rows(report: dict) -> list[tuple[str, str]]:
     )
     rows.append(("seconds", f"{sum(seconds.values()):.1f}: {phases}"))
     rows.append(("peak memory", f"{report['peak_memory_bytes'] / 2**30:.2f} GiB"))
-    if (refitted := refit_text(report)) is not None:
+    if not several and (refitted := refit_text(report)) is not None:
         rows.append(("refit", refitted))
     rows.append(("calibration", report["calibration"]["description"]))
     if (inputs := inputs_text(report)) is not None:
         rows.append(("inputs", inputs))
     rows += [("warning", text) for text in distinct(report.get("warnings") or [])]
     return rows
+
+
+def curve_of(report: dict) -> list[dict]:
+    """What a report of several sparsities says of each; of any other there is nothing."""
+    return report.get("curve") or (report.get("structured") or {}).get("curve", [])
+
+
+def dense_texts(report: dict) -> list[str]:
+    """The dense model's perplexity on each text, with its windows."""
+    return [
+        f"{perplexity_text(row['dense'])}  ({windows_text(row)}{domain_text(row)}, {source_text(row)})"
+        for row in report.get("evaluation") or []
+    ]
+
+
+def entry_text(entry: dict) -> str:
+    """What came out at one of several sparsities: how much is gone, and perplexities in the order of the texts."""
+    gone = [f"{share:.4g} of the {kind} removed" for kind, share in entry.get("removed", {}).items()]
+    if gone or "achieved" not in entry:
+        gone.append(f"{entry['parameters']:,} parameters")
+    else:
+        gone.append(f"{entry['achieved']:.4f} of the pruned weights are zero")
+    moved = [
+        perplexity_text(row["pruned"]) + (f" ({more.removeprefix(', ')})" if (more := ratio_text(row)) else "")
+        for row in entry.get("evaluation") or []
+    ]
+    parts = [", ".join(gone)] + [f"perplexity {', '.join(moved)}"] * bool(moved)
+    if entry.get("error") is not None:
+        held = "" if entry["error_held_out"] is None else f", {number(entry['error_held_out'])} on held-out text"
+        parts.append(f"block error {number(entry['error'])} after the last block{held}")
+    return "; ".join(parts)
 
 
 def ratio_text(row: dict) -> str:
@@ -245,6 +271,11 @@ def distinct(warnings: list[str]) -> list[str]:
         texts[0] + (f" (and {len(texts) - 1} like it, in report.json)" if len(texts) > 1 else "")
         for texts in kinds.values()
     ]
+
+
+def domain_text(row: dict) -> str:
+    """``, in-domain``, where the row says it."""
+    return f", {row['domain']}" if row.get("domain") else ""
 
 
 def source_text(row: dict) -> str:
@@ -381,6 +412,8 @@ def plan_rows(found: dict) -> list[tuple[str, str]]:
     calibration, disk, free = found["calibration"], found["disk_bytes"], found["free_bytes"]
     passes = {name: count for name, count in found["passes"].items() if count and name != "training"}
     training = f", {found['passes']['training']} to train" if found["passes"].get("training") else ""
+    count, runs = sum(passes.values()), found["runs"]
+    each = f", {count // runs} for each of {runs} sparsities" if runs > 1 else ""
     rows = [
         *((row["field"], _pattern_text(row)) for row in found["patterns"]),
         *(("sparsity", text) for text in achieved_rows(found)),
@@ -395,10 +428,16 @@ def plan_rows(found: dict) -> list[tuple[str, str]]:
         ),
         (
             "passes",
-            f"{sum(passes.values())} per block ({', '.join(passes)}){training}, "
+            f"{count} per block ({', '.join(passes)}){each}{training}, "
             f"over {calibration['sequences']} sequences, {calibration['tokens']:,} tokens"
             if passes
             else "none: no calibration data is needed",
+        ),
+        (
+            "evaluation",
+            f"{found['evaluation']['windows']} windows, {found['evaluation']['tokens']:,} tokens, before and after"
+            if found["evaluation"]["windows"]
+            else "none: no perplexity is measured",
         ),
         ("host memory", _parts(found["memory_bytes"], size_text, f", {size_text(free['memory'])} free")),
         (
@@ -414,8 +453,6 @@ def plan_rows(found: dict) -> list[tuple[str, str]]:
         ),
         ("time", "about " + _parts(found["seconds"], duration_text)),
     ]
-    if found["not_counted"]:
-        rows.append(("", "not counted: " + "; ".join(found["not_counted"])))
     for what, needed, there in (
         ("host memory", found["memory_bytes"]["total"] - found["memory_bytes"]["process"], free["memory"]),
         ("device memory", (found["device_memory_bytes"] or {}).get("total", 0), free["device"]),

@@ -61,7 +61,6 @@ def run_page(report: dict, name: str, settings: str = "") -> str:
     )
     sections = [
         Section("Before and after", _before_and_after(report)),
-        Section("Trade-off", _curve(report)),
         Section("Tasks", _tasks(report)),
         Section("Error per block", _blocks(report)),
         Section("Weights", _weights(report)),
@@ -129,7 +128,10 @@ def _count(value: float) -> str:
 
 
 def _last_path(report: dict, held_out: bool = False) -> str:
-    if (report.get("refinement") or {}).get("windows"):
+    refined = report.get("refinement") or {}
+    if refined.get("blocks"):
+        return f"refinement.blocks.{len(refined['blocks']) - 1}.after.error{'_held_out' if held_out else ''}"
+    if refined.get("windows"):
         where = len(report["refinement"]["windows"]) - 1
         return f"refinement.windows.{where}.after_{'held_out' if held_out else 'calibration'}"
     return f"blocks.{len(report['blocks']) - 1}.error" + ("_held_out" if held_out else "")
@@ -177,28 +179,6 @@ def _before_and_after(report: dict) -> Markup:
 def _kind_of_text(row: dict) -> str:
     """``in-domain``, ``off-domain``, where the report says it."""
     return str(row.get("domain") or row.get("kind") or "")
-
-
-def _curve(report: dict) -> Markup:
-    entries = (report.get("structured") or {}).get("curve") or []
-    if len(entries) < 2:
-        return Markup("")
-    order = sorted(range(len(entries)), key=lambda k: entries[k]["sparsity"])
-    texts = [row["text"] for row in entries[0].get("evaluation") or []]
-    rows = [
-        [
-            figure(entries[k]["sparsity"], f"structured.curve.{k}.sparsity"),
-            *(
-                figure(row["pruned"], f"structured.curve.{k}.evaluation.{t}.pruned", perplexity_text)
-                for t, row in enumerate(entries[k].get("evaluation") or [])
-            ),
-            figure(entries[k]["parameters"], f"structured.curve.{k}.parameters", _count),
-        ]
-        for k in order
-    ]
-    head = ["Sparsity", *(f"Perplexity on {text}" for text in texts), "Parameters"]
-    table = Table("What each sparsity costs.", head, rows, plotted=range(1, 1 + len(texts)))
-    return chart(table, axis="perplexity", log=True) if texts else table.html()
 
 
 def _tasks(report: dict) -> Markup:

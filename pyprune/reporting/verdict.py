@@ -80,7 +80,9 @@ def _texts_apart(rows: list[dict]) -> list[str]:
 
 def last_errors(report: dict) -> tuple[float | None, float | None]:
     """Error of the last block on calibration and on held-out text, after a refinement if there was one."""
-    if (refined := report.get("refinement")) is not None and refined.get("windows"):
+    if (refined := report.get("refinement")) is not None and refined.get("blocks"):
+        return refined["blocks"][-1]["after"]["error"], refined["blocks"][-1]["after"]["error_held_out"]
+    if refined is not None and refined.get("windows"):
         window = refined["windows"][-1]
         return window.get("after_calibration"), window.get("after_held_out")
     last = (report.get("blocks") or [{}])[-1]

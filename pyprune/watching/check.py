@@ -217,7 +217,10 @@ def sentence(figure: dict) -> str:
         change = f"× {figure['value']:.4g}, limit × {figure['limit']:g}"
     else:
         before, after = number(figure["before"]), number(figure["after"])
-        change = f"fell by {figure['value']:.4g}, limit {figure['limit']:g}"
+        value, limit = figure["value"], figure["limit"]
+        change = f"{'fell' if value >= 0 else 'rose'} by {abs(value):.4g}, limit {limit:g}"
         if figure["kind"] == "overfitting":
-            change = f"rose by {figure['value']:.1%}, limit {figure['limit']:.0%} where the calibration error falls"
+            change = f"{'rose' if value >= 0 else 'fell'} by {abs(value):.1%}, "
+            beside = figure["passed"] and value > limit
+            change += "as calibration did" if beside else f"limit {limit:.0%} where the calibration error falls"
     return f"{figure['what']}: {before} → {after}, {change}"

@@ -68,6 +68,8 @@ def test_sequences_beyond_a_table_of_positions_are_refused_before_the_weights_ar
 def test_eval_and_refine_look_for_their_files_first(capsys, tmp_path, folder, sealed):
     code, _, err = call(capsys, "eval", folder, "--text", "missing.txt")
     assert code == 2 and err.endswith("error: no such file or folder: missing.txt\n")
+    code, _, err = call(capsys, "eval", folder, "--tasks", "last-word,missing.jsonl")
+    assert code == 2 and "error: no such file: missing.jsonl" in err
     code, _, err = call(capsys, "refine", folder, "-o", tmp_path / "o", "--dense", "/nowhere/model")
     assert code == 2 and "unknown model '/nowhere/model'" in err
     code, _, err = call(

@@ -163,6 +163,19 @@ def test_compare_says_what_does_not_compare(pruned):
     assert [text.split()[3] for text in differences(rows)] == ["evaluated", "from", "calibrated"]
 
 
+def test_a_warning_of_our_own_is_one_line(monkeypatch):
+    import warnings
+
+    from pyprune.cli import commands
+
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    with pytest.raises(SystemExit):
+        commands.main(["--version"])
+    own = warnings.formatwarning("short windows", UserWarning, commands.__file__, 3)
+    other = warnings.formatwarning("old", UserWarning, "/elsewhere/torch.py", 3)
+    assert own == "warning: short windows\n" and "/elsewhere/torch.py:3: UserWarning: old" in other
+
+
 def test_env(capsys):
     code, out, _ = call(capsys, "env", "--json")
     found = json.loads(out)

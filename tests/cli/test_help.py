@@ -11,7 +11,7 @@ import pytest
 import typer
 
 from pyprune.cli import commands, options
-from pyprune.config import Evaluation, PruneConfig, Structured
+from pyprune.config import ConfigError, Evaluation, PruneConfig, Structured
 from pyprune.keywords import keywords
 
 GROUP = typer.main.get_command(commands.app)
@@ -31,6 +31,29 @@ def test_every_option_name_is_whole_at_80_columns(capsys, monkeypatch, name):
     names = [flag for p in GROUP.commands[name].params for flag in (*p.opts, *p.secondary_opts) if flag[0] == "-"]
     for flag in names:
         assert re.search(rf"(^| ){flag}\b", text, flags=re.M), f"{flag} is cut or missing"
+
+
+@pytest.mark.parametrize("name", sorted(GROUP.commands))
+def test_no_types_and_no_spelling_of_python(capsys, monkeypatch, name):
+    text = " ".join(help_of(capsys, monkeypatch, name).split())
+    assert not re.search(r"<\w|list\[|\bNone\b", text.replace("(None in Python", ""))
+    fields = {p for p in keywords() if "_" in p}
+    words = set(re.findall(r"(?<![\w-])[a-z]+(?:_[a-z]+)+", text))
+    assert not words & fields, "options are spelt as options"
+
+
+def test_a_command_says_its_own_defaults(capsys, monkeypatch):
+    text = " ".join(help_of(capsys, monkeypatch, "refine").split())
+    assert re.search(r"--no-global-propagation [^\[]*\[default: on\]", text)
+    assert "Folder to write the refined model to." in text and "[default: 0.0002]" in text
+    assert "documentation and a novel that come with pyprune" in " ".join(help_of(capsys, monkeypatch, "eval").split())
+
+
+def test_all_windows_are_asked_for_by_a_word():
+    assert options.nested({"evaluation.max_windows": "all"}) == {"evaluation": {"max_windows": None}}
+    assert options.nested({"evaluation.max_windows": "3"}) == {"evaluation": {"max_windows": 3}}
+    with pytest.raises(ConfigError, match="max_windows must be a whole number or all, got 'most'"):
+        options.nested({"evaluation.max_windows": "most"})
 
 
 def test_what_most_runs_use_stands_before_the_advanced_sections(capsys, monkeypatch):

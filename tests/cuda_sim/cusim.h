@@ -10,11 +10,14 @@
 //     first, blocks too), so a warp that should have waited reads what the others have not written yet. CUSIM_ORDER=0,
 //     round robin over threads, hides this and finds the opposite: reliance on a warp being ahead;
 //   - reads of unwritten memory: shared memory starts as NaN in every block;
-//   - reads of what an asynchronous copy has not brought yet: it happens when its thread waits for it;
+//   - reads of what an asynchronous copy has not brought yet: it happens when its thread waits for it; and, in order 2,
+//     where it happens at once, of what it has overwritten too early;
 //   - threads waiting at different barriers, shuffles without the whole warp, and deadlocks: std::runtime_error;
 //   - accesses out of bounds, in shared memory too (its allocation is exact), under -fsanitize=address, with the line.
 //
-// What it cannot show: tensor cores, TMA, memory ordering between running blocks, and speed. Shared
+// Tensor core products (mma m16n8k16) are emulated by their layout, not by their rounding.
+//
+// What it cannot show: TMA, memory ordering between running blocks, and speed. Shared
 // memory is the dynamic one only (static __shared__ is left undefined, and so does not compile).
 #pragma once
 
@@ -75,7 +78,8 @@ struct Fiber {
     dim3 index;
     int number = 0, shuffles = 0;
     size_t votes = 0;
-    std::vector<std::function<void()>> copies;  // under way
+    std::vector<std::pair<int, std::function<void()>>> copies;  // under way, with their group
+    int group = 0;
     bool done = false;
     const uint64_t* waits_for = nullptr;
     uint64_t seen = 0;
@@ -136,19 +140,40 @@ inline int block_or(int value, int line) {
     return S.votes[turn];
 }
 
+inline int order() {
+    const char* text = getenv("CUSIM_ORDER");
+    return text ? atoi(text) : 0;
+}
+
 // An asynchronous copy happens as late as it may, when its thread waits: who reads before finds the NaN of shared memory.
+// In order 2 it happens at once: who still reads what it overwrites finds the new.
 template <int BYTES>
 void copy_async(void* to, const void* from, int inside) {
     if (uintptr_t(to) % BYTES || uintptr_t(from) % BYTES) fail("cusim: an asynchronous copy is not aligned");
-    self().copies.push_back([=] {
+    if (inside < 0 || inside > BYTES) fail("cusim: an asynchronous copy of " + std::to_string(inside) + " bytes");
+    const auto copy = [=] {
         memset(to, 0, BYTES);
         memcpy(to, from, inside);
-    });
+    };
+    if (order() == 2) return copy();
+    self().copies.emplace_back(self().group, copy);
 }
 
-inline void wait_for_copies() {
-    for (const auto& copy : self().copies) copy();
-    self().copies.clear();
+inline void close_copies() { self().group++; }
+
+inline void wait_until(int group) {
+    auto& copies = self().copies;
+    while (!copies.empty() && copies.front().first <= group) {
+        copies.front().second();
+        copies.erase(copies.begin());
+    }
+}
+
+inline void wait_for_copies() { wait_until(self().group); }
+
+template <int GROUPS>
+void wait_for_copies_but() {
+    wait_until(self().group - 1 - GROUPS);
 }
 
 inline void warp_barrier(unsigned mask, int line) {
@@ -188,6 +213,41 @@ T shuffle_to(T v, int target, int width, unsigned mask, int line) {
 
 inline int lane() { return self().number % WARP; }
 
+inline uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selector) {
+    const uint64_t bytes = uint64_t(high) << 32 | low;
+    uint32_t out = 0;
+    for (int i = 0; i < 4; ++i) {
+        const uint32_t nibble = selector >> 4 * i & 15;
+        const uint32_t byte = uint32_t(bytes >> 8 * (nibble & 7)) & 0xff;
+        out |= (nibble & 8 ? (byte & 0x80 ? 0xffu : 0u) : byte) << 8 * i;
+    }
+    return out;
+}
+
+inline uint32_t shift_bits(uint32_t low, uint32_t high, uint32_t by) {
+    return uint32_t((uint64_t(high) << 32 | low) >> (by < 32 ? by : 32));
+}
+
+inline uint32_t shift_bytes(uint32_t low, uint32_t high, uint32_t by) { return shift_bits(low, high, 8 * by % 32); }
+
+// The product of a warp: every lane shows its part of a and b, then computes its own four sums.
+template <class Value>
+void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Value value) {
+    uint64_t shown[3][WARP];
+    const uint32_t mine[6] = {a[0], a[1], a[2], a[3], b[0], b[1]};
+    for (int i = 0; i < 3; ++i)
+        memcpy(shown[i], exchange(uint64_t(mine[2 * i + 1]) << 32 | mine[2 * i], 0xffffffffu, __LINE__), sizeof shown[i]);
+    const auto number = [&](int part, int of, int column) {
+        const uint64_t pairs = shown[part / 2][of] >> 32 * (part % 2);
+        return value(uint16_t(pairs >> 16 * (column % 2)));
+    };
+    const int row = lane() / 4, column = lane() % 4 * 2;
+    for (int i = 0; i < 4; ++i)
+        for (int k = 0; k < 16; ++k)
+            d[i] += number(k / 8 * 2 + i / 2, row * 4 + k % 8 / 2, k) *
+                    number(4 + k / 8, (column + i % 2) * 4 + k % 8 / 2, k);
+}
+
 inline void run(int i) {
     if (!S.fibers[i].ready()) return;
     S.current = i;
@@ -197,13 +257,9 @@ inline void run(int i) {
 
 inline void entry() {
     S.body();
+    if (!self().copies.empty()) fail("cusim: a thread has ended before the copies it started");
     self().done = true;
     for (;;) yield();
-}
-
-inline int order() {
-    const char* text = getenv("CUSIM_ORDER");
-    return text ? atoi(text) : 0;
 }
 
 inline void start_block(int threads, size_t shared_bytes) {

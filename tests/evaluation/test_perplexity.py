@@ -86,6 +86,17 @@ def test_windows_of_text_do_not_overlap_and_start_at_the_beginning(tokenizer):
     assert len(windows(Evaluation(text=[PROSE], window=64, max_windows=None), tokenizer)) == len(whole) // 64
 
 
+def test_long_rows_of_token_ids_are_cut_into_windows(tmp_path):
+    corpus = torch.arange(1030)  # a whole text as one row, as the published pruning code has it
+    for text in (corpus, corpus[None], [corpus.tolist()]):
+        found = windows(Evaluation(text=text, window=100, max_windows=None))
+        assert len(found) == 10 and torch.equal(torch.cat(found), corpus[:1000])
+    mixed = [torch.arange(40), torch.arange(130), torch.arange(250)]
+    assert [len(row) for row in windows(Evaluation(text=mixed, window=100))] == [40, 100, 100, 100]
+    assert [len(row) for row in windows(Evaluation(text=mixed, window=100, max_windows=3))] == [40, 100, 100]
+    assert len(windows(Evaluation(text=corpus[None]))[0]) == 1030, "without a window rows are whole"
+
+
 def test_bos_at_every_window_or_none():
     tokenizer = tiny.tokenizer(bos=True)
     with_bos = windows(Evaluation(text=[PROSE], window=64, max_windows=3), tokenizer)

@@ -53,6 +53,9 @@ def test_auto_streams_what_does_not_fit(folder, tmp_path, monkeypatch):
         assert isinstance(found, Opened) and found.tokenizer is not None
         assert all(p.is_meta for p in found.view.blocks[0].parameters())
     assert not isinstance(ready(str(folder), stream="never"), Opened)
+    ids, packed = tiny.ids(3, 20), str(tmp_path / "packed")
+    streamed, whole = (pyprune.evaluate(packed, ids, stream=way, dtype="float32") for way in ("auto", "never"))
+    assert streamed["losses"] == pytest.approx(whole["losses"])
     tiny.model("bert").save_pretrained(tmp_path / "encoder")
     assert not isinstance(ready(str(tmp_path / "encoder")), Opened), "it is measured by itself, and needs to be whole"
     assert not any(p.is_meta for p in ready(str(tmp_path / "encoder")).model.parameters())

@@ -162,17 +162,17 @@ def run(output, seed=0, model="one", resume=False):
                           evaluation=Evaluation(enabled=False), reconstruction=Reconstruction(epochs=1, batch_size=2))
         return
     fields = dict(pattern="neurons", criterion="random", sparsity=[0.25, 0.5], inputs="dense") \\
-        if kind == "sparsities" else dict(method="magnitude", sparsity=0.25 + seed / 4,
-                                          stream="always" if kind == "always" else "never")
+        if kind == "sparsities" else dict(method="magnitude", stream="always" if kind == "always" else "never",
+                                          sparsity=[0.25 + seed / 4, 0.75] if kind == "masks" else 0.25 + seed / 4)
     prune(str(root / model), output=str(output), calibration=ids, evaluation=Evaluation(enabled=False), progress=False,
           seed=seed, resume=resume, **fields)
 
 OTHERS.pop()
-for kind in ("never", "always", "sparsities", "refine"):
+for kind in ("never", "always", "sparsities", "masks", "refine"):
     shutil.rmtree(root / "out", ignore_errors=True)
     references = refer()
     total = dies(-1, root / "out")
-    for k in (total // 2, total - 20, total - 8, total - 2):
+    for k in (*[total // 4] * (kind == "masks"), total // 2, total - 20, total - 8, total - 2):
         shutil.rmtree(root / "out", ignore_errors=True)
         assert dies(k, root / "out"), (kind, k)
         check(root / "out")

@@ -23,7 +23,19 @@ from pyprune.execution.distributed import FAILED, GONE, LOST, Pulse, World
 
 ROOT = Path(__file__).parents[2]
 SUPPORT = ROOT / "tests/support"
-MASKS = ("sparsegpt", "wanda", "moe", "dense", "sequential", "sequential_moe", "refit", "block", "shared_keys", "cross")
+MASKS = (
+    "sparsegpt",
+    "wanda",
+    "moe",
+    "dense",
+    "sequential",
+    "several",
+    "sequential_moe",
+    "refit",
+    "block",
+    "shared_keys",
+    "cross",
+)
 STRUCTURED = ("liar", "liar_sequential", "liar_sequential_moe", "taylor")
 CASES = (*MASKS, *STRUCTURED, "refine")
 THREE = ("sparsegpt", "moe", "sequential_moe", "block", "liar", "liar_sequential_moe", "refine")

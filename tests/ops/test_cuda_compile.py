@@ -25,7 +25,8 @@ EXPECTED = {
     "compress_24": 2,
     "cholesky": 6,
     "cholesky_solve": 2,
-    "sparse_linear": 26,
+    "sparse_linear": 12,
+    "sparse_linear_mma": 4,
     "device": 0,
 }
 DEFAULT_SHARED = 48 << 10  # what a block may use on any architecture; launches ask for no more (csrc/cuda/*.cu)
@@ -152,10 +153,24 @@ def test_row_selection_reads_its_row_once(compiled):
         assert not [line for line in code if line.startswith(("LDL", "STL"))], f"{kernel} on sm_{arch}: local memory"
 
 
+def test_products_with_packed_weights_use_tensor_cores_and_wide_loads(compiled):
+    """Four products per word and eight tokens; bits in loads of 8 bytes, x of 16, values by copies of 16."""
+    kernels = machine_code(compiled, "sparse_linear_mma")
+    assert len(kernels) == 4 * len(ARCHITECTURES)
+    for (arch, kernel), code in kernels.items():
+        where, tiles = f"{kernel} on sm_{arch}", 2 if "Li2E" in kernel else 1
+        assert sum(line.startswith("HMMA.16816.F32") for line in code) == 4 * tiles, where
+        assert sum(line.startswith("LDG.E.128") for line in code) == 2 * tiles, where
+        assert sum(line.startswith("LDG.E.64") for line in code) >= 4, where
+        assert [line for line in code if line.startswith("LDGSTS") and ".128" in line], where
+        assert not [line for line in code if line.startswith(("LDL", "STL", "BRA.DIV"))], where
+
+
 @pytest.mark.parametrize(
     "name, size",
     [
         ("obs_sweep", "SHARED_ANY"),
+        ("sparse_linear_mma", "SHARED"),
         ("select_mask", "sizeof(Scratch)"),
         ("cholesky", "2 * TILE * (TILE + 1) * sizeof(float)"),
         ("cholesky", "packed(SMALL, 0) * sizeof(float)"),

@@ -326,34 +326,33 @@ PRODUCTS = [
 ]
 
 
-@pytest.mark.parametrize("run", RUNS)
-def test_sparse_linear(simulate, run):
-    """Arrays end where they end: the sanitized run sees a value, a bit or an x too many."""
-    cases, weights = [], []
-    for seed, (rows, columns, tokens, dtype) in enumerate(PRODUCTS):
-        generator = torch.Generator().manual_seed(seed)
-        w = torch.randn(rows, columns, generator=generator)
-        w[torch.rand(rows, columns, generator=generator) < 0.3 + 0.1 * seed] = 0
-        if rows > 2:
-            w[1], w[2] = 0, 3
-        w = w.to(dtype)
-        packed = pack_bitmask(w)
-        x = strided(tokens, columns, columns + seed % 2, seed).to(dtype)
-        cases.append(
-            {
-                "rows": rows,
-                "columns": columns,
-                "tokens": tokens,
-                "dtype": DTYPES[dtype],
-                "x_stride": x.stride(0),
-                "mask": packed.mask,
-                "values": packed.values,
-                "offsets": packed.offsets,
-                "x": x,
-                "bias": torch.randn(rows, generator=generator).to(dtype) if seed % 3 else None,
-            }
-        )
-        weights.append(w)
+def product_case(rows, columns, tokens, dtype, sparsity: float, seed: int, gap: int = 0) -> tuple[dict, torch.Tensor]:
+    """A simulated product, and its weight with an empty and a full row; ``gap``: between the rows of x."""
+    generator = torch.Generator().manual_seed(seed)
+    w = torch.randn(rows, columns, generator=generator)
+    w[torch.rand(rows, columns, generator=generator) < sparsity] = 0
+    if rows > 2:
+        w[1], w[2] = 0, 3
+    w = w.to(dtype)
+    packed = pack_bitmask(w)
+    x = strided(tokens, columns, columns + gap, seed).to(dtype)
+    case = {
+        "rows": rows,
+        "columns": columns,
+        "tokens": tokens,
+        "dtype": DTYPES[dtype],
+        "x_stride": x.stride(0),
+        "mask": packed.mask,
+        "values": packed.values,
+        "offsets": packed.offsets,
+        "x": x,
+        "bias": torch.randn(rows, generator=generator).to(dtype) if seed % 3 else None,
+    }
+    return case, w
+
+
+def check_products(simulate, cases_and_weights, run: str) -> None:
+    cases, weights = zip(*cases_and_weights)
     for case, w, result in zip(cases, weights, simulate("sparse_linear", cases, run)):
         bits = torch.int32 if w.dtype == torch.float32 else torch.int16
         assert torch.equal(result("dense", w).view(bits), w.view(bits))
@@ -362,6 +361,46 @@ def test_sparse_linear(simulate, run):
         got = result("out", want.to(w.dtype))
         rounding = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}[w.dtype]
         assert (got.double() - want).norm() <= rounding * want.norm()
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_sparse_linear(simulate, run):
+    """Arrays end where they end: the sanitized run sees a value, a bit or an x too many."""
+    cases = [product_case(*size, 0.3 + 0.1 * seed, seed, gap=seed % 2) for seed, size in enumerate(PRODUCTS)]
+    check_products(simulate, cases, run)
+
+
+# rows, columns, tokens, type, sparsity: shares of words that are not equal, rings that wrap around, rows that are full
+TENSOR_PRODUCTS = [
+    (16, 1, 16, torch.bfloat16, 0.0),
+    (33, 2113, 9, torch.float16, 0.5),
+    (17, 5000, 8, torch.bfloat16, 0.02),
+    (3, 8192, 2, torch.float16, 0.5),
+    (40, 640, 16, torch.bfloat16, 0.7),
+    (5, 1531, 25, torch.float16, 0.95),
+    (16, 4096, 12, torch.bfloat16, 0.55),
+]
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_sparse_linear_on_tensor_cores(simulate, run):
+    cases = [product_case(*size, seed, gap=seed % 3) for seed, size in enumerate(TENSOR_PRODUCTS)]
+    check_products(simulate, cases, run)
+
+
+@pytest.mark.parametrize("run", ["order 1", "order 2"])
+def test_sparse_linear_of_any_number_of_tokens(simulate, run):
+    generator = torch.Generator().manual_seed(0)
+
+    def below(limit):
+        return int(torch.randint(1, limit, (), generator=generator))
+
+    dtypes = [torch.bfloat16, torch.float16]
+    cases = [
+        product_case(below(40), below(1400), tokens, dtypes[tokens % 2], below(20) / 20, tokens, gap=below(9))
+        for tokens in range(1, 20)
+    ]
+    check_products(simulate, cases, run)
 
 
 # batch, n, right-hand sides, damped
@@ -509,6 +548,23 @@ def test_a_copy_that_is_not_waited_for_is_caught(parts, tmp_path, old, new):
     reference.obs_sweep(expected, r.double(), nm=(2, 4))
     [folder] = execute(driver, "obs_sweep", tmp_path / "case", [case], 1)
     assert not torch.allclose(read(folder / "w", w).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ("wait_for_copies_but<2>();", "wait_for_copies_but<3>();"),
+        ("            wait_for_copies();\n        __syncwarp();\n", "            wait_for_copies();\n"),
+    ],
+    ids=["one group less", "others' copies"],
+)
+def test_a_ring_that_is_read_too_early_is_caught(parts, tmp_path, old, new):
+    driver = planted(tmp_path, parts[False], "sparse_linear_mma", old, new, False)
+    case, w = product_case(16, 6000, 8, torch.bfloat16, 0.5, seed=0)
+    want = case["x"].double() @ w.double().T
+    [folder] = execute(driver, "sparse_linear", tmp_path / "case", [case], 1)
+    got = read(folder / "out", want.bfloat16()).double()
+    assert not (got - want).norm() <= 2**-8 * want.norm()
 
 
 def test_threads_at_different_barriers_are_caught(parts, tmp_path):

@@ -14,6 +14,7 @@ import torch
 
 from pyprune import ops
 from pyprune.ops import reference
+from pyprune.ops.packed import pack_bitmask
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -246,6 +247,22 @@ def test_bad_data_is_reported_by_the_next_call(triton_backend):
     with pytest.raises(ValueError, match="NaN"):
         triton_backend.check()
     assert torch.equal(w.nan_to_num(7.0), before.nan_to_num(7.0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows, columns", [(1, 1), (63, 1000), (4096, 4096), (5, 11008)])
+def test_sparse_linear(rows, columns, dtype):
+    w, bias = rand(rows, columns), rand(rows, dtype=dtype, seed=2)
+    w[rand(rows, columns, seed=3) < 0] = 0
+    w[0] = 0 if rows > 1 else 2
+    w = w.to(dtype)
+    packed = pack_bitmask(w)
+    for tokens in (1, 2, 7, 16, 17, 300):
+        x = rand(columns, tokens, dtype=dtype, seed=4).T  # strided
+        for b in (None, bias):
+            want = x.double() @ w.double().T + (0 if b is None else b.double())
+            got = ops.sparse_linear(x, packed, b)
+            assert relative(got, want) < {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

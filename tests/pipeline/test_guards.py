@@ -8,6 +8,7 @@ import torch
 
 from pyprune import ops
 from pyprune.config import Evaluation
+from pyprune.masks.refit import damped, exact_refit
 from pyprune.masks.solvers import Factor, obs_prune
 from pyprune.ops import guards, native, reference
 from pyprune.pipeline.prune import prune
@@ -72,9 +73,36 @@ def spoiled_choice(monkeypatch):
     monkeypatch.setattr(native, "nm_mask_cpu", lambda w, n, m, **options: right(-1 / w, n, m, **options))
 
 
+def spoiled_cross(monkeypatch):
+    right = native.cross_gram_update_cpu
+
+    def cross_gram_update_cpu(cross, y, x, **options):
+        right(cross, y, x, **options)
+        cross[1, 2] += 0.1 * y[:, 1].float().norm() * x[:, 2].float().norm()
+
+    monkeypatch.setattr(native, "cross_gram_update_cpu", cross_gram_update_cpu)
+
+
+def spoiled_product(monkeypatch):
+    right = native.linear_cpu
+
+    def linear_cpu(x, w, bias=None):
+        out = right(x, w, bias)
+        out[..., 3] *= 1.02
+        return out
+
+    monkeypatch.setattr(native, "linear_cpu", linear_cpu)
+
+
 BROKEN = {
     "gram": (spoiled_gram, "gram_update", {}),
     "gram, dense inputs": (spoiled_gram, "gram_update", {"inputs": "dense"}),
+    "gram, sequential": (spoiled_gram, "gram_update", {"inputs": "sequential"}),
+    "cross": (spoiled_cross, "cross_gram_update", {"global_propagation": True}),
+    "cross, sequential": (spoiled_cross, "cross_gram_update", {"global_propagation": True, "inputs": "sequential"}),
+    "products": (spoiled_product, "linear", {}),
+    "products, dense inputs": (spoiled_product, "linear", {"inputs": "dense", "method": "wanda"}),
+    "moments, sequential": (spoiled_moments, "column_moments", {"method": "wanda", "inputs": "sequential"}),
     "moments": (spoiled_moments, "column_moments", {"method": "wanda"}),
     "sweep": (spoiled_sweep, "obs_sweep", {}),
     "zeros": (spoiled_zeros, "obs_sweep", {"pattern": "2:4"}),
@@ -89,7 +117,7 @@ BROKEN = {
 def test_a_broken_kernel_is_found_and_the_result_is_the_references(name, monkeypatch):
     spoil, op, fields = BROKEN[name]
     # the solve of a block is done again as a whole; a statistics pass only where the op at fault took part
-    pure = op not in ("gram_update", "column_moments")
+    pure = op not in ("gram_update", "column_moments", "cross_gram_update", "linear")
     others = "reference" if pure else f"auto,{op}=reference"
     want = run(backend=others, **fields)
     with monkeypatch.context() as broken:
@@ -120,6 +148,8 @@ def test_a_broken_kernel_is_found_and_the_result_is_the_references(name, monkeyp
         {"method": "wanda", "pattern": "4:8", "reconstruct": "refit"},
         {"inputs": "dense", "compute_dtype": "bfloat16"},
         {"global_propagation": True},
+        {"global_propagation": True, "inputs": "sequential", "compute_dtype": "bfloat16"},
+        {"reconstruct": "refit"},
         {"sparsity": 0.999},
         {"sparsity": 0.0},
     ],
@@ -127,16 +157,6 @@ def test_a_broken_kernel_is_found_and_the_result_is_the_references(name, monkeyp
 )
 def test_right_kernels_pass_their_guards(fields):
     assert not [text for text in run(**fields).report["warnings"] if "wrong result" in text]
-
-
-def spoiled_cross(monkeypatch):
-    right = native.cross_gram_update_cpu
-
-    def cross_gram_update_cpu(cross, y, x, **options):
-        right(cross, y, x, **options)
-        cross[1, 2] += 0.1 * y[:, 1].float().norm() * x[:, 2].float().norm()
-
-    monkeypatch.setattr(native, "cross_gram_update_cpu", cross_gram_update_cpu)
 
 
 def spoiled_sums(monkeypatch):
@@ -301,6 +321,44 @@ def test_guards_of_statistics_stay_far_from_what_is_right_and_see_what_is_wrong(
     assert not guards.gram(gram, x, count), "what is not finite is the data's fault"
     exact = ops.column_moments(x[4:])
     assert not guards.moments(x[4:], *exact) and guards.moments(x[5:], *exact)
+
+
+@needs_native
+def test_products_of_the_solve_have_a_guard_of_their_own(monkeypatch):
+    """Forward passes by torch: only the errors' products, and a refit's, are the package's own."""
+    right = ops.taken
+    monkeypatch.setattr(ops, "taken", lambda key, device: "torch" if "forward" in key else right(key, device))
+    want = run(backend="auto,linear=reference")
+    with monkeypatch.context() as broken:
+        spoiled_product(broken)
+        broken.setattr(ops, "_chosen", {})
+        broken.setattr(ops, "_settled", {})
+        found = run()
+    [warning] = [text for text in found.report["warnings"] if "wrong result" in text]
+    assert warning.startswith("linear by the cpu back-end gave a wrong result in block 0")
+    for row, right_row in zip(found.report["weights"], want.report["weights"]):
+        assert row["error"] == pytest.approx(right_row["error"], rel=1e-4)
+
+
+def test_the_guards_of_products_and_of_a_refit_see_what_is_wrong():
+    x, w, bias = loud(50, 96), loud(30, 96, seed=1), torch.randn(30)
+    out = ops.linear(x, w, bias)
+    assert not guards.product(out, x, w, bias)
+    assert guards.product(out, x, w) and guards.product(out.clone().index_fill_(1, torch.tensor([7]), 0), x, w, bias)
+    assert guards.product(torch.full_like(out, torch.nan), x, w, bias)
+    assert not guards.product(out, torch.full_like(x, torch.inf), w, bias), "the data's fault"
+
+    x = loud(900, 200)
+    h = damped(x.T @ x, len(x), 0.01)
+    dense = torch.randn(12, 200, generator=torch.Generator().manual_seed(3))
+    mask = reference.nm_mask(dense, 2, 4)
+    assert not exact_refit(dense, mask, h, dense * mask).wrong["linear"]
+    tilted = h.clone()
+    tilted[:, 100] *= 1.05  # the products of the search are of another matrix than the guard's
+    products = iter([h, *[tilted] * 1000])
+    with pytest.MonkeyPatch.context() as broken:
+        broken.setattr(ops, "linear", lambda a, b: a @ next(products))
+        assert exact_refit(dense, mask, h, dense * mask).wrong["linear"]
 
 
 @pytest.mark.parametrize("damping", [1e-2, 1e-4])

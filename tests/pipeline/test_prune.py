@@ -216,3 +216,21 @@ def test_config_object_mapping_and_fields_mean_the_same():
     by_object = prune(tiny.model("llama"), config, calibration=ids, progress=False)
     by_fields = run(tiny.model("llama"), ids=ids, method="wanda", sparsity=0.25)
     assert all(torch.equal(a, b) for a, b in zip(state(by_object).values(), state(by_fields).values()))
+
+
+def test_a_run_on_a_live_model_is_repeated_on_the_same_weights_or_says_so(tmp_path):
+    def again(model, output=None):
+        return prune(
+            model, config=tmp_path / "run" / "run.yaml", calibration=tiny.ids(12, 24), output=output, progress=False
+        )
+
+    def warned(result):
+        return any("are not those of the run that is repeated" in text for text in result.report["warnings"])
+
+    first = run(tiny.model("llama"), output=tmp_path / "run")
+    same, other = again(tiny.model("llama")), again(tiny.model("llama", seed=1))
+    assert all(torch.equal(a, b) for a, b in zip(state(first).values(), state(same).values()))
+    assert (warned(first), warned(same), warned(other)) == (False, False, True)
+    tiny.model("llama").save_pretrained(tmp_path / "named")
+    named = again(str(tmp_path / "named"), tmp_path / "again")
+    assert named.config.weights is None and "weights" not in named.report["model"], "a name is enough"

@@ -269,7 +269,9 @@ def test_texts_in_memory_are_described_and_refused_until_they_have_a_name(pruned
     folder = whole("masked", "BR")[0]
     text = (folder / "refine.yaml").read_text()
     assert text.startswith("# The refinement took texts from memory") and "<Tensor in memory, sha256" in text
-    assert "`refine.yaml` repeats it once the texts" in (folder / "README.md").read_text()
+    assert (
+        "`refine.yaml` repeats it once what was given in memory has a name there" in (folder / "README.md").read_text()
+    )
     with pytest.raises(ConfigError, match="was in memory when this configuration was written"):
         refine_checkpoint(output=tmp_path / "o", config=folder / "refine.yaml", progress=False)
     refined(pruned, tmp_path / "again", config=folder / "refine.yaml")

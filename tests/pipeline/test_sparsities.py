@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -105,7 +106,7 @@ def test_a_pattern_comes_before_a_kind_and_a_kind_before_the_rest_and_the_first_
     [
         ({"*.dwn_proj": 0.5}, "names no weight that this run prunes; did you mean '*.down_proj'"),
         ({"mpl": 0.5}, "did you mean 'mlp'"),
-        ({"layers.7": 0.5, "*": 0.2}, "layers.7=0.5 names no weight"),
+        ({"layers.7": 0.5, "*": 0.2}, "layers.7=0.5 names no weight that this run prunes; did you mean 'layers.2'"),
         ({"layers.1": 0.5, "layers.1.mlp": 0.2}, "layers.1 before it name all that it names; put it first"),
         ({"*.mlp.*": 0.5, "mlp": 0.2}, "decides nothing: other keys name all of the mlp"),
         ({"mlp": 1.5}, r"sparsity of mlp must be in \[0, 1\)"),
@@ -175,10 +176,7 @@ def test_a_structured_key_that_could_remove_nothing_is_refused():
 
 def folder_of(tmp_path):
     checkpoint.save_model(tiny.model("llama"), tmp_path / "dense")
-    torch.save(tiny.ids(8, 24), tmp_path / "ids.pt")
-    import numpy
-
-    numpy.save(tmp_path / "ids.npy", tiny.ids(8, 24).numpy())
+    np.save(tmp_path / "ids.npy", tiny.ids(8, 24).numpy())
     return tmp_path / "dense", tmp_path / "ids.npy"
 
 
@@ -202,6 +200,22 @@ def test_command_line_yaml_plan_and_card_say_the_same(tmp_path, capsys):
     assert again.config.sparsity == MIXED
     first, second = (pyprune.load(tmp_path / name).model for name in ("one", "two"))
     assert same(first, second) and same(first, run(tiny.model("llama"), sparsity=MIXED).model)
+
+
+def test_streamed_weights_give_the_same_bytes(tmp_path):
+    dense, ids = folder_of(tmp_path)
+    for stream in ("always", "never"):
+        pyprune.prune(
+            str(dense),
+            calibration=str(ids),
+            evaluation=False,
+            progress=False,
+            sparsity=MIXED,
+            stream=stream,
+            output=tmp_path / stream,
+        )
+    streamed, whole = (pyprune.load(tmp_path / stream).model for stream in ("always", "never"))
+    assert same(streamed, whole) and not same(whole, tiny.model("llama"))
 
 
 def test_resume_goes_on_with_the_same_mapping_only(tmp_path, monkeypatch):

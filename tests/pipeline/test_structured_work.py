@@ -118,7 +118,7 @@ def test_what_looks_at_the_whole_model_says_so(tmp_path):
     path = source(tmp_path / "dense")
     with pytest.raises(ConfigError, match="cannot be streamed: criterion 'fisher' differentiates the whole model"):
         run(path, tmp_path / "out", stream="always", criterion="fisher")
-    with pytest.raises(ConfigError, match="cannot be streamed: several sparsities make several models"):
+    with pytest.raises(ConfigError, match="cannot be streamed: several sparsities of heads and neurons make several"):
         run(path, tmp_path / "out", stream="always", sparsity=[0.25, 0.5], inputs="dense")
 
 

@@ -96,11 +96,28 @@ def test_command_prints_and_stops(tmp_path, folder, capsys):
         assert text in out
 
 
+def test_the_evaluation_of_a_whole_text_is_in_the_estimate(tmp_path, folder):
+    tiny.tokenizer().save_pretrained(folder)
+    (tmp_path / "book.txt").write_text("a word and " * 60_000)  # one token a character, more than are tokenised
+    fields = dict(text=str(tmp_path / "book.txt"), off_domain="none", window=100, num_samples=2, seq_len=16)
+    whole = pyprune.plan(folder, max_windows=None, calibration=str(tmp_path / "book.txt"), **fields)
+    assert whole["evaluation"] == {"windows": 6600, "tokens": 660_000}
+    few = pyprune.plan(folder, max_windows=66, calibration=str(tmp_path / "book.txt"), **fields)
+    assert whole["flops"]["evaluation"] == 100 * few["flops"]["evaluation"]
+    assert whole["seconds"]["evaluation"] > 10 * few["seconds"]["evaluation"]
+    fields |= dict(text=tiny.ids(3, 250), calibration=tiny.ids(8, 16), max_windows=None)
+    assert pyprune.plan(folder, **fields)["evaluation"]["windows"] == 6, "two from each row"
+
+
+def test_sampling_is_in_the_estimate(folder):
+    few, many = (pyprune.plan(folder, self_generated=n, self_generated_for="all") for n in (32, 320))
+    assert many["seconds"]["sampling"] > 2 * few["seconds"]["sampling"] > 0
+    assert "sampling" not in pyprune.plan(folder)["seconds"]
+
+
 def test_what_does_not_fit_is_said(folder, capsys):
-    found = pyprune.plan({"model": str(folder), "evaluation": {"max_windows": None}})
+    found = pyprune.plan({"model": str(folder)})
     found["free_bytes"]["memory"], found["disk_bytes"]["free"] = 1000, 1000
-    lines = dict(rendering.plan_rows(found))
-    assert lines[""] == "not counted: measuring perplexity, as max_windows does not say on how much text"
     warnings = [text for label, text in rendering.plan_rows(found) if label == "warning"]
     assert warnings == ["more host memory is needed than is free", "more disk is needed than is free"]
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import tiny
-from pages import Page, at, check_accessible, check_figures, drawn, needs_chromium
+from pages import Page, check_accessible, check_figures, drawn, needs_chromium
 
 import pyprune
 from pyprune.reporting.run_page import MAX_WEIGHTS, run_page
@@ -115,14 +115,6 @@ def test_what_other_reports_hold_is_shown_and_what_they_lack_is_not(folders):
     refined = {**report, "refinement": refinement}
     page = Page(run_page(refined, "m"))
     assert "refinement.windows.0.after_held_out" in check_figures(page, refined) and "w!" in page.text
-    curve = [
-        {"sparsity": s, "parameters": 7, "evaluation": [{"text": "t", "pruned": 10 * s, "dense": 1.0}]}
-        for s in (0.5, 0.1)
-    ]
-    several = {**report, "structured": {"inputs": "dense", "curve": curve}}
-    found = Page(run_page(several, "m"))
-    places = [path for path, _, _ in found.figures if path.startswith("structured.curve") and path.endswith("sparsity")]
-    assert [at(several, path) for path in places] == [0.1, 0.5], "in ascending order, as charts need it"
     bare = {**report, "evaluation": [], "blocks": [], "weights": []}
     assert "Before and after" not in Page(run_page(bare, "m")).text
 

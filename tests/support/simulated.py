@@ -24,6 +24,7 @@ KERNELS = (
     "cholesky",
     "cholesky_solve",
     "sparse_linear",
+    "sparse_linear_mma",
     "device",
 )
 FLAGS = ["-std=c++17", "-O1", "-Wall", "-fPIC", "-DPYPRUNE_SIM"]

@@ -25,6 +25,7 @@ FIELDS = {
     "moe": dict(method="wanda"),
     "dense": dict(inputs="dense"),
     "sequential": dict(inputs="sequential"),
+    "several": dict(sparsity=[0.3, 0.5]),
     "sequential_moe": dict(method="wanda", inputs="sequential"),
     "refit": dict(reconstruct="refit", pattern="2:4"),
     "block": dict(

@@ -109,7 +109,9 @@ def test_a_score_may_fall_by_max_drop_and_no_more():
     (figure,) = check._compared(before, after, 1.1, 0.02)
     assert not figure["passed"] and figure["value"] == pytest.approx(0.025)
     assert check._compared(before, after, 1.1, 0.03)[0]["passed"]
-    assert check._compared(after, before, 1.1, 0.0)[0]["passed"], "a score that rises is never too low"
+    (figure,) = check._compared(after, before, 1.1, 0.0)
+    assert figure["passed"], "a score that rises is never too low"
+    assert "rose by 0.025, limit 0" in check.sentence(figure)
 
 
 def report(error: float, held_out: float, **more) -> str:
@@ -140,7 +142,9 @@ def test_overfitting_within_a_run_is_flagged(tmp_path):
     (tmp_path / "report.json").write_text(report(0.1, 0.4, steps=steps))
     (figure,) = check._overfitting(tmp_path, tmp_path / "none")
     assert not figure["passed"] and "within the run" in figure["what"] and figure["value"] == pytest.approx(1 / 3)
-    assert "rose by 33.3%, limit 1%" in check.sentence(figure)
+    assert "rose by 33.3%, limit 1% where the calibration error falls" in check.sentence(figure)
+    assert "rose by 33.3%, as calibration did" in check.sentence({**figure, "passed": True})
+    assert "fell by 20.0%, limit 1%" in check.sentence({**figure, "passed": True, "value": -0.2})
 
 
 @pytest.mark.parametrize("limits", [{"max_perplexity_ratio": 0}, {"max_drop": -0.1}])
