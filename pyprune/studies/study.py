@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from pyprune.config import Calibration, ConfigError, PruneConfig, from_dict
+from pyprune.config import Calibration, ConfigError, PruneConfig, from_dict, member_name
 from pyprune.data.calibration import settled
 from pyprune.execution.progress import Doing, announce
 from pyprune.execution.weight_streaming import Opened, whole
@@ -255,7 +255,7 @@ class Worker:
         else:
             several = result.singles()
             for single in several or [result]:
-                folder = staging / f"sparsity-{single.config.sparsity:g}" if several else staging
+                folder = staging / member_name(single.config.one_sparsity) if several else staging
                 folder.mkdir(parents=True)
                 write_records(folder, plain(single.report), single.config, folder.name if several else staging.name)
 
