@@ -649,7 +649,7 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     wants_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w, bias))
     if wants_gradient and not _forced.get():
         return TABLE["reference"].load("linear")(x, w, bias)
-    return _implementation(classes.product(x, w), x.device)(x, w, bias)
+    return _implementation(classes.product(x, w.numel()), x.device)(x, w, bias)
 
 
 def sparse_linear(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
@@ -682,7 +682,11 @@ def sparse_linear(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tens
     )
     if wants_gradient and not _forced.get():
         return TABLE["reference"].load("sparse_linear")(x, packed, bias)
-    return _implementation(classes.sparse_product(x, packed), x.device)(x, packed, bias)
+    key = classes.sparse_product(x, packed)
+    implementation = _implementation(key, x.device)
+    if key.startswith("sparse_linear/tokens") and taken(key, x.device.type) == "cpu":  # by parts, and dense products
+        return implementation(x, packed, bias, own_product=taken(classes.product(x, 0), "cpu") == "cpu")
+    return implementation(x, packed, bias)
 
 
 NORM_FORMS = ("narrow", "wide", "offset")

@@ -70,10 +70,10 @@ def systems(op: str, a: Tensor) -> str:
     return f"{op}/medium" if n <= MEDIUM_SYSTEM and batch >= MANY_SYSTEMS else f"{op}/large"
 
 
-def product(x: Tensor, w: Tensor) -> str:
+def product(x: Tensor, weights: int) -> str:
     if math.prod(x.shape[:-1]) < FEW_ROWS:
         return "linear/few-rows"
-    return "linear/rows-wide" if w.numel() >= WIDE_WEIGHT else "linear/rows"
+    return "linear/rows-wide" if weights >= WIDE_WEIGHT else "linear/rows"
 
 
 def sparse_product(x: Tensor, packed: Packed) -> str:

@@ -384,12 +384,13 @@ def _view(packed: Packed) -> tuple:
     )
 
 
-def sparse_linear_cpu(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
+def sparse_linear_cpu(x: Tensor, packed: Packed, bias: Tensor | None = None, *, own_product: bool = True) -> Tensor:
+    """own_product: whether ``linear_cpu`` multiplies many float32 tokens, or torch."""
     outputs, inputs = packed.shape
     tokens = math.prod(x.shape[:-1])
     flat = x.reshape(tokens, inputs)
     if tokens > FEW_TOKENS:
-        return _product_by_parts(flat, packed, bias).view(*x.shape[:-1], outputs)
+        return _product_by_parts(flat, packed, bias, own_product).view(*x.shape[:-1], outputs)
     flat, bias = _unit(flat), _dense(bias)
     out = torch.empty((*x.shape[:-1], outputs), dtype=x.dtype)
     _C.sparse_linear_cpu(
@@ -405,7 +406,7 @@ def sparse_linear_cpu(x: Tensor, packed: Packed, bias: Tensor | None = None) -> 
 
 
 @torch.no_grad()
-def _product_by_parts(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+def _product_by_parts(x: Tensor, packed: Packed, bias: Tensor | None, own_product: bool) -> Tensor:
     """Some rows of the weight at a time, expanded into one small matrix that a dense product takes."""
     outputs, inputs = packed.shape
     step, threads = max(64, EXPANDED // max(1, inputs)), torch.get_num_threads()
@@ -415,7 +416,7 @@ def _product_by_parts(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
         count = min(step, outputs - first)
         part, target = None if bias is None else bias[first : first + count], out[:, first : first + count]
         _C.expand_bitmask_cpu(*_view(packed), first, count, dense.data_ptr(), threads)
-        if x.dtype == torch.float32:
+        if own_product and x.dtype == torch.float32:
             _C.linear_cpu(
                 x.data_ptr(),
                 x.stride(0),

@@ -5,12 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+import types
 
 import pytest
 import torch
 
 from pyprune import ops
-from pyprune.ops import native, reference
+from pyprune.ops import classes, native, reference
 from pyprune.ops.packed import pack_bitmask
 
 HAS_CPU = native.unusable("cpu") is None
@@ -221,3 +222,19 @@ def test_attention_is_torchs_and_keeps_gradients(backend):
     torch.testing.assert_close(ops.attention(q, k, v, causal=True), want, rtol=1e-5, atol=1e-5)
     with ops.backend("auto"):
         assert ops.attention(q.requires_grad_(), k, v, causal=True).requires_grad
+
+
+@pytest.mark.skipif(not HAS_CPU, reason="no native module")
+@pytest.mark.parametrize("tokens, key", [(20, "linear/few-rows"), (60, "linear/rows")])
+def test_many_tokens_of_a_packed_weight_follow_the_verdict_on_dense_products(monkeypatch, tokens, key):
+    products = []
+    own = native._C.linear_cpu
+    monkeypatch.setattr(native, "_C", types.SimpleNamespace(**vars(native._C)))
+    monkeypatch.setattr(native._C, "linear_cpu", lambda *arguments: products.append(key) or own(*arguments))
+    w, x = torch.randn(70, 40), torch.randn(tokens, 40)
+    usual = dict.fromkeys(classes.KEYS, "cpu")
+    for name, count in (("cpu", 1), ("reference", 0)):
+        products.clear()
+        with ops.pinned({"cpu": {**usual, key: name}}):
+            torch.testing.assert_close(ops.sparse_linear(x, pack_bitmask(w)), x @ w.T, rtol=1e-5, atol=1e-4)
+        assert len(products) == count
