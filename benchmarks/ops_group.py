@@ -52,6 +52,12 @@ FULL: dict[str, dict[str, list[tuple]]] = {
         "sparse_linear/one-token": [(1, 4096, 4096, BRAIN), (1, 4096, 4096)],
         "sparse_linear/few-tokens": [(4, 4096, 4096, BRAIN), (16, 4096, 4096, BRAIN)],
         "sparse_linear/tokens": [(512, 4096, 4096, BRAIN)],
+        "rms_norm/float32": [(4096, 576)],
+        "rms_norm/16-bit": [(4096, 576, BRAIN), (4096, 4096, BRAIN)],
+        "rotary/float32": [(8, 9, 512, 64)],
+        "rotary/16-bit": [(8, 9, 512, 64, BRAIN)],
+        "swiglu/float32": [(4096, 1536)],
+        "swiglu/16-bit": [(4096, 1536, BRAIN)],
         "attention/float32": [(4, 9, 3, 512, 64, torch.float32), (1, 32, 8, 2048, 128, torch.float32)],
         "attention/16-bit": [(4, 9, 3, 512, 64, BRAIN), (1, 32, 8, 2048, 128, BRAIN)],
     },
@@ -82,6 +88,9 @@ FULL: dict[str, dict[str, list[tuple]]] = {
         "cholesky_solve/medium": [(64, 256, 256), (16, 512, 512)],
         "cholesky_solve/large": [(8, 1024, 1024), (2, 2048, 2048), (1, 5504, 4096)],
         "liar_update": [(768, 3072, 2151), (4096, 11008, 7706)],
+        "rms_norm/16-bit": [(16384, 768, BRAIN), (16384, 4096, BRAIN), (524288, 128, BRAIN)],
+        "rotary/16-bit": [(8, 32, 2048, 128, BRAIN), (8, 8, 2048, 128, BRAIN)],
+        "swiglu/16-bit": [(16384, 11008, BRAIN)],
     },
 }
 """The sizes of the preset ``full``, of SmolLM2 and a little more on a CPU, of LLaMA-2-7B and 70B on a GPU; where an op
@@ -144,6 +153,9 @@ WORK: dict[str, Callable[..., tuple[float, float]]] = {
     "liar_update": lambda r, c, k: (2 * r * k * (c - k), 4 * (r * c + k * (c - k) + r * k)),
     "linear": lambda rows, out, into: (2 * rows * out * into, 4 * (rows * into + out * into + rows * out)),
     "sparse_linear": sparse_work,
+    "rms_norm": lambda rows, c, dtype=torch.float32, form="": (4 * rows * c, 2 * rows * c * dtype.itemsize),
+    "rotary": lambda b, h, t, d, dtype=torch.float32: (3 * b * h * t * d, 2 * (h + 1) * b * t * d * dtype.itemsize),
+    "swiglu": lambda rows, c, dtype=torch.float32: (5 * rows * c, 3 * rows * c * dtype.itemsize),
     "attention": attention_work,
 }
 """Op → floating-point operations and bytes of a case, from the size that its trial takes."""

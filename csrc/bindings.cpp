@@ -98,6 +98,24 @@ static void bind_cpu(py::module_& m) {
         const PackedView w{at<uint8_t>(mask), width, at<void>(values), at<int64_t>(offsets), rows, columns, type};
         kernels().expand_bitmask(w, first, count, at<void>(out), threads);
     }, nogil);
+    m.def("rms_norm_cpu", [](Address x, int64_t stride, int64_t rows, int64_t columns, int type, Address weight,
+                             float eps, int form, Address out, int threads) {
+        kernels().rms_norm(at<void>(x), stride, rows, columns, type, at<void>(weight), eps, form, at<void>(out),
+                           threads);
+    }, nogil);
+    m.def("swiglu_cpu", [](Address gate, Address up, Address out, int64_t count, int type, int threads) {
+        kernels().swiglu(at<void>(gate), at<void>(up), at<void>(out), count, type, threads);
+    }, nogil);
+    m.def("rotary_cpu", [](Address x, const std::array<int64_t, 4>& shape, const std::array<int64_t, 3>& strides,
+                           Address out, const std::array<int64_t, 3>& out_strides, Address cos,
+                           const std::array<int64_t, 2>& cos_strides, Address sin,
+                           const std::array<int64_t, 2>& sin_strides, int type, int threads) {
+        const auto view = [&](Address data, const std::array<int64_t, 3>& s) {
+            return pyprune::HeadsView{at<void>(data), shape[0], shape[1], shape[2], shape[3], {s[0], s[1], s[2]}};
+        };
+        kernels().rotary(view(x, strides), view(out, out_strides), at<void>(cos), at<void>(sin), cos_strides.data(),
+                         sin_strides.data(), type, threads);
+    }, nogil);
     typedef std::array<std::int64_t, 3> Strides;  // of batch, heads and tokens
     m.def("attention_cpu", [](Address q, Strides q_stride, Address k, Strides k_stride, Address v, Strides v_stride,
                               Address mask, Strides mask_stride, int mask_kind, Address out, Strides out_stride,

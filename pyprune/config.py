@@ -54,6 +54,9 @@ OPS = (
     "liar_update",
     "linear",
     "sparse_linear",
+    "rms_norm",
+    "rotary",
+    "swiglu",
     "attention",
 )
 """The functions of :mod:`pyprune.ops`."""

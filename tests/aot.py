@@ -122,6 +122,14 @@ def cases() -> list[Case]:
         [config(4, BC=moments.BC_MERGE)],
     )
 
+    between = module("between")
+    norms = [between.norm_config(columns) for columns in (64, 576, 4096, 8192, between.WIDEST)]
+    case("rms norm", between.rms_norm_kernel, "x:bf16 weight:bf16 out:bf16", norms, FORM=0)
+    case("rms norm offset", between.rms_norm_kernel, "x:bf16 weight:bf16 out:bf16", norms[2:3], FORM=2)
+    heads = "x:bf16 cos:bf16 sin:bf16 out:bf16"
+    case("rotary", between.rotary_kernel, heads, [between.ROTARY], BH=64)
+    case("swiglu", between.swiglu_kernel, "gate:bf16 up:bf16 out:bf16", [between.GATE])
+
     sparse, packed = module("sparse"), "mask:u8 values:{0} offsets:i64"
     for kind in ("bf16", "fp32"):
         pointers = f"x:{kind} {packed.format(kind)} bias:{kind} out:{kind}"
@@ -258,6 +266,8 @@ def compile_one(case: Case, cfg, arch: int, opcodes: bool = False) -> dict:
     def type_of(name: str) -> str:
         if name in constants:
             return "constexpr"
+        if name == "eps":
+            return "fp32"
         given = case.pointers.get(name, "")
         return given.format(**constants) if given.startswith("tensordesc") else f"*{given}" if given else "i32"
 
@@ -268,7 +278,23 @@ def compile_one(case: Case, cfg, arch: int, opcodes: bool = False) -> dict:
         for i, n in enumerate(names)
         if types[n] != "constexpr"
         and not types[n].startswith("tensordesc")
-        and n not in ("tokens", "rows", "k", "n_drop", "splits", "i_k", "b", "d", "r", "units", "walked", "squares")
+        and n
+        not in (
+            "tokens",
+            "rows",
+            "k",
+            "n_drop",
+            "splits",
+            "i_k",
+            "b",
+            "d",
+            "r",
+            "units",
+            "walked",
+            "squares",
+            "heads",
+            "eps",
+        )
     }
     source = ASTSource(case.kernel, types, constexprs=constants, attrs=attributes)
     kernel = triton.compile(

@@ -10,6 +10,7 @@ if __name__ == "triton_kernels":
     # vLLM and SGLang import a top-level `triton_kernels` that is the Triton project's own: ours must not shadow it.
     raise ImportError("import pyprune.triton_kernels: the top-level name triton_kernels belongs to another project")
 
+from pyprune.triton_kernels.between import rms_norm, rotary, swiglu
 from pyprune.triton_kernels.cholesky import cholesky, cholesky_solve
 from pyprune.triton_kernels.compress import compress_24, expand_24, nm_compress_24
 from pyprune.triton_kernels.gram import cross_gram_update, gram_update
@@ -35,7 +36,10 @@ __all__ = [
     "nm_compress_24",
     "nm_mask",
     "obs_sweep",
+    "rms_norm",
+    "rotary",
     "select_mask",
     "sparse_linear",
+    "swiglu",
     "trailing_update",
 ]

@@ -24,6 +24,12 @@ struct PackedView {  // a weight [rows, columns] as pyprune/ops/packed.py lays i
     int type;
 };
 
+struct HeadsView {  // [batch, heads, tokens, d]
+    void* data;
+    int64_t batch, heads, tokens, d;
+    int64_t strides[3];
+};
+
 enum MaskKind { MASK_NONE = 0, MASK_BOOL = 1, MASK_FLOAT = 2 };
 
 struct AttentionView {  // q [batch, heads, queries, width], k [batch, key_heads, keys, width], v […, value_width]
@@ -74,6 +80,13 @@ struct Kernels {
     // out [count, columns] = rows first … of w
     void (*expand_bitmask)(const PackedView& w, int64_t first, int64_t count, void* out, int threads);
     void (*attention)(const AttentionView& view, int threads);
+    // out [rows, columns] = x / sqrt(mean x² + eps) times weight; form is NormForm of between.h
+    void (*rms_norm)(const void* x, int64_t stride, int64_t rows, int64_t columns, int type, const void* weight,
+                     float eps, int form, void* out, int threads);
+    void (*swiglu)(const void* gate, const void* up, void* out, int64_t count, int type, int threads);
+    // cos and sin [batch, tokens, d] with two strides each, d even
+    void (*rotary)(const HeadsView& x, const HeadsView& out, const void* cos, const void* sin,
+                   const int64_t* cos_strides, const int64_t* sin_strides, int type, int threads);
     double (*tile_flops)(bool pairs, int64_t repeats, int threads);  // for benchmarks: peak.h
 };
 

@@ -41,7 +41,7 @@ typedef float vf_any __attribute__((vector_size(4 * VL), aligned(4), may_alias))
 
 inline vf load(const float* p) { return *reinterpret_cast<const vf_any*>(p); }
 inline void store(float* p, vf v) { *reinterpret_cast<vf_any*>(p) = v; }
-inline vf splat(float x) { return vf{} + x; }
+inline vf splat(float x) { return x - vf{}; }  // a broadcast alone: x + 0 would be an addition, for −0 + 0 is not −0
 
 inline uint16_t round_bf16(float x) {  // nearest even, NaN stays NaN
     const uint32_t bits = float_bits(x);

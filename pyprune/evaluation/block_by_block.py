@@ -112,7 +112,8 @@ class Blockwise:
         executor = Executor(
             view, device=self.device, compute_dtype=dtype, batch_size=batch_size, weights=weights, store=self.store
         )
-        executor.mode = contextlib.nullcontext  # torch's own products, as in the evaluation of a model in memory
+        # torch's own products and the model's own code, as in the evaluation of a model in memory
+        executor.mode, executor.between = contextlib.nullcontext, None
         last = len(view.blocks) - 1
         told = progress or (lambda done, whole: None)
         with rest_in(view, dtype):

@@ -15,6 +15,7 @@
 ``error_probes``       sequences carried through dense and pruned blocks to measure the error between them
 ``heap``               memory that passes free stays for the next batch: ``kept_warm``
 ``cpu_forward``        products and attention of blocks on a CPU
+``between``            norms, rotary embeddings and gated layers of blocks through ``ops``, recognised by what they do
 ``device``             names of devices and types turned into devices and types
 
 From outside: all of them, by module.

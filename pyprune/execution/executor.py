@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from pyprune.config import ConfigError
 from pyprune.devices import indexed
 from pyprune.execution.activation_store import Store, transfers
+from pyprune.execution.between import Between
 from pyprune.execution.cpu_forward import forward_mode
 from pyprune.execution.distributed import World
 from pyprune.execution.residency import Arrivals
@@ -210,6 +211,8 @@ class Executor:
         if self.device.type == "cpu":
             self.mode = lambda: forward_mode(self.dtype, self.products)
         """Makes the context that forward passes run in."""
+        self.between: Between | None = Between()
+        """Recognises what runs through ops in a block; None leaves all to the block's own code."""
         self.products: list[Tensor] | None = None
         """While it is a list, it takes the guards of the products that forward passes compute by ``ops.linear``."""
         self._arguments: dict[tuple[int, int], list[Arguments]] = {}
@@ -305,7 +308,8 @@ class Executor:
         if ahead is not None and ahead < len(self.view.blocks):
             self._send(ahead)
         try:
-            with expert_loop(self.view.model.config):
+            faster = self.between.through_ops(module) if self.between else contextlib.nullcontext()
+            with expert_loop(self.view.model.config), faster:
                 yield module
         finally:
             if module is not block:  # whoever still holds the copy must not hold its memory

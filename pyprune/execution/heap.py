@@ -1,7 +1,9 @@
 """Memory that a forward pass frees stays with the process for the next one.
 
 glibc gives large blocks back to the system as soon as they are free, and the system zeroes their pages when the next
-batch asks for them again: 5 to 14 % of the CPU time of a float32 pass, 16 to 28 % of a bfloat16 one.
+batch asks for them again: 5 to 14 % of the CPU time of a float32 pass, 16 to 28 % of a bfloat16 one. It also gives
+each thread a heap of its own, so that passes that stand still in threads (:mod:`pyprune.execution.relay`) would each
+fault in memory of its own beside what another has just freed.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import ctypes
 import os
 from collections.abc import Iterator
 
-MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1
+MMAP_THRESHOLD, TRIM_THRESHOLD, ARENA_MAX = -3, -1, -8
 """Parameters of glibc's ``mallopt``."""
 LARGEST = 32 * 2**20
 """The largest threshold that glibc takes; what is larger is mapped by itself, and unmapped when it is freed."""
@@ -21,12 +23,17 @@ KEPT = 256 * 2**20
 
 @contextlib.contextmanager
 def kept_warm() -> Iterator[None]:
-    """Keep up to ``KEPT`` freed bytes for the duration. Does nothing without glibc, or where the environment sets its
-    allocator (``MALLOC_…``, ``GLIBC_TUNABLES``)."""
+    """Keep up to ``KEPT`` freed bytes for the duration, for all threads that begin in it. Does nothing without glibc,
+    or where the environment sets its allocator (``MALLOC_…``, ``GLIBC_TUNABLES``).
+
+    glibc takes the number of heaps once: threads that begin afterwards share the one, too, and wait for each other
+    where they ask for more than a kilobyte at the same moment.
+    """
     libc = None if _chosen() else _glibc()
     if libc is None or not (libc.mallopt(MMAP_THRESHOLD, LARGEST) and libc.mallopt(TRIM_THRESHOLD, KEPT)):
         yield
         return
+    libc.mallopt(ARENA_MAX, 1)
     try:
         yield
     finally:

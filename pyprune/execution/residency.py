@@ -7,7 +7,7 @@ is at work: by a thread, through pinned memory, on a stream of its own.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
@@ -43,6 +43,31 @@ def resident(model: nn.Module, device: torch.device, copies: int = 1) -> Iterato
     finally:
         model.to("cpu")
         torch.cuda.empty_cache()
+
+
+ALIGNED = 128
+"""Numbers after which a tensor may begin, in one copy of several."""
+
+
+def sent(tensors: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Copies on a GPU of those tensors that are in host memory, by one copy per type, which the host does not wait for;
+    floating ones in ``dtype``. Empty where the device is no GPU."""
+    found: dict[str, Tensor] = {}
+    here = {name: t.detach() for name, t in tensors.items() if device.type == "cuda" and not t.is_cuda}
+    for kind in dict.fromkeys(t.dtype for t in here.values()):
+        places, size = {}, 0
+        for name, tensor in here.items():
+            if tensor.dtype == kind:
+                places[name] = slice(size, size + tensor.numel())
+                size += -(-tensor.numel() // ALIGNED) * ALIGNED
+        host = torch.empty(size, dtype=kind, pin_memory=True)
+        for name, place in places.items():
+            host[place].view(here[name].shape).copy_(here[name])
+        there = host.to(device, non_blocking=True)
+        for name, place in places.items():
+            own = (dtype or kind) if kind.is_floating_point else kind
+            found[name] = there[place].view(here[name].shape).to(own, copy=True)
+    return found
 
 
 class Arrivals:

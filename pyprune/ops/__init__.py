@@ -65,6 +65,7 @@ AUTO: dict[str, dict[str, tuple[str, ...]]] = {
             "cross_gram_update/16-bit",
             "column_moments",
             "liar_update",
+            *(f"{op}/{kind}" for op in ("rms_norm", "rotary", "swiglu") for kind in ("float32", "16-bit")),
         ),
         ("triton", "reference"),
     )
@@ -196,8 +197,13 @@ def taken(key: str, device: str) -> str:
         return _named(op, name)
     pinned = (_pinned.get() or {}).get(device)
     if pinned is not None:
-        return pinned[key] if key in pinned else pinned[op]
+        return pinned.get(key, pinned.get(op, "reference"))  # an older version's record does not know of newer ops
     return _automatic(device)[key]
+
+
+def taken_for(op: str, x: Tensor) -> str:
+    """The same for an op whose classes are types of numbers, and tensors like ``x``."""
+    return taken(classes.by_type(op, x.dtype), x.device.type)
 
 
 def _named(op: str, name: str) -> str:
@@ -377,6 +383,18 @@ def _matrix(name: str, x: Tensor, dtypes=FLOATS) -> None:
         raise TypeError(f"{name} must be {' or '.join(str(d)[6:] for d in dtypes)}, got {str(x.dtype)[6:]}")
 
 
+def _numbers(name: str, x: Tensor, dimensions: int) -> None:
+    """``dimensions`` exactly if more than one, else at least."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if x.ndim < dimensions or (dimensions > 1 and x.ndim != dimensions):
+        raise ValueError(
+            f"{name} must have {dimensions} dimensions{' or more' if dimensions == 1 else ''}, got {x.ndim}"
+        )
+    if x.dtype not in FLOATS:
+        raise TypeError(f"{name} must be {' or '.join(str(d)[6:] for d in FLOATS)}, got {str(x.dtype)[6:]}")
+
+
 def _like(name: str, x: Tensor | None, shape: tuple, dtype: torch.dtype, device: torch.device) -> None:
     if x is None:
         return
@@ -454,7 +472,7 @@ def cross_gram_update(cross: Tensor, y: Tensor, x: Tensor, *, mask: Tensor | Non
         )
     _accumulator("cross", cross, (y.shape[1], x.shape[1]), x.device)
     _like("mask", mask, (x.shape[0],), torch.bool, x.device)
-    _implementation(classes.cross_gram(x), x.device)(cross, y, x, mask=mask)
+    _implementation(classes.by_type("cross_gram_update", x.dtype), x.device)(cross, y, x, mask=mask)
 
 
 def column_moments(x: Tensor, *, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -631,7 +649,7 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     wants_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w, bias))
     if wants_gradient and not _forced.get():
         return TABLE["reference"].load("linear")(x, w, bias)
-    return _implementation(classes.product(x, w), x.device)(x, w, bias)
+    return _implementation(classes.product(x, w.numel()), x.device)(x, w, bias)
 
 
 def sparse_linear(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
@@ -664,7 +682,55 @@ def sparse_linear(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tens
     )
     if wants_gradient and not _forced.get():
         return TABLE["reference"].load("sparse_linear")(x, packed, bias)
-    return _implementation(classes.sparse_product(x, packed), x.device)(x, packed, bias)
+    key = classes.sparse_product(x, packed)
+    implementation = _implementation(key, x.device)
+    if key.startswith("sparse_linear/tokens") and taken(key, x.device.type) == "cpu":  # by parts, and dense products
+        return implementation(x, packed, bias, own_product=taken(classes.product(x, 0), "cpu") == "cpu")
+    return implementation(x, packed, bias)
+
+
+NORM_FORMS = ("narrow", "wide", "offset")
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, form: str = "narrow") -> Tensor:
+    """``x / sqrt(mean x² + eps) · weight`` over the last dimension, sums in float32 (RMSNorm, arXiv 1910.07467).
+
+    x: ``[…, c]``; weight: ``[c]`` of x's type and device. form: ``narrow`` rounds to x's type before the product with
+    the weight and after it, ``wide`` after it alone, ``offset`` as ``wide`` with ``1 + weight``. Returns ``[…, c]`` in
+    x's type. Kernels give no gradient here, nor in :func:`rotary` and :func:`swiglu`.
+    """
+    _numbers("x", x, 1)
+    _like("weight", weight, (x.shape[-1],), x.dtype, x.device)
+    if form not in NORM_FORMS:
+        raise ValueError(f"form must be one of {', '.join(NORM_FORMS)}, got {form!r}")
+    if not eps >= 0:
+        raise ValueError(f"eps must not be negative, got {eps}")
+    return _implementation(classes.by_type("rms_norm", x.dtype), x.device)(x, weight, eps, form=form)
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of queries or keys (arXiv 2104.09864): ``x · cos + (−x₂, x₁) · sin``, x₁ and x₂ the halves of x.
+
+    x: ``[batch, heads, tokens, d]``, any strides, d even; cos and sin: ``[batch or 1, tokens, d]`` of x's type and
+    device. All products and the sum are rounded to that type. Returns ``[batch, heads, tokens, d]``, laid out as x, if
+    x is dense.
+    """
+    _numbers("x", x, 4)
+    batch, _, tokens, d = x.shape
+    if d % 2:
+        raise ValueError(f"rotary embedding needs an even number of columns, got {d}")
+    for name, table in (("cos", cos), ("sin", sin)):
+        rows = 1 if isinstance(table, Tensor) and table.ndim == 3 and len(table) == 1 else batch
+        _like(name, table, (rows, tokens, d), x.dtype, x.device)
+    return _implementation(classes.by_type("rotary", x.dtype), x.device)(x, cos, sin)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """``silu(gate) · up`` (arXiv 2002.05202), silu rounded to the tensors' type first; gate and up: ``[…, c]``, of one
+    shape, type and device. Returns a new tensor of that shape."""
+    _numbers("gate", gate, 1)
+    _like("up", up, tuple(gate.shape), gate.dtype, gate.device)
+    return _implementation(classes.by_type("swiglu", gate.dtype), gate.device)(gate, up)
 
 
 def attention(
@@ -701,7 +767,9 @@ def attention(
     wants_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     if wants_gradient and not _forced.get():
         return reference.attention(q, k, v, mask=mask, causal=causal, scale=scale)
-    return _implementation(classes.attention(q), q.device)(q, k, v, mask=mask, causal=causal, scale=scale)
+    return _implementation(classes.by_type("attention", q.dtype), q.device)(
+        q, k, v, mask=mask, causal=causal, scale=scale
+    )
 
 
 def _attention_mask(mask: Tensor, q: Tensor, k: Tensor) -> None:

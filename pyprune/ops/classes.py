@@ -32,6 +32,9 @@ CLASSES: dict[str, tuple[str, ...]] = {
     "cholesky_solve": ("small", "medium", "large"),
     "linear": ("few-rows", "rows", "rows-wide"),
     "sparse_linear": ("one-token", "few-tokens", "tokens", "few-tokens-2:4", "tokens-2:4"),
+    "rms_norm": ("float32", "16-bit"),
+    "rotary": ("float32", "16-bit"),
+    "swiglu": ("float32", "16-bit"),
     "attention": ("float32", "16-bit"),
 }
 KEYS = tuple(f"{op}/{name}" if name else op for op in OPS for name in CLASSES.get(op, ("",)))
@@ -51,8 +54,8 @@ def gram(x: Tensor, precision: str) -> str:
     return "gram_update/16-bit-wide" if x.shape[1] >= WIDE_GRAM else "gram_update/16-bit"
 
 
-def cross_gram(x: Tensor) -> str:
-    return "cross_gram_update/float32" if x.dtype == torch.float32 else "cross_gram_update/16-bit"
+def by_type(op: str, dtype: torch.dtype) -> str:
+    return f"{op}/float32" if dtype == torch.float32 else f"{op}/16-bit"
 
 
 def selection(scope: str) -> str:
@@ -67,10 +70,10 @@ def systems(op: str, a: Tensor) -> str:
     return f"{op}/medium" if n <= MEDIUM_SYSTEM and batch >= MANY_SYSTEMS else f"{op}/large"
 
 
-def product(x: Tensor, w: Tensor) -> str:
+def product(x: Tensor, weights: int) -> str:
     if math.prod(x.shape[:-1]) < FEW_ROWS:
         return "linear/few-rows"
-    return "linear/rows-wide" if w.numel() >= WIDE_WEIGHT else "linear/rows"
+    return "linear/rows-wide" if weights >= WIDE_WEIGHT else "linear/rows"
 
 
 def sparse_product(x: Tensor, packed: Packed) -> str:
@@ -79,7 +82,3 @@ def sparse_product(x: Tensor, packed: Packed) -> str:
         return "sparse_linear/one-token"
     key = "sparse_linear/few-tokens" if tokens <= FEW_TOKENS else "sparse_linear/tokens"
     return f"{key}-2:4" if packed.semi_structured else key
-
-
-def attention(q: Tensor) -> str:
-    return "attention/float32" if q.dtype == torch.float32 else "attention/16-bit"

@@ -148,8 +148,9 @@ def refitted(dense: Tensor, weight: Tensor, mask: Tensor, h: Tensor, residual: T
     return h.isfinite().all() & ~((off * size).norm(dim=1) <= allowed).all()
 
 
-def solved(a: Tensor, b: Tensor, damping: float, solution: Tensor, good: Tensor) -> Tensor:
-    """``solution [n, k]`` is to be ``(a + λI)⁻¹ b``, and ``good`` (bool scalar) what its op said of it.
+def solved(a: Tensor, b: Tensor, damping: Tensor, solution: Tensor, good: Tensor) -> Tensor:
+    """``solution [n, k]`` is to be ``(a + λI)⁻¹ b``, and ``good`` (bool scalar) what its op said of it; damping: λ, a
+    float64 scalar.
 
     A few of its columns, and a random combination of all, are solved again in float64 and compared in the norm of the
     system; every column is at most ``‖b‖/λ`` long.
@@ -162,9 +163,9 @@ def solved(a: Tensor, b: Tensor, damping: float, solution: Tensor, good: Tensor)
     true = torch.cholesky_solve(want, factor)
     off, size = ((factor.T @ t).norm(dim=0) for t in (got - true, true))
     # rounding grows with the root of the condition, which the damping bounds; where it leaves nothing, no one is wrong
-    condition, eps = system.diagonal().sum() / max(damping, 1e-30), torch.finfo(torch.float32).eps
+    condition, eps = system.diagonal().sum() / damping.clamp(min=1e-30), torch.finfo(torch.float32).eps
     allowed = SOLVE + 32 * eps * condition.sqrt()
-    longest = 1.01 * torch.linalg.vector_norm(b, dim=0) / max(damping, 1e-30)
+    longest = 1.01 * torch.linalg.vector_norm(b, dim=0) / damping.clamp(min=1e-30)
     right = (off <= allowed * size).all() & (torch.linalg.vector_norm(solution, dim=0) <= longest).all() & good
     return (info == 0) & want.isfinite().all() & (condition * eps < 0.5) & ~right
 

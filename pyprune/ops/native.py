@@ -384,12 +384,13 @@ def _view(packed: Packed) -> tuple:
     )
 
 
-def sparse_linear_cpu(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
+def sparse_linear_cpu(x: Tensor, packed: Packed, bias: Tensor | None = None, *, own_product: bool = True) -> Tensor:
+    """own_product: whether ``linear_cpu`` multiplies many float32 tokens, or torch."""
     outputs, inputs = packed.shape
     tokens = math.prod(x.shape[:-1])
     flat = x.reshape(tokens, inputs)
     if tokens > FEW_TOKENS:
-        return _product_by_parts(flat, packed, bias).view(*x.shape[:-1], outputs)
+        return _product_by_parts(flat, packed, bias, own_product).view(*x.shape[:-1], outputs)
     flat, bias = _unit(flat), _dense(bias)
     out = torch.empty((*x.shape[:-1], outputs), dtype=x.dtype)
     _C.sparse_linear_cpu(
@@ -405,7 +406,7 @@ def sparse_linear_cpu(x: Tensor, packed: Packed, bias: Tensor | None = None) -> 
 
 
 @torch.no_grad()
-def _product_by_parts(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+def _product_by_parts(x: Tensor, packed: Packed, bias: Tensor | None, own_product: bool) -> Tensor:
     """Some rows of the weight at a time, expanded into one small matrix that a dense product takes."""
     outputs, inputs = packed.shape
     step, threads = max(64, EXPANDED // max(1, inputs)), torch.get_num_threads()
@@ -415,7 +416,7 @@ def _product_by_parts(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
         count = min(step, outputs - first)
         part, target = None if bias is None else bias[first : first + count], out[:, first : first + count]
         _C.expand_bitmask_cpu(*_view(packed), first, count, dense.data_ptr(), threads)
-        if x.dtype == torch.float32:
+        if own_product and x.dtype == torch.float32:
             _C.linear_cpu(
                 x.data_ptr(),
                 x.stride(0),
@@ -441,6 +442,59 @@ def _product_by_parts(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
 # the device and written to pinned host memory; as with CUDA's own errors, the next call on that device raises it, or
 # check_cuda. What the faulty call left alone: the whole weight (select_mask with scope "matrix", a bad r in obs_sweep),
 # that row (select_mask, obs_sweep), that group (nm_mask).
+
+NORM_FORMS = {"narrow": 0, "wide": 1, "offset": 2}
+
+
+def rms_norm_cpu(x: Tensor, weight: Tensor, eps: float, *, form: str = "narrow") -> Tensor:
+    flat, weight = _unit(x.reshape(math.prod(x.shape[:-1]), x.shape[-1])), weight.contiguous()
+    out = torch.empty(x.shape, dtype=x.dtype)
+    _C.rms_norm_cpu(
+        flat.data_ptr(),
+        flat.stride(0),
+        *flat.shape,
+        TYPES[x.dtype],
+        weight.data_ptr(),
+        eps,
+        NORM_FORMS[form],
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def rotary_cpu(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    x, cos, sin = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, cos, sin))
+    out = torch.empty_like(x)
+    _C.rotary_cpu(
+        x.data_ptr(),
+        x.shape,
+        x.stride()[:3],
+        out.data_ptr(),
+        out.stride()[:3],
+        cos.data_ptr(),
+        _batch_strides(cos),
+        sin.data_ptr(),
+        _batch_strides(sin),
+        TYPES[x.dtype],
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def _batch_strides(table: Tensor) -> tuple[int, int]:
+    """Of batch and tokens; one row serves a whole batch."""
+    return table.stride(0) if len(table) > 1 else 0, table.stride(1)
+
+
+def swiglu_cpu(gate: Tensor, up: Tensor) -> Tensor:
+    gate, up = gate.contiguous(), up.contiguous()
+    out = torch.empty(gate.shape, dtype=gate.dtype)
+    _C.swiglu_cpu(
+        gate.data_ptr(), up.data_ptr(), out.data_ptr(), gate.numel(), TYPES[gate.dtype], torch.get_num_threads()
+    )
+    return out
+
 
 FAULTS = {
     "select_mask": NAN_SCORE.format("w"),

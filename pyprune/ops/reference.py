@@ -197,6 +197,23 @@ def sparse_linear(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tens
     return torch.nn.functional.linear(x, unpack_bitmask(packed), bias)
 
 
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, form: str = "narrow") -> Tensor:
+    wide = x.float()
+    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    if form == "narrow":
+        return weight * normed.to(x.dtype)
+    return (normed * (1 + weight.float() if form == "offset" else weight.float())).to(x.dtype)
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, -1)
+    return x * cos[:, None] + torch.cat((-second, first), -1) * sin[:, None]
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    return torch.nn.functional.silu(gate) * up
+
+
 def attention(
     q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, causal: bool = False, scale: float | None = None
 ) -> Tensor:

@@ -278,6 +278,48 @@ def sparse_linear(device, tokens, outputs, inputs, dtype=torch.float32, gap=0) -
     return Case(lambda implementation: (implementation(x, packed, bias),), want, rounding)
 
 
+def rms_norm(device, rows, columns, dtype=torch.float32, form="narrow", gap=0) -> Case:
+    x = _within(_normal(device, rows, columns, dtype=dtype), gap)
+    weight = (_normal(device, columns, seed=1) + 2).to(dtype)
+
+    def want():
+        wide, w = x.double(), weight.double() + (form == "offset")
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5) * w,)
+
+    return Case(lambda implementation: (implementation(x, weight, 1e-5, form=form),), want, _rounding(dtype))
+
+
+def rotary(device, batch, heads, tokens, d, dtype=torch.float32, gap=0) -> Case:
+    """Queries as they are handed over: ``[batch, tokens, heads, d]``, transposed."""
+    x = _normal(device, batch * tokens, heads * d, dtype=dtype)
+    x = _within(x, gap).view(batch, tokens, heads, d).transpose(1, 2)
+    cos, sin = (
+        _normal(device, 1, tokens, d, dtype=dtype, seed=1),
+        _normal(device, batch, tokens, d, dtype=dtype, seed=2),
+    )
+
+    def want():
+        first, second = x.double().chunk(2, -1)
+        turned = torch.cat((-second, first), -1)
+        return (x.double() * cos.double()[:, None] + turned * sin.double()[:, None],)
+
+    return Case(lambda implementation: (implementation(x, cos, sin),), want, _rounding(dtype))
+
+
+def swiglu(device, rows, columns, dtype=torch.float32, gap=0) -> Case:
+    gate, up = (_within(_normal(device, rows, columns, dtype=dtype, seed=i), gap) for i in range(2))
+    return Case(
+        lambda implementation: (implementation(gate, up),),
+        lambda: (functional.silu(gate.double()) * up.double(),),
+        _rounding(dtype),
+    )
+
+
+def _rounding(dtype: torch.dtype) -> float:
+    """Of a result in a type, and once more on the way to it."""
+    return {torch.float32: 1e-5, torch.bfloat16: 6e-3, torch.float16: 1e-3}[dtype]
+
+
 def sparse_linear_24(device, tokens, outputs, inputs, dtype, gap=0) -> Case:
     x, bias = _within(_normal(device, tokens, inputs, dtype=dtype), gap), _normal(device, outputs, dtype=dtype, seed=2)
     w = _normal(device, outputs, inputs, dtype=dtype, seed=1)
@@ -388,6 +430,16 @@ CASES: dict[str, tuple[Callable[..., Case], list[tuple], list[tuple]]] = {
         [(17, 37, 203, BRAIN), (33, 9, 70, HALF), (70, 120, 131)],
         [(256, 1536, 1536, BRAIN), (256, 1536, 1536)],
     ),
+    "rms_norm/float32": (rms_norm, [(13, 70), (5, 33, torch.float32, "offset")], [(2048, 576)]),
+    "rms_norm/16-bit": (
+        rms_norm,
+        [(9, 130, HALF, "offset"), (5, 33, BRAIN, "wide"), (70, 576, BRAIN)],
+        [(2048, 576, BRAIN)],
+    ),
+    "rotary/float32": (rotary, [(2, 3, 5, 10)], [(4, 9, 512, 64)]),
+    "rotary/16-bit": (rotary, [(2, 3, 7, 64, BRAIN), (1, 2, 5, 6, HALF)], [(4, 9, 512, 64, BRAIN)]),
+    "swiglu/float32": (swiglu, [(13, 70)], [(2048, 1536)]),
+    "swiglu/16-bit": (swiglu, [(5, 33, BRAIN), (9, 130, HALF)], [(2048, 1536, BRAIN)]),
     "sparse_linear/few-tokens-2:4": (sparse_linear_24, [(3, 32, 64, HALF)], [(16, 1536, 1536, BRAIN)]),
     "sparse_linear/tokens-2:4": (sparse_linear_24, [(21, 96, 320, BRAIN)], [(256, 1536, 1536, BRAIN)]),
     "attention/float32": (
@@ -427,6 +479,12 @@ TIMED_ON_A_GPU: dict[str, list[tuple]] = {
     "sparse_linear/one-token": [(1, 4096, 4096, BRAIN), (1, 11008, 4096, BRAIN)],
     "sparse_linear/few-tokens": [(4, 4096, 4096, BRAIN), (16, 4096, 4096, BRAIN)],
     "sparse_linear/tokens": [(512, 4096, 4096, BRAIN)],
+    "rms_norm/float32": [(16384, 4096)],
+    "rms_norm/16-bit": [(16384, 4096, BRAIN), (262144, 128, BRAIN)],
+    "rotary/float32": [(8, 32, 2048, 128)],
+    "rotary/16-bit": [(8, 32, 2048, 128, BRAIN)],
+    "swiglu/float32": [(8192, 11008)],
+    "swiglu/16-bit": [(8192, 11008, BRAIN)],
     "sparse_linear/few-tokens-2:4": [(4, 4096, 4096, BRAIN), (16, 4096, 4096, BRAIN)],
     "sparse_linear/tokens-2:4": [(512, 4096, 4096, BRAIN)],
 }

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from pyprune.config import ConfigError, Reconstruction
 from pyprune.execution.cpu_forward import TrainingMode
-from pyprune.execution.executor import Executor, moved
+from pyprune.execution.executor import Executor, moved, named_tensors
+from pyprune.execution.residency import sent
 from pyprune.model.arguments import Arguments, Beside
 from pyprune.model.recording import call_block
 
@@ -46,18 +47,20 @@ class TrainedWindow:
 
     def _copy(self, blocks: list[nn.Module], masks: list[dict[str, Tensor]]) -> None:
         executor, dtype = self.executor, self.dtype
-        self.modules = [_compute_copy(block, executor.device, dtype) for block in blocks]
+        arrived = [sent(named_tensors(block), executor.device) for block in blocks]
+        self.modules = [_compute_copy(block, executor.device, dtype, there) for block, there in zip(blocks, arrived)]
         self.params: list[Tensor] = []
         self.masters: list[Tensor] = []
         self.scales: list[Tensor | None] = []
         self.buffers: list[Tensor | None] = []
         self._homes: list[nn.Parameter] = []
         on_cpu = executor.device.type == "cpu"
-        for block, module, keep in zip(blocks, self.modules, masks):
+        for block, module, keep, there in zip(blocks, self.modules, masks, arrived):
             for (path, home), param in zip(block.named_parameters(), module.parameters()):
                 if not param.is_floating_point():
                     continue
-                master = param if dtype == torch.float32 else home.detach().to(param.device, torch.float32, copy=True)
+                as_it_is = there.get(path, home.detach())
+                master = param if dtype == torch.float32 else as_it_is.to(param.device, torch.float32, copy=True)
                 mask = keep.get(path)
                 # a float factor is twice as fast on a CPU; a GPU saves the memory instead
                 scale = None if mask is None else mask.to(param.device, torch.float32 if on_cpu else torch.bool)
@@ -182,7 +185,9 @@ class TrainedWindow:
         if values is not None:
             torch._foreach_copy_([m.data for m in self.masters], values)
         else:
-            for home, master, scale in zip(self._homes, self.masters, self.scales):
+            homes: dict[str, Tensor] = {str(i): home for i, home in enumerate(self._homes)}
+            homes |= sent(homes, self.executor.device)
+            for home, master, scale in zip(homes.values(), self.masters, self.scales):
                 master.copy_(home)
                 if scale is not None:
                     master.mul_(scale)
@@ -192,7 +197,9 @@ class TrainedWindow:
     def commit(self) -> None:
         """Write the masters to the model's own blocks, in their type; masked weights stay exact zeros."""
         for home, master in zip(self._homes, self.masters):
-            home.copy_(master)
+            self.executor.put(home, master)
+        if any(home.device != self.executor.device for home in self._homes):
+            self.executor.drain()
 
     @contextlib.contextmanager
     def fits(self) -> Iterator[None]:
@@ -223,8 +230,10 @@ class TrainedWindow:
         ]
 
 
-def _compute_copy(block: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    module = moved(block, device, dtype).eval()
+def _compute_copy(block: nn.Module, device: torch.device, dtype: torch.dtype, arrived: dict[str, Tensor]) -> nn.Module:
+    """arrived: copies of its tensors that are on the device already."""
+    typed = {name: t.to(dtype) if t.is_floating_point() else t for name, t in arrived.items()}
+    module = moved(block, device, dtype, typed).eval()
     for part in module.modules():
         part.__dict__.pop("forward", None)  # an executor's replacement for passes without gradients
     return module

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from pyprune.config import LAYERWISE, ConfigError, PruneConfig
 from pyprune.execution.error_probes import SELF_GENERATED, ErrorProbe, as_row, stream_errors
 from pyprune.execution.executor import Activations, Executor
+from pyprune.execution.residency import sent
 from pyprune.execution.run import Findings, Run
 from pyprune.masks.statistics import ratio
 from pyprune.model.arguments import Beside
@@ -230,7 +231,8 @@ class WindowTrainer:
 
     def _sync(self, module: nn.Module, block: nn.Module) -> None:
         if module is not block:
-            module.load_state_dict(block.state_dict())
+            state = block.state_dict()
+            module.load_state_dict(state | sent(state, self.executor.device))
 
     def _write(
         self,
@@ -240,11 +242,16 @@ class WindowTrainer:
         masks: dict[WeightRef, Tensor] | None = None,
     ) -> None:
         """Weights, or what masks leave of them, into a block and its compute copy."""
+        there = sent({ref.name: weight for ref, weight in weights.items()}, self.executor.device)
         for ref, weight in weights.items():
-            keep = None if masks is None else masks[ref].to(weight.device)  # solved on the device, stored on the host
-            ref.view(block).copy_(weight if keep is None else weight.masked_fill(~keep, 0))
+            home, weight = ref.view(block), there.get(ref.name, weight)
+            keep = None if masks is None else masks[ref].to(weight.device)
+            value = (weight if keep is None else weight.masked_fill(~keep, 0)).to(home.dtype)
+            self.executor.put(home, value)
             if module is not block:
-                ref.view(module).copy_(ref.view(block))
+                ref.view(module).copy_(value)
+        if any(ref.view(block).device != self.executor.device for ref in weights):
+            self.executor.drain()
 
     @torch.no_grad()
     def settle(self, index: int) -> None:

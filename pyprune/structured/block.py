@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -11,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from pyprune import ops
-from pyprune.execution.executor import Activations, Batch
+from pyprune.execution.executor import Activations, Batch, moved, named_tensors
+from pyprune.execution.residency import sent
 from pyprune.execution.run import Clock, Findings, Run
 from pyprune.masks.block import distrust
 from pyprune.model.blocks import WeightRef
@@ -20,7 +20,7 @@ from pyprune.structured.allocation import choose
 from pyprune.structured.criteria import Scored, needs_moments, score
 from pyprune.structured.groups import Coupled
 from pyprune.structured.liar import Problem, Repair, repair
-from pyprune.structured.moments import Split, at_fault
+from pyprune.structured.moments import Split, to_device
 from pyprune.structured.observation import observe_moments
 from pyprune.structured.slicing import Pick, slice_block
 from pyprune.structured.taps import Taps
@@ -120,7 +120,7 @@ def score_group(work: StructuredRun, index: int, i: int, split: Split | None) ->
         work.found.warn(f"{run.view.path}.{index}.{group.name} saw no calibration token: chosen by magnitude")
     layer = Scored(
         group,
-        group.consumer.view(block).to(run.executor.device).float(),
+        _consumer_weight(run, group, block),
         split,
         centred=has_slot(work, index, group),
         block=block,
@@ -129,6 +129,13 @@ def score_group(work: StructuredRun, index: int, i: int, split: Split | None) ->
     )
     with work.clock("score"):
         return score(criterion, layer, f"{run.view.path}.{index}.{group.name}")
+
+
+def _consumer_weight(run: Run, group: Coupled, block: nn.Module) -> Tensor:
+    """float32 ``[out, c]``, where it is solved."""
+    weight, device = group.consumer.view(block), run.executor.device
+    there = sent({"": weight}, device)
+    return (there[""] if there else weight.to(device)).float()
 
 
 def has_bias(block: nn.Module, group: Coupled) -> bool:
@@ -150,7 +157,7 @@ def repair_group(
     run = work.run
     config, block = run.config, run.view.blocks[index]
     group, count = work.prepared.groups[index][i], target.counts[index][i]
-    weight = group.consumer.view(block).to(run.executor.device).float().contiguous()
+    weight = _consumer_weight(run, group, block).contiguous()
     bias = None
     if has_slot(work, index, group):
         own = getattr(block.get_submodule(group.consumer.module_path), "bias", None)
@@ -163,7 +170,7 @@ def repair_group(
 
     def repaired() -> Repair:
         if split is None:
-            columns = group.columns_of(kept).to(weight.device)
+            columns = to_device(group.columns_of(kept), weight.device)
             return Repair(weight[:, columns], bias, "none")
         return repair(
             Problem(weight, bias, group, split),
@@ -176,10 +183,10 @@ def repair_group(
 
     with work.clock("solve"):
         done = repaired()
-        if wrong := at_fault([done.wrong]):
+        if wrong := done.wrong:
             with ops.backend("reference"):
                 done = repaired()
-            for op in sorted(wrong - at_fault([done.wrong])):
+            for op in sorted(wrong - done.wrong):
                 distrust(work.found, run.executor.device, index, op)
     for warning in done.warnings:
         work.found.warn(f"{name} {warning}")
@@ -217,10 +224,9 @@ def refresh(block: nn.Module, module: nn.Module) -> None:
     """Give a compute copy the sliced block's sizes and values."""
     if module is block:
         return
-    fresh = copy.deepcopy(block)
     like = next(p for p in module.parameters() if p.is_floating_point())
-    fresh.to(like.device, like.dtype)
-    module.__dict__.update(fresh.__dict__)
+    arrived = sent(named_tensors(block), like.device, like.dtype)
+    module.__dict__.update(moved(block, like.device, like.dtype, arrived).__dict__)
 
 
 def dense_block(work: StructuredRun, index: int, module: nn.Module, stream: Activations | None) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pyprune.config import ConfigError, function_name
 from pyprune.structured.groups import Coupled
-from pyprune.structured.moments import Split
+from pyprune.structured.moments import Split, to_device
 
 POOL = 128
 BLOCK = 32
@@ -59,7 +59,7 @@ class Scored:
 
     def per_unit(self, columns: Tensor) -> Tensor:
         """Sum of a column score ``[c]`` over each unit."""
-        return columns.double()[self.group.columns.to(columns.device)].sum(1)
+        return columns.double()[to_device(self.group.columns, columns.device)].sum(1)
 
 
 def random(layer: Scored) -> Tensor:

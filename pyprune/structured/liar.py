@@ -23,7 +23,7 @@ from torch import Tensor
 from pyprune import ops
 from pyprune.ops import guards
 from pyprune.structured.groups import Coupled
-from pyprune.structured.moments import About, Split
+from pyprune.structured.moments import About, Split, at_fault, to_device
 
 GRID = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)
 """Candidate λ, relative to the mean diagonal of Σ_KK."""
@@ -65,8 +65,8 @@ class Repair:
     """The same for each reconstruction that was weighed."""
     norm_ratio: float = 1.0
     warnings: list[str] = field(default_factory=list)
-    wrong: dict[str, Tensor] = field(default_factory=dict)
-    """By op, whether its result failed a guard (:mod:`pyprune.ops.guards`), on the device."""
+    wrong: set[str] = field(default_factory=set)
+    """Ops whose results failed a guard (:mod:`pyprune.ops.guards`)."""
 
 
 def repair(
@@ -101,18 +101,24 @@ def repair(
     pieces = _Pieces(problem, kept, centred)
     if method == "bias":
         out = Repair(pieces.kept_weight, pieces.bias(pieces.kept_weight), "bias")
-        out.errors = {"bias": pieces.held_error(None), "none": pieces.unrepaired()}
+        out.errors = _read({"bias": pieces.held_error(None), "none": pieces.unrepaired()})
     elif method == "mask_tuning":
         out = _mask_tuning(problem, kept, pieces, damping, guard)
+        out.wrong = at_fault([pieces.verdicts.wrong])
     else:
         out = _liar(pieces, damping, interpolate_weights, guard)
-    out.error, out.wrong = out.errors.get(out.method), pieces.verdicts.wrong
+    out.error = out.errors.get(out.method)
     _warn(out, problem, pieces)
     return out
 
 
+def _read(errors: dict[str, Tensor]) -> dict[str, float]:
+    """Numbers by name, read from the device in one go."""
+    return dict(zip(errors, torch.stack([*errors.values()]).tolist()))
+
+
 def _plain(problem: Problem, kept: Tensor) -> Repair:
-    columns = problem.group.columns_of(kept).to(problem.weight.device)
+    columns = to_device(problem.group.columns_of(kept), problem.weight.device)
     return Repair(problem.weight[:, columns].clone(), None if problem.bias is None else problem.bias.clone(), "none")
 
 
@@ -128,10 +134,10 @@ class _Cut:
     """``E[x_K tᵀ] [K, out]``, t the missing part of the output."""
     ke: Tensor | None = None
     """``E[x_K eᵀ] [K, out]``; None without errors."""
-    dd: float = 0.0
-    tt: float = 0.0
+    dd: Tensor | float = 0.0
+    tt: Tensor | float = 0.0
     """``E‖t‖²``, and like ``dd`` and ``shared``, which the dense output's power needs, on the measured part only."""
-    shared: float = 0.0
+    shared: Tensor | float = 0.0
 
 
 class _Pieces:
@@ -141,20 +147,20 @@ class _Pieces:
         weight, group = problem.weight, problem.group
         gone = torch.ones(group.units, dtype=torch.bool)
         gone[kept] = False
-        self.keep = group.columns_of(kept).to(weight.device)
-        self.drop = group.columns_of(gone.nonzero()[:, 0]).to(weight.device)
+        self.keep = to_device(group.columns_of(kept), weight.device)
+        self.drop = to_device(group.columns_of(gone.nonzero()[:, 0]), weight.device)
         self.problem, self.centred, self.verdicts = problem, centred, Verdicts()
         self.kept_weight, self.dropped_weight = weight[:, self.keep], weight[:, self.drop]
         self.view = view = problem.moments.view(centred)
         self.held = self._cut(view.held, measured=True)
         self.fit = self.held if view.held is view.fit else self._cut(view.fit)
         at, moved = (weight.double() @ v for v in (view.point, view.offset))
-        self.power = max(self._output_power() + float((at * (at + 2 * moved)).sum()), 1e-30)
+        self.power = (self._output_power() + (at * (at + 2 * moved)).sum()).clamp(min=1e-30)
 
-    def _output_power(self) -> float:
+    def _output_power(self) -> Tensor:
         """Held-out ``tr(W M Wᵀ)`` about the view's point, from the pieces there are."""
         k, held = self.kept_weight, self.held
-        return float((k @ held.kk * k).sum()) + held.shared + held.dd
+        return (k @ held.kk * k).sum().double() + held.shared + held.dd
 
     def _cut(self, about: About, measured: bool = False) -> _Cut:
         """The products of a part; measured: also what errors on it need."""
@@ -164,30 +170,30 @@ class _Pieces:
         kt = kd @ w.T
         out = _Cut(rows[:, k], kd, kt)
         if measured:
-            out.dd = out.tt = float((w @ about.second[d][:, d] * w).sum())
-            out.shared = 2 * float((kt.T * self.kept_weight).sum())
-            out.tt += about.square
+            out.dd = out.tt = (w @ about.second[d][:, d] * w).sum().double()
+            out.shared = 2 * (kt.T * self.kept_weight).sum().double()
+            out.tt = out.tt + about.square
         if about.cross is not None:
             out.ke = about.cross[k]
             out.kt = kt + out.ke
             if measured:
-                out.tt += 2 * float((about.cross[d].T * w).sum())
+                out.tt = out.tt + 2 * (about.cross[d].T * w).sum().double()
         return out
 
-    def held_error(self, update: Tensor | None) -> float:
-        """Relative held-out error of ``W_K + update``; update float32 ``[out, K]``."""
-        error = self.held.tt
+    def held_error(self, update: Tensor | None) -> Tensor:
+        """Relative held-out error of ``W_K + update``; update float32 ``[out, K]``. A float64 scalar on the device."""
+        error = torch.as_tensor(self.held.tt)
         if update is not None:
-            error += float((update @ self.held.kk * update).sum() - 2 * (update * self.held.kt.T).sum())
-        return max(error, 0.0) / self.power
+            error = error + ((update @ self.held.kk * update).sum() - 2 * (update * self.held.kt.T).sum()).double()
+        return error.clamp(min=0) / self.power
 
-    def unrepaired(self) -> float:
-        """Relative held-out error of plain slicing (no bias either)."""
+    def unrepaired(self) -> Tensor:
+        """Relative held-out error of plain slicing (no bias either); a float64 scalar on the device."""
         view, w = self.view, self.dropped_weight.double()
         at, moved = w @ view.point[self.drop], w @ view.offset[self.drop]
         if view.point_e is not None and view.offset_e is not None:
             at, moved = at + view.point_e, moved + view.offset_e
-        return max(self.held.tt + float((at * (at + 2 * moved)).sum()), 0.0) / self.power
+        return (self.held.tt + (at * (at + 2 * moved)).sum()).clamp(min=0) / self.power
 
     def total(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """``Σ_KK``, ``Σ_KD`` and the moments of K with e, of all tokens about their own mean (or the origin)."""
@@ -219,26 +225,24 @@ class Verdicts:
         self.wrong[op] = self.wrong[op] | bad if op in self.wrong else bad
 
 
-def solve_damped(a: Tensor, b: Tensor, damping: float, verdicts: Verdicts | None = None) -> tuple[Tensor, bool]:
-    """``(a + λI)⁻¹ b``: float32 ``[n, n]``, ``[n, k]`` → ``[n, k]``, and whether it came out finite. Guarded where
-    there are verdicts to add to."""
-    solution, info = ops.cholesky_solve(
-        a[None].contiguous(), b[None].contiguous(), damping=torch.tensor([damping], device=a.device)
-    )
+def solve_damped(a: Tensor, b: Tensor, damping: Tensor, verdicts: Verdicts | None = None) -> tuple[Tensor, Tensor]:
+    """``(a + λI)⁻¹ b``: float32 ``[n, n]``, ``[n, k]``, λ a float64 scalar → ``[n, k]``, and whether it is finite,
+    a bool scalar on the device. Guarded where there are verdicts to add to."""
+    solution, info = ops.cholesky_solve(a[None].contiguous(), b[None].contiguous(), damping=damping.float().reshape(1))
     good = (info[0] == 0) & torch.isfinite(solution).all()
     if verdicts is not None:
         verdicts.add("cholesky_solve", guards.solved(a, b, damping, solution[0], good))
-    return solution[0], bool(good)
+    return solution[0], good
 
 
-def _scale(matrix: Tensor) -> float:
-    """Mean diagonal, the unit of λ; 1 for a matrix of zeros."""
-    mean = float(matrix.diagonal().mean()) if len(matrix) else 0.0
-    return mean if mean > 0 else 1.0
+def _scale(matrix: Tensor) -> Tensor:
+    """Mean diagonal, the unit of λ; 1 for a matrix of zeros. A float64 scalar."""
+    mean = matrix.diagonal().mean().double()
+    return torch.where(mean > 0, mean, 1)
 
 
 def choose_damping(
-    a: Tensor, b: Tensor, damping: float | None, error: Callable[[Tensor], float], verdicts: Verdicts | None = None
+    a: Tensor, b: Tensor, damping: float | None, error: Callable[[Tensor], Tensor], verdicts: Verdicts | None = None
 ) -> tuple[float | None, float]:
     """λ (relative) with the least ``error(solution [n, k])`` among the candidates, and that error; None and infinity
     if no λ gives a finite solution. The first solution is guarded where there are verdicts to add to.
@@ -253,7 +257,7 @@ def choose_damping(
     def at(value: float) -> float:
         if value not in seen:
             solution, good = solve_damped(a, b, value * scale, None if seen else verdicts)
-            seen[value] = error(solution) if good else float("inf")
+            seen[value] = torch.where(good, error(solution), torch.inf).item()
         return seen[value]
 
     if damping is not None:
@@ -274,13 +278,14 @@ def choose_damping(
 
 
 def _liar(pieces: _Pieces, damping: float | None, interpolate_weights: bool, guard: bool) -> Repair:
-    problem, k, d = pieces.problem, pieces.keep, pieces.drop
+    problem, d = pieces.problem, pieces.drop
     chosen, error = choose_damping(
         pieces.fit.kk, pieces.fit.kt, damping, lambda s: pieces.held_error(s.T), pieces.verdicts
     )
-    errors = {"liar": error, "none": pieces.unrepaired()}
+    others = {"none": pieces.unrepaired()}
     if problem.bias is not None and pieces.centred:
-        errors["bias"] = pieces.held_error(None)
+        others["bias"] = pieces.held_error(None)
+    errors = {"liar": error, **_read(others)}
     least, instead = min((e, m) for m, e in errors.items() if m != "liar")
     reason = None
     if chosen is None:
@@ -289,9 +294,9 @@ def _liar(pieces: _Pieces, damping: float | None, interpolate_weights: bool, gua
         reason = f"its held-out error {error:.3g} is above {instead}'s {least:.3g}"
     if chosen is None or reason is not None:
         bias = pieces.bias(pieces.kept_weight) if instead == "bias" else problem.bias
-        return Repair(
-            pieces.kept_weight.clone(), bias, instead, None, errors=errors, warnings=[f"LIAR was not used: {reason}"]
-        )
+        out = Repair(pieces.kept_weight.clone(), bias, instead, errors=errors)
+        out.warnings, out.wrong = [f"LIAR was not used: {reason}"], at_fault([pieces.verdicts.wrong])
+        return out
     system, kd, cross = pieces.total()
     direct = len(problem.weight) < len(d) and not interpolate_weights
     if direct:  # fewer outputs than dropped columns: solve for W_D Qᵀ itself
@@ -299,21 +304,34 @@ def _liar(pieces: _Pieces, damping: float | None, interpolate_weights: bool, gua
     else:
         right = kd if cross is None else torch.cat([kd, cross], dim=1)
     solution, good = solve_damped(system, right, chosen * _scale(system), pieces.verdicts)
-    if not good and chosen < 1e6:  # the fitted part alone could be factored, all tokens could not: rounding at a tiny λ
-        return _liar(pieces, 10 * max(chosen, 1e-7), interpolate_weights, guard)
     if direct:
         weight = pieces.kept_weight + solution.T
-        return Repair(weight, pieces.bias(weight), "liar", chosen, errors=errors)
+    else:
+        weight = _interpolated(pieces, solution, interpolate_weights)
+    ratio = weight.norm() / pieces.kept_weight.norm().clamp(min=1e-30)
+    told = [good, ratio, *pieces.verdicts.wrong.values()]
+    finite, grown, *wrong = torch.stack([t.double() for t in told]).tolist()
+    if (
+        not finite and chosen < 1e6
+    ):  # the fitted part alone could be factored, all tokens could not: rounding at a tiny λ
+        return _liar(pieces, 10 * max(chosen, 1e-7), interpolate_weights, guard)
+    out = Repair(weight, pieces.bias(weight), "liar", chosen, errors=errors, norm_ratio=grown)
+    out.wrong = {op for op, bad in zip(pieces.verdicts.wrong, wrong) if bad}
+    return out
+
+
+def _interpolated(pieces: _Pieces, solution: Tensor, interpolate_weights: bool) -> Tensor:
+    """The kept columns from Q and the correction of the error beside it."""
+    weight, k, d = pieces.problem.weight, pieces.keep, pieces.drop
     q, correction = solution[:, : len(d)].contiguous(), solution[:, len(d) :]
     if interpolate_weights:
         # the paper's W_K (I + P Qᵀ), P the least-squares map of the kept weights onto the dropped ones
         p = torch.linalg.pinv(pieces.kept_weight) @ pieces.dropped_weight
-        weight = pieces.kept_weight + pieces.kept_weight @ p @ q.T
+        updated = pieces.kept_weight + pieces.kept_weight @ p @ q.T
     else:
-        weight, _ = ops.liar_update(problem.weight, k, d, q)
-        pieces.verdicts.add("liar_update", guards.interpolated(problem.weight, k, d, q, weight))
-    weight = weight + correction.T if correction.shape[1] else weight
-    return Repair(weight, pieces.bias(weight), "liar", chosen, errors=errors)
+        updated, _ = ops.liar_update(weight, k, d, q)
+        pieces.verdicts.add("liar_update", guards.interpolated(weight, k, d, q, updated))
+    return updated + correction.T if correction.shape[1] else updated
 
 
 def held_out(problem: Problem) -> bool:
@@ -344,12 +362,12 @@ def _mask_tuning(problem: Problem, kept: Tensor, pieces: _Pieces, damping: float
     a, f = cut(pieces.view.fit)
     held_a, held_f = cut(pieces.view.held) if held_out(problem) else (a, f)
 
-    def error(delta: Tensor) -> float:
+    def error(delta: Tensor) -> Tensor:
         delta = delta[:, 0]
-        return max(pieces.held.tt + float(delta @ held_a @ delta - 2 * delta @ held_f), 0.0) / pieces.power
+        return (pieces.held.tt + (delta @ held_a @ delta - 2 * delta @ held_f).double()).clamp(min=0) / pieces.power
 
     chosen, best = choose_damping(a, f[:, None], damping, error, pieces.verdicts)
-    errors = {"mask_tuning": best, "none": pieces.held_error(None)}
+    errors = {"mask_tuning": best, **_read({"none": pieces.held_error(None)})}
     if chosen is None or (guard and errors["none"] < best and held_out(problem)):
         return Repair(
             pieces.kept_weight.clone(),
@@ -369,7 +387,6 @@ def _mask_tuning(problem: Problem, kept: Tensor, pieces: _Pieces, damping: float
 def _warn(out: Repair, problem: Problem, pieces: _Pieces) -> None:
     columns = len(pieces.keep)
     if out.method == "liar":
-        out.norm_ratio = float(out.weight.norm() / pieces.kept_weight.norm().clamp(min=1e-30))
         if out.norm_ratio > NORM_RATIO:
             out.warnings.append(
                 f"norm grew {out.norm_ratio:.1f}-fold (healthy: 1.0–1.6): an outlier column of its "

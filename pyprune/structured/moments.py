@@ -146,9 +146,9 @@ class Moments:
         return (gram, sums, cross), wrong
 
     @property
-    def mass(self) -> float:
-        """Σ of the tokens' weights."""
-        return float(self.totals[0])
+    def mass(self) -> Tensor:
+        """Σ of the tokens' weights, a float64 scalar on the device."""
+        return self.totals[0]
 
     @property
     def plain(self) -> tuple[Tensor, Tensor]:
@@ -158,18 +158,18 @@ class Moments:
 
     def mean_about_shift(self) -> tuple[Tensor, Tensor]:
         self.flush()
-        n = self.mass or 1
+        n = _divisor(self.mass)
         return self.sums / n, self.sums_e / n
 
     def about(self, d: Tensor, f: Tensor) -> About:
         """Mean products about ``shift + d`` (and ``shift_e + f``): float64 subtraction, float32 result."""
         u, v = self.mean_about_shift()
-        n = self.mass or 1
+        n = _divisor(self.mass)
         second = (self.gram / n).addr_(u, d, alpha=-1).addr_(d, d - u)
         if not self.outputs:
             return About(second.float())
         cross = (self.cross / n).addr_(u, f, alpha=-1).addr_(d, f - v)
-        return About(second.float(), cross.float(), float(self.totals[1] / n - 2 * (v @ f) + f @ f))
+        return About(second.float(), cross.float(), self.totals[1] / n - 2 * (v @ f) + f @ f)
 
     def move(self, shift: Tensor, shift_e: Tensor) -> None:
         """Take the products about other shifts; exact up to float64."""
@@ -188,9 +188,19 @@ class Moments:
                 self.plain_sums -= self.count * d
         self.place(shift, shift_e)
 
-    def finite(self) -> bool:
+    def finite(self) -> Tensor:
+        """bool scalar on the device."""
         self.flush()
-        return bool(torch.isfinite(self.gram.diagonal()).all())
+        return torch.isfinite(self.gram.diagonal()).all()
+
+
+def to_device(index: Tensor, device: torch.device) -> Tensor:
+    """An index made on the host; a GPU's copy of it is not waited for."""
+    return (index.pin_memory() if device.type == "cuda" else index).to(device, non_blocking=True)
+
+
+def _divisor(mass: Tensor) -> Tensor:
+    return torch.where(mass == 0, 1, mass)
 
 
 def at_fault(told: Iterable[dict[str, Tensor]]) -> set[str]:
@@ -201,11 +211,12 @@ def at_fault(told: Iterable[dict[str, Tensor]]) -> set[str]:
 
 @dataclass(eq=False)
 class About:
-    """Mean products about a point: ``E[xxᵀ]``, ``E[xeᵀ]`` (None without errors), ``E‖e‖²``; float32."""
+    """Mean products about a point: ``E[xxᵀ]``, ``E[xeᵀ]`` (None without errors), ``E‖e‖²``; float32, but the last,
+    which is a float64 scalar."""
 
     second: Tensor
     cross: Tensor | None = None
-    square: float = 0.0
+    square: Tensor | float = 0.0
 
 
 @dataclass(eq=False)
@@ -224,8 +235,8 @@ class View:
     shift: Tensor
     """float64 ``[c]``: mean of all tokens minus p if centred, else zero."""
     shift_e: Tensor | None
-    share: float
-    """Fitted tokens over all tokens, by weight."""
+    share: Tensor
+    """Fitted tokens over all tokens, by weight; a float64 scalar."""
 
 
 @dataclass(eq=False)
@@ -258,8 +269,7 @@ class Split:
             for part in (self.fit, self.held):
                 part.place(mean_of(x.float(), w), shift_e)
         for part, which in ((self.fit, ~held), (self.held, held)):
-            rows = which.nonzero().flatten()
-            rows = (rows.pin_memory() if x.is_cuda else rows).to(x.device, non_blocking=True)
+            rows = to_device(which.nonzero().flatten(), x.device)
             part.update(
                 x.index_select(0, rows),
                 None if e is None else e.index_select(0, rows),
@@ -296,14 +306,14 @@ class Split:
         return self.fit.count + self.held.count
 
     @property
-    def mass(self) -> float:
+    def mass(self) -> Tensor:
         return self.fit.mass + self.held.mass
 
     def _combined(self) -> tuple[Tensor, Tensor]:
         """Weighted mean of all tokens about the shift."""
         for part in (self.fit, self.held):
             part.flush()
-        n = self.mass or 1
+        n = _divisor(self.mass)
         return (self.fit.sums + self.held.sums) / n, (self.fit.sums_e + self.held.sums_e) / n
 
     @property
@@ -337,7 +347,7 @@ class Split:
     def second(self, centred: bool) -> Tensor:
         """Covariance, or uncentred mean products, of all tokens, weighted; float64 ``[c, c]``."""
         u, _ = self._combined()
-        out = ((self.fit.gram + self.held.gram) / (self.mass or 1)).addr_(u, u, alpha=-1)
+        out = ((self.fit.gram + self.held.gram) / _divisor(self.mass)).addr_(u, u, alpha=-1)
         return out if centred else out.addr_(self.mean, self.mean)
 
     def view(self, centred: bool) -> View:
@@ -373,8 +383,9 @@ class Split:
             fit.mass / self.mass,
         )
 
-    def finite(self) -> bool:
-        return self.fit.finite() and self.held.finite()
+    def finite(self) -> Tensor:
+        """bool scalar on the device."""
+        return self.fit.finite() & self.held.finite()
 
     def verdicts(self) -> list[dict[str, Tensor]]:
         """What the guards of both parts found, all tokens added."""

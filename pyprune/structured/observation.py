@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -146,20 +146,22 @@ def observe_moments(
         for op in sorted(wrong - still):
             distrust(found, run.executor.device, index, op)
     splits = [one.split for one in observed]
-    for split, group in zip(splits, groups):
-        share_moments(run, found.clock, index, group, split)
+    share_moments(run, found.clock, index, groups, splits)
     return splits
 
 
-def share_moments(run: Run, clock: Clock, index: int, group: Coupled, split: Split) -> None:
+def share_moments(run: Run, clock: Clock, index: int, groups: Sequence[Coupled], splits: Sequence[Split]) -> None:
     """Give every process the moments of all. Raises ConfigError if they are not finite."""
     with clock("statistics"):
-        split.sum_over(run.world)
-        if not split.finite():
-            raise ConfigError(
-                f"the inputs of {run.view.path}.{index}.{group.name} are not finite on the calibration "
-                "data; check the checkpoint, or load it in a wider dtype"
-            )
+        for split in splits:
+            split.sum_over(run.world)
+        finite = torch.stack([split.finite() for split in splits]).tolist() if splits else []
+        for group, right in zip(groups, finite):
+            if not right:
+                raise ConfigError(
+                    f"the inputs of {run.view.path}.{index}.{group.name} are not finite on the calibration "
+                    "data; check the checkpoint, or load it in a wider dtype"
+                )
 
 
 def weighting(asked: str, group: Coupled) -> str:

@@ -319,7 +319,7 @@ class SequentialBlock(Lanes):
                     still = at_fault(split.verdicts())
                 for op in sorted(wrong - still):
                     distrust(self.found, self.run.executor.device, self.index, op)
-            share_moments(self.run, self.found.clock, self.index, self.groups[i], split)
+            share_moments(self.run, self.found.clock, self.index, [self.groups[i]], [split])
             self._choose(i, split)
             replacement = Replacement.of(self.work, self.index, self.picks[i])
             for lane in here:

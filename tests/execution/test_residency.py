@@ -9,7 +9,7 @@ import torch
 
 from pyprune.config import Evaluation
 from pyprune.execution.executor import Executor
-from pyprune.execution.residency import Arrivals, resident, weight_bytes
+from pyprune.execution.residency import Arrivals, resident, sent, weight_bytes
 from pyprune.model.blocks import ModelView
 from pyprune.pipeline.prune import prune
 
@@ -93,3 +93,27 @@ def test_a_block_without_room_beside_the_other_comes_in_its_turn():
 
         arrivals.send(4, full, torch.float32)
         assert arrivals.take(4) == {}
+
+
+def test_several_tensors_travel_in_one_copy_per_type():
+    torch.manual_seed(0)
+    tensors = {
+        "a": torch.randn(3, 50).T,
+        "b": torch.nn.Parameter(torch.randn(7).bfloat16()),
+        "c": torch.randn(2, 2, 2),
+        "d": torch.arange(5),
+        "e": torch.randn(0, 4),
+    }
+    assert not sent(tensors, torch.device("cpu"))
+    with simulated_gpu.present() as waits:
+        here = tensors | {"f": torch.ones(3).to(GPU)}
+        waits.clear()
+        found = sent(here, GPU, torch.bfloat16)
+        assert not waits and set(found) == set(tensors), "what is there already is not sent"
+        for name, tensor in tensors.items():
+            want = tensor.detach().bfloat16() if tensor.is_floating_point() else tensor
+            got = found[name]
+            assert got.is_cuda and got.dtype == want.dtype and torch.equal(got.inside, want)
+        assert {t.dtype for t in sent(here, GPU).values()} == {torch.float32, torch.bfloat16, torch.int64}
+        found["a"].zero_()
+        assert found["c"].any(), "each has memory of its own"

@@ -422,3 +422,36 @@ def test_repeated_runs_and_thread_counts_give_the_same_bits():
 def test_an_unknown_level_is_named():
     with pytest.raises(ValueError, match="sse9 is not one of this processor's"):
         native._C.use_cpu_level("sse9")
+
+
+@pytest.mark.parametrize("dtype", ops.FLOATS)
+@pytest.mark.parametrize("columns", [1, 63, 64, 1000])
+def test_between_products(columns, dtype):
+    """Rounded where the written-out forms of RMSNorm, gate and rotary embedding are: the same 16-bit numbers."""
+
+    def agree(got, want):
+        assert got.dtype == want.dtype and got.shape == want.shape
+        if dtype == torch.float32:
+            torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-37)
+        else:
+            assert (got != want).float().mean() < 0.005
+            torch.testing.assert_close(got, want, rtol=0.01, atol=1e-5)
+
+    sizes = torch.logspace(-3, 2, 33)[:, None]
+    x, weight = (torch.randn(33, columns) * sizes).to(dtype), torch.randn(columns).to(dtype)
+    for form in ops.NORM_FORMS:
+        agree(
+            ops.rms_norm(x[:, None], weight, 1e-5, form=form), reference.rms_norm(x[:, None], weight, 1e-5, form=form)
+        )
+    up = torch.randn(columns, 33).to(dtype).T
+    agree(ops.swiglu(x, up), reference.swiglu(x, up))
+    heads = torch.randn(2, 5, 3, 2 * columns).to(dtype).transpose(1, 2)
+    cos, sin = torch.randn(1, 5, 2 * columns).to(dtype), torch.randn(2, 5, 2 * columns).to(dtype)
+    got, want = ops.rotary(heads, cos, sin), reference.rotary(heads, cos, sin)
+    assert got.stride() == want.stride() and torch.allclose(got.float(), want.float(), atol=1e-6)
+
+
+def test_the_gate_at_its_limits():
+    gate = torch.tensor([0.0, -0.0, torch.inf, -1e30, 1e30, -87.0, -100.0, 88.8, torch.nan])
+    got, want = ops.swiglu(gate, torch.ones(9)), reference.swiglu(gate, torch.ones(9))
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-36, equal_nan=True)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+import types
 
 import pytest
 import torch
 
 from pyprune import ops
-from pyprune.ops import native, reference
+from pyprune.ops import classes, native, reference
 from pyprune.ops.packed import pack_bitmask
 
 HAS_CPU = native.unusable("cpu") is None
@@ -101,6 +102,13 @@ REFUSED = [
     (lambda: ops.sparse_linear(torch.ones(3, 5), pack_bitmask(EYE)), r"x must be float32 \[..., 8\] .* \(3, 5\)"),
     (lambda: ops.sparse_linear(EYE, pack_bitmask(EYE.half())), r"x must be float16 \[..., 8\] on cpu, got float32"),
     (lambda: ops.sparse_linear(EYE, pack_bitmask(EYE), torch.ones(7)), r"bias must be float32 \(8,\) on cpu"),
+    (lambda: ops.rms_norm(EYE, torch.ones(7), 1e-5), r"weight must be float32 \(8,\) on cpu, got float32 \(7,\)"),
+    (lambda: ops.rms_norm(EYE, torch.ones(8), 1e-5, form="other"), "narrow, wide, offset, got 'other'"),
+    (lambda: ops.rms_norm(EYE, torch.ones(8), -1.0), "eps must not be negative, got -1.0"),
+    (lambda: ops.rotary(EYE, EYE, EYE), "x must have 4 dimensions, got 2"),
+    (lambda: ops.rotary(torch.ones(2, 3, 4, 5), EYE, EYE), "even number of columns, got 5"),
+    (lambda: ops.rotary(torch.ones(2, 3, 4, 6), torch.ones(1, 4, 6), EYE), r"sin must be float32 \(2, 4, 6\) on cpu"),
+    (lambda: ops.swiglu(EYE, EYE.half()), r"up must be float32 \(8, 8\) on cpu, got float16"),
     (lambda: ops.attention(EYE, EYE, EYE), r"must be \[batch, heads, tokens, width\], got \[\(8, 8\)"),
     (lambda: ops.attention(*heads(3, 2, 2)), r"g dividing h, got \[\(1, 3, 5, 4\), \(1, 2, 5, 4\), \(1, 2, 5, 4\)\]"),
     (lambda: ops.attention(*heads(2, 1, 2)), "need one b, d and s"),
@@ -214,3 +222,19 @@ def test_attention_is_torchs_and_keeps_gradients(backend):
     torch.testing.assert_close(ops.attention(q, k, v, causal=True), want, rtol=1e-5, atol=1e-5)
     with ops.backend("auto"):
         assert ops.attention(q.requires_grad_(), k, v, causal=True).requires_grad
+
+
+@pytest.mark.skipif(not HAS_CPU, reason="no native module")
+@pytest.mark.parametrize("tokens, key", [(20, "linear/few-rows"), (60, "linear/rows")])
+def test_many_tokens_of_a_packed_weight_follow_the_verdict_on_dense_products(monkeypatch, tokens, key):
+    products = []
+    own = native._C.linear_cpu
+    monkeypatch.setattr(native, "_C", types.SimpleNamespace(**vars(native._C)))
+    monkeypatch.setattr(native._C, "linear_cpu", lambda *arguments: products.append(key) or own(*arguments))
+    w, x = torch.randn(70, 40), torch.randn(tokens, 40)
+    usual = dict.fromkeys(classes.KEYS, "cpu")
+    for name, count in (("cpu", 1), ("reference", 0)):
+        products.clear()
+        with ops.pinned({"cpu": {**usual, key: name}}):
+            torch.testing.assert_close(ops.sparse_linear(x, pack_bitmask(w)), x @ w.T, rtol=1e-5, atol=1e-4)
+        assert len(products) == count

@@ -222,6 +222,23 @@ def test_liar_update(r, c, d, dtype):
     assert relative(new_bias, bias.double() + shift) < 1e-5
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_between_the_products(dtype):
+    """Rounded where the written-out form is: the same 16-bit numbers but for a few."""
+    near = {torch.float32: 3e-7, torch.bfloat16: 2e-3, torch.float16: 3e-4}[dtype]
+    for rows, columns in ((3, 63), (5000, 128), (2000, 4096), (70, 16384)):
+        x, weight = 5 * rand(rows, columns, dtype=dtype), rand(columns, seed=1, dtype=dtype)
+        for form in ops.NORM_FORMS:
+            want = reference.rms_norm(x, weight, 1e-6, form=form).double()
+            assert relative(ops.rms_norm(x, weight, 1e-6, form=form), want) < near
+        assert relative(ops.swiglu(x, x.flip(0)), reference.swiglu(x, x.flip(0)).double()) < near
+    for heads, d in ((32, 128), (9, 64), (3, 80)):
+        x = rand(2, 700, heads, d, dtype=dtype).transpose(1, 2)
+        cos, sin = rand(1, 700, d, seed=1, dtype=dtype), rand(2, 700, d, seed=2, dtype=dtype)
+        got = ops.rotary(x, cos, sin)
+        assert got.stride() == x.stride() and relative(got, reference.rotary(x, cos, sin).double()) < near
+
+
 def test_bad_data_is_reported_by_the_next_call(triton_backend):
     w = rand(64, 64)
     w[3, 5] = float("nan")

@@ -278,9 +278,9 @@ def test_units_that_were_not_counted_right_end_the_run(monkeypatch):
 def test_the_guard_of_a_solve_holds_on_ill_conditioned_systems(damping):
     x = loud(2000, 256).double()
     a = (x.T @ x / len(x)).float()
-    scale = damping * float(a.diagonal().mean())
+    scale = damping * a.diagonal().mean().double()
     b = a @ torch.randn(256, 40, generator=torch.Generator().manual_seed(1))
-    solution, info = reference.cholesky_solve(a[None], b[None], damping=torch.tensor([scale]))
+    solution, info = reference.cholesky_solve(a[None], b[None], damping=scale.float()[None])
     good = torch.tensor(True)
     assert int(info) == 0 and not guards.solved(a, b, scale, solution[0], good)
     other = solution[0].clone()

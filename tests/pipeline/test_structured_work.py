@@ -168,7 +168,7 @@ def test_moments_of_two_processes_are_those_of_all_tokens(weighted):
             for mine, want in ((a.fit, b.fit), (a.held, b.held)):
                 torch.testing.assert_close(mine.second, want.second, rtol=1e-5, atol=1e-5)
                 torch.testing.assert_close(mine.cross, want.cross, rtol=1e-5, atol=1e-5)
-                assert mine.square == pytest.approx(want.square, rel=1e-5)
+                assert float(mine.square) == pytest.approx(float(want.square), rel=1e-5)
             torch.testing.assert_close(a.point, b.point, rtol=1e-6, atol=1e-6)
         aweights = None if w is None else w.double()
         covariance = torch.cov(x.double().T, correction=0, aweights=aweights)

@@ -240,7 +240,7 @@ def test_the_walk_finds_the_best_damping(best):
 
     def error(solution):
         tried.append(round(float(1 / solution[0, 0] - 1), 6))
-        return abs(float(torch.log10(1 / solution[0, 0] - 1)) - float(np.log10(GRID[best])))
+        return (torch.log10(1 / solution[0, 0] - 1) - np.log10(GRID[best])).abs()
 
     assert choose_damping(a, b, None, error)[0] == GRID[best]
     assert len(tried) == len(set(tried)) <= 7

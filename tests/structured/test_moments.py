@@ -33,7 +33,7 @@ def test_views_are_moments_about_one_point():
             a, b = x[rows].double() - p, e[rows].double() - q
             torch.testing.assert_close(about.second.double(), a.T @ a / len(a), rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(about.cross.double(), a.T @ b / len(a), rtol=1e-4, atol=1e-5)
-            assert about.square == pytest.approx(float(b.square().sum() / len(a)), rel=1e-4)
+            assert float(about.square) == pytest.approx(float(b.square().sum() / len(a)), rel=1e-4)
 
 
 def test_moments_do_not_depend_on_batches():
