@@ -217,8 +217,18 @@ def several_reported(reports: Sequence[dict], config: PruneConfig) -> dict:
         "curve": entries,
         "seconds": {phase: sum(report["seconds"].get(phase, 0.0) for report in reports) for phase in phases},
         "peak_memory_bytes": max(report["peak_memory_bytes"] for report in reports),
-        "warnings": list(dict.fromkeys(text for report in reports for text in report["warnings"])),
+        "warnings": _warnings_of(reports, config),
     }
+
+
+def _warnings_of(reports: Sequence[dict], config: PruneConfig) -> list[str]:
+    """The warnings of all, each once; what does not hold for all names its sparsity."""
+    found = []
+    for report, sparsity in zip(reports, config.several):
+        for text in report["warnings"]:
+            common = all(text in other["warnings"] for other in reports)
+            found.append(text if common else f"at {sparsity:g}: {text}")
+    return list(dict.fromkeys(found))
 
 
 def report_of(report: dict, config: PruneConfig) -> dict:

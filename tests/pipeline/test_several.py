@@ -17,6 +17,7 @@ from pyprune.config import ConfigError, Evaluation, PruneConfig
 from pyprune.data import calibration
 from pyprune.evaluation.block_by_block import Meter
 from pyprune.execution.journal import FOLDER, Interrupted, Journal
+from pyprune.pipeline.result import several_reported
 from pyprune.reporting import rendering
 from pyprune.reporting.comparison_page import comparison_page
 
@@ -185,6 +186,23 @@ def test_lists_that_make_no_sense_are_refused(fields, message):
 
 def test_a_list_of_one_is_that_sparsity(tmp_path):
     assert PruneConfig(sparsity=[0.3]) == PruneConfig(sparsity=0.3)
+
+
+def test_a_warning_that_does_not_hold_for_all_names_its_sparsity():
+    def report(*warnings):
+        model = {"parameters": 7}
+        return {
+            "sparsity": 0.3,
+            "model": model,
+            "evaluation": [],
+            "generalisation": None,
+            "seconds": {"solve": 2.0},
+            "peak_memory_bytes": 1,
+            "warnings": list(warnings),
+        }
+
+    found = several_reported([report("all", "one"), report("all")], PruneConfig(sparsity=[0.3, 0.5]))
+    assert found["warnings"] == ["all", "at 0.3: one"] and found["seconds"] == {"solve": 4.0}
 
 
 def test_each_scalar_names_its_sparsity(tmp_path):
