@@ -66,7 +66,7 @@ SAMPLES, TOKENS, WINDOW = 64, 512, 1024
 """Sequences of calibration text, tokens of each, tokens of an evaluation window, where nothing else is asked."""
 SHORT_WINDOWS, SHORT_WINDOW = 8, 512
 """How many windows of how many tokens are measured of a text that nobody named."""
-KINDS = ("attention", "mlp")
+KINDS = ATTENTION, MLP = "attention", "mlp"
 """Parts of every block that a sparsity may be given for."""
 REST = ("*", "default")
 """Keys of a mapping of sparsities that stand for what its other keys do not name."""
@@ -625,7 +625,7 @@ class PruneConfig:
         found = {key.strip(): _fraction(f"sparsity of {key.strip()}", value) for key, value in asked.items()}
         if all(key in found for key in REST):
             raise ConfigError("sparsity names the rest twice, by * and by default; leave one of them out")
-        other = {"heads": "mlp", "neurons": "attention"}.get(self.pattern)
+        other = {"heads": MLP, "neurons": ATTENTION}.get(self.pattern)
         if other in found:
             raise ConfigError(
                 f"sparsity {other}={found[other]:g} would do nothing: pattern={self.pattern!r} leaves the {other} "

@@ -107,6 +107,14 @@ def place(tmp_path_factory):
             progress=False,
             **extra,
         )
+    pyprune.prune(
+        str(folder / "MODEL"),
+        output=str(folder / "curve"),
+        method="magnitude",
+        sparsity=[0.3, 0.5],
+        evaluation=dict(text=str(folder / "test.txt"), max_windows=2),
+        progress=False,
+    )
     pyprune.pack(str(folder / "pruned"), str(folder / "packed"))
     shutil.copytree(folder / "pruned", folder / "runs" / "first")
     shutil.copytree(folder / "MODEL", folder / "BASE")

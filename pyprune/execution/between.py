@@ -1,9 +1,11 @@
 """Norms, rotary embeddings and gated layers of a block through ``ops``, for passes without gradients.
 
-A norm, a gated layer or an attention is known by what it does: the op's result on random numbers is that of the part's
-own code, in the type it computes in, up to the order of a sum. Then, for the duration, the part is of a class that
-calls the op where it can and its own code elsewhere; what a part does otherwise stays as it is, whatever its name. A
-class rather than a function of the instance: a copy of the part computes with the copy's weights.
+A norm, a gated layer or an attention of torch or transformers is known by what it does: the op's result on random
+numbers is that of the part's own code, in the type it computes in, up to the order of a sum. Then, for the duration,
+the part is of a class that calls the op where it can and its own code elsewhere; what a part does otherwise stays as it
+is, whatever its name. Random numbers do not show what other people's code does with other numbers, or beside its
+result: classes from elsewhere stay as they are, and so does a gate whose activation has hooks. A class rather than a
+function of the instance: a copy of the part computes with the copy's weights.
 """
 
 from __future__ import annotations
@@ -22,6 +24,8 @@ from pyprune import ops
 
 DIFFERENT = 0.02
 """Share of 16-bit numbers that may be rounded to a neighbour."""
+KNOWN = ("torch", "transformers")
+"""Packages whose parts are looked at."""
 
 
 class Between:
@@ -54,7 +58,9 @@ class Between:
             weight = describe(part)
             if weight is None or weight.dtype not in ops.FLOATS or "forward" in vars(part):
                 continue
-            if ops.taken_for(op, weight) == "reference":
+            if ops.taken_for(op, weight) == "reference" or type(part).__module__.partition(".")[0] not in KNOWN:
+                continue
+            if op == "swiglu" and any(map(_hooked, part.children())):
                 continue
             numbers = [(name, value) for name, value in vars(part).items() if isinstance(value, float)]
             key = (op, type(part), weight.dtype, weight.device, *map(type, part.children()), *numbers)
@@ -118,15 +124,18 @@ def _norm(part: nn.Module, weight: Tensor) -> type | None:
         for form in ops.NORM_FORMS if isinstance(eps, float) and 0 <= eps < 1e-2 else ():
             if not _equal(ops.rms_norm(x, changed, eps, form=form), want):
                 continue
-
-            def forward(self, x: Tensor, place: str = place, form: str = form) -> Tensor:
-                weight = getattr(self, name)
-                if not _free(x, weight):
-                    return own.forward(self, x)
-                return ops.rms_norm(x, weight, getattr(self, place), form=form)
-
-            return _class_with(own, forward)
+            return _norm_class(own, name, place, form)
     return None
+
+
+def _norm_class(own: type, name: str, place: str, form: str) -> type:
+    def forward(self, x: Tensor, *rest, **options) -> Tensor:
+        weight = getattr(self, name)
+        if rest or options or not _free(x, weight):
+            return own.forward(self, x, *rest, **options)
+        return ops.rms_norm(x, weight, getattr(self, place), form=form)
+
+    return _class_with(own, forward)
 
 
 class _Stand(nn.Module):
@@ -166,15 +175,23 @@ def _gate(part: nn.Module, weight: Tensor) -> type | None:
             shell._modules = {**part._modules, **stands}
             if not _equal(ops.swiglu(a, b), _tried(functools.partial(shell, x))):
                 continue
-
-            def forward(self, x: Tensor, gate: str = gate, up: str = up, down: str = down) -> Tensor:
-                if torch.is_grad_enabled():
-                    return own.forward(self, x)
-                first, second = getattr(self, gate)(x), getattr(self, up)(x)
-                return getattr(self, down)(ops.swiglu(first, second))
-
-            return _class_with(own, forward)
+            return _gate_class(own, gate, up, down)
     return None
+
+
+def _gate_class(own: type, gate: str, up: str, down: str) -> type:
+    def forward(self, x: Tensor, *rest, **options) -> Tensor:
+        if rest or options or torch.is_grad_enabled():
+            return own.forward(self, x, *rest, **options)
+        product = ops.swiglu(getattr(self, gate)(x), getattr(self, up)(x))  # nothing else lives on while the next waits
+        return getattr(self, down)(product)
+
+    return _class_with(own, forward)
+
+
+def _hooked(part: nn.Module) -> bool:
+    """Whether somebody wants to see what goes through a part that the op stands for."""
+    return not isinstance(part, nn.Linear) and bool(part._forward_hooks or part._forward_pre_hooks)
 
 
 def _rotary_name(forward: Callable) -> str | None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyprune.config import ATTENTION, MLP
 from pyprune.model.arguments import Arguments
 from pyprune.model.attributes import embedding_device, pad_token, vocabulary_size
 from pyprune.model.blocks import ModelView, is_linear, weights_of
@@ -71,7 +72,7 @@ def kinds_in(block: nn.Module, hidden: Tensor, arguments: Arguments) -> dict[str
                 look(full)  # a list of modules, or a shell around the whole block
             else:
                 mixing = not is_linear(child) and mixes_tokens(child, *calls[full])
-                found.update(dict.fromkeys(inside, "attention" if mixing else "mlp"))
+                found.update(dict.fromkeys(inside, ATTENTION if mixing else MLP))
 
     look("")
     return found if "attention" in found.values() else {}

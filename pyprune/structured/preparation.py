@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from pyprune.config import ConfigError, PruneConfig, sparsity_text
+from pyprune.config import ATTENTION, MLP, ConfigError, PruneConfig, sparsity_text
 from pyprune.execution.run import Findings, Run
 from pyprune.model.attributes import embedding_device, vocabulary_size
 from pyprune.model.blocks import ModelView, block_list
@@ -25,7 +25,7 @@ from pyprune.structured.observation import observe_moments
 from pyprune.structured.slicing import Pick, slice_block
 from pyprune.structured.taps import gradient_sequences, mask_gradients
 
-KIND = {"heads": "attention", "neurons": "mlp"}
+KIND = {"heads": ATTENTION, "neurons": MLP}
 """What the two kinds of units are called where a sparsity is given by name."""
 
 

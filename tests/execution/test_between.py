@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 from pyprune import ops
+from pyprune.execution import between
 from pyprune.execution.between import Between
 from pyprune.execution.executor import Executor
 from pyprune.model.blocks import ModelView
@@ -58,14 +59,14 @@ def test_a_block_gives_its_own_output_through_the_ops(family, norms, dtype, call
 
 
 def test_like_parts_are_tried_once_and_nothing_is_where_the_reference_is_taken(called):
-    model, between = tiny.model("llama"), Between()
+    model, found = tiny.model("llama"), Between()
     first, second = ModelView(model).blocks[:2]
-    with between.through_ops(first):
+    with found.through_ops(first):
         pass
     called.clear()
-    with between.through_ops(second):
+    with found.through_ops(second):
         assert not called and type(second.mlp) is not type(second)
-    with ops.backend(NONE), between.through_ops(first):
+    with ops.backend(NONE), found.through_ops(first):
         assert type(first.mlp).forward.__module__.startswith("transformers")
 
 
@@ -122,7 +123,8 @@ class Gated(nn.Module):
         (Gated(lambda a, b, x: 1 / 0), None),
     ],
 )
-def test_what_is_almost_the_same_stays_as_it_is(part, op, called):
+def test_what_is_almost_the_same_stays_as_it_is(part, op, called, monkeypatch):
+    monkeypatch.setattr(between, "KNOWN", (Norm.__module__.partition(".")[0],))
     x, whole = torch.randn(3, 5, 24), nn.Sequential(part)
     with torch.no_grad(), Between().through_ops(whole):
         called.clear()
@@ -131,3 +133,42 @@ def test_what_is_almost_the_same_stays_as_it_is(part, op, called):
         else:
             whole(x)
     assert called == [op] * (op is not None)
+
+
+def test_what_others_wrote_or_look_at_runs_its_own_code(called):
+    """A subclass computes the same of random numbers and more of its own; a hook wants the activation's output."""
+
+    class Counting(type(tiny.model("llama").model.layers[0].mlp)):
+        calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            return super().forward(x)
+
+    model = tiny.model("llama")
+    own, hooked = (layer.mlp for layer in model.model.layers[:2])
+    own.__class__ = Counting
+    seen = []
+    hooked.act_fn.register_forward_hook(lambda module, args, out: seen.append(out.shape))
+    x = torch.randn(3, 7, own.hidden_size)
+    with torch.no_grad(), Between().through_ops(model):
+        called.clear()
+        own(x), hooked(x)
+    assert own.calls == 1 and len(seen) == 1 and not called
+
+
+def test_further_arguments_reach_the_part_itself(called, monkeypatch):
+    class Adapted(Gated):
+        def forward(self, x, add=None):
+            out = super().forward(x)
+            return out if add is None else out + add
+
+    monkeypatch.setattr(between, "KNOWN", (Norm.__module__.partition(".")[0],))
+    part, x = Adapted(lambda a, b, x: functional.silu(a) * b), torch.randn(3, 5, 24)
+    with torch.no_grad():
+        want = part(x, 2.0)
+        with Between().through_ops(part):
+            called.clear()
+            assert torch.equal(part(x, 2.0), want) and not called
+            part(x)
+    assert called == ["swiglu"]

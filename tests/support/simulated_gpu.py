@@ -15,6 +15,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
@@ -271,6 +272,7 @@ def _at_once(op):
 @contextlib.contextmanager
 def present(memory: int = 10**11):
     """The device is there inside the ``with`` block, with ``memory`` bytes free; yields :data:`waits`, emptied."""
+    _device_constructors()  # torch remembers them at first use, and that must not be the replaced torch.tensor
     stream = _Stream()
     there = dict(
         _lazy_init=lambda: None,
