@@ -128,7 +128,7 @@ def _norm(part: nn.Module, weight: Tensor) -> type | None:
     return None
 
 
-def _norm_class(own: type, name: str, place: str, form: str) -> type:
+def _norm_class(own: type[nn.Module], name: str, place: str, form: str) -> type:
     def forward(self, x: Tensor, *rest, **options) -> Tensor:
         weight = getattr(self, name)
         if rest or options or not _free(x, weight):
@@ -179,7 +179,7 @@ def _gate(part: nn.Module, weight: Tensor) -> type | None:
     return None
 
 
-def _gate_class(own: type, gate: str, up: str, down: str) -> type:
+def _gate_class(own: type[nn.Module], gate: str, up: str, down: str) -> type:
     def forward(self, x: Tensor, *rest, **options) -> Tensor:
         if rest or options or torch.is_grad_enabled():
             return own.forward(self, x, *rest, **options)
