@@ -35,6 +35,8 @@ def dense_of(name: str | Path, option: str = "--against") -> str:
     """The model that a folder written by pyprune was pruned from. Raises ConfigError if it does not say; ``option``
     is what names it instead."""
     refuse_several(name)
+    if not Path(name).exists():
+        raise ConfigError(f"no such folder: {name}; for a model of the Hub, name the dense model with {option}")
     record = Path(name) / "pruning.json"
     found = json.loads(record.read_text()).get("settings", {}).get("model") if record.is_file() else None
     if not found:

@@ -81,3 +81,8 @@ def test_model_card_says_how_to_load(pair, tmp_path):
     own.save(tmp_path / "own")
     card = (tmp_path / "own" / "README.md").read_text()
     assert 'pyprune.load("own")' in card and "num_attention_heads=2" in card
+
+
+def test_a_folder_that_is_not_there_is_named_as_such(capsys):
+    code, _, err = call(capsys, "eval", "nowhere", "--latency")
+    assert code == 2 and "no such folder: nowhere; for a model of the Hub, name the dense model with --against" in err
