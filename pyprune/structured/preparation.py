@@ -154,10 +154,14 @@ def foreseen(groups: list[list[Coupled]], config: PruneConfig, rules: list[list[
         return [{"asked": s, "removed": {}, "notes": []} for s in config.sparsities]
     rows = []
     for asked, wanted in zip(config.sparsities, wanted_of(groups, config, rules)):
-        counts = [[uniform_count(g, s) for g, s in zip(block, row)] for block, row in zip(groups, wanted)]
+        counts = _uniform_counts(groups, wanted)
         notes = shortfalls(groups, counts, wanted, rules is not None)
         rows.append({"asked": asked, "removed": removed(groups, counts), "notes": notes})
     return rows
+
+
+def _uniform_counts(groups: list[list[Coupled]], wanted: list[list[float]]) -> list[list[int]]:
+    return [[uniform_count(g, s) for g, s in zip(block, row)] for block, row in zip(groups, wanted)]
 
 
 def _paths(block: list[Coupled]) -> set[str]:
@@ -227,10 +231,7 @@ def _allocate(work: StructuredRun, wanted: list[list[list[float]]]) -> list[list
     """Units kept per sparsity, block and group. wanted: the sparsity of each."""
     run, groups = work.run, work.prepared.groups
     if run.config.structured.allocation == "uniform":
-        return [
-            [[uniform_count(g, s) for g, s in zip(block, row)] for block, row in zip(groups, amounts)]
-            for amounts in wanted
-        ]
+        return [_uniform_counts(groups, amounts) for amounts in wanted]
     flat: list[Member] = []
 
     def scored(index: int, splits: Sequence[Split | None], i: int) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 
+import lm_eval_task
 import pytest
 import tiny
 import torch
@@ -131,19 +132,7 @@ def test_the_scoring_is_lm_evals_on_the_same_items(model, tokenizer, tmp_path):
         for i in items(12, seed=3)
     ]
     path = write(tmp_path / "items.jsonl", rows)
-    task = ConfigurableTask(
-        config={
-            "task": "ours",
-            "dataset_path": "json",
-            "dataset_kwargs": {"data_files": {"test": str(path)}, "cache_dir": str(tmp_path / "cache")},
-            "test_split": "test",
-            "output_type": "multiple_choice",
-            "doc_to_text": "Question: {{query}}\nAnswer:",
-            "doc_to_choice": "{{options}}",
-            "doc_to_target": "{{gold}}",
-            "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
-        }
-    )
+    task = ConfigurableTask(config=lm_eval_task.multiple_choice(path))
     theirs = through_lm_eval(model, tokenizer, task, None, 4)
     ours = score(model, tokenizer, items(12, seed=3))
     assert ours["per_item"] == theirs["per_item"]
