@@ -39,6 +39,8 @@ class Input:
     """Inputs of a block's weights that get statistics of their own."""
 
     width: int
+    rows: tuple[int, ...]
+    """Of each of the weights that read it."""
     count: int = 1
     """How many of them there are: one, or one an expert."""
     share: float = 1.0
@@ -59,14 +61,15 @@ def inputs_of(view: ModelView, block: nn.Module, refs: list[WeightRef]) -> list[
     weight, which consumes what the others produce; every expert has its own."""
     groups: dict[tuple, Input] = {}
     for place, ref in enumerate(refs):
+        rows, width = ref.view(block).shape
         if ref.expert is not None:
             share = active_share(view.model.config)
-            groups[(ref.path,)] = Input(ref.view(block).shape[1], len(ref.parameter(block)), share)
+            groups[(ref.path,)] = Input(width, (rows,), len(ref.parameter(block)), share)
             continue
-        width = ref.view(block).shape[1]
         parent = ref.module_path.rpartition(".")[0]
         last = place + 1 == len(refs) or refs[place + 1].module_path.rpartition(".")[0] != parent
-        groups[parent, width, last] = Input(width)
+        others = groups[parent, width, last].rows if (parent, width, last) in groups else ()
+        groups[parent, width, last] = Input(width, (*others, rows))
     return list(groups.values())
 
 
@@ -134,11 +137,28 @@ def refit_flops(rows: int, columns: int) -> float:
     return rows * columns**3 / 3 if columns <= NARROW else 2 * rows * columns**2 * USUAL_STEPS
 
 
+def solve_bytes(x: Input, config: PruneConfig) -> int:
+    """Bytes that solving the weights of one input takes beside their Gram and the masks: while it is factored three
+    matrices of its width; then the factor, all of the weights that are swept together, with targets of the dense stream
+    twice, and what one of them needs by itself."""
+    columns, largest = x.width, max(x.rows) * x.width
+    if config.is_structured:
+        return max(12 * columns**2, 4 * columns**2 + 12 * largest)
+    if not needs_factor(config):
+        return 12 * largest
+    towards_dense = config.global_propagation and (
+        not trains(config) or config.reconstruction.layerwise_target == "dense"
+    )
+    stack = 4 * (1 + towards_dense) * sum(x.rows) * columns
+    own = refit_bytes(max(x.rows), columns) if config.reconstruct == "refit" else 8 * largest
+    return max(12 * columns**2, 4 * columns**2 + stack + own)
+
+
 def refit_bytes(rows: int, columns: int) -> int:
-    """Bytes of one matrix's exact refit: H and the factor, the matrix with its dense, swept and new weights, and the
-    search's four matrices; or the systems that are factored together, three times."""
+    """Bytes of one matrix's exact refit beside what was swept: H, its dense and new weights, and the search's four
+    matrices; or the systems that are factored together, three times."""
     systems = 12 * min(rows * columns**2, max(SYSTEM_ELEMENTS, columns**2))
-    return 8 * columns**2 + 16 * rows * columns + (systems if columns <= NARROW else 16 * rows * columns)
+    return 4 * columns**2 + 8 * rows * columns + (systems if columns <= NARROW else 16 * rows * columns)
 
 
 def shapes_of(block: nn.Module, refs: list[WeightRef]) -> list[tuple[int, int]]:
@@ -241,12 +261,7 @@ def memory_of(
         factors = needs_factor(config) or config.is_structured
         grams = max(grams, sum(4 * x.width**2 * x.count for x in found) if factors else 0)
         masks = sum(rows * columns for rows, columns in shapes_of(one, refs))
-        matrix = max((rows * columns for rows, columns in shapes_of(one, refs)), default=0)
-        largest_input = max((x.width for x in found), default=0) if factors else 0
-        # a factorisation holds three matrices beside the Gram; a sweep the factor, and the matrix three times
-        solve = max(solve, masks + max(12 * largest_input**2, 4 * largest_input**2 + 12 * matrix))
-        if config.reconstruct == "refit":
-            solve = max([solve, *(masks + refit_bytes(rows, columns) for rows, columns in shapes_of(one, refs))])
+        solve = max([solve, *(masks + solve_bytes(x, config) for x in found)])
     kept = {
         "statistics": grams,
         "probes": probe_sequences(config) * calibration.tokens * inputs * compute.itemsize,

@@ -32,8 +32,7 @@ from pyprune.pipeline.checks import check_weights
 from pyprune.pipeline.opening import models_whole, why_not_streamed
 from pyprune.pipeline.phases import models_held
 from pyprune.pipeline.prune import make_config
-from pyprune.pipeline.sparsities import Rules, check_patterns, kinds_for
-from pyprune.pipeline.sparsities import by_name as weights_by_name
+from pyprune.pipeline.sparsities import Rules, check_patterns, kinds_for, weights_and_keys
 from pyprune.planning.costs import (
     activations_of,
     disk_of,
@@ -52,7 +51,7 @@ from pyprune.reporting.record import config_for_report
 from pyprune.sources import kinds as kinds_of
 from pyprune.sources import split
 from pyprune.structured.groups import find_groups
-from pyprune.structured.preparation import by_name, foreseen, group_paths
+from pyprune.structured.preparation import foreseen, group_paths, groups_and_keys
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -111,14 +110,14 @@ def plan(
     achieved, rules = [], None
     if config.is_structured:
         few = find_groups(small, config.pattern, config.structured.head_scope)
-        groups, keys = by_name(view, [few[min(i, len(few) - 1)] for i in range(len(view.blocks))], config)
+        groups, keys = groups_and_keys(view, [few[min(i, len(few) - 1)] for i in range(len(view.blocks))], config)
         achieved = [] if narrowed else foreseen(groups, config, keys)
         paths = [group_paths([block]) for block in groups]
         selected = [[ref for ref in refs if ref.path in own] for refs, own in zip(targeted, paths)]
     elif config.sparsity_by_name:
         check_patterns(view, selected, config)
         alike = {path: kind for block in kinds_for(small, config, Resident()) for path, kind in block.items()}
-        selected, rules = weights_by_name(view, selected, config, [alike for _ in view.blocks])
+        selected, rules = weights_and_keys(view, selected, config, [alike for _ in view.blocks])
         check_weights(view, selected, config, rules)
         achieved = [{"asked": config.sparsity, "removed": {}, "notes": [], "by_key": _by_key(view, config, rules)}]
     weights, work = _weights(view, selected, targeted, config), work_of(view, selected, config)

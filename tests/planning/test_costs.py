@@ -6,11 +6,11 @@ import pytest
 import torch
 import transformers
 
-from pyprune.config import Calibration, Evaluation, PruneConfig
+from pyprune.config import Calibration, Evaluation, PruneConfig, Reconstruction
 from pyprune.masks.refit import USUAL_STEPS
 from pyprune.model.blocks import ModelView, weights_of
 from pyprune.model.skeleton import skeleton
-from pyprune.planning.costs import Input, activations_of, inputs_of, memory_of, work_of
+from pyprune.planning.costs import Input, activations_of, inputs_of, memory_of, solve_bytes, work_of
 from pyprune.planning.rehearsal import rehearsal_model
 
 
@@ -90,10 +90,10 @@ def test_experts_have_inputs_of_their_own():
     view = view_of(config)
     found = inputs_of(view, view.blocks[0], weights_of(view.blocks[0]))
     assert sorted(found, key=lambda x: (x.count, x.width)) == [
-        Input(4096),
-        Input(8192),
-        Input(1536, 128, 8 / 128),
-        Input(4096, 128, 8 / 128),
+        Input(4096, (8192, 512, 512)),
+        Input(8192, (4096,)),
+        Input(1536, (4096,), 128, 8 / 128),
+        Input(4096, (2 * 1536,), 128, 8 / 128),
     ]
     work = work_of(view, selected(view), PruneConfig())
     attention, expert = 2 * 4096 * 8192 + 2 * 4096 * 512, 3 * 4096 * 1536
@@ -127,6 +127,23 @@ def test_statistics_and_solves_are_counted_as_the_mathematics_has_them():
     assert refit.solve - work.solve == pytest.approx(rows * h**3 / 3 + 2 * h * f * f * USUAL_STEPS)
     wanda = work_of(view, selected(view), PruneConfig(method="wanda"))
     assert wanda.statistics == 3 * h + f and wanda.solve == 2 * matrices, "norms and masks, no factorisation"
+
+
+def test_matrices_that_are_swept_together_are_held_together():
+    gate_and_up, matrix = Input(64, (4000, 4000)), 64 * 4000
+    factor, stack, errors = 4 * 64**2, 4 * 2 * matrix, 8 * matrix
+    together = Reconstruction(layerwise_target="dense")
+    for fields, wanted in (
+        ({}, factor + stack + errors),
+        ({"method": "wanda"}, 12 * matrix),
+        ({"global_propagation": True, "reconstruct": "layer"}, factor + 2 * stack + errors),
+        ({"global_propagation": True, "reconstruct": "block"}, factor + stack + errors),
+        ({"global_propagation": True, "reconstruct": "block", "reconstruction": together}, factor + 2 * stack + errors),
+        ({"reconstruct": "refit"}, 2 * factor + stack + 8 * matrix + 12 * 4000 * 64**2),
+        ({"pattern": "neurons"}, factor + 12 * matrix),
+    ):
+        assert solve_bytes(gate_and_up, PruneConfig(**fields)) == wanted, fields
+    assert solve_bytes(Input(4000, (64,)), PruneConfig()) == 12 * 4000**2, "while it is factored"
 
 
 def test_memory_is_that_of_the_moment_that_needs_most():
