@@ -164,7 +164,8 @@ def prunes(python, folder):
     """The installed command prunes a model on the CPU."""
     code = (
         "import transformers as t\n"
-        "sizes = dict(hidden_size=32, intermediate_size=64, num_attention_heads=2, num_hidden_layers=1, vocab_size=99)\n"
+        "sizes = dict(hidden_size=32, intermediate_size=64, num_attention_heads=2)\n"
+        "sizes |= dict(num_hidden_layers=1, vocab_size=99)\n"
         "t.LlamaForCausalLM(t.LlamaConfig(**sizes)).save_pretrained('dense')"
     )
     run(python, "-c", code, cwd=folder)
