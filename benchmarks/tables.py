@@ -81,7 +81,7 @@ def isa_table(rows: list[Row], about: dict) -> str:
 
 def peers_table(rows: list[Row], about: dict) -> str:
     """Every contender of every case; what failed says so."""
-    lines = ["| what | tool | seconds | × the peer | peak memory | perplexity |", "|---|---|---|---|---|---|"]
+    lines = ["| what | tool | seconds | times as fast | peak memory | perplexity |", "|---|---|---|---|---|---|"]
     case = dense = ""
     for row in rows:
         if row.group != "peers":
