@@ -126,16 +126,16 @@ def obs_prune(
     columns right of it by one product, so that these are read and written once per panel.
     """
     rows, columns = [len(stack)] if rows is None else list(rows), stack.shape[1]
-    keep = torch.empty(stack.shape, dtype=torch.bool, device=stack.device)
     stack.masked_fill_(factor.dead, 0)  # an index by a bool mask would wait for the device
     if nm is not None:
         column_block = max(nm[1], column_block // nm[1] * nm[1])
     panel = PANEL_BLOCKS * column_block
-    errors = torch.empty(len(stack), min(panel, columns), device=stack.device)
     scale, counts = 1 / factor.r.diagonal(), []
     if sparsity is not None:
         asked = sparsity if isinstance(sparsity, Sequence) else [sparsity] * len(rows)
         counts = [drop_counts(own, count, columns, column_block) for own, count in zip(asked, rows, strict=True)]
+    kept: list[Tensor] = []
+    errors: list[Tensor] = []
     for number, start in enumerate(range(0, columns, column_block)):
         stop = min(start + column_block, columns)
         first = start // panel * panel
@@ -144,14 +144,14 @@ def obs_prune(
         choice: dict = {"nm": nm}
         if nm is None:
             choice = {"mask": mask[:, own] if mask is not None else select(block, rows, counts, number, scale[own])}
-        kept, error, _ = ops.obs_sweep(block, factor.r[own, own].contiguous(), **choice)
-        keep[:, own] = kept if nm is not None else choice["mask"]
-        errors[:, start - first : stop - first] = error
+        chosen, error, _ = ops.obs_sweep(block, factor.r[own, own], **choice)
+        kept.append(chosen if nm is not None else choice["mask"])
+        errors = [error] if start == first else [*errors, error]
         if stop < last:
             ops.trailing_update(stack[:, stop:last], error, factor.r[own, stop:last])
         elif stop < columns:
-            ops.trailing_update(stack[:, stop:], errors[:, : stop - first], factor.r[first:stop, stop:])
-    return keep
+            ops.trailing_update(stack[:, stop:], torch.cat(errors, 1), factor.r[first:stop, stop:])
+    return torch.cat(kept, 1) if kept else torch.empty(stack.shape, dtype=torch.bool, device=stack.device)
 
 
 def select(block: Tensor, rows: list[int], counts: list[list[int]], number: int, scale: Tensor) -> Tensor:
