@@ -12,6 +12,7 @@ from torch import Tensor
 from pyprune import ops
 from pyprune.config import ConfigError, PruneConfig
 from pyprune.effects import needs_factor
+from pyprune.execution.replays import Replays
 from pyprune.masks.refit import Refit, damped, exact_refit
 from pyprune.masks.statistics import Statistics
 from pyprune.ops import guards
@@ -229,13 +230,47 @@ def dense_target_start(weight: Tensor, statistics: Statistics, factor: Factor) -
     return weight + (weight @ difference) @ factor.r.T @ factor.r
 
 
+def replayed(stack: Tensor, factor: Factor, replays: Replays, *, mask: Tensor | None = None, **choice) -> Tensor:
+    """:func:`obs_prune` of a stack that lies in its room, as a GPU has recorded it for an earlier block."""
+    shape = stack.shape
+    r, dead = replays.room("factor", factor.r.shape), replays.room("dead", factor.dead.shape, torch.bool)
+    keep = replays.room("keep", shape, torch.bool)
+    r.copy_(factor.r)
+    dead.copy_(factor.dead)
+    if mask is not None:
+        choice["mask"] = keep.copy_(mask)
+
+    def sweep() -> None:
+        keep.copy_(obs_prune(stack, Factor(r, dead, factor.damping), **choice))
+
+    told = {name: tuple(value) if isinstance(value, list) else value for name, value in choice.items()}
+    taken = [ops.taken(op, stack.device.type) for op in SWEPT_BY]
+    replays((shape, mask is None, *taken, *(told | {"mask": None}).items()), sweep)
+    return keep.clone()
+
+
+SWEPT_BY = ("obs_sweep", "select_mask/matrix", "trailing_update")
+"""What a sweep runs through."""
+
+
+def recordable(replays: Replays) -> bool:
+    """Whether a sweep is a few kernels per column block: the reference's are a few per column, too many to record."""
+    kind = replays.device.type
+    return not replays.off and all(ops.taken(op, kind) != "reference" for op in SWEPT_BY[:2])
+
+
 def solve(
-    weights: Sequence[Tensor], configs: Sequence[PruneConfig], statistics: Statistics | None, factor: Factor | None
+    weights: Sequence[Tensor],
+    configs: Sequence[PruneConfig],
+    statistics: Statistics | None,
+    factor: Factor | None,
+    replays: Replays | None = None,
 ) -> Iterator[Solved]:
     """Prune the matrices ``[out, in]`` of one input group as their configurations say, which differ in the sparsity
     alone; the input tensors are left alone. They are swept together: a group costs the launches of one matrix.
 
-    factor: of the statistics' Gram; None where scores alone choose and nothing is solved.
+    factor: of the statistics' Gram; None where scores alone choose and nothing is solved. replays: where the sweep is
+    recorded; weights are then overwritten by the next group's.
     """
     config = configs[0]
     if factor is None or statistics is None or not needs_factor(config):
@@ -243,7 +278,8 @@ def solve(
             yield scored(weight.float().contiguous(), own, statistics)
         return
     rows = [len(weight) for weight in weights]
-    stack = torch.empty(sum(rows), weights[0].shape[1], device=weights[0].device)
+    shape = sum(rows), weights[0].shape[1]
+    stack = torch.empty(shape, device=weights[0].device) if replays is None else replays.room("stack", shape)
     for part, weight in zip(stack.split(rows), weights):
         part.copy_(weight)
     choice: dict = {"nm": config.nm} if config.nm else {"sparsity": [own.one_sparsity for own in configs]}
@@ -256,7 +292,8 @@ def solve(
     if statistics.cross is not None:
         starts = [dense_target_start(part, statistics, factor) for part in stack.split(rows)]
         torch.cat(starts, out=stack)
-    keep = obs_prune(stack, factor, rows=rows, column_block=config.column_block, **choice)
+    choice |= {"rows": rows, "column_block": config.column_block}
+    keep = obs_prune(stack, factor, **choice) if replays is None else replayed(stack, factor, replays, **choice)
     h = damped(statistics.gram, statistics.count, factor.damping) if config.reconstruct == "refit" else None
     for k, (updated, mask) in enumerate(zip(stack.split(rows), keep.split(rows))):
         wrong[k] |= sweep_guards(starts[k], updated, mask, factor, configs[k])

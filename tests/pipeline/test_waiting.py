@@ -58,8 +58,8 @@ the host, where the block is."""
 @pytest.mark.parametrize(
     "fields,waits",
     [
-        # statistics, results, bad scores (kernels tell of theirs without a read), errors; a stream per pass. A block that
-        # arrives from the host goes back there as well.
+        # statistics, results, bad scores (kernels tell of theirs without a read), errors; a stream per pass. A block
+        # that arrives from the host goes back there as well.
         (dict(), {"read": 4, "stream": 5, "device": 1, "event": 1}),
         (dict(memory=1000), {"read": 4, "stream": 6, "device": 1, "event": 1}),
         (dict(method="wanda"), {"read": 4, "stream": 5, "device": 1, "event": 1}),
