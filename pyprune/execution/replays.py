@@ -33,7 +33,7 @@ class Replays:
         self._rooms: dict[str, Tensor] = {}
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph | None] = {}
         """By what tells work apart; None where it was done once."""
-        self._pool = None if self.off else torch.cuda.graph_pool_handle()
+        self._pool: tuple[int, int] | None = None
         """Memory that the graphs share: one runs at a time, and nothing of it is read afterwards."""
 
     def room(self, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
@@ -70,6 +70,7 @@ class Replays:
     def _record(self, work: Callable[[], object]) -> torch.cuda.CUDAGraph | None:
         """The work as a graph; nothing of it is done yet. None if it cannot be recorded."""
         graph = torch.cuda.CUDAGraph()
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
         # other threads go on copying meanwhile; a recording that fails leaves its own stream current
         recording = torch.cuda.graph(
             graph, pool=self._pool, stream=_stream(self.device), capture_error_mode="thread_local"

@@ -155,7 +155,9 @@ def test_recorded_sweeps_keep_their_rooms_from_block_to_block(monkeypatch):
     )
 
     def peak(gpu=True, **fields):
-        settings = PruneConfig(calibration=Calibration(num_samples=1, seq_len=8), evaluation=QUIET, batch_size=1, **fields)
+        settings = PruneConfig(
+            calibration=Calibration(num_samples=1, seq_len=8), evaluation=QUIET, batch_size=1, **fields
+        )
         return memory_of(view, selected(view), settings, torch.bfloat16, streamed=False, gpu=gpu)[gpu]
 
     stack, factor, masks = 2 * 3000 * 1024, 3000**2, 4 * 1024**2 + 3 * 3000 * 1024
