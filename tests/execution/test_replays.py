@@ -14,7 +14,7 @@ import torch
 from pyprune.config import Evaluation
 from pyprune.execution import executor
 from pyprune.execution.replays import SWITCH, Replays
-from pyprune.ops import reference
+from pyprune.ops import choice, reference
 from pyprune.pipeline.prune import prune
 
 pytestmark = pytest.mark.skipif(
@@ -89,6 +89,7 @@ def test_runs_are_the_same_recorded_or_not(name, monkeypatch):
             made.append(weakref.ref(self))
 
     monkeypatch.setattr(executor, "Replays", Noted)
+    monkeypatch.setattr(choice, "_loaded", {})
     # the reference stands in for kernels here: what it selects is one step, as theirs
     monkeypatch.setattr("pyprune.masks.block.recordable", lambda replays: not replays.off)
 
