@@ -10,6 +10,7 @@ import functools
 import math
 import os
 from collections.abc import Callable, Hashable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ class Replays:
         self._rooms: dict[str, Tensor] = {}
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph | None] = {}
         """By what tells work apart; None where it was done once."""
-        self._pool: tuple[int, int] | None = None
+        self._pool: Any = None
         """Memory that the graphs share: one runs at a time, and nothing of it is read afterwards."""
 
     def room(self, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
