@@ -26,6 +26,7 @@ from pyprune.execution.activation_store import Store, transfers
 from pyprune.execution.between import Between
 from pyprune.execution.cpu_forward import forward_mode
 from pyprune.execution.distributed import World
+from pyprune.execution.replays import Replays
 from pyprune.execution.residency import Arrivals
 from pyprune.model.arguments import Arguments, Beside
 from pyprune.model.attributes import any_token, embedding_device
@@ -207,6 +208,7 @@ class Executor:
         self.transfers = transfers(self.device, self.dtype)
         self.arrivals: Arrivals | None = None
         self.world, self.warn = world or World(), warn
+        self.replays = Replays(self.device, warn)
         self.mode: Callable = contextlib.nullcontext
         if self.device.type == "cpu":
             self.mode = lambda: forward_mode(self.dtype, self.products)
