@@ -210,9 +210,9 @@ class Executor:
         self.world, self.warn = world or World(), warn
         self.replays = Replays(self.device, warn)
         self.mode: Callable = contextlib.nullcontext
+        """Makes the context that forward passes run in."""
         if self.device.type == "cpu":
             self.mode = lambda: forward_mode(self.dtype, self.products)
-        """Makes the context that forward passes run in."""
         self.between: Between | None = Between()
         """Recognises what runs through ops in a block; None leaves all to the block's own code."""
         self.products: list[Tensor] | None = None
