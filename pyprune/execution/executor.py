@@ -26,6 +26,7 @@ from pyprune.execution.activation_store import Store, transfers
 from pyprune.execution.between import Between
 from pyprune.execution.cpu_forward import forward_mode
 from pyprune.execution.distributed import World
+from pyprune.execution.replays import Replays
 from pyprune.execution.residency import Arrivals
 from pyprune.model.arguments import Arguments, Beside
 from pyprune.model.attributes import any_token, embedding_device
@@ -207,6 +208,7 @@ class Executor:
         self.transfers = transfers(self.device, self.dtype)
         self.arrivals: Arrivals | None = None
         self.world, self.warn = world or World(), warn
+        self.replays = Replays(self.device, warn)
         self.mode: Callable = contextlib.nullcontext
         if self.device.type == "cpu":
             self.mode = lambda: forward_mode(self.dtype, self.products)
@@ -383,20 +385,26 @@ class Executor:
             forward = functools.partial(self.forward, index, module, x, beside)
             return forward() if through is None else through(forward), beside
 
+        for part, (out, beside) in self.in_parts(source, index, one):
+            if target is not None and out is not None:
+                self.write(target, part, out, beside)
+            if each is not None:
+                each(part, out)
+        self.drain()
+
+    def in_parts(
+        self, source: Activations, index: int, work: Callable[[Batch, Tensor], T]
+    ) -> Iterator[tuple[Batch, T]]:
+        """``work(batch, hidden)`` of every batch of a stream; a batch too large beside block ``index`` is halved."""
         for batch, hidden in self.stream(source):
             parts = [(batch, hidden)]
             while parts:
                 part, x = parts.pop(0)
-                found = self.attempt(functools.partial(one, part, x))
+                found = self.attempt(functools.partial(work, part, x))
                 if found is NO_ROOM:
                     parts[:0] = self.halve(part, x, index)
-                    continue
-                out, beside = found
-                if target is not None and out is not None:
-                    self.write(target, part, out, beside)
-                if each is not None:
-                    each(part, out)
-        self.drain()
+                else:
+                    yield part, found
 
     def room(self) -> float:
         """Bytes that activations outside the store may take where blocks are computed."""

@@ -17,7 +17,7 @@ from pyprune.config import ConfigError, PruneConfig
 from pyprune.effects import needs_factor, needs_sequences
 from pyprune.execution.executor import Activations
 from pyprune.execution.run import Findings, Run
-from pyprune.masks.solvers import inverse_factor, solve
+from pyprune.masks.solvers import inverse_factor, recordable, solve
 from pyprune.masks.statistics import (
     Gathered,
     Inputs,
@@ -201,6 +201,7 @@ def _solve(
     """Solve groups of weights; block and ``module`` stay as they are. look: ask of each factorisation whether it
     succeeded, and do what is to be done where it did not; otherwise :meth:`Own.read` tells."""
     config, block, own = run.config, run.view.blocks[index], Own()
+    replays = run.executor.replays if recordable(run.executor.replays) else None
     for leader, refs in groups.items():
         statistics = observer.sinks[leader] if observer and leader else None
         group_config = config
@@ -225,7 +226,7 @@ def _solve(
                     f"its {dense[0].shape[1]} inputs: what is chosen there rests on too little data"
                 )
         configs = [with_sparsity(group_config, run, index, ref) for ref in refs]
-        for ref, before, solved in zip(refs, dense, solve(dense, configs, statistics, factor)):
+        for ref, before, solved in zip(refs, dense, solve(dense, configs, statistics, factor, replays)):
             row = {
                 "name": run.view.name(index, ref),
                 "block": index,
@@ -244,7 +245,7 @@ def _solve(
                 found.warn(
                     f"{row['name']}: the refit was stopped after {solved.refit.steps} steps, before its tolerance"
                 )
-            written = solved.weight.to(ref.view(block).dtype)
+            written = solved.weight.to(ref.view(block).dtype, copy=replays is not None)
             own.solved[ref] = written, solved.mask
             own.sums += [torch.count_nonzero(written.bool()), *(sums for sums, _ in errors.values())]
             own.rows.append(row | dict.fromkeys(errors))
