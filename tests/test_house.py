@@ -25,6 +25,7 @@ TESTED_IN = {
     "evaluation/latency": "evaluation/test_gain.py",
     "execution/device": "execution/test_executor.py",
     "execution/run": "pipeline/test_prune.py",
+    "execution/trust": "pipeline/test_guards.py",
     "execution/unopened": "planning/test_plan.py",
     "masks/block": "pipeline/test_prune.py",
     "model/architecture": "model/test_origin.py",
