@@ -10,10 +10,9 @@ Names are imported when they are first used: ``import pyprune`` itself loads nei
 
 The names of ``__all__`` are the public interface. The code lies in packages, each of which says in its docstring what
 it holds and what it may import; imports point downwards only, those inside functions included, and
-``[tool.importlinter]`` in pyproject.toml holds the order. docs/architecture.md draws the picture. Five modules and
+``[tool.importlinter]`` in pyproject.toml holds the order. docs/architecture.md draws the picture. Four modules and
 the script's entry belong to no package:
 
-``config``     every field of a run: dataclasses that validate themselves, and their way to YAML and back
 ``keywords``   the one name of every field, in Python and on the command line
 ``effects``    in which runs a field has an effect; what was set and would do nothing is refused
 ``sources``    what kind of thing a source of text is, told from its name or type
@@ -60,7 +59,7 @@ _PUBLIC = {
     "sparse": "pyprune.packed.conversion",
     "unpack": "pyprune.packed.files",
 }
-"""Public name → the module that defines it."""
+"""Public name → the module or package it is imported from."""
 __all__ = [*_PUBLIC, "__version__"]
 
 if typing.TYPE_CHECKING:

@@ -60,11 +60,11 @@ def interpreter(monkeypatch):
     """Run Triton kernels on CPU tensors, through ops too."""
     if not INTERPRETED:
         pytest.skip("this machine has a GPU: tests/ops/test_triton_gpu.py runs the kernels on it")
-    from pyprune import ops
+    from pyprune.ops import choice
 
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(ops, "_chosen", {})
-    monkeypatch.setattr(ops, "_settled", {})
+    monkeypatch.setattr(choice, "_loaded", {})
+    monkeypatch.setattr(choice, "_settled", {})
 
 
 @pytest.fixture(scope="session")

@@ -75,7 +75,7 @@ NAMES = {
     "router",
     "experts",
 }
-ALLOWED = {("execution/cpu_forward.py", "is_causal"), ("config.py", "mlp")}
+ALLOWED = {("execution/cpu_forward.py", "is_causal"), ("config/values.py", "mlp")}
 """Names that mean something else in a file: an argument of torch's own attention, a kind of layers that users name."""
 
 

@@ -14,7 +14,7 @@ import torch
 from simulated import factor_of_inverse, load_module, objects, strided
 
 from pyprune import ops
-from pyprune.ops import classes, native, qualification, reference
+from pyprune.ops import choice, classes, native, qualification, reference
 from pyprune.ops.packed import pack_bitmask
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to compile the simulated kernels")
@@ -219,14 +219,14 @@ def test_a_build_that_the_driver_cannot_run_says_so(module, monkeypatch, machine
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setitem(ops.AUTO["cuda"], "nm_mask", ("cuda", "reference"))
-    monkeypatch.setattr(ops, "_chosen", {})
+    monkeypatch.setattr(choice, "_loaded", {})
     usable = [candidate["name"] for candidate in ops.candidates("cuda")["nm_mask"]]
     if reason is None:
         assert native.unusable("cuda") is None and usable == ["cuda", "reference"]
     else:
         assert reason in native.unusable("cuda") and usable == ["reference"]
         with ops.backend("cuda"), pytest.raises(RuntimeError, match="'cuda' was asked for nm_mask but cannot run"):
-            ops._implementation("nm_mask", torch.device("cuda:0"))
+            choice.implementation("nm_mask", torch.device("cuda:0"))
 
 
 @pytest.mark.parametrize(

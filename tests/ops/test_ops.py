@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pyprune import ops
-from pyprune.ops import classes, native, reference
+from pyprune.ops import choice, classes, native, reference
 from pyprune.ops.packed import pack_bitmask
 
 HAS_CPU = native.unusable("cpu") is None
@@ -26,7 +26,7 @@ def backend(request):
 
 
 def test_auto_takes_the_first_usable_back_end():
-    assert ops._implementation("gram_update/float32", torch.device("cpu")) is (
+    assert choice.implementation("gram_update/float32", torch.device("cpu")) is (
         native.gram_update_cpu if HAS_CPU else reference.gram_update
     )
 
@@ -40,9 +40,9 @@ def test_every_op_exists_in_ops_and_reference():
 
 def test_a_named_back_end_is_used_or_refused():
     with ops.backend("reference"):
-        assert ops._implementation("nm_mask", torch.device("cpu")) is reference.nm_mask
+        assert choice.implementation("nm_mask", torch.device("cpu")) is reference.nm_mask
         with ops.backend("auto"):
-            assert (ops._implementation("nm_mask", torch.device("cpu")) is not reference.nm_mask) == HAS_CPU
+            assert (choice.implementation("nm_mask", torch.device("cpu")) is not reference.nm_mask) == HAS_CPU
     with ops.backend("cuda"), pytest.raises(RuntimeError, match="'cuda' was asked for nm_mask .* not cpu ones"):
         ops.nm_mask(torch.ones(2, 4), 2, 4)
     with pytest.raises(ValueError, match="got 'gpu'"), ops.backend("gpu"):
@@ -62,7 +62,7 @@ def test_a_missing_native_module_is_a_reason_not_a_crash():
 def test_the_forced_back_end_belongs_to_its_thread():
     seen = []
     with ops.backend("reference"):
-        thread = threading.Thread(target=lambda: seen.append(ops._forced.get()))
+        thread = threading.Thread(target=lambda: seen.append(choice._forced.get()))
         thread.start()
         thread.join()
     assert seen == [None]
@@ -158,9 +158,9 @@ def test_the_sweep_refuses_what_is_not_finite(backend, bad):
         broken[2, 9] = bad
         swept = broken if target is w else w.clone()
         before = swept.clone()
-        for choice in ({"nm": (2, 4)}, {"mask": torch.ones(5, 16, dtype=torch.bool)}):
+        for how in ({"nm": (2, 4)}, {"mask": torch.ones(5, 16, dtype=torch.bool)}):
             with pytest.raises(ValueError, match="finite"):
-                ops.obs_sweep(swept, broken if target is r else r, **choice)
+                ops.obs_sweep(swept, broken if target is r else r, **how)
             assert torch.equal(swept.view(torch.int32), before.view(torch.int32))
 
 

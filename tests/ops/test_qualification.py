@@ -18,7 +18,7 @@ import yaml
 from pyprune import ops
 from pyprune.config import ConfigError, Evaluation
 from pyprune.execution.journal import Interrupted, Journal
-from pyprune.ops import classes, native, qualification, reference, trials
+from pyprune.ops import choice, classes, native, qualification, reference, trials
 from pyprune.pipeline.prune import prune
 
 BREAKS = {
@@ -48,7 +48,7 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.delenv("PYPRUNE_QUALIFY")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(qualification, "_known", {})
-    monkeypatch.setattr(ops, "_settled", {})
+    monkeypatch.setattr(choice, "_settled", {})
     return tmp_path / "cache" / "pyprune"
 
 
@@ -157,16 +157,16 @@ def test_ops_take_the_verdict_a_name_and_the_switch_go_before_it(cache, measured
     cpu = torch.device("cpu")
     monkeypatch.setitem(ops.AUTO, "cpu", dict.fromkeys(classes.KEYS, ("reference", "cpu")))
     if native._C is not None:
-        assert ops._implementation("linear/rows", cpu).__module__ == "pyprune.ops.reference"
+        assert choice.implementation("linear/rows", cpu).__module__ == "pyprune.ops.reference"
         with ops.pinned({"cpu": dict.fromkeys([*ops.OPS, *ops.FORWARDS], "cpu")}):
-            assert ops._implementation("linear/rows", cpu) is native.linear_cpu
+            assert choice.implementation("linear/rows", cpu) is native.linear_cpu
         with ops.backend("cpu"):
-            assert ops._implementation("linear/rows", cpu) is native.linear_cpu
+            assert choice.implementation("linear/rows", cpu) is native.linear_cpu
     with ops.backend("cuda"), pytest.raises(RuntimeError, match="cuda"):
-        ops._implementation("linear/rows", cpu)
+        choice.implementation("linear/rows", cpu)
     count = len(measured)
     monkeypatch.setenv("PYPRUNE_QUALIFY", "0")
-    monkeypatch.setattr(ops, "_settled", {})
+    monkeypatch.setattr(choice, "_settled", {})
     assert ops.taken("linear/rows", "cpu") == "reference" and len(measured) == count
 
 
@@ -186,7 +186,7 @@ def test_resume_takes_what_the_interrupted_run_took(tmp_path, monkeypatch):
     everything = [*classes.KEYS, *ops.FORWARDS]
     before = {op: "torch" if op in ops.FORWARDS else "reference" for op in everything}
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    monkeypatch.setattr(ops, "_settled", {("cpu", one): before for one in (True, False)})
+    monkeypatch.setattr(choice, "_settled", {("cpu", one): before for one in (True, False)})
     report = run(whole).report
     assert report["backends"] == {"cpu": before}
     point = Journal.safe_point
@@ -198,7 +198,7 @@ def test_resume_takes_what_the_interrupted_run_took(tmp_path, monkeypatch):
     with monkeypatch.context() as stop, pytest.raises(Interrupted):
         stop.setattr(Journal, "safe_point", stopping)
         run(cut)
-    monkeypatch.setattr(ops, "_settled", {})  # the fixed list, which takes the native module
+    monkeypatch.setattr(choice, "_settled", {})  # the fixed list, which takes the native module
     assert run(cut, resume=True).report["backends"] == {"cpu": before}
     same_bytes.assert_same(whole, cut)
     assert json.loads((cut / "report.json").read_text())["backends"]["cpu"]["linear/rows"] == "reference"
@@ -208,7 +208,7 @@ def test_run_yaml_repeats_a_run_by_the_back_ends_that_it_took(tmp_path, monkeypa
     """The machine's verdict changes between the two; the bytes do not."""
     before = {op: "torch" if op in ops.FORWARDS else "reference" for op in [*classes.KEYS, *ops.FORWARDS]}
     with monkeypatch.context() as earlier:
-        earlier.setattr(ops, "_settled", {("cpu", one): before for one in (True, False)})
+        earlier.setattr(choice, "_settled", {("cpu", one): before for one in (True, False)})
         one = run(tmp_path / "one").report
     kept = yaml.safe_load((tmp_path / "one" / "run.yaml").read_text())["backends"]
     two = run(tmp_path / "two", backends=kept).report
@@ -309,8 +309,8 @@ def test_a_back_end_that_cannot_run_is_refused_before_the_model_is_looked_at(tex
 def test_back_ends_mix_by_op(monkeypatch, tmp_path):
     """A back-end without an op leaves it to auto and says so; by op each is named; the report has what ran."""
     monkeypatch.delattr(native, "gram_update_cpu")
-    monkeypatch.setattr(ops, "_chosen", {})
-    monkeypatch.setattr(ops, "_settled", {})
+    monkeypatch.setattr(choice, "_loaded", {})
+    monkeypatch.setattr(choice, "_settled", {})
     report = run(tmp_path / "mixed", backend="cpu", seed=3).report
     taken = report["backends"]["cpu"]
     assert taken["gram_update/float32"] == "reference" and taken["obs_sweep"] == "cpu"

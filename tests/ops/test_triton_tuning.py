@@ -12,6 +12,7 @@ import torch
 
 import pyprune.triton_kernels as kernels
 from pyprune import ops
+from pyprune.ops import choice
 from pyprune.triton_kernels import tuning
 
 CUDA = torch.device("cuda", 0)
@@ -106,6 +107,6 @@ def test_the_top_level_name_is_refused():
 
 def test_triton_on_cpu_tensors_is_refused_outside_the_interpreter(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(ops, "_chosen", {})
+    monkeypatch.setattr(choice, "_loaded", {})
     with ops.backend("triton"), pytest.raises(RuntimeError, match="TRITON_INTERPRET"):
         ops.nm_mask(torch.ones(2, 4), 2, 4)

@@ -10,7 +10,7 @@ from pyprune import ops
 from pyprune.config import Evaluation
 from pyprune.masks.refit import damped, exact_refit
 from pyprune.masks.solvers import Factor, obs_prune
-from pyprune.ops import guards, native, reference
+from pyprune.ops import choice, guards, native, reference
 from pyprune.pipeline.prune import prune
 
 needs_native = pytest.mark.skipif(native._C is None, reason="no native module, so no kernel that could break")
@@ -170,8 +170,8 @@ def test_a_broken_kernel_is_found_and_the_result_is_the_references(name, monkeyp
     want = run(backend=others, **fields)
     with monkeypatch.context() as broken:
         spoil(broken)
-        broken.setattr(ops, "_chosen", {})
-        broken.setattr(ops, "_settled", {})
+        broken.setattr(choice, "_loaded", {})
+        broken.setattr(choice, "_settled", {})
         found = run(**fields)
     [warning] = [text for text in found.report["warnings"] if "wrong result" in text]
     assert warning.startswith(f"{op} by the cpu back-end gave a wrong result in block 0: the block was done again")
@@ -289,8 +289,8 @@ def test_a_broken_kernel_is_found_when_heads_and_neurons_go(name, monkeypatch):
     want = run(backend=f"auto,{op}=reference", **fields)
     with monkeypatch.context() as broken:
         spoil(broken)
-        broken.setattr(ops, "_chosen", {})
-        broken.setattr(ops, "_settled", {})
+        broken.setattr(choice, "_loaded", {})
+        broken.setattr(choice, "_settled", {})
         found = run(**fields)
     [warning] = [text for text in found.report["warnings"] if "wrong result" in text]
     assert warning.startswith(
@@ -386,8 +386,8 @@ def test_products_of_the_solve_have_a_guard_of_their_own(monkeypatch):
     want = run(backend="auto,linear=reference")
     with monkeypatch.context() as broken:
         spoiled_product(broken)
-        broken.setattr(ops, "_chosen", {})
-        broken.setattr(ops, "_settled", {})
+        broken.setattr(choice, "_loaded", {})
+        broken.setattr(choice, "_settled", {})
         found = run()
     [warning] = [text for text in found.report["warnings"] if "wrong result" in text]
     assert warning.startswith("linear by the cpu back-end gave a wrong result in block 0")

@@ -128,7 +128,7 @@ def test_a_failed_run_leaves_nothing_that_changes_the_next(monkeypatch):
 
     import importlib
 
-    from pyprune import ops
+    from pyprune.ops import choice
 
     engine = importlib.import_module("pyprune.masks.block")
     solve = engine.solve
@@ -138,7 +138,7 @@ def test_a_failed_run_leaves_nothing_that_changes_the_next(monkeypatch):
     monkeypatch.undo()
     assert all(torch.equal(before[name], p) for name, p in model.state_dict().items()), "the caller's model is whole"
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-    assert ops._forced.get() is None
+    assert choice._forced.get() is None
     again = prune(model).model.state_dict()
     assert all(torch.equal(clean[name], again[name]) for name in clean)
 

@@ -8,9 +8,9 @@ import pytest
 import tiny
 import torch
 
-from pyprune import ops
 from pyprune.config import Calibration, ConfigError, Evaluation, PruneConfig
 from pyprune.model.blocks import ModelView, weights_of
+from pyprune.ops import choice
 from pyprune.pipeline.prune import prune
 
 NO_EVALUATION = Evaluation(enabled=False)
@@ -42,7 +42,7 @@ def test_reference_and_native_agree():
     native = run(tiny.model("llama"))
     agree = [(a == 0) == (b == 0) for a, b in zip(state(with_reference).values(), state(native).values())]
     assert sum(x.sum().item() for x in agree) / sum(x.numel() for x in agree) >= 0.99
-    assert ops._forced.get() is None, "a run leaves no choice behind"
+    assert choice._forced.get() is None, "a run leaves no choice behind"
 
 
 def test_bfloat16_model_stays_bfloat16_and_solves_in_float32():

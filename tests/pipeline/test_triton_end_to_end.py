@@ -9,6 +9,7 @@ import torch
 
 from pyprune import ops
 from pyprune.config import Evaluation
+from pyprune.ops import choice
 from pyprune.pipeline.prune import prune
 
 pytestmark = pytest.mark.usefixtures("interpreter")
@@ -40,7 +41,7 @@ def pruned(backend, method, **fields):
 )
 def test_same_masks_as_the_reference(monkeypatch, method, fields):
     chosen: dict[tuple[str, str, str], object] = {}
-    monkeypatch.setattr(ops, "_chosen", chosen)  # op, device and back-end of what ran
+    monkeypatch.setattr(choice, "_loaded", chosen)  # op, device and back-end of what ran
     got = pruned("triton", method, **fields)
     used = {op for op, _, _ in chosen}
     assert {name for _, _, name in chosen} == {"triton"}
