@@ -28,6 +28,8 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+DATA = ("pyprune.data.prose", "pyprune.reporting.assets")
+"""Folders of data: named among the packages, or setuptools warns of each at length."""
 NATIVE = os.environ.get("PYPRUNE_NATIVE", "1").lower() not in ("0", "off", "false", "no")
 SANITIZE = os.environ.get("PYPRUNE_SANITIZE", "0").lower() in ("1", "on", "true", "yes")
 
@@ -156,7 +158,7 @@ class CMakeBuild(build_ext):
 
 setup(
     version=version(cuda_archs() if NATIVE else []),
-    packages=[*find_packages(include=["pyprune", "pyprune.*"]), "pyprune.triton_kernels"],
+    packages=[*find_packages(include=["pyprune", "pyprune.*"]), "pyprune.triton_kernels", *DATA],
     package_dir={"pyprune": "pyprune", "pyprune.triton_kernels": "triton_kernels"},
     ext_modules=[Extension("pyprune._C", sources=[])] if NATIVE else [],
     cmdclass={"build_ext": CMakeBuild},

@@ -90,9 +90,9 @@ def faults_of_module(wheel: Path, folder: Path) -> list[str]:
     if len(modules) != 1:
         return [f"it holds {len(modules)} native modules instead of one"]
     found = []
-    code = "import torch, pyprune._C as C; print(C.with_cuda, C.__file__)"
+    code = f"import sys; sys.path[0] = {str(folder)!r}\nimport torch, pyprune._C as C; print(C.with_cuda, C.__file__)"
     try:
-        said = run(sys.executable, "-P", "-c", code, PYTHONPATH=str(folder), CUDA_VISIBLE_DEVICES="").split()
+        said = run(sys.executable, "-c", code, CUDA_VISIBLE_DEVICES="").split()
         if not said[1].startswith(str(folder)):
             found.append("another installed pyprune was imported in its place, so it was not tried")
         elif (said[0] == "True") != bool(promised(wheel)):

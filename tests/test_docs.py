@@ -70,6 +70,24 @@ def test_the_site_builds_without_a_warning(tmp_path):
     assert all(f"pyprune.{name}" in page for name in pyprune.__all__ if name != "__version__"), "docs/api.md"
 
 
+def anchors(text: str) -> set[str]:
+    """What a link may name behind ``#``, from the headings."""
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", [*DOCUMENTS, ROOT / "CONTRIBUTING.md"], ids=lambda path: path.stem)
+def test_links_lead_to_files_and_headings(path):
+    """Sphinx cannot say this: files outside ``docs`` are no pages of it."""
+    for link in re.findall(r"\]\(([^)]+)\)", path.read_text()):
+        if link.startswith("http"):
+            continue
+        name, _, heading = link.partition("#")
+        target = path.parent / name if name else path
+        assert target.exists(), f"{path.name}: {link}"
+        assert not heading or heading in anchors(target.read_text()), f"{path.name}: {link}"
+
+
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_a_script_of_the_gallery_runs(path, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

@@ -217,7 +217,8 @@ def _select_in_memory(
     grid = (triton.cdiv(rows, br), triton.cdiv(c, bc))
     segments = rows if per_row else 1
     given = w if scale is None else scale
-    state = torch.tensor([0, k], dtype=torch.int32, device=w.device).repeat(segments, 1)
+    state = torch.zeros(segments, 2, dtype=torch.int32, device=w.device)
+    state[:, 1].fill_(k)  # a tensor of numbers from the host would wait for the device
     histogram = torch.zeros(segments, 2048, dtype=torch.int32, device=w.device)
     nans = torch.zeros(segments, dtype=torch.int32, device=w.device)
     ties = torch.empty(grid, dtype=torch.int32, device=w.device)

@@ -138,7 +138,7 @@ def obs_sweep(
     rows, b = w.shape
     if nm is not None and nm[1] > BLOCK:
         raise ValueError(f"the Triton sweep chooses groups of at most {BLOCK} columns, got {nm[0]}:{nm[1]}")
-    r = r.contiguous()
+    r = r if r.stride(1) == 1 else r.contiguous()
     if k is not None:
         mask = select_mask(w, k, scale=1 / r.diagonal(), scope="matrix")
     keep = torch.empty(rows, b, dtype=torch.bool, device=w.device)

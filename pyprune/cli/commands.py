@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import warnings
@@ -260,17 +261,16 @@ def _evaluate_tasks(
     libraries("evaluating")
     from pyprune.evaluation import gain, task_runs
 
-    with Doing("measuring tasks", label="evaluating") as doing:
-        rows = task_runs.evaluate_tasks(
-            model,
-            [name.strip() for name in names.split(",") if name.strip()],
-            against=gain.dense_of(model) if against == "dense" else against,
-            limit=limit,
-            batch_size=asked.get("batch_size", 16),
-            device=device,
-            stream=stream,
-            progress=doing,
-        )
+    rows = task_runs.evaluate_tasks(
+        model,
+        [name.strip() for name in names.split(",") if name.strip()],
+        against=gain.dense_of(model) if against == "dense" else against,
+        limit=limit,
+        batch_size=asked.get("batch_size", 16),
+        device=device,
+        stream=stream,
+        doing=functools.partial(Doing, label="evaluating"),
+    )
     written = gain.record(rows, model, "tasks")
     if as_json:
         return print_json(rows)

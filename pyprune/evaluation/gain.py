@@ -18,6 +18,7 @@ from torch import nn
 
 from pyprune.config import ConfigError
 from pyprune.evaluation.latency import latency
+from pyprune.execution.activation_store import peak_memory
 from pyprune.execution.progress import Doing
 from pyprune.model.blocks import predicts_next_token
 from pyprune.model.checkpoint import plain, refuse_several
@@ -114,8 +115,6 @@ def measure(name: str, *, tokens: int, new_tokens: int, batch_size: int, dtype: 
 
 @torch.no_grad()
 def _encoder(model: nn.Module, tokens: int, batch_size: int, directory: Path | None) -> dict:
-    import resource
-
     ids = torch.full((batch_size, tokens), 7)
     best = float("inf")
     for _ in range(6):
@@ -126,8 +125,7 @@ def _encoder(model: nn.Module, tokens: int, batch_size: int, directory: Path | N
     return {
         "parameters": parameter_count(model),
         "file_bytes": sum(f.stat().st_size for f in files) or None,
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        * (1 if sys.platform == "darwin" else 1024),
+        "peak_memory_bytes": peak_memory(),
         "forward_tokens_per_second": batch_size * tokens / best,
         "tokens": tokens,
         "batch_size": batch_size,

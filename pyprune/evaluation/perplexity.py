@@ -36,8 +36,6 @@ from pyprune.sources import kind, kinds
 
 POSITIONS = 256
 """Logits of this many positions are widened to float32 at a time: the vocabulary is wide."""
-
-
 COUNTED = 400_000
 """Characters of a text that are tokenised to reckon how many tokens it has."""
 CHARACTERS = 4
@@ -186,16 +184,18 @@ def losses_of(
     device, training, done = device_of(model), model.training, 0
     losses: list[Tensor] = []
     model.eval()
-    with _forward_in(model, forward_dtype(model, dtype)) as forward, uncached(model) as options:
-        for batch in _batches(windows, batch_size):
-            ids = torch.stack(batch).to(device)
-            logits = forward(input_ids=ids, **options).logits
-            counts = None if scored is None else scored[done : done + len(batch)]
-            losses.append(window_losses(logits, ids, counts))
-            done += len(batch)
-            if progress is not None:
-                progress(done, len(windows))
-    model.train(training)
+    try:
+        with _forward_in(model, forward_dtype(model, dtype)) as forward, uncached(model) as options:
+            for batch in _batches(windows, batch_size):
+                ids = torch.stack(batch).to(device)
+                logits = forward(input_ids=ids, **options).logits
+                counts = None if scored is None else scored[done : done + len(batch)]
+                losses.append(window_losses(logits, ids, counts))
+                done += len(batch)
+                if progress is not None:
+                    progress(done, len(windows))
+    finally:
+        model.train(training)
     return torch.cat(losses).tolist()  # read once: the device is not waited for window by window
 
 

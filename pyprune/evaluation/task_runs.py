@@ -8,6 +8,7 @@ with a score (STS-B), labelled sentences and pairs (:mod:`pyprune.evaluation.glu
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,12 +20,14 @@ from pyprune.config import ConfigError, Streaming
 from pyprune.evaluation import choices, glue, last_word, squad, tasks
 from pyprune.evaluation.block_by_block import Blockwise
 from pyprune.evaluation.single import placed_on, ready, to_stream
+from pyprune.execution.progress import Doing
 from pyprune.execution.weight_streaming import Opened
 from pyprune.model.architecture import answers_with_spans
 from pyprune.model.blocks import predicts_next_token
 from pyprune.model.checkpoint import Loaded
 
 Measure = Callable[[Any, Any], dict]
+silently = functools.partial(Doing, enabled=False)
 
 
 def evaluate_tasks(
@@ -37,13 +40,14 @@ def evaluate_tasks(
     batch_size: int = 16,
     device: str | None = None,
     stream: Streaming = "auto",
-    progress: Any = None,
+    doing: Callable[[str], Doing] = silently,
 ) -> list[dict]:
     """Measure a model on tasks, beside the dense model if it is given.
 
     model, against: live models with their ``tokenizer``, or what :func:`pyprune.load` takes. names: paths of files
     or folders, or names of lm-eval's tasks. limit: items per task at most.
-    stream: as of :func:`pyprune.evaluate`; a model whose weights are streamed reads them once per task.
+    stream: as of :func:`pyprune.evaluate`; a model whose weights are streamed reads them once per task. doing: shows
+    what is being done, loading or measuring, and how far it is.
     Returns one row per task: ``{"task", "items", metric, metric_standard_error}``, and with ``against`` the same of the
     dense model under ``"dense"`` and per metric a paired test under ``"paired"``. Raises :class:`ConfigError` for a
     file that does not exist or does not suit the model, before anything is measured.
@@ -55,13 +59,18 @@ def evaluate_tasks(
             raise ConfigError(f"no such file: {name}")
     if against is not None:
         to_stream(against, stream)  # what cannot be streamed is refused before the first model is measured
-    conditions = (names, limit, batch_size, device, progress)
-    subject = ready(model, tokenizer, stream)
-    own, words = _measured(subject, *conditions), subject.tokenizer
+    conditions = (names, limit, batch_size, device)
+    with doing(f"loading {_name(model)}"):
+        subject = ready(model, tokenizer, stream)
+    with doing("measuring tasks") as progress:
+        own, words = _measured(subject, *conditions, progress), subject.tokenizer
     del subject
     if against is None:
         return [_public(row) for row in own]
-    dense = _measured(ready(against, words if isinstance(against, torch.nn.Module) else None, stream), *conditions)
+    with doing(f"loading {_name(against)}"):
+        subject = ready(against, words if isinstance(against, torch.nn.Module) else None, stream)
+    with doing("measuring tasks of the dense model") as progress:
+        dense = _measured(subject, *conditions, progress)
     return [
         {
             **_public(row),
@@ -71,6 +80,10 @@ def evaluate_tasks(
         }
         for row, base in zip(own, dense)
     ]
+
+
+def _name(model: Any) -> str:
+    return str(model) if isinstance(model, (str, Path)) else "the model"
 
 
 def _measured(subject: Loaded | Opened, names, limit, batch_size, device, progress) -> list[dict]:

@@ -8,6 +8,7 @@
 ``residency``          weights on a GPU for a whole run, or there in time for their block: ``resident``, ``Arrivals``
 ``journal``            finished blocks on disk, from which ``--resume`` goes on; ``Interrupted``
 ``distributed``        several processes under ``torchrun``: shares, sums, broadcasts: ``World``
+``replays``            what a GPU is given again and again, recorded and launched as a whole: ``Replays``
 ``relay``              forward passes that take turns and can stand still in the middle of a block: ``Pass``
 ``spilling``           memory that a pass which stands still does not need: ``Alive``, ``Spilled``
 ``lanes``              the passes of all batches through one block, in step: ``Lanes``

@@ -26,6 +26,7 @@ from pyprune.execution.activation_store import Store, transfers
 from pyprune.execution.between import Between
 from pyprune.execution.cpu_forward import forward_mode
 from pyprune.execution.distributed import World
+from pyprune.execution.replays import Replays
 from pyprune.execution.residency import Arrivals
 from pyprune.execution.trust import by_reference, distrust
 from pyprune.model.arguments import Arguments, Beside
@@ -209,6 +210,7 @@ class Executor:
         self.transfers = transfers(self.device, self.dtype)
         self.arrivals: Arrivals | None = None
         self.world, self.warn = world or World(), warn
+        self.replays = Replays(self.device, warn)
         self.mode: Callable = contextlib.nullcontext
         if self.device.type == "cpu":
             self.mode = lambda: forward_mode(self.dtype, self.verdicts)
@@ -387,20 +389,29 @@ class Executor:
             forward = functools.partial(self.forward, index, module, x, beside)
             return forward() if through is None else through(forward), beside
 
+        def looked_at(part: Batch, x: Tensor) -> tuple[Tensor | None, Beside]:
+            return self.proved(index, functools.partial(one, part, x))
+
+        for part, (out, beside) in self.in_parts(source, index, looked_at):
+            if target is not None and out is not None:
+                self.write(target, part, out, beside)
+            if each is not None:
+                each(part, out)
+        self.drain()
+
+    def in_parts(
+        self, source: Activations, index: int, work: Callable[[Batch, Tensor], T]
+    ) -> Iterator[tuple[Batch, T]]:
+        """``work(batch, hidden)`` of every batch of a stream; a batch too large beside block ``index`` is halved."""
         for batch, hidden in self.stream(source):
             parts = [(batch, hidden)]
             while parts:
                 part, x = parts.pop(0)
-                found = self.attempt(functools.partial(self.proved, index, functools.partial(one, part, x)))
+                found = self.attempt(functools.partial(work, part, x))
                 if found is NO_ROOM:
                     parts[:0] = self.halve(part, x, index)
-                    continue
-                out, beside = found
-                if target is not None and out is not None:
-                    self.write(target, part, out, beside)
-                if each is not None:
-                    each(part, out)
-        self.drain()
+                else:
+                    yield part, found
 
     def proved(self, index: int, forward: Callable[[], T]) -> T:
         """``forward()``, of which nothing is kept yet. The first one through a block is looked at by the guards of the

@@ -18,7 +18,7 @@ from pyprune.effects import needs_factor, needs_sequences
 from pyprune.execution.executor import Activations
 from pyprune.execution.run import Findings, Run
 from pyprune.execution.trust import by_reference, distrust
-from pyprune.masks.solvers import inverse_factor, solve
+from pyprune.masks.solvers import inverse_factor, recordable, solve
 from pyprune.masks.statistics import (
     Gathered,
     Inputs,
@@ -267,6 +267,7 @@ def _solve(
     """Solve groups of weights; block and ``module`` stay as they are. look: ask of each factorisation whether it
     succeeded, and do what is to be done where it did not; otherwise :meth:`Own.read` tells."""
     config, block, own = run.config, run.view.blocks[index], Own()
+    replays = run.executor.replays if recordable(run.executor.replays) else None
     for leader, refs in groups.items():
         statistics = observer.sinks[leader] if observer and leader else None
         group_config = config
@@ -283,22 +284,19 @@ def _solve(
             own.failed += [] if factor.failed is None else [factor.failed]
             if factor.damping != config.damping:
                 found.warn(f"{name}: damping raised to {factor.damping:g} for the factorisation to succeed")
-        for ref in refs:
-            weight = ref.view(block)
-            if ref.expert is not None and statistics is not None and statistics.tokens < weight.shape[1]:
+        dense = [dense_weight(run, block, module, ref) for ref in refs]
+        if refs[0].expert is not None and statistics is not None and statistics.tokens < dense[0].shape[1]:
+            for ref in refs:
                 found.warn(
                     f"{run.view.name(index, ref)} saw {statistics.tokens} calibration tokens, fewer than "
-                    f"its {weight.shape[1]} inputs: what is chosen there rests on too little data"
+                    f"its {dense[0].shape[1]} inputs: what is chosen there rests on too little data"
                 )
-            before, copy_of = weight, ref.view(module)
-            if copy_of.device == run.executor.device and copy_of.dtype == weight.dtype:
-                before = copy_of  # the same, and there already
-            before = before.to(run.executor.device)
-            solved = solve(before, with_sparsity(group_config, run, index, ref), statistics, factor)
+        configs = [with_sparsity(group_config, run, index, ref) for ref in refs]
+        for ref, before, solved in zip(refs, dense, solve(dense, configs, statistics, factor, replays)):
             row = {
                 "name": run.view.name(index, ref),
                 "block": index,
-                "shape": list(weight.shape),
+                "shape": list(before.shape),
                 "damping": solved.damping,
                 **asked_in(run, index, ref),
             }
@@ -313,12 +311,20 @@ def _solve(
                 found.warn(
                     f"{row['name']}: the refit was stopped after {solved.refit.steps} steps, before its tolerance"
                 )
-            written = solved.weight.to(weight.dtype)
+            written = solved.weight.to(ref.view(block).dtype, copy=replays is not None)
             own.solved[ref] = written, solved.mask
             own.sums += [torch.count_nonzero(written), *(sums for sums, _ in errors.values())]
             own.rows.append(row | dict.fromkeys(errors))
             own.wrong += [*solved.wrong.items(), *(("linear", bad) for _, bad in errors.values())]
     return own
+
+
+def dense_weight(run: Run, block: nn.Module, module: nn.Module, ref: WeightRef) -> Tensor:
+    """A weight as it is before it is pruned, where blocks are computed."""
+    weight, copy_of = ref.view(block), ref.view(module)
+    if copy_of.device == run.executor.device and copy_of.dtype == weight.dtype:
+        weight = copy_of  # the same, and there already
+    return weight.to(run.executor.device)
 
 
 def with_sparsity(config: PruneConfig, run: Run, index: int, ref: WeightRef) -> PruneConfig:

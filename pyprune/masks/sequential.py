@@ -134,8 +134,6 @@ class SequentialPass(Lanes):
             with self.at_hand(ahead):
                 sink.update(rows, rows_of(ahead.x, lane.batch.size))
 
-    # ---- where they stand still --------------------------------------------------------------------------------
-
     def arrive(self, name: str, x: Tensor) -> None:
         """The moving pass is about to multiply ``x`` by a weight: it waits if that is the first of its group."""
         lane = self.moving
@@ -155,8 +153,6 @@ class SequentialPass(Lanes):
         lane.seen[group.leader] = weakref.ref(x)
         lane.x = x
         self.halt(group)
-
-    # ---- pruning -----------------------------------------------------------------------------------------------
 
     def _prune(self, group: Group) -> None:
         measured = {lane.stream for lane in self.lanes if not lane.is_ahead}

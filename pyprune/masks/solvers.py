@@ -1,7 +1,9 @@
-"""Masks and layer-wise reconstruction of one weight matrix: magnitude, Wanda, SparseGPT's one-sided OBS sweep."""
+"""Masks and layer-wise reconstruction of the matrices that read one input: magnitude, Wanda, SparseGPT's one-sided OBS
+sweep."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -9,6 +11,8 @@ from torch import Tensor
 
 from pyprune import ops
 from pyprune.config import ConfigError, PruneConfig
+from pyprune.effects import needs_factor
+from pyprune.execution.replays import Replays
 from pyprune.masks.refit import Refit, damped, exact_refit
 from pyprune.masks.statistics import Statistics
 from pyprune.ops import guards
@@ -103,49 +107,60 @@ def _invert_lower(factor: Tensor, out: Tensor, start: int, stop: int, leaf: int)
 
 
 def obs_prune(
-    weight: Tensor,
+    stack: Tensor,
     factor: Factor,
     *,
-    sparsity: float | None = None,
+    sparsity: float | Sequence[float] | None = None,
     nm: tuple[int, int] | None = None,
     mask: Tensor | None = None,
+    rows: Sequence[int] | None = None,
     column_block: int = 128,
 ) -> Tensor:
-    """SparseGPT's sweep over a whole matrix, in place; returns the keep mask (arXiv 2301.00774).
+    """SparseGPT's sweep over whole matrices that read one input, in place; returns the keep mask (arXiv 2301.00774).
 
     One-sided: columns go from left to right, and a column's error is made up for by later columns only. The best
     weights on the same mask are :func:`pyprune.masks.refit.exact_refit`'s.
-    weight: float32 ``[out, in]``. Exactly one of ``sparsity`` (chosen per column block over all rows), ``nm`` and
-    ``mask``.
+    stack: float32 ``[out, in]``, the matrices' rows below each other; rows: of each of them, of one alone if None.
+    Exactly one of ``sparsity`` (of all matrices or of each; chosen per matrix and column block), ``nm`` and ``mask``
+    (of the stack).
     Column blocks come in panels of ``PANEL_BLOCKS``: a block's errors update the rest of its panel, a panel's the
     columns right of it by one product, so that these are read and written once per panel.
     """
-    rows, columns = weight.shape
-    keep = torch.empty(rows, columns, dtype=torch.bool, device=weight.device)
-    weight.masked_fill_(factor.dead, 0)  # an index by a bool mask would wait for the device
+    rows, columns = [len(stack)] if rows is None else list(rows), stack.shape[1]
+    stack.masked_fill_(factor.dead, 0)  # an index by a bool mask would wait for the device
     if nm is not None:
         column_block = max(nm[1], column_block // nm[1] * nm[1])
     panel = PANEL_BLOCKS * column_block
-    errors = torch.empty(rows, min(panel, columns), device=weight.device)
-    counts = iter(drop_counts(sparsity, rows, columns, column_block) if sparsity is not None else [])
-    for start in range(0, columns, column_block):
+    scale, counts = 1 / factor.r.diagonal(), []
+    if sparsity is not None:
+        asked = sparsity if isinstance(sparsity, Sequence) else [sparsity] * len(rows)
+        counts = [drop_counts(own, count, columns, column_block) for own, count in zip(asked, rows, strict=True)]
+    kept: list[Tensor] = []
+    errors: list[Tensor] = []
+    for number, start in enumerate(range(0, columns, column_block)):
         stop = min(start + column_block, columns)
         first = start // panel * panel
         last = min(first + panel, columns)
-        block = weight[:, start:stop]
-        choice: dict = {"nm": nm} if nm else {}
-        if mask is not None:
-            choice = {"mask": mask[:, start:stop]}
-        elif sparsity is not None:
-            choice = {"k": next(counts)}
-        kept, error, _ = ops.obs_sweep(block, factor.r[start:stop, start:stop].contiguous(), **choice)
-        keep[:, start:stop] = kept
-        errors[:, start - first : stop - first] = error
+        own, block = slice(start, stop), stack[:, start:stop]
+        choice: dict = {"nm": nm}
+        if nm is None:
+            choice = {"mask": mask[:, own] if mask is not None else select(block, rows, counts, number, scale[own])}
+        chosen, error, _ = ops.obs_sweep(block, factor.r[own, own], **choice)
+        kept.append(chosen if nm is not None else choice["mask"])
+        errors = [error] if start == first else [*errors, error]
         if stop < last:
-            ops.trailing_update(weight[:, stop:last], error, factor.r[start:stop, stop:last])
+            ops.trailing_update(stack[:, stop:last], error, factor.r[own, stop:last])
         elif stop < columns:
-            ops.trailing_update(weight[:, stop:], errors[:, : stop - first], factor.r[first:stop, stop:])
-    return keep
+            ops.trailing_update(stack[:, stop:], torch.cat(errors, 1), factor.r[first:stop, stop:])
+    return torch.cat(kept, 1) if kept else torch.empty(stack.shape, dtype=torch.bool, device=stack.device)
+
+
+def select(block: Tensor, rows: list[int], counts: list[list[int]], number: int, scale: Tensor) -> Tensor:
+    """Keep mask of a column block, the lowest ``|w| / r_jj`` of each matrix dropped, as many as ``counts`` says."""
+    masks = [
+        ops.select_mask(part, own[number], scale=scale, scope="matrix") for part, own in zip(block.split(rows), counts)
+    ]
+    return masks[0] if len(masks) == 1 else torch.cat(masks)
 
 
 def drop_counts(sparsity: float, rows: int, columns: int, column_block: int) -> list[int]:
@@ -158,7 +173,8 @@ def drop_counts(sparsity: float, rows: int, columns: int, column_block: int) -> 
 
 
 def sweep_guards(start: Tensor, weight: Tensor, keep: Tensor, factor: Factor, config: PruneConfig) -> dict[str, Tensor]:
-    """Guards of a sweep that chose its mask, or was given one: its weights, its count, its first choice."""
+    """Guards of the sweep of one matrix, which chose its mask or was given one: its weights, its count, its first
+    choice. start: what it began with, in any type."""
     wrong = guards.swept(start, weight, keep, factor.r, factor.dead)
     if config.method != "sparsegpt" or not start.numel():
         return {"obs_sweep": wrong}
@@ -175,7 +191,7 @@ def sweep_guards(start: Tensor, weight: Tensor, keep: Tensor, factor: Factor, co
     counts = drop_counts(config.one_sparsity, rows, columns, config.column_block)
     first = slice(0, min(config.column_block, columns))
     chosen = guards.chosen(start[:, first], keep[:, first], scale[first], total=keep[:, first].numel() - counts[0])
-    return {"obs_sweep": wrong | chosen | (torch.count_nonzero(keep) != keep.numel() - sum(counts))}
+    return {"obs_sweep": wrong, "select_mask": chosen | (torch.count_nonzero(keep) != keep.numel() - sum(counts))}
 
 
 def mask_guards(weight: Tensor, mask: Tensor, config: PruneConfig, statistics: Statistics | None) -> dict[str, Tensor]:
@@ -214,40 +230,86 @@ def dense_target_start(weight: Tensor, statistics: Statistics, factor: Factor) -
     return weight + (weight @ difference) @ factor.r.T @ factor.r
 
 
-def solve(weight: Tensor, config: PruneConfig, statistics: Statistics | None, factor: Factor | None) -> Solved:
-    """Prune one matrix ``[out, in]`` as the configuration says; the input tensor is left alone.
+def replayed(stack: Tensor, factor: Factor, replays: Replays, *, mask: Tensor | None = None, **choice) -> Tensor:
+    """:func:`obs_prune` of a stack that lies in its room, as a GPU has recorded it for an earlier block."""
+    shape = stack.shape
+    r, dead = replays.room("factor", factor.r.shape), replays.room("dead", factor.dead.shape, torch.bool)
+    keep = replays.room("keep", shape, torch.bool)
+    r.copy_(factor.r)
+    dead.copy_(factor.dead)
+    if mask is not None:
+        choice["mask"] = keep.copy_(mask)
 
-    factor: of the statistics' Gram; None where scores alone choose and nothing is solved.
+    def sweep() -> None:
+        keep.copy_(obs_prune(stack, Factor(r, dead, factor.damping), **choice))
+
+    told = {name: tuple(value) if isinstance(value, list) else value for name, value in choice.items()}
+    taken = [ops.taken(op, stack.device.type) for op in SWEPT_BY]
+    replays((shape, mask is None, *taken, *(told | {"mask": None}).items()), sweep)
+    return keep.clone()
+
+
+SWEPT_BY = ("obs_sweep", "select_mask/matrix", "trailing_update")
+"""What a sweep runs through."""
+
+
+def recordable(replays: Replays) -> bool:
+    """Whether a sweep is a few kernels per column block: the reference's are a few per column, too many to record."""
+    kind = replays.device.type
+    return not replays.off and all(ops.taken(op, kind) != "reference" for op in SWEPT_BY[:2])
+
+
+def solve(
+    weights: Sequence[Tensor],
+    configs: Sequence[PruneConfig],
+    statistics: Statistics | None,
+    factor: Factor | None,
+    replays: Replays | None = None,
+) -> Iterator[Solved]:
+    """Prune the matrices ``[out, in]`` of one input group as their configurations say, which differ in the sparsity
+    alone; the input tensors are left alone. They are swept together: a group costs the launches of one matrix.
+
+    factor: of the statistics' Gram; None where scores alone choose and nothing is solved. replays: where the sweep is
+    recorded; weights are then overwritten by the next group's.
     """
-    original = weight.float().contiguous()
-    if factor is None or statistics is None:
-        mask = score_mask(original, config, statistics)
-        return Solved(original.masked_fill(~mask, 0), mask, wrong=mask_guards(original, mask, config, statistics))
-    start = original
+    config = configs[0]
+    if factor is None or statistics is None or not needs_factor(config):
+        for weight, own in zip(weights, configs):
+            yield scored(weight.float().contiguous(), own, statistics)
+        return
+    rows = [len(weight) for weight in weights]
+    shape = sum(rows), weights[0].shape[1]
+    stack = torch.empty(shape, device=weights[0].device) if replays is None else replays.room("stack", shape)
+    for part, weight in zip(stack.split(rows), weights):
+        part.copy_(weight)
+    choice: dict = {"nm": config.nm} if config.nm else {"sparsity": [own.one_sparsity for own in configs]}
+    wrong: list[dict[str, Tensor]] = [{} for _ in weights]
+    if config.method != "sparsegpt":
+        masks = [score_mask(part, own, statistics) for part, own in zip(stack.split(rows), configs)]
+        wrong = [mask_guards(*each, statistics) for each in zip(stack.split(rows), masks, configs)]
+        choice = {"mask": torch.cat(masks)}
+    starts = list(weights)
     if statistics.cross is not None:
-        start = dense_target_start(original, statistics, factor)
-    if config.method == "sparsegpt":
-        updated = start.clone()
-        mask = obs_prune(
-            updated,
-            factor,
-            sparsity=None if config.nm else config.one_sparsity,
-            nm=config.nm,
-            column_block=config.column_block,
-        )
-        wrong = sweep_guards(start, updated, mask, factor, config)
+        starts = [dense_target_start(part, statistics, factor) for part in stack.split(rows)]
+        torch.cat(starts, out=stack)
+    choice |= {"rows": rows, "column_block": config.column_block}
+    keep = obs_prune(stack, factor, **choice) if replays is None else replayed(stack, factor, replays, **choice)
+    h = damped(statistics.gram, statistics.count, factor.damping) if config.reconstruct == "refit" else None
+    for k, (updated, mask) in enumerate(zip(stack.split(rows), keep.split(rows))):
+        wrong[k] |= sweep_guards(starts[k], updated, mask, factor, configs[k])
         if config.reconstruct == "none":
-            updated = original.masked_fill(~mask, 0)
-    else:
-        mask = score_mask(original, config, statistics)
-        wrong = mask_guards(original, mask, config, statistics)
-        if config.reconstruct == "none":
-            return Solved(original.masked_fill(~mask, 0), mask, wrong=wrong)
-        updated = start.clone()
-        obs_prune(updated, factor, mask=mask, column_block=config.column_block)
-        wrong |= sweep_guards(start, updated, mask, factor, config)
-    if config.reconstruct != "refit":
-        return Solved(updated, mask, factor.damping, wrong=wrong)
-    h = damped(statistics.gram, statistics.count, factor.damping)
-    found = exact_refit(start.masked_fill(factor.dead, 0), mask, h, updated)
-    return Solved(found.weight, mask, factor.damping, updated, found, wrong | found.wrong)
+            updated = weights[k].float().masked_fill(~mask, 0)
+        solved = Solved(updated, mask, factor.damping, wrong=wrong[k])
+        yield solved if h is None else refitted(solved, starts[k].float().masked_fill(factor.dead, 0), h)
+
+
+def scored(weight: Tensor, config: PruneConfig, statistics: Statistics | None) -> Solved:
+    """A matrix whose mask comes from scores, its other weights as they were. weight: float32 ``[out, in]``."""
+    mask = score_mask(weight, config, statistics)
+    return Solved(weight.masked_fill(~mask, 0), mask, wrong=mask_guards(weight, mask, config, statistics))
+
+
+def refitted(swept: Solved, dense: Tensor, h: Tensor) -> Solved:
+    """A swept matrix with the best weights on its mask towards ``dense``; h: the damped Hessian."""
+    found = exact_refit(dense, swept.mask, h, swept.weight)
+    return Solved(found.weight, swept.mask, swept.damping, swept.weight, found, swept.wrong | found.wrong)

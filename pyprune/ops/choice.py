@@ -59,7 +59,7 @@ def taken(key: str, device: str) -> str:
         return _named(op, name)
     pinned = (_pinned.get() or {}).get(device)
     if pinned is not None:
-        return pinned.get(key, pinned.get(op, "reference"))  # an older version's record does not know of newer ops
+        return pinned.get(key, pinned.get(op, "reference"))
     return _automatic(device)[key]
 
 
@@ -118,11 +118,13 @@ def settle(
     recorded, else what was asked for or is in force now, else what the run took that this one repeats, else what this
     machine's measurements say, made if need be.
 
-    warn: hears where ``repeated`` cannot be followed here. Raises ConfigError where ``recorded`` and ``asked`` cannot.
+    An op that ``recorded`` does not know, as the version that began the run had none, takes the reference: in its place
+    that version ran plain PyTorch. warn: hears of these, and where ``repeated`` cannot be followed here. Raises
+    ConfigError where ``recorded`` and ``asked`` cannot.
     """
     if recorded:
         _check_recorded(recorded)
-        return {kind: _trusted(kind, choices) for kind, choices in recorded.items()}
+        return {kind: _completed(kind, _trusted(kind, choices), warn) for kind, choices in recorded.items()}
     check_backend(asked, device)
     named, found = parse_backend(asked) or _forced.get() or {}, {}
     before = (repeated or {}).get(device, {})
@@ -165,19 +167,36 @@ def _unfit(op: str, name: str, device: str) -> str | None:
 def _trusted(device: str, choices: dict[str, str]) -> dict[str, str]:
     """The reference in place of what has failed on this machine since."""
     known = verdicts(device, measure=False)
-    return {key: "reference" if name in known.get(key, {}).get("failed", {}) else name for key, name in choices.items()}
+    failed = {key: known.get(key, {}).get("failed", {}) for key in choices}
+    return {
+        key: _named(classes.op_of(key), "reference") if name in failed[key] else name for key, name in choices.items()
+    }
+
+
+def _completed(device: str, choices: dict[str, str], warn: Callable[[str], None]) -> dict[str, str]:
+    """The reference for what the record of an older version does not know."""
+    missing = {
+        key: _named(op, "reference")
+        for key in candidates(device)
+        if key not in choices and (op := classes.op_of(key)) not in choices
+    }
+    if missing:
+        warn(
+            f"the interrupted run has no record of a back-end for {', '.join(missing)}, as an older version began it: "
+            "the reference is taken"
+        )
+    return choices | missing
 
 
 def _check_recorded(recorded: dict[str, dict[str, str]]) -> None:
     for device, choices in recorded.items():
         known = {*OPS, *candidates(device)}
         for key, name in choices.items():
-            op = classes.op_of(key)
-            if key not in known or (op in OPS and (reason := TABLE[name].why_not(op, device)) is not None):
+            reason = _unfit(classes.op_of(key), name, device) if key in known else "there is no such op"
+            if reason is not None:
                 raise ConfigError(
-                    f"the interrupted run took the {name} back-end for {key}, which cannot run here: "
-                    f"{reason if key in known else 'there is no such op'}; resume it where it began, or "
-                    "start anew in another folder"
+                    f"the interrupted run took the {name} back-end for {key}, which cannot run here: {reason}; "
+                    "resume it where it began, or start anew in another folder"
                 )
 
 

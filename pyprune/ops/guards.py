@@ -197,10 +197,10 @@ def chosen(
     if not w.numel():
         return torch.zeros((), dtype=torch.bool, device=w.device)
     if total is not None:
-        score = w.abs() if scale is None else w.abs() * scale
+        score = w.float().abs() if scale is None else w.float().abs() * scale
         return (torch.count_nonzero(keep) != total) | _disordered(score.reshape(1, -1), keep.reshape(1, -1))
     rows = _some(len(w), 16 * ROWS, w.device)
-    score, part = w[rows].abs(), keep[rows]
+    score, part = w[rows].float().abs(), keep[rows]
     score = score if scale is None else score * scale
     if nm is None:
         return (keep.sum(1) != per_row).any() | _disordered(score, part)
@@ -220,7 +220,8 @@ def swept(start: Tensor, weight: Tensor, keep: Tensor, r: Tensor, dead: Tensor |
     the change is ``e r`` with an e that is zero where the mask keeps. There is one such weight. Columns that are
     ``dead`` count as zero from the start."""
     rows = _some(len(start), ROWS, start.device)
-    before = start[rows] if dead is None else start[rows].masked_fill(dead, 0)
+    before = start[rows].float()
+    before = before if dead is None else before.masked_fill(dead, 0)
     change = before - weight[rows]
     error = torch.linalg.solve_triangular(r, change, upper=True, left=False)
     rest = (error * keep[rows]) @ r

@@ -45,11 +45,12 @@ from pyprune.pipeline.opening import open_model
 from pyprune.pipeline.result import PruneResult, SeveralResult, StreamedResult, WrittenResult
 from pyprune.pipeline.sequences import add_generated, check_lengths, sequences_of
 from pyprune.pipeline.session import Session, begin, kept, make_store, settle_backends
-from pyprune.pipeline.sparsities import Rules, Selected, by_name, kinds_for
+from pyprune.pipeline.sparsities import Rules, Selected, kinds_for, weights_and_keys
 from pyprune.pipeline.structured_work import StructuredWork
 from pyprune.pipeline.tracking import outcome
 from pyprune.reporting.comparison import read as read_report
 from pyprune.reporting.record import build_report, compared, config_for_report, data_identity, settings_of
+from pyprune.structured.preparation import check_sizes
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,8 +118,11 @@ def prepare(session: Session, model, tokenizer, in_place: bool) -> Material:
     check_usable(view, opened.weights.streamed)
     check_apart(view)
     selected = select_weights(view, config.targets, config.ignore)
-    selected, rules = by_name(view, selected, config, kinds_for(view, config, opened.weights))
+    selected, rules = weights_and_keys(view, selected, config, kinds_for(view, config, opened.weights))
     check_weights(view, selected, config, rules)
+    if config.is_structured:
+        with found.clock("groups"):
+            check_sizes(view, selected, config, opened.weights)
     refuse_text(config.evaluation, view)
     positions = positions_of(view)
     data, windows = read or sequences_of(session, view, opened.tokenizer, positions)

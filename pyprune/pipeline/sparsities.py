@@ -18,7 +18,7 @@ def check_patterns(view: ModelView, selected: Selected, config: PruneConfig) -> 
     rules(config.sparsity_by_name, names, told=False)
 
 
-def by_name(
+def weights_and_keys(
     view: ModelView, selected: Selected, config: PruneConfig, kinds: list[dict[str, str]]
 ) -> tuple[Selected, Rules | None]:
     """The weights that a key names, per block, and the key that counts for each; all of them, and None, where a number

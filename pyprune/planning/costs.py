@@ -20,7 +20,9 @@ from pyprune.evaluation.perplexity import POSITIONS, count_windows
 from pyprune.execution.activation_store import DEPTH
 from pyprune.execution.device import cpu_has_bfloat16
 from pyprune.execution.executor import target_tokens
+from pyprune.execution.replays import switched_on
 from pyprune.masks.refit import NARROW, SYSTEM_ELEMENTS, USUAL_STEPS
+from pyprune.masks.solvers import PANEL_BLOCKS
 from pyprune.model import assembly
 from pyprune.model.attributes import active_share, attention_size, embedding_width, output_layer, vocabulary_size
 from pyprune.model.blocks import ModelView, WeightRef, weights_of
@@ -39,6 +41,8 @@ class Input:
     """Inputs of a block's weights that get statistics of their own."""
 
     width: int
+    rows: tuple[int, ...]
+    """Of each of the weights that read it."""
     count: int = 1
     """How many of them there are: one, or one an expert."""
     share: float = 1.0
@@ -59,14 +63,15 @@ def inputs_of(view: ModelView, block: nn.Module, refs: list[WeightRef]) -> list[
     weight, which consumes what the others produce; every expert has its own."""
     groups: dict[tuple, Input] = {}
     for place, ref in enumerate(refs):
+        rows, width = ref.view(block).shape
         if ref.expert is not None:
             share = active_share(view.model.config)
-            groups[(ref.path,)] = Input(ref.view(block).shape[1], len(ref.parameter(block)), share)
+            groups[(ref.path,)] = Input(width, (rows,), len(ref.parameter(block)), share)
             continue
-        width = ref.view(block).shape[1]
         parent = ref.module_path.rpartition(".")[0]
         last = place + 1 == len(refs) or refs[place + 1].module_path.rpartition(".")[0] != parent
-        groups[parent, width, last] = Input(width)
+        others = groups[parent, width, last].rows if (parent, width, last) in groups else ()
+        groups[parent, width, last] = Input(width, (*others, rows))
     return list(groups.values())
 
 
@@ -134,11 +139,41 @@ def refit_flops(rows: int, columns: int) -> float:
     return rows * columns**3 / 3 if columns <= NARROW else 2 * rows * columns**2 * USUAL_STEPS
 
 
+def solve_bytes(x: Input, config: PruneConfig, recorded: bool = False) -> int:
+    """Bytes that solving the weights of one input takes beside their Gram and the masks: while it is factored three
+    matrices of its width; then the factor, all of the weights that are swept together, with targets of the dense stream
+    twice, and what one of them needs by itself. recorded: they lie in rooms that :func:`room_bytes` counts."""
+    columns, largest = x.width, max(x.rows) * x.width
+    if config.is_structured:
+        return max(12 * columns**2, 4 * columns**2 + 12 * largest)
+    if not needs_factor(config):
+        return 12 * largest
+    towards_dense = config.global_propagation and (
+        not trains(config) or config.reconstruction.layerwise_target == "dense"
+    )
+    stack = 4 * (1 + towards_dense - recorded) * sum(x.rows) * columns
+    own = refit_bytes(max(x.rows), columns) if config.reconstruct == "refit" else 8 * largest
+    return max(12 * columns**2, 4 * columns**2 + stack + own)
+
+
+def records(view: ModelView, config: PruneConfig) -> bool:
+    """Whether a GPU's kernels are recorded in a second block, if it is them that sweep."""
+    return switched_on() and needs_factor(config) and not config.is_structured and len(view.order) > 1
+
+
+def room_bytes(found: list[Input], config: PruneConfig) -> int:
+    """Bytes that recorded sweeps keep from block to block: rooms of weights, mask and factor, each as large as the
+    largest, and memory of their own for the masks of the column blocks, once more together, and a panel's errors."""
+    largest = max((sum(x.rows) * x.width for x in found), default=0)
+    panel = max((sum(x.rows) * min(PANEL_BLOCKS * config.column_block, x.width) for x in found), default=0)
+    return (4 + 1 + 2) * largest + 8 * panel + 4 * max((x.width**2 for x in found), default=0)
+
+
 def refit_bytes(rows: int, columns: int) -> int:
-    """Bytes of one matrix's exact refit: H and the factor, the matrix with its dense, swept and new weights, and the
-    search's four matrices; or the systems that are factored together, three times."""
+    """Bytes of one matrix's exact refit beside what was swept: H, its dense and new weights, and the search's four
+    matrices; or the systems that are factored together, three times."""
     systems = 12 * min(rows * columns**2, max(SYSTEM_ELEMENTS, columns**2))
-    return 8 * columns**2 + 16 * rows * columns + (systems if columns <= NARROW else 16 * rows * columns)
+    return 4 * columns**2 + 8 * rows * columns + (systems if columns <= NARROW else 16 * rows * columns)
 
 
 def shapes_of(block: nn.Module, refs: list[WeightRef]) -> list[tuple[int, int]]:
@@ -232,7 +267,8 @@ def memory_of(
         block["weights"] = everything * own.itemsize
     elif gpu:  # and the next block is on its way
         block["block"] = (window + 1) * largest * compute.itemsize
-    grams, inputs, solve, widest = 0, 0, 0, widest_input(view, selected)
+    grams, inputs, solve, rooms, widest = 0, 0, 0, 0, widest_input(view, selected)
+    recorded = gpu and records(view, config)
     stored, paused = activations_of(view, selected, config, compute, budget, room if gpu else None)
     host["activations"] = int(min(budget, stored))
     for one, refs, _ in kinds(view, selected):
@@ -241,16 +277,13 @@ def memory_of(
         factors = needs_factor(config) or config.is_structured
         grams = max(grams, sum(4 * x.width**2 * x.count for x in found) if factors else 0)
         masks = sum(rows * columns for rows, columns in shapes_of(one, refs))
-        matrix = max((rows * columns for rows, columns in shapes_of(one, refs)), default=0)
-        largest_input = max((x.width for x in found), default=0) if factors else 0
-        # a factorisation holds three matrices beside the Gram; a sweep the factor, and the matrix three times
-        solve = max(solve, masks + max(12 * largest_input**2, 4 * largest_input**2 + 12 * matrix))
-        if config.reconstruct == "refit":
-            solve = max([solve, *(masks + refit_bytes(rows, columns) for rows, columns in shapes_of(one, refs))])
+        solve = max([solve, *(masks + solve_bytes(x, config, recorded) for x in found)])
+        rooms = max(rooms, room_bytes(found, config) if recorded else 0)
     kept = {
         "statistics": grams,
         "probes": probe_sequences(config) * calibration.tokens * inputs * compute.itemsize,
         "paused_passes": int(paused),
+        "recorded_sweeps": rooms,
     }
     ring = 2 * DEPTH * hidden if gpu else 0
     moments = [
@@ -259,7 +292,13 @@ def memory_of(
     ]
     if trains(config):
         micro = (config.reconstruction.micro_batch_size or config.reconstruction.batch_size) * calibration.tokens
-        moments.append({**block, "training": window * (20 * largest + 4 * micro * (6 * widest + 12 * hidden))})
+        moments.append(
+            {
+                **block,
+                "recorded_sweeps": rooms,
+                "training": window * (20 * largest + 4 * micro * (6 * widest + 12 * hidden)),
+            }
+        )
     evaluated = {**host, "activations": 0, "evaluation": evaluation_bytes(view, config, streamed, widest, windows)}
     hosts = [host, evaluated] if gpu else [evaluated, *({**host, **moment} for moment in moments)]
     return _peak(hosts), _peak(moments) if gpu else {}

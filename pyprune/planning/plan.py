@@ -32,8 +32,7 @@ from pyprune.pipeline.checks import check_weights
 from pyprune.pipeline.opening import models_whole, why_not_streamed
 from pyprune.pipeline.phases import models_held
 from pyprune.pipeline.prune import make_config
-from pyprune.pipeline.sparsities import Rules, check_patterns, kinds_for
-from pyprune.pipeline.sparsities import by_name as weights_by_name
+from pyprune.pipeline.sparsities import Rules, Selected, check_patterns, kinds_for, weights_and_keys
 from pyprune.planning.costs import (
     activations_of,
     disk_of,
@@ -52,7 +51,7 @@ from pyprune.reporting.record import config_for_report
 from pyprune.sources import kinds as kinds_of
 from pyprune.sources import split
 from pyprune.structured.groups import find_groups
-from pyprune.structured.preparation import by_name, foreseen, group_paths
+from pyprune.structured.preparation import foreseen, group_paths, groups_and_keys
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -92,8 +91,8 @@ def plan(
         checkpoint.check_output(config.output, allow=(".pyprune",))
     unopened = Unopened(name, config.dtype)
     view = unopened.view
-    selected = targeted = select_weights(view, config.targets, config.ignore)
-    check_weights(view, selected, config)
+    targeted = select_weights(view, config.targets, config.ignore)
+    check_weights(view, targeted, config)
     refuse_text(config.evaluation, view)
     device = pick_device(config.device)
     gpu = device.type == "cuda"
@@ -108,19 +107,7 @@ def plan(
     if positions and not view.is_encoder and reads_sequences(config) and kinds_of(config.calibration.source) != {"ids"}:
         positions.check([config.calibration.tokens], "calibration sequences", "seq_len", lambda message: None)
     windows = evaluation_windows(view, config, functools.partial(_tokenizer, unopened))
-    achieved, rules = [], None
-    if config.is_structured:
-        few = find_groups(small, config.pattern, config.structured.head_scope)
-        groups, keys = by_name(view, [few[min(i, len(few) - 1)] for i in range(len(view.blocks))], config)
-        achieved = [] if narrowed else foreseen(groups, config, keys)
-        paths = [group_paths([block]) for block in groups]
-        selected = [[ref for ref in refs if ref.path in own] for refs, own in zip(targeted, paths)]
-    elif config.sparsity_by_name:
-        check_patterns(view, selected, config)
-        alike = {path: kind for block in kinds_for(small, config, Resident()) for path, kind in block.items()}
-        selected, rules = weights_by_name(view, selected, config, [alike for _ in view.blocks])
-        check_weights(view, selected, config, rules)
-        achieved = [{"asked": config.sparsity, "removed": {}, "notes": [], "by_key": _by_key(view, config, rules)}]
+    selected, rules, achieved = _to_prune(view, targeted, config, small, narrowed)
     weights, work = _weights(view, selected, targeted, config), work_of(view, selected, config)
     memory = available_memory()
     free = {"memory": memory, "device": torch.cuda.mem_get_info(device)[0] if gpu else None}
@@ -149,7 +136,7 @@ def plan(
         "compute_dtype": str(compute)[6:],
         "weights": weights,
         "coverage": view.coverage(selected),
-        "achieved": achieved or [{"asked": s, "removed": {}, "notes": []} for s in config.sparsities],
+        "achieved": achieved,
         "patterns": _patterns(view, config),
         "memory_bytes": {**host, "total": sum(host.values())},
         "device_memory_bytes": {**on_device, "total": sum(on_device.values())} if gpu else None,
@@ -167,6 +154,28 @@ def plan(
         "flops": flops_of(view, work, config, windows),
         "seconds": {**seconds, "total": sum(seconds.values())},
     }
+
+
+def _to_prune(
+    view: ModelView, targeted: Selected, config: PruneConfig, small: ModelView, narrowed: bool
+) -> tuple[Selected, Rules | None, list[dict]]:
+    """Per block, the weights of those ``targeted`` that the run prunes; of sparsities by name the key of each; per
+    sparsity what was asked and what goes. small: the rehearsal model; narrowed: its sizes are not the model's."""
+    unknown: list[dict] = [{"asked": s, "removed": {}, "notes": []} for s in config.sparsities]
+    if config.is_structured:
+        few = find_groups(small, config.pattern, config.structured.head_scope)
+        groups, keys = groups_and_keys(view, [few[min(i, len(few) - 1)] for i in range(len(view.blocks))], config)
+        paths = [group_paths([block]) for block in groups]
+        selected = [[ref for ref in refs if ref.path in own] for refs, own in zip(targeted, paths)]
+        return selected, None, unknown if narrowed else foreseen(groups, config, keys)
+    if not config.sparsity_by_name:
+        return targeted, None, unknown
+    check_patterns(view, targeted, config)
+    alike = {path: kind for block in kinds_for(small, config, Resident()) for path, kind in block.items()}
+    selected, rules = weights_and_keys(view, targeted, config, [alike for _ in view.blocks])
+    check_weights(view, selected, config, rules)
+    row = {"asked": config.sparsity, "removed": {}, "notes": [], "by_key": _by_key(view, config, rules)}
+    return selected, rules, [row]
 
 
 def _window(evaluation: Evaluation, positions: Positions | None) -> int:

@@ -1,4 +1,7 @@
-"""What structured pruning decides before its first pass: groups, sizes, bias slots, whether stock tools can load it."""
+"""What structured pruning decides before its first pass: groups, sizes, bias slots, whether stock tools can load it.
+
+:func:`check_sizes` refuses what can be told before anything is measured; :func:`prepare` begins the work.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from pyprune.config import ATTENTION, MLP, ConfigError, PruneConfig, sparsity_text
+from pyprune.execution.executor import Resident
 from pyprune.execution.run import Findings, Run
 from pyprune.model.attributes import embedding_device, vocabulary_size
-from pyprune.model.blocks import ModelView, block_list
+from pyprune.model.blocks import ModelView, WeightRef, block_list
 from pyprune.model.sparsities import rules as rules_for
 from pyprune.model.watching import expert_loop
 from pyprune.structured import config_edits, slicing
@@ -29,12 +33,32 @@ KIND = {"heads": ATTENTION, "neurons": MLP}
 """What the two kinds of units are called where a sparsity is given by name."""
 
 
-def prepare(run: Run, found: Findings) -> StructuredRun:
-    """Groups, gradients, sizes and whether they can be said in a stock config; nothing is changed yet."""
-    config, view = run.config, run.view
-    groups = find_groups(view, config.pattern, config.structured.head_scope, run.executor.weights)
-    groups = [[g for g in block if _selected(g, refs)] for block, refs in zip(groups, run.selected)]
-    groups, rules = by_name(view, groups, config)
+def check_sizes(
+    view: ModelView, selected: list[list[WeightRef]], config: PruneConfig, weights: Resident | None = None
+) -> None:
+    """Refuse a run that would remove nothing, or whose result stock tools could not load though they have to.
+
+    view: the model with its weights, of which those of a few blocks are read; selected: per block, the weights that
+    ``targets`` and ``ignore`` leave. Widths that depend on scores are known too late for this: :func:`prepare`.
+    """
+    groups, rules = groups_to_prune(view, selected, config, weights)
+    if config.structured.allocation != "uniform":
+        return
+    foreseen(groups, config, rules)
+    if config.structured.nonstandard == "refuse":
+        flags, _ = _flags(view, config, groups)
+        for wanted in wanted_of(groups, config, rules):
+            _stock_edits(view, config, groups, _uniform_counts(groups, wanted), flags, _mean(groups, wanted))
+
+
+def groups_to_prune(
+    view: ModelView, selected: list[list[WeightRef]], config: PruneConfig, weights: Resident | None
+) -> tuple[list[list[Coupled]], list[list[str]] | None]:
+    """Per block the groups that are selected whole, and of sparsities by name the key of each, as
+    :func:`groups_and_keys`. Raises ConfigError if there are none, or one that cannot lose a unit."""
+    groups = find_groups(view, config.pattern, config.structured.head_scope, weights)
+    groups = [[g for g in block if _selected(g, refs)] for block, refs in zip(groups, selected)]
+    groups, rules = groups_and_keys(view, groups, config)
     if not any(groups):
         raise ConfigError(
             f"targets and ignore leave no whole {config.pattern} to prune: a group goes only if its "
@@ -44,6 +68,13 @@ def prepare(run: Run, found: Findings) -> StructuredRun:
         for g in block:
             if len(g.pools.unique()) == g.units:
                 raise ConfigError(_single(g))
+    return groups, rules
+
+
+def prepare(run: Run, found: Findings) -> StructuredRun:
+    """Groups, gradients, sizes and whether they can be said in a stock config; nothing is changed yet."""
+    config, view = run.config, run.view
+    groups, rules = groups_to_prune(view, run.selected, config, run.executor.weights)
     _verify(run, groups)
     selected = [[r for r in refs if r.path in _paths(block)] for block, refs in zip(groups, run.selected)]
     gradients = None
@@ -52,7 +83,7 @@ def prepare(run: Run, found: Findings) -> StructuredRun:
             raise ConfigError(f"criterion {config.criterion_name!r} does not see fused experts; choose wifv or obs")
         with found.clock("gradients"):
             gradients = _gradients(run, groups)
-    flags, notes = _flags(run, groups)
+    flags, notes = _flags(view, config, groups)
     if (
         config.reconstruct == "none"
         and config.criterion in ("wifv", "obs", "obs_greedy")
@@ -112,7 +143,7 @@ def group_paths(groups: list[list[Coupled]]) -> set[str]:
     return set().union(*map(_paths, groups))
 
 
-def by_name(
+def groups_and_keys(
     view: ModelView, groups: list[list[Coupled]], config: PruneConfig
 ) -> tuple[list[list[Coupled]], list[list[str]] | None]:
     """The groups that a key of ``sparsity`` names, and the key of each; all of them, and None, where it is no mapping.
@@ -132,7 +163,7 @@ def by_name(
 def wanted_of(
     groups: list[list[Coupled]], config: PruneConfig, rules: list[list[str]] | None
 ) -> list[list[list[float]]]:
-    """Per model that the run makes, the sparsity of each group. rules: of :func:`by_name`."""
+    """Per model that the run makes, the sparsity of each group. rules: of :func:`groups_and_keys`."""
     if rules is not None:
         return [[[config.sparsity_by_name[key] for key in block] for block in rules]]
     return [[[s for _ in block] for block in groups] for s in config.sparsities if not isinstance(s, dict)]
@@ -196,18 +227,17 @@ def _verify(run: Run, groups: list[list[Coupled]]) -> None:
                 run.executor.weights.release(index)
 
 
-def _flags(run: Run, groups: list[list[Coupled]]) -> tuple[dict[str, str], list[str]]:
+def _flags(view: ModelView, config: PruneConfig, groups: list[list[Coupled]]) -> tuple[dict[str, str], list[str]]:
     """Bias flags to set, and notes on kinds without a slot."""
-    config = run.config
     wants = config.reconstruct == "bias" or (config.reconstruct == "liar" and config.structured.interpolate != "weight")
     if not wants:
         return {}, []
     index = next(i for i, block in enumerate(groups) if block)
     dense = config_edits.dense_groups(groups[index])
     flags = config_edits.bias_flags(
-        run.view.model,
+        view.model,
         {
-            kind: config_edits.consumer_path(run.view.path, index, g.consumer)
+            kind: config_edits.consumer_path(view.path, index, g.consumer)
             for kind, g in dense.items()
             if g.consumer.expert is None
         },
@@ -219,9 +249,9 @@ def _flags(run: Run, groups: list[list[Coupled]]) -> tuple[dict[str, str], list[
                 f"{flags[kind]}=True gives {group.name} the bias of the reconstruction; the other biases it "
                 "adds are zeros"
             )
-        elif not has_bias(run.view.blocks[index], group):
+        elif not has_bias(view.blocks[index], group):
             notes.append(
-                f"{type(run.view.model).__name__} has no bias slot at {group.name}: the bias-free solution on "
+                f"{type(view.model).__name__} has no bias slot at {group.name}: the bias-free solution on "
                 "uncentred moments is used"
             )
     return flags, notes
@@ -265,32 +295,28 @@ def twin(model: nn.Module, path: str) -> nn.Module:
 
 def _decide(run: Run, prepared: Preparation, target: Target) -> None:
     """Whether a stock config can say the target's sizes; refuse, pad or go on as the configuration asks."""
-    mode = run.config.structured.nonstandard
-    flags = dict.fromkeys(prepared.flags.values(), True)
+    config, view, groups, flags = run.config, run.view, prepared.groups, prepared.flags
+    mode = config.structured.nonstandard
+    if mode == "refuse":
+        target.edits = _stock_edits(view, config, groups, target.counts, flags, target.sparsity)
+        return
     try:
-        target.edits = _edits(run, prepared, target.counts, flags)
+        target.edits = _edits(view, groups, target.counts, flags)
         return
     except ConfigError as error:
         target.reason = str(error)
-    if mode == "refuse":
-        shown = f"{target.sparsity:g}" if prepared.rules is None else sparsity_text(run.config.sparsity)
-        raise ConfigError(
-            f"sparsity {shown} makes a model that stock tools cannot load: {target.reason}. "
-            "Set nonstandard='save' (pyprune.load loads it) or nonstandard='pad' (zeros: stock tools load it, it is "
-            "no smaller), or choose another sparsity or pattern"
-        )
     if mode == "save":
         return
     widest = {
-        k: max(c for b, cs in zip(prepared.groups, target.counts) for g, c in zip(b, cs) if g.kind == k)
-        for k in {g.kind for b in prepared.groups for g in b}
+        k: max(c for b, cs in zip(groups, target.counts) for g, c in zip(b, cs) if g.kind == k)
+        for k in {g.kind for b in groups for g in b}
     }
-    dense = {g.kind: g.units for b in prepared.groups for g in b}
+    dense = {g.kind: g.units for b in groups for g in b}
     tries = [widest, *({**widest, kind: dense[kind]} for kind in ("heads", "neurons") if kind in dense), dense]
     for sizes in tries:
-        padded = [[sizes[g.kind] for g in block] for block in prepared.groups]
+        padded = [[sizes[g.kind] for g in block] for block in groups]
         try:
-            target.edits = _edits(run, prepared, padded, flags)
+            target.edits = _edits(view, groups, padded, flags)
         except ConfigError:
             continue
         target.padded = padded
@@ -298,13 +324,34 @@ def _decide(run: Run, prepared: Preparation, target: Target) -> None:
     raise ConfigError(f"even zero-padded sizes do not fit a stock config: {target.reason}")
 
 
-def _edits(run: Run, prepared: Preparation, counts: list[list[int]], flags: dict) -> dict:
+def _stock_edits(
+    view: ModelView,
+    config: PruneConfig,
+    groups: list[list[Coupled]],
+    counts: list[list[int]],
+    flags: dict[str, str],
+    sparsity: float,
+) -> dict:
+    """:func:`_edits`; where there are none, a ConfigError with what else can be done. sparsity: the one, or mean, that
+    was asked for."""
+    try:
+        return _edits(view, groups, counts, flags)
+    except ConfigError as error:
+        shown = sparsity_text(config.sparsity_by_name or sparsity)
+        raise ConfigError(
+            f"sparsity {shown} makes a model that stock tools cannot load: {error}. "
+            "Set nonstandard='save' (pyprune.load loads it) or nonstandard='pad' (zeros: stock tools load it, it is "
+            "no smaller), or choose another sparsity or pattern"
+        ) from None
+
+
+def _edits(view: ModelView, groups: list[list[Coupled]], counts: list[list[int]], flags: dict[str, str]) -> dict:
     """Config edits for these sizes, checked on a weightless model that is sliced like the real one."""
-    model = run.view.model
+    model = view.model
     units: dict[str, int] = {}
-    for kind in sorted({g.kind for block in prepared.groups for g in block}):
-        sizes = {n for block, kept in zip(prepared.groups, counts) for g, n in zip(block, kept) if g.kind == kind}
-        some_dense = any(all(g.kind != kind for g in block) for block in prepared.groups)
+    for kind in sorted({g.kind for block in groups for g in block}):
+        sizes = {n for block, kept in zip(groups, counts) for g, n in zip(block, kept) if g.kind == kind}
+        some_dense = any(all(g.kind != kind for g in block) for block in groups)
         if len(sizes) > 1 or some_dense:
             shown = ", ".join(map(str, sorted(sizes)[:4])) + (", others dense" if some_dense else "")
             raise ConfigError(
@@ -312,7 +359,7 @@ def _edits(run: Run, prepared: Preparation, counts: list[list[int]], flags: dict
             )
         units[kind] = sizes.pop()
     shell = config_edits.empty_like(model, {})
-    for block, found, widths in zip(block_list(shell, run.view.path), prepared.groups, counts):
+    for block, found, widths in zip(block_list(shell, view.path), groups, counts):
         slice_block(block, [Pick(g, choose(g, -torch.arange(g.units).double(), n)) for g, n in zip(found, widths)])
-    dense = config_edits.dense_groups(next(b for b in prepared.groups if b))
-    return config_edits.standard_edits(shell, dense, units, flags)
+    dense = config_edits.dense_groups(next(b for b in groups if b))
+    return config_edits.standard_edits(shell, dense, units, dict.fromkeys(flags.values(), True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -116,8 +117,8 @@ def _measure(
             found["perplexity", name] = row["perplexity"]
     scores: list[dict] = []
     if tasks:
-        with Doing("measuring tasks", progress, LABEL) as doing:
-            scores = evaluate_tasks(loaded, list(map(str, tasks)), device=device, progress=doing)
+        shown = functools.partial(Doing, enabled=progress, label=LABEL)
+        scores = evaluate_tasks(loaded, list(map(str, tasks)), device=device, doing=shown)
     for row in scores:
         for metric in TASK_METRICS:
             if metric in row:

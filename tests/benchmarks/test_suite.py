@@ -184,6 +184,17 @@ def test_a_run_leaves_right_rows_with_machine_and_commit(run, tmp_path, capsys):
     assert run("compare", str(out), str(out)) == 0 and "0 changed beyond noise" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("group", ["pruning", "reconstruction", "streaming", "inference", "scaling"])
+def test_a_group_runs_whole_at_the_smallest_preset(group, run, tmp_path, capsys):
+    out = tmp_path / "rows.json"
+    status = run("run", group, "--preset", "smoke", "--device", "cpu", "--out", str(out))
+    found = json.loads(out.read_text())["rows"]
+    assert {row["group"] for row in found} == {group}, capsys.readouterr().out
+    assert status == (1 if any(row["correct"].startswith("red") for row in found) else 0)
+    assert all(row["quantiles"]["p50"] > 0 for row in found)
+
+
 def test_what_does_not_exist_is_refused_by_name(run):
     said = str(run("run", "sparsity"))
     assert "no group 'sparsity'" in said and "scaling" in said

@@ -50,7 +50,11 @@ def test_a_pruned_model_beside_its_dense_one_on_the_command_line(folder, questio
     with pytest.raises(SystemExit) as end:
         main_("--tasks", questions, "--against", "dense", "--limit", "8", "--json")
     assert not end.value.code
-    (row,) = json.loads(capsys.readouterr().out)
+    printed, err = capsys.readouterr()
+    said = [err.index(f"evaluating · {text}") for text in (f"loading {tmp_path / 'out'}", "measuring tasks\n")]
+    said += [err.index(f"evaluating · {text}") for text in (f"loading {folder}", "measuring tasks of the dense model")]
+    assert said == sorted(said), "loading is not called measuring"
+    (row,) = json.loads(printed)
     assert row["items"] == 8 and row["task"] == questions
     test = row["paired"]["acc"]
     assert row["acc"] - row["dense"]["acc"] == pytest.approx(test["difference"])

@@ -60,8 +60,8 @@ def test_refit_is_never_above_the_sweep_and_keeps_its_mask(columns, choice, meth
     x, dense = inputs(400, columns), weights(24, columns)
     s, h = statistics(x), hessian(x)
     factor = inverse_factor(s.gram, s.count, DAMPING)
-    swept = solve(dense, PruneConfig(method=method, reconstruct="layer", **choice), s, factor)
-    solved = solve(dense, PruneConfig(method=method, reconstruct="refit", **choice), s, factor)
+    [swept] = solve([dense], [PruneConfig(method=method, reconstruct="layer", **choice)], s, factor)
+    [solved] = solve([dense], [PruneConfig(method=method, reconstruct="refit", **choice)], s, factor)
     assert torch.equal(solved.mask, swept.mask) and torch.equal(solved.swept, swept.weight)
     assert torch.equal(solved.weight == 0, ~solved.mask)
     changes = [(found.weight - dense).double() for found in (solved, swept)]
@@ -80,7 +80,7 @@ def test_the_sweep_is_far_above_the_refit_where_tokens_are_few():
         x += 3 * torch.randn(x.shape, generator=torch.Generator().manual_seed(3))
         s = statistics(x)
         factor = inverse_factor(s.gram, s.count, DAMPING)
-        solved = solve(dense, PruneConfig(reconstruct="refit"), s, factor)
+        [solved] = solve([dense], [PruneConfig(reconstruct="refit")], s, factor)
         lost = [(x.double() @ (w - dense).double().T).square().sum().item() for w in (solved.swept, solved.weight)]
         ratios[tokens] = lost[0] / lost[1]
     assert 1.5 < ratios[4000] < 3 < 4 < ratios[200] and ratios[100] > 30
@@ -90,7 +90,9 @@ def test_dead_columns_stay_zero_and_change_nothing_else():
     x, dense = inputs(600, WIDE_COLUMNS), weights(8, WIDE_COLUMNS)
     x[:, [3, 11]] = 0
     s = statistics(x)
-    solved = solve(dense, PruneConfig(method="magnitude", reconstruct="refit"), s, inverse_factor(s.gram, 600, DAMPING))
+    [solved] = solve(
+        [dense], [PruneConfig(method="magnitude", reconstruct="refit")], s, inverse_factor(s.gram, 600, DAMPING)
+    )
     assert (solved.weight[:, [3, 11]] == 0).all() and solved.mask[:, [3, 11]].any()
     alive = torch.ones(WIDE_COLUMNS, dtype=torch.bool)
     alive[[3, 11]] = False
@@ -108,7 +110,7 @@ def test_dense_stream_targets_are_fitted_on_the_mask(columns):
     s = statistics(x)
     s.cross = ahead.T @ x
     factor = inverse_factor(s.gram, s.count, DAMPING)
-    solved = solve(dense, PruneConfig(method="wanda", reconstruct="refit"), s, factor)
+    [solved] = solve([dense], [PruneConfig(method="wanda", reconstruct="refit")], s, factor)
     h = hessian(x)
     ridge = h - x.double().T @ x.double() / 600
     right = (ahead.double().T @ x.double() / 600 + ridge).T @ dense.double().T

@@ -9,9 +9,11 @@ import pytest
 import torch
 from objective import DAMPING, hessian, inputs, objective, statistics
 
+from pyprune import ops
 from pyprune.config import ConfigError, PruneConfig
 from pyprune.masks.refit import damped, exact_refit
 from pyprune.masks.solvers import inverse_factor, obs_prune, solve
+from pyprune.ops import native
 
 
 def sparsegpt_float64(weight, h, sparsity=None, nm=None, column_block=128):
@@ -111,7 +113,7 @@ def test_counts_are_exact(method, sparsity):
     s = statistics(x, moments=method == "wanda")
     config = PruneConfig(method=method, sparsity=sparsity, **({"column_block": 32} if method == "sparsegpt" else {}))
     factor = inverse_factor(s.gram, s.count, DAMPING) if method == "sparsegpt" else None
-    solved = solve(weight, config, s, factor)
+    [solved] = solve([weight], [config], s, factor)
     dropped = (~solved.mask).sum().item()
     assert dropped == (20 * round(sparsity * 48) if method == "wanda" else round(sparsity * 20 * 48))
     assert torch.equal(solved.weight == 0, ~solved.mask)
@@ -119,7 +121,7 @@ def test_counts_are_exact(method, sparsity):
 
 def test_wanda_keeps_the_largest_products_of_each_row():
     x, weight = inputs(columns=8), torch.randn(3, 8, generator=torch.Generator().manual_seed(8))
-    solved = solve(weight, PruneConfig(method="wanda", sparsity=0.5), statistics(x, moments=True), None)
+    [solved] = solve([weight], [PruneConfig(method="wanda", sparsity=0.5)], statistics(x, moments=True), None)
     score = weight.double().abs() * x.double().square().sum(0).sqrt()
     for row in range(3):
         assert set(solved.mask[row].nonzero()[:, 0].tolist()) == set(score[row].topk(4).indices.tolist())
@@ -131,12 +133,81 @@ def test_layerwise_reconstruction_keeps_the_mask_and_lowers_the_error(method):
     x, weight = inputs(), torch.randn(16, 48, generator=torch.Generator().manual_seed(9))
     s = statistics(x)
     factor = inverse_factor(s.gram, s.count, DAMPING)
-    plain = solve(weight, PruneConfig(method=method, reconstruct="none"), s, None)
-    updated = solve(weight, PruneConfig(method=method, reconstruct="layer"), s, factor)
+    [plain] = solve([weight], [PruneConfig(method=method, reconstruct="none")], s, None)
+    [updated] = solve([weight], [PruneConfig(method=method, reconstruct="layer")], s, factor)
     assert torch.equal(plain.mask, updated.mask)
     assert (updated.weight[~updated.mask] == 0).all()
     h = hessian(x)
     assert objective(updated.weight - weight, h) < 0.8 * objective(plain.weight - weight, h)
+
+
+TOGETHER = {
+    "chosen": dict(method="sparsegpt"),
+    "of a sparsity each": dict(method="sparsegpt", sparsity=[0.5, 0.3, 0.8]),
+    "2:4": dict(method="sparsegpt", pattern="2:4"),
+    "no update": dict(method="sparsegpt", reconstruct="none"),
+    "given": dict(method="wanda", reconstruct="layer", sparsity=[0.5, 0.3, 0.8]),
+    "given, 2:4": dict(method="magnitude", reconstruct="layer", pattern="2:4"),
+    "refit": dict(method="sparsegpt", reconstruct="refit"),
+    "towards dense outputs": dict(method="sparsegpt", reconstruct="layer"),
+    "refit towards dense outputs": dict(method="wanda", reconstruct="refit"),
+}
+
+
+@pytest.mark.parametrize(
+    "backend",
+    [pytest.param("cpu", marks=pytest.mark.skipif(native._C is None, reason="no native module")), "reference"],
+)
+@pytest.mark.parametrize("name", TOGETHER)
+def test_matrices_of_one_input_are_solved_together_as_one_by_one(name, backend):
+    fields = dict(TOGETHER[name])
+    sparsities = fields.pop("sparsity", [0.5] * 3)
+    x = inputs(columns=280)  # two panels and a remainder
+    x[:, 7] = 0
+    s = statistics(x)
+    if "dense" in name:
+        s.cross = (x + 0.3 * inputs(columns=280, seed=4)).T @ x
+    generator = torch.Generator().manual_seed(13)
+    weights = [torch.randn(rows, 280, generator=generator).bfloat16() for rows in (40, 13, 1)]
+    before = [weight.clone() for weight in weights]
+    configs = [PruneConfig(sparsity=sparsity, **fields) for sparsity in sparsities]
+    for config in configs:
+        config.column_block = 32
+    with ops.backend(backend):
+        factor = inverse_factor(s.gram, s.count, DAMPING)
+        together = list(solve(weights, configs, s, factor))
+        for weight, config, found in zip(weights, configs, together, strict=True):
+            [alone] = solve([weight], [config], s, factor)
+            assert torch.equal(found.mask, alone.mask) and found.weight.dtype == torch.float32
+            if backend == "cpu":
+                assert torch.equal(found.weight, alone.weight), "its kernels keep rows apart"
+            else:  # of a refit the sweep's, from where the search goes on to its tolerance
+                swept, other = (one.weight if one.swept is None else one.swept for one in (found, alone))
+                torch.testing.assert_close(swept, other, rtol=1e-5, atol=1e-6)
+            assert config.nm or (~found.mask).sum().item() == (
+                len(weight) * round(config.sparsity * 280)
+                if config.method == "wanda"
+                else round(config.sparsity * weight.numel())
+            )
+            assert found.wrong.keys() == alone.wrong.keys() and not any(found.wrong.values())
+    assert all(torch.equal(a, b) for a, b in zip(weights, before))
+
+
+def test_a_wrong_row_of_the_stack_is_the_fault_of_its_matrix_alone(monkeypatch):
+    x = inputs(columns=64)
+    s = statistics(x)
+    weights = [torch.randn(rows, 64, generator=torch.Generator().manual_seed(14)) for rows in (8, 8)]
+    right = ops.obs_sweep
+
+    def obs_sweep(w, r, **choice):
+        found = right(w, r, **choice)
+        w[8:] *= 1.1
+        return found
+
+    monkeypatch.setattr(ops, "obs_sweep", obs_sweep)
+    wrong = [one.wrong for one in solve(weights, [PruneConfig()] * 2, s, inverse_factor(s.gram, s.count, DAMPING))]
+    assert [bool(one["obs_sweep"]) for one in wrong] == [False, True]
+    assert not any(one["select_mask"] for one in wrong)
 
 
 def test_dead_columns_are_zeroed_and_change_nothing_else():

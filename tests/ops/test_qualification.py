@@ -181,14 +181,8 @@ def run(output, **fields):
     )
 
 
-def test_resume_takes_what_the_interrupted_run_took(tmp_path, monkeypatch):
-    """The machine's verdict changes between the two; the bytes do not."""
-    everything = [*classes.KEYS, *ops.FORWARDS]
-    before = {op: "torch" if op in ops.FORWARDS else "reference" for op in everything}
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    monkeypatch.setattr(choice, "_settled", {("cpu", one): before for one in (True, False)})
-    report = run(whole).report
-    assert report["backends"] == {"cpu": before}
+def interrupted(output, monkeypatch):
+    """A run that is stopped after two blocks."""
     point = Journal.safe_point
 
     def stopping(self):
@@ -197,7 +191,18 @@ def test_resume_takes_what_the_interrupted_run_took(tmp_path, monkeypatch):
 
     with monkeypatch.context() as stop, pytest.raises(Interrupted):
         stop.setattr(Journal, "safe_point", stopping)
-        run(cut)
+        run(output)
+
+
+def test_resume_takes_what_the_interrupted_run_took(tmp_path, monkeypatch):
+    """The machine's verdict changes between the two; the bytes do not."""
+    everything = [*classes.KEYS, *ops.FORWARDS]
+    before = {op: "torch" if op in ops.FORWARDS else "reference" for op in everything}
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    monkeypatch.setattr(choice, "_settled", {("cpu", one): before for one in (True, False)})
+    report = run(whole).report
+    assert report["backends"] == {"cpu": before}
+    interrupted(cut, monkeypatch)
     monkeypatch.setattr(choice, "_settled", {})  # the fixed list, which takes the native module
     assert run(cut, resume=True).report["backends"] == {"cpu": before}
     same_bytes.assert_same(whole, cut)
@@ -242,9 +247,43 @@ def test_what_a_repeated_run_cannot_follow_is_said_and_never_fails(cache, measur
         assert again["cpu"]["nm_mask"] == "reference" and "wrong in block 1" in said[0]
 
 
-def test_a_record_that_cannot_be_followed_is_refused():
-    with pytest.raises(ConfigError, match="took the cuda back-end for linear, which cannot run here"):
-        ops.settle("cpu", {"cpu": {"linear": "cuda"}})
+@pytest.mark.parametrize(
+    ("key", "name", "reason"),
+    [
+        ("linear", "cuda", "the cuda back-end takes CUDA tensors"),
+        ("linear", "opencl", "there is no back-end 'opencl' for it"),
+        ("forward_float32", "cpu", "there is no back-end 'cpu' for it"),
+        ("an_op_to_come", "cpu", "there is no such op"),
+    ],
+)
+def test_a_record_that_cannot_be_followed_is_refused(key, name, reason):
+    with pytest.raises(ConfigError, match=f"took the {name} back-end for {key}, which cannot run here: {reason}"):
+        ops.settle("cpu", {"cpu": {key: name}})
+
+
+def test_a_run_begun_before_an_op_existed_resumes_on_the_reference_and_says_so(tmp_path, monkeypatch):
+    """The journal's record is cut down to what an older version would have written."""
+    newer = {key for op in ("rms_norm", "rotary", "swiglu", "attention") for key in classes.keys_of(op)}
+    older = {
+        op: "torch" if op in ops.FORWARDS else "reference"
+        for op in [*classes.KEYS, *ops.FORWARDS]
+        if op not in {*newer, "forward_bfloat16"}
+    }
+    expected = {"cpu": older | dict.fromkeys(newer, "reference") | {"forward_bfloat16": "torch"}}
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    monkeypatch.setattr(choice, "_settled", {("cpu", one): expected["cpu"] for one in (True, False)})
+    run(whole)
+    interrupted(cut, monkeypatch)
+    header = cut / ".pyprune" / "run.json"
+    record = json.loads(header.read_text())
+    record["backends"] = {"cpu": older}
+    header.write_text(json.dumps(record))
+    monkeypatch.setattr(choice, "_settled", {})  # the fixed list, which takes the native module
+    report = run(cut, resume=True).report
+    assert report["backends"] == expected
+    [said] = [text for text in report["warnings"] if "an older version began it" in text]
+    assert all(key in said for key in newer) and "linear" not in said
+    same_bytes.assert_same(whole, cut)
 
 
 def test_env_shows_the_verdicts_and_measures_when_asked(cache, measured, capsys):

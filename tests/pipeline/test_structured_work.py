@@ -13,6 +13,7 @@ from same_bytes import assert_same, source
 
 import pyprune
 from pyprune.config import ConfigError, Evaluation
+from pyprune.evaluation.block_by_block import Meter
 from pyprune.execution.journal import Interrupted, Journal
 from pyprune.pipeline.prune import prune
 from pyprune.structured.moments import Split
@@ -174,3 +175,20 @@ def test_moments_of_two_processes_are_those_of_all_tokens(weighted):
         covariance = torch.cov(x.double().T, correction=0, aweights=aweights)
         torch.testing.assert_close(one.second(True), covariance, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(one.variance, x.double().var(0, correction=0), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        (dict(pattern="heads", sparsity=0.2), r"sparsity 0\.2 would remove nothing: heads go in steps of one in 2"),
+        (dict(targets=["layers.1"]), "makes a model that stock tools cannot load.*nonstandard='save'"),
+        (dict(targets=["down_proj"], pattern="neurons"), "leave no whole neurons to prune"),
+    ],
+    ids=["nothing goes", "not a stock model", "no group"],
+)
+def test_what_the_sizes_forbid_is_refused_before_anything_is_measured(tmp_path, monkeypatch, fields, said):
+    measured = []
+    monkeypatch.setattr(Meter, "__call__", lambda self, *a, **o: measured.append(a) or [])
+    with pytest.raises(ConfigError, match=said):
+        run(source(tmp_path / "dense"), tmp_path / "out", **fields)
+    assert measured == [] and not (tmp_path / "out").exists()
