@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import subprocess
@@ -28,6 +27,7 @@ from pyprune.packed import card
 from pyprune.packed.loading import load
 from pyprune.packed.modules import parameter_count, weight_bytes
 from pyprune.reporting.card import model_card
+from pyprune.reporting.plotting import can_plot, pyplot
 from pyprune.reporting.rendering import LABELS, cell, gain_text
 from pyprune.reporting.run_page import write_run_page
 
@@ -152,7 +152,7 @@ def record(rows: list[dict], directory: str | Path, key: Literal["gain", "tasks"
         rows = [row for row in report.get("tasks") or [] if row["task"] not in again] + rows
     report[key] = rows
     picture = folder / "gain.png"
-    drawn = key == "gain" and importlib.util.find_spec("matplotlib") is not None
+    drawn = key == "gain" and can_plot()
     if drawn:
         plot(rows, picture)
     write_bytes(path, (json.dumps(plain(report), indent=1, allow_nan=False) + "\n").encode())
@@ -179,11 +179,7 @@ def print_side_by_side(rows: list[dict], out: TextIO | None = None) -> None:
 
 def plot(rows: list[dict], path: str | Path) -> None:
     """Bars of every measure relative to the first model."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     keys = [k for k in LABELS if all(row["ratios"].get(k) for row in rows)]
     figure, axis = plt.subplots(figsize=(1.5 + 1.2 * len(keys), 2.8))
     for i, row in enumerate(rows):

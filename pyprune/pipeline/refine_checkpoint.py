@@ -16,7 +16,8 @@ from pyprune.data.calibration import CalibrationData
 from pyprune.data.texts import check_there
 from pyprune.evaluation import domains
 from pyprune.evaluation.block_by_block import Meter
-from pyprune.evaluation.perplexity import Text, refuse_text, warnings_for, windows_of
+from pyprune.evaluation.perplexity import warnings_for
+from pyprune.evaluation.windows import Text, refuse_text, windows_of
 from pyprune.execution.activation_store import Store
 from pyprune.execution.device import pick_device, pick_dtype
 from pyprune.execution.distributed import World

@@ -13,7 +13,7 @@ from pyprune.data.calibration import CalibrationData
 from pyprune.data.self_generated import generate
 from pyprune.effects import needs_sequences, reads_sequences, watches
 from pyprune.evaluation import domains
-from pyprune.evaluation.perplexity import Text, windows_of
+from pyprune.evaluation.windows import Text, windows_of
 from pyprune.model.attributes import begin_text, embedding_width, vocabulary_size
 from pyprune.model.blocks import ModelView, check_apart
 from pyprune.model.positions import Positions, positions_of

@@ -16,7 +16,8 @@ from torch import nn
 from pyprune.config import PruneConfig
 from pyprune.effects import needs_factor, trains
 from pyprune.evaluation.domains import of_run
-from pyprune.evaluation.perplexity import POSITIONS, count_windows
+from pyprune.evaluation.perplexity import POSITIONS
+from pyprune.evaluation.windows import count_windows
 from pyprune.execution.activation_store import DEPTH
 from pyprune.execution.device import cpu_has_bfloat16
 from pyprune.execution.executor import target_tokens

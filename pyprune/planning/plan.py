@@ -18,7 +18,7 @@ from pyprune.config import ConfigError, Evaluation, PruneConfig
 from pyprune.data import calibration
 from pyprune.data.given import token_rows
 from pyprune.effects import reads_sequences
-from pyprune.evaluation.perplexity import refuse_text, window_tokens
+from pyprune.evaluation.windows import refuse_text, window_tokens
 from pyprune.execution.activation_store import available_memory
 from pyprune.execution.device import pick_device, pick_dtype
 from pyprune.execution.executor import SHARE, Resident
