@@ -19,7 +19,8 @@ MMAP_THRESHOLD, TRIM_THRESHOLD, TOP_PAD, ARENA_MAX = -3, -1, -2, -8
 LARGEST = 32 * 2**20
 """The largest threshold that glibc takes; what is larger is mapped by itself, and unmapped when it is freed."""
 PAD, USUAL_PAD = 2 * LARGEST + 2**20, 2**17
-"""What glibc asks the system for beyond need. Above the 64 MiB of a thread's heap, none is unmapped when it is empty."""
+"""What glibc asks the system for beyond need. Above the 64 MiB that a thread's heap is made of, none is unmapped when
+it is empty."""
 KEPT = 768 * 2**20
 """Free bytes that stay: what the batches that stand still in a block have kept alive, as far as it goes."""
 
