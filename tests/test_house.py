@@ -36,6 +36,7 @@ TESTED_IN = {
     "evaluation/windows": "evaluation/test_perplexity.py",
     "execution/device": "execution/test_executor.py",
     "execution/run": "pipeline/test_prune.py",
+    "execution/trust": "pipeline/test_guards.py",
     "execution/unopened": "planning/test_plan.py",
     "masks/block": "pipeline/test_prune.py",
     "model/architecture": "model/test_origin.py",

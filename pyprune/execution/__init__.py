@@ -17,6 +17,7 @@
 ``heap``               memory that passes free stays for the next batch: ``kept_warm``
 ``cpu_forward``        products and attention of blocks on a CPU
 ``between``            norms, rotary embeddings and gated layers of blocks through ``ops``, recognised by what they do
+``trust``              what is done where a guard finds an op's result wrong
 ``device``             names of devices and types turned into devices and types
 
 From outside: all of them, by module.
