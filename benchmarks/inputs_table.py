@@ -26,7 +26,7 @@ import pyprune
 from benchmarks import common
 from pyprune.config import Calibration, Evaluation
 from pyprune.evaluation.perplexity import perplexity
-from pyprune.evaluation.perplexity import windows as windows_of
+from pyprune.evaluation.windows import windows as windows_of
 
 NAME = "inputs_table"
 PATTERNS = {

@@ -14,7 +14,8 @@ import argparse
 from benchmarks import common
 from pyprune.config import Calibration, Evaluation, PruneConfig
 from pyprune.evaluation.domains import Asked
-from pyprune.evaluation.perplexity import measure, windows_of
+from pyprune.evaluation.perplexity import measure
+from pyprune.evaluation.windows import windows_of
 from pyprune.reporting.record import paired_ratio
 
 NAME = "mixtures"

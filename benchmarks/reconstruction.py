@@ -25,7 +25,7 @@ from benchmarks import common
 from pyprune.config import Calibration, Evaluation, PruneConfig, Reconstruction
 from pyprune.evaluation.domains import alone
 from pyprune.evaluation.perplexity import measure as perplexities
-from pyprune.evaluation.perplexity import windows_of
+from pyprune.evaluation.windows import windows_of
 
 NAME = "reconstruction"
 WIKITEXT = dict(source=("wikitext-2", "train.txt"), texts=[("wikitext-2", "test.txt"), ("c4", "c4_sample.jsonl")])

@@ -59,6 +59,21 @@ def test_documents_name_files_that_exist(document):
     assert not missing
 
 
+def test_sources_name_files_that_exist():
+    """In their comments and docstrings; the wheel has the kernels inside the package."""
+    sources = [path for folder in ("pyprune", "triton_kernels", "csrc") for path in (ROOT / folder).rglob("*")]
+    missing = [
+        f"{path.relative_to(ROOT)}: {name}"
+        for path in sources
+        if path.suffix in (".py", ".h", ".cpp", ".cu", ".cuh")
+        for name in re.findall(
+            r"\b((?:pyprune|tests|csrc|triton_kernels)/[\w/]+\.(?:py|h|cpp|cuh?))\b", path.read_text()
+        )
+        if not (ROOT / name).is_file()
+    ]
+    assert len(sources) > 200 and missing == []
+
+
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_documents_name_code_that_exists(document):
     text = (ROOT / document).read_text()

@@ -1,8 +1,8 @@
 """Launch configurations: short hand-picked lists, a fixed default, and an optional choice by timing kept on disk.
 
 The first usable entry of a list is the default and the only one ever used unless ``PYPRUNE_AUTOTUNE=1``. Timings are
-stored under ``PYPRUNE_CACHE`` (default ``~/.cache/pyprune``) in ``kernels.json``, keyed by chip, Triton version, op and
-shape, so a shape is tuned once per machine.
+stored in ``kernels.json`` under ``PYPRUNE_CACHE`` (by default ``pyprune`` in ``XDG_CACHE_HOME`` or ``~/.cache``), keyed
+by chip, Triton version, op and shape, so a shape is tuned once per machine.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ def enabled() -> bool:
 
 
 def cache_file() -> Path:
-    return Path(os.environ.get("PYPRUNE_CACHE") or Path.home() / ".cache" / "pyprune") / "kernels.json"
+    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("PYPRUNE_CACHE") or Path(caches) / "pyprune") / "kernels.json"
 
 
 def _read() -> dict[str, str]:

@@ -1,5 +1,5 @@
 // The table of CPU kernels: one instance per instruction set, chosen once by dispatch.cpp.
-// Arguments were validated by pyprune/ops.py; strides are in elements; the column stride is 1 everywhere.
+// Arguments were validated by pyprune/ops/__init__.py; strides are in elements; the column stride is 1 everywhere.
 #pragma once
 
 #include <cstdint>

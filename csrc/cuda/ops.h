@@ -4,7 +4,7 @@
 // What only the data can show to be wrong (a fault) is found by the kernel, which sets *fault to 1 and leaves the
 // affected part as it was. The word lies in pinned host memory: reading it later needs no synchronisation.
 //
-// The contracts are those of pyprune/ops.py; pyprune/ops/native.py allocates and is the only caller.
+// The contracts are those of pyprune/ops/__init__.py; pyprune/ops/native.py allocates and is the only caller.
 #pragma once
 
 #include <cstdint>

@@ -1,7 +1,8 @@
 """How good and how fast a model is; the same code measures dense and pruned models.
 
 ``single``           ``pyprune.evaluate``: perplexity of one model by itself
-``perplexity``       windows of text, losses, perplexity
+``windows``          the windows of text that perplexity is measured on
+``perplexity``       losses of windows, and perplexity
 ``domains``          which texts a run measures, and the gap between the calibration's kind of text and others
 ``block_by_block``   models whose weights are streamed: ``Blockwise``; perplexity during a run: ``Meter``
 ``choices``          multiple-choice items from files, scored as lm-eval scores them

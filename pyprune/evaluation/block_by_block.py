@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from pyprune.config import Evaluation
-from pyprune.evaluation.perplexity import Text, check_causal, forward_dtype, measure, placed, row_of, window_losses
+from pyprune.evaluation.perplexity import check_causal, forward_dtype, measure, placed, row_of, window_losses
+from pyprune.evaluation.windows import Text
 from pyprune.execution.activation_store import Store
 from pyprune.execution.distributed import World
 from pyprune.execution.executor import Executor, Resident

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import subprocess
@@ -18,6 +17,7 @@ from torch import nn
 
 from pyprune.config import ConfigError
 from pyprune.evaluation.latency import latency
+from pyprune.execution.activation_store import peak_memory
 from pyprune.execution.progress import Doing
 from pyprune.model.blocks import predicts_next_token
 from pyprune.model.checkpoint import plain, refuse_several
@@ -27,6 +27,7 @@ from pyprune.packed import card
 from pyprune.packed.loading import load
 from pyprune.packed.modules import parameter_count, weight_bytes
 from pyprune.reporting.card import model_card
+from pyprune.reporting.plotting import can_plot, pyplot
 from pyprune.reporting.rendering import LABELS, cell, gain_text
 from pyprune.reporting.run_page import write_run_page
 
@@ -114,8 +115,6 @@ def measure(name: str, *, tokens: int, new_tokens: int, batch_size: int, dtype: 
 
 @torch.no_grad()
 def _encoder(model: nn.Module, tokens: int, batch_size: int, directory: Path | None) -> dict:
-    import resource
-
     ids = torch.full((batch_size, tokens), 7)
     best = float("inf")
     for _ in range(6):
@@ -126,8 +125,7 @@ def _encoder(model: nn.Module, tokens: int, batch_size: int, directory: Path | N
     return {
         "parameters": parameter_count(model),
         "file_bytes": sum(f.stat().st_size for f in files) or None,
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        * (1 if sys.platform == "darwin" else 1024),
+        "peak_memory_bytes": peak_memory(),
         "forward_tokens_per_second": batch_size * tokens / best,
         "tokens": tokens,
         "batch_size": batch_size,
@@ -154,7 +152,7 @@ def record(rows: list[dict], directory: str | Path, key: Literal["gain", "tasks"
         rows = [row for row in report.get("tasks") or [] if row["task"] not in again] + rows
     report[key] = rows
     picture = folder / "gain.png"
-    drawn = key == "gain" and importlib.util.find_spec("matplotlib") is not None
+    drawn = key == "gain" and can_plot()
     if drawn:
         plot(rows, picture)
     write_bytes(path, (json.dumps(plain(report), indent=1, allow_nan=False) + "\n").encode())
@@ -181,11 +179,7 @@ def print_side_by_side(rows: list[dict], out: TextIO | None = None) -> None:
 
 def plot(rows: list[dict], path: str | Path) -> None:
     """Bars of every measure relative to the first model."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     keys = [k for k in LABELS if all(row["ratios"].get(k) for row in rows)]
     figure, axis = plt.subplots(figsize=(1.5 + 1.2 * len(keys), 2.8))
     for i, row in enumerate(rows):

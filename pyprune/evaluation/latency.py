@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from torch import Tensor, nn
 
 from pyprune.config import ConfigError
 from pyprune.evaluation.perplexity import check_causal, device_of
+from pyprune.execution.activation_store import peak_memory
 from pyprune.model.attributes import vocabulary_size
 from pyprune.model.blocks import read_on
 from pyprune.packed.loading import opened
@@ -49,11 +48,7 @@ def latency(
         torch.cuda.reset_peak_memory_stats(device)
     runs = [_timed_run(model, ids, new_tokens) for _ in range(repeats + 1)][1:]
     prefill, decode = (min(column) for column in zip(*runs))
-    peak = (
-        torch.cuda.max_memory_allocated(device)
-        if device.type == "cuda"
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    )
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_memory()
     size = (
         None
         if directory is None

@@ -13,7 +13,8 @@ from pyprune.config import ConfigError, Evaluation, Streaming, from_dict
 from pyprune.data.calibration import need_tokenizer
 from pyprune.evaluation import domains
 from pyprune.evaluation.block_by_block import Blockwise, measure_streamed
-from pyprune.evaluation.perplexity import check_causal, measure, windows_of
+from pyprune.evaluation.perplexity import check_causal, measure
+from pyprune.evaluation.windows import windows_of
 from pyprune.execution.activation_store import Store
 from pyprune.execution.device import pick_device
 from pyprune.execution.unopened import Unopened

@@ -8,6 +8,7 @@
 ``residency``          weights on a GPU for a whole run, or there in time for their block: ``resident``, ``Arrivals``
 ``journal``            finished blocks on disk, from which ``--resume`` goes on; ``Interrupted``
 ``distributed``        several processes under ``torchrun``: shares, sums, broadcasts: ``World``
+``replays``            what a GPU is given again and again, recorded and launched as a whole: ``Replays``
 ``relay``              forward passes that take turns and can stand still in the middle of a block: ``Pass``
 ``spilling``           memory that a pass which stands still does not need: ``Alive``, ``Spilled``
 ``lanes``              the passes of all batches through one block, in step: ``Lanes``
@@ -16,6 +17,7 @@
 ``heap``               memory that passes free stays for the next batch: ``kept_warm``
 ``cpu_forward``        products and attention of blocks on a CPU
 ``between``            norms, rotary embeddings and gated layers of blocks through ``ops``, recognised by what they do
+``trust``              what is done where a guard finds an op's result wrong
 ``device``             names of devices and types turned into devices and types
 
 From outside: all of them, by module.

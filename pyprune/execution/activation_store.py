@@ -29,6 +29,13 @@ DEPTH = 3
 """Device buffers of a ring: one being filled, one computed with, one that the next copy may take at once."""
 
 
+def peak_memory() -> int:
+    """Most bytes of host memory that this process has held at once (``getrusage`` would count the memory of the process
+    that started it)."""
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) << 10 for line in file if line.startswith("VmHWM:"))
+
+
 def available_memory() -> int:
     """Bytes of host memory this process may still take: free memory, or less under a cgroup or a resource limit."""
     with open("/proc/meminfo") as file:

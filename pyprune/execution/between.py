@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from pyprune import ops
+from pyprune.ops import guards
 
 DIFFERENT = 0.02
 """Share of 16-bit numbers that may be rounded to a neighbour."""
@@ -31,8 +32,10 @@ KNOWN = ("torch", "transformers")
 class Between:
     """Recognises the parts of a model's blocks; one that is like an earlier one is not tried again."""
 
-    def __init__(self) -> None:
+    def __init__(self, verdicts: Callable[[], guards.Verdicts | None] = lambda: None) -> None:
+        """verdicts: what takes the guards of the ops' results now, if anything does."""
         self._classes: dict[Hashable, type | None] = {}
+        self._verdicts = verdicts
 
     @contextlib.contextmanager
     def through_ops(self, block: nn.Module) -> Iterator[None]:
@@ -48,6 +51,11 @@ class Between:
         finally:
             for part, own in changed:
                 part.__class__ = own
+
+    def judge(self, op: str, guard: Callable[[], Tensor]) -> None:
+        """Note what the guard of an op says of its result, where somebody wants to know."""
+        if (verdicts := self._verdicts()) is not None:
+            verdicts.add(op, guard())
 
     def _class_of(self, part: nn.Module) -> type | None:
         for op, describe, recognise in (
@@ -66,10 +74,13 @@ class Between:
             key = (op, type(part), weight.dtype, weight.device, *map(type, part.children()), *numbers)
             if key not in self._classes:
                 with torch.no_grad():
-                    self._classes[key] = recognise(part, weight)
+                    self._classes[key] = recognise(part, weight, self.judge)
             if self._classes[key] is not None:
                 return self._classes[key]
         return None
+
+
+Judge = Callable[[str, Callable[[], Tensor]], None]
 
 
 def _class_with(own: type, forward: Callable) -> type:
@@ -109,7 +120,7 @@ def _described_norm(part: nn.Module) -> Tensor | None:
     return tensors[0] if len(tensors) == 1 and tensors[0].ndim == 1 and not list(part.children()) else None
 
 
-def _norm(part: nn.Module, weight: Tensor) -> type | None:
+def _norm(part: nn.Module, weight: Tensor, judge: Judge) -> type | None:
     """RMSNorm with one of the part's own numbers as its eps."""
     [name] = [name for name, _ in part.named_parameters()] or [""]
     if not name:
@@ -124,16 +135,19 @@ def _norm(part: nn.Module, weight: Tensor) -> type | None:
         for form in ops.NORM_FORMS if isinstance(eps, float) and 0 <= eps < 1e-2 else ():
             if not _equal(ops.rms_norm(x, changed, eps, form=form), want):
                 continue
-            return _norm_class(own, name, place, form)
+            return _norm_class(own, name, place, form, judge)
     return None
 
 
-def _norm_class(own: type[nn.Module], name: str, place: str, form: str) -> type:
+def _norm_class(own: type[nn.Module], name: str, place: str, form: str, judge: Judge) -> type:
     def forward(self, x: Tensor, *rest, **options) -> Tensor:
         weight = getattr(self, name)
         if rest or options or not _free(x, weight):
             return own.forward(self, x, *rest, **options)
-        return ops.rms_norm(x, weight, getattr(self, place), form=form)
+        eps = getattr(self, place)
+        out = ops.rms_norm(x, weight, eps, form=form)
+        judge("rms_norm", lambda: guards.normed(out, x, weight, eps, form))
+        return out
 
     return _class_with(own, forward)
 
@@ -160,7 +174,7 @@ def _described_gate(part: nn.Module) -> Tensor | None:
     return layers[0].weight if len(layers) == 3 and len(tensors) == len([*part.parameters()]) else None
 
 
-def _gate(part: nn.Module, weight: Tensor) -> type | None:
+def _gate(part: nn.Module, weight: Tensor, judge: Judge) -> type | None:
     """``down(silu(gate(x)) · up(x))``, its layers told by what they are given and what becomes of it."""
     own, generator = type(part), torch.Generator().manual_seed(0)
     x, a, b = ((3 * torch.randn(2, 5, 67, generator=generator)).to(weight) for _ in range(3))
@@ -175,16 +189,20 @@ def _gate(part: nn.Module, weight: Tensor) -> type | None:
             shell._modules = {**part._modules, **stands}
             if not _equal(ops.swiglu(a, b), _tried(functools.partial(shell, x))):
                 continue
-            return _gate_class(own, gate, up, down)
+            return _gate_class(own, gate, up, down, judge)
     return None
 
 
-def _gate_class(own: type[nn.Module], gate: str, up: str, down: str) -> type:
+def _gate_class(own: type[nn.Module], gate: str, up: str, down: str, judge: Judge) -> type:
     def forward(self, x: Tensor, *rest, **options) -> Tensor:
         if rest or options or torch.is_grad_enabled():
             return own.forward(self, x, *rest, **options)
-        product = ops.swiglu(getattr(self, gate)(x), getattr(self, up)(x))  # nothing else lives on while the next waits
-        return getattr(self, down)(product)
+        return getattr(self, down)(gated(getattr(self, gate)(x), getattr(self, up)(x)))
+
+    def gated(a: Tensor, b: Tensor) -> Tensor:  # neither lives on while the next product waits
+        product = ops.swiglu(a, b)
+        judge("swiglu", lambda: guards.gated(product, a, b))
+        return product
 
     return _class_with(own, forward)
 
@@ -214,7 +232,7 @@ def _described_attention(part: nn.Module) -> Tensor | None:
     return next((child.weight for child in part.children() if isinstance(child, nn.Linear)), None)
 
 
-def _attention(part: nn.Module, weight: Tensor) -> type | None:
+def _attention(part: nn.Module, weight: Tensor, judge: Judge) -> type | None:
     """A class whose forward pass is the part's own code, with another function for queries and keys."""
     own, name, generator = type(part), _rotary_name(type(part).forward), torch.Generator().manual_seed(0)
     if name is None:
@@ -237,7 +255,12 @@ def _attention(part: nn.Module, weight: Tensor) -> type | None:
         shapes = [(x.shape[0], *x.shape[2:]) for x in (q, k)] + [(len(q), *x.shape[1:]) for x in (cos, sin)]
         if not plain or len({*shapes}) > 1 or not all(_free(x, q) for x in (k, cos, sin)):
             return function(q, k, cos, sin, *rest, **options)
-        return ops.rotary(q, cos, sin), ops.rotary(k, cos, sin)
+        return one(q, cos, sin), one(k, cos, sin)
+
+    def one(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        out = ops.rotary(x, cos, sin)
+        judge("rotary", lambda: guards.turned(out, x, cos, sin))
+        return out
 
     forward = _with_global(own.forward, name, turned)
     return None if forward is None else _class_with(own, forward)

@@ -15,8 +15,6 @@ Both replace torch's functions by a function mode, for the duration of a pass, w
 from __future__ import annotations
 
 import contextlib
-import functools
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -144,34 +142,40 @@ class TrainingMode(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def forward_mode(dtype: torch.dtype, products: list[Tensor] | None = None) -> contextlib.AbstractContextManager:
+def forward_mode(dtype: torch.dtype, verdicts: guards.Verdicts | None = None) -> contextlib.AbstractContextManager:
     """What a forward pass in ``dtype`` on a CPU runs under: :class:`ForwardMode` where it is the faster one here."""
     op = "forward_bfloat16" if dtype == torch.bfloat16 else "forward_float32"
-    return ForwardMode(products) if ops.taken(op, "cpu") == "pyprune" else contextlib.nullcontext()
+    return ForwardMode(verdicts) if ops.taken(op, "cpu") == "pyprune" else contextlib.nullcontext()
 
 
 class ForwardMode(TorchFunctionMode):
     """The same for passes without gradients: float32 linear layers through ``ops.linear``, attention through
     ``ops.attention``."""
 
-    def __init__(self, products: list[Tensor] | None = None):
-        """products: takes the guard of each product (:func:`pyprune.ops.guards.product`)."""
+    def __init__(self, verdicts: guards.Verdicts | None = None):
+        """verdicts: takes the guards of the ops' results."""
         super().__init__()
-        self.products = products
+        self.verdicts = verdicts
 
     def __torch_function__(self, func, types, args: tuple = (), kwargs=None):
         kwargs = kwargs or {}
         if func is functional.linear and not kwargs and args[0].dtype == torch.float32 == args[1].dtype:
             out = ops.linear(*args)
-            if self.products is not None and out.numel():
+            if self.verdicts is not None and out.numel():
                 x, weight, *bias = args
                 flat = x.reshape(-1, x.shape[-1])
-                self.products.append(guards.product(out.reshape(len(flat), -1), flat, weight, *bias))
+                self.verdicts.add("linear", guards.product(out.reshape(len(flat), -1), flat, weight, *bias))
             return out
         if func is functional.scaled_dot_product_attention:
-            call = _inference(*args, **kwargs)
-            return func(*args, **kwargs) if call is None else call()
+            given = _inference(*args, **kwargs)
+            return func(*args, **kwargs) if given is None else self._attention(*given)
         return func(*args, **kwargs)
+
+    def _attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None):
+        out = ops.attention(q, k, v, mask=mask, causal=causal, scale=scale)
+        if self.verdicts is not None and ops.taken_for("attention", q) != "reference":
+            self.verdicts.add("attention", guards.attended(out, q, k, v, mask, causal, scale))
+        return out
 
 
 def _inference(
@@ -183,8 +187,9 @@ def _inference(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
-) -> Callable[[], Tensor] | None:
-    """``ops.attention`` in place of torch's function, whose arguments these are; None where it does not take them."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, bool, float | None] | None:
+    """What ``ops.attention`` is given in place of torch's function, whose arguments these are: queries, keys, values,
+    mask, causal and scale; None where it does not take them."""
     shapes = query.shape, key.shape, value.shape
     fits = (
         not dropout_p
@@ -198,8 +203,7 @@ def _inference(
         and (attn_mask is None or (attn_mask.dtype in (torch.bool, query.dtype) and attn_mask.ndim <= 4))
         and not (is_causal and attn_mask is not None)
     )
-    call = functools.partial(ops.attention, query, key, value, mask=attn_mask, causal=is_causal, scale=scale)
-    return call if fits else None
+    return (query, key, value, attn_mask, is_causal, scale) if fits else None
 
 
 def _plain_attention(

@@ -26,12 +26,15 @@ from pyprune.execution.activation_store import Store, transfers
 from pyprune.execution.between import Between
 from pyprune.execution.cpu_forward import forward_mode
 from pyprune.execution.distributed import World
+from pyprune.execution.replays import Replays
 from pyprune.execution.residency import Arrivals
+from pyprune.execution.trust import by_reference, distrust
 from pyprune.model.arguments import Arguments, Beside
 from pyprune.model.attributes import any_token, embedding_device
 from pyprune.model.blocks import ModelView
 from pyprune.model.recording import call_block
 from pyprune.model.watching import expert_loop
+from pyprune.ops import guards
 
 T = TypeVar("T")
 CPU_TOKENS, GPU_TOKENS = 2048, 16384
@@ -207,14 +210,17 @@ class Executor:
         self.transfers = transfers(self.device, self.dtype)
         self.arrivals: Arrivals | None = None
         self.world, self.warn = world or World(), warn
+        self.replays = Replays(self.device, warn)
         self.mode: Callable = contextlib.nullcontext
-        if self.device.type == "cpu":
-            self.mode = lambda: forward_mode(self.dtype, self.products)
         """Makes the context that forward passes run in."""
-        self.between: Between | None = Between()
+        if self.device.type == "cpu":
+            self.mode = lambda: forward_mode(self.dtype, self.verdicts)
+        self.between: Between | None = Between(lambda: self.verdicts)
         """Recognises what runs through ops in a block; None leaves all to the block's own code."""
-        self.products: list[Tensor] | None = None
-        """While it is a list, it takes the guards of the products that forward passes compute by ``ops.linear``."""
+        self.verdicts: guards.Verdicts | None = None
+        """Takes the guards of the ops that forward passes run; None: nobody looks at them."""
+        self._proved: set[int] = set()
+        """Blocks whose first batch was looked at (:meth:`proved`)."""
         self._arguments: dict[tuple[int, int], list[Arguments]] = {}
 
     def embed(self, sequences: Sequence[Tensor], shared: bool = False) -> Activations:
@@ -375,7 +381,7 @@ class Executor:
         """Pass ``source`` through a block; outputs go to ``target`` (may be ``source``) and to ``each``.
 
         through: is called with each forward pass as a function, runs it and returns its output; it may end the pass
-        early and return None.
+        early and return None. The first batch that passes the block in any run goes there by :meth:`proved`.
         """
 
         def one(part: Batch, x: Tensor) -> tuple[Tensor | None, Beside]:
@@ -383,20 +389,52 @@ class Executor:
             forward = functools.partial(self.forward, index, module, x, beside)
             return forward() if through is None else through(forward), beside
 
+        def looked_at(part: Batch, x: Tensor) -> tuple[Tensor | None, Beside]:
+            return self.proved(index, functools.partial(one, part, x))
+
+        for part, (out, beside) in self.in_parts(source, index, looked_at):
+            if target is not None and out is not None:
+                self.write(target, part, out, beside)
+            if each is not None:
+                each(part, out)
+        self.drain()
+
+    def in_parts(
+        self, source: Activations, index: int, work: Callable[[Batch, Tensor], T]
+    ) -> Iterator[tuple[Batch, T]]:
+        """``work(batch, hidden)`` of every batch of a stream; a batch too large beside block ``index`` is halved."""
         for batch, hidden in self.stream(source):
             parts = [(batch, hidden)]
             while parts:
                 part, x = parts.pop(0)
-                found = self.attempt(functools.partial(one, part, x))
+                found = self.attempt(functools.partial(work, part, x))
                 if found is NO_ROOM:
                     parts[:0] = self.halve(part, x, index)
-                    continue
-                out, beside = found
-                if target is not None and out is not None:
-                    self.write(target, part, out, beside)
-                if each is not None:
-                    each(part, out)
-        self.drain()
+                else:
+                    yield part, found
+
+    def proved(self, index: int, forward: Callable[[], T]) -> T:
+        """``forward()``, of which nothing is kept yet. The first one through a block is looked at by the guards of the
+        ops that it runs: where one fails it is made again with the reference, which replaces the op if it was at fault.
+        Waits for the device then."""
+        if index in self._proved:
+            return forward()
+        out, wrong = self._watched(forward)
+        if wrong:
+            with by_reference(wrong):
+                out, still = self._watched(forward)
+            for op in sorted(wrong - still):
+                distrust(self.warn, self.device, index, op)
+        self._proved.add(index)
+        return out
+
+    def _watched(self, forward: Callable[[], T]) -> tuple[T, set[str]]:
+        """``forward()``, and the ops of it that failed their guards."""
+        self.verdicts = seen = guards.Verdicts()
+        try:
+            return forward(), guards.at_fault([seen.wrong])
+        finally:
+            self.verdicts = None
 
     def room(self) -> float:
         """Bytes that activations outside the store may take where blocks are computed."""

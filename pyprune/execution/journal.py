@@ -263,7 +263,7 @@ class Journal:
 
     def shards(self) -> list[Shard]:
         """The finished blocks of the whole run, in order; none without an output folder."""
-        return [] if self.folder is None else [Shard(self.shard(index)) for index in range(self.total)]
+        return [Shard(self.shard(index)) for index in range(self.total)] if self.keeps else []
 
     def write(self, index: int, tensors: dict[str, Tensor], *, draft: bool = False) -> None:
         """Start writing a block's tensors; they must not change until :meth:`commit`. A draft is a block that a later

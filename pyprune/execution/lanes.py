@@ -7,7 +7,7 @@ instance a weight is pruned, and they go on. Masks and structured pruning say wh
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -18,6 +18,8 @@ from pyprune.execution.executor import Activations, Batch, Executor
 from pyprune.execution.relay import NoThread, Pass
 from pyprune.execution.run import Findings, Run
 from pyprune.execution.spilling import Alive, Elsewhere, Spilled
+from pyprune.execution.trust import by_reference, distrust
+from pyprune.ops.guards import Verdicts
 
 T = TypeVar("T")
 
@@ -28,6 +30,15 @@ class Declined(Exception):
 
 class TooLarge(Exception):
     """What the passes keep alive and what one needs on its way did not fit on the device."""
+
+
+class Refuted(Exception):
+    """The block is to be passed again: results of these ops failed their guards."""
+
+    def __init__(self, suspects: Set[str] = frozenset(), unfactored: bool = False):
+        """unfactored: a factorisation failed, so that each is to be looked at."""
+        super().__init__()
+        self.suspects, self.unfactored = frozenset(suspects), unfactored
 
 
 class Place(Protocol):
@@ -87,6 +98,11 @@ class Lanes:
         self.trouble: Declined | TooLarge | None = None
         self.token_bytes, self.spill = token_bytes, False
         """Whether all calibration batches spill, however much room there seems to be."""
+        self.refuted = Refuted()
+        """What earlier passes through the block had against it; the reference has the place of the suspects."""
+        self.at_fault: Set[str] = frozenset()
+        self.passed = Verdicts()
+        """Guards of the ops of the first lane's pass."""
         self._reserved: contextlib.ExitStack | None = None
 
     def add(
@@ -103,9 +119,20 @@ class Lanes:
         self.streams += 1
 
     def __call__(self) -> Any:
-        """Take all lanes through the block. Raises Declined or TooLarge, in all processes, with everything as it
-        was."""
+        """Take all lanes through the block. Raises Declined, TooLarge or Refuted, in all processes, with everything as
+        it was."""
         raise NotImplementedError
+
+    def judge(self, wrong: Set[str], unfactored: bool = False) -> None:
+        """Called at the end, before anything is sent, with the ops that failed their guards. Raises Refuted where they
+        are new suspects; those that the reference does right were at fault."""
+        told = self.run.world.everyone((wrong, unfactored))
+        wrong = frozenset(op for ops_at_fault, _ in told for op in ops_at_fault)
+        unfactored = any(failed for _, failed in told)
+        before = self.refuted
+        if wrong - before.suspects or (unfactored and not before.unfactored):
+            raise Refuted(before.suspects | wrong, before.unfactored or unfactored)
+        self.at_fault = before.suspects - wrong
 
     def arrived(self, lane: Any) -> None:
         """A pass has halted at ``lane.at``."""
@@ -174,7 +201,7 @@ class Lanes:
                 return
             self.moving = lane
             try:
-                with self.found.clock(lane.phase):
+                with self.found.clock(lane.phase), self._looked_at(lane):
                     if lane.spilled is not None:
                         lane.spilled.back()
                     if lane.at is not None:
@@ -196,6 +223,20 @@ class Lanes:
                 self.trouble = TooLarge()
             finally:
                 self.moving = None
+
+    @contextlib.contextmanager
+    def _looked_at(self, lane: Any) -> Iterator[None]:
+        """While the first lane moves, its ops are judged."""
+        if lane is not self.lanes[0]:
+            yield
+            return
+        executor, executor.verdicts = self.run.executor, self.passed
+        try:
+            yield
+        finally:
+            executor.verdicts = None
+        if lane.spilled is not None:  # what was made inside the pass is about to lose its memory
+            self.passed.wrong = {op: bad.clone() for op, bad in self.passed.wrong.items()}
 
     def next_place(self) -> Any:
         """Where the next work is, in all processes: the first place that any pass has halted at; None at the end."""
@@ -239,15 +280,22 @@ class Lanes:
         executor.drain()
 
 
-def with_smaller_batches(executor: Executor, found: Findings, index: int, make: Callable[[], Lanes]) -> Any:
+def carried_through(executor: Executor, found: Findings, index: int, make: Callable[[], Lanes]) -> Any:
     """What the lanes of ``make()`` return. Where the device's memory runs out, all calibration batches spill, and then
-    batches get smaller. Raises Declined if it runs out with single sequences too."""
-    asked, spill = executor.batch_size, False
+    batches get smaller; where guards failed, the reference takes the place of the ops at fault. Raises Declined if
+    memory runs out with single sequences too."""
+    asked, spill, refuted = executor.batch_size, False, Refuted()
     while True:
-        lanes = make()
-        lanes.spill = spill
         try:
-            return lanes()
+            with by_reference(refuted.suspects):  # which passes take over when they are made
+                lanes = make()
+                lanes.spill, lanes.refuted = spill, refuted
+                result = lanes()
+            for op in sorted(lanes.at_fault):
+                distrust(found.warn, executor.device, index, op)
+            return result
+        except Refuted as again:
+            refuted = again
         except TooLarge:
             batch, device = lanes.batch, executor.device
             executor.free()

@@ -17,14 +17,14 @@ from pyprune.config import ConfigError, PruneConfig
 from pyprune.effects import needs_factor, needs_sequences
 from pyprune.execution.executor import Activations
 from pyprune.execution.run import Findings, Run
-from pyprune.masks.solvers import inverse_factor, solve
+from pyprune.execution.trust import by_reference, distrust
+from pyprune.masks.solvers import inverse_factor, recordable, solve
 from pyprune.masks.statistics import (
     Gathered,
     Inputs,
     Observer,
     Review,
     Statistics,
-    by_reference,
     find_non_finite,
     look,
     observe,
@@ -57,7 +57,7 @@ def gather(
     target = fit if run.config.inputs == "dense" else target
     once = target is fit or dense is not None  # the pass takes the place of its own inputs
     sink = sink_of(run, found)
-    review = Review(functools.partial(distrust, found, run.executor.device, index)) if once else None
+    review = Review(functools.partial(distrust, found.warn, run.executor.device, index)) if once else None
 
     def watched() -> Observer[Statistics]:
         return observe(run.executor, index, module, refs, fit, sink, dense=dense, target=target, review=review)
@@ -69,7 +69,7 @@ def gather(
             observer = watched()
         still, finite = look(observer)
         for op in () if still else wrong:
-            distrust(found, run.executor.device, index, op)
+            distrust(found.warn, run.executor.device, index, op)
     if run.world.size > 1:
         reduce_statistics(run.world, observer)
         _, finite = look(observer)
@@ -111,52 +111,108 @@ def prune_block(
     module: nn.Module,
     observer: Gathered[Statistics] | None,
     inputs: Sequence[Gathered[Inputs]],
-    only: Sequence[WeightRef] | None = None,
 ) -> dict[WeightRef, Tensor]:
     """Solve the selected weights of a block; each input group is factored once. Writes block and compute copy, and
-    returns the keep masks.
-
-    only: the weights of one group, in a block that is pruned group by group; processes share them out one by one.
-    """
-    block = run.view.blocks[index]
-    selected = run.selected[index] if only is None else only
-    groups: dict[str | None, list[WeightRef]] = {}
-    for ref in selected:
-        groups.setdefault(observer.leader.get(ref.name) if observer else None, []).append(ref)
-    pieces = list(groups.items())
-    if only is not None:
-        pieces = [(leader, [ref]) for leader, refs in pieces for ref in refs]
-    owners = run.world.deal([solve_cost(block, refs) for _, refs in pieces])
-    mine: dict[str | None, list[WeightRef]] = {}
-    for owner, (leader, refs) in zip(owners, pieces):
-        if owner == run.world.rank:
-            mine.setdefault(leader, []).extend(refs)
+    returns the keep masks."""
     executor = run.executor
-    own = _solve(run, found, index, mine, observer, inputs, module)
-    wrong, unfactored = own.read()
-    if unfactored:
-        own = _solve(run, found, index, mine, observer, inputs, module, look=True)
-        wrong, _ = own.read()
-    if wrong:
+    share = Share.of(run, index, run.selected[index], observer)
+    own = _solve(run, found, index, share.mine, observer, inputs, module)
+    told = own.read()
+    if told.unfactored:
+        own = _solve(run, found, index, share.mine, observer, inputs, module, look=True)
+        told = own.read()
+    if told.wrong:
         with ops.backend("reference"):
-            own = _solve(run, found, index, mine, observer, inputs, module, look=True)
-        still, _ = own.read()
-        for op in () if still else wrong:
-            distrust(found, executor.device, index, op)
+            own = _solve(run, found, index, share.mine, observer, inputs, module, look=True)
+        still = own.read().wrong
+        for op in () if still else told.wrong:
+            distrust(found.warn, executor.device, index, op)
     ops.raise_faults(executor.device)
+    masks = write(run, index, module, own, share)
+    if any(ref.view(run.view.blocks[index]).device != executor.device for ref in own.solved):
+        executor.drain()
+    report(run, found, index, own)
+    return masks
+
+
+def prune_group(
+    run: Run,
+    found: Findings,
+    index: int,
+    module: nn.Module,
+    refs: Sequence[WeightRef],
+    gathered: Gathered[Statistics],
+    inputs: Sequence[Gathered[Inputs]],
+    look: bool,
+) -> tuple[Own, dict[WeightRef, Tensor]]:
+    """The same for weights that read one input, in a block that is pruned group by group: processes share them out one
+    by one, and nothing is read from the device. Returns what is still to be read, and the keep masks; the weights in
+    host memory are there after ``executor.drain()``. look: of :func:`_solve`."""
+    share = Share.of(run, index, refs, gathered, apart=True)
+    own = _solve(run, found, index, share.mine, gathered, inputs, module, look)
+    return own, write(run, index, module, own, share)
+
+
+def report(run: Run, found: Findings, index: int, own: Own) -> None:
+    """Put the rows of a block's weights, and what was found on the way, into the report of every process."""
+    rows = {row["name"]: row for part in run.world.everyone(own.rows) for row in part}
+    found.weights += [rows[run.view.name(index, ref)] for ref in run.selected[index]]
+    found.share_warnings(run.world)
+
+
+@dataclass(frozen=True, eq=False)
+class Share:
+    """Which process solves what."""
+
+    owners: list[int]
+    pieces: list[list[WeightRef]]
+    """By owner."""
+    mine: dict[str | None, list[WeightRef]]
+    """By leader, what this process solves."""
+
+    @staticmethod
+    def of(
+        run: Run, index: int, refs: Sequence[WeightRef], gathered: Gathered[Statistics] | None, apart: bool = False
+    ) -> Share:
+        """apart: weights that read one input need not go to one process."""
+        groups: dict[str | None, list[WeightRef]] = {}
+        for ref in refs:
+            groups.setdefault(gathered.leader.get(ref.name) if gathered else None, []).append(ref)
+        pieces = list(groups.items())
+        if apart:
+            pieces = [(leader, [ref]) for leader, members in pieces for ref in members]
+        owners = run.world.deal([solve_cost(run.view.blocks[index], members) for _, members in pieces])
+        mine: dict[str | None, list[WeightRef]] = {}
+        for owner, (leader, members) in zip(owners, pieces):
+            if owner == run.world.rank:
+                mine.setdefault(leader, []).extend(members)
+        return Share(owners, [members for _, members in pieces], mine)
+
+
+def write(run: Run, index: int, module: nn.Module, own: Own, share: Share) -> dict[WeightRef, Tensor]:
+    """Give block and compute copy, in every process, the weights that were solved; returns the keep masks."""
+    block = run.view.blocks[index]
     masks: dict[WeightRef, Tensor] = {}
     for ref, (weight, mask) in own.solved.items():
-        executor.put(ref.view(block), weight)
+        run.executor.put(ref.view(block), weight)
         if module is not block:
             ref.view(module).copy_(weight)
         masks[ref] = mask
-    if any(ref.view(block).device != executor.device for ref in own.solved):
-        executor.drain()
-    exchange_solved(run, module, block, owners, [refs for _, refs in pieces], masks)
-    rows = {row["name"]: row for part in run.world.everyone(own.rows) for row in part}
-    found.weights += [rows[run.view.name(index, ref)] for ref in selected]
-    found.share_warnings(run.world)
+    if run.world.size > 1:
+        run.executor.drain()
+        exchange_solved(run, module, block, share.owners, share.pieces, masks)
     return masks
+
+
+@dataclass(frozen=True)
+class Told:
+    """What was read of a block from the device."""
+
+    wrong: set[str]
+    """Ops whose results failed their guards."""
+    unfactored: bool
+    """A factorisation failed that was not looked at: nothing of the block holds."""
+    finite: list[bool]
 
 
 @dataclass(eq=False)
@@ -172,11 +228,20 @@ class Own:
     """Op, and whether its guard found it wrong; on the device."""
     failed: list[Tensor] = field(default_factory=list)
     """Whether a factorisation that was not looked at failed; on the device."""
+    finite: list[Tensor] = field(default_factory=list)
+    """Whether statistics are finite that were not looked at; on the device."""
 
-    def read(self) -> tuple[set[str], bool]:
-        """Read all of it from the device in one go: fill the rows, return the ops that are wrong, and whether a
-        factorisation failed, so that nothing of this holds."""
-        told = [*self.sums, *(bad for _, bad in self.wrong), *self.failed]
+    def take(self, other: Own) -> None:
+        """Add what was solved of another group."""
+        self.solved |= other.solved
+        self.rows += other.rows
+        self.sums += other.sums
+        self.wrong += other.wrong
+        self.failed += other.failed
+
+    def read(self) -> Told:
+        """Read all of it from the device in one go, and fill the rows."""
+        told = [*self.sums, *(bad for _, bad in self.wrong), *self.failed, *self.finite]
         values = torch.cat([t.double().reshape(-1) for t in told]).tolist() if told else []
         flat = iter(values)
         for row in self.rows:
@@ -185,7 +250,8 @@ class Own:
                 if key in row:
                     row[key] = ratio(next(flat), next(flat))
         wrong = {op for op, _ in self.wrong if next(flat)}
-        return wrong, any(flat)
+        unfactored = sum(next(flat) for _ in self.failed) > 0
+        return Told(wrong, unfactored, [bool(value) for value in flat])
 
 
 def _solve(
@@ -201,6 +267,7 @@ def _solve(
     """Solve groups of weights; block and ``module`` stay as they are. look: ask of each factorisation whether it
     succeeded, and do what is to be done where it did not; otherwise :meth:`Own.read` tells."""
     config, block, own = run.config, run.view.blocks[index], Own()
+    replays = run.executor.replays if recordable(run.executor.replays) else None
     for leader, refs in groups.items():
         statistics = observer.sinks[leader] if observer and leader else None
         group_config = config
@@ -225,7 +292,7 @@ def _solve(
                     f"its {dense[0].shape[1]} inputs: what is chosen there rests on too little data"
                 )
         configs = [with_sparsity(group_config, run, index, ref) for ref in refs]
-        for ref, before, solved in zip(refs, dense, solve(dense, configs, statistics, factor)):
+        for ref, before, solved in zip(refs, dense, solve(dense, configs, statistics, factor, replays)):
             row = {
                 "name": run.view.name(index, ref),
                 "block": index,
@@ -244,9 +311,9 @@ def _solve(
                 found.warn(
                     f"{row['name']}: the refit was stopped after {solved.refit.steps} steps, before its tolerance"
                 )
-            written = solved.weight.to(ref.view(block).dtype)
+            written = solved.weight.to(ref.view(block).dtype, copy=replays is not None)
             own.solved[ref] = written, solved.mask
-            own.sums += [torch.count_nonzero(written), *(sums for sums, _ in errors.values())]
+            own.sums += [torch.count_nonzero(written.bool()), *(sums for sums, _ in errors.values())]
             own.rows.append(row | dict.fromkeys(errors))
             own.wrong += [*solved.wrong.items(), *(("linear", bad) for _, bad in errors.values())]
     return own
@@ -276,15 +343,6 @@ def asked_in(run: Run, index: int, ref: WeightRef) -> dict[str, float | str]:
     return {"asked": run.sparsity_of(index, ref), "asked_by": run.rules[index][ref]}
 
 
-def distrust(found: Findings, device: torch.device, index: int, op: str) -> None:
-    """An op's result failed its guard where the reference's does not: use it no more, and say so."""
-    name = ops.disqualify(op, device.type, f"its result failed a guard in block {index} of a run")
-    found.warn(
-        f"{op} by the {name} back-end gave a wrong result in block {index}: the block was done again by the "
-        "reference, which takes its place; pyprune env --qualify tries it anew"
-    )
-
-
 def solve_cost(block: nn.Module, refs: list[WeightRef]) -> float:
     """FLOPs of one group: a factorisation and inverse of its Gram, and a sweep of each of its matrices."""
     columns = refs[0].view(block).shape[1]
@@ -300,8 +358,6 @@ def exchange_solved(
     masks: dict[WeightRef, Tensor],
 ) -> None:
     """Give every process the weights and masks that others solved."""
-    if run.world.size == 1:
-        return
     for owner, refs in zip(owners, groups):
         for ref in refs:
             weight = ref.view(block)

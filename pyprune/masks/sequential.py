@@ -14,12 +14,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from pyprune import ops
 from pyprune.execution.executor import Activations
-from pyprune.execution.lanes import Declined, Lane, Lanes, TooLarge
+from pyprune.execution.lanes import Declined, Lane, Lanes, Refuted, TooLarge
 from pyprune.execution.run import Findings, Run
-from pyprune.masks.block import distrust, prune_block, refuse_non_finite, sink_of
+from pyprune.masks.block import Own, prune_group, refuse_non_finite, report, sink_of
 from pyprune.masks.group_order import Group, GroupOrder
-from pyprune.masks.statistics import Gathered, Inputs, S, Statistics, by_reference, look, reduce_statistics, rows_of
+from pyprune.masks.statistics import Gathered, Inputs, S, Statistics, reduce_statistics, rows_of
 from pyprune.model.blocks import WeightRef
 from pyprune.model.routing import expert_lists
 from pyprune.model.watching import Watch
@@ -58,6 +59,9 @@ class SequentialPass(Lanes):
         self.pruned: set[str] = set()
         self.dense: dict[WeightRef, Tensor] = {}
         self.masks: dict[WeightRef, Tensor] = {}
+        self.own = Own()
+        self.looked_at: list[Group] = []
+        """Groups whose statistics ``own.finite`` is about."""
         lists = tuple(f"{path}." for path in expert_lists(module))
         self.routed = {ref.name for ref in self.refs if ref.expert is not None or ref.path.startswith(lists)}
         """Weights that see the tokens routed to them, which two streams choose differently."""
@@ -78,9 +82,9 @@ class SequentialPass(Lanes):
         self.lanes[before:] = [lane for pair in pairs for lane in pair]
 
     def __call__(self) -> dict[WeightRef, Tensor]:
-        """Prune the block; returns its keep masks. Raises Declined or TooLarge, in all processes, with block, findings
-        and streams as they were."""
-        rows, warnings = len(self.found.weights), list(self.found.warnings)
+        """Prune the block; returns its keep masks. Raises Declined, TooLarge or Refuted, in all processes, with block,
+        findings and streams as they were."""
+        warnings = list(self.found.warnings)
         watches = [
             Watch(module, self.refs, lambda ref, x: self.arrive(ref.name, x))
             for module in {id(lane.module): lane.module for lane in self.lanes}.values()
@@ -92,20 +96,18 @@ class SequentialPass(Lanes):
                 self._prune(group)
                 here = [lane for lane in self.lanes if lane.at is group]
                 self.each(self.drop(here) if group is self.order.groups[-1] else here)
-        except (Declined, TooLarge):
+            self._solve([ref for ref in self.refs if ref not in self.masks], Gathered[Statistics](), [])
+            self._read()
+        except (Declined, TooLarge, Refuted):
             self.abandon()
-            for ref, weight in self.dense.items():
-                self._write(ref, weight)
-            del self.found.weights[rows:]
+            self._undo(self.dense)
             self.found.warnings[:] = warnings
             raise
         finally:
             self.abandon()
             for watch in watches:
                 watch.close()
-        self._solve([ref for ref in self.refs if ref not in self.masks], Gathered[Statistics](), [])
-        place = {self.run.view.name(self.index, ref): k for k, ref in enumerate(self.refs)}
-        self.found.weights[rows:] = sorted(self.found.weights[rows:], key=lambda row: place[row["name"]])
+        report(self.run, self.found, self.index, self.own)
         self.send()
         return self.masks
 
@@ -132,8 +134,6 @@ class SequentialPass(Lanes):
             with self.at_hand(ahead):
                 sink.update(rows, rows_of(ahead.x, lane.batch.size))
 
-    # ---- where they stand still --------------------------------------------------------------------------------
-
     def arrive(self, name: str, x: Tensor) -> None:
         """The moving pass is about to multiply ``x`` by a weight: it waits if that is the first of its group."""
         lane = self.moving
@@ -154,8 +154,6 @@ class SequentialPass(Lanes):
         lane.x = x
         self.halt(group)
 
-    # ---- pruning -----------------------------------------------------------------------------------------------
-
     def _prune(self, group: Group) -> None:
         measured = {lane.stream for lane in self.lanes if not lane.is_ahead}
         fit = {lane.stream for lane in self.lanes if lane.fit and not lane.is_ahead}
@@ -164,18 +162,13 @@ class SequentialPass(Lanes):
         if sink is None:
             sink = self._make(group.refs[0].view(self.block).shape[1], self.run.executor.device)
         gathered = self._gathered(group, sink)
-        wrong, finite = look(gathered)
-        if wrong:
-            finite = self._again(group, gathered, wrong)
         for lane in self.lanes:
             if lane.at is group:
                 lane.x = None
-        if self.run.world.size > 1:
-            reduce_statistics(self.run.world, gathered)
-            _, finite = look(gathered)
-        if not finite:
-            self.abandon()
-            refuse_non_finite(self.run, self.index, self.module, list(group.refs), self.lanes[0].source)
+        self.own.wrong += sink.wrong.items()
+        reduce_statistics(self.run.world, gathered)
+        self.own.finite.append(sink.spared())
+        self.looked_at.append(group)
         if not sink.tokens:
             gathered = Gathered()  # an expert that only sequences which measure errors reach
         self._solve(
@@ -184,21 +177,6 @@ class SequentialPass(Lanes):
             [Gathered() if inputs is None else self._gathered(group, inputs) for inputs in sinks.values()],
         )
         self.pruned.add(group.leader)
-
-    def _again(self, group: Group, gathered: Gathered[Statistics], wrong: set[str]) -> bool:
-        """Gather the statistics of a group anew with the reference in place of the ops that failed their guards: what
-        every pass brought is still there. Returns whether they are finite."""
-        sink = gathered.sinks[group.leader]
-        sink.reset()
-        with by_reference(wrong):
-            for lane in self.lanes:
-                if lane.at is group and lane.fit and not lane.is_ahead:
-                    with self.at_hand(lane):
-                        self._feed(sink, lane)
-        still, finite = look(gathered)
-        for op in () if still else wrong:
-            distrust(self.found, self.run.executor.device, self.index, op)
-        return finite
 
     def _gathered(self, group: Group, sink: S) -> Gathered[S]:
         return Gathered({group.leader: sink}, {ref.name: group.leader for ref in group.refs})
@@ -213,9 +191,27 @@ class SequentialPass(Lanes):
             return
         self.dense |= {ref: ref.view(self.block).clone() for ref in refs}
         with self.found.clock("solve"):
-            self.masks |= prune_block(self.run, self.found, self.index, self.module, gathered, inputs, only=refs)
+            look = self.refuted.unfactored
+            own, masks = prune_group(self.run, self.found, self.index, self.module, refs, gathered, inputs, look)
+        self.own.take(own)
+        self.masks |= masks
 
-    def _write(self, ref: WeightRef, weight: Tensor) -> None:
-        ref.view(self.block).copy_(weight)
-        if self.module is not self.block:
-            ref.view(self.module).copy_(weight)
+    def _read(self) -> None:
+        """What has to be known of the whole block, in one reading of the device."""
+        self.own.wrong += self.passed.wrong.items()
+        told = self.own.read()
+        self.judge(told.wrong, told.unfactored and all(told.finite))
+        if not all(told.finite):
+            first = told.finite.index(False)
+            group = self.looked_at[first]
+            self.abandon()
+            self._undo({ref: self.dense[ref] for later in self.looked_at[first:] for ref in later.refs})
+            refuse_non_finite(self.run, self.index, self.module, list(group.refs), self.lanes[0].source)
+        ops.raise_faults(self.run.executor.device)
+
+    def _undo(self, weights: dict[WeightRef, Tensor]) -> None:
+        self.run.executor.drain()  # what is on its way to the host comes first
+        for ref, weight in weights.items():
+            ref.view(self.block).copy_(weight)
+            if self.module is not self.block:
+                ref.view(self.module).copy_(weight)

@@ -22,6 +22,7 @@ from pyprune import ops
 from pyprune.config import ConfigError
 from pyprune.execution.distributed import World
 from pyprune.execution.executor import NO_ROOM, Activations, Batch, Executor
+from pyprune.execution.trust import by_reference
 from pyprune.model.arguments import Beside
 from pyprune.model.blocks import WeightRef
 from pyprune.model.recording import Stop
@@ -62,15 +63,15 @@ class Statistics:
     """float32 ``[c, c]``, ``X̄ᵀX`` with the dense stream's inputs X̄, where the layer-wise target is dense (GP)."""
     wrong: dict[str, Tensor] = field(default_factory=dict)
     """By op, bool scalars on the device: whether its first result failed its guard (:mod:`pyprune.ops.guards`)."""
-    known: int | None = None
-    """``count`` as it was last read from the device, until more tokens come."""
+    tokens: int = 0
+    """``count``, as the host knows it."""
 
     def __post_init__(self):
         self.reset()
 
     def reset(self) -> None:
         """As before the first update."""
-        self.known, self.cross, self.wrong = None, None, {}
+        self.tokens, self.cross, self.wrong = 0, None, {}
         self.count = torch.zeros((), dtype=torch.int64, device=self.device)
         c, moments = self.columns if self.want_gram else 0, self.columns if self.want_moments else 0
         self.gram, self.sums = torch.zeros(c, c, device=self.device), torch.zeros(c, device=self.device)
@@ -79,7 +80,7 @@ class Statistics:
 
     def update(self, x: Tensor, dense: Tensor | None = None) -> None:
         """Add tokens ``x [tokens, c]``; ``dense`` are the same tokens in the dense stream."""
-        self.known = None
+        self.tokens += len(x)
         with self.clock("statistics"):
             self._update(x)
             if dense is not None:
@@ -109,7 +110,7 @@ class Statistics:
     def plus(self, other: Statistics) -> Statistics:
         """Statistics of both inputs together."""
         both = copy.copy(self)
-        both.known = None
+        both.tokens = self.tokens + other.tokens
         both.count = self.count + other.count
         both.wrong = {op: bad | other.wrong[op] if op in other.wrong else bad for op, bad in self.wrong.items()}
         both.wrong |= {op: bad for op, bad in other.wrong.items() if op not in self.wrong}
@@ -130,17 +131,19 @@ class Statistics:
             return (self.m2 + self.count * self.mean.square()).sqrt().float()
         return self.gram.diagonal().clamp(min=0).sqrt()
 
-    @property
-    def tokens(self) -> int:
-        """``count``; waits for the device where nobody has read it yet."""
-        if self.known is None:
-            self.known = int(self.count)
-        return self.known
-
     def finite(self) -> Tensor:
         """bool scalar on the device."""
         values = self.gram.diagonal() if self.want_gram else self.m2
         return torch.isfinite(values).all()
+
+    def spared(self) -> Tensor:
+        """:meth:`finite`, for whoever goes on before it is read: statistics that are not become zero, which no solver
+        refuses."""
+        finite = self.finite()
+        for total in (self.gram, self.sums, self.mean, self.m2, self.cross):
+            if total is not None:
+                total.masked_fill_(~finite, 0)
+        return finite
 
 
 class Sink(Protocol):
@@ -182,8 +185,8 @@ class Gathered(Generic[S]):
     """By the name of each group's first weight."""
     leader: dict[str, str] = field(default_factory=dict)
     """By a weight's name, that of its group's first."""
-    products: list[Tensor] = field(default_factory=list)
-    """Guards of the products of the first forward pass."""
+    passed: guards.Verdicts = field(default_factory=guards.Verdicts)
+    """Of the ops of the first forward pass."""
 
 
 Call = tuple[int, str, int]
@@ -335,10 +338,10 @@ class Review:
         new = {key for key in observer.sinks if key not in self._seen}
         if not new:
             return set()
-        wrong, _ = look(Gathered({key: observer.sinks[key] for key in new}, products=observer.products))
+        wrong, _ = look(Gathered({key: observer.sinks[key] for key in new}, passed=observer.passed))
         if wrong and not self.suspects:
             self.suspects = wrong
-            observer.products.clear()
+            observer.passed.wrong.clear()
             for key in new:
                 observer.sinks[key].reset()
             return new
@@ -349,24 +352,18 @@ class Review:
         return set()
 
 
-def by_reference(suspects: set[str]) -> contextlib.AbstractContextManager:
-    """Inside the ``with`` block the reference takes the place of these ops."""
-    return ops.backend(",".join(f"{op}=reference" for op in sorted(suspects))) if suspects else contextlib.nullcontext()
-
-
 def look(gathered: Gathered[Statistics]) -> tuple[set[str], bool]:
-    """Read from the device in one go what has to be known of statistics: the ops whose results fail their guards,
-    whether all is finite, and every sink's tokens, which it keeps."""
-    told = [*gathered.products]
+    """Read from the device in one go what has to be known of statistics: the ops whose results fail their guards, and
+    whether all is finite."""
+    told = [*gathered.passed.wrong.values()]
     for sink in gathered.sinks.values():
-        told += [*sink.wrong.values(), sink.finite(), sink.count]
-    values = torch.stack([value.long() for value in told]).tolist() if told else []
+        told += [*sink.wrong.values(), sink.finite()]
+    values = torch.stack(told).tolist() if told else []
     flat, finite = iter(values), True
-    wrong = {"linear" for _, bad in zip(gathered.products, flat) if bad}
+    wrong = {op for op, bad in zip(gathered.passed.wrong, flat) if bad}
     for sink in gathered.sinks.values():
         wrong |= {op for op, bad in zip(sink.wrong, flat) if bad}
-        finite &= bool(next(flat))
-        sink.known = next(flat)
+        finite &= next(flat)
     return wrong, finite
 
 
@@ -413,7 +410,7 @@ def observe(
             parts: list[tuple[Batch, Tensor, frozenset[Call]]] = [(batch, hidden, frozenset())]
             while parts:
                 part, x, observer.skip = parts.pop(0)
-                executor.products = observer.products if not written else None
+                executor.verdicts = observer.passed if not written else None
                 with contextlib.nullcontext() if review is None else review.backend():
                     outs = executor.attempt(functools.partial(both, part, x))
                 if outs is NO_ROOM:
@@ -429,7 +426,7 @@ def observe(
                         executor.write(stream, part, out, beside)
         executor.drain()
     finally:
-        executor.products = None
+        executor.verdicts = None
         observer.close()
     observer.gather()
     return observer
@@ -454,15 +451,18 @@ def reduce_statistics(world: World, observer: Gathered[Statistics]) -> None:
     if world.size == 1:
         return
     known: dict[str, tuple[str, dict]] = {}
-    for leaders, kinds in world.everyone(
+    tokens: Counter[str] = Counter()
+    for leaders, kinds, counts in world.everyone(
         (
             observer.leader,
             {
                 name: {"columns": s.columns, "want_gram": s.want_gram, "want_moments": s.want_moments}
                 for name, s in observer.sinks.items()
             },
+            {name: s.tokens for name, s in observer.sinks.items()},
         )
     ):
+        tokens.update(counts)
         for name, leader in leaders.items():
             known.setdefault(name, (leader, kinds.get(leader, {})))
     device = next(iter(observer.sinks.values())).device if observer.sinks else torch.device("cpu")
@@ -481,6 +481,7 @@ def reduce_statistics(world: World, observer: Gathered[Statistics]) -> None:
             sink.mean = mean
             world.sum_(sink.m2)
         world.sum_(sink.gram, sink.sums, sink.count, sink.cross)
+        sink.tokens = tokens[name]
 
 
 def find_non_finite(

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from pyprune.config import ConfigError
 from pyprune.model.shards import CODES, NAMES, Files, Shard, split_header
-from pyprune.ops.packed import FLOATS, DamagedWeight, Packed, unpack_bitmask
+from pyprune.ops.arguments import FLOATS
+from pyprune.ops.packed import DamagedWeight, Packed, unpack_bitmask
 
 FORMAT, VERSION = "pyprune-packed", 1
 INDEX = "packed.safetensors.index.json"

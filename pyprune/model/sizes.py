@@ -124,7 +124,8 @@ def apply_attributes(module: nn.Module, values: dict) -> None:
 
 
 def sized_class(cls: Any, sizes: dict) -> Any:
-    """A subclass of a Hugging Face model class whose instances have the shapes of ``sizes`` (a :func:`layout`)."""
+    """A subclass of a Hugging Face model class whose instances have the shapes of ``sizes``: what
+    :func:`pyprune.structured.config_edits.layout` returned."""
 
     def init(self, config, *args, **kwargs):
         cls.__init__(self, config, *args, **kwargs)

@@ -35,6 +35,7 @@ from torch import Tensor
 from pyprune.config import BACKENDS, MAX_COLUMN_BLOCK, OPS
 from pyprune.ops import classes, reference
 from pyprune.ops.arguments import (
+    FLOATS,
     check_accumulator,
     check_attention_mask,
     check_group,
@@ -58,7 +59,7 @@ from pyprune.ops.choice import (
     taken_for,
     verdicts,
 )
-from pyprune.ops.packed import FLOATS, Packed
+from pyprune.ops.packed import Packed
 
 __all__ = [
     *OPS,

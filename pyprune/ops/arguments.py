@@ -6,7 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyprune.ops.packed import FLOATS
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+"""Types of numbers that ops take; all of them accumulate in float32."""
 
 
 def check_matrix(name: str, x: Tensor, dtypes=FLOATS) -> None:

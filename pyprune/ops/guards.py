@@ -8,14 +8,35 @@ cannot be judged because the data themselves are not finite is not called wrong.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
+from pyprune.ops import reference
+
 ROWS = 4
 """Rows of a weight that are looked at where looking at all of them would cost as much as the op."""
-GRAM, MOMENTS, SWEEP, SOLVE, ROUNDING = 1e-3, 1e-3, 1e-3, 1e-3, 1e-5
+HEADS = 8
+"""Heads of an attention that are looked at."""
+GRAM, MOMENTS, SWEEP, SOLVE, ATTENTION, ROUNDING = 1e-3, 1e-3, 1e-3, 1e-3, 1e-3, 1e-5
 """Relative errors allowed; right kernels stay thirty times below and more."""
+
+
+class Verdicts:
+    """Collects what guards say of ops, on the device."""
+
+    def __init__(self) -> None:
+        self.wrong: dict[str, Tensor] = {}
+
+    def add(self, op: str, bad: Tensor) -> None:
+        self.wrong[op] = self.wrong[op] | bad if op in self.wrong else bad
+
+
+def at_fault(told: Iterable[dict[str, Tensor]]) -> set[str]:
+    """Ops that any of these verdicts calls wrong; waits for the device once."""
+    flat = [(op, bad) for wrong in told for op, bad in wrong.items()]
+    return {op for (op, _), bad in zip(flat, torch.stack([bad for _, bad in flat]).tolist()) if bad} if flat else set()
 
 
 @functools.lru_cache(maxsize=64)
@@ -70,6 +91,78 @@ def product(out: Tensor, x: Tensor, w: Tensor, bias: Tensor | None = None) -> Te
     allowed = ROUNDING * part.norm(dim=1)[:, None] * torch.linalg.vector_norm(w, dim=1)
     close = ((out[rows] - want).abs() <= allowed + ROUNDING * want.abs()).all()
     return want.isfinite().all() & ~close
+
+
+def _far(got: Tensor, want: Tensor, size: Tensor) -> Tensor:
+    """Whether numbers of one type differ by more than roundings to it of what is ``size`` large."""
+    allowed = (ROUNDING + 4 * (torch.finfo(want.dtype).eps if want.dtype != torch.float32 else 0)) * size.float()
+    return want.isfinite().all() & ~((got.float() - want.float()).abs() <= allowed).all()
+
+
+def normed(out: Tensor, x: Tensor, weight: Tensor, eps: float, form: str) -> Tensor:
+    """``out`` is to be the RMSNorm of ``x [..., c]`` in one of its forms: a few rows by the reference."""
+    rows = _some(x.shape[:-1].numel(), ROWS, x.device)
+    part, got = x.reshape(-1, x.shape[-1])[rows], out.reshape(-1, x.shape[-1])[rows]
+    want = reference.rms_norm(part, weight, eps, form=form)
+    return _far(got, want, want.abs())
+
+
+def turned(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """``out [batch, heads, tokens, d]`` is to be ``x`` under the rotary embedding: all heads of a few tokens."""
+    batch, tokens = x.shape[0], x.shape[2]
+    place, token = torch.arange(ROWS, device=x.device) % batch, _last(tokens, ROWS, x.device)
+    part, got = x[place, :, token][:, :, None], out[place, :, token][:, :, None]  # [rows, heads, 1, d]
+    c, s = (table.expand(batch, -1, -1)[place, token][:, None] for table in (cos, sin))
+    size = reference.rotary(part, c, 0 * s).abs() + reference.rotary(part, 0 * c, s).abs()
+    return _far(got, reference.rotary(part, c, s), size)
+
+
+def gated(out: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+    """``out`` is to be ``silu(gate) · up``, ``[..., c]``: a few rows by the reference."""
+    rows = _some(gate.shape[:-1].numel(), ROWS, gate.device)
+    part, other, got = (t.reshape(-1, t.shape[-1])[rows] for t in (gate, up, out))
+    want = reference.swiglu(part, other)
+    return _far(got, want, want.abs())
+
+
+def _last(count: int, wanted: int, device: torch.device) -> Tensor:
+    """Places spread over ``count``, the last one first."""
+    return count - 1 - torch.arange(wanted, device=device) * count // max(1, wanted)
+
+
+def attended(
+    out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    """``out [b, h, t, e]`` is to be the attention that :func:`pyprune.ops.attention` describes: by the formula, in
+    float32, the last query row and another one of each of some heads, of batch elements in turn."""
+    batch, heads, tokens, d = q.shape
+    some = _some(heads, HEADS, q.device)
+    head, last = some.repeat(2), torch.full_like(some, tokens - 1)
+    place, token = (
+        torch.arange(len(head), device=q.device) % batch,
+        torch.cat([last, _last(tokens, len(some), q.device)]),
+    )
+    of_keys = head * k.shape[1] // heads
+    scores = torch.einsum("rsd,rd->rs", k[place, of_keys].float(), q[place, head, token].float())
+    scores = scores * (d**-0.5 if scale is None else scale)
+    if causal:
+        scores = scores.masked_fill(torch.arange(k.shape[2], device=q.device) > token[:, None], -torch.inf)
+    if mask is not None:
+        seen = mask.expand(batch, heads, tokens, k.shape[2])[place, head, token]
+        scores = scores.masked_fill(~seen, -torch.inf) if seen.dtype == torch.bool else scores + seen.float()
+    none = scores.amax(1, keepdim=True) == -torch.inf
+    weights = scores.masked_fill(none, 0).softmax(1).masked_fill(none, 0)
+    values = v[place, of_keys].float()
+    want, size = (torch.einsum("rs,rse->re", weights, t) for t in (values, values.abs()))
+    allowed = ATTENTION + 2 * (torch.finfo(q.dtype).eps if q.dtype != torch.float32 else 0)
+    off = (out[place, head, token].float() - want).norm(dim=1)
+    return want.isfinite().all() & ~(off <= allowed * size.norm(dim=1)).all()
 
 
 def moments(x: Tensor, count: Tensor, mean: Tensor, m2: Tensor) -> Tensor:
@@ -134,7 +227,7 @@ def swept(start: Tensor, weight: Tensor, keep: Tensor, r: Tensor, dead: Tensor |
     rest = (error * keep[rows]) @ r
     made_up = (change * keep[rows]).norm(dim=1)
     far = ~(rest.norm(dim=1) <= SWEEP * made_up + ROUNDING * before.norm(dim=1)).all()
-    return far | weight.ne(0).gt(keep).any()
+    return far | (torch.count_nonzero(weight.bool() > keep) > 0)
 
 
 def refitted(dense: Tensor, weight: Tensor, mask: Tensor, h: Tensor, residual: Tensor, first: Tensor) -> Tensor:

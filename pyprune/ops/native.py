@@ -652,7 +652,7 @@ def obs_sweep_cuda(
     r, mask = _unit(r), _dense(mask)
     keep = torch.empty(w.shape, dtype=torch.bool, device=w.device)
     error = torch.empty(w.shape, device=w.device)
-    loss = torch.zeros((-(-columns // piece), rows), device=w.device)
+    loss = torch.empty((-(-columns // piece), rows), device=w.device)
     for i, start in enumerate(range(0, columns, piece)):
         part = slice(start, min(start + piece, columns))
         chosen = 0 if mask is None else mask[:, part].data_ptr()

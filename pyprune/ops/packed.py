@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+from pyprune.ops.arguments import FLOATS, check_matrix
+
 CHUNK = 2**24
 """Weights that are unpacked to bits at a time."""
 
@@ -165,12 +166,7 @@ def row_counts(mask: Tensor) -> Tensor:
 
 def pack_bitmask(weight: Tensor) -> Packed:
     """``weight [out, in]`` (float32, bfloat16 or float16; any strides) packed as in the module's docstring."""
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"weight must be a torch.Tensor, got {type(weight).__name__}")
-    if weight.ndim != 2:
-        raise ValueError(f"weight must be a matrix, got shape {tuple(weight.shape)}")
-    if weight.dtype not in FLOATS:
-        raise TypeError(f"weight must be {' or '.join(str(d)[6:] for d in FLOATS)}, got {str(weight.dtype)[6:]}")
+    check_matrix("weight", weight)
     weight = weight.detach()
     rows, columns = weight.shape
     width = (columns + 7) // 8

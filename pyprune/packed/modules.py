@@ -82,10 +82,6 @@ class SparseLinear(nn.Module):
         return {**self.__dict__, "_packed": None}
 
 
-def is_packed_layer(module: nn.Module) -> bool:
-    return isinstance(module, SparseLinear)
-
-
 def parameter_count(model: nn.Module) -> int:
     """Parameters of a model, zeros that are not stored counted too."""
     left_out = sum(

@@ -7,7 +7,7 @@ from typing import Any
 from pyprune.config import ConfigError, PruneConfig
 from pyprune.data import calibration
 from pyprune.effects import needs_sequences, reads_sequences
-from pyprune.evaluation.perplexity import refuse_text
+from pyprune.evaluation.windows import refuse_text
 from pyprune.execution.run import Run
 from pyprune.execution.unopened import Unopened
 from pyprune.model import checkpoint

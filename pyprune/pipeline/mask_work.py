@@ -11,7 +11,7 @@ from pyprune.effects import needs_sequences, trains
 from pyprune.execution.error_probes import SELF_GENERATED, ErrorProbe, errors_of, make_probes, pass_dense, pass_pruned
 from pyprune.execution.executor import NO_ROOM, Activations
 from pyprune.execution.journal import Journal
-from pyprune.execution.lanes import Declined, with_smaller_batches
+from pyprune.execution.lanes import Declined, carried_through
 from pyprune.execution.progress import Progress
 from pyprune.execution.run import Findings, Run
 from pyprune.masks.block import gather, prune_block
@@ -151,7 +151,7 @@ class MaskWork:
                 going.add(probe.pruned, None if self.trainer else probe.pruned)
             return going
 
-        return with_smaller_batches(self.executor, self.found, index, lanes)
+        return carried_through(self.executor, self.found, index, lanes)
 
     def order_of(self, index: int, module: nn.Module, fit: Activations) -> GroupOrder:
         """Order of the groups of blocks like this one, the same in all processes."""

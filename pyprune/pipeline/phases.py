@@ -26,7 +26,8 @@ from pyprune.data.calibration import CalibrationData
 from pyprune.effects import needs_sequences, reads_sequences
 from pyprune.evaluation import domains
 from pyprune.evaluation.block_by_block import Meter
-from pyprune.evaluation.perplexity import Text, refuse_text, warnings_for
+from pyprune.evaluation.perplexity import warnings_for
+from pyprune.evaluation.windows import Text, refuse_text
 from pyprune.execution.activation_store import Store
 from pyprune.execution.device import pick_dtype
 from pyprune.execution.executor import Executor, Resident

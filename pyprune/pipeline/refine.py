@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -12,9 +11,8 @@ from typing import Any
 import torch
 
 from pyprune import ops
-from pyprune.config import Calibration, ConfigError, Reconstruction, check_dtype, check_effects
+from pyprune.config import ConfigError, Reconstruction, check_dtype
 from pyprune.data import calibration as calibration_data
-from pyprune.data.calibration import CalibrationData
 from pyprune.execution import distributed
 from pyprune.execution.device import pick_device, pick_dtype
 from pyprune.execution.executor import Executor
@@ -22,19 +20,16 @@ from pyprune.execution.journal import Journal
 from pyprune.execution.progress import Progress
 from pyprune.execution.run import Findings
 from pyprune.keywords import refine_fields
-from pyprune.model.attributes import embedding_width, vocabulary_size
-from pyprune.model.blocks import ModelView, check_apart, check_finite, check_usable
-from pyprune.model.positions import positions_of
+from pyprune.model.blocks import ModelView, check_finite, check_usable
 from pyprune.packed.loading import opened
 from pyprune.pipeline.block_loop import Loop, run_blocks
 from pyprune.pipeline.prune import given_sections
+from pyprune.pipeline.refine_checkpoint import refine_checkpoint
 from pyprune.pipeline.refine_request import Refinement, live, recipe
 from pyprune.pipeline.refine_work import RefineWork
-from pyprune.pipeline.sequences import add_generated, lengths_of
+from pyprune.pipeline.sequences import sequences_of_pair
 from pyprune.pipeline.session import settle_backends
 from pyprune.pipeline.tracking import Track, tracker
-
-NO_EFFECT = (lambda _: False, "refining solves no layers, it trains; only pyprune prune uses it")
 
 
 def refine(
@@ -120,7 +115,7 @@ def _refine_live(
     for view in views:
         check_usable(view)
         check_finite(view.model.state_dict().items())
-    data = sequences_for(*views, request.calibration, tokenizer, request.reconstruction, request.seed)
+    data = sequences_of_pair(*views, request, tokenizer)
     world, failed = distributed.start(), True
     found, journal = Findings(warnings=list(data.warnings)), Journal(None)
     try:
@@ -128,17 +123,7 @@ def _refine_live(
         backends = settle_backends(journal, world, where, repeated=request.backends, warn=found.warn)
         dtype = pick_dtype(check_dtype(request.compute_dtype, "compute_dtype"))
         executors = [Executor(view, device=where, compute_dtype=dtype, world=world, warn=found.warn) for view in views]
-        work = RefineWork(
-            executors[0],
-            executors[1],
-            data,
-            request.reconstruction,
-            cross_block=request.cross_block,
-            global_propagation=request.global_propagation,
-            seed=request.seed,
-            found=found,
-            journal=journal,
-        )
+        work = RefineWork(executors[0], executors[1], data, request, found, journal)
         with (
             ops.pinned(backends),
             tracker(track, world.leads) as told,
@@ -179,8 +164,6 @@ def _sections(calibration: Any, settings: Reconstruction | None, fields: dict) -
 
 def _refine_folder(folder: str | Path | None, output: str | Path | None, **fields: Any) -> list[dict]:
     """Refine a checkpoint; what was measured lies in the output's ``refinement.json``."""
-    from pyprune.pipeline.refine_checkpoint import refine_checkpoint
-
     if folder is None and fields["config"] is None:
         raise ConfigError("refine needs the pruned model: a live one, a result, a folder, or config=, a refine.yaml")
     if output is None:
@@ -191,40 +174,3 @@ def _refine_folder(folder: str | Path | None, output: str | Path | None, **field
     if fields["dense"] is not None and not isinstance(fields["dense"], (str, Path)):
         raise ConfigError("the dense model of a folder is named, by a folder, a Hub id or a .gguf file")
     return refine_checkpoint(folder, output, **fields)["windows"]
-
-
-def sequences_for(
-    pruned: ModelView,
-    dense: ModelView,
-    calibration,
-    tokenizer,
-    settings: Reconstruction,
-    seed: int,
-    progress: Callable[[int, int], None] | None = None,
-) -> CalibrationData:
-    """Calibration and held-out sequences for a pair of models; ConfigError where anything does not fit."""
-    sizes = [(len(view.blocks), vocabulary_size(view.model), embedding_width(view.model)) for view in (pruned, dense)]
-    if sizes[0] != sizes[1]:
-        raise ConfigError(
-            "the pruned and the dense model must have the same blocks, vocabulary and hidden size, got "
-            f"{sizes[0]} and {sizes[1]}"
-        )
-    check_apart(pruned, dense)
-    chosen: Calibration = calibration_data.coerce(calibration)
-    if chosen.seed is None:
-        chosen = dataclasses.replace(chosen, seed=seed)
-    check_effects(chosen, {"self_generated_for": NO_EFFECT}, "calibration")
-    check_effects(settings, {"layerwise_target": NO_EFFECT}, "reconstruction")
-    data = calibration_data.load(
-        chosen, tokenizer, encoder=pruned.is_encoder, vocab_size=sizes[0][1], model_config=pruned.model.config
-    )
-    if positions := positions_of(pruned):
-        positions.check(lengths_of(data, chosen), "calibration sequences", "seq_len", data.warnings.append)
-    if chosen.self_generated:
-        add_generated(data, chosen, dense.model, tokenizer, progress)
-    if (settings.select == "validation" or settings.early_stop) and not data.held_out:
-        raise ConfigError(
-            "select='validation' and early_stop need held-out sequences: set held_out above 0, or give "
-            "more calibration text"
-        )
-    return data

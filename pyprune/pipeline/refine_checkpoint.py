@@ -7,14 +7,18 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from pyprune import ops
+from pyprune.data.calibration import CalibrationData
 from pyprune.data.texts import check_there
 from pyprune.evaluation import domains
 from pyprune.evaluation.block_by_block import Meter
-from pyprune.evaluation.perplexity import refuse_text, warnings_for, windows_of
+from pyprune.evaluation.perplexity import warnings_for
+from pyprune.evaluation.windows import Text, refuse_text, windows_of
+from pyprune.execution.activation_store import Store
 from pyprune.execution.device import pick_device, pick_dtype
 from pyprune.execution.distributed import World
 from pyprune.execution.executor import Executor
@@ -29,17 +33,14 @@ from pyprune.model.positions import positions_of
 from pyprune.packed.files import pack_here
 from pyprune.pipeline.block_loop import Loop, run_blocks
 from pyprune.pipeline.opening import samples_itself
-from pyprune.pipeline.refine import sequences_for
 from pyprune.pipeline.refine_request import RECIPE, RECORD, Request, card_line, recipe, requested
 from pyprune.pipeline.refine_work import RefineWork
+from pyprune.pipeline.sequences import sequences_of_pair
 from pyprune.pipeline.session import begin, kept, make_store, settle_backends
 from pyprune.pipeline.tracking import Track, outcome, tracker
 from pyprune.reporting.card import model_card
 from pyprune.reporting.comparison import read as read_report
-from pyprune.reporting.record import (
-    compared,
-    data_identity,
-)
+from pyprune.reporting.record import compared, data_identity
 from pyprune.reporting.rendering import perplexity_text, source_text, windows_text
 from pyprune.reporting.run_page import write_run_page
 
@@ -76,15 +77,70 @@ def refine_checkpoint(
         check_there(source)
     with journaled(request.output, resume) as (world, journal), tracker(track, world.leads) as told:
         world.lead(lambda: journal.check_settings(request.identity()))
-        return _refine(request, world, journal, progress and world.leads, told)
+        return _refine(Session(request, world, journal, progress and world.leads, told))
 
 
-def _refine(request: Request, world: World, journal: Journal, progress: bool, track: Track) -> dict:
+@dataclass(frozen=True, eq=False)
+class Session:
+    """One refinement while it lasts: what is asked, where it is journaled, who computes, and what it has found."""
+
+    request: Request
+    world: World
+    journal: Journal
+    progress: bool
+    """Whether this process shows how far it is."""
+    track: Track
+    found: Findings = field(default_factory=Findings)
+
+    def doing(self, text: str, enabled: bool = True, said: bool = True) -> Doing:
+        return Doing(text, self.progress and enabled, LABEL, said=said)
+
+
+@dataclass(frozen=True, eq=False)
+class Material:
+    """What a refinement begins with."""
+
+    pruned: Opened
+    dense: Opened
+    tokenizer: Any
+    data: CalibrationData
+    texts: list[Text]
+    """Of the evaluation."""
+    backends: dict
+    """What each op takes."""
+
+
+def _refine(session: Session) -> dict:
     """Open both models, measure them, refine one, measure it again, write it."""
-    started, found = time.perf_counter(), Findings()
-    where, dtype = pick_device(request.device), pick_dtype(request.compute_dtype)
-    header, pin = world.same(journal.header), where.type == "cuda"
-    with found.clock("load"), Doing(f"loading {request.pruned} and {request.original}", progress, LABEL):
+    started, request, world, journal = time.perf_counter(), session.request, session.world, session.journal
+    material = _prepare(session)
+    _register(session, material)
+    if world.same(journal.complete):
+        world.lead(journal.publish)
+        return json.loads((Path(request.output).expanduser() / RECORD).read_text())
+    found, pruned = session.found, material.pruned
+    found.warnings += [*pruned.origin.notes, *material.data.warnings]
+    where = pick_device(request.device)
+    store = make_store(request.memory_budget_gb, journal.folder if journal.keeps else None, where)
+    meter = Meter(material.texts, request.evaluation, where, store, world)
+    measured = _measure_both(session, material, meter)
+    work = _train(session, material, store, afterwards=sum(row["seconds"] for row in measured["pruned"]))
+    with found.clock("evaluation"), session.doing("measuring the refined model", bool(material.texts)) as doing:
+        measured["refined"] = meter(pruned.model, pruned.weights, doing)
+    result = _result(session, material, work, measured, meter.notes)
+    result["seconds"] = time.perf_counter() - started
+    blocks = BlockShards(pruned.view.path, journal.shards())
+    world.lead(
+        lambda: journal.finish(lambda folder: _fill(folder, pruned, blocks, material.tokenizer, request, result))
+    )
+    return result
+
+
+def _prepare(session: Session) -> Material:
+    """Open both models, read the texts, choose the back-ends."""
+    request, found = session.request, session.found
+    header, pin = session.world.same(session.journal.header), pick_device(request.device).type == "cuda"
+    with found.clock("load"), session.doing(f"loading {request.pruned} and {request.original}"):
         pruned = open_checkpoint(request.pruned, request.dtype, request.stream, None, header.get("streamed"), pin)
         dense = open_checkpoint(
             request.original,
@@ -95,10 +151,8 @@ def _refine(request: Request, world: World, journal: Journal, progress: bool, tr
             pin,
         )
     tokenizer = pruned.tokenizer or dense.tokenizer
-    with found.clock("calibration"), Doing("making calibration sequences", progress, LABEL, said=False) as doing:
-        data = sequences_for(
-            pruned.view, dense.view, request.calibration, tokenizer, request.reconstruction, request.seed, doing
-        )
+    with found.clock("calibration"), session.doing("making calibration sequences", said=False) as doing:
+        data = sequences_of_pair(pruned.view, dense.view, request, tokenizer, doing)
         refuse_text(request.evaluation, pruned.view)
         texts = windows_of(
             domains.of_run(request.evaluation, request.calibration),
@@ -110,79 +164,86 @@ def _refine(request: Request, world: World, journal: Journal, progress: bool, tr
             positions=positions_of(pruned.view),
             warn=found.warn,
         )
-    with Doing("checking and timing the back-ends of this machine", progress, LABEL, said=False):
-        backends = settle_backends(journal, world, where, repeated=request.backends, warn=found.warn)
+    with session.doing("checking and timing the back-ends of this machine", said=False):
+        backends = settle_backends(
+            session.journal, session.world, pick_device(request.device), repeated=request.backends, warn=found.warn
+        )
+    return Material(pruned, dense, tokenizer, data, texts, backends)
+
+
+def _register(session: Session, material: Material) -> None:
+    """Record in the journal what this refinement is, or compare it with the interrupted one."""
+    pruned, dense = material.pruned, material.dense
     identity = {
-        "settings": request.identity(),
-        "data": data_identity(data, [text.windows for text in texts]),
+        "settings": session.request.identity(),
+        "data": data_identity(material.data, [text.windows for text in material.texts]),
         "model": pruned.identity(),
         "dense": dense.identity(),
     }
     begin(
-        journal,
-        world,
+        session.journal,
+        session.world,
         identity,
         len(pruned.view.blocks),
         streamed=pruned.weights.streamed,
         dense_streamed=dense.weights.streamed,
-        backends=backends,
-        config=request.record(),
+        backends=material.backends,
+        config=session.request.record(),
     )
-    if world.same(journal.complete):
-        world.lead(journal.publish)
-        return json.loads((Path(request.output).expanduser() / RECORD).read_text())
-    found.warnings += [*pruned.origin.notes, *data.warnings]
-    store = make_store(request.memory_budget_gb, journal.folder if journal.keeps else None, where)
-    meter = Meter(texts, request.evaluation, where, store, world)
-    with found.clock("evaluation"):
-        measured = kept(
-            journal,
-            world,
+
+
+def _measure_both(session: Session, material: Material, meter: Meter) -> dict[str, list[dict]]:
+    """Perplexity of the dense and of the pruned model, one row per text."""
+    models = {"dense": material.dense, "pruned": material.pruned}
+    with session.found.clock("evaluation"):
+        return kept(
+            session.journal,
+            session.world,
             "measured",
-            lambda doing: {
-                name: meter(one.model, one.weights, doing) for name, one in (("dense", dense), ("pruned", pruned))
-            },
-            Doing("measuring the dense and the pruned model", progress and bool(texts), LABEL),
+            lambda doing: {name: meter(one.model, one.weights, doing) for name, one in models.items()},
+            session.doing("measuring the dense and the pruned model", bool(material.texts)),
         )
-    executors = [
+
+
+def _train(session: Session, material: Material, store: Store, afterwards: float) -> RefineWork:
+    """The loop over the blocks. afterwards: seconds of what follows it."""
+    request, world, journal, found = session.request, session.world, session.journal, session.found
+    pruned, dense = (
         Executor(
-            one.view, device=where, compute_dtype=dtype, weights=one.weights, store=store, world=world, warn=found.warn
+            one.view,
+            device=pick_device(request.device),
+            compute_dtype=pick_dtype(request.compute_dtype),
+            weights=one.weights,
+            store=store,
+            world=world,
+            warn=found.warn,
         )
-        for one in (pruned, dense)
-    ]
-    with (
-        Progress(
-            len(pruned.view.blocks),
-            label=LABEL,
-            enabled=progress,
-            afterwards=sum(row["seconds"] for row in measured["pruned"]),
-        ) as bar,
-        ops.pinned(backends),
-        journal.interruptible(follow=world.size > 1),
-    ):
-        work = RefineWork(
-            executors[0],
-            executors[1],
-            data,
-            request.reconstruction,
-            cross_block=request.cross_block,
-            global_propagation=request.global_propagation,
-            seed=request.seed,
-            found=found,
-            journal=journal,
-        )
-        run_blocks(Loop(executors[0], journal, found, world, request.seed, request.output, track), work, bar)
-    with found.clock("evaluation"), Doing("measuring the refined model", progress and bool(texts), LABEL) as doing:
-        measured = {**measured, "refined": meter(pruned.model, pruned.weights, doing)}
+        for one in (material.pruned, material.dense)
+    )
+    bar = Progress(len(pruned.view.blocks), label=LABEL, enabled=session.progress, afterwards=afterwards)
+    with bar, ops.pinned(material.backends), journal.interruptible(follow=world.size > 1):
+        work = RefineWork(pruned, dense, material.data, request, found, journal)
+        run_blocks(Loop(pruned, journal, found, world, request.seed, request.output, session.track), work, bar)
+    return work
+
+
+def _result(
+    session: Session, material: Material, work: RefineWork, measured: dict[str, list[dict]], notes: list[str]
+) -> dict:
+    """What ``refinement.json`` holds, but for the seconds.
+
+    measured: rows of the dense, the pruned and the refined model. notes: of their evaluation.
+    """
+    request = session.request
     rows = compared(measured["dense"], measured["refined"])
     before = compared(measured["dense"], measured["pruned"])
     gap = domains.generalisation(rows)
-    track(len(pruned.view.blocks), outcome(rows))
-    result = {
+    session.track(len(material.pruned.view.blocks), outcome(rows))
+    return {
         "model": request.pruned,
         "dense": request.original,
         **request.asked(),
-        "fingerprint": data.fingerprint,
+        "fingerprint": material.data.fingerprint,
         "windows": [row for rows in work.windows for row in rows],
         "blocks": work.errors,
         "evaluation": [
@@ -190,23 +251,14 @@ def _refine(request: Request, world: World, journal: Journal, progress: bool, tr
             for row, was in zip(rows, before)
         ],
         "generalisation": gap,
-        "backends": backends,
-        "seconds": time.perf_counter() - started,
+        "backends": material.backends,
         "warnings": [
-            *found.warnings,
-            *meter.notes,
+            *session.found.warnings,
+            *notes,
             *(text for whose, found_rows in measured.items() for text in warnings_for(found_rows, whose)),
             *domains.gap_warning(gap),
         ],
     }
-    world.lead(
-        lambda: journal.finish(
-            lambda folder: _fill(
-                folder, pruned, BlockShards(pruned.view.path, journal.shards()), tokenizer, request, result
-            )
-        )
-    )
-    return result
 
 
 def _fill(folder: Path, opened: Opened, blocks: BlockShards, tokenizer, request: Request, found: dict) -> None:

@@ -11,7 +11,6 @@ import dataclasses
 import torch
 from torch import Tensor, nn
 
-from pyprune.config import Reconstruction
 from pyprune.data.calibration import CalibrationData
 from pyprune.execution.error_probes import ErrorProbe, errors_of, pass_pruned
 from pyprune.execution.executor import Activations, Executor
@@ -21,6 +20,7 @@ from pyprune.execution.run import Findings
 from pyprune.masks.statistics import ratio
 from pyprune.model.blocks import weights_of
 from pyprune.pipeline.block_loop import Written, read_back, settled_blocks, tensors_of
+from pyprune.pipeline.refine_request import Refinement
 from pyprune.reconstruction.trained_window import TrainedWindow
 from pyprune.reconstruction.training import Trace, train, window_error_sums
 from pyprune.reconstruction.windows import parameter_masks, training_dtype
@@ -38,17 +38,13 @@ class RefineWork:
         pruned: Executor,
         dense: Executor,
         data: CalibrationData,
-        settings: Reconstruction,
-        *,
-        cross_block: bool,
-        global_propagation: bool,
-        seed: int,
+        request: Refinement,
         found: Findings,
         journal: Journal,
     ):
-        """settings: steps, learning rate, selection. global_propagation: targets are the dense model's own stream."""
-        self.pruned, self.dense, self.data, self.settings = pruned, dense, data, settings
-        self.cross, self.propagate, self.seed = cross_block, global_propagation, seed
+        """request: says how to train, and whether the targets are the dense model's own stream."""
+        self.pruned, self.dense, self.data, self.settings = pruned, dense, data, request.reconstruction
+        self.cross, self.propagate, self.seed = request.cross_block, request.global_propagation, request.seed
         self.found, self.journal = found, journal
         self.world, self.view, self.blocks = pruned.world, pruned.view, pruned.view.blocks
         self.last = len(self.blocks) - 1

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 from torch import nn
 
-from pyprune.config import Calibration, PruneConfig
+from pyprune.config import Calibration, ConfigError, PruneConfig, check_effects
 from pyprune.data import calibration
 from pyprune.data.calibration import CalibrationData
 from pyprune.data.self_generated import generate
 from pyprune.effects import needs_sequences, reads_sequences, watches
 from pyprune.evaluation import domains
-from pyprune.evaluation.perplexity import Text, windows_of
-from pyprune.model.attributes import begin_text, vocabulary_size
-from pyprune.model.blocks import ModelView
-from pyprune.model.positions import Positions
+from pyprune.evaluation.windows import Text, windows_of
+from pyprune.model.attributes import begin_text, embedding_width, vocabulary_size
+from pyprune.model.blocks import ModelView, check_apart
+from pyprune.model.positions import Positions, positions_of
+from pyprune.pipeline.refine_request import Refinement
 from pyprune.pipeline.session import Session
+
+UNUSED_IN_REFINEMENT = (lambda _: False, "refining solves no layers, it trains; only pyprune prune uses it")
 
 
 def sequences_of(
@@ -84,6 +88,45 @@ def calibration_data(
     )
 
 
+def sequences_of_pair(
+    pruned: ModelView,
+    dense: ModelView,
+    request: Refinement,
+    tokenizer,
+    progress: Callable[[int, int], None] | None = None,
+) -> CalibrationData:
+    """Calibration and held-out sequences of a refinement; ConfigError where anything does not fit the two models.
+
+    progress: called with the generated sequences done and all there are.
+    """
+    settings = request.reconstruction
+    sizes = [(len(view.blocks), vocabulary_size(view.model), embedding_width(view.model)) for view in (pruned, dense)]
+    if sizes[0] != sizes[1]:
+        raise ConfigError(
+            "the pruned and the dense model must have the same blocks, vocabulary and hidden size, got "
+            f"{sizes[0]} and {sizes[1]}"
+        )
+    check_apart(pruned, dense)
+    chosen = calibration.coerce(request.calibration)
+    if chosen.seed is None:
+        chosen = dataclasses.replace(chosen, seed=request.seed)
+    check_effects(chosen, {"self_generated_for": UNUSED_IN_REFINEMENT}, "calibration")
+    check_effects(settings, {"layerwise_target": UNUSED_IN_REFINEMENT}, "reconstruction")
+    data = calibration.load(
+        chosen, tokenizer, encoder=pruned.is_encoder, vocab_size=sizes[0][1], model_config=pruned.model.config
+    )
+    if positions := positions_of(pruned):
+        positions.check(lengths_of(data, chosen), "calibration sequences", "seq_len", data.warnings.append)
+    if chosen.self_generated:
+        add_generated(data, chosen, dense.model, tokenizer, progress)
+    if (settings.select == "validation" or settings.early_stop) and not data.held_out:
+        raise ConfigError(
+            "select='validation' and early_stop need held-out sequences: set held_out above 0, or give "
+            "more calibration text"
+        )
+    return data
+
+
 def lengths_of(data: CalibrationData, settings: Calibration) -> list[int]:
     """Tokens of all sequences, those still to be generated too."""
     return [len(row) for row in data.sequences + data.held_out] + [settings.tokens] * bool(settings.self_generated)
@@ -109,7 +152,7 @@ def add_generated(
         path=settings.self_generated_path,
         progress=progress,
     )
-    data.description += f"; {len(sequences)} self-generated sequences of {settings.seq_len} tokens"
+    data.description += f"; {len(sequences)} self-generated sequences of {settings.tokens} tokens"
     if len(calibration.bos_prefix(tokenizer)):
         data.warnings.append(
             f"the self-generated sequences do not begin with {begin_text(tokenizer)!r}, with which "

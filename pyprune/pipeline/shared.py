@@ -10,7 +10,7 @@ from typing import TypeVar
 from pyprune.config import PruneConfig
 from pyprune.data.calibration import fingerprint
 from pyprune.effects import needs_sequences, reads_sequences, watches
-from pyprune.evaluation.perplexity import Text
+from pyprune.evaluation.windows import Text
 
 T = TypeVar("T")
 

@@ -17,7 +17,7 @@ from pyprune.effects import observes
 from pyprune.execution.error_probes import ErrorProbe, errors_of, make_probes, pass_dense, pass_pruned
 from pyprune.execution.executor import NO_ROOM, Activations
 from pyprune.execution.journal import Journal
-from pyprune.execution.lanes import Declined, with_smaller_batches
+from pyprune.execution.lanes import Declined, carried_through
 from pyprune.execution.progress import Progress
 from pyprune.execution.run import Findings, Run
 from pyprune.pipeline.block_loop import Written
@@ -133,7 +133,7 @@ class StructuredWork:
                 return going
 
             try:
-                picks: list[Pick] = with_smaller_batches(self.executor, self.found, index, lanes)
+                picks: list[Pick] = carried_through(self.executor, self.found, index, lanes)
             except Declined as declined:
                 self.orders[key] = StopOrder(trouble=str(declined))
             else:

@@ -16,11 +16,14 @@ from torch import nn
 from pyprune.config import PruneConfig
 from pyprune.effects import needs_factor, trains
 from pyprune.evaluation.domains import of_run
-from pyprune.evaluation.perplexity import POSITIONS, count_windows
+from pyprune.evaluation.perplexity import POSITIONS
+from pyprune.evaluation.windows import count_windows
 from pyprune.execution.activation_store import DEPTH
 from pyprune.execution.device import cpu_has_bfloat16
 from pyprune.execution.executor import target_tokens
+from pyprune.execution.replays import switched_on
 from pyprune.masks.refit import NARROW, SYSTEM_ELEMENTS, USUAL_STEPS
+from pyprune.masks.solvers import PANEL_BLOCKS
 from pyprune.model import assembly
 from pyprune.model.attributes import active_share, attention_size, embedding_width, output_layer, vocabulary_size
 from pyprune.model.blocks import ModelView, WeightRef, weights_of
@@ -137,10 +140,10 @@ def refit_flops(rows: int, columns: int) -> float:
     return rows * columns**3 / 3 if columns <= NARROW else 2 * rows * columns**2 * USUAL_STEPS
 
 
-def solve_bytes(x: Input, config: PruneConfig) -> int:
+def solve_bytes(x: Input, config: PruneConfig, recorded: bool = False) -> int:
     """Bytes that solving the weights of one input takes beside their Gram and the masks: while it is factored three
     matrices of its width; then the factor, all of the weights that are swept together, with targets of the dense stream
-    twice, and what one of them needs by itself."""
+    twice, and what one of them needs by itself. recorded: they lie in rooms that :func:`room_bytes` counts."""
     columns, largest = x.width, max(x.rows) * x.width
     if config.is_structured:
         return max(12 * columns**2, 4 * columns**2 + 12 * largest)
@@ -149,9 +152,22 @@ def solve_bytes(x: Input, config: PruneConfig) -> int:
     towards_dense = config.global_propagation and (
         not trains(config) or config.reconstruction.layerwise_target == "dense"
     )
-    stack = 4 * (1 + towards_dense) * sum(x.rows) * columns
+    stack = 4 * (1 + towards_dense - recorded) * sum(x.rows) * columns
     own = refit_bytes(max(x.rows), columns) if config.reconstruct == "refit" else 8 * largest
     return max(12 * columns**2, 4 * columns**2 + stack + own)
+
+
+def records(view: ModelView, config: PruneConfig) -> bool:
+    """Whether a GPU's kernels are recorded in a second block, if it is them that sweep."""
+    return switched_on() and needs_factor(config) and not config.is_structured and len(view.order) > 1
+
+
+def room_bytes(found: list[Input], config: PruneConfig) -> int:
+    """Bytes that recorded sweeps keep from block to block: rooms of weights, mask and factor, each as large as the
+    largest, and memory of their own for the masks of the column blocks, once more together, and a panel's errors."""
+    largest = max((sum(x.rows) * x.width for x in found), default=0)
+    panel = max((sum(x.rows) * min(PANEL_BLOCKS * config.column_block, x.width) for x in found), default=0)
+    return (4 + 1 + 2) * largest + 8 * panel + 4 * max((x.width**2 for x in found), default=0)
 
 
 def refit_bytes(rows: int, columns: int) -> int:
@@ -252,7 +268,8 @@ def memory_of(
         block["weights"] = everything * own.itemsize
     elif gpu:  # and the next block is on its way
         block["block"] = (window + 1) * largest * compute.itemsize
-    grams, inputs, solve, widest = 0, 0, 0, widest_input(view, selected)
+    grams, inputs, solve, rooms, widest = 0, 0, 0, 0, widest_input(view, selected)
+    recorded = gpu and records(view, config)
     stored, paused = activations_of(view, selected, config, compute, budget, room if gpu else None)
     host["activations"] = int(min(budget, stored))
     for one, refs, _ in kinds(view, selected):
@@ -261,11 +278,13 @@ def memory_of(
         factors = needs_factor(config) or config.is_structured
         grams = max(grams, sum(4 * x.width**2 * x.count for x in found) if factors else 0)
         masks = sum(rows * columns for rows, columns in shapes_of(one, refs))
-        solve = max([solve, *(masks + solve_bytes(x, config) for x in found)])
+        solve = max([solve, *(masks + solve_bytes(x, config, recorded) for x in found)])
+        rooms = max(rooms, room_bytes(found, config) if recorded else 0)
     kept = {
         "statistics": grams,
         "probes": probe_sequences(config) * calibration.tokens * inputs * compute.itemsize,
         "paused_passes": int(paused),
+        "recorded_sweeps": rooms,
     }
     ring = 2 * DEPTH * hidden if gpu else 0
     moments = [
@@ -274,7 +293,13 @@ def memory_of(
     ]
     if trains(config):
         micro = (config.reconstruction.micro_batch_size or config.reconstruction.batch_size) * calibration.tokens
-        moments.append({**block, "training": window * (20 * largest + 4 * micro * (6 * widest + 12 * hidden))})
+        moments.append(
+            {
+                **block,
+                "recorded_sweeps": rooms,
+                "training": window * (20 * largest + 4 * micro * (6 * widest + 12 * hidden)),
+            }
+        )
     evaluated = {**host, "activations": 0, "evaluation": evaluation_bytes(view, config, streamed, widest, windows)}
     hosts = [host, evaluated] if gpu else [evaluated, *({**host, **moment} for moment in moments)]
     return _peak(hosts), _peak(moments) if gpu else {}

@@ -18,7 +18,7 @@ from pyprune.config import ConfigError, Evaluation, PruneConfig
 from pyprune.data import calibration
 from pyprune.data.given import token_rows
 from pyprune.effects import reads_sequences
-from pyprune.evaluation.perplexity import refuse_text, window_tokens
+from pyprune.evaluation.windows import refuse_text, window_tokens
 from pyprune.execution.activation_store import available_memory
 from pyprune.execution.device import pick_device, pick_dtype
 from pyprune.execution.executor import SHARE, Resident
@@ -32,7 +32,7 @@ from pyprune.pipeline.checks import check_weights
 from pyprune.pipeline.opening import models_whole, why_not_streamed
 from pyprune.pipeline.phases import models_held
 from pyprune.pipeline.prune import make_config
-from pyprune.pipeline.sparsities import Rules, check_patterns, kinds_for, weights_and_keys
+from pyprune.pipeline.sparsities import Rules, Selected, check_patterns, kinds_for, weights_and_keys
 from pyprune.planning.costs import (
     activations_of,
     disk_of,
@@ -91,8 +91,8 @@ def plan(
         checkpoint.check_output(config.output, allow=(".pyprune",))
     unopened = Unopened(name, config.dtype)
     view = unopened.view
-    selected = targeted = select_weights(view, config.targets, config.ignore)
-    check_weights(view, selected, config)
+    targeted = select_weights(view, config.targets, config.ignore)
+    check_weights(view, targeted, config)
     refuse_text(config.evaluation, view)
     device = pick_device(config.device)
     gpu = device.type == "cuda"
@@ -107,19 +107,7 @@ def plan(
     if positions and not view.is_encoder and reads_sequences(config) and kinds_of(config.calibration.source) != {"ids"}:
         positions.check([config.calibration.tokens], "calibration sequences", "seq_len", lambda message: None)
     windows = evaluation_windows(view, config, functools.partial(_tokenizer, unopened))
-    achieved, rules = [], None
-    if config.is_structured:
-        few = find_groups(small, config.pattern, config.structured.head_scope)
-        groups, keys = groups_and_keys(view, [few[min(i, len(few) - 1)] for i in range(len(view.blocks))], config)
-        achieved = [] if narrowed else foreseen(groups, config, keys)
-        paths = [group_paths([block]) for block in groups]
-        selected = [[ref for ref in refs if ref.path in own] for refs, own in zip(targeted, paths)]
-    elif config.sparsity_by_name:
-        check_patterns(view, selected, config)
-        alike = {path: kind for block in kinds_for(small, config, Resident()) for path, kind in block.items()}
-        selected, rules = weights_and_keys(view, selected, config, [alike for _ in view.blocks])
-        check_weights(view, selected, config, rules)
-        achieved = [{"asked": config.sparsity, "removed": {}, "notes": [], "by_key": _by_key(view, config, rules)}]
+    selected, rules, achieved = _to_prune(view, targeted, config, small, narrowed)
     weights, work = _weights(view, selected, targeted, config), work_of(view, selected, config)
     memory = available_memory()
     free = {"memory": memory, "device": torch.cuda.mem_get_info(device)[0] if gpu else None}
@@ -148,7 +136,7 @@ def plan(
         "compute_dtype": str(compute)[6:],
         "weights": weights,
         "coverage": view.coverage(selected),
-        "achieved": achieved or [{"asked": s, "removed": {}, "notes": []} for s in config.sparsities],
+        "achieved": achieved,
         "patterns": _patterns(view, config),
         "memory_bytes": {**host, "total": sum(host.values())},
         "device_memory_bytes": {**on_device, "total": sum(on_device.values())} if gpu else None,
@@ -166,6 +154,28 @@ def plan(
         "flops": flops_of(view, work, config, windows),
         "seconds": {**seconds, "total": sum(seconds.values())},
     }
+
+
+def _to_prune(
+    view: ModelView, targeted: Selected, config: PruneConfig, small: ModelView, narrowed: bool
+) -> tuple[Selected, Rules | None, list[dict]]:
+    """Per block, the weights of those ``targeted`` that the run prunes; of sparsities by name the key of each; per
+    sparsity what was asked and what goes. small: the rehearsal model; narrowed: its sizes are not the model's."""
+    unknown: list[dict] = [{"asked": s, "removed": {}, "notes": []} for s in config.sparsities]
+    if config.is_structured:
+        few = find_groups(small, config.pattern, config.structured.head_scope)
+        groups, keys = groups_and_keys(view, [few[min(i, len(few) - 1)] for i in range(len(view.blocks))], config)
+        paths = [group_paths([block]) for block in groups]
+        selected = [[ref for ref in refs if ref.path in own] for refs, own in zip(targeted, paths)]
+        return selected, None, unknown if narrowed else foreseen(groups, config, keys)
+    if not config.sparsity_by_name:
+        return targeted, None, unknown
+    check_patterns(view, targeted, config)
+    alike = {path: kind for block in kinds_for(small, config, Resident()) for path, kind in block.items()}
+    selected, rules = weights_and_keys(view, targeted, config, [alike for _ in view.blocks])
+    check_weights(view, selected, config, rules)
+    row = {"asked": config.sparsity, "removed": {}, "notes": [], "by_key": _by_key(view, config, rules)}
+    return selected, rules, [row]
 
 
 def _window(evaluation: Evaluation, positions: Positions | None) -> int:

@@ -281,13 +281,6 @@ def window_error_sums(
         return torch.stack([(target - out).square().sum(), target.square().sum()]).double()
 
     sums = torch.zeros(2, dtype=torch.float64, device=executor.device)
-    for batch, hidden in executor.stream(inputs):
-        parts = [(batch, hidden)]
-        while parts:
-            part, x = parts.pop(0)
-            found = executor.attempt(functools.partial(measured, part, x))
-            if found is NO_ROOM:
-                parts[:0] = executor.halve(part, x, indices[0])
-            else:
-                sums += found
+    for _, found in executor.in_parts(inputs, indices[0], measured):
+        sums += found
     return sums

@@ -6,6 +6,7 @@
 ``card``             README.md of a pruned checkpoint
 ``page``             parts of a self-contained HTML page: figures, tables, charts
 ``quantiles``        how errors spread over tokens and sequences, as bands and as a picture
+``plotting``         matplotlib, for the pictures that are files
 ``run_page``         ``report.html``
 ``comparison``       ``pyprune.compare``: reports side by side
 ``comparison_page``  the same as a page

@@ -34,7 +34,6 @@ def model_card(report: dict, name: str, picture: str | None = None) -> str:
     """
     config, model = report["config"], report["model"]
     encoder = not report.get("evaluation") and not model["architecture"].endswith(("ForCausalLM", "LMHeadModel"))
-    auto = "AutoModel" if encoder else "AutoModelForCausalLM"
     lines = [
         "---",
         "library_name: transformers",
@@ -56,32 +55,8 @@ def model_card(report: dict, name: str, picture: str | None = None) -> str:
         lines += _perplexities(report)
     lines += _gain(report.get("gain"), picture)
     lines += _tasks(report.get("tasks"))
-    own = bool((report.get("structured") or {}).get("layout"))
+    lines += _use(report, name, "AutoModel" if encoder else "AutoModelForCausalLM")
     lines += [
-        "## Use",
-        "",
-        "```python",
-        *(
-            ["import pyprune", "", f'model, tokenizer = pyprune.load("{name}")']
-            if own
-            else [
-                f"from transformers import {auto}, AutoTokenizer",
-                "",
-                f'model = {auto}.from_pretrained("{name}", dtype="auto")',
-                f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
-            ]
-        ),
-        "```",
-        "",
-        *(
-            [
-                f"Only pyprune loads this model, a stock config cannot say its sizes: "
-                f"{report['structured']['reason']}.",
-                "",
-            ]
-            if own
-            else []
-        ),
         "A plain checkpoint stores zeros like any other number: it is not smaller, and by itself not faster, than the "
         "dense one. `pyprune pack` leaves them out."
         if config["pattern"] not in ("neurons", "heads", "structured")
@@ -107,6 +82,26 @@ def model_card(report: dict, name: str, picture: str | None = None) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _use(report: dict, name: str, auto: str) -> list[str]:
+    """How the model is loaded. auto: the class of transformers that loads one with a stock config."""
+    own = bool((report.get("structured") or {}).get("layout"))
+    lines = ["## Use", "", "```python"]
+    if own:
+        lines += ["import pyprune", "", f'model, tokenizer = pyprune.load("{name}")']
+    else:
+        lines += [
+            f"from transformers import {auto}, AutoTokenizer",
+            "",
+            f'model = {auto}.from_pretrained("{name}", dtype="auto")',
+            f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
+        ]
+    lines += ["```", ""]
+    if own:
+        reason = report["structured"]["reason"]
+        lines += [f"Only pyprune loads this model, a stock config cannot say its sizes: {reason}.", ""]
+    return lines
 
 
 def _files_text(model: dict) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pyprune.config import ConfigError
+from pyprune.reporting.plotting import pyplot
 
 
 def quantile_order(levels: Sequence[float]) -> tuple[list[int], list[tuple[int, int]]]:
@@ -36,13 +37,7 @@ def picture(reports: Sequence[tuple[str, dict]], path: str | Path) -> None:
     Per kind of text the median, and bands around it. Raises ConfigError without matplotlib, and where no report has
     quantiles.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ConfigError("a picture needs matplotlib: pip install matplotlib") from error
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     found = [
         (name, report) for name, report in reports if any(row.get("error_quantiles") for row in report["blocks"] or [])
     ]

@@ -9,8 +9,6 @@ import hashlib
 import inspect
 import math
 import platform
-import resource
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +18,7 @@ from torch import Tensor, nn
 from pyprune.config import Calibration, Evaluation, PruneConfig, to_dict
 from pyprune.data.calibration import CalibrationData, fingerprint
 from pyprune.data.given import contents
+from pyprune.execution.activation_store import peak_memory
 from pyprune.execution.error_probes import LEVELS
 from pyprune.execution.run import Findings, Run
 from pyprune.sources import in_memory, is_name, split
@@ -109,7 +108,6 @@ def build_report(
     """
     pruned_weights = sum(w["sparsity"] * w["shape"][0] * w["shape"][1] for w in found.weights)
     targeted = sum(w["shape"][0] * w["shape"][1] for w in found.weights)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     if coverage["fraction"] < 1:
         found.warn(
             f"{1 - coverage['fraction']:.1%} of the blocks' matrix weights were left dense: "
@@ -139,7 +137,7 @@ def build_report(
         "error_quantile_levels": list(LEVELS),
         **({"structured": structured} if structured else {}),
         "seconds": found.clock.seconds,
-        "peak_memory_bytes": peak,
+        "peak_memory_bytes": peak_memory(),
         "peak_device_memory_bytes": peak_device,
         "calibration": {
             "description": run.data.description,

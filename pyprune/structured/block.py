@@ -13,7 +13,7 @@ from pyprune import ops
 from pyprune.execution.executor import Activations, Batch, moved, named_tensors
 from pyprune.execution.residency import sent
 from pyprune.execution.run import Clock, Findings, Run
-from pyprune.masks.block import distrust
+from pyprune.execution.trust import distrust
 from pyprune.model.blocks import WeightRef
 from pyprune.ops import guards
 from pyprune.structured.allocation import choose
@@ -187,7 +187,7 @@ def repair_group(
             with ops.backend("reference"):
                 done = repaired()
             for op in sorted(wrong - done.wrong):
-                distrust(work.found, run.executor.device, index, op)
+                distrust(work.found.warn, run.executor.device, index, op)
     for warning in done.warnings:
         work.found.warn(f"{name} {warning}")
     row = {

@@ -113,7 +113,8 @@ def _said(edits: dict) -> str:
 def layout(model: nn.Module, path: str, attributes: list[dict[str, dict]], blocks: list[dict]) -> dict:
     """Plain description of a model whose blocks differ from its config, for ``pruning.json``.
 
-    path: of the block list; attributes: what :func:`slice_block` returned per block; blocks: sizes for the reader.
+    path: of the block list; attributes: per block, what :func:`pyprune.structured.slicing.slice_block` returned;
+    blocks: sizes for the reader.
     """
     dense = {n: tuple(p.shape) for n, p in empty_like(model, {}).named_parameters()}
     return {

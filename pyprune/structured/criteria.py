@@ -105,9 +105,10 @@ def fisher(layer: Scored) -> Tensor:
 def _inverse(layer: Scored) -> Tensor:
     """Damped inverse of the second moments, float64 ``[c, c]``."""
     h = layer.known().second(layer.centred)
-    mean = float(h.diagonal().mean()) or 1.0
-    h = h + OBS_DAMPING * mean * torch.eye(len(h), dtype=h.dtype, device=h.device)
-    return torch.cholesky_inverse(torch.linalg.cholesky(h))
+    mean = h.diagonal().mean()
+    h = h + OBS_DAMPING * torch.where(mean == 0, 1, mean) * torch.eye(len(h), dtype=h.dtype, device=h.device)
+    factor, info = torch.linalg.cholesky_ex(h)
+    return torch.cholesky_inverse(factor.masked_fill_(info != 0, torch.nan))  # which no score survives
 
 
 def obs(layer: Scored) -> Tensor:
@@ -115,14 +116,14 @@ def obs(layer: Scored) -> Tensor:
     inverse = _inverse(layer)
     if layer.group.width == 1:
         return layer.weight.double().square().sum(0) / inverse.diagonal()
-    return _block_scores(layer.weight.double(), inverse, layer.group.columns.to(inverse.device))
+    return _block_scores(layer.weight.double(), inverse, to_device(layer.group.columns, inverse.device))
 
 
 def _block_scores(weight: Tensor, inverse: Tensor, columns: Tensor) -> Tensor:
     """``tr(W_u [(H⁻¹)_uu]⁻¹ W_uᵀ)`` for units of several columns ``[units, width]``."""
     blocks = inverse[columns[:, :, None], columns[:, None, :]]
     w = weight.T[columns]  # [units, width, out]
-    return (w * torch.linalg.solve(blocks, w)).sum((1, 2))
+    return (w * torch.linalg.solve_ex(blocks, w)[0]).sum((1, 2))
 
 
 def obs_greedy(layer: Scored) -> Tensor:
@@ -131,33 +132,34 @@ def obs_greedy(layer: Scored) -> Tensor:
     Neurons go in blocks of ``BLOCK``, chosen one at a time with exact updates inside a pool of the ``POOL`` cheapest,
     then applied to the whole matrix by one product (a refactorisation per removal would cost c⁴).
     """
-    order, _ = greedy_order(layer.weight.double(), _inverse(layer), layer.group)
-    score = torch.empty(len(order), dtype=torch.float64)
-    score[order] = torch.arange(len(order), dtype=torch.float64)
-    return score
+    inverse = _inverse(layer)
+    order, losses = greedy_order(layer.weight.double(), inverse, layer.group)
+    score = torch.empty(len(order), dtype=torch.float64, device=order.device)
+    score[order] = torch.arange(len(order), dtype=torch.float64, device=order.device)
+    return torch.where(losses.isfinite().all(), score, torch.nan)
 
 
 def greedy_order(weight: Tensor, inverse: Tensor, group: Coupled) -> tuple[Tensor, Tensor]:
     """Units in order of removal, int64 ``[units]``, and the error each adds, float64. Both inputs are overwritten."""
     if group.width == 1:
         return _greedy_columns(weight, inverse)
-    columns = group.columns.to(weight.device)
-    left = torch.ones(group.units, dtype=torch.bool, device=weight.device)
+    columns = to_device(group.columns, weight.device)
+    alive = torch.arange(group.units, device=weight.device)
     order, losses = [], []
-    for _ in range(group.units):
-        alive = left.nonzero()[:, 0]
-        scores = _block_scores(weight, inverse, columns[alive])
-        best = int(alive[scores.argmin()])
+    while len(alive):  # nothing is read: what is left is one unit less, whichever it is
+        loss, place = _block_scores(weight, inverse, columns[alive]).min(0, keepdim=True)
+        best = alive[place]
         order.append(best)
-        losses.append(float(scores.min()))
-        left[best] = False
-        _downdate(weight, inverse, columns[best])
-    return torch.tensor(order), torch.tensor(losses, dtype=torch.float64)
+        losses.append(loss)
+        rest = torch.arange(len(alive) - 1, device=weight.device)
+        alive = alive[rest + (rest >= place)]
+        _downdate(weight, inverse, columns[best].flatten())
+    return torch.cat(order), torch.cat(losses)
 
 
 def _downdate(weight: Tensor, inverse: Tensor, gone: Tensor) -> None:
     """Remove columns: ``W −= W_S (H⁻¹_SS)⁻¹ H⁻¹_S·`` and the same for H⁻¹; removed entries become inert."""
-    factor = torch.linalg.cholesky(inverse[gone][:, gone])
+    factor, _ = torch.linalg.cholesky_ex(inverse[gone][:, gone])
     half = torch.linalg.solve_triangular(factor, inverse[gone], upper=False)  # [S, c]
     part = torch.linalg.solve_triangular(factor, weight[:, gone].T, upper=False)  # [S, out]
     weight.addmm_(part.T, half, alpha=-1)

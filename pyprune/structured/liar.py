@@ -22,8 +22,9 @@ from torch import Tensor
 
 from pyprune import ops
 from pyprune.ops import guards
+from pyprune.ops.guards import Verdicts, at_fault
 from pyprune.structured.groups import Coupled
-from pyprune.structured.moments import About, Split, at_fault, to_device
+from pyprune.structured.moments import About, Split, to_device
 
 GRID = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)
 """Candidate λ, relative to the mean diagonal of Σ_KK."""
@@ -213,16 +214,6 @@ class _Pieces:
         mean, mean_e = self.problem.moments.mean, self.problem.moments.mean_e
         shift = self.dropped_weight.double() @ mean[self.drop] - (weight - self.kept_weight).double() @ mean[self.keep]
         return (self.problem.bias.double() + shift + (0 if mean_e is None else mean_e)).float()
-
-
-class Verdicts:
-    """Collects what guards say of the ops of one repair."""
-
-    def __init__(self) -> None:
-        self.wrong: dict[str, Tensor] = {}
-
-    def add(self, op: str, bad: Tensor) -> None:
-        self.wrong[op] = self.wrong[op] | bad if op in self.wrong else bad
 
 
 def solve_damped(a: Tensor, b: Tensor, damping: Tensor, verdicts: Verdicts | None = None) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyprune import ops
 from pyprune.ops import guards
+from pyprune.ops.guards import at_fault
 
 FLUSH_TOKENS = 8192
 HELD_OUT_EVERY = 5
@@ -201,12 +202,6 @@ def to_device(index: Tensor, device: torch.device) -> Tensor:
 
 def _divisor(mass: Tensor) -> Tensor:
     return torch.where(mass == 0, 1, mass)
-
-
-def at_fault(told: Iterable[dict[str, Tensor]]) -> set[str]:
-    """Ops that any of these verdicts calls wrong; waits for the device once."""
-    flat = [(op, bad) for wrong in told for op, bad in wrong.items()]
-    return {op for (op, _), bad in zip(flat, torch.stack([bad for _, bad in flat]).tolist()) if bad} if flat else set()
 
 
 @dataclass(eq=False)

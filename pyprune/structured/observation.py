@@ -13,9 +13,10 @@ from pyprune import ops
 from pyprune.config import ConfigError
 from pyprune.execution.executor import Activations, Batch
 from pyprune.execution.run import Clock, Findings, Run
-from pyprune.masks.block import distrust
+from pyprune.execution.trust import distrust
+from pyprune.ops.guards import at_fault
 from pyprune.structured.groups import Coupled
-from pyprune.structured.moments import HELD_OUT_EVERY, Split, at_fault, balanced_weights, held_out_tokens, token_weights
+from pyprune.structured.moments import HELD_OUT_EVERY, Split, balanced_weights, held_out_tokens, token_weights
 from pyprune.structured.taps import Taps
 
 SAMPLED = 8
@@ -106,7 +107,7 @@ def observe_moments(
     kinds = [weighting(run.config.structured.token_weights, group) for group in groups]
     means = mean_powers(run, index, module, groups, stream) if "balanced" in kinds else None
     # a pass that takes the place of its own inputs cannot be made again
-    redo = None if target is None else functools.partial(distrust, found, run.executor.device, index)
+    redo = None if target is None else functools.partial(distrust, found.warn, run.executor.device, index)
 
     def observe() -> list[Observed]:
         observed = [
@@ -144,7 +145,7 @@ def observe_moments(
             observed = observe()
             still = at_fault(v for one in observed for v in one.split.verdicts())
         for op in sorted(wrong - still):
-            distrust(found, run.executor.device, index, op)
+            distrust(found.warn, run.executor.device, index, op)
     splits = [one.split for one in observed]
     share_moments(run, found.clock, index, groups, splits)
     return splits

@@ -17,15 +17,16 @@ from torch.nn import functional
 
 from pyprune import ops
 from pyprune.execution.executor import Activations, Batch, Executor
-from pyprune.execution.lanes import Declined, Lane, Lanes, TooLarge, changed_attribute
+from pyprune.execution.lanes import Declined, Lane, Lanes, Refuted, TooLarge, changed_attribute
 from pyprune.execution.spilling import Alive
-from pyprune.masks.block import distrust
+from pyprune.execution.trust import distrust
 from pyprune.model.blocks import WeightRef
 from pyprune.model.routing import expert_lists
 from pyprune.model.watching import Watch
+from pyprune.ops.guards import at_fault
 from pyprune.structured.block import StructuredRun, pick_units
 from pyprune.structured.groups import Coupled
-from pyprune.structured.moments import Split, at_fault
+from pyprune.structured.moments import Split
 from pyprune.structured.observation import Observed, held_of, sampled, share_moments, weighting
 from pyprune.structured.slicing import Pick, kept_columns
 
@@ -259,8 +260,8 @@ class SequentialBlock(Lanes):
         self._aside: Aside | None = None
 
     def __call__(self) -> list[Pick]:
-        """What is kept of every group. Raises Declined or TooLarge, in all processes, with block, findings and streams
-        as they were."""
+        """What is kept of every group. Raises Declined, TooLarge or Refuted, in all processes, with block, findings and
+        streams as they were."""
         [target] = self.work.targets
         rows, warnings = len(target.rows), list(self.found.warnings)
         self._aside = Aside(self.module, self.groups, self._waiting, self._reached)
@@ -271,7 +272,8 @@ class SequentialBlock(Lanes):
                 self._settle(stop)
                 here = [lane for lane in self.lanes if lane.at is stop]
                 self.each(self.drop(here) if stop is self.order.stops[-1] else here)
-        except (Declined, TooLarge):
+            self.judge(at_fault([self.passed.wrong]))
+        except (Declined, TooLarge, Refuted):
             del target.rows[rows:]
             self.found.warnings[:] = warnings
             raise
@@ -318,7 +320,7 @@ class SequentialBlock(Lanes):
                     split = self._observe(i, fit, mean_power)
                     still = at_fault(split.verdicts())
                 for op in sorted(wrong - still):
-                    distrust(self.found, self.run.executor.device, self.index, op)
+                    distrust(self.found.warn, self.run.executor.device, self.index, op)
             share_moments(self.run, self.found.clock, self.index, [self.groups[i]], [split])
             self._choose(i, split)
             replacement = Replacement.of(self.work, self.index, self.picks[i])

@@ -24,6 +24,7 @@ from pyprune.pipeline.prune import given_sections, prune, prune_copy
 from pyprune.pipeline.result import PruneResult, write_records
 from pyprune.pipeline.shared import Shared
 from pyprune.reporting.comparison import read
+from pyprune.reporting.plotting import can_plot
 from pyprune.reporting.record import written as written_down
 from pyprune.reporting.rendering import number, open_console
 from pyprune.studies import safety, tables
@@ -163,11 +164,10 @@ class Place:
         write_bytes(self.folder / "table.md", tables.markdown(rows, result["recommendation"]).encode())
         write_bytes(self.folder / "table.csv", tables.comma_separated(rows).encode())
         write_bytes(self.folder / "study.html", study_page(result).encode())
-        if any(row["texts"] for row in rows):
-            with contextlib.suppress(ImportError):  # an extra
-                picture = self.folder / f".{uuid.uuid4().hex}.png"
-                tables.picture(rows, picture)
-                picture.replace(self.folder / "tradeoff.png")
+        if can_plot() and any(row["texts"] for row in rows):
+            picture = self.folder / f".{uuid.uuid4().hex}.png"
+            tables.picture(rows, picture)
+            picture.replace(self.folder / "tradeoff.png")
         return result
 
 

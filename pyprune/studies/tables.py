@@ -9,6 +9,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from pyprune.reporting.plotting import pyplot
 from pyprune.reporting.rendering import number, reconstruction_text
 from pyprune.reporting.verdict import last_errors, ratio
 
@@ -163,12 +164,8 @@ def line_name(row: dict) -> str:
 
 
 def picture(rows: Sequence[dict], path: Path) -> None:
-    """Ratio of perplexities over sparsity, one panel per text, spread as bars. Needs matplotlib."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    """Ratio of perplexities over sparsity, one panel per text, spread as bars. ConfigError without matplotlib."""
+    plt = pyplot()
     texts = list(dict.fromkeys(text["text"] for row in rows for text in row["texts"]))
     figure, panels = plt.subplots(1, len(texts), figsize=(1 + 4.6 * len(texts), 3.8), squeeze=False, sharey=True)
     for panel, text in zip(panels[0], texts):

@@ -11,6 +11,7 @@ from typing import TextIO
 
 from pyprune.config import ConfigError
 from pyprune.reporting.comparison import compare, how_text
+from pyprune.reporting.plotting import pyplot
 from pyprune.reporting.rendering import number, open_console, perplexity_text
 from pyprune.reporting.verdict import ratio
 
@@ -89,13 +90,7 @@ def print_history(rows: Sequence[dict], out: TextIO | None = None) -> None:
 
 def picture(rows: Sequence[dict], path: str | Path) -> None:
     """The ratio of perplexities and the last block's error over time. Raises ConfigError without matplotlib."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ConfigError("a picture needs matplotlib: pip install matplotlib") from error
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     lines: dict[str, dict[str, list[tuple[datetime.datetime, float]]]] = {"× dense perplexity": {}, "block error": {}}
     for row in rows:
         when = datetime.datetime.fromisoformat(row["finished"])

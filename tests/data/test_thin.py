@@ -10,7 +10,7 @@ import torch
 import pyprune
 from pyprune.config import Calibration, ConfigError, Evaluation, from_yaml
 from pyprune.data.calibration import coerce, load
-from pyprune.evaluation.perplexity import windows
+from pyprune.evaluation.windows import windows
 from pyprune.reporting import rendering
 from pyprune.reporting.card import model_card
 

@@ -102,7 +102,7 @@ def test_ids_without_a_tokenizer_are_measured_alone():
 
 
 def test_a_window_longer_than_the_novel_is_no_error(tokenizer):
-    from pyprune.evaluation.perplexity import windows_of
+    from pyprune.evaluation.windows import windows_of
 
     told = []
     evaluation = Evaluation(text=["x " * 40_000], window=70_000)

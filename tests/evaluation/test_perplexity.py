@@ -14,7 +14,8 @@ import pyprune
 from pyprune.config import ConfigError, Evaluation
 from pyprune.evaluation.domains import alone
 from pyprune.evaluation.latency import latency
-from pyprune.evaluation.perplexity import Text, measure, perplexity, windows, windows_of
+from pyprune.evaluation.perplexity import measure, perplexity
+from pyprune.evaluation.windows import Text, windows, windows_of
 from pyprune.model.blocks import predicts_next_token
 
 PROSE = "The quick brown fox jumps over the lazy dog, and nobody minds it.\n" * 60

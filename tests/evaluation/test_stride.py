@@ -12,7 +12,8 @@ import pyprune
 from pyprune.config import ConfigError, Evaluation
 from pyprune.evaluation.block_by_block import Blockwise, Meter, measure_streamed
 from pyprune.evaluation.domains import alone
-from pyprune.evaluation.perplexity import losses_of, measure, perplexity, windows_of
+from pyprune.evaluation.perplexity import losses_of, measure, perplexity
+from pyprune.evaluation.windows import windows_of
 from pyprune.execution.distributed import World
 from pyprune.execution.executor import Resident
 from pyprune.model.blocks import ModelView

@@ -8,6 +8,8 @@ import errno
 import gc
 import os
 import random
+import subprocess
+import sys
 import weakref
 
 import numpy as np
@@ -16,7 +18,7 @@ import tiny
 import torch
 
 from pyprune.config import Evaluation, Reconstruction
-from pyprune.execution.activation_store import DEPTH, Ring, Store, available_memory
+from pyprune.execution.activation_store import DEPTH, Ring, Store, available_memory, peak_memory
 from pyprune.model.shards import OutputError
 from pyprune.pipeline.prune import prune
 
@@ -277,3 +279,15 @@ def test_a_missing_event_would_be_caught(missing, monkeypatch):
         else:
             wrong += not passes(ring, device, batches=2 if missing == "between passes" else 7, rounds=5)
     assert wrong > 0
+
+
+def test_peak_memory_is_that_of_the_process_alone():
+    """And not of the one that started it, which holds a gigabyte."""
+    ballast = torch.ones(2**28)
+    code = "a = peak_memory(); b = b'x' * 2**27; print(a, peak_memory())"
+    start = (
+        f"import sys; sys.path[:] = {sys.path!r}; from pyprune.execution.activation_store import peak_memory; {code}"
+    )
+    done = subprocess.run([sys.executable, "-c", start], capture_output=True, text=True, check=True)
+    before, after = map(int, done.stdout.split())
+    assert peak_memory() > 4 * len(ballast) > before and 0.9 * 2**27 < after - before < 2 * 2**27

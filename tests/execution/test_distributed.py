@@ -18,7 +18,8 @@ import torchrun_case
 import pyprune
 from pyprune.config import ConfigError, Evaluation
 from pyprune.evaluation.block_by_block import Meter
-from pyprune.evaluation.perplexity import Text, perplexity_of
+from pyprune.evaluation.perplexity import perplexity_of
+from pyprune.evaluation.windows import Text
 from pyprune.execution.distributed import FAILED, GONE, LOST, Pulse, World
 
 ROOT = Path(__file__).parents[2]

@@ -11,7 +11,7 @@ import torch
 from pyprune.config import PruneConfig
 from pyprune.data.calibration import CalibrationData, fingerprint
 from pyprune.execution.executor import Executor
-from pyprune.execution.lanes import Declined, Lanes, TooLarge, changed_attribute, with_smaller_batches
+from pyprune.execution.lanes import Declined, Lanes, TooLarge, carried_through, changed_attribute
 from pyprune.execution.run import Findings, Run
 from pyprune.model.blocks import ModelView
 
@@ -100,7 +100,7 @@ def test_batches_spill_and_are_halved_until_they_fit_and_then_declined(run):
 
     found = Findings()
     with pytest.raises(Declined, match="a single sequence does not fit on cpu beside the block"):
-        with_smaller_batches(run.executor, found, 0, lambda: lanes(run, stream, Full))
+        carried_through(run.executor, found, 0, lambda: lanes(run, stream, Full))
     assert sizes == [(2, False), (2, True), (1, True)]
     assert run.executor.batch_size == 2, "those who run the block otherwise find what was asked"
     assert "batches of 2 sequences: batches of 1 from there on" in found.warnings[0]

@@ -16,7 +16,8 @@ from token_models import MODELS, Synthetic, build, gemma3n
 import pyprune
 from pyprune.config import ConfigError, Evaluation, Reconstruction
 from pyprune.evaluation.block_by_block import Blockwise, measure_streamed
-from pyprune.evaluation.perplexity import Text, measure
+from pyprune.evaluation.perplexity import measure
+from pyprune.evaluation.windows import Text
 from pyprune.execution.activation_store import Store
 from pyprune.execution.executor import Executor, Resident
 from pyprune.execution.journal import Interrupted, Journal

@@ -29,6 +29,14 @@ def chip(monkeypatch, tmp_path):
     return found
 
 
+def test_timings_lie_where_all_that_is_kept_does(monkeypatch, tmp_path):
+    monkeypatch.delenv("PYPRUNE_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
+    assert tuning.cache_file() == tmp_path / "caches" / "pyprune" / "kernels.json"
+    monkeypatch.setenv("PYPRUNE_CACHE", str(tmp_path / "own"))
+    assert tuning.cache_file() == tmp_path / "own" / "kernels.json"
+
+
 def pick(tried):
     def trial(cfg):
         tried.append(cfg["BC"])

@@ -50,6 +50,20 @@ def test_masks_are_the_cpus_up_to_ties(architecture, fields):
         assert b["pruned"] == pytest.approx(a["pruned"], rel=5e-3)
 
 
+@pytest.mark.parametrize("fields", [dict(), dict(pattern="2:4"), dict(method="wanda", reconstruct="refit")], ids=str)
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_recorded_sweeps_give_the_same_bytes(backend, fields, monkeypatch):
+    made = [tiny.model("llama", num_hidden_layers=4) for _ in range(2)]
+    results = []
+    for model, switch in zip(made, ("1", "0")):
+        monkeypatch.setenv("PYPRUNE_GRAPHS", switch)
+        quiet = {"calibration": tiny.ids(15, 24), "evaluation": Evaluation(enabled=False), "progress": False}
+        results.append(prune(model, device=DEVICE, backend=backend, **quiet, **fields))
+    assert not [text for found in results for text in found.report["warnings"] if "recorded" in text]
+    one, other = (found.model.state_dict() for found in results)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
 @pytest.mark.parametrize(
     "fields",
     [

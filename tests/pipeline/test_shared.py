@@ -7,7 +7,7 @@ import dataclasses
 import tiny
 
 from pyprune.config import PruneConfig
-from pyprune.evaluation.perplexity import Text
+from pyprune.evaluation.windows import Text
 from pyprune.pipeline.shared import Shared
 
 

@@ -22,6 +22,7 @@ def selected(view):
     return [weights_of(block) for block in view.blocks]
 
 
+QUIET = Evaluation(enabled=False)
 LLAMA = dict(architectures=["LlamaForCausalLM"])
 GIANTS = {
     "70B": (
@@ -146,6 +147,30 @@ def test_matrices_that_are_swept_together_are_held_together():
     assert solve_bytes(Input(4000, (64,)), PruneConfig()) == 12 * 4000**2, "while it is factored"
 
 
+def test_recorded_sweeps_keep_their_rooms_from_block_to_block(monkeypatch):
+    view = view_of(
+        transformers.LlamaConfig(
+            vocab_size=96, hidden_size=1024, intermediate_size=3000, num_hidden_layers=2, num_attention_heads=4, **LLAMA
+        )
+    )
+
+    def peak(gpu=True, **fields):
+        settings = PruneConfig(
+            calibration=Calibration(num_samples=1, seq_len=8), evaluation=QUIET, batch_size=1, **fields
+        )
+        return memory_of(view, selected(view), settings, torch.bfloat16, streamed=False, gpu=gpu)[gpu]
+
+    stack, factor, masks = 2 * 3000 * 1024, 3000**2, 4 * 1024**2 + 3 * 3000 * 1024
+    found = peak()
+    assert found["recorded_sweeps"] == 7 * stack + 8 * 2 * 3000 * 512 + 4 * factor
+    assert found["solve"] == masks + 12 * factor, "the stack lies in its room"
+    assert "recorded_sweeps" not in peak(method="wanda")
+    assert "recorded_sweeps" not in peak(gpu=False)
+    monkeypatch.setenv("PYPRUNE_GRAPHS", "0")
+    found = peak()
+    assert "recorded_sweeps" not in found and found["solve"] == masks + 12 * factor
+
+
 def test_memory_is_that_of_the_moment_that_needs_most():
     config = transformers.LlamaConfig(
         vocab_size=96, hidden_size=64, intermediate_size=160, num_hidden_layers=4, num_attention_heads=4, **LLAMA
@@ -168,8 +193,8 @@ def test_passes_that_stand_still_take_the_room_there_is_and_spill_the_rest():
         vocab_size=96, hidden_size=64, intermediate_size=160, num_hidden_layers=4, num_attention_heads=4, **LLAMA
     )
     view = view_of(config)
-    calibration, quiet = Calibration(num_samples=8, seq_len=64), Evaluation(enabled=False)
-    settings = PruneConfig(calibration=calibration, evaluation=quiet, inputs="sequential", probe_samples=0)
+    calibration = Calibration(num_samples=8, seq_len=64)
+    settings = PruneConfig(calibration=calibration, evaluation=QUIET, inputs="sequential", probe_samples=0)
     between, inside = 512 * 64 * 2, 512 * (64 + 4 * 64) * 2
 
     def count(budget, room):

@@ -51,3 +51,9 @@ def test_runs_without_quantiles_have_no_picture(tmp_path):
     pytest.importorskip("matplotlib")
     with pytest.raises(ConfigError, match="no quantiles to draw"):
         picture([("run", {"blocks": [{"block": 0, "error": None}]})], tmp_path / "q.png")
+
+
+def test_without_matplotlib_a_picture_is_refused_in_a_sentence(monkeypatch, tmp_path):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="a picture needs matplotlib: pip install matplotlib"):
+        picture([], tmp_path / "picture.png")

@@ -34,11 +34,16 @@ OPERATORS = {"__invert__": "bitwise_not"}
 
 waits: Counter = Counter()
 """Kind of wait, file and line of the package → how often."""
+graphs: Counter = Counter()
+"""``recorded`` and ``replayed`` → how often."""
 _pinned: set[int] = set()
+_recording: Recording | None = None
 
 
 def waited(kind: str) -> None:
-    """Count a wait where the package, or the model's own code, asked for it."""
+    """Count a wait where the package, or the model's own code, asked for it; a recording does not allow any."""
+    if _recording is not None:
+        raise RuntimeError(f"{kind}: operation not permitted when stream is capturing")
     frame = sys._getframe(1)
     while frame is not None and not any(part in frame.f_code.co_filename for part in ("/pyprune/", "/transformers/")):
         frame = frame.f_back
@@ -135,7 +140,8 @@ def _run(func, args, kwargs):
             host = source if on else target
             if not (_is_pinned(host) and (kwargs.get("non_blocking") or args[2:] == (True,))):
                 waited("copy to the device" if on else "copy to the host")
-    out = func(*tree_map(_inside, args), **tree_map(_inside, kwargs))
+    inside = tree_map(_inside, (args, kwargs))
+    out = _recording.take(func, *inside) if on and _recording is not None else func(*inside[0], **inside[1])
     given = {id(_inside(x)): x for x in flat}
 
     def wrap(x):
@@ -214,6 +220,69 @@ class _Event:
         waited("event")
 
 
+class Recording:
+    """Operators between the begin and the end of a recorded graph, and the memory they work on.
+
+    As on a GPU, nothing of it has happened when it ends, and what it makes lies in its own memory: undefined until a
+    replay, which does everything again on the memory that was recorded.
+    """
+
+    def __init__(self):
+        self.calls: list[tuple] = []
+        self.before: dict[int, tuple[Tensor, Tensor]] = {}
+        self.made: dict[int, Tensor] = {}
+
+    def take(self, func, args, kwargs):
+        for x in tree_flatten((args, kwargs))[0]:
+            if isinstance(x, Tensor) and not {x.untyped_storage().data_ptr()} & {*self.before, *self.made}:
+                self.before[x.untyped_storage().data_ptr()] = _bytes(x), _bytes(x).clone()
+        out = func(*args, **kwargs)
+        found = [x for x in tree_flatten(out)[0] if isinstance(x, Tensor)]
+        for x in found:
+            if x.untyped_storage().data_ptr() not in self.before:
+                self.made[x.untyped_storage().data_ptr()] = x
+        self.calls.append((func, args, kwargs, found))
+        return out
+
+    def end(self):
+        for place, was in self.before.values():
+            place.copy_(was)
+        for x in self.made.values():
+            _bytes(x).fill_(255)  # NaN
+
+    def replay(self):
+        for func, args, kwargs, found in self.calls:
+            again = [x for x in tree_flatten(func(*args, **kwargs))[0] if isinstance(x, Tensor)]
+            for place, x in zip(found, again, strict=True):
+                if place.untyped_storage().data_ptr() != x.untyped_storage().data_ptr():
+                    place.copy_(x)
+
+
+def _bytes(x: Tensor) -> Tensor:
+    return torch.empty(0, dtype=torch.uint8).set_(x.untyped_storage())
+
+
+class _Graph:
+    recording: Recording
+
+    def replay(self):
+        self.recording.replay()
+        graphs["replayed"] += 1
+
+
+@contextlib.contextmanager
+def _graph(graph, **options):
+    global _recording
+    waited("device")
+    _recording = graph.recording = Recording()
+    try:
+        yield
+    finally:
+        _recording = None
+        graph.recording.end()
+    graphs["recorded"] += 1
+
+
 def _in_mode(method):
     """Modes belong to a thread: those that the package starts need theirs."""
 
@@ -263,7 +332,8 @@ def _at_once(op):
     """The column loop in one step: thousands of small operators would take seconds here."""
 
     def done(*args, **kwargs):
-        found = op(*map(_inside, args), **tree_map(_inside, kwargs))
+        inside = tree_map(_inside, (args, kwargs))
+        found = op(*inside[0], **inside[1]) if _recording is None else _recording.take(op, *inside)
         return tree_map(lambda x: OnDevice(x) if isinstance(x, Tensor) else x, found)
 
     return done
@@ -280,6 +350,9 @@ def present(memory: int = 10**11):
         current_device=lambda: 0,
         Stream=_Stream,
         Event=_Event,
+        CUDAGraph=_Graph,
+        graph=_graph,
+        graph_pool_handle=tuple,
         current_stream=lambda device=None: stream,
         stream=lambda stream: contextlib.nullcontext(),
         device=lambda device: contextlib.nullcontext(),
@@ -303,6 +376,7 @@ def present(memory: int = 10**11):
         (torch, "tensor", _made(torch.tensor)),
     ]
     waits.clear()
+    graphs.clear()
     with contextlib.ExitStack() as held:
         for owner, name, value in replaced:
             held.enter_context(mock.patch.object(owner, name, value, create=True))
