@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyprune.triton_kernels import faults
 from pyprune.triton_kernels.guard import on_device
-from pyprune.triton_kernels.nm import _keep
+from pyprune.triton_kernels.nm import keep_largest
 from pyprune.triton_kernels.tuning import config
 
 COMPRESS = config(4, BR=32, BC=64)
@@ -65,7 +65,7 @@ def compress_kernel(
         b_score = tl.abs(b_f)
         if HAS_SCALE:
             b_score = b_score * tl.load(scale + o_c, mask=m_c, other=0.0)[None, :]
-        b_keep, nan = _keep(tl.reshape(b_score, [BR * BC // 4, 4]), 2, 4, 4)
+        b_keep, nan = keep_largest(tl.reshape(b_score, [BR * BC // 4, 4]), 2, 4, 4)
         b_keep = tl.reshape(b_keep, [BR, BC])
         if nan != 0:
             tl.store(fault, 1)

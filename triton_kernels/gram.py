@@ -35,7 +35,7 @@ REDUCE = config(8)
 
 
 @triton.jit
-def _multiply_add(b_acc, b_at, b_b, PARTS: tl.constexpr):
+def multiply_add(b_acc, b_at, b_b, PARTS: tl.constexpr):
     """b_acc + b_at b_b for tiles [BC, BT] and [BT, BC]; PARTS = 2 or 3 splits float32 tiles into
     bfloat16 h + m (+ l): three products, error about 1e-6, or six, error of float32 itself."""
     if PARTS == 1:
@@ -151,7 +151,7 @@ def gram_kernel(
             m_t = _counted(mask, o_t, stop, HAS_MASK)
             # [BC, BT]
             b_x = _columns(x, o_t, m_t, o_row, c, stride_xt, stride_xc, ROUND)
-            b_acc = _multiply_add(b_acc, b_x, tl.trans(b_x), PARTS)
+            b_acc = multiply_add(b_acc, b_x, tl.trans(b_x), PARTS)
             if HAS_SUMS:
                 b_sum += tl.sum(b_x.to(tl.float32), axis=1)
             if HAS_COUNT:
@@ -176,7 +176,7 @@ def gram_kernel(
             m_t = _counted(mask, o_t, stop, HAS_MASK)
             b_at = _columns(x, o_t, m_t, o_row, c, stride_xt, stride_xc, ROUND)
             b_b = _tokens(x, o_t, m_t, o_col, c, stride_xt, stride_xc, ROUND)
-            b_acc = _multiply_add(b_acc, b_at, b_b, PARTS)
+            b_acc = multiply_add(b_acc, b_at, b_b, PARTS)
         if SPLIT:
             _store_partial(partial, b_acc, i_split, i_row, i_col, c, BC)
         else:
@@ -247,7 +247,7 @@ def cross_kernel(
         m_t = _counted(mask, o_t, stop, HAS_MASK)
         b_yt = _columns(y, o_t, m_t, o_row, cy, stride_yt, stride_yc, False)
         b_x = _tokens(x, o_t, m_t, o_col, cx, stride_xt, stride_xc, False)
-        b_acc = _multiply_add(b_acc, b_yt, b_x, PARTS)
+        b_acc = multiply_add(b_acc, b_yt, b_x, PARTS)
     m_out = (o_row < cy)[:, None] & (o_col < cx)[None, :]
     o_out = o_row.to(tl.int64)[:, None] * cx + o_col[None, :]
     if SPLIT:

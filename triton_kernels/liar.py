@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyprune.triton_kernels.gram import _multiply_add
+from pyprune.triton_kernels.gram import multiply_add
 from pyprune.triton_kernels.guard import on_device
 from pyprune.triton_kernels.tuning import config, pick
 
@@ -84,7 +84,7 @@ def liar_kernel(
             mask=m_d[:, None] & m_k[None, :],
             other=0.0,
         )
-        b_acc = _multiply_add(b_acc, b_w, b_q, 3)
+        b_acc = multiply_add(b_acc, b_w, b_q, 3)
         if HAS_SHIFT:
             b_bias += tl.sum(b_w * tl.load(shift + o_d, mask=m_d, other=0.0)[None, :], axis=1)
     i_column = tl.load(keep + o_k, mask=m_k, other=0)

@@ -16,23 +16,27 @@ from pyprune.triton_kernels import faults
 from pyprune.triton_kernels.guard import on_device
 from pyprune.triton_kernels.tuning import config, pick
 
+INFINITY_KEY = tl.constexpr(0x7F800000)
+"""Keys above it are NaN."""
+BEYOND = tl.constexpr(0x7FFFFFFF)
+"""Key of what does not exist: above all others."""
 CONFIGS = (config(4, TILE=1024), config(4, TILE=2048), config(8, TILE=4096))
 
 
 @triton.jit
-def _key(b_score):
+def score_key(b_score):
     """Order of non-negative floats as integers; NaN sorts above infinity, −0.0 equals 0.0."""
     return b_score.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
 @triton.jit
-def _keep(b_score, N: tl.constexpr, M: tl.constexpr, MP: tl.constexpr):
+def keep_largest(b_score, N: tl.constexpr, M: tl.constexpr, MP: tl.constexpr):
     """Keep mask of groups ``[groups, MP]`` whose first M members exist; everything where a score is NaN, and whether
     there is any."""
     o_m = tl.arange(0, MP)
-    b_key = _key(b_score)
-    b_nan = tl.max(((b_key > 0x7F800000) & (o_m < M)[None, :]).to(tl.int32), axis=1)
-    b_key = tl.where((o_m < M)[None, :], b_key, 0x7FFFFFFF)
+    b_key = score_key(b_score)
+    b_nan = tl.max(((b_key > INFINITY_KEY) & (o_m < M)[None, :]).to(tl.int32), axis=1)
+    b_key = tl.where((o_m < M)[None, :], b_key, BEYOND)
     b_mine = b_key[:, :, None]
     b_other = b_key[:, None, :]
     below = (b_other < b_mine) | ((b_other == b_mine) & (o_m[None, None, :] < o_m[None, :, None]))
@@ -73,7 +77,7 @@ def nm_kernel(
     b_score = tl.abs(b_w.to(tl.float32))
     if HAS_SCALE:
         b_score = b_score * tl.load(scale + o_c, mask=m_c, other=0.0)[None, :]
-    b_keep, nan = _keep(tl.reshape(b_score, [BR * BC // MP, MP]), N, M, MP)
+    b_keep, nan = keep_largest(tl.reshape(b_score, [BR * BC // MP, MP]), N, M, MP)
     b_keep = tl.reshape(b_keep, [BR, BC])
     if nan != 0:
         tl.store(fault, 1)

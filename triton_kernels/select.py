@@ -18,12 +18,11 @@ from torch import Tensor
 
 from pyprune.triton_kernels import faults
 from pyprune.triton_kernels.guard import on_device
-from pyprune.triton_kernels.nm import _key
+from pyprune.triton_kernels.nm import BEYOND, INFINITY_KEY, score_key
 
 ROW_LIMIT = 16384
 PASSES = ((20, 11), (10, 10), (0, 10))  # lowest bit and number of bits of each histogram, from the top
 TILE = 2048
-INFINITY_KEY = tl.constexpr(0x7F800000)
 
 
 @triton.jit
@@ -37,7 +36,7 @@ def _keys(w, scale, o_r, o_c, rows, c, stride_wr, stride_wc, HAS_SCALE: tl.const
     )
     if HAS_SCALE:
         b_score = b_score * tl.load(scale + o_c, mask=o_c < c, other=0.0)[None, :]
-    return _key(b_score), m_w
+    return score_key(b_score), m_w
 
 
 @triton.jit
@@ -62,7 +61,7 @@ def row_kernel(
     if nan != 0:
         tl.store(fault, 1)
     # [BC]; what is beyond the row sorts above everything
-    b_key = tl.reshape(tl.where(m_w, b_key, 0x7FFFFFFF), [BC])
+    b_key = tl.reshape(tl.where(m_w, b_key, BEYOND), [BC])
     # the key of rank k is the largest value with at most k keys below it, found bit by bit
     value = 0
     for i_bit in range(31):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pyprune.triton_kernels import faults
 from pyprune.triton_kernels.guard import on_device
-from pyprune.triton_kernels.nm import _key
+from pyprune.triton_kernels.nm import score_key
 from pyprune.triton_kernels.select import select_mask
 from pyprune.triton_kernels.tuning import config, pick
 
@@ -26,7 +26,7 @@ CONFIGS = (config(1, BR=1), config(4, BR=8), config(4, BR=16))
 @triton.jit
 def _choose(b_w, b_scale, b_keep, o_b, j, n_drop, GROUP: tl.constexpr):
     """Keep mask with the N:M group that starts at column j decided on the weights as updated so far."""
-    b_key = _key(tl.abs(b_w) * b_scale[None, :])
+    b_key = score_key(tl.abs(b_w) * b_scale[None, :])
     b_rank = tl.zeros(b_w.shape, dtype=tl.int32)
     for i in range(GROUP):
         # [BR, 1]; one member of the group against all columns

@@ -212,9 +212,9 @@ class Executor:
         self.world, self.warn = world or World(), warn
         self.replays = Replays(self.device, warn)
         self.mode: Callable = contextlib.nullcontext
+        """Makes the context that forward passes run in."""
         if self.device.type == "cpu":
             self.mode = lambda: forward_mode(self.dtype, self.verdicts)
-        """Makes the context that forward passes run in."""
         self.between: Between | None = Between(lambda: self.verdicts)
         """Recognises what runs through ops in a block; None leaves all to the block's own code."""
         self.verdicts: guards.Verdicts | None = None

@@ -3,7 +3,8 @@
 glibc gives large blocks back to the system as soon as they are free, and the system zeroes their pages when the next
 batch asks for them again: 5 to 14 % of the CPU time of a float32 pass, 16 to 28 % of a bfloat16 one. It also gives
 each thread a heap of its own, so that passes that stand still in threads (:mod:`pyprune.execution.relay`) would each
-fault in memory of its own beside what another has just freed.
+fault in memory of its own beside what another has just freed; and of a heap that threads of the past have left behind,
+which new ones are given whatever the number allowed, 64 MiB at a time are unmapped as soon as they are empty.
 """
 
 from __future__ import annotations
@@ -13,12 +14,15 @@ import ctypes
 import os
 from collections.abc import Iterator
 
-MMAP_THRESHOLD, TRIM_THRESHOLD, ARENA_MAX = -3, -1, -8
+MMAP_THRESHOLD, TRIM_THRESHOLD, TOP_PAD, ARENA_MAX = -3, -1, -2, -8
 """Parameters of glibc's ``mallopt``."""
 LARGEST = 32 * 2**20
 """The largest threshold that glibc takes; what is larger is mapped by itself, and unmapped when it is freed."""
-KEPT = 256 * 2**20
-"""Free bytes that stay: a few batches' activations of a block."""
+PAD, USUAL_PAD = 2 * LARGEST + 2**20, 2**17
+"""What glibc asks the system for beyond need. Above the 64 MiB that a thread's heap is made of, none is unmapped when
+it is empty."""
+KEPT = 768 * 2**20
+"""Free bytes that stay: what the batches that stand still in a block have kept alive, as far as it goes."""
 
 
 @contextlib.contextmanager
@@ -34,9 +38,11 @@ def kept_warm() -> Iterator[None]:
         yield
         return
     libc.mallopt(ARENA_MAX, 1)
+    libc.mallopt(TOP_PAD, PAD)
     try:
         yield
     finally:
+        libc.mallopt(TOP_PAD, USUAL_PAD)
         libc.mallopt(TRIM_THRESHOLD, 2 * LARGEST)  # where glibc's own rule ends once a block of 32 MiB was freed
         libc.malloc_trim(0)
 

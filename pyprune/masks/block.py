@@ -313,7 +313,7 @@ def _solve(
                 )
             written = solved.weight.to(ref.view(block).dtype, copy=replays is not None)
             own.solved[ref] = written, solved.mask
-            own.sums += [torch.count_nonzero(written), *(sums for sums, _ in errors.values())]
+            own.sums += [torch.count_nonzero(written.bool()), *(sums for sums, _ in errors.values())]
             own.rows.append(row | dict.fromkeys(errors))
             own.wrong += [*solved.wrong.items(), *(("linear", bad) for _, bad in errors.values())]
     return own

@@ -57,7 +57,7 @@ class Source:
 
 
 class Loaded(NamedTuple):
-    """What :func:`load` returns; unpacks to ``model, tokenizer``."""
+    """What :func:`load_model` returns; unpacks to ``model, tokenizer``."""
 
     model: nn.Module
     tokenizer: Any
@@ -251,14 +251,6 @@ def loading(name: str | Path) -> Iterator[None]:
         raise
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"cannot load model {str(name)!r}: {_sentence(error)}") from error
-
-
-def load(directory: str | Path, dtype: str | torch.dtype = "auto") -> Loaded:
-    """Model and tokenizer of a checkpoint, pruned or not: ``model, tokenizer = pyprune.load("my-model")``.
-
-    Takes whatever :func:`load_model` takes.
-    """
-    return load_model(directory, dtype)
 
 
 def structured_sizes(source: Source) -> dict | None:

@@ -227,7 +227,7 @@ def swept(start: Tensor, weight: Tensor, keep: Tensor, r: Tensor, dead: Tensor |
     rest = (error * keep[rows]) @ r
     made_up = (change * keep[rows]).norm(dim=1)
     far = ~(rest.norm(dim=1) <= SWEEP * made_up + ROUNDING * before.norm(dim=1)).all()
-    return far | weight.ne(0).gt(keep).any()
+    return far | (torch.count_nonzero(weight.bool() > keep) > 0)
 
 
 def refitted(dense: Tensor, weight: Tensor, mask: Tensor, h: Tensor, residual: Tensor, first: Tensor) -> Tensor:

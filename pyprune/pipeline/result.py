@@ -119,7 +119,7 @@ class WrittenResult(PruneResult):
     def model(self) -> nn.Module:  # type: ignore[override]  # read on first use; nobody assigns it
         """The pruned model, loaded whole on first use."""
         if self._model is None:
-            self._model = checkpoint.load(self.config.output_folder).model
+            self._model = checkpoint.load_model(self.config.output_folder).model
         return self._model
 
 

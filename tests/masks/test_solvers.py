@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 
 import pytest
+import tiny
 import torch
 from objective import DAMPING, hessian, inputs, objective, statistics
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyprune import ops
-from pyprune.config import ConfigError, PruneConfig
+from pyprune.config import ConfigError, Evaluation, PruneConfig
 from pyprune.masks.refit import damped, exact_refit
-from pyprune.masks.solvers import inverse_factor, obs_prune, solve
+from pyprune.masks.solvers import Factor, inverse_factor, obs_prune, solve
 from pyprune.ops import native
+from pyprune.pipeline.prune import prune
 
 
 def sparsegpt_float64(weight, h, sparsity=None, nm=None, column_block=128):
@@ -191,6 +195,65 @@ def test_matrices_of_one_input_are_solved_together_as_one_by_one(name, backend):
             )
             assert found.wrong.keys() == alone.wrong.keys() and not any(found.wrong.values())
     assert all(torch.equal(a, b) for a, b in zip(weights, before))
+
+
+class Launched(TorchDispatchMode):
+    """Counts operators that a GPU would launch a kernel for: those that make no view and do not only find memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.count += not func.is_view and "empty" not in func.__name__ and "split" not in func.__name__
+        return out
+
+
+def test_a_stack_takes_the_launches_of_one_matrix(monkeypatch):
+    """Beside the ops themselves: a copy of the mask once, of the errors once a panel; a selection for each matrix."""
+    called = Counter()
+
+    def obs_sweep(w, r, *, mask=None, nm=None):
+        called["obs_sweep"] += 1
+        return mask if nm is None else w.new_empty(w.shape, dtype=torch.bool), torch.empty(w.shape), None
+
+    def select_mask(w, k, **options):
+        called["select_mask"] += 1
+        return w.new_empty(w.shape, dtype=torch.bool)
+
+    monkeypatch.setattr(ops, "obs_sweep", obs_sweep)
+    monkeypatch.setattr(ops, "select_mask", select_mask)
+    monkeypatch.setattr(ops, "trailing_update", lambda w, e, r: called.update(["trailing_update"]))
+    factor, found = Factor(torch.eye(1024), torch.zeros(1024, dtype=torch.bool), DAMPING), {}
+    for rows in ([4], [4, 2, 2]):
+        for name, choice in (("2:4", {"nm": (2, 4)}), ("half", {"sparsity": 0.5})):
+            called.clear()
+            with Launched() as launched:
+                obs_prune(torch.empty(sum(rows), 1024), factor, rows=rows, **choice)
+            assert called["obs_sweep"] == 8 and called["trailing_update"] == 7
+            assert called["select_mask"] == (0 if name == "2:4" else 8 * len(rows))
+            found[name, len(rows)] = launched.count
+    dead, scale, masks, errors, join = 1, 2, 1, 1, 8
+    assert found["2:4", 1] == found["2:4", 3] == found["half", 1] == dead + scale + masks + errors
+    assert found["half", 3] == found["half", 1] + join
+
+
+@pytest.mark.parametrize("way", ["propagated", "dense", "sequential"])
+def test_runs_sweep_the_matrices_of_one_input_together(way, monkeypatch):
+    right, rows = ops.obs_sweep, []
+
+    def obs_sweep(w, r, **choice):
+        rows.append(len(w))
+        return right(w, r, **choice)
+
+    monkeypatch.setattr(ops, "obs_sweep", obs_sweep)
+    model = tiny.model("llama", num_hidden_layers=1)
+    prune(model, calibration=tiny.ids(12, 24), evaluation=Evaluation(enabled=False), progress=False, inputs=way)
+    attention, mlp = model.model.layers[0].self_attn, model.model.layers[0].mlp
+    q, k, v, o = (getattr(attention, f"{name}_proj").weight.shape for name in "qkvo")
+    gate, up, down = (getattr(mlp, f"{name}_proj").weight.shape for name in ("gate", "up", "down"))
+    assert rows == [q[0] + k[0] + v[0], o[0], gate[0] + up[0], *[down[0]] * math.ceil(down[1] / 128)]
 
 
 def test_a_wrong_row_of_the_stack_is_the_fault_of_its_matrix_alone(monkeypatch):

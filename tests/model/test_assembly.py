@@ -188,7 +188,7 @@ def test_kept_tensors_and_side_files_are_beside_linked_blocks(tmp_path):
     run(str(tmp_path / "dense"), tmp_path / "out")
     assert len(names(tmp_path / "out")) == 5 and (tmp_path / "out" / "LICENSE").read_text() == "as it is"
     assert torch.equal(stored(tmp_path / "out")["drafter.weight"], load_file(path)["drafter.weight"])
-    checkpoint.load(str(tmp_path / "out"))
+    checkpoint.load_model(str(tmp_path / "out"))
 
 
 def test_a_run_that_was_stopped_links_what_both_its_parts_wrote(tmp_path, monkeypatch):
