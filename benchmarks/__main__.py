@@ -28,6 +28,7 @@ from benchmarks import ceilings, compare, jobs, ops_group, peers, scaling, table
 from benchmarks.common import environment
 from benchmarks.rows import Row, read, write
 from pyprune import ops
+from pyprune.config import ConfigError
 
 JOBS = {
     "pruning": (jobs.pruning, "SparseGPT and Wanda, 50 % and 2:4, against a transcription of the published loop"),
@@ -93,7 +94,11 @@ def main() -> None:
     if options.command == "list":
         show()
     elif options.command == "run":
-        sys.exit(measure(options))
+        try:
+            status = measure(options)
+        except ConfigError as error:  # a packaged model that is not installed
+            sys.exit(str(error))
+        sys.exit(status)
     elif options.command == "study":
         sys.exit(start(options.name, options.arguments))
     elif options.command == "compare":

@@ -86,6 +86,12 @@ def text(before: tuple[list[Row], dict], after: tuple[list[Row], dict]) -> str:
     """What ``compare`` prints."""
     found = changes(before[0], after[0])
     lines = [*differences(before[1], after[1])]
+    most, now = before[1].get("ceilings", {}), after[1].get("ceilings", {})
+    lines += [
+        f"ceiling {name}: {most[name] / 1e9:.0f} → {now[name] / 1e9:.0f} G/s, so times say little about the code"
+        for name in most
+        if name in now and abs(math.log(now[name] / most[name])) > math.log1p(ALONE)
+    ]
     counted = [change for change in found if change.counts]
     keys = [{row.key for row in rows} for rows, _ in (before, after)]
     lines.append(f"{len(found)} rows in both, {len(counted)} changed beyond noise, {len(found) - len(counted)} did not")

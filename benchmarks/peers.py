@@ -158,8 +158,8 @@ def peers(job: Job) -> Iterator[list[Row]]:
     if job.device != "cpu":
         sys.exit("the group peers compares on a CPU: --device cpu")
     wanted = [(name, calls) for name, calls in cases(job) if job.only in name]
-    python = environment()
     known = given(job)
+    python = environment()
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         known.dense.save_pretrained(place / "dense")

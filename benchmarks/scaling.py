@@ -40,8 +40,10 @@ ABSCISSAS = {
     "width": "hidden size",
     "tokens": "calibration tokens",
     "sparsity": "share of zeros",
-    "memory of a streamed run": "bytes of the model",
+    "memory of a streamed run": "MB of the model",
 }
+SPAN = 8
+"""Factor that an axis of seconds or bytes spans at least, so that a flat series looks flat."""
 BASE = {"smoke": Shape(32, 96, 4, 2, 1, 4, 32), "quick": Shape(256, 704, 4, 2, 2, 8, 256)}
 BASE["full"] = Shape(576, 1536, 9, 3, 2, 16, 512)
 
@@ -200,6 +202,10 @@ def _slope(x: list[float], y: list[float]) -> float:
     return math.fsum((a - mx) * (b - my) for a, b in zip(x, y)) / math.fsum((a - mx) ** 2 for a in x)
 
 
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def plot(rows: list[Row], path: Path) -> bool:
     """One panel per series, on logarithmic axes; False where matplotlib is not installed."""
     try:
@@ -224,13 +230,18 @@ def plot(rows: list[Row], path: Path) -> bool:
         middle = [math.exp(math.fsum(map(math.log, values)) / len(values)) for values in (x, y)]
         panel.loglog(x, y, "o", color="#2563eb", markersize=4)
         panel.loglog(x, [middle[1] * (at / middle[0]) ** fit["exponent"] for at in x], color="#93c5fd", linewidth=1.2)
-        panel.set_title(f"{name}: exponent {fit['exponent']:.2f}", fontsize=9)
+        panel.set_title(f"{name}: exponent {fit['exponent']:.2f}", fontsize=8.5)
         panel.set_xlabel(ABSCISSAS.get(name, name), fontsize=8)
         clock = next(row.clock for row in rows if row.name == name)
-        panel.set_ylabel("peak bytes" if name.startswith("memory") else f"seconds ({clock})", fontsize=8)
+        panel.set_ylabel("peak MB" if name.startswith("memory") else f"seconds ({clock})", fontsize=8)
         panel.grid(True, which="major", linewidth=0.3)
-        panel.set_xticks(x, [f"{at:.3g}" for at in x])
-        panel.set_yticks([min(y), max(y)], [f"{at:.3g}" for at in (min(y), max(y))])
+        bytes_too = name.startswith("memory")
+        panel.set_xticks(x, [_number(at / 1e6 if bytes_too else at) for at in x])
+        ends = [y[0], y[-1]] if max(y) > 1.1 * min(y) else [y[0]]
+        panel.set_yticks(ends, [_number(at / 1e6 if bytes_too else at) for at in ends])
+        half = max(max(y) / min(y) * 1.3, SPAN) ** 0.5
+        centre = (max(y) * min(y)) ** 0.5
+        panel.set_ylim(centre / half, centre * half)
         panel.minorticks_off()
         panel.tick_params(labelsize=7)
     figure.tight_layout()

@@ -81,7 +81,7 @@ def isa_table(rows: list[Row], about: dict) -> str:
 
 def peers_table(rows: list[Row], about: dict) -> str:
     """Every contender of every case; what failed says so."""
-    lines = ["| what | tool | seconds | × the peer | peak memory | perplexity |", "|---|---|---|---|---|---|"]
+    lines = ["| what | tool | seconds | times as fast | peak memory | perplexity |", "|---|---|---|---|---|---|"]
     case = dense = ""
     for row in rows:
         if row.group != "peers":
@@ -113,7 +113,7 @@ def inference_table(rows: list[Row], about: dict) -> str:
     for row in rows:
         if row.group == "inference":
             speed, ratio = row.figures["tokens_per_second"], f"{row.ratio:.2f}" if row.ratio else ""
-            lines.append(f"| {row.name} | {row.backend} | {speed:.3g} | {ratio} |")
+            lines.append(f"| {row.name} | {row.backend} | {speed:,.0f} | {ratio} |")
     return "\n".join([*lines, "", conditions(about)])
 
 
@@ -136,8 +136,8 @@ def whole_table(rows: list[Row], about: dict) -> str:
 TABLES: dict[str, tuple[str, Callable[[list[Row], dict], str]]] = {
     "ops-cpu": ("ops_cpu.json", ops_table),
     "jobs-cpu": ("suite_cpu.json", jobs_table),
-    "inference-cpu": ("suite_cpu.json", inference_table),
-    "scaling-cpu": ("suite_cpu.json", scaling_table),
+    "inference-cpu": ("scaling_cpu.json", inference_table),
+    "scaling-cpu": ("scaling_cpu.json", scaling_table),
     "whole-cpu": ("whole_cpu.json", whole_table),
     "ops-isa": ("suite_isa.json", isa_table),
     "peers-cpu": ("peers_cpu.json", peers_table),
@@ -147,7 +147,7 @@ TABLES: dict[str, tuple[str, Callable[[list[Row], dict], str]]] = {
 """Name in the marker → file in ``benchmarks/results`` and how it is made of it."""
 
 
-PICTURES: dict[str, tuple[str, Callable[[list[Row], Path], bool]]] = {"scaling.svg": ("suite_cpu.json", scaling.plot)}
+PICTURES: dict[str, tuple[str, Callable[[list[Row], Path], bool]]] = {"scaling.svg": ("scaling_cpu.json", scaling.plot)}
 """Name in ``docs/images`` → file in ``benchmarks/results`` and how it is drawn of it."""
 
 

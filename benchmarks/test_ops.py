@@ -15,7 +15,7 @@ from pyprune.ops import classes, trials
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WANTED = ops_group.Wanted(DEVICE, "quick")
 CASES = [
-    pytest.param(key, size, name, id=f"{key}-{ops_group.label(key, size)}-{name}".replace(" ", "-"))
+    pytest.param(key, size, name, id=f"{key}-{ops_group.label(key, size)}-{name}".replace(" ", "-").replace("×", "x"))
     for key, size in ops_group.cases(WANTED)
     for name in ops_group.contenders(key, WANTED)
 ]

@@ -90,6 +90,17 @@ def test_few_samples_need_a_large_change_and_a_lost_green_always_counts():
     assert lost.counts and "red: off by one" in lost.colour
 
 
+def test_files_of_a_faster_machine_say_so():
+    from benchmarks.compare import text
+
+    rows = [row([1.0])]
+    said = text(
+        (rows, {"ceilings": {"copy": 2e10, "float32": 2.64e11}}),
+        (rows, {"ceilings": {"copy": 2.1e10, "float32": 1.16e11}}),
+    )
+    assert "ceiling float32: 264 → 116 G/s" in said and "ceiling copy" not in said
+
+
 def test_exponents_are_those_of_a_power_law():
     from benchmarks.rows import Row
     from benchmarks.scaling import fits
