@@ -60,7 +60,9 @@ def gather(
     review = Review(functools.partial(distrust, found.warn, run.executor.device, index)) if once else None
 
     def watched() -> Observer[Statistics]:
-        return observe(run.executor, index, module, refs, fit, sink, dense=dense, target=target, review=review)
+        return observe(
+            run.executor, index, module, refs, fit, sink, dense=dense, target=target, review=review, judge=True
+        )
 
     observer = watched()
     wrong, finite = look(observer)

@@ -384,6 +384,7 @@ def observe(
     target: Activations | None = None,
     dense: Activations | None = None,
     review: Review | None = None,
+    judge: bool = False,
 ) -> Observer[S]:
     """Run a block over ``activations`` and return the observer with one filled sink per group.
 
@@ -391,6 +392,7 @@ def observe(
     dense: the dense stream of the same sequences. Sinks get its inputs of their group beside their own, but
     for experts, and its outputs take the place of its inputs.
     review: looks at what each part of the pass added to the sinks before the outputs take the place of the inputs.
+    judge: the first batch's ops are looked at by their guards, for whoever reads ``passed``.
     """
     observer = Observer(module, refs, sink)
 
@@ -410,7 +412,7 @@ def observe(
             parts: list[tuple[Batch, Tensor, frozenset[Call]]] = [(batch, hidden, frozenset())]
             while parts:
                 part, x, observer.skip = parts.pop(0)
-                executor.verdicts = observer.passed if not written else None
+                executor.verdicts = observer.passed if judge and not written else None
                 with contextlib.nullcontext() if review is None else review.backend():
                     outs = executor.attempt(functools.partial(both, part, x))
                 if outs is NO_ROOM:

@@ -133,10 +133,11 @@ def obs_greedy(layer: Scored) -> Tensor:
     then applied to the whole matrix by one product (a refactorisation per removal would cost c⁴).
     """
     inverse = _inverse(layer)
-    order, losses = greedy_order(layer.weight.double(), inverse, layer.group)
+    factored = inverse.diagonal().isfinite().all()
+    order, _ = greedy_order(layer.weight.double(), inverse, layer.group)
     score = torch.empty(len(order), dtype=torch.float64, device=order.device)
     score[order] = torch.arange(len(order), dtype=torch.float64, device=order.device)
-    return torch.where(losses.isfinite().all(), score, torch.nan)
+    return score.where(factored, torch.nan)
 
 
 def greedy_order(weight: Tensor, inverse: Tensor, group: Coupled) -> tuple[Tensor, Tensor]:
@@ -164,10 +165,8 @@ def _downdate(weight: Tensor, inverse: Tensor, gone: Tensor) -> None:
     part = torch.linalg.solve_triangular(factor, weight[:, gone].T, upper=False)  # [S, out]
     weight.addmm_(part.T, half, alpha=-1)
     inverse.addmm_(half.T, half, alpha=-1)
-    inverse[gone] = 0
-    inverse[:, gone] = 0
-    inverse[gone, gone] = 1
-    weight[:, gone] = 0
+    inverse.index_fill_(0, gone, 0).index_fill_(1, gone, 0).diagonal().index_fill_(0, gone, 1)
+    weight.index_fill_(1, gone, 0)
 
 
 def _greedy_columns(weight: Tensor, inverse: Tensor, pool: int = POOL, block: int = BLOCK) -> tuple[Tensor, Tensor]:
@@ -190,7 +189,8 @@ def _greedy_columns(weight: Tensor, inverse: Tensor, pool: int = POOL, block: in
         losses += cost
         left[gone] = False
         _downdate(weight, inverse, gone)
-    return torch.tensor(order), torch.tensor(losses, dtype=torch.float64)
+    told = torch.tensor(order), torch.tensor(losses, dtype=torch.float64)
+    return to_device(told[0], weight.device), to_device(told[1], weight.device)
 
 
 def _greedy_in_pool(weight: Tensor, h_inverse: Tensor, count: int) -> tuple[Tensor, list[float]]:
@@ -211,7 +211,7 @@ def _greedy_in_pool(weight: Tensor, h_inverse: Tensor, count: int) -> tuple[Tens
         g = gram[j].copy()
         gram += np.outer(u, u) * g[j] - np.outer(g, u) - np.outer(u, g)
         inverse -= np.outer(inverse[j], u)
-    return torch.tensor(chosen, device=weight.device), cost
+    return to_device(torch.tensor(chosen), weight.device), cost
 
 
 CRITERIA: dict[str, Callable[[Scored], Tensor]] = {

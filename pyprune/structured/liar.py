@@ -233,24 +233,42 @@ def _scale(matrix: Tensor) -> Tensor:
 
 
 def choose_damping(
-    a: Tensor, b: Tensor, damping: float | None, error: Callable[[Tensor], Tensor], verdicts: Verdicts | None = None
-) -> tuple[float | None, float]:
+    a: Tensor,
+    b: Tensor,
+    damping: float | None,
+    error: Callable[[Tensor], Tensor],
+    verdicts: Verdicts | None = None,
+    others: dict[str, Tensor] | None = None,
+) -> tuple[float | None, float, dict[str, float]]:
     """λ (relative) with the least ``error(solution [n, k])`` among the candidates, and that error; None and infinity
-    if no λ gives a finite solution. The first solution is guarded where there are verdicts to add to.
+    if no λ gives a finite solution. With it ``others``, scalars on the device that are read along. The first solution
+    is guarded where there are verdicts to add to.
 
     The error falls and rises once over λ, so a walk downhill from ``START`` finds it: three factorisations as a rule
-    instead of nine. A given λ is tried alone, and raised tenfold from 1e-6 on where the factorisation fails (a singular
-    Gram matrix).
+    instead of nine, whose errors are read together. A given λ is tried alone, and raised tenfold from 1e-6 on where the
+    factorisation fails (a singular Gram matrix).
     """
     scale = _scale(a)
     seen: dict[float, float] = {}
 
+    def tried(value: float) -> Tensor:
+        solution, good = solve_damped(a, b, value * scale, None if verdicts is None or verdicts.wrong else verdicts)
+        return torch.where(good, error(solution), torch.inf)
+
     def at(value: float) -> float:
         if value not in seen:
-            solution, good = solve_damped(a, b, value * scale, None if seen else verdicts)
-            seen[value] = torch.where(good, error(solution), torch.inf).item()
+            seen[value] = tried(value).item()
         return seen[value]
 
+    first = GRID[START - 1 : START + 2] if damping is None else (damping,)
+    told = _read({**{f"{value}": tried(value) for value in first}, **(others or {})})
+    seen |= {value: told.pop(f"{value}") for value in first}
+    chosen, least = _walk(at, damping, seen)
+    return chosen, least, told
+
+
+def _walk(at: Callable[[float], float], damping: float | None, seen: dict[float, float]) -> tuple[float | None, float]:
+    """The λ that ``at`` finds least among the candidates, and its value there; ``seen``: what it knows already."""
     if damping is not None:
         for value in (damping, *(v for v in (1e-6, 1e-5, 1e-4, *GRID) if v > damping)):
             if at(value) < float("inf"):
@@ -270,13 +288,13 @@ def choose_damping(
 
 def _liar(pieces: _Pieces, damping: float | None, interpolate_weights: bool, guard: bool) -> Repair:
     problem, d = pieces.problem, pieces.drop
-    chosen, error = choose_damping(
-        pieces.fit.kk, pieces.fit.kt, damping, lambda s: pieces.held_error(s.T), pieces.verdicts
-    )
     others = {"none": pieces.unrepaired()}
     if problem.bias is not None and pieces.centred:
         others["bias"] = pieces.held_error(None)
-    errors = {"liar": error, **_read(others)}
+    chosen, error, beside = choose_damping(
+        pieces.fit.kk, pieces.fit.kt, damping, lambda s: pieces.held_error(s.T), pieces.verdicts, others
+    )
+    errors = {"liar": error, **beside}
     least, instead = min((e, m) for m, e in errors.items() if m != "liar")
     reason = None
     if chosen is None:
@@ -357,8 +375,9 @@ def _mask_tuning(problem: Problem, kept: Tensor, pieces: _Pieces, damping: float
         delta = delta[:, 0]
         return (pieces.held.tt + (delta @ held_a @ delta - 2 * delta @ held_f).double()).clamp(min=0) / pieces.power
 
-    chosen, best = choose_damping(a, f[:, None], damping, error, pieces.verdicts)
-    errors = {"mask_tuning": best, **_read({"none": pieces.held_error(None)})}
+    others = {"none": pieces.held_error(None)}
+    chosen, best, told = choose_damping(a, f[:, None], damping, error, pieces.verdicts, others)
+    errors = {"mask_tuning": best, **told}
     if chosen is None or (guard and errors["none"] < best and held_out(problem)):
         return Repair(
             pieces.kept_weight.clone(),

@@ -9,12 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pyprune import ops
 from pyprune.config import ConfigError
 from pyprune.execution.executor import Activations, Batch
-from pyprune.execution.run import Clock, Findings, Run
-from pyprune.execution.trust import distrust
-from pyprune.ops.guards import at_fault
+from pyprune.execution.run import Findings, Run
+from pyprune.execution.trust import by_reference, distrust
 from pyprune.structured.groups import Coupled
 from pyprune.structured.moments import HELD_OUT_EVERY, Split, balanced_weights, held_out_tokens, token_weights
 from pyprune.structured.taps import Taps
@@ -139,30 +137,43 @@ def observe_moments(
             taps.close()
         return observed
 
-    observed = observe()
-    if target is None and (wrong := at_fault(v for one in observed for v in one.split.verdicts())):
-        with ops.backend(",".join(f"{op}=reference" for op in wrong)):
-            observed = observe()
-            still = at_fault(v for one in observed for v in one.split.verdicts())
+    return settled_moments(run, found, index, groups, lambda: [one.split for one in observe()], again=target is None)
+
+
+def settled_moments(
+    run: Run, found: Findings, index: int, groups: Sequence[Coupled], gather: Callable[[], list[Split]], again: bool
+) -> list[Split]:
+    """The moments that ``gather()`` takes of each group's inputs, of all processes. Where guards fail they are taken
+    again by the reference, if they can be (``again``). Raises ConfigError if they are not finite. One reading of the
+    device."""
+    splits = gather()
+    wrong, finite = _looked_at(splits)
+    if again and wrong:
+        with by_reference(wrong):
+            splits = gather()
+            still, finite = _looked_at(splits)
         for op in sorted(wrong - still):
             distrust(found.warn, run.executor.device, index, op)
-    splits = [one.split for one in observed]
-    share_moments(run, found.clock, index, groups, splits)
+    if run.world.size > 1:
+        with found.clock("statistics"):
+            for split in splits:
+                split.sum_over(run.world)
+        _, finite = _looked_at(splits)
+    for group, right in zip(groups, finite):
+        if not right:
+            raise ConfigError(
+                f"the inputs of {run.view.path}.{index}.{group.name} are not finite on the calibration "
+                "data; check the checkpoint, or load it in a wider dtype"
+            )
     return splits
 
 
-def share_moments(run: Run, clock: Clock, index: int, groups: Sequence[Coupled], splits: Sequence[Split]) -> None:
-    """Give every process the moments of all. Raises ConfigError if they are not finite."""
-    with clock("statistics"):
-        for split in splits:
-            split.sum_over(run.world)
-        finite = torch.stack([split.finite() for split in splits]).tolist() if splits else []
-        for group, right in zip(groups, finite):
-            if not right:
-                raise ConfigError(
-                    f"the inputs of {run.view.path}.{index}.{group.name} are not finite on the calibration "
-                    "data; check the checkpoint, or load it in a wider dtype"
-                )
+def _looked_at(splits: Sequence[Split]) -> tuple[set[str], list[bool]]:
+    """Ops whose results failed their guards, and of each split whether it is finite; read in one go."""
+    told = [(op, bad) for split in splits for wrong in split.verdicts() for op, bad in wrong.items()]
+    flat = [*(bad for _, bad in told), *(split.finite() for split in splits)]
+    values = torch.stack(flat).tolist() if flat else []
+    return {op for (op, _), bad in zip(told, values) if bad}, values[len(told) :]
 
 
 def weighting(asked: str, group: Coupled) -> str:

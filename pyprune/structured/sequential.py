@@ -8,6 +8,7 @@ are behind the consumers of the blocks before, neurons behind the pruned heads, 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -15,11 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pyprune import ops
 from pyprune.execution.executor import Activations, Batch, Executor
 from pyprune.execution.lanes import Declined, Lane, Lanes, Refuted, TooLarge, changed_attribute
 from pyprune.execution.spilling import Alive
-from pyprune.execution.trust import distrust
 from pyprune.model.blocks import WeightRef
 from pyprune.model.routing import expert_lists
 from pyprune.model.watching import Watch
@@ -27,7 +26,7 @@ from pyprune.ops.guards import at_fault
 from pyprune.structured.block import StructuredRun, pick_units
 from pyprune.structured.groups import Coupled
 from pyprune.structured.moments import Split
-from pyprune.structured.observation import Observed, held_of, sampled, share_moments, weighting
+from pyprune.structured.observation import Observed, held_of, sampled, settled_moments, weighting
 from pyprune.structured.slicing import Pick, kept_columns
 
 
@@ -314,20 +313,14 @@ class SequentialBlock(Lanes):
         for i in stop.groups:
             fit = [lane for lane in here if lane.fit]
             mean_power = self._mean_power(i, fit)
-            split = self._observe(i, fit, mean_power)
-            if wrong := at_fault(split.verdicts()):
-                with ops.backend(",".join(f"{op}=reference" for op in wrong)):
-                    split = self._observe(i, fit, mean_power)
-                    still = at_fault(split.verdicts())
-                for op in sorted(wrong - still):
-                    distrust(self.found.warn, self.run.executor.device, self.index, op)
-            share_moments(self.run, self.found.clock, self.index, [self.groups[i]], [split])
+            gather = functools.partial(self._observe, i, fit, mean_power)
+            [split] = settled_moments(self.run, self.found, self.index, [self.groups[i]], gather, again=True)
             self._choose(i, split)
             replacement = Replacement.of(self.work, self.index, self.picks[i])
             for lane in here:
                 lane.due.append((i, replacement))
 
-    def _observe(self, i: int, fit: list[ConsumerLane], mean_power: Tensor | None) -> Split:
+    def _observe(self, i: int, fit: list[ConsumerLane], mean_power: Tensor | None) -> list[Split]:
         """Moments of a group's inputs, of the passes that stand still."""
         observed = Observed.make(self.run, self.index, self.groups[i], self.sums[i], mean_power)
         with self.found.clock("statistics"):
@@ -337,7 +330,7 @@ class SequentialBlock(Lanes):
                     product, held = lane.waiting[i], held_of(self.run, lane.source, lane.batch)
                     power = product.rows.float().square().sum(1) if observed.column_powers is not None else None
                     observed.add(lane.batch, product.x, held, self._sums(lane, i), power)
-        return observed.split
+        return [observed.split]
 
     def going_on(self, lane: ConsumerLane) -> None:
         self._pay(lane)

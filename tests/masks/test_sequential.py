@@ -197,9 +197,6 @@ def test_a_block_that_is_declined_with_its_dense_stream_ahead_is_pruned_as_by_pr
     same_as_propagated(result, odd(), batch_size=1, **fields)
 
 
-# ---- one pass --------------------------------------------------------------------------------------------------------
-
-
 def linear_layers(model) -> dict[str, torch.nn.Module]:
     return {
         name: part
@@ -333,9 +330,6 @@ def test_a_bfloat16_copy_computes_and_the_model_s_own_weights_are_written():
     assert min(agree) > 0.85 and result.model.dtype == torch.float32 and result.report["sparsity"] == 0.5
 
 
-# ---- without room for all batches at once ----------------------------------------------------------------------------
-
-
 @pytest.fixture
 def moved(monkeypatch):
     """Bytes that passes which stand still had in memory after each of them went to the store, and that went there."""
@@ -401,9 +395,6 @@ def test_a_tensor_that_one_batch_makes_for_the_others_ends_the_sequential_way(mo
     same_as_propagated(result, sharing(), batch_size=4)
 
 
-# ---- with reconstruction ---------------------------------------------------------------------------------------------
-
-
 def test_block_reconstruction_begins_with_the_same_layer_wise_step():
     layer = pruned(tiny.model("llama"))
     fields = {"calibration": {"source": tiny.ids(16, 16), "num_samples": 16, "held_out": 0}}
@@ -430,9 +421,6 @@ def test_training_lowers_the_error_that_the_layer_wise_step_left(global_propagat
     for row in result.report["blocks"]:
         steps = {step["step"]: step["calibration"] for step in row["steps"]}
         assert steps["block"] < steps["layer"] and row["inputs"] == "sequential"
-
-
-# ---- where it cannot be done -----------------------------------------------------------------------------------------
 
 
 def same_as_propagated(result, model, **fields) -> None:
@@ -501,9 +489,6 @@ def test_a_module_that_keeps_something_of_a_pass_is_seen():
         block.mlp.__class__ = Keeping
     result = pruned(model)
     assert "mlp.kept changes during a pass" in fell_back(result)[0]
-
-
-# ---- what goes wrong -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layer", ["input_layernorm", "mlp.act_fn"])

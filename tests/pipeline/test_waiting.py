@@ -50,9 +50,9 @@ def waits_of_a_block(monkeypatch, memory=10**11, **fields) -> tuple[Counter, Cou
     return kinds, found
 
 
-LIAR = {"read": 6, "stream": 5, "event": 1, "copy to the host": 3}
-"""Statistics, λ, other errors, guards and the block's error are read; scores, the repaired weight and its bias go to
-the host, where the block is."""
+LIAR = {"read": 4, "stream": 5, "event": 1, "copy to the host": 3}
+"""Statistics with their guards, errors, the solution with its guards, and the block's error are read; scores, the
+repaired weight and its bias go to the host, where the block is."""
 
 
 @pytest.mark.parametrize(

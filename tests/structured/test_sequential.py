@@ -187,9 +187,6 @@ def test_a_resumed_run_has_the_same_bytes(architecture, tmp_path, stop_after):
         assert {**one, "seconds": 0} == {**other, "seconds": 0}
 
 
-# ---- blocks that cannot be pruned so -----------------------------------------------------------------------------
-
-
 def same_as_propagated(result, model, rounding: float = 0, **fields):
     """rounding: of blocks that were pruned in passing before."""
     want = pruned(model, inputs="propagated", **fields)
