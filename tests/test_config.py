@@ -150,6 +150,8 @@ def test_what_follows_from_what():
         ({"pattern": "0:4"}, "needs 0 < N < M"),
         ({"pattern": "2:64"}, "M ≤ 16"),
         ({"pattern": "two to four"}, "pattern must be unstructured, N:M"),
+        ({"pattern": "2-4"}, "got '2-4'; did you mean '2:4'"),
+        ({"pattern": "neuron"}, "got 'neuron'; did you mean 'neurons'"),
         ({"method": "sparsgpt"}, "method must be one of .*did you mean 'sparsegpt'"),
         ({"reconstruct": "liar"}, "reconstruct for pattern 'unstructured' must be one of none, layer"),
         ({"reconstruct": "layer", "pattern": "heads"}, "reconstruct for pattern 'heads' must be one of none, bias"),
@@ -180,6 +182,13 @@ def test_refusals(fields, sentence):
     with pytest.raises(ConfigError, match=sentence) as refusal:
         from_dict(PruneConfig, fields)
     assert "\n" not in str(refusal.value)
+
+
+def test_a_pattern_by_itself_is_a_list_of_one():
+    config = PruneConfig(targets="mlp", ignore="down_proj")
+    assert (config.targets, config.ignore) == (["mlp"], ["down_proj"])
+    assert from_yaml(to_yaml(config)) == config and "targets:\n- mlp\n" in to_yaml(config)
+    assert override(None, {"targets": "mlp"}).targets == ["mlp"]
 
 
 def test_yaml_that_is_not_a_configuration(tmp_path):

@@ -229,11 +229,12 @@ def evaluate(
             raise ConfigError(f"{name} would do nothing: only {used}")
     libraries("evaluating")
     from pyprune.data.texts import check_there
-    from pyprune.evaluation.single import NotFinite, ready
+    from pyprune.evaluation.single import NotFinite, check_named, ready
 
     show = print_json if as_json else rendering.print_evaluation
     try:
         check_there(asked.get("text"))
+        check_named(model)
         with Doing(f"loading {model}", label="evaluating"):
             loaded = ready(model, stream=stream)
         with Doing("measuring perplexity", label="evaluating") as doing:
@@ -347,7 +348,7 @@ def generate(
             path=output,
             progress=doing,
         )
-    print(f"{len(rows)} sequences of {seq_len} tokens in {output}")
+    print(f"{rendering.counted(len(rows), 'sequence')} of {seq_len} tokens in {output}")
 
 
 @app.command(cls=Command)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -23,6 +24,7 @@ def check_pattern(pattern: str) -> None:
         if pattern not in ("unstructured", *STRUCTURED_PATTERNS):
             raise ConfigError(
                 f"pattern must be unstructured, N:M (2:4, 4:8), {', '.join(STRUCTURED_PATTERNS)}, got {pattern!r}"
+                + _meant(str(pattern))
             )
         return
     n, m = nm
@@ -31,6 +33,14 @@ def check_pattern(pattern: str) -> None:
             f"pattern {pattern!r}: N non-zeros in every M weights needs 0 < N < M ≤ 16"
             + (f"; did you mean '{m}:{n}'?" if 0 < m < n <= 16 else "")
         )
+
+
+def _meant(pattern: str) -> str:
+    """What is asked where a pattern is almost one: ``neuron``, ``2-4``."""
+    if match := re.fullmatch(r"(\d+)\D(\d+)", pattern):
+        return f"; did you mean '{match[1]}:{match[2]}'?"
+    near = difflib.get_close_matches(pattern, ["unstructured", *STRUCTURED_PATTERNS], n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def checked_sparsity(asked: Any, pattern: str) -> float | tuple[float, ...] | dict[str, float]:

@@ -145,6 +145,9 @@ class PruneConfig:
                 raise ConfigError(f"{name} must be a {cls.__name__} or a mapping, got {type(value).__name__}")
         if self.calibration.seed is None:
             self.calibration = dataclasses.replace(self.calibration, seed=self.seed)
+        for name in ("targets", "ignore"):
+            if isinstance(pattern := getattr(self, name), str):
+                setattr(self, name, [pattern])
         parse_backend(self.backend)
         check_backends(self.backends)
         check_at_least(self, "batch_size", "column_block")

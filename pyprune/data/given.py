@@ -87,7 +87,9 @@ def sequences(found: Any, name: str) -> list[Tensor]:
     ids = torch.as_tensor(found)
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise ConfigError(f"{name} must be integers, got {str(ids.dtype)[6:]}")
-    if ids.ndim not in (1, 2) or 0 in ids.shape:
+    if ids.ndim in (1, 2) and 0 in ids.shape:
+        raise ConfigError(f"empty {name}: shape {list(ids.shape)} holds no token")
+    if ids.ndim not in (1, 2):
         raise ConfigError(f"{name} must be a matrix [samples, tokens] or one sequence, got shape {list(ids.shape)}")
     ids = ids.detach().cpu().long()
     return [ids] if ids.ndim == 1 else list(ids)

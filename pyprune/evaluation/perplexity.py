@@ -135,8 +135,8 @@ def check_causal(model: nn.Module) -> None:
     """Raise ConfigError for a model that does not predict the next token."""
     if not predicts_next_token(model):
         raise ConfigError(
-            f"{type(model).__name__} does not predict the next token, so it has no perplexity; evaluate "
-            "it on its own task, or set evaluation.enabled=False"
+            f"{type(model).__name__} does not predict the next token, so it has no perplexity; measure "
+            "tasks instead: `pyprune eval MODEL --tasks NAMES`"
         )
 
 

@@ -19,10 +19,12 @@ from pyprune.execution.activation_store import Store
 from pyprune.execution.device import pick_device
 from pyprune.execution.unopened import Unopened
 from pyprune.execution.weight_streaming import Opened, open_streamed
+from pyprune.model import checkpoint
 from pyprune.model.attributes import vocabulary_size
 from pyprune.model.blocks import not_finite, predicts_next_token
 from pyprune.model.checkpoint import Loaded
 from pyprune.model.positions import of_any, positions_of
+from pyprune.model.skeleton import skeleton
 from pyprune.packed.loading import opened
 
 
@@ -61,6 +63,13 @@ def to_stream(model: Any, stream: Streaming = "auto") -> Unopened | None:
             "models that do are measured block by block; set stream='never'"
         )
     return None
+
+
+def check_named(name: str | Path) -> None:
+    """Raise ConfigError for a named model that has no perplexity, by its configuration, before its weights are read."""
+    found = Unopened(str(name))
+    if not found.source.gguf_file and not checkpoint.structured_sizes(found.source):
+        check_causal(skeleton(found.config, origin=found.origin))
 
 
 def placed_on(found: Loaded | Opened, device: str | None) -> nn.Module | Blockwise:
@@ -111,6 +120,7 @@ def evaluate(
     evaluation = _settings(evaluation, fields)
     if isinstance(model, (str, Path)):
         device = device or "auto"
+        check_named(model)
     subject = ready(model, tokenizer, stream)
     live = subject.model
     check_causal(live)

@@ -8,6 +8,7 @@ and a model card.
 from __future__ import annotations
 
 import contextlib
+import difflib
 import importlib.util
 import json
 import math
@@ -85,8 +86,16 @@ def resolve(name: str | Path) -> Source:
             )
         return Source(str(path))
     if path.suffix == ".gguf" or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text) or text.startswith("."):
-        raise ConfigError(f"unknown model {text!r}: no such file or folder")
+        raise ConfigError(f"unknown model {text!r}: no such file or folder{_meant(text)}")
     return Source(text, local=False)
+
+
+def _meant(name: str) -> str:
+    """What is asked where a name is no folder, but almost that of a packaged model."""
+    if name in PACKAGED or Path(name).expanduser().exists():
+        return ""
+    near = difflib.get_close_matches(name.lower(), PACKAGED, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def members(directory: str | Path) -> list[Path]:
@@ -250,7 +259,7 @@ def loading(name: str | Path) -> Iterator[None]:
     except ConfigError:
         raise
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        raise ConfigError(f"cannot load model {str(name)!r}: {_sentence(error)}") from error
+        raise ConfigError(f"cannot load model {str(name)!r}: {_sentence(error)}{_meant(str(name))}") from error
 
 
 def structured_sizes(source: Source) -> dict | None:

@@ -57,6 +57,10 @@ def named_positions(view: ModelView) -> Positions | None:
 def check_weights(view: ModelView, selected: Selected, config: PruneConfig, rules: Rules | None = None) -> None:
     """Refuse what cannot be done to these blocks, before any work. rules: where there are sparsities by name, the key
     of each weight; None if they are not resolved yet."""
+    if not config.is_structured and not any(selected) and (config.targets or config.ignore):
+        raise ConfigError(
+            f"targets {config.targets} and ignore {config.ignore} leave no weight to prune: ignore fewer, or name others"
+        )
     if config.is_structured:
         refuse_shared(view, config.pattern)
     elif config.nm is None and (rules or not config.sparsity_by_name):

@@ -177,6 +177,7 @@ def write_records(folder: Path, report: dict, config: PruneConfig, name: str) ->
     the weights in the folder, if that was asked for."""
     files = [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]
     report["model"]["file_bytes"] = sum(path.stat().st_size for path in files)
+    report["model"]["tokenizer"] = any((folder / file).is_file() for file in checkpoint.TOKENIZER_FILES)
     checkpoint.write_json(folder / "report.json", report)
     checkpoint.write_json(folder / "pruning.json", pruning_record(report))
     (folder / "run.yaml").write_text(run_yaml(report, config))

@@ -91,11 +91,12 @@ def _use(report: dict, name: str, auto: str) -> list[str]:
     if own:
         lines += ["import pyprune", "", f'model, tokenizer = pyprune.load("{name}")']
     else:
+        tokenizer = report["model"].get("tokenizer", True)
         lines += [
-            f"from transformers import {auto}, AutoTokenizer",
+            f"from transformers import {auto}{', AutoTokenizer' if tokenizer else ''}",
             "",
             f'model = {auto}.from_pretrained("{name}", dtype="auto")',
-            f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
+            *([f'tokenizer = AutoTokenizer.from_pretrained("{name}")'] if tokenizer else []),
         ]
     lines += ["```", ""]
     if own:

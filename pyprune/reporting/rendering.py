@@ -32,6 +32,11 @@ def number(value: float | None, digits: int = 4) -> str:
     return "–" if value is None else f"{value:.{digits}g}"
 
 
+def counted(count: int, noun: str) -> str:
+    """``1 sequence``, ``2 sequences``."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 def kind_of_weight(name: str) -> str:
     """A weight's name with its block's and expert's numbers left open."""
     return re.sub(r"\[\d+\]", "[*]", re.sub(r"(^|\.)\d+\.", r"\1*.", name))
@@ -429,13 +434,13 @@ def plan_rows(found: dict) -> list[tuple[str, str]]:
         (
             "passes",
             f"{count} per block ({', '.join(passes)}){each}{training}, "
-            f"over {calibration['sequences']} sequences, {calibration['tokens']:,} tokens"
+            f"over {counted(calibration['sequences'], 'sequence')}, {calibration['tokens']:,} tokens"
             if passes
             else "none: no calibration data is needed",
         ),
         (
             "evaluation",
-            f"{found['evaluation']['windows']} windows, {found['evaluation']['tokens']:,} tokens, before and after"
+            f"{counted(found['evaluation']['windows'], 'window')}, {found['evaluation']['tokens']:,} tokens, before and after"
             if found["evaluation"]["windows"]
             else "none: no perplexity is measured",
         ),
@@ -500,7 +505,7 @@ def _parts(values: dict, text: Callable[[float], str], free: str = "") -> str:
 def size_text(size: float) -> str:
     """``37.8 GiB``."""
     unit, name = next(
-        (u, n) for u, n in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (1, "B")) if size >= 0.995 * u or u == 1
+        (u, n) for u, n in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B")) if size >= 0.995 * u or u == 1
     )
     return f"{size / unit:.{0 if name == 'B' or size >= 100 * unit else 1}f} {name}"
 

@@ -32,6 +32,7 @@ from pyprune.reporting.rendering import (
     RECONSTRUCTIONS,
     TASK_METRICS,
     conditions_text,
+    counted,
     distinct,
     duration_text,
     headline,
@@ -339,6 +340,7 @@ def _weights(report: dict) -> Markup:
         return Markup("")
     errors = [key for key in ("error", "error_held_out") if any(row.get(key) is not None for row in rows)]
     names = {"error": "Error, calibration", "error_held_out": "Error, held out"}
+    texts = {"error": "calibration text", "error_held_out": "held-out text"}
     units = any("kept" in row for row in rows)
     table = Table(
         "Each pruned weight: zeros or removed groups, and the relative error of its outputs.",
@@ -359,8 +361,10 @@ def _weights(report: dict) -> Markup:
     kinds = list(dict.fromkeys(kind_of_weight(row["name"]) for row in rows))
     return join(
         [
-            _by_block(rows, kinds, errors[:1] or [], "Error of each weight's outputs, calibration text", True),
-            _by_block(rows, kinds, ["sparsity"], "Sparsity of each weight", False) if _varies(rows) else "",
+            _by_block(rows, kinds, errors[0], f"Error of each weight's outputs, {texts[errors[0]]}", True)
+            if errors
+            else "",
+            _by_block(rows, kinds, "sparsity", "Sparsity of each weight", False) if _varies(rows) else "",
             _kinds(rows, kinds, errors),
             details(f"Every weight ({len(rows):,})", join([table.html(), note])),
         ]
@@ -372,11 +376,8 @@ def _varies(rows: list[dict]) -> bool:
     return max(values) - min(values) > 0.005
 
 
-def _by_block(rows: list[dict], kinds: Sequence[str], keys: Sequence[str], caption: str, log: bool) -> Markup:
+def _by_block(rows: list[dict], kinds: Sequence[str], key: str, caption: str, log: bool) -> Markup:
     """One line per kind of weight over the blocks; experts of one block are averaged."""
-    if not keys:
-        return Markup("")
-    key = keys[0]
     cells: dict[tuple[int, str], list[tuple[int, float]]] = {}
     for k, row in enumerate(rows):
         if row.get(key) is not None:
@@ -387,7 +388,7 @@ def _by_block(rows: list[dict], kinds: Sequence[str], keys: Sequence[str], capti
     ]
     averaged = ", the mean over the experts of a block" if any(len(found) > 1 for found in cells.values()) else ""
     table = Table(f"{caption}{averaged}.", ["Block", *map(_short, kinds)], body, plotted=range(1, 1 + len(kinds)))
-    return chart(table, axis=key, log=log, x="whole")
+    return chart(table, axis="sparsity" if key == "sparsity" else "relative error", log=log, x="whole")
 
 
 def _mean_cell(found: list[tuple[int, float]] | None, key: str) -> Markup:
@@ -488,7 +489,7 @@ def _how(report: dict, settings: str) -> Markup:
     config, calibration = report["config"], report["calibration"]
     said = [
         ("Calibration", calibration["description"]),
-        ("Calibration tokens", f"{calibration['samples']} sequences, {calibration['tokens']:,} tokens"),
+        ("Calibration tokens", f"{counted(calibration['samples'], 'sequence')}, {calibration['tokens']:,} tokens"),
         ("SHA-256 of their token ids", calibration["fingerprint"]),
         ("Statistics of inputs", inputs_text(report)),
         ("Reconstruction", RECONSTRUCTIONS.get(config["reconstruct"])),

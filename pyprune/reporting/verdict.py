@@ -57,9 +57,11 @@ def _loss(rows: list[dict]) -> tuple[str, str]:
     levels = ("close", "visible", "heavy")
     found = next(((level, name) for level, (limit, name) in zip(levels, STEPS) if factor <= limit), None)
     level, name = found or ("damaged", "the model is badly damaged")
+    times = number(factor, 3)
+    beside = "within 0.5 % of" if times == "1" else f"{times} times"
     moved = (
         f"Perplexity goes from {perplexity_text(worst['dense'])} to {perplexity_text(worst['pruned'])} on "
-        f"{worst['text']}, {number(factor, 3)} times the dense model's: {name}."
+        f"{worst['text']}, {beside} the dense model's: {name}."
     )
     return level, moved
 

@@ -405,6 +405,6 @@ def _warn(out: Repair, problem: Problem, pieces: _Pieces) -> None:
         wanted = TOKENS_PER_COLUMN[problem.group.kind]
         if problem.tokens < wanted * columns:
             out.warnings.append(
-                f"{problem.tokens} calibration tokens for {columns} kept columns; LIAR wants at least "
+                f"has {problem.tokens} calibration tokens for {columns} kept columns; LIAR wants at least "
                 f"{wanted} tokens per column"
             )

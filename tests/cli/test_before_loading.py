@@ -25,6 +25,7 @@ WRONG = {
     "no calibration file": (["--calibration", "missing.jsonl"], "no such file or folder: missing.jsonl"),
     "no evaluation file": (["--text", "/nowhere/wiki.txt"], "no such file or folder: /nowhere/wiki.txt"),
     "no weight has that name": (["--targets", "mpl"], "'mpl'"),
+    "every weight is left dense": (["--ignore", "*"], "ignore ['*'] leave no weight to prune"),
     "pattern that does not divide": (["--pattern", "3:7"], "pattern 3:7 does not divide the 32 inputs"),
     "sequences longer than the text": (["--seq-len", "999999"], "a smaller --seq-len"),
     "sequences longer than the file": (["--calibration", "{ids}", "--seq-len", "30"], "seq-len 30|--seq-len is 30"),
@@ -63,6 +64,15 @@ def test_sequences_beyond_a_table_of_positions_are_refused_before_the_weights_ar
         code == 2
         and "have up to 200 tokens, but GPT2LMHeadModel has 128 positions; set --seq-len to at most 128" in err
     )
+
+
+def test_eval_of_an_encoder_points_to_tasks(capsys, tmp_path, sealed):
+    tiny.model("bert").save_pretrained(tmp_path / "bert")
+    np.save(tmp_path / "ids.npy", tiny.ids(12, 24).numpy())
+    code, out, err = call(capsys, "eval", tmp_path / "bert", "--text", tmp_path / "ids.npy")
+    assert code == 2 and out == ""
+    assert "BertModel does not predict the next token" in err and "`pyprune eval MODEL --tasks NAMES`" in err
+    assert "loading" not in err and "no-evaluation" not in err
 
 
 def test_eval_and_refine_look_for_their_files_first(capsys, tmp_path, folder, sealed):

@@ -174,6 +174,7 @@ def test_tokenising_a_part_gives_the_beginning_of_the_whole(tokenizer):
             {},
             r"must be a matrix \[samples, tokens\] or one sequence, got shape \[2, 3, 4\]",
         ),
+        (torch.zeros(0, 64).long(), {}, r"empty token ids: shape \[0, 64\] holds no token"),
         (tiny.ids(12, 1), {}, "row 0 of .* has 1 tokens; a sequence needs at least 2"),
         ((tiny.ids(12, 9), torch.ones(12, 8)), {}, r"mask has shape \[12, 8\], the token ids \[12, 9\]"),
         (tiny.ids(12, 9) + 5, {}, r"token id \d+ in sequence \d+ is outside the model's vocabulary of 96"),

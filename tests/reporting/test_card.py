@@ -35,6 +35,18 @@ def test_the_verdict_is_that_of_the_page(folder):
     assert f"to {row['pruned']:.2f} on" in card, "the figure, not only the words"
 
 
+def test_a_tokenizer_is_named_where_one_was_written(folder, tmp_path):
+    assert "AutoTokenizer" not in (folder / "README.md").read_text()
+    report = json.loads((folder / "report.json").read_text())
+    assert report["model"]["tokenizer"] is False
+    model = tiny.model("llama", vocab_size=tiny.CHARACTERS)
+    settings = {"method": "magnitude", "evaluation": False, "probe_samples": 0, "progress": False}
+    pyprune.prune(model, tokenizer=tiny.tokenizer(), output=str(tmp_path / "out"), **settings)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "import AutoModelForCausalLM, AutoTokenizer" in card
+    assert 'tokenizer = AutoTokenizer.from_pretrained("out")' in card
+
+
 def test_every_sentence_of_a_verdict_stands_in_the_card(folder):
     report = json.loads((folder / "report.json").read_text())
     rows = [

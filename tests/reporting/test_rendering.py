@@ -27,6 +27,8 @@ def test_times_are_readable(seconds, text):
     ("size", "text"),
     [
         (12, "12 B"),
+        (1020, "1.0 KiB"),
+        (400_736, "391 KiB"),
         (300 * 2**20, "300 MiB"),
         (1023 * 2**20, "1.0 GiB"),
         (37.76 * 2**30, "37.8 GiB"),

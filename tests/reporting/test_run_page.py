@@ -64,6 +64,15 @@ def test_figures_are_those_of_the_report(folders, name):
     assert "pyprune prune --config run.yaml" in page.text and "probe_samples: 2" in page.text
 
 
+def test_the_chart_of_weights_says_which_text_it_shows(folders):
+    """LIAR's errors are of held-out text alone, those of masks of calibration text."""
+    pages = {name: (folder / "report.html").read_text() for name, folder in folders.items()}
+    caption, other = (f"Error of each weight&#x27;s outputs, {text} text." for text in ("held-out", "calibration"))
+    assert caption in pages["structured"] and other not in pages["structured"]
+    assert other in pages["masks"] and caption not in pages["masks"]
+    assert 'data-y="error_held_out"' not in pages["structured"] and 'data-y="error"' not in pages["masks"]
+
+
 @needs_chromium
 def test_a_browser_draws_the_figures_of_the_report(folders, tmp_path):
     """Opened without a network: every chart is drawn, from exactly the numbers in report.json."""

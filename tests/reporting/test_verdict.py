@@ -28,6 +28,11 @@ def test_the_worst_text_decides(factors, level):
     assert verdict({"evaluation": [row(factor) for factor in factors]}).level == level
 
 
+def test_a_ratio_that_rounds_to_one_is_said_in_words():
+    assert "on t, within 0.5 % of the dense model's: " in verdict({"evaluation": [row(1.004)]}).sentences[0]
+    assert "on t, 1.01 times the dense model's: " in verdict({"evaluation": [row(1.006)]}).sentences[0]
+
+
 def test_what_is_not_finite_is_damaged_and_nothing_measured_is_said():
     assert ratio({"dense": 20.0, "pruned": math.nan}) is None
     assert verdict({"evaluation": [row(1.0), {"text": "u", "dense": 20.0, "pruned": None}]}).level == "damaged"
