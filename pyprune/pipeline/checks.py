@@ -59,7 +59,7 @@ def check_weights(view: ModelView, selected: Selected, config: PruneConfig, rule
     of each weight; None if they are not resolved yet."""
     if not config.is_structured and not any(selected) and (config.targets or config.ignore):
         raise ConfigError(
-            f"targets {config.targets} and ignore {config.ignore} leave no weight to prune: ignore fewer, or name others"
+            f"targets {config.targets} and ignore {config.ignore} leave no weight to prune: name others, or fewer"
         )
     if config.is_structured:
         refuse_shared(view, config.pattern)

@@ -440,7 +440,8 @@ def plan_rows(found: dict) -> list[tuple[str, str]]:
         ),
         (
             "evaluation",
-            f"{counted(found['evaluation']['windows'], 'window')}, {found['evaluation']['tokens']:,} tokens, before and after"
+            f"{counted(found['evaluation']['windows'], 'window')}, {found['evaluation']['tokens']:,} tokens, "
+            "before and after"
             if found["evaluation"]["windows"]
             else "none: no perplexity is measured",
         ),
@@ -505,7 +506,9 @@ def _parts(values: dict, text: Callable[[float], str], free: str = "") -> str:
 def size_text(size: float) -> str:
     """``37.8 GiB``."""
     unit, name = next(
-        (u, n) for u, n in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B")) if size >= 0.995 * u or u == 1
+        (u, n)
+        for u, n in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B"))
+        if size >= 0.995 * u or u == 1
     )
     return f"{size / unit:.{0 if name == 'B' or size >= 100 * unit else 1}f} {name}"
 
