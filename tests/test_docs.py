@@ -25,7 +25,6 @@ import typer.main
 from calling import call
 
 import pyprune
-from pyprune import config
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -34,7 +33,7 @@ EXAMPLES = [path for path in sorted((ROOT / "examples").glob("*.py")) if "random
 """Those that make their own model; the others need what a test has not, and have tests of their own."""
 MODELS = ("MODEL", "smollm2-135m", "minilm-l6-v2")
 """Names that stand for a dense model in a command."""
-DEFAULTS = {"SAMPLES": 8, "TOKENS": 32, "WINDOW": 64}
+DEFAULTS = {"calibration.SAMPLES": 8, "calibration.TOKENS": 32, "evaluation.WINDOW": 64}
 """What the defaults of a run are here."""
 SMALL = {"--seq-len": "32", "--window": "64", "--num-samples": "8", "--epochs": "1", "--max-windows": "2"}
 """Options that are too large for a tiny model, or for a test."""
@@ -101,7 +100,7 @@ def test_a_script_of_the_gallery_runs(path, tmp_path, monkeypatch, capsys):
 @pytest.fixture(autouse=True)
 def small_defaults(monkeypatch):
     for name, value in DEFAULTS.items():
-        monkeypatch.setattr(config, name, value)
+        monkeypatch.setattr(f"pyprune.config.{name}", value)
 
 
 @pytest.fixture(scope="module")

@@ -96,13 +96,13 @@ def prune(
         raise ConfigError("--resume would do nothing: --plan runs nothing")
     if plan and track:
         raise ConfigError("--track would do nothing: --plan runs nothing")
+    if settings.output is None and not plan:
+        raise ConfigError("no output folder: name one with -o, or ask for the --plan only")
     libraries("planning" if plan else "pruning")
     if plan:
         with Doing("counting, and timing two blocks", not as_json, "planning", said=False):
             found = pyprune.plan(settings)
         return print_json(found) if as_json else rendering.print_plan(found)
-    if settings.output is None:
-        raise ConfigError("no output folder: name one with -o, or ask for the --plan only")
     result = pyprune.prune(config=settings, resume=resume, track=track)
     if silent():
         return None

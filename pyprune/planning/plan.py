@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,7 @@ from pyprune.pipeline.checks import check_weights
 from pyprune.pipeline.opening import models_whole, why_not_streamed
 from pyprune.pipeline.phases import models_held
 from pyprune.pipeline.prune import make_config
+from pyprune.pipeline.sequences import calibration_data
 from pyprune.pipeline.sparsities import Rules, Selected, check_patterns, kinds_for, weights_and_keys
 from pyprune.planning.costs import (
     activations_of,
@@ -48,8 +50,8 @@ from pyprune.planning.costs import (
 )
 from pyprune.planning.rehearsal import rehearsal_model, rehearse
 from pyprune.reporting.record import config_for_report
+from pyprune.sources import kind, split
 from pyprune.sources import kinds as kinds_of
-from pyprune.sources import split
 from pyprune.structured.groups import find_groups
 from pyprune.structured.preparation import foreseen, group_paths, groups_and_keys
 
@@ -70,9 +72,11 @@ def plan(
     (per sparsity, what was ``asked`` and what will be ``removed``), ``patterns`` (what each of ``targets`` and
     ``ignore`` names); ``memory_bytes``
     and, with a GPU, ``device_memory_bytes``, by part at the moment of the peak; ``free_bytes`` of both; ``disk_bytes``;
-    ``calibration``, ``evaluation`` (``windows`` and ``tokens``), ``passes``, ``streamed`` and ``streamed_because``;
+    ``calibration`` (``sequences``, ``tokens``, ``at_most`` where these are an upper bound), ``evaluation`` (``windows``
+    and ``tokens``), ``passes``, ``streamed`` and ``streamed_because``;
     ``flops`` and ``seconds`` by phase; ``runs``, how often all blocks are gone through: for masks once per
-    sparsity, all of which are counted. Only an evaluation text of which everything is to be measured is read.
+    sparsity, all of which are counted. Text is read only where its length decides: an evaluation text of which
+    everything is to be measured, and the calibration sequences of an encoder, each at its own length, if they lie here.
     Raises :class:`ConfigError` as :func:`pyprune.prune` would for everything that can be known without reading weights
     or data.
     """
@@ -109,6 +113,14 @@ def plan(
     windows = evaluation_windows(view, config, functools.partial(_tokenizer, unopened))
     selected, rules, achieved = _to_prune(view, targeted, config, small, narrowed)
     weights, work = _weights(view, selected, targeted, config), work_of(view, selected, config)
+    lengths = _lengths(unopened, config)
+    tokens, at_most = tokens_of(config), lengths is None
+    if lengths:  # bytes as of the longest sequence, seconds as of the average one
+        tokens = sum(lengths)
+        average = _of_length(config, math.ceil(tokens / len(lengths)))
+        config = _of_length(config, max(lengths))
+    else:
+        average = config
     memory = available_memory()
     free = {"memory": memory, "device": torch.cuda.mem_get_info(device)[0] if gpu else None}
     streamed, why = unopened.streams(config.stream, why_not_streamed(config), models_whole(config))
@@ -118,7 +130,7 @@ def plan(
     room = SHARE * (free["device"] - size * keeps) if free["device"] is not None else None
     in_files = max(0, int(activations_of(view, selected, config, compute, budget, room)[0] - budget))
     host, on_device = memory_of(view, selected, config, compute, streamed, gpu, budget, room or 0, keeps, windows)
-    seconds = rehearse(config, view, work, small, streamed, windows)
+    seconds = rehearse(average, view, work, small, streamed, windows)
     written = config_for_report(config)
     return {
         "model": {
@@ -129,8 +141,11 @@ def plan(
             "dtype": str(dtype)[6:],
         },
         "settings": {
-            name: written[name]
-            for name in ("method", "criterion", "pattern", "sparsity", "reconstruct", "global_propagation")
+            **{
+                name: written[name]
+                for name in ("method", "criterion", "pattern", "sparsity", "reconstruct", "global_propagation")
+            },
+            "allocation": config.structured.allocation if config.is_structured else None,
         },
         "device": str(device),
         "compute_dtype": str(compute)[6:],
@@ -143,7 +158,8 @@ def plan(
         "free_bytes": free,
         "calibration": {
             "sequences": config.calibration.samples + config.calibration.self_generated,
-            "tokens": tokens_of(config),
+            "tokens": tokens,
+            "at_most": at_most,
         },
         "evaluation": {"windows": windows, "tokens": windows * config.evaluation.tokens},
         "runs": runs_of(config),
@@ -151,7 +167,7 @@ def plan(
         "streamed": streamed,
         "streamed_because": why,
         "disk_bytes": {**disk_of(view, selected, config, streamed, in_files, rules), "free": _free_disk(config)},
-        "flops": flops_of(view, work, config, windows),
+        "flops": flops_of(view, work, average, windows),
         "seconds": {**seconds, "total": sum(seconds.values())},
     }
 
@@ -183,6 +199,23 @@ def _window(evaluation: Evaluation, positions: Positions | None) -> int:
     if evaluation.window is None and kinds_of(evaluation.text) == {"ids"}:
         return max(len(row) for source in split(evaluation.text) for row in token_rows(source) or ())
     return window_tokens(evaluation, positions)
+
+
+def _lengths(unopened: Unopened, config: PruneConfig) -> list[int] | None:
+    """Tokens of each calibration sequence where they differ and can be read here; empty where all have as many as was
+    asked for, or none are read; None where that is only their upper bound."""
+    sources, view = {kind(source) for source in calibration.sources_of(config.calibration)}, unopened.view
+    if not reads_sequences(config) or not (view.is_encoder or "ids" in sources):
+        return []
+    tokenizer = _tokenizer(unopened)
+    if config.calibration.self_generated or "data set" in sources or (tokenizer is None and sources != {"ids"}):
+        return None
+    return [len(row) for row in calibration_data(config, view, tokenizer).sequences]
+
+
+def _of_length(config: PruneConfig, tokens: int) -> PruneConfig:
+    """The same for calibration sequences of so many tokens."""
+    return dataclasses.replace(config, calibration=dataclasses.replace(config.calibration, seq_len=max(2, tokens)))
 
 
 def _tokenizer(unopened: Unopened) -> Any:

@@ -163,7 +163,8 @@ def forward_units(steps: int, blocks: int, view: ModelView, config: PruneConfig)
 
 
 def rehearsal_model(config: Any, dtype: torch.dtype) -> tuple[nn.Module, bool]:
-    """Two blocks of an architecture with random weights, and whether they are narrower than the real ones."""
+    """Two blocks of an architecture with random weights, and whether they are narrower than the real ones. A
+    large vocabulary is made smaller beside them."""
     small, narrowed = shortened(config, blocks=2, experts=8)
     while True:
         model = skeleton(small, dtype)
@@ -174,7 +175,6 @@ def rehearsal_model(config: Any, dtype: torch.dtype) -> tuple[nn.Module, bool]:
         narrowed = True
     if token_embedding(model).weight.numel() > 2 * LARGEST:
         set_vocabulary(small, 4096)
-        narrowed = True
         model = skeleton(small, dtype)
     generator = torch.Generator().manual_seed(0)
     made: dict[int, nn.Parameter] = {}

@@ -434,7 +434,8 @@ def plan_rows(found: dict) -> list[tuple[str, str]]:
         (
             "passes",
             f"{count} per block ({', '.join(passes)}){each}{training}, "
-            f"over {counted(calibration['sequences'], 'sequence')}, {calibration['tokens']:,} tokens"
+            f"over {counted(calibration['sequences'], 'sequence')}, "
+            f"{'at most ' if calibration['at_most'] else ''}{calibration['tokens']:,} tokens"
             if passes
             else "none: no calibration data is needed",
         ),
@@ -472,6 +473,8 @@ def plan_rows(found: dict) -> list[tuple[str, str]]:
 def achieved_rows(found: dict) -> list[str]:
     """What a plan says of each sparsity that was asked for."""
     texts = []
+    uniform = found["settings"]["allocation"] == "uniform"
+    unknown = "about that share of each block" if uniform else "widths depend on the scores"
     for row in found["achieved"]:
         got = ", ".join(f"{share:.4g} of the {kind} will be removed" for kind, share in row["removed"].items())
         if isinstance(row["asked"], dict) and row.get("by_key"):
@@ -481,7 +484,7 @@ def achieved_rows(found: dict) -> list[str]:
         elif found["settings"]["pattern"] not in ("neurons", "heads", "structured"):
             zeros = sum(math.prod(w["shape"]) for w in found["weights"] if w["prune"])
             got = f"about that share of {zeros:,} weights will be zero"
-        texts += [f"{asked_text(row['asked'])} asked for, {got or 'widths depend on the scores'}", *row["notes"]]
+        texts += [f"{asked_text(row['asked'])} asked for, {got or unknown}", *row["notes"]]
     return texts
 
 

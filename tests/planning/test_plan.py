@@ -109,6 +109,44 @@ def test_the_evaluation_of_a_whole_text_is_in_the_estimate(tmp_path, folder):
     assert pyprune.plan(folder, **fields)["evaluation"]["windows"] == 6, "two from each row"
 
 
+@pytest.mark.parametrize("kind", ["sentences", "ids", "no tokenizer"])
+def test_sequences_of_their_own_length_are_counted_as_the_run_counts_them(tmp_path, kind):
+    tiny.model("bert").save_pretrained(tmp_path / "bert")
+    sentences = [f"sentence{'a' * (i % 11)}{i}" for i in range(60)]  # ids of white space are beyond its vocabulary
+    source = [row[: 4 + i % 9] for i, row in enumerate(tiny.ids(60, 20))] if kind == "ids" else sentences
+    fields = dict(calibration={"source": source, "num_samples": 12, "held_out": 4}, seed=3, probe_samples=2)
+    if kind == "no tokenizer":
+        found = pyprune.plan(tmp_path / "bert", seq_len=32, **fields)
+        assert found["calibration"] == {"sequences": 12, "tokens": 12 * 32, "at_most": True}
+        assert any("12 sequences, at most 384 tokens" in text for _, text in rendering.plan_rows(found))
+        return
+    if kind == "sentences":
+        tiny.tokenizer(encoder=True).save_pretrained(tmp_path / "bert")
+    found = pyprune.plan(tmp_path / "bert", **fields)
+    report = pyprune.prune(str(tmp_path / "bert"), progress=False, **fields).report
+    assert found["calibration"] == {"sequences": 12, "tokens": report["calibration"]["tokens"], "at_most": False}
+    longer = [row.repeat(5) for row in source] if kind == "ids" else [text * 4 for text in sentences]
+    fields["calibration"]["source"] = longer
+    more = pyprune.plan(tmp_path / "bert", **fields)
+    assert more["flops"]["forward"] > 2 * found["flops"]["forward"]
+    assert more["memory_bytes"]["activations"] > 2 * found["memory_bytes"]["activations"]
+
+
+def test_a_large_vocabulary_hides_no_widths(tmp_path):
+    """Such embeddings are made smaller for the rehearsal, the blocks are not."""
+    config = tiny.CONFIGS["llama"]()
+    config.vocab_size, config.architectures = 300_000, ["LlamaForCausalLM"]
+    config.save_pretrained(tmp_path)
+    fields = dict(pattern="neurons", sparsity=0.25, calibration=tiny.ids(4, 16), evaluation=False)
+    found = pyprune.plan(tmp_path, **fields)
+    assert found["achieved"] == [{"asked": 0.25, "removed": {"neurons": 0.25}, "notes": []}]
+    assert rendering.achieved_rows(found) == ["0.25 asked for, 0.25 of the neurons will be removed"]
+    found["achieved"][0]["removed"] = {}  # as where the blocks are too large to be rehearsed
+    assert rendering.achieved_rows(found) == ["0.25 asked for, about that share of each block"]
+    found["settings"]["allocation"] = "global"
+    assert rendering.achieved_rows(found) == ["0.25 asked for, widths depend on the scores"]
+
+
 def test_sampling_is_in_the_estimate(folder):
     few, many = (pyprune.plan(folder, self_generated=n, self_generated_for="all") for n in (32, 320))
     assert many["seconds"]["sampling"] > 2 * few["seconds"]["sampling"] > 0
