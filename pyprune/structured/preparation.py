@@ -48,7 +48,12 @@ def check_sizes(
     if config.structured.nonstandard == "refuse":
         flags, _ = _flags(view, config, groups)
         for wanted in wanted_of(groups, config, rules):
-            _stock_edits(view, config, groups, _uniform_counts(groups, wanted), flags, _mean(groups, wanted))
+            try:
+                _stock_edits(view, config, groups, _uniform_counts(groups, wanted), flags, _mean(groups, wanted))
+            except config_edits.NoSuchShapes:
+                # a block that fails with fewer heads is the better reason, which a pass through it tells: prepare
+                if not any(g.kind == "heads" for block in groups for g in block):
+                    raise
 
 
 def groups_to_prune(
@@ -338,7 +343,7 @@ def _stock_edits(
         return _edits(view, groups, counts, flags)
     except ConfigError as error:
         shown = sparsity_text(config.sparsity_by_name or sparsity)
-        raise ConfigError(
+        raise type(error)(
             f"sparsity {shown} makes a model that stock tools cannot load: {error}. "
             "Set nonstandard='save' (pyprune.load loads it) or nonstandard='pad' (zeros: stock tools load it, it is "
             "no smaller), or choose another sparsity or pattern"
