@@ -83,10 +83,11 @@ def cases(job: Job) -> Iterator[tuple[str, list[Call]]]:
     for peer, ways in WAYS.items():
         calls = [Call("torch-pruning", "float32", {**NEURONS, "method": peer})]
         for criterion, repair in ways:
-            settings = {**NEURONS, "criterion": criterion, "reconstruct": repair, "compute_dtype": "float32"}
-            calls.append(
-                Call("pyprune", "float32", settings, reads_tokens=(criterion, repair) != ("magnitude", "none"))
-            )
+            settings = {**NEURONS, "criterion": criterion, "reconstruct": repair}
+            reads = (criterion, repair) != ("magnitude", "none")
+            if reads:
+                settings["compute_dtype"] = "float32"
+            calls.append(Call("pyprune", "float32", settings, reads_tokens=reads))
         yield f"neurons {peer}", calls
 
 
@@ -210,11 +211,13 @@ def _row(name: str, call: Call, known: Given, said: dict | str) -> Row:
 
 
 def load_changed(dense: torch.nn.Module, out: Path) -> torch.nn.Module:
-    """The dense model's class with the weights, and the width, that a process left."""
+    """The dense model's class with the weights, and the width, that a process left; LIAR adds biases to the FFN."""
+    state = load_file(out / "state.safetensors")
     config = copy.deepcopy(dense.config)
     config.intermediate_size = int((out / "intermediate_size").read_text())
+    config.mlp_bias = any(name.endswith(".mlp.down_proj.bias") for name in state)
     changed = type(dense)(config).eval()
-    changed.load_state_dict(load_file(out / "state.safetensors"))
+    changed.load_state_dict(state)
     return changed
 
 

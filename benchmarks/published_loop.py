@@ -329,6 +329,7 @@ def reconstruct(
     cross: bool = False,
     epochs: int = 3,
     batch_size: int = 4,
+    lr: float = 2e-4,
     autocast: bool = False,
     seed: int = 0,
     blocks: int | None = None,
@@ -372,6 +373,7 @@ def reconstruct(
                 arguments,
                 epochs=epochs,
                 batch_size=batch_size,
+                lr=lr,
                 autocast=autocast,
                 seed=seed,
             )

@@ -74,7 +74,8 @@ class Row:
     def to_dict(self) -> dict:
         found = {key: value for key, value in dataclasses.asdict(self).items() if value not in (None, {}, 0.0, "")}
         found["samples"] = [float(f"{value:.5g}") for value in self.samples]
-        found["quantiles"] = {f"p{int(q * 100)}": float(f"{self.quantile(q):.5g}") for q in (0.1, 0.5, 0.9)}
+        if self.samples:  # none where the contender failed
+            found["quantiles"] = {f"p{int(q * 100)}": float(f"{self.quantile(q):.5g}") for q in (0.1, 0.5, 0.9)}
         for name in ("ratio", "gb_s", "tflop_s", "share"):
             if name in found:
                 found[name] = float(f"{found[name]:.4g}")
