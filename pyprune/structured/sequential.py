@@ -131,9 +131,6 @@ def put(waiting: Waiting, i: int, total: Tensor | None, output: Tensor) -> None:
         del waiting[i]
 
 
-# ---- where passes stop ---------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Stop:
     """Where the passes stand still for some groups, that are settled there one after the other."""
@@ -227,9 +224,6 @@ def _stops(groups: list[Coupled], met: list[tuple[int, ...]], token_bytes: float
     return StopOrder(tuple(sorted(stops, key=lambda stop: stop.place)), token_bytes)
 
 
-# ---- the pass -------------------------------------------------------------------------------------------------------
-
-
 @dataclass(eq=False)
 class ConsumerLane(Lane):
     """One batch on its way from consumer to consumer."""
@@ -288,8 +282,6 @@ class SequentialBlock(Lanes):
         self.send()
         return [self.picks[i] for i in range(len(self.groups))]
 
-    # ---- inside the passes ------------------------------------------------------------------------------------------
-
     def _waiting(self) -> Waiting | None:
         return None if self.moving is None else self.moving.waiting
 
@@ -305,8 +297,6 @@ class SequentialBlock(Lanes):
             raise Declined(f"{name} is not reached in the same order by every sequence")
         self.moving.total = total
         self.halt(self.stop[here])
-
-    # ---- while they stand still -------------------------------------------------------------------------------------
 
     def _settle(self, stop: Stop) -> None:
         here = [lane for lane in self.lanes if lane.at is stop]
