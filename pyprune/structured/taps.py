@@ -16,6 +16,8 @@ from pyprune.structured.groups import Coupled
 
 MAX_GRADIENT_TOKENS = 16384
 MAX_GRADIENT_SEQUENCES = 512
+GRADIENT_BATCH = 512
+"""Tokens of one forward and backward pass, which keeps the activations of every block."""
 
 
 class Taps:
@@ -150,7 +152,7 @@ def mask_gradients(
     alone = view.is_encoder and pad_token(text_config(model.config)) is None
     try:
         for batch in shell.batches(None):
-            for begin in range(batch.start, batch.stop, step := 1 if alone else max(1, 2048 // batch.length)):
+            for begin in range(batch.start, batch.stop, step := 1 if alone else max(1, GRADIENT_BATCH // batch.length)):
                 ids = shell.ids[batch.length][begin : min(begin + step, batch.stop)].to(device)
                 size = len(ids)
                 places = [first + row for row in shell.rows[batch.length][begin : begin + size]]
