@@ -43,7 +43,7 @@ from pyprune.structured.config_edits import add_biases
 from pyprune.structured.criteria import NEEDS_GRADIENTS, NEEDS_MOMENTS, Scored, score
 from pyprune.structured.liar import Problem, repair
 from pyprune.structured.observation import observe_moments
-from pyprune.structured.preparation import prepare, twin
+from pyprune.structured.preparation import find_units, prepare, twin
 from pyprune.structured.slicing import Pick, slice_block
 from pyprune.structured.taps import gradient_sequences, mask_gradients
 
@@ -210,12 +210,13 @@ class Bench:
         )
         view = ModelView(self.model)
         drawn = CalibrationData(sequences=self.calibration, fingerprint="", description="")
-        self.run = Run(config, view, Executor(view, compute_dtype=DTYPE), [weights_of(b) for b in view.blocks], drawn)
+        selected = [weights_of(block) for block in view.blocks]
+        self.run = Run(config, view, Executor(view, compute_dtype=DTYPE), selected, drawn)
         self.seed = cell["seed"]
         self.scores: dict[str, list] = {}
         self.gradients = None
         self.found = Findings()
-        self.structured = prepare(self.run, self.found)
+        self.structured = prepare(self.run, self.found, find_units(view, selected, config))
         self._splits: dict[str, list] = {}
 
     @torch.no_grad()

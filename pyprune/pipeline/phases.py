@@ -51,7 +51,7 @@ from pyprune.pipeline.structured_work import StructuredWork
 from pyprune.pipeline.tracking import outcome
 from pyprune.reporting.comparison import read as read_report
 from pyprune.reporting.record import build_report, compared, config_for_report, data_identity, settings_of
-from pyprune.structured.preparation import check_sizes
+from pyprune.structured.preparation import Units, find_units
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +64,8 @@ class Material:
     """Per block, the weights to prune."""
     rules: Rules | None
     """Per block, the key of each weight's sparsity, where these are given by name."""
+    units: Units | None
+    """What structured pruning chooses from; None for masks."""
     data: CalibrationData
     windows: list[Text]
     """Of the evaluation."""
@@ -121,9 +123,10 @@ def prepare(session: Session, model, tokenizer, in_place: bool) -> Material:
     selected = select_weights(view, config.targets, config.ignore)
     selected, rules = weights_and_keys(view, selected, config, kinds_for(view, config, opened.weights))
     check_weights(view, selected, config, rules)
+    units = None
     if config.is_structured:
         with found.clock("groups"):
-            check_sizes(view, selected, config, opened.weights)
+            units = find_units(view, selected, config, opened.weights)
     refuse_text(config.evaluation, view)
     positions = positions_of(view)
     data, windows = read or sequences_of(session, view, opened.tokenizer, positions)
@@ -135,7 +138,7 @@ def prepare(session: Session, model, tokenizer, in_place: bool) -> Material:
         )
     weights = fingerprint_of(session, opened)
     home = next(view.model.parameters()).device
-    return Material(opened, selected, rules, data, windows, backends, weights, home)
+    return Material(opened, selected, rules, units, data, windows, backends, weights, home)
 
 
 def fingerprint_of(session: Session, opened: Opened) -> str | None:
@@ -264,7 +267,7 @@ def carry_out(session: Session, material: Material, dense: Dense) -> PruneResult
         found.warn(text)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    work = prune_blocks(session, run, again(dense.rows, config))
+    work = prune_blocks(session, run, material.units, again(dense.rows, config))
     peak_device = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     models = work.models()
     report = reported(session, material, dense, run, work, models, peak_device)
@@ -276,16 +279,20 @@ def carry_out(session: Session, material: Material, dense: Dense) -> PruneResult
     return result
 
 
-def prune_blocks(session: Session, run: Run, afterwards: float) -> MaskWork | StructuredWork:
+def prune_blocks(session: Session, run: Run, units: Units | None, afterwards: float) -> MaskWork | StructuredWork:
     """The loop over the blocks. afterwards: seconds of what follows it."""
     config, journal, world = session.config, session.journal, session.world
+    work: MaskWork | StructuredWork
     bar = Progress(len(run.view.blocks), enabled=session.progress, afterwards=afterwards, following=session.following)
     with (
         bar,
         journal.interruptible(follow=world.size > 1),
     ):
         bar.update(phase="preparing")
-        work = kind_of(config)(run, session.found, journal)
+        if units is None:
+            work = MaskWork(run, session.found, journal)
+        else:
+            work = StructuredWork(run, session.found, journal, units)
         loop = Loop(run.executor, journal, session.found, world, config.seed, config.output, session.track)
         run_blocks(loop, work, bar)
     return work

@@ -26,7 +26,7 @@ from pyprune.structured import config_edits, slicing
 from pyprune.structured.allocation import removed
 from pyprune.structured.block import StructuredRun, Target, dense_block, dense_sums, propagated_block, refresh
 from pyprune.structured.criteria import needs_moments
-from pyprune.structured.preparation import prepare
+from pyprune.structured.preparation import Units, prepare
 from pyprune.structured.sequential import SequentialBlock, StopOrder, record, replay
 from pyprune.structured.slicing import Pick
 
@@ -34,8 +34,11 @@ from pyprune.structured.slicing import Pick
 class StructuredWork:
     """The work of one run that removes heads and neurons; one sparsity is pruned in place."""
 
-    def __init__(self, run: Run, found: Findings, journal: Journal):
-        """Raises ConfigError before any pass if the result could not be loaded as ``structured.nonstandard`` asks."""
+    def __init__(self, run: Run, found: Findings, journal: Journal, units: Units):
+        """Raises ConfigError before any pass if the result could not be loaded as ``structured.nonstandard`` asks.
+
+        units: what is chosen from, as :func:`pyprune.structured.preparation.find_units` found it.
+        """
         self.run, self.found, self.journal, self.executor = run, found, journal, run.executor
         self.last = len(run.view.blocks) - 1
         self.inputs, self.passes = self.inputs_of(run.config), self.passes_of(run.config)
@@ -44,7 +47,7 @@ class StructuredWork:
                 "several sparsities share one pass over the dense stream; prune one at a time for inputs='propagated'"
             )
         with found.clock("groups"):
-            self.structured: StructuredRun = prepare(run, found)
+            self.structured: StructuredRun = prepare(run, found, units)
         self.prepared, self.targets = self.structured.prepared, self.structured.targets
         for note in self.prepared.notes:
             found.warn(note)

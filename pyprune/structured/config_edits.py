@@ -61,14 +61,10 @@ def candidate_edits(model: nn.Module, dense: dict[str, Coupled], units: dict[str
     return [{**head, f: units["neurons"]} for f in fields] or [head]
 
 
-class NoSuchShapes(ConfigError):
-    """No config of the stock class gives these shapes."""
-
-
 def standard_edits(model: nn.Module, dense: dict[str, Coupled], units: dict[str, int], flags: dict) -> dict:
     """Config edits under which the stock class has exactly the sliced model's shapes.
 
-    Raises NoSuchShapes with the reason if there are none. The model must be sliced already.
+    Raises ConfigError with the reason if there are none. The model must be sliced already.
     """
     reason = ""
     for edits in candidate_edits(model, dense, units):
@@ -89,7 +85,7 @@ def standard_edits(model: nn.Module, dense: dict[str, Coupled], units: dict[str,
                 f"a {type(model.config).__name__} with {_said(edits)} makes {wrong[0]} "
                 f"{list(want.get(wrong[0], ()))}, the pruned model has {list(have[wrong[0]])}"
             )
-    raise NoSuchShapes(reason or f"{type(model.config).__name__} has no field for these sizes")
+    raise ConfigError(reason or f"{type(model.config).__name__} has no field for these sizes")
 
 
 def apply_edits(model: nn.Module, edits: dict) -> None:

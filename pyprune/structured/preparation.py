@@ -1,6 +1,6 @@
 """What structured pruning decides before its first pass: groups, sizes, bias slots, whether stock tools can load it.
 
-:func:`check_sizes` refuses what can be told before anything is measured; :func:`prepare` begins the work.
+:func:`find_units` refuses what can be told before anything is measured; :func:`prepare` begins the work.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -33,27 +34,42 @@ KIND = {"heads": ATTENTION, "neurons": MLP}
 """What the two kinds of units are called where a sparsity is given by name."""
 
 
-def check_sizes(
+@dataclass(frozen=True)
+class Units:
+    """The neurons and heads that a run chooses from."""
+
+    groups: list[list[Coupled]]
+    """Per block, the groups that are selected whole."""
+    rules: list[list[str]] | None
+    """Of sparsities by name, the key that counts for each group."""
+    flags: dict[str, str]
+    """``{kind: config flag}`` of biases that the reconstruction adds."""
+    notes: list[str]
+    """What that means for the other biases."""
+
+
+def find_units(
     view: ModelView, selected: list[list[WeightRef]], config: PruneConfig, weights: Resident | None = None
-) -> None:
-    """Refuse a run that would remove nothing, or whose result stock tools could not load though they have to.
+) -> Units:
+    """The units of a model. Raises ConfigError for a run that would remove nothing, that needs gradients where there
+    are none, whose blocks cannot be made smaller, or whose result stock tools could not load though they have to.
 
     view: the model with its weights, of which those of a few blocks are read; selected: per block, the weights that
-    ``targets`` and ``ignore`` leave. Widths that depend on scores are known too late for this: :func:`prepare`.
+    ``targets`` and ``ignore`` leave; weights: where blocks are streamed from (None: they are in memory). Widths that
+    depend on scores are known too late for this: :func:`prepare`.
     """
     groups, rules = groups_to_prune(view, selected, config, weights)
-    if config.structured.allocation != "uniform":
-        return
-    foreseen(groups, config, rules)
-    if config.structured.nonstandard == "refuse":
-        flags, _ = _flags(view, config, groups)
+    if needs_gradients(config.criterion) and any(g.consumer.expert is not None for block in groups for g in block):
+        raise ConfigError(f"criterion {config.criterion_name!r} does not see fused experts; choose wifv or obs")
+    uniform = config.structured.allocation == "uniform"
+    if uniform:
+        foreseen(groups, config, rules)
+    _verify(view, groups, weights or Resident())
+    flags, notes = _flags(view, config, groups)
+    if uniform and config.structured.nonstandard == "refuse":
         for wanted in wanted_of(groups, config, rules):
-            try:
-                _stock_edits(view, config, groups, _uniform_counts(groups, wanted), flags, _mean(groups, wanted))
-            except config_edits.NoSuchShapes:
-                # a block that fails with fewer heads is the better reason, which a pass through it tells: prepare
-                if not any(g.kind == "heads" for block in groups for g in block):
-                    raise
+            _stock_edits(view, config, groups, _uniform_counts(groups, wanted), flags, _mean(groups, wanted))
+    return Units(groups, rules, flags, notes)
 
 
 def groups_to_prune(
@@ -76,19 +92,15 @@ def groups_to_prune(
     return groups, rules
 
 
-def prepare(run: Run, found: Findings) -> StructuredRun:
-    """Groups, gradients, sizes and whether they can be said in a stock config; nothing is changed yet."""
+def prepare(run: Run, found: Findings, units: Units) -> StructuredRun:
+    """Gradients, sizes and whether they can be said in a stock config; nothing is changed yet."""
     config, view = run.config, run.view
-    groups, rules = groups_to_prune(view, run.selected, config, run.executor.weights)
-    _verify(run, groups)
+    groups, rules, flags, notes = units.groups, units.rules, units.flags, [*units.notes]
     selected = [[r for r in refs if r.path in _paths(block)] for block, refs in zip(groups, run.selected)]
     gradients = None
     if needs_gradients(config.criterion):
-        if any(g.consumer.expert is not None for block in groups for g in block):
-            raise ConfigError(f"criterion {config.criterion_name!r} does not see fused experts; choose wifv or obs")
         with found.clock("gradients"):
             gradients = _gradients(run, groups)
-    flags, notes = _flags(view, config, groups)
     if (
         config.reconstruct == "none"
         and config.criterion in ("wifv", "obs", "obs_greedy")
@@ -219,17 +231,18 @@ def _single(group: Coupled) -> str:
     )
 
 
-def _verify(run: Run, groups: list[list[Coupled]]) -> None:
-    ids = (torch.arange(PROBE_TOKENS)[None] * 5 + 2) % vocabulary_size(run.view.model)
-    hidden, arguments = run.view.record(ids.to(embedding_device(run.view.model)))
+def _verify(view: ModelView, groups: list[list[Coupled]], weights: Resident) -> None:
+    """Raise ConfigError where slicing one of the blocks is not masking it; blocks of equal structure are tried once."""
+    ids = (torch.arange(PROBE_TOKENS)[None] * 5 + 2) % vocabulary_size(view.model)
+    hidden, arguments = view.record(ids.to(embedding_device(view.model)))
     seen = set()
-    with expert_loop(run.view.model.config):
-        for index, (block, found) in enumerate(zip(run.view.blocks, groups)):
+    with expert_loop(view.model.config):
+        for index, (block, found) in enumerate(zip(view.blocks, groups)):
             if found and id(found[0].columns) not in seen:
                 seen.add(id(found[0].columns))
-                run.executor.weights.acquire(index)
-                slicing.verify(block, found, hidden, arguments[index], f"{run.view.path}.{index}")
-                run.executor.weights.release(index)
+                weights.acquire(index)
+                slicing.verify(block, found, hidden, arguments[index], f"{view.path}.{index}")
+                weights.release(index)
 
 
 def _flags(view: ModelView, config: PruneConfig, groups: list[list[Coupled]]) -> tuple[dict[str, str], list[str]]:
@@ -343,7 +356,7 @@ def _stock_edits(
         return _edits(view, groups, counts, flags)
     except ConfigError as error:
         shown = sparsity_text(config.sparsity_by_name or sparsity)
-        raise type(error)(
+        raise ConfigError(
             f"sparsity {shown} makes a model that stock tools cannot load: {error}. "
             "Set nonstandard='save' (pyprune.load loads it) or nonstandard='pad' (zeros: stock tools load it, it is "
             "no smaller), or choose another sparsity or pattern"
