@@ -132,6 +132,12 @@ def run(*command, cwd, **environment):
     return done.stdout
 
 
+def built(kind, tree, out, **environment):
+    """The ``sdist`` or ``wheel`` of a source tree, built offline."""
+    run(sys.executable, "-m", "build", f"--{kind}", "--no-isolation", "-o", str(out), cwd=tree, **environment)
+    return next(out.glob({"sdist": "*.tar.gz", "wheel": "*.whl"}[kind]))
+
+
 def names(wheel):
     with zipfile.ZipFile(wheel) as archive:
         return archive.namelist()
@@ -141,8 +147,7 @@ def names(wheel):
 def test_pure_python_wheel(tmp_path):
     (tmp_path / "tree").mkdir()
     tree = source_tree(tmp_path / "tree")
-    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "-o", str(tmp_path), cwd=tree, PYPRUNE_NATIVE="0")
-    wheel = next(tmp_path.glob("*.whl"))
+    wheel = built("wheel", tree, tmp_path, PYPRUNE_NATIVE="0")
     assert wheel.name.endswith("-py3-none-any.whl")
     assert not [name for name in names(wheel) if name.endswith(".so")]
     assert "pyprune/py.typed" in names(wheel), "type checkers read the annotations of an installed package"
@@ -188,20 +193,8 @@ def test_a_wheel_for_two_architectures(tmp_path):
     says for which GPUs it is and prunes on the CPU."""
     (tmp_path / "tree").mkdir()
     tree = source_tree(tmp_path / "tree")
-    run(
-        sys.executable,
-        "-m",
-        "build",
-        "--wheel",
-        "--no-isolation",
-        "-o",
-        str(tmp_path),
-        cwd=tree,
-        MAX_JOBS="2",
-        CUDA_HOME=str(Path(NVCC).resolve().parent.parent),
-        PYPRUNE_CUDA_ARCHS="90a;120+PTX",
-    )
-    wheel = next(tmp_path.glob("*.whl"))
+    toolkit = str(Path(NVCC).resolve().parent.parent)
+    wheel = built("wheel", tree, tmp_path, MAX_JOBS="2", CUDA_HOME=toolkit, PYPRUNE_CUDA_ARCHS="90a;120+PTX")
     assert re.search(r"\+cu\d+\.sm90a\.sm120ptx-cp", wheel.name)
     assert "CUDA architectures: 120, 90a" in audited(wheel)
     python = installed(wheel, tmp_path / "environment")
@@ -217,25 +210,11 @@ def test_a_wheel_for_two_architectures(tmp_path):
 def test_wheel_from_sdist(tmp_path):
     (tmp_path / "tree").mkdir()
     tree = source_tree(tmp_path / "tree")
-    run(sys.executable, "-m", "build", "--sdist", "--no-isolation", "-o", str(tmp_path), cwd=tree)
-    sdist = next(tmp_path.glob("*.tar.gz"))
+    sdist = built("sdist", tree, tmp_path)
     with tarfile.open(sdist) as archive:
         archive.extractall(tmp_path / "sdist", **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
     unpacked = next((tmp_path / "sdist").iterdir())
-    run(
-        sys.executable,
-        "-m",
-        "build",
-        "--wheel",
-        "--no-isolation",
-        "-o",
-        str(tmp_path),
-        cwd=unpacked,
-        PYPRUNE_CUDA_ARCHS="off",
-        MAX_JOBS="2",
-    )
-
-    wheel = next(tmp_path.glob("*.whl"))
+    wheel = built("wheel", unpacked, tmp_path, MAX_JOBS="2", PYPRUNE_CUDA_ARCHS="off")
     version = f"{sys.version_info.major}{sys.version_info.minor}"
     assert wheel.name.split("-")[2:4] == [f"cp{version}", f"cp{version}"]
     assert platform.machine() in wheel.name
