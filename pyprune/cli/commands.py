@@ -19,8 +19,8 @@ from pyprune.cli.studies import study
 from pyprune.config import ConfigError, PruneConfig, check_named, from_dict, override
 from pyprune.execution.progress import Doing
 from pyprune.keywords import configuration_fields, refine_fields
-from pyprune.reporting import comparison, rendering
-from pyprune.reporting.rendering import print_json
+from pyprune.reporting import comparison, console, inspection_table, plan_table, summary, words
+from pyprune.reporting.console import print_json
 
 app = typer.Typer(
     name="pyprune", cls=Group, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False
@@ -102,13 +102,13 @@ def prune(
     if plan:
         with Doing("counting, and timing two blocks", not as_json, "planning", said=False):
             found = pyprune.plan(settings)
-        return print_json(found) if as_json else rendering.print_plan(found)
+        return print_json(found) if as_json else plan_table.print_plan(found)
     result = pyprune.prune(config=settings, resume=resume, track=track)
     if silent():
         return None
     if as_json:
         return print_json(result.report)
-    return rendering.print_summary(result.report, settings.output)
+    return summary.print_summary(result.report, settings.output)
 
 
 @app.command(cls=Command)
@@ -231,7 +231,7 @@ def evaluate(
     from pyprune.data.texts import check_there
     from pyprune.evaluation.single import NotFinite, check_named, ready
 
-    show = print_json if as_json else rendering.print_evaluation
+    show = print_json if as_json else console.print_evaluation
     try:
         check_there(asked.get("text"))
         check_named(model)
@@ -286,7 +286,7 @@ def inspect(
 ):
     """Show the true sparsity, N:M violations and coverage of a checkpoint, read from its files."""
     found = pyprune.inspect(directory)
-    return print_json(found) if as_json else rendering.print_inspection(found)
+    return print_json(found) if as_json else inspection_table.print_inspection(found)
 
 
 @app.command(cls=Command)
@@ -348,7 +348,7 @@ def generate(
             path=output,
             progress=doing,
         )
-    print(f"{rendering.counted(len(rows), 'sequence')} of {seq_len} tokens in {output}")
+    print(f"{words.counted(len(rows), 'sequence')} of {seq_len} tokens in {output}")
 
 
 @app.command(cls=Command)

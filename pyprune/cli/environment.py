@@ -61,7 +61,7 @@ def print_environment(found: dict, out: TextIO | None = None) -> None:
     """``environment()`` as text: a table of ops and back-ends for each device, and why one cannot be used."""
     from rich.table import Table
 
-    from pyprune.reporting.rendering import open_console
+    from pyprune.reporting.console import open_console
 
     console = open_console(out)
     packages = ", ".join(f"{name} {version or 'not installed'}" for name, version in found["packages"].items())

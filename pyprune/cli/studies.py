@@ -12,7 +12,7 @@ from pyprune.cli.help import NAMED
 from pyprune.cli.options import with_fields
 from pyprune.config import ConfigError
 from pyprune.keywords import configuration_fields
-from pyprune.reporting.rendering import print_json
+from pyprune.reporting.console import print_json
 from pyprune.studies.grid import CHOSEN
 
 COMMON_FIELDS = [path for path in configuration_fields() if path not in (*CHOSEN, "calibration.seed")]

@@ -11,7 +11,7 @@ import pyprune
 from pyprune.cli.options import with_fields
 from pyprune.cli.studies import several
 from pyprune.keywords import configuration_fields
-from pyprune.reporting.rendering import print_json
+from pyprune.reporting.console import print_json
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on standard output.")]
 CHECKED = [

@@ -28,8 +28,8 @@ from pyprune.packed.loading import load
 from pyprune.packed.modules import parameter_count, weight_bytes
 from pyprune.reporting.card import model_card
 from pyprune.reporting.plotting import can_plot, pyplot
-from pyprune.reporting.rendering import LABELS, cell, gain_text
 from pyprune.reporting.run_page import write_run_page
+from pyprune.reporting.words import LABELS, cell, gain_text
 
 
 def dense_of(name: str | Path, option: str = "--against") -> str:

@@ -206,7 +206,8 @@ def print_tasks(rows: list[dict], out: TextIO | None = None) -> None:
     """One line per task and metric; with a dense model its value, the difference and the test beside it."""
     from rich.table import Table
 
-    from pyprune.reporting.rendering import TASK_METRICS, difference_text, open_console, score_text
+    from pyprune.reporting.console import open_console
+    from pyprune.reporting.words import TASK_METRICS, difference_text, score_text
 
     compared = any("dense" in row for row in rows)
     table = Table(

@@ -41,8 +41,8 @@ from pyprune.pipeline.tracking import Track, outcome, tracker
 from pyprune.reporting.card import model_card
 from pyprune.reporting.comparison import read as read_report
 from pyprune.reporting.record import compared, data_identity
-from pyprune.reporting.rendering import perplexity_text, source_text, windows_text
 from pyprune.reporting.run_page import write_run_page
+from pyprune.reporting.words import perplexity_text, source_text, windows_text
 
 LABEL = "refining"
 CARRIED = ("pruning.json", "run.yaml")

@@ -24,7 +24,7 @@ from pyprune.config import (
 )
 from pyprune.evaluation.gain import dense_of
 from pyprune.reporting.record import CALIBRATION_PLACES, named_calibration, named_evaluation, yaml_text
-from pyprune.reporting.rendering import distinct, perplexity_text
+from pyprune.reporting.words import distinct, perplexity_text
 from pyprune.sources import in_memory, split
 
 RECORD = "refinement.json"

@@ -20,8 +20,9 @@ from pyprune.packed.files import pack_here
 from pyprune.pipeline.refine_request import RECIPE, RECORD, card_line
 from pyprune.reporting.card import model_card
 from pyprune.reporting.record import config_for_report, pruning_record, run_yaml
-from pyprune.reporting.rendering import curve_of, headline, perplexity_text, print_summary, summary_rows
 from pyprune.reporting.run_page import write_run_page
+from pyprune.reporting.summary import curve_of, print_summary, summary_rows
+from pyprune.reporting.words import headline, perplexity_text
 
 
 @dataclass(repr=False)

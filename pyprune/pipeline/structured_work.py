@@ -27,8 +27,9 @@ from pyprune.structured.allocation import removed
 from pyprune.structured.block import StructuredRun, Target, dense_block, dense_sums, propagated_block, refresh
 from pyprune.structured.criteria import needs_moments
 from pyprune.structured.preparation import Units, prepare
-from pyprune.structured.sequential import SequentialBlock, StopOrder, record, replay
+from pyprune.structured.sequential import SequentialBlock, replay
 from pyprune.structured.slicing import Pick
+from pyprune.structured.stop_order import StopOrder, record
 
 
 class StructuredWork:

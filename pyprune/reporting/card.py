@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-from pyprune.reporting.rendering import (
+from pyprune.reporting.summary import by_key_text, gap_text, inputs_text, left_text
+from pyprune.reporting.verdict import RULE, verdict
+from pyprune.reporting.words import (
     LABELS,
     RECONSTRUCTIONS,
     TASK_METRICS,
     asked_text,
-    by_key_text,
     cell,
     conditions_text,
     criterion_text,
     difference_text,
     distinct,
     gain_text,
-    gap_text,
     headline,
-    inputs_text,
-    left_text,
     perplexity_text,
     ratio_text,
     score_text,
     size_text,
     source_text,
 )
-from pyprune.reporting.verdict import RULE, verdict
 
 
 def model_card(report: dict, name: str, picture: str | None = None) -> str:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TextIO
 
 from pyprune.config import ConfigError
-from pyprune.reporting.rendering import number, open_console, perplexity_text, reconstruction_text
+from pyprune.reporting.console import open_console
+from pyprune.reporting.words import number, perplexity_text, reconstruction_text
 
 
 def read(directory: str | Path) -> dict:

@@ -19,8 +19,8 @@ from pyprune.reporting.page import (
     paragraph,
     warnings_list,
 )
-from pyprune.reporting.rendering import duration_text, number, perplexity_text, size_text
 from pyprune.reporting.verdict import ratio, verdict
+from pyprune.reporting.words import duration_text, number, perplexity_text, size_text
 
 
 def comparison_page(directories: Sequence[str | Path]) -> str:

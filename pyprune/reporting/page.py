@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pyprune.reporting.rendering import number
+from pyprune.reporting.words import number
 
 
 class Markup(str):

@@ -27,7 +27,9 @@ from pyprune.reporting.page import (
     write,
 )
 from pyprune.reporting.quantiles import quantile_name, quantile_order
-from pyprune.reporting.rendering import (
+from pyprune.reporting.summary import inputs_text, refit_text
+from pyprune.reporting.verdict import RULE, last_errors, ratio, verdict
+from pyprune.reporting.words import (
     LABELS,
     RECONSTRUCTIONS,
     TASK_METRICS,
@@ -36,15 +38,12 @@ from pyprune.reporting.rendering import (
     distinct,
     duration_text,
     headline,
-    inputs_text,
     kind_of_weight,
     number,
     perplexity_text,
-    refit_text,
     size_text,
     source_text,
 )
-from pyprune.reporting.verdict import RULE, last_errors, ratio, verdict
 
 MAX_WEIGHTS = 2000
 """Rows of the table of weights; a model with thousands of experts has the others in ``report.json`` only."""

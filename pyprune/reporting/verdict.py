@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from pyprune.reporting.rendering import number, perplexity_text
+from pyprune.reporting.words import number, perplexity_text
 
 STEPS = ((1.1, "close to the dense model"), (1.5, "a visible loss"), (3.0, "a heavy loss"))
 """Highest ratio of perplexities, and what it is called; above the last the model is badly damaged."""

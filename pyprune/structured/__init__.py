@@ -1,6 +1,6 @@
 """Removal of whole heads and FFN neurons: find the groups, score them, choose, repair what is left, slice.
 
-``preparation``    everything that is decided before the first pass: ``prepare``
+``preparation``    everything that is decided before the first pass: ``find_units``, ``prepare``
 ``block``          the work on one block: observe, score, choose, repair, slice
 ``groups``         which rows and columns of a block belong to one head or neuron, found by derivatives
 ``block_probe``    the derivatives that ``groups`` reads
@@ -12,9 +12,11 @@
 ``slicing``        physically smaller parameters and the attributes that go with them
 ``config_edits``   the sizes as edits of a Hugging Face configuration, or as a layout that only pyprune reads
 ``observation``    moments of the consumers' inputs, gathered over one pass through a block
+``consumers``      consumers' products taken out of a pass, and put back when they are known
+``stop_order``     where the passes stand still for which group, found by a pass of one sequence
 ``sequential``     one pass over a block in which units go when all tokens have arrived at their consumers
 
-From outside: ``preparation.prepare``, ``block.dense_block`` and ``block.propagated_block``,
-``sequential.SequentialBlock``, ``slicing``, ``config_edits``.
+From outside: ``preparation``, ``block.dense_block`` and ``block.propagated_block``,
+``sequential``, ``stop_order``, ``slicing``, ``config_edits``.
 May import: ``masks`` and everything below it; never ``reconstruction``, which stands beside it.
 """

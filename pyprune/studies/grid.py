@@ -10,7 +10,7 @@ from typing import Any
 
 from pyprune.config import SECTIONS, STRUCTURED_PATTERNS, ConfigError, PruneConfig, Unused, from_dict, parse_nm
 from pyprune.effects import is_set, needs_sequences
-from pyprune.reporting.rendering import reconstruction_text
+from pyprune.reporting.words import reconstruction_text
 
 CHOSEN = ("model", "output", "method", "criterion", "pattern", "sparsity", "reconstruct", "global_propagation", "seed")
 """Fields that a study sets for each run; its other fields are the same for all runs."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from pyprune.reporting.rendering import number
+from pyprune.reporting.words import number
 from pyprune.studies.tables import STRUCTURED, line_name, lines_of, worst_ratio
 
 KNEE = 0.1

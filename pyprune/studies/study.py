@@ -24,9 +24,10 @@ from pyprune.pipeline.prune import given_sections, prune, prune_copy
 from pyprune.pipeline.result import PruneResult, write_records
 from pyprune.pipeline.shared import Shared
 from pyprune.reporting.comparison import read
+from pyprune.reporting.console import open_console
 from pyprune.reporting.plotting import can_plot
 from pyprune.reporting.record import written as written_down
-from pyprune.reporting.rendering import number, open_console
+from pyprune.reporting.words import number
 from pyprune.studies import safety, tables
 from pyprune.studies.claims import Claims
 from pyprune.studies.grid import Axes, Cell, Grid, make_grid

@@ -18,7 +18,7 @@ from pyprune.reporting.page import (
     verdict_box,
     warnings_list,
 )
-from pyprune.reporting.rendering import duration_text, number, perplexity_text, size_text
+from pyprune.reporting.words import duration_text, number, perplexity_text, size_text
 from pyprune.studies.tables import line_name
 
 

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from pyprune.reporting.plotting import pyplot
-from pyprune.reporting.rendering import number, reconstruction_text
 from pyprune.reporting.verdict import last_errors, ratio
+from pyprune.reporting.words import number, reconstruction_text
 
 STRUCTURED = ("neurons", "heads", "structured")
 MEASURES = {

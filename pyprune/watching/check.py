@@ -17,8 +17,9 @@ from pyprune.execution.progress import Doing
 from pyprune.model.attributes import positions_named
 from pyprune.model.blocks import predicts_next_token
 from pyprune.reporting.comparison import read
-from pyprune.reporting.rendering import TASK_METRICS, number, open_console, perplexity_text
+from pyprune.reporting.console import open_console
 from pyprune.reporting.verdict import last_errors
+from pyprune.reporting.words import TASK_METRICS, number, perplexity_text
 
 LABEL = "checking"
 MAX_RATIO, MAX_DROP = 1.1, 0.02

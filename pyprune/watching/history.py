@@ -11,9 +11,10 @@ from typing import TextIO
 
 from pyprune.config import ConfigError
 from pyprune.reporting.comparison import compare, how_text
+from pyprune.reporting.console import open_console
 from pyprune.reporting.plotting import pyplot
-from pyprune.reporting.rendering import number, open_console, perplexity_text
 from pyprune.reporting.verdict import ratio
+from pyprune.reporting.words import number, perplexity_text
 
 
 def history(root: str | Path) -> list[dict]:

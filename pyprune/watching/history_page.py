@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from pyprune.model.checkpoint import plain
 from pyprune.reporting.comparison_page import tradeoff
 from pyprune.reporting.page import Markup, Point, Section, Table, chart, figure, join, lines, page
-from pyprune.reporting.rendering import duration_text, number, perplexity_text, size_text
 from pyprune.reporting.verdict import ratio
+from pyprune.reporting.words import duration_text, number, perplexity_text, size_text
 from pyprune.watching.history import line_name, seconds_of
 
 

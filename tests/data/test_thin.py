@@ -11,7 +11,7 @@ import pyprune
 from pyprune.config import Calibration, ConfigError, Evaluation, from_yaml
 from pyprune.data.calibration import coerce, load
 from pyprune.evaluation.windows import windows
-from pyprune.reporting import rendering
+from pyprune.reporting import summary, words
 from pyprune.reporting.card import model_card
 
 OFF = Evaluation(enabled=False)
@@ -94,7 +94,7 @@ def test_weights_alone_need_no_text(fields):
     said = " ".join(found["warnings"])
     assert "no perplexity: " in said and "tokenizer" in said
     assert "block errors were not measured" in said
-    labels = [label for label, _ in rendering.summary_rows(found)]
+    labels = [label for label, _ in summary.summary_rows(found)]
     assert "block error" not in labels and "perplexity" not in labels
 
 
@@ -128,9 +128,9 @@ def test_text_that_was_named_still_needs_a_tokenizer():
 
 def warned(**fields) -> str:
     result = run(**fields)
-    shown = " ".join(text for label, text in rendering.summary_rows(result.report) if label == "warning")
+    shown = " ".join(text for label, text in summary.summary_rows(result.report) if label == "warning")
     card = model_card(result.report, "pruned")
-    for text in rendering.distinct(result.report["warnings"]):
+    for text in words.distinct(result.report["warnings"]):
         assert text in shown and text in card
     return " ".join(result.report["warnings"])
 

@@ -13,7 +13,7 @@ from pyprune.config import Calibration, Evaluation
 from pyprune.data import builtin
 from pyprune.evaluation.domains import GAP, IN, OFF, alone, gap_warning, generalisation, of_run
 from pyprune.reporting.card import model_card
-from pyprune.reporting.rendering import summary_rows
+from pyprune.reporting.summary import summary_rows
 
 
 def plan(evaluation=None, calibration=None):

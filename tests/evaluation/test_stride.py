@@ -18,7 +18,7 @@ from pyprune.execution.distributed import World
 from pyprune.execution.executor import Resident
 from pyprune.model.blocks import ModelView
 from pyprune.reporting.record import compared
-from pyprune.reporting.rendering import conditions_text, source_text, windows_text
+from pyprune.reporting.words import conditions_text, source_text, windows_text
 
 PROSE = "The quick brown fox jumps over the lazy dog, and nobody minds it.\n" * 8
 

@@ -16,7 +16,7 @@ from pyprune.masks import refit
 from pyprune.masks.refit import NARROW, damped, exact_refit
 from pyprune.masks.solvers import inverse_factor, solve
 from pyprune.pipeline.prune import prune
-from pyprune.reporting import rendering
+from pyprune.reporting import summary
 from pyprune.reporting.card import model_card
 
 NARROW_COLUMNS, WIDE_COLUMNS = 48, NARROW + 32
@@ -243,9 +243,9 @@ def test_configuration_model_card_and_summary_name_the_refit():
         PruneConfig(reconstruct="refit", calibration={"self_generated": 3})
     result = refitted()
     assert "the kept weights are refitted by least squares on the mask" in model_card(result.report, "m")
-    (text,) = [text for label, text in rendering.summary_rows(result.report) if label == "refit"]
+    (text,) = [text for label, text in summary.summary_rows(result.report) if label == "refit"]
     assert text.startswith("error of a weight's outputs, sweep → refit: ") and text.count("→") == 3
     swept = run(reconstruct="layer").report
     card = model_card(swept, "m")
     assert "one-sided OBS sweep: a column's error is made up for by later columns only" in card
-    assert "refit" not in dict(rendering.summary_rows(swept))
+    assert "refit" not in dict(summary.summary_rows(swept))

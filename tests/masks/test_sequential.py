@@ -577,7 +577,7 @@ def test_what_it_does_not_serve_is_refused_before_any_work(fields, sentence):
 
 def test_report_summary_and_model_card_say_which_way_was_used(tmp_path):
     from pyprune.reporting.card import model_card
-    from pyprune.reporting.rendering import summary_rows
+    from pyprune.reporting.summary import summary_rows
 
     result = pruned(tiny.model("llama"), output=str(tmp_path / "out"))
     assert (

@@ -19,7 +19,7 @@ from pyprune.config import Calibration, ConfigError, Evaluation
 from pyprune.evaluation.perplexity import perplexity_of
 from pyprune.evaluation.single import NotFinite
 from pyprune.pipeline.refine_checkpoint import refine_checkpoint
-from pyprune.reporting import rendering
+from pyprune.reporting import summary, words
 
 LLAMA = {
     "model.embed_tokens.weight": (7, 3),
@@ -116,7 +116,7 @@ def test_perplexity_of_losses_that_are_too_large_is_infinite():
     assert perplexity_of([800.0, 900.0]) == math.inf
     assert math.isnan(perplexity_of([1.0, math.nan])) and math.isnan(perplexity_of([1.0, math.inf]))
     for value in (math.inf, math.nan, None):
-        assert rendering.perplexity_text(value) == "not finite"
+        assert words.perplexity_text(value) == "not finite"
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +145,7 @@ def test_a_perplexity_that_is_not_finite_is_a_warning_in_every_output(hot, tmp_p
     assert "in float32" in told[0]
     assert set(told) <= set(json.loads((tmp_path / "out" / "report.json").read_text())["warnings"])
     card = (tmp_path / "out" / "README.md").read_text()
-    shown = [text for _, text in rendering.summary_rows(result.report)]
+    shown = [text for _, text in summary.summary_rows(result.report)]
     assert all(f"warning: {text}" in card and text in shown for text in told)
     assert "| not finite | not finite |" in card
 

@@ -20,7 +20,7 @@ from pyprune.config import Calibration, ConfigError, Evaluation
 from pyprune.model import checkpoint
 from pyprune.pipeline.refine_checkpoint import refine_checkpoint
 from pyprune.reporting.card import model_card
-from pyprune.reporting.rendering import summary_rows
+from pyprune.reporting.summary import summary_rows
 
 POOLING = {"word_embedding_dimension": 32, "pooling_mode_mean_tokens": True}
 SIDE = {

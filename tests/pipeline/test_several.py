@@ -18,7 +18,7 @@ from pyprune.data import calibration
 from pyprune.evaluation.block_by_block import Meter
 from pyprune.execution.journal import FOLDER, Interrupted, Journal
 from pyprune.pipeline.result import several_reported
-from pyprune.reporting import rendering
+from pyprune.reporting import words
 from pyprune.reporting.comparison_page import comparison_page
 
 RECORDS = ("report.json", "report.html", "run.yaml", "pruning.json", "README.md")
@@ -232,9 +232,9 @@ def test_a_new_user_s_list_from_the_plan_to_the_comparison(tmp_path, folder, cap
     assert code == 0 and "sparsity 0.5, 2 of 2" in err and err.count("measuring the dense model") == 1
     result = json.loads((tmp_path / "out" / "sparsity-0.5" / "report.json").read_text())
     rows = result["evaluation"]
-    shown = [f"{rendering.perplexity_text(row['pruned'])}(×{row['ratio']:.2f}" for row in rows]
+    shown = [f"{words.perplexity_text(row['pruned'])}(×{row['ratio']:.2f}" for row in rows]
     assert len(rows) == 2 and f"perplexity{shown[0]}" in text and shown[1] in text
-    assert all(f"perplexity{rendering.perplexity_text(row['dense'])}({row['windows']}windows" in text for row in rows)
+    assert all(f"perplexity{words.perplexity_text(row['dense'])}({row['windows']}windows" in text for row in rows)
     for name in ("sparsity-0.3", "sparsity-0.5"):
         assert f"{tmp_path}/out/{name}/report.html" in text and (tmp_path / "out" / name / "report.html").is_file()
         assert f"# {name}" in (tmp_path / "out" / name / "README.md").read_text()

@@ -20,7 +20,7 @@ from pyprune.config import Calibration, ConfigError, Evaluation, PruneConfig, ov
 from pyprune.execution import unopened
 from pyprune.execution.executor import Executor
 from pyprune.pipeline.opening import open_model, why_not_streamed
-from pyprune.reporting import rendering
+from pyprune.reporting import plan_table
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "mixtral", "bert", "phi3", "opt"])
@@ -118,7 +118,7 @@ def test_sequences_of_their_own_length_are_counted_as_the_run_counts_them(tmp_pa
     if kind == "no tokenizer":
         found = pyprune.plan(tmp_path / "bert", seq_len=32, **fields)
         assert found["calibration"] == {"sequences": 12, "tokens": 12 * 32, "at_most": True}
-        assert any("12 sequences, at most 384 tokens" in text for _, text in rendering.plan_rows(found))
+        assert any("12 sequences, at most 384 tokens" in text for _, text in plan_table.plan_rows(found))
         return
     if kind == "sentences":
         tiny.tokenizer(encoder=True).save_pretrained(tmp_path / "bert")
@@ -140,11 +140,11 @@ def test_a_large_vocabulary_hides_no_widths(tmp_path):
     fields = dict(pattern="neurons", sparsity=0.25, calibration=tiny.ids(4, 16), evaluation=False)
     found = pyprune.plan(tmp_path, **fields)
     assert found["achieved"] == [{"asked": 0.25, "removed": {"neurons": 0.25}, "notes": []}]
-    assert rendering.achieved_rows(found) == ["0.25 asked for, 0.25 of the neurons will be removed"]
+    assert plan_table.achieved_rows(found) == ["0.25 asked for, 0.25 of the neurons will be removed"]
     found["achieved"][0]["removed"] = {}  # as where the blocks are too large to be rehearsed
-    assert rendering.achieved_rows(found) == ["0.25 asked for, about that share of each block"]
+    assert plan_table.achieved_rows(found) == ["0.25 asked for, about that share of each block"]
     found["settings"]["allocation"] = "global"
-    assert rendering.achieved_rows(found) == ["0.25 asked for, widths depend on the scores"]
+    assert plan_table.achieved_rows(found) == ["0.25 asked for, widths depend on the scores"]
 
 
 def test_sampling_is_in_the_estimate(folder):
@@ -156,7 +156,7 @@ def test_sampling_is_in_the_estimate(folder):
 def test_what_does_not_fit_is_said(folder, capsys):
     found = pyprune.plan({"model": str(folder)})
     found["free_bytes"]["memory"], found["disk_bytes"]["free"] = 1000, 1000
-    warnings = [text for label, text in rendering.plan_rows(found) if label == "warning"]
+    warnings = [text for label, text in plan_table.plan_rows(found) if label == "warning"]
     assert warnings == ["more host memory is needed than is free", "more disk is needed than is free"]
 
 

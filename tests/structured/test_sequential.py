@@ -19,7 +19,8 @@ from pyprune.execution.lanes import Declined
 from pyprune.execution.spilling import Spilled
 from pyprune.model.blocks import ModelView
 from pyprune.structured.groups import find_groups
-from pyprune.structured.sequential import SequentialBlock, record
+from pyprune.structured.sequential import SequentialBlock
+from pyprune.structured.stop_order import record
 
 IDS, PROBE = tiny.ids(20, 16), tiny.ids(3, 12, seed=9)
 DAMPING = 0.02

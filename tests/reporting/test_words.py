@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pyprune.reporting import rendering
+from pyprune.reporting import words
 
 
 @pytest.mark.parametrize(
@@ -20,7 +20,7 @@ from pyprune.reporting import rendering
     ],
 )
 def test_times_are_readable(seconds, text):
-    assert rendering.duration_text(seconds) == text
+    assert words.duration_text(seconds) == text
 
 
 @pytest.mark.parametrize(
@@ -36,9 +36,9 @@ def test_times_are_readable(seconds, text):
     ],
 )
 def test_sizes_are_readable(size, text):
-    assert rendering.size_text(size) == text
+    assert words.size_text(size) == text
 
 
 def test_warnings_that_differ_in_numbers_alone_are_shown_once():
     told = [f"model.layers.{i}.mlp.down_proj.weight norm grew {i}.5-fold" for i in range(30)] + ["something else"]
-    assert rendering.distinct(told) == [told[0] + " (and 29 like it, in report.json)", "something else"]
+    assert words.distinct(told) == [told[0] + " (and 29 like it, in report.json)", "something else"]
