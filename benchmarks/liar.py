@@ -43,9 +43,10 @@ from pyprune.structured.config_edits import add_biases
 from pyprune.structured.criteria import NEEDS_GRADIENTS, NEEDS_MOMENTS, Scored, score
 from pyprune.structured.liar import Problem, repair
 from pyprune.structured.observation import observe_moments
-from pyprune.structured.preparation import find_units, prepare, twin
+from pyprune.structured.preparation import prepare, twin
 from pyprune.structured.slicing import Pick, slice_block
 from pyprune.structured.taps import gradient_sequences, mask_gradients
+from pyprune.structured.units import find_units
 
 CRITERIA = ("wifv", "obs_greedy", "activation", "obs", "taylor", "fisher", "magnitude", "random")
 METHODS = {

@@ -51,7 +51,7 @@ from pyprune.pipeline.structured_work import StructuredWork
 from pyprune.pipeline.tracking import outcome
 from pyprune.reporting.comparison import read as read_report
 from pyprune.reporting.record import build_report, compared, config_for_report, data_identity, settings_of
-from pyprune.structured.preparation import Units, find_units
+from pyprune.structured.units import Units, find_units
 
 
 @dataclass(frozen=True, eq=False)

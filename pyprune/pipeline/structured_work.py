@@ -26,10 +26,11 @@ from pyprune.structured import config_edits, slicing
 from pyprune.structured.allocation import removed
 from pyprune.structured.block import StructuredRun, Target, dense_block, dense_sums, propagated_block, refresh
 from pyprune.structured.criteria import needs_moments
-from pyprune.structured.preparation import Units, prepare
+from pyprune.structured.preparation import prepare
 from pyprune.structured.sequential import SequentialBlock, replay
 from pyprune.structured.slicing import Pick
 from pyprune.structured.stop_order import StopOrder, record
+from pyprune.structured.units import Units
 
 
 class StructuredWork:
@@ -38,7 +39,7 @@ class StructuredWork:
     def __init__(self, run: Run, found: Findings, journal: Journal, units: Units):
         """Raises ConfigError before any pass if the result could not be loaded as ``structured.nonstandard`` asks.
 
-        units: what is chosen from, as :func:`pyprune.structured.preparation.find_units` found it.
+        units: what is chosen from, as :func:`pyprune.structured.units.find_units` found it.
         """
         self.run, self.found, self.journal, self.executor = run, found, journal, run.executor
         self.last = len(run.view.blocks) - 1

@@ -53,7 +53,7 @@ from pyprune.reporting.record import config_for_report
 from pyprune.sources import kind, split
 from pyprune.sources import kinds as kinds_of
 from pyprune.structured.groups import find_groups
-from pyprune.structured.preparation import foreseen, group_paths, groups_and_keys
+from pyprune.structured.units import foreseen, group_paths, groups_and_keys
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

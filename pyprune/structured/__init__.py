@@ -1,6 +1,7 @@
 """Removal of whole heads and FFN neurons: find the groups, score them, choose, repair what is left, slice.
 
-``preparation``    everything that is decided before the first pass: ``find_units``, ``prepare``
+``units``          which units a run chooses from, at which sparsity; refuses what cannot be done
+``preparation``    what is decided before the first pass: gradients, sizes, edits of the configuration
 ``block``          the work on one block: observe, score, choose, repair, slice
 ``groups``         which rows and columns of a block belong to one head or neuron, found by derivatives
 ``block_probe``    the derivatives that ``groups`` reads
@@ -16,7 +17,7 @@
 ``stop_order``     where the passes stand still for which group, found by a pass of one sequence
 ``sequential``     one pass over a block in which units go when all tokens have arrived at their consumers
 
-From outside: ``preparation``, ``block.dense_block`` and ``block.propagated_block``,
-``sequential``, ``stop_order``, ``slicing``, ``config_edits``.
+From outside: ``units``, ``preparation``, ``block.dense_block`` and ``block.propagated_block``, ``sequential``,
+``stop_order``, ``slicing``, ``config_edits``.
 May import: ``masks`` and everything below it; never ``reconstruction``, which stands beside it.
 """
