@@ -81,7 +81,6 @@ TESTED_IN = {
     "structured/observation": "structured/test_liar_weights.py",
     "structured/preparation": "pipeline/test_structured_work.py",
     "structured/stop_order": "structured/test_sequential.py",
-    "structured/taps": "pipeline/test_structured_end_to_end.py",
     "structured/units": "pipeline/test_structured_work.py",
 }
 """Module → the test file that would see it broken, where that is not ``tests/<package>/test_<module>.py``."""

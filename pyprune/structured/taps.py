@@ -134,13 +134,13 @@ def mask_gradients(
 
     def watch(store: list[Tensor], group: Coupled):
         def hook(module, args):
-            x = args[0]
+            x = args[0].detach()  # a hook that holds its own tensor would hold the whole graph behind it
 
             def backward(gradient):
-                columns = (gradient.float() * x.detach().float()).reshape(size, -1, x.shape[-1]).sum(1)
+                columns = (gradient.float() * x.float()).reshape(size, -1, x.shape[-1]).sum(1)
                 store.append(columns[:, group.columns.to(columns.device)].sum(2).cpu())
 
-            x.register_hook(backward)
+            args[0].register_hook(backward)
 
         return hook
 

@@ -210,8 +210,8 @@ def stock_edits(
     flags: dict[str, str],
     sparsity: float,
 ) -> dict:
-    """:func:`edits_of`; where there are none, a ConfigError with what else can be done. sparsity: the one that was asked
-    for, or the mean."""
+    """:func:`edits_of`; where there are none, a ConfigError with what else can be done. sparsity: the one, or the mean,
+    that was asked for."""
     try:
         return edits_of(view, groups, counts, flags)
     except ConfigError as error:

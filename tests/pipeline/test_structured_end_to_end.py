@@ -289,29 +289,6 @@ def test_first_order_criteria_refuse_fused_experts():
         run(tiny.model("mixtral"), "neurons", criterion="fisher")
 
 
-def test_mask_gradients_are_derivatives_of_the_loss():
-    """A unit's mask multiplies its columns of the consumer, so its derivative is Σ W ∘ ∂loss/∂W over them."""
-    from pyprune.model.blocks import ModelView
-    from pyprune.structured.groups import find_groups
-    from pyprune.structured.taps import mask_gradients
-
-    model = tiny.model("llama")
-    view = ModelView(model)
-    groups = find_groups(view, "structured")
-    ids = tiny.ids(3, 12)
-    found = mask_gradients(view, groups, list(ids), dtype=torch.float32, device=torch.device("cpu"))
-    assert all(p.requires_grad and p.grad is None for p in model.parameters())
-    for row, sequence in enumerate(ids):
-        model.zero_grad()
-        logits = model(sequence[None]).logits[0, :-1]
-        torch.nn.functional.cross_entropy(logits, sequence[1:]).backward()
-        for block, of_block, gradients in zip(model.model.layers, groups, found):
-            for group, gradient in zip(of_block, gradients):
-                weight = group.consumer.parameter(block)
-                columns = (weight * weight.grad).sum(0)
-                torch.testing.assert_close(gradient[row], columns[group.columns].sum(1), rtol=1e-3, atol=1e-6)
-
-
 def test_hub_names_of_the_classes_are_kept(tmp_path):
     result = run(tiny.model("llama"), "neurons")
     result.save(tmp_path / "out")
