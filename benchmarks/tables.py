@@ -141,6 +141,7 @@ TABLES: dict[str, tuple[str, Callable[[list[Row], dict], str]]] = {
     "whole-cpu": ("whole_cpu.json", whole_table),
     "ops-isa": ("suite_isa.json", isa_table),
     "peers-cpu": ("peers_cpu.json", peers_table),
+    "peers-avx2": ("peers_avx2.json", peers_table),
     "peers-width": ("peers_width_cpu.json", peers_table),
     "ops-cuda": ("suite_cuda.json", ops_table),
     "jobs-cuda": ("suite_cuda.json", jobs_table),

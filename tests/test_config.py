@@ -153,7 +153,10 @@ def test_what_follows_from_what():
         ({"pattern": "2-4"}, "got '2-4'; did you mean '2:4'"),
         ({"pattern": "neuron"}, "got 'neuron'; did you mean 'neurons'"),
         ({"method": "sparsgpt"}, "method must be one of .*did you mean 'sparsegpt'"),
-        ({"reconstruct": "liar"}, "reconstruct for pattern 'unstructured' must be one of none, layer"),
+        (
+            {"reconstruct": "liar"},
+            "for heads and neurons: set pattern='neurons', .*='unstructured' takes none, layer",
+        ),
         ({"reconstruct": "layer", "pattern": "heads"}, "reconstruct for pattern 'heads' must be one of none, bias"),
         ({"criterion": "size", "pattern": "heads"}, "criterion must be one of"),
         ({"global_propagation": True, "inputs": "dense"}, "global_propagation needs inputs='propagated'"),
@@ -168,7 +171,7 @@ def test_what_follows_from_what():
         ({"reconstruction": {"lr": 0.0}}, "lr must be above 0"),
         ({"sparsty": 0.5}, "unknown field 'sparsty' in config; did you mean 'sparsity'"),
         ({"calibration": {"samples": 3}}, "unknown field 'samples' in calibration.*num_samples"),
-        ({"seed": "7"}, r"config.seed must be int, got '7' \(str\)"),
+        ({"seed": "7"}, r"^seed must be int, got '7' \(str\)"),
         ({"dtype": "float64"}, "dtype must be one of"),
         ({"backend": "cuda:0"}, "backend must be one of"),
         ({"backend": "obs_swep=cuda"}, "op in backend 'obs_swep=cuda' must be one of .*did you mean 'obs_sweep'"),
@@ -194,7 +197,7 @@ def test_a_pattern_by_itself_is_a_list_of_one():
 def test_yaml_that_is_not_a_configuration(tmp_path):
     for text, sentence in [
         ("a: [\n", "not valid YAML"),
-        ("- 1\n- 2\n", "must be a mapping"),
+        ("- 1\n- 2\n", "config must hold settings as lines of 'name: value', got list"),
         ("sparsty: 0.5\nseed: 1\n", "did you mean 'sparsity'"),
     ]:
         with pytest.raises(ConfigError, match=sentence):

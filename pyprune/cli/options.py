@@ -230,9 +230,11 @@ def _sparsity(text: str) -> float | list[float] | dict[str, float]:
     try:
         values = [float(value) for _, _, value in parts]
     except ValueError as error:
+        percent = re.fullmatch(r"(\d+(?:\.\d+)?) ?%", text)
+        hint = f"; did you mean {float(percent[1]) / 100:g}?" if percent else ""
         raise ConfigError(
             "sparsity must be a number, several with commas between them, or names with theirs, such as "
-            f"mlp=0.6,attention=0.4, got {text!r}"
+            f"mlp=0.6,attention=0.4, got {text!r}{hint}"
         ) from error
     names = [name.strip() for name, equals, _ in parts if equals]
     if twice := next((name for name in names if names.count(name) > 1), None):

@@ -23,8 +23,9 @@ class Calibration:
     """How many sequences to use. It is an error if there are fewer, never a silent shortfall. The default is 64; of
     token ids all rows are used."""
     seq_len: int | None = None
-    """Tokens per sequence; for encoders, the most tokens that a sentence keeps. The default is 512; token ids keep
-    whole rows. Rows of token ids may be cut to fewer tokens, but asking for more than they have is an error."""
+    """Tokens per sequence; for encoders, the most tokens that a sentence keeps. The default is 512, or fewer if the
+    model has fewer positions; token ids keep whole rows. Rows of token ids may be cut to fewer tokens, but asking for
+    more than they have is an error."""
     seed: int | None = None
     """Seed of the choice of sequences and of sampling them from the model. The default is the run's seed."""
     split: str = "train"

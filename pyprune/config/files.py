@@ -44,7 +44,12 @@ def override(base: PruneConfig | str | Path | None, values: dict) -> PruneConfig
 
 def from_yaml(text_or_path: str | Path) -> PruneConfig:
     """Configuration from YAML text or the path of a YAML file."""
-    return from_dict(PruneConfig, read_yaml(text_or_path))
+    return from_dict(PruneConfig, read_yaml(text_or_path), place_of(text_or_path))
+
+
+def place_of(text_or_path: str | Path) -> str:
+    """What a sentence calls the configuration: the file's path, or ``config``."""
+    return "config" if "\n" in str(text_or_path) else str(text_or_path)
 
 
 def read_yaml(text_or_path: str | Path) -> dict:
@@ -62,7 +67,9 @@ def read_yaml(text_or_path: str | Path) -> dict:
     except yaml.YAMLError as error:
         raise ConfigError(f"not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
-        raise ConfigError(f"config must be a mapping of fields, got {type(values).__name__}")
+        raise ConfigError(
+            f"{place_of(text_or_path)} must hold settings as lines of 'name: value', got {type(values).__name__}"
+        )
     return values
 
 

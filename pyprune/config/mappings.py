@@ -26,7 +26,8 @@ def from_dict(cls, values: dict, where: str = "config"):
     paths = {key: str(v) for key, v in values.items() if isinstance(v, Path) and str in members(hints[key])}
     values = {**values, **paths}
     for key, value in values.items():
-        _check_type(f"{where}.{key}", value, hints[key])
+        place = f"{where}.{key}" if where.isidentifier() else f"{key} in {where}"
+        _check_type(place.removeprefix("config."), value, hints[key])
     return cls(**values)
 
 

@@ -164,6 +164,11 @@ class PruneConfig:
             check_choice(f"reconstruct for pattern {self.pattern!r}", self.reconstruct, STRUCTURED_RECONSTRUCTIONS)
         else:
             self.reconstruct = self.reconstruct or ("layer" if self.method == "sparsegpt" else "none")
+            if self.reconstruct in STRUCTURED_RECONSTRUCTIONS and self.reconstruct not in WEIGHT_RECONSTRUCTIONS:
+                raise ConfigError(
+                    f"reconstruct={self.reconstruct!r} is for heads and neurons: set pattern='neurons', 'heads' or "
+                    f"'structured'; pattern={self.pattern!r} takes {', '.join(WEIGHT_RECONSTRUCTIONS)}"
+                )
             check_choice(f"reconstruct for pattern {self.pattern!r}", self.reconstruct, WEIGHT_RECONSTRUCTIONS)
         self.inputs = self.inputs or self.usual_inputs
         check_choices(self)

@@ -73,6 +73,16 @@ def settled(calibration: Calibration) -> Calibration:
     return calibration if source is calibration.source else dataclasses.replace(calibration, source=source)
 
 
+def within(calibration: Calibration, positions: int | None) -> Calibration:
+    """A calibration whose sequences of text, unless a length was asked for, are no longer than a model has positions
+    (None: it has no limit, or does not say)."""
+    if calibration.seq_len is not None or positions is None or positions >= calibration.tokens:
+        return calibration
+    if calibration.num_samples != 0 and given.token_rows(calibration.source) is not None:
+        return calibration
+    return dataclasses.replace(calibration, seq_len=positions)
+
+
 def coerce(source: Any) -> Calibration:
     """A :class:`Calibration` whose number and length of sequences are known, from what callers pass for one.
 
@@ -221,7 +231,7 @@ def _from_rows(
             f"; {len(pieces)} of the held-out sequences are from {texts.describe(builtin.DOCUMENTATION)}"
         )
     elif missing:
-        data.description += f"; {len(data.held_out)} held-out sequences, as all rows but those are fitted on"
+        data.description += f"; held-out sequences: {len(data.held_out) or 'none'}, all other rows are fitted on"
     return data
 
 
@@ -235,14 +245,17 @@ def _assemble(
         held_out=held_out,
         unseen=unseen or [],
         fingerprint=fingerprint(fit),
-        description=f"{source}: {len(fit)} sequences of {width} tokens{rest}",
+        description=f"{source}: {len(fit)} sequence{'' if len(fit) == 1 else 's'} of {width} tokens{rest}",
     )
 
 
 def need_tokenizer(tokenizer, what: str) -> None:
     """Raise ConfigError if there is none."""
     if tokenizer is None:
-        raise ConfigError(f"{what} needs a tokenizer: pass tokenizer=, or give token ids instead of text")
+        raise ConfigError(
+            f"{what} needs a tokenizer, and there is none beside the model: give token ids instead of text, or add the "
+            "tokenizer's files (in Python: tokenizer=)"
+        )
 
 
 def _documents(source: Any, calibration: Calibration, encoder: bool = False) -> Iterable[str]:

@@ -117,6 +117,8 @@ def check_there(text: Any) -> None:
             path = Path(source)
             if not path.exists() and (_is_local(str(source), path) or path.suffix in FILES):
                 raise ConfigError(f"no such file{'' if path.suffix == '.npy' else ' or folder'}: {source}")
+            if path.is_file() and not path.stat().st_size:
+                raise ConfigError(f"{source} is empty")
 
 
 def _is_local(source: str, path: Path) -> bool:

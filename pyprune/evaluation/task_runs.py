@@ -8,6 +8,7 @@ with a score (STS-B), labelled sentences and pairs (:mod:`pyprune.evaluation.glu
 
 from __future__ import annotations
 
+import difflib
 import functools
 import sys
 from collections.abc import Callable, Sequence
@@ -57,6 +58,7 @@ def evaluate_tasks(
     for name in names:
         if of_files(name) and not Path(name).expanduser().exists():
             raise ConfigError(f"no such file: {name}")
+    check_known([name for name in names if not of_files(name) and name != last_word.NAME])
     if against is not None:
         to_stream(against, stream)  # what cannot be streamed is refused before the first model is measured
     conditions = (names, limit, batch_size, device)
@@ -82,13 +84,32 @@ def evaluate_tasks(
     ]
 
 
+def check_known(names: list[str]) -> None:
+    """Raise ConfigError for a task that is no file and that lm-eval does not know, before a model is loaded."""
+    if not names:
+        return
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise ConfigError(
+            f"task {names[0]!r} is no file here, and lm-eval, which may know it, is not installed: install pyprune's "
+            "extra 'eval', or give the path of a .jsonl file"
+        ) from error
+    manager = TaskManager()
+    for name in names:
+        if not manager.match_tasks([name]):
+            near = difflib.get_close_matches(name, manager.all_tasks, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"{name!r} is neither a file or folder here nor a task of lm-eval{hint}")
+
+
 def _name(model: Any) -> str:
     return str(model) if isinstance(model, (str, Path)) else "the model"
 
 
 def _measured(subject: Loaded | Opened, names, limit, batch_size, device, progress) -> list[dict]:
     if subject.tokenizer is None:
-        raise ConfigError("tasks need a tokenizer: pass tokenizer=, or a folder that has one")
+        raise ConfigError("tasks need a tokenizer: give a folder that has one (in Python: or tokenizer=)")
     planned = [(name, measure_of(name, subject.model, limit, batch_size, progress)) for name in names]
     forwards = placed_on(subject, device)
     return [{"task": name, **measure(forwards, subject.tokenizer)} for name, measure in planned]

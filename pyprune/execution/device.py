@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 
 import torch
 
@@ -17,10 +18,16 @@ def pick_device(name: str) -> torch.device:
     """``auto`` is the GPU if there is one. Raises :class:`ConfigError` for a device that cannot be used."""
     if name == "auto":
         return indexed("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|mps|(cuda|xpu|hpu)(:\d+)?", name):
+        hint = "; did you mean 'cuda'?" if name.lower() in ("gpu", "nvidia") else ""
+        raise ConfigError(f"device {name!r} cannot be used: take auto, cpu, cuda or cuda:N{hint}")
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+        way = ""
+        if name.startswith("cuda") and torch.version.cuda is None:
+            way = "; this PyTorch is built without CUDA: install a build with CUDA, or take device='cpu'"
+        raise ConfigError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}{way}") from error
 
 
 def cpu_has_bfloat16() -> bool:

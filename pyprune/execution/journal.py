@@ -485,7 +485,14 @@ def remembered(output: str | Path) -> dict:
         raise ConfigError(f"{output} holds a finished run: there is nothing to resume")
     config = json.loads(found[0].read_text()).get("config") if found else None
     if config is None:
-        raise ConfigError(f"{output} holds no interrupted run that says its settings; give the model and the settings")
+        if not place.is_dir():
+            raise ConfigError(f"there is nothing to resume: no such folder: {output}")
+        if (place / FOLDER).is_dir():
+            raise ConfigError(
+                f"the run in {output} was stopped before its first block: there is nothing to resume; run its command "
+                "again, without resume"
+            )
+        raise ConfigError(f"there is nothing to resume: {output} holds no interrupted run")
     return {**config, "output": str(output)}
 
 

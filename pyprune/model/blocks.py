@@ -9,6 +9,7 @@ order, is recorded (:mod:`pyprune.model.recording`). What cannot be discovered g
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import math
 from collections.abc import Iterable
@@ -171,6 +172,9 @@ def select_weights(view: ModelView, targets: list[str], ignore: list[str]) -> li
                     continue  # the embedding, the head and norms are dense anyway: asking for that is no mistake
                 kinds = sorted({ref.path for block in refs for ref in block})
                 hint = f"it names {outside[0]}, which lies outside the blocks" if outside else "it matches nothing"
+                parts = sorted({part for name in names for part in name.split(".")})
+                if not outside and (near := difflib.get_close_matches(pattern, parts, n=1)):
+                    hint += f", did you mean {near[0]!r}?"
                 if any(pattern in name for name in names):
                     hint += f" (whole components count; write {f'*{pattern}*'!r} for a part of one)"
                 raise ConfigError(

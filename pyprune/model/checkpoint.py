@@ -87,6 +87,8 @@ def resolve(name: str | Path) -> Source:
         return Source(str(path))
     if path.suffix == ".gguf" or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text) or text.startswith("."):
         raise ConfigError(f"unknown model {text!r}: no such file or folder{_meant(text)}")
+    if "/" not in text and _meant(text):
+        raise ConfigError(f"unknown model {text!r}: no such folder{_meant(text)}")
     return Source(text, local=False)
 
 

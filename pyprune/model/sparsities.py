@@ -49,10 +49,10 @@ def _unused(key: str, asked: Mapping[str, float], kinds: Mapping[str, str | None
         return start + f"decides nothing: {', '.join(before)} before it name all that it names; put it first"
     names = sorted({part for name in kinds for part in _spellings(name)} | {*KINDS, "*"})
     near = difflib.get_close_matches(key, names, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+    hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else "."
     return (
         start
-        + f"names no weight that this run prunes; {hint}Keys are {', '.join(KINDS)}, * and patterns of "
+        + f"names no weight that this run prunes{hint} Keys are {', '.join(KINDS)}, * and patterns of "
         + (f"names, such as {_some(kinds)}")
     )
 

@@ -24,6 +24,8 @@ def sparse(model: nn.Module, *, in_place: bool = False) -> nn.Module:
     Embeddings, experts in one tensor, and weights that several modules share stay dense. The result is for inference;
     :func:`dense` is the way back. Raises ConfigError for a model without a weight that is worth packing.
     """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"sparse takes a model, got {model!r}; pyprune.load gives the one of a folder")
     if not any(packed_if_it_pays(module.weight.detach()) is not None for module in replaceable(model).values()):
         raise ConfigError(
             f"{type(model).__name__} has no linear layer with zeros enough for packing to pay (at 16 bits, "

@@ -105,6 +105,6 @@ def unmeasured(config: PruneConfig, view: ModelView, texts: list) -> list[str]:
     if not config.evaluation.enabled or texts or view.is_encoder:
         return []
     return [
-        "no perplexity: the text that it is measured on by default needs a tokenizer; pass tokenizer=, or give "
-        "token ids as evaluation text"
+        "no perplexity: the text that it is measured on by default needs a tokenizer, and there is none beside the "
+        "model; give token ids as evaluation text, or add the tokenizer's files (in Python: tokenizer=)"
     ]

@@ -22,8 +22,8 @@ from torch import nn
 from pyprune import ops
 from pyprune.config import ConfigError, PruneConfig
 from pyprune.data import texts
-from pyprune.data.calibration import CalibrationData
-from pyprune.effects import needs_sequences, reads_sequences
+from pyprune.data.calibration import CalibrationData, within
+from pyprune.effects import needs_sequences, reads_sequences, trains
 from pyprune.evaluation import domains
 from pyprune.evaluation.block_by_block import Meter
 from pyprune.evaluation.perplexity import warnings_for
@@ -38,7 +38,7 @@ from pyprune.execution.weight_streaming import Opened, Streamed, weights_digest
 from pyprune.model.assembly import BlockShards
 from pyprune.model.blocks import ModelView, check_apart, check_finite, check_usable, select_weights
 from pyprune.model.origin import Origin
-from pyprune.model.positions import positions_of
+from pyprune.model.positions import Positions, positions_of
 from pyprune.pipeline.block_loop import Loop, run_blocks
 from pyprune.pipeline.checks import check_weights, named_positions, outlined, thin_statistics, unmeasured
 from pyprune.pipeline.mask_work import MaskWork
@@ -131,13 +131,14 @@ def prepare(session: Session, model, tokenizer, in_place: bool) -> Material:
     positions = positions_of(view)
     data, windows = read or sequences_of(session, view, opened.tokenizer, positions)
     check_lengths(config, data, windows, positions, found.warn)
-    sample(session, data, opened)
+    sample(session, data, opened, positions)
     with found.clock("back-ends"), session.doing("checking and timing the back-ends of this machine", said=False):
         backends = settle_backends(
             session.journal, session.world, session.device, config.backend, config.backends, found.warn
         )
     weights = fingerprint_of(session, opened)
     home = next(view.model.parameters()).device
+    session.tell()
     return Material(opened, selected, rules, units, data, windows, backends, weights, home)
 
 
@@ -182,16 +183,17 @@ def open_for(session: Session, model, tokenizer, in_place: bool) -> Opened:
     return opened if tokenizer is None else dataclasses.replace(opened, tokenizer=tokenizer)
 
 
-def sample(session: Session, data: CalibrationData, opened: Opened) -> None:
+def sample(session: Session, data: CalibrationData, opened: Opened, positions: Positions | None) -> None:
     """Add self-generated sequences to the calibration data, if the run asks for them."""
     config, shared = session.config, session.shared
-    own = config.calibration.self_generated
+    settings = within(config.calibration, positions.count if positions else None)
+    own = settings.self_generated
     if not own or not needs_sequences(config):
         return
     with session.found.clock("calibration"), session.doing(f"sampling {own} sequences from the model") as doing:
         shared.once(
             f"generated for {shared.sequences(config)}",
-            functools.partial(add_generated, data, config.calibration, opened.model, opened.tokenizer, doing),
+            functools.partial(add_generated, data, settings, opened.model, opened.tokenizer, doing),
         )
 
 
@@ -263,8 +265,11 @@ def carry_out(session: Session, material: Material, dense: Dense) -> PruneResult
     )
     run = Run(config, view, executor, material.selected, material.data, session.world, material.rules)
     notes = [*opened.origin.notes, *material.data.warnings]
+    if trains(config) and not config.reconstruction.epochs:
+        notes.append("epochs=0 trains nothing: the weights are those before the training")
     for text in [*notes, *thin_statistics(run), *unmeasured(config, view, material.windows)]:
         found.warn(text)
+    session.tell()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     work = prune_blocks(session, run, material.units, again(dense.rows, config))

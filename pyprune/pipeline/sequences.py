@@ -29,7 +29,7 @@ def sequences_of(
     """Calibration sequences of a run, those still to be generated apart, and its evaluation windows."""
     config, found, shared = session.config, session.found, session.shared
     with found.clock("calibration"), session.doing("reading calibration text", said=False):
-        data = shared.once(shared.sequences(config), lambda: calibration_data(config, view, tokenizer))
+        data = shared.once(shared.sequences(config), lambda: calibration_data(config, view, tokenizer, positions))
     with found.clock("evaluation"), session.doing("reading evaluation text", said=False):
         windows = windows_of(
             domains.of_run(config.evaluation, config.calibration),
@@ -56,7 +56,7 @@ def check_lengths(
     if not positions:
         return
     if data.sequences:
-        lengths = lengths_of(data, calibration.coerce(config.calibration))
+        lengths = lengths_of(data, calibration.coerce(calibration.within(config.calibration, positions.count)))
         positions.check(lengths, "calibration sequences", "seq_len", warn)
     positions.check({len(row) for text in windows for row in text.windows}, "evaluation windows", "window", warn)
 
@@ -65,17 +65,20 @@ def calibration_data(
     config: PruneConfig,
     view: ModelView,
     tokenizer,
+    positions: Positions | None = None,
 ) -> CalibrationData:
     """The sequences of a run; none where the weights alone decide and nothing could be read to measure errors on."""
-    settings, decides, model = config.calibration, needs_sequences(config), view.model
+    settings = calibration.within(config.calibration, positions.count if positions else None)
+    decides, model = needs_sequences(config), view.model
     if not reads_sequences(config) or (not decides and settings.source is None and tokenizer is None):
         data = CalibrationData(
             sequences=[], fingerprint=calibration.fingerprint([]), description="none: masks come from the weights alone"
         )
         if reads_sequences(config):
             data.warnings.append(
-                "block errors were not measured: the text that they are measured on by default needs "
-                "a tokenizer; pass tokenizer=, or give token ids as calibration"
+                "block errors were not measured: the text that they are measured on by default needs a tokenizer, and "
+                "there is none beside the model; give token ids as calibration, or add the tokenizer's files (in "
+                "Python: tokenizer=)"
             )
         return data
     return calibration.load(
@@ -107,7 +110,8 @@ def sequences_of_pair(
             f"{sizes[0]} and {sizes[1]}"
         )
     check_apart(pruned, dense)
-    chosen = calibration.coerce(request.calibration)
+    positions = positions_of(pruned)
+    chosen = calibration.coerce(calibration.within(request.calibration, positions.count if positions else None))
     if chosen.seed is None:
         chosen = dataclasses.replace(chosen, seed=request.seed)
     check_effects(chosen, {"self_generated_for": UNUSED_IN_REFINEMENT}, "calibration")
@@ -115,7 +119,7 @@ def sequences_of_pair(
     data = calibration.load(
         chosen, tokenizer, encoder=pruned.is_encoder, vocab_size=sizes[0][1], model_config=pruned.model.config
     )
-    if positions := positions_of(pruned):
+    if positions:
         positions.check(lengths_of(data, chosen), "calibration sequences", "seq_len", data.warnings.append)
     if chosen.self_generated:
         add_generated(data, chosen, dense.model, tokenizer, progress)

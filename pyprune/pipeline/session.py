@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from pyprune.execution.progress import Doing
 from pyprune.execution.run import Findings
 from pyprune.pipeline.shared import Shared
 from pyprune.pipeline.tracking import Track, nobody
+from pyprune.reporting.words import distinct
 
 T = TypeVar("T")
 
@@ -41,6 +43,8 @@ class Session:
     following: int = 0
     """Runs of the same kind that follow this one, for the time that is left."""
     found: Findings = field(default_factory=Findings)
+    told: int = 0
+    """Warnings that were printed already."""
     device: torch.device = field(init=False)
     """Where blocks are computed."""
 
@@ -50,6 +54,13 @@ class Session:
     def doing(self, text: str, enabled: bool = True, said: bool = True) -> Doing:
         """Show what is done now, as :class:`Doing` does."""
         return Doing(text, self.progress and enabled, said=said)
+
+    def tell(self) -> None:
+        """Print the warnings that are new, before work begins that they may make worthless; the report has all."""
+        new = self.found.warnings[self.told :]
+        self.told = len(self.found.warnings)
+        for text in distinct(new) if self.progress else ():
+            print(f"pruning · warning: {text}", file=sys.stderr, flush=True)
 
 
 def settle_backends(

@@ -88,6 +88,7 @@ def plan(
             + type(model).__name__
         )
     config = make_config(config, fields if model is None else {**fields, "model": str(model)})
+    asked = config.calibration
     if reads_sequences(config):
         config.calibration = calibration.coerce(config.calibration)
     name = config.model_name
@@ -108,6 +109,8 @@ def plan(
     positions = positions_of(small)
     if config.evaluation.enabled and not view.is_encoder:
         config.evaluation = dataclasses.replace(config.evaluation, window=_window(config.evaluation, positions))
+    if reads_sequences(config) and positions and calibration.within(asked, positions.count) is not asked:
+        config.calibration = calibration.coerce(calibration.within(asked, positions.count))
     if positions and not view.is_encoder and reads_sequences(config) and kinds_of(config.calibration.source) != {"ids"}:
         positions.check([config.calibration.tokens], "calibration sequences", "seq_len", lambda message: None)
     windows = evaluation_windows(view, config, functools.partial(_tokenizer, unopened))

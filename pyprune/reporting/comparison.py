@@ -23,18 +23,19 @@ def read(directory: str | Path) -> dict:
         raise ConfigError(f"{path} is not valid JSON: {error}") from error
 
 
-def compare(directories: Sequence[str | Path]) -> list[dict]:
-    """Runs side by side, read from the folders that pyprune wrote.
+def compare(*directories: str | Path | Sequence[str | Path]) -> list[dict]:
+    """Runs side by side, read from the folders that pyprune wrote, given one by one or as a list.
 
     Returns one row per folder, of one with several sparsities one for each: settings, perplexity of the dense and the
     pruned model per text, error behind the last block, seconds, memory in bytes and parameters; of a refined model what
     it became, with the seconds of both runs, and beside its error that of the model it was refined from, on the same
     sequences (``block_error_before``). Raises ConfigError for a folder without a report.
     """
-    if not directories:
+    folders = [path for given in directories for path in ([given] if isinstance(given, (str, Path)) else given)]
+    if not folders:
         raise ConfigError("compare needs at least one folder")
     rows = []
-    for directory in [path for given in directories for path in _runs_in(given)]:
+    for directory in [path for given in folders for path in _runs_in(given)]:
         report = read(directory)
         config, last = report["config"], (report.get("blocks") or [{}])[-1]
         error, held_out, seconds = last.get("error"), last.get("error_held_out"), sum(report["seconds"].values())

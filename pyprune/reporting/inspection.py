@@ -120,6 +120,8 @@ def _numel(shape: list[int]) -> int:
 def weight_files(folder: Path) -> list[Path]:
     """Weight files of a checkpoint folder: safetensors if there are any, else ``.bin``."""
     if not folder.is_dir():
+        if folder.is_file():
+            raise ConfigError(f"{folder} is a file; give the folder of the checkpoint")
         raise ConfigError(f"no such folder: {folder}")
     for pattern in ("*.safetensors", "pytorch_model*.bin"):
         if files := sorted(folder.glob(pattern)):

@@ -148,9 +148,8 @@ def achieved_text(report: dict) -> str:
     structured = report.get("structured")
     if not structured:
         share = f"{report['coverage']['fraction']:.1%} of the blocks' matrix weights"
-        return (
-            f"{asked_text(asked)} asked for, {report['sparsity']:.4f} of the pruned weights are zero; they are {share}"
-        )
+        zeros = f"{report['sparsity']:.4f} of the selected weights are zero"
+        return f"{zeros}, {asked_text(asked)} asked for; selected: {share}"
     gone = ", ".join(f"{share:.4g} of the {kind}" for kind, share in structured.get("removed", {}).items())
     return f"{asked_text(asked)} asked for, {gone or format(report['sparsity'], '.4g')} removed; {left_text(report)}"
 

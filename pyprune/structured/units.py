@@ -54,6 +54,12 @@ def find_units(
     uniform = config.structured.allocation == "uniform"
     if uniform:
         foreseen(groups, config, rules)
+    elif config.structured.nonstandard == "refuse" and sum(map(bool, groups)) > 1:
+        raise ConfigError(
+            "allocation='global' gives every block a width of its own, and a stock configuration has one for all: "
+            "set nonstandard='save' (pyprune.load loads it) or nonstandard='pad' (zeros: stock tools load it, it is no "
+            "smaller)"
+        )
     _verify(view, groups, weights or Resident())
     flags, notes = _flags(view, config, groups)
     if uniform and config.structured.nonstandard == "refuse":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import tiny
@@ -136,5 +138,15 @@ def test_resume_needs_the_folder_alone(capsys, tmp_path, folder, stop_after):
     assert call(capsys, "prune", folder, "-o", tmp_path / "whole", *asked)[0] == 0
     for path in (tmp_path / "whole").glob("*.safetensors"):
         assert path.read_bytes() == (tmp_path / "o" / path.name).read_bytes()
-    code, _, err = call(capsys, "prune", "--resume", "-o", tmp_path / "nothing")
-    assert code == 2 and "holds no interrupted run that says its settings" in err
+
+
+def test_what_cannot_be_resumed_says_why(capsys, tmp_path):
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "early" / ".pyprune").mkdir(parents=True)
+    for name, why in [
+        ("nothing", "no such folder"),
+        ("foreign", "holds no interrupted run"),
+        ("early", "was stopped before its first block: .* run its command again"),
+    ]:
+        code, _, err = call(capsys, "prune", "--resume", "-o", tmp_path / name)
+        assert code == 2 and re.search(why, err), err

@@ -88,7 +88,7 @@ def test_with_every_row_fitted_held_out_text_comes_from_elsewhere_and_is_said(to
     assert len(data.held_out) == 4 and all(len(row) == 24 for row in data.held_out)
     assert "4 of the held-out sequences are from" in data.description
     without = load(Calibration(source=ids, num_samples=6, held_out=4))
-    assert without.held_out == [] and "0 held-out" in without.description
+    assert without.held_out == [] and "held-out sequences: none" in without.description
     assert without.fingerprint == data.fingerprint
 
 

@@ -101,6 +101,24 @@ def test_longer_calibration_of_a_rotary_model_is_warned_of():
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_sequences_of_text_are_as_long_as_the_positions_unless_a_length_is_asked_for(name, tokenizer):
+    model, fields = tiny.model(name, vocab_size=tiny.CHARACTERS), {"source": [PROSE], "num_samples": 3, "held_out": 0}
+    result = pyprune.prune(
+        model, method="wanda", tokenizer=tokenizer, calibration=fields, evaluation={"enabled": False}, progress=False
+    )
+    assert "3 sequences of 128 tokens" in result.report["calibration"]["description"]
+    assert not any("positions" in text for text in result.report["warnings"])
+
+
+def test_what_is_known_before_the_work_is_printed_before_it(capsys):
+    model = tiny.model("llama", max_position_embeddings=16)
+    pyprune.prune(model, method="wanda", calibration=tiny.ids(4, 24))
+    lines = capsys.readouterr().err.splitlines()
+    [warned] = [i for i, line in enumerate(lines) if "warning: calibration sequences have up to 24 tokens" in line]
+    assert warned < next(i for i, line in enumerate(lines) if line.startswith("pruning 1/3"))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_windows_are_as_long_as_the_positions_and_the_report_says_so(name, tokenizer):
     model = tiny.model(name, vocab_size=tiny.CHARACTERS)
     result = pyprune.prune(
@@ -137,8 +155,10 @@ def test_the_plan_measures_in_the_same_windows(tmp_path):
     tiny.model("gpt2").save_pretrained(tmp_path / "gpt2")
     found = pyprune.plan({"model": str(tmp_path / "gpt2"), "method": "magnitude", "calibration": {"seq_len": 64}})
     assert found["seconds"]["total"] > 0
+    usual = pyprune.plan({"model": str(tmp_path / "gpt2"), "method": "wanda"})
+    assert usual["calibration"] == {"sequences": 64, "tokens": 64 * 128, "at_most": False}
     with pytest.raises(ConfigError, match="up to 512 tokens, but GPT2LMHeadModel has 128 positions"):
-        pyprune.plan({"model": str(tmp_path / "gpt2"), "method": "wanda"})
+        pyprune.plan({"model": str(tmp_path / "gpt2"), "method": "wanda", "calibration": {"seq_len": 512}})
 
 
 def test_latency_is_measured_within_the_positions(tmp_path):

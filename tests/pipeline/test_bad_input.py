@@ -25,6 +25,7 @@ def place(tmp_path_factory, folder):
     np.save(path / "wide.npy", tiny.ids(12, 24).numpy() + 90)
     np.save(path / "floats.npy", np.random.default_rng(0).random((12, 24)))
     (path / "short.txt").write_text("Too short.")
+    (path / "empty.txt").touch()
     (path / "prose.txt").write_text("It is a truth universally acknowledged.\n" * 40)
     (path / "misspelt.yaml").write_text("sparsty: 0.5\nseed: 1\n")
     (path / "broken.yaml").write_text("sparsity: [0.5\n")
@@ -57,6 +58,27 @@ CASES = {
     "sparsity 1": ([*CALIBRATED, "--sparsity", "1"], r"sparsity must be in \[0, 1\), the fraction of zeros, got 1.0"),
     "sparsity below 0": ([*CALIBRATED, "--sparsity", "-0.5"], r"got -0.5"),
     "sparsity in per cent": ([*CALIBRATED, "--sparsity", "50"], r"got 50.0; did you mean 0.5\?"),
+    "sparsity with a percent sign": ([*CALIBRATED, "--sparsity", "50%"], r"got '50%'; did you mean 0.5\?"),
+    "packaged model misspelt": (
+        ["prune", "smolm2-135m", "-o", "out"],
+        r"folder; did you mean 'smollm2-135m'\?",
+    ),
+    "target misspelt": ([*CALIBRATED, "--targets", "mlpp"], r"it matches nothing, did you mean 'mlp'\?"),
+    "structured reconstruction of masks": (
+        [*CALIBRATED, "--reconstruct", "liar"],
+        "--reconstruct liar is for heads and neurons: set --pattern neurons",
+    ),
+    "widths that no stock configuration says": (
+        [*CALIBRATED, "--pattern", "neurons", "--allocation", "global"],
+        "--allocation global gives every block a width of its own.* set --nonstandard save .* or --nonstandard pad",
+    ),
+    "empty text": ([*PRUNE, "--calibration", "empty.txt"], "^error: empty.txt is empty"),
+    "a file instead of a checkpoint": (["inspect", "short.txt"], "short.txt is a file; give the folder"),
+    "task that nobody knows": (["eval", "model", "--tasks", "hellaswagg"], r"nor a task of lm-eval|not installed"),
+    "device of another name": (
+        [*CALIBRATED, "--device", "gpu"],
+        r"cpu, cuda or cuda:N; did you mean 'cuda'\?",
+    ),
     "sparsity not a number": ([*CALIBRATED, "--sparsity", "half"], "sparsity must be a number.* got 'half'"),
     "sparsity against N:M": (
         [*CALIBRATED, "--pattern", "2:4", "--sparsity", "0.3"],
@@ -70,7 +92,7 @@ CASES = {
     "method misspelt": ([*CALIBRATED, "--method", "sparsegtp"], r"did you mean 'sparsegpt'\?"),
     "config field misspelt": (
         ["prune", "model", "-o", "out", "--config", "misspelt.yaml"],
-        r"unknown field 'sparsty' in config; did you mean 'sparsity'\?",
+        r"unknown field 'sparsty' in misspelt.yaml; did you mean 'sparsity'\?",
     ),
     "config not YAML": (["prune", "model", "-o", "out", "--config", "broken.yaml"], "not valid YAML"),
     "config missing": (
@@ -79,7 +101,7 @@ CASES = {
     ),
     "text too short": (
         [*PRUNE, "--calibration", "short.txt"],
-        "calibration text from short.txt is shorter than one sequence of 512 tokens",
+        "calibration text from short.txt is shorter than one sequence of 128 tokens",
     ),
     "fewer sequences than asked": (
         [*PRUNE, "--calibration", "prose.txt", "--seq-len", "300"],
