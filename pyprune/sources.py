@@ -98,3 +98,22 @@ def _dimensions(entry: Any) -> int | None:
 
 def _all_strings(source: Any) -> bool:
     return isinstance(source, (list, tuple)) and bool(source) and all(isinstance(entry, str) for entry in source)
+
+
+def absent(text: Any) -> str | None:
+    """A sentence for the first local file or folder among the sources in ``text`` that is not there, or holds nothing;
+    None if there is none."""
+    for source in split(text):
+        if not isinstance(source, (str, Path)) or not is_name(source):
+            continue
+        path = Path(source)
+        if not path.exists() and (_is_local(str(source), path) or path.suffix in FILES):
+            return f"no such file{'' if path.suffix == '.npy' else ' or folder'}: {source}"
+        if path.is_file() and not path.stat().st_size:
+            return f"{source} is empty"
+    return None
+
+
+def _is_local(source: str, path: Path) -> bool:
+    """Whether a name can only be that of a file or a folder here."""
+    return path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1

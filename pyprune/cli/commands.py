@@ -17,10 +17,12 @@ from pyprune.cli.help import NAMED, Command, Group
 from pyprune.cli.options import as_options, option_of, with_fields
 from pyprune.cli.studies import study
 from pyprune.config import ConfigError, PruneConfig, check_named, from_dict, override
+from pyprune.effects import reads_sequences
 from pyprune.execution.progress import Doing
 from pyprune.keywords import configuration_fields, refine_fields
 from pyprune.reporting import comparison, console, inspection_table, plan_table, summary, words
 from pyprune.reporting.console import print_json
+from pyprune.sources import absent
 
 app = typer.Typer(
     name="pyprune", cls=Group, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False
@@ -98,6 +100,12 @@ def prune(
         raise ConfigError("--track would do nothing: --plan runs nothing")
     if settings.output is None and not plan:
         raise ConfigError("no output folder: name one with -o, or ask for the --plan only")
+    for source, read in (
+        (settings.calibration.source, reads_sequences(settings)),
+        (settings.evaluation.text, settings.evaluation.enabled),
+    ):
+        if read and (why := absent(source)) is not None:
+            raise ConfigError(why)
     libraries("planning" if plan else "pruning")
     if plan:
         with Doing("counting, and timing two blocks", not as_json, "planning", said=False):
@@ -127,7 +135,10 @@ def refine(
         Path | None, typer.Option("--config", help="A refine.yaml to repeat. Options override it.")
     ] = None,
     dense: Annotated[
-        str | None, typer.Option(help="The model it was pruned from. By default the one that its pruning.json names.")
+        str | None,
+        typer.Option(
+            metavar="MODEL", help="The model it was pruned from. By default the one that its pruning.json names."
+        ),
     ] = None,
     cross_block: Annotated[
         bool | None,
@@ -171,7 +182,7 @@ def refine(
 def evaluate(
     model: Annotated[str, typer.Argument(help=NAMED)],
     device: Annotated[
-        str, typer.Option(help="Where to run: cpu, cuda or cuda:1; auto takes a GPU if there is one.")
+        str, typer.Option(metavar="DEVICE", help="Where to run: cpu, cuda or cuda:1; auto takes a GPU if there is one.")
     ] = "auto",
     latency: Annotated[
         bool,
@@ -191,8 +202,9 @@ def evaluate(
     against: Annotated[
         str | None,
         typer.Option(
+            metavar="MODEL",
             help="The dense model, for --tasks and --latency. By default --latency takes the one that MODEL was pruned "
-            "from; dense means that one for --tasks, too."
+            "from; dense means that one for --tasks, too.",
         ),
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Picture (.png) of the --latency comparison to write.")] = None,
@@ -329,8 +341,15 @@ def generate(
     seq_len: Annotated[int, typer.Option(help="Tokens per sequence.")] = 512,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Sequences sampled together.")] = 32,
-    language: Annotated[str | None, typer.Option(help="Keep only text in this language (an ISO code).")] = None,
-    dtype: Annotated[str, typer.Option(help="Number type that the weights are loaded in.")] = "auto",
+    language: Annotated[
+        str | None, typer.Option(metavar="CODE", help="Keep only text in this language (an ISO code).")
+    ] = None,
+    dtype: Annotated[
+        str,
+        typer.Option(
+            metavar="TYPE", help="Number type that the weights are loaded in: auto, float32, bfloat16 or float16."
+        ),
+    ] = "auto",
 ):
     """Sample calibration sequences from MODEL itself (arXiv 2406.15524), for --self-generated-path."""
     libraries("generating")

@@ -36,14 +36,21 @@ def study(
     model: Annotated[str, typer.Argument(help=NAMED)],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the study; several workers may share it.")],
     methods: Annotated[
-        str, typer.Option(help="Values of --method of pyprune prune, with commas between them.")
+        str, typer.Option(metavar="NAMES", help="Values of --method of pyprune prune, with commas between them.")
     ] = "sparsegpt",
-    criteria: Annotated[str, typer.Option(help="Values of --criterion, for heads and neurons.")] = "wifv",
-    patterns: Annotated[str, typer.Option(help="Values of --pattern.")] = "unstructured",
-    sparsities: Annotated[str, typer.Option(help="Values of --sparsity; not for N:M patterns.")] = "0.3,0.4,0.5,0.6",
+    criteria: Annotated[
+        str, typer.Option(metavar="NAMES", help="Values of --criterion, for heads and neurons.")
+    ] = "wifv",
+    patterns: Annotated[str, typer.Option(metavar="NAMES", help="Values of --pattern.")] = "unstructured",
+    sparsities: Annotated[
+        str, typer.Option(metavar="NAMES", help="Values of --sparsity; not for N:M patterns.")
+    ] = "0.3,0.4,0.5,0.6",
     reconstruct: Annotated[
         str | None,
-        typer.Option(help="Values of --reconstruct, with +gp for global propagation. By default each pattern's own."),
+        typer.Option(
+            metavar="NAMES",
+            help="Values of --reconstruct, with +gp for global propagation. By default each pattern's own.",
+        ),
     ] = None,
     seeds: Annotated[int, typer.Option(help="Number of seeds, from 0 on.")] = 3,
     max_ratio: Annotated[

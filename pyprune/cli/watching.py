@@ -45,7 +45,8 @@ def history(
 def check(
     model: Annotated[str, typer.Argument(help="Folder of the pruned model.")],
     against: Annotated[
-        str | None, typer.Option(help="The model to compare with. By default the one that MODEL was pruned from.")
+        str | None,
+        typer.Option(metavar="MODEL", help="The model to compare with. By default the one that MODEL was pruned from."),
     ] = None,
     max_perplexity_ratio: Annotated[
         float, typer.Option(help="The most that a text's perplexity may be, relative to the other model's.")
@@ -54,10 +55,10 @@ def check(
         int, typer.Option(help="Check on so many sequences that the other model samples, too.")
     ] = 0,
     tasks: Annotated[
-        str | None, typer.Option(help="Tasks as pyprune eval takes them, with commas between them.")
+        str | None, typer.Option(metavar="NAMES", help="Tasks as pyprune eval takes them, with commas between them.")
     ] = None,
     max_drop: Annotated[float, typer.Option(help="The most that a task's score may fall.")] = 0.02,
-    device: Annotated[str, typer.Option(help="Where to run: auto, cpu, cuda or cuda:1.")] = "auto",
+    device: Annotated[str, typer.Option(metavar="DEVICE", help="Where to run: auto, cpu, cuda or cuda:1.")] = "auto",
     as_json: Json = False,
     *,
     fields: dict[str, Any],

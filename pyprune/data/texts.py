@@ -15,7 +15,7 @@ from torch import Tensor
 from pyprune.config import ConfigError
 from pyprune.data import builtin
 from pyprune.data.given import refuse_stand_in, text_rows
-from pyprune.sources import DATA_FILES, FILES, columns_of, is_name, kind, split
+from pyprune.sources import DATA_FILES, absent, columns_of, is_name, kind, split
 
 TEXT_COLUMNS = ("text", "content", "sentence", "document", "body", "article", "question", "sentence1", "sentence2")
 
@@ -114,16 +114,8 @@ def check_there(text: Any) -> None:
     for source in split(text):
         if isinstance(source, (str, Path)) and is_name(source):
             refuse_stand_in(source)
-            path = Path(source)
-            if not path.exists() and (_is_local(str(source), path) or path.suffix in FILES):
-                raise ConfigError(f"no such file{'' if path.suffix == '.npy' else ' or folder'}: {source}")
-            if path.is_file() and not path.stat().st_size:
-                raise ConfigError(f"{source} is empty")
-
-
-def _is_local(source: str, path: Path) -> bool:
-    """Whether a name can only be that of a file or a folder here."""
-    return path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1
+    if (why := absent(text)) is not None:
+        raise ConfigError(why)
 
 
 def _dataset(source: str, path: Path, split: str, subset: str | None) -> Iterable[dict]:

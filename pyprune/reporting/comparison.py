@@ -108,12 +108,18 @@ def print_comparison(rows: list[dict], out: TextIO | None = None) -> None:
     from rich.table import Table
 
     console = open_console(out)
-    table = Table()
+    table = Table(
+        caption="gap: the rise of perplexity off-domain over that in-domain. block error: of the last block's output, "
+        "relative to the dense model's, on calibration and on held-out sequences.",
+        caption_justify="left",
+    )
+    left = ("folder", "pruned by", "pattern", "text")
     for heading in (
         "folder",
         "pruned by",
         "pattern",
         "sparsity",
+        "text",
         "perplexity",
         "dense",
         "gap",
@@ -121,15 +127,14 @@ def print_comparison(rows: list[dict], out: TextIO | None = None) -> None:
         "held out",
         "seconds",
     ):
-        table.add_column(
-            heading, overflow="fold", justify="left" if heading in ("folder", "pruned by", "pattern") else "right"
-        )
+        table.add_column(heading, overflow="fold", justify="left" if heading in left else "right")
     for row in rows:
         table.add_row(
             row["directory"],
             how_text(row),
             row["pattern"],
             f"{row['sparsity']:.3f}",
+            "\n".join(e.get("domain") or e["text"] for e in row["evaluation"]),
             "\n".join(perplexity_text(e["pruned"]) for e in row["evaluation"]),
             "\n".join(perplexity_text(e["dense"]) for e in row["evaluation"]),
             number(row.get("generalisation_gap"), 3),

@@ -90,6 +90,16 @@ def test_eval_and_refine_look_for_their_files_first(capsys, tmp_path, folder, se
     assert code == 2 and "no such file or folder: missing.csv" in err
 
 
+@pytest.mark.parametrize("option", ["--calibration", "--text"])
+def test_files_that_are_not_there_are_missed_before_torch_is_imported(capsys, tmp_path, folder, monkeypatch, option):
+    monkeypatch.setattr("pyprune.cli.commands.libraries", lambda label: pytest.fail("torch was to be imported"))
+    (tmp_path / "empty.txt").touch()
+    for name, why in [("missing.jsonl", "no such file or folder: missing.jsonl"), ("empty.txt", "empty.txt is empty")]:
+        path = name if name.startswith("missing") else tmp_path / name
+        code, _, err = call(capsys, "prune", folder, "-o", tmp_path / "o", option, path)
+        assert code == 2 and why in err
+
+
 @pytest.mark.parametrize(
     "place",
     [
