@@ -14,6 +14,7 @@ Errors on held-out tokens come from their moments alone, without a forward pass;
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -28,8 +29,9 @@ from pyprune.structured.moments import About, Split, to_device
 
 GRID = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)
 """Candidate λ, relative to the mean diagonal of Σ_KK."""
-START = 3
-"""Where the walk over the grid begins: the λ that is chosen most often."""
+NOISE = 8.0
+"""The search over the grid begins at λ = ``NOISE`` columns per token: what a ridge takes from noise grows so. The λ of
+SmolLM2's neurons and heads, from 8,192 and from 32,768 tokens, lie within three places of it."""
 NORM_RATIO = 3.0
 TOKENS_PER_COLUMN = {"neurons": 5, "heads": 20}
 
@@ -239,16 +241,18 @@ def choose_damping(
     error: Callable[[Tensor], Tensor],
     verdicts: Verdicts | None = None,
     others: dict[str, Tensor] | None = None,
+    *,
+    tokens: int,
 ) -> tuple[float | None, float, dict[str, float]]:
     """λ (relative) with the least ``error(solution [n, k])`` among the candidates, and that error; None and infinity
     if no λ gives a finite solution. With it ``others``, scalars on the device that are read along. The first solution
     is guarded where there are verdicts to add to.
 
-    The error falls and rises once over λ, so a walk downhill from ``START`` finds it: three factorisations as a rule
-    instead of nine, whose errors are read together. A given λ is tried alone, and raised tenfold from 1e-6 on where the
-    factorisation fails (a singular Gram matrix).
+    The error falls and rises once over λ, so a walk downhill finds it, with three to five factorisations as a rule
+    instead of nine; the errors of the first three are read together. tokens: what ``a`` was computed from. A given λ is
+    tried alone, and raised tenfold from 1e-6 on where the factorisation fails (a singular Gram matrix).
     """
-    scale = _scale(a)
+    scale, start = _scale(a), start_of(tokens, len(a))
     seen: dict[float, float] = {}
 
     def tried(value: float) -> Tensor:
@@ -260,21 +264,29 @@ def choose_damping(
             seen[value] = tried(value).item()
         return seen[value]
 
-    first = GRID[START - 1 : START + 2] if damping is None else (damping,)
+    first = GRID[start - 1 : start + 2] if damping is None else (damping,)
     told = _read({**{f"{value}": tried(value) for value in first}, **(others or {})})
     seen |= {value: told.pop(f"{value}") for value in first}
-    chosen, least = _walk(at, damping, seen)
+    chosen, least = _walk(at, damping, seen, start)
     return chosen, least, told
 
 
-def _walk(at: Callable[[float], float], damping: float | None, seen: dict[float, float]) -> tuple[float | None, float]:
+def start_of(tokens: int, columns: int) -> int:
+    """The place in ``GRID``, neither the first nor the last, nearest to ``NOISE`` columns per token."""
+    wanted = math.log(NOISE * columns / max(tokens, 1))
+    return min(range(1, len(GRID) - 1), key=lambda i: abs(math.log(GRID[i]) - wanted))
+
+
+def _walk(
+    at: Callable[[float], float], damping: float | None, seen: dict[float, float], start: int
+) -> tuple[float | None, float]:
     """The λ that ``at`` finds least among the candidates, and its value there; ``seen``: what it knows already."""
     if damping is not None:
         for value in (damping, *(v for v in (1e-6, 1e-5, 1e-4, *GRID) if v > damping)):
             if at(value) < float("inf"):
                 return value, seen[value]
         return None, float("inf")
-    i = START
+    i = start
     for way in (-1, 1):
         while 0 <= i + way < len(GRID) and at(GRID[i + way]) < at(GRID[i]):
             i += way
@@ -292,7 +304,13 @@ def _liar(pieces: _Pieces, damping: float | None, interpolate_weights: bool, gua
     if problem.bias is not None and pieces.centred:
         others["bias"] = pieces.held_error(None)
     chosen, error, beside = choose_damping(
-        pieces.fit.kk, pieces.fit.kt, damping, lambda s: pieces.held_error(s.T), pieces.verdicts, others
+        pieces.fit.kk,
+        pieces.fit.kt,
+        damping,
+        lambda s: pieces.held_error(s.T),
+        pieces.verdicts,
+        others,
+        tokens=problem.tokens,
     )
     errors = {"liar": error, **beside}
     least, instead = min((e, m) for m, e in errors.items() if m != "liar")
@@ -376,7 +394,7 @@ def _mask_tuning(problem: Problem, kept: Tensor, pieces: _Pieces, damping: float
         return (pieces.held.tt + (delta @ held_a @ delta - 2 * delta @ held_f).double()).clamp(min=0) / pieces.power
 
     others = {"none": pieces.held_error(None)}
-    chosen, best, told = choose_damping(a, f[:, None], damping, error, pieces.verdicts, others)
+    chosen, best, told = choose_damping(a, f[:, None], damping, error, pieces.verdicts, others, tokens=problem.tokens)
     errors = {"mask_tuning": best, **told}
     if chosen is None or (guard and errors["none"] < best and held_out(problem)):
         return Repair(

@@ -12,7 +12,7 @@ import pyprune
 from pyprune.config import TOKEN_WEIGHTS, ConfigError, Structured
 from pyprune.model.blocks import ModelView
 from pyprune.structured.groups import find_groups
-from pyprune.structured.liar import GRID, Problem, choose_damping, repair
+from pyprune.structured.liar import GRID, Problem, choose_damping, repair, start_of
 from pyprune.structured.moments import Split, balanced_weights, token_weights
 from pyprune.structured.observation import mean_powers
 
@@ -233,14 +233,20 @@ def test_unknown_weights_are_refused():
         Structured(token_weights="loud")
 
 
+@pytest.mark.parametrize("tokens", [1, 100, 10_000])
 @pytest.mark.parametrize("best", range(len(GRID)))
-def test_the_walk_finds_the_best_damping(best):
-    """For every place of the minimum, with fewer factorisations than the grid has candidates."""
+def test_the_walk_finds_the_best_damping(best, tokens):
+    """For every place of the minimum, wherever it begins; no candidate is tried twice."""
     a, b, tried = torch.eye(3), torch.ones(3, 1), []
 
     def error(solution):
         tried.append(round(float(1 / solution[0, 0] - 1), 6))
         return (torch.log10(1 / solution[0, 0] - 1) - np.log10(GRID[best])).abs()
 
-    assert choose_damping(a, b, None, error)[0] == GRID[best]
-    assert len(tried) == len(set(tried)) <= 7
+    assert choose_damping(a, b, None, error, tokens=tokens)[0] == GRID[best]
+    assert len(tried) == len(set(tried)) <= 3 + abs(start_of(tokens, 3) - best)
+
+
+def test_the_walk_begins_where_noise_would_have_it():
+    """Eight columns per token, within the grid."""
+    assert [GRID[start_of(tokens, 100)] for tokens in (1, 800, 8_000, 80_000, 10**9)] == [3.0, 1.0, 0.1, 0.01, 3e-3]
