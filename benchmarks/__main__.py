@@ -25,7 +25,8 @@ from pathlib import Path
 import torch
 
 from benchmarks import ceilings, compare, jobs, ops_group, peers, scaling, tables
-from benchmarks.common import environment
+from benchmarks.common import command_line, environment
+from benchmarks.listing import Listing, rate
 from benchmarks.rows import Row, read, write
 from pyprune import ops
 from pyprune.config import ConfigError
@@ -39,7 +40,12 @@ JOBS = {
     "scaling": (scaling.scaling, "cost against width, tokens, blocks, sparsity, processes; memory against model size"),
 }
 GROUPS = {"ops": "every op on every back-end against PyTorch", **{name: said for name, (_, said) in JOBS.items()}}
-OPTIONAL = {"peers": (peers.peers, "llm-compressor and torch-pruning on the same tokens; installs them, so ask for it")}
+OPTIONAL = {
+    "peers": (
+        peers.peers,
+        "llm-compressor and torch-pruning on the same tokens; installs both tools; runs only if named",
+    ),
+}
 """Groups that run only where they are named."""
 ISAS = {
     "own": {},
@@ -63,7 +69,7 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = top.add_subparsers(dest="command", required=True)
-    commands.add_parser("list", help="what there is")
+    commands.add_parser("list", help="list groups, presets and studies")
     run = commands.add_parser("run", help="measure groups")
     groups = f"of {', '.join(GROUPS)}, which are all if none is named, and {', '.join(OPTIONAL)}"
     run.add_argument("groups", nargs="*", metavar="GROUP", help=groups)
@@ -79,11 +85,12 @@ def parser() -> argparse.ArgumentParser:
         "--add", action="store_true", help="keep the rows of that file, from the same machine and versions"
     )
     study = commands.add_parser("study", help="run one of the studies that `list` names")
-    study.add_argument("name", metavar="STUDY")
-    study.add_argument("arguments", nargs=argparse.REMAINDER, help="its own; --help lists them")
+    study.add_argument("name", metavar="STUDY", help="its name")
+    rest = study.add_argument("arguments", nargs=argparse.REMAINDER, help="its own; --help lists them")
+    rest.required = False  # some versions of Python name it beside a STUDY that is missing
     against = commands.add_parser("compare", help="what changed between two files beyond noise")
-    against.add_argument("before", type=Path)
-    against.add_argument("after", type=Path)
+    against.add_argument("before", type=Path, help="the JSON file of an earlier run")
+    against.add_argument("after", type=Path, help="that of a later run, whose rows are called slower or faster")
     readme = commands.add_parser("readme", help="rewrite the tables of README and docs from the committed results")
     readme.add_argument("--check", action="store_true", help="change nothing; exit status 1 if one is out of date")
     return top
@@ -94,15 +101,11 @@ def main() -> None:
     if options.command == "list":
         show()
     elif options.command == "run":
-        try:
-            status = measure(options)
-        except ConfigError as error:  # a packaged model that is not installed
-            sys.exit(str(error))
-        sys.exit(status)
+        sys.exit(measure(options))
     elif options.command == "study":
-        sys.exit(start(options.name, options.arguments))
+        start(options.name, options.arguments)
     elif options.command == "compare":
-        print(compare.text(read(options.before), read(options.after)))
+        compare.print_comparison(read(options.before), read(options.after))
     else:
         sys.exit(rewrite(options.check))
 
@@ -117,13 +120,12 @@ def studies() -> dict[str, str]:
     return found
 
 
-def start(name: str, arguments: list[str]) -> str | None:
-    """Run a study as a program; a sentence if there is none of that name."""
+def start(name: str, arguments: list[str]) -> None:
+    """Run a study as a program. Raises ConfigError if there is none of that name."""
     if name not in studies():
-        return f"there is no study {name!r}; there are {', '.join(studies())}"
+        raise ConfigError(f"there is no study {name!r}; there are {', '.join(studies())}")
     sys.argv = [f"python -m benchmarks study {name}", *arguments]
     runpy.run_module(f"benchmarks.{name}", run_name="__main__")
-    return None
 
 
 def show() -> None:
@@ -135,15 +137,22 @@ def show() -> None:
 
 
 def measure(options: argparse.Namespace) -> int:
-    """Exit status 1 if a row is red."""
+    """Exit status 1 if a row is red. Raises ConfigError before anything is measured if something does not exist."""
     if unknown := [name for name in options.groups if name not in (*GROUPS, *OPTIONAL)]:
-        sys.exit(f"there is no group {unknown[0]!r}; there are {', '.join((*GROUPS, *OPTIONAL))}")
+        raise ConfigError(f"there is no group {unknown[0]!r}; there are {', '.join((*GROUPS, *OPTIONAL))}")
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
-        sys.exit("there is no GPU here: --device cpu")
+        raise ConfigError("there is no GPU here: --device cpu")
     if options.isa and device != "cpu":
-        sys.exit("instruction sets are those of a CPU: --device cpu")
+        raise ConfigError("instruction sets are those of a CPU: --device cpu")
     groups = options.groups or list(GROUPS)
+    if "peers" in groups and device != "cpu":
+        raise ConfigError("the group peers compares on a CPU: --device cpu")
+    check_names(groups, options, device)
+    wanted = ops_wanted(options, device)
+    ops_group.check_backends(wanted)
+    if "ops" in groups:
+        ops_group.check_usable(wanted)
     path = options.out or Path(__file__).parent / "results" / "local" / f"{options.preset}_{device}.json"
     about = {"preset": options.preset, "environment": environment(), "ceilings": {}}
     kept = earlier(path, about) if options.add and path.exists() else []
@@ -153,6 +162,7 @@ def measure(options: argparse.Namespace) -> int:
     begun, rows = time.perf_counter(), []
     if not options.isa:
         ops.verdicts(device)  # measured once per machine, before anything is timed
+    listing = Listing(ops_group.expected(wanted))
     measured = _per_isa(options, groups, about) if options.isa else _measured(groups, options, device, about)
     for found in measured:
         rows += found
@@ -161,7 +171,7 @@ def measure(options: argparse.Namespace) -> int:
         about["fits"] = scaling.fits(everything)
         write(path, everything, **about)
         if not options.isa:
-            print("\n".join(map(line, found)), flush=True)
+            print("\n".join(listing.lines(found)), flush=True)
     if "scaling" in groups and scaling.plot(everything, path.with_suffix(".png")):
         print(path.with_suffix(".png"))
     red = [row for row in rows if row.correct.startswith("red")]
@@ -169,14 +179,45 @@ def measure(options: argparse.Namespace) -> int:
     return 1 if red else 0
 
 
+def check_names(groups: list[str], options: argparse.Namespace, device: str) -> None:
+    """Raises ConfigError with what there is if ``--only`` leaves nothing of the groups that it chooses from."""
+    job = jobs.Job(device, options.preset)
+    names = {
+        "ops": lambda: ops_group.names(),
+        "peers": lambda: [name for name, _ in peers.cases(job)],
+        "scaling": lambda: scaling.names(job),
+    }
+    known = {group: names[group]() for group in groups if group in names}
+    if not options.only or any(options.only in name for found in known.values() for name in found):
+        return
+    if not known:
+        raise ConfigError(f"--only chooses from {', '.join(names)}, not from {', '.join(groups)}")
+    said = []
+    for group, found in known.items():
+        none, plural = ("op's name", "ops") if group == "ops" else (f"case of {group}", f"cases of {group}")
+        said.append(f"no {none} contains {options.only!r}; {plural} are {', '.join(found)}")
+    raise ConfigError("; ".join(said))
+
+
+def ops_wanted(options: argparse.Namespace, device: str) -> ops_group.Wanted:
+    """What of the ops a run measures."""
+    return ops_group.Wanted(
+        device,
+        options.preset,
+        options.only,
+        options.compile or options.preset == "full",
+        tuple(name.strip() for name in options.backends.split(",") if name.strip()),
+    )
+
+
 def earlier(path: Path, about: dict) -> list[Row]:
-    """Rows of a file that more are added to, its ceilings put into ``about``. Raises SystemExit with what differs."""
+    """Rows of a file that more are added to, its ceilings put into ``about``. Raises ConfigError with what differs."""
     rows, was = read(path)
     differ = compare.differences(was, about)
     if was["preset"] != about["preset"]:
         differ.append(f"preset: {was['preset']} → {about['preset']}")
     if differ:
-        sys.exit(f"{path} was measured under other conditions, so nothing is added to it: {'; '.join(differ)}")
+        raise ConfigError(f"{path} was measured under other conditions, so nothing is added to it: {'; '.join(differ)}")
     about["ceilings"] |= was["ceilings"]
     return rows
 
@@ -192,10 +233,10 @@ def _per_isa(options: argparse.Namespace, groups: list[str], about: dict) -> Ite
             command += ["--seconds", str(options.seconds), *["--compile"] * options.compile]
             done = subprocess.run(command, env={**os.environ, **ISAS[isa]}, cwd=Path(__file__).parents[1])
             if not part.exists():
-                sys.exit(f"the process for {isa} ended with status {done.returncode} and left no rows")
+                raise ConfigError(f"the process for {isa} ended with status {done.returncode} and left no rows")
             rows, found = read(part)
         name = isa if isa != "own" else ""
-        about["ceilings"] |= {f"{key} {name}".rstrip(): rate for key, rate in found["ceilings"].items()}
+        about["ceilings"] |= {f"{key} {name}".rstrip(): value for key, value in found["ceilings"].items()}
         for row in rows:
             row.isa = name
         yield rows
@@ -208,29 +249,13 @@ def _measured(groups: list[str], options: argparse.Namespace, device: str, about
         if work is not None:
             yield from work(jobs.Job(device, options.preset, options.only))
             continue
-        wanted = ops_group.Wanted(
-            device,
-            options.preset,
-            options.only,
-            options.compile or options.preset == "full",
-            tuple(name for name in options.backends.split(",") if name),
-        )
+        wanted = ops_wanted(options, device)
         ops_group.prepare(wanted)
         about["ceilings"] |= ceilings.measure(device, [torch.float32, *ops_group.dtypes(wanted)])
-        said = ", ".join(f"{name} {rate / 1e9:.0f} G/s" for name, rate in about["ceilings"].items())
+        said = ", ".join(f"{name} {rate(name, value)}" for name, value in about["ceilings"].items())
         print(f"   ceilings: {said}", flush=True)
         for key, size in ops_group.cases(wanted):
             yield ops_group.measure(key, size, wanted, about["ceilings"], options.seconds)
-
-
-def line(row: Row) -> str:
-    times = f"{tables.milliseconds(row.median):>10}" if row.samples else " " * 10
-    ratio = f"{row.ratio:6.2f}×" if row.ratio else " " * 7
-    share = f"{row.share:4.0%} of {row.ceiling}" if row.share else ""
-    more = ", ".join(f"{name} {value:.4g}" for name, value in row.figures.items())
-    colour = "" if row.correct == "green" else row.correct
-    what = f"{row.name:24} {row.case:42} {row.dtype:9} {row.backend:28}"
-    return f"   {what} {times} {ratio}  {share} {more} {colour}".rstrip()
 
 
 def rewrite(check: bool) -> int:
@@ -246,4 +271,4 @@ def rewrite(check: bool) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    command_line(main)

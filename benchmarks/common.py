@@ -14,21 +14,35 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+from pyprune.config import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
 
+def command_line(main: Callable[[], None]) -> None:
+    """Run a program; what it refuses (ConfigError) is a sentence on standard error and exit status 2."""
+    try:
+        main()
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
 def data(*parts: str) -> Path:
-    """A file of the benchmark data. Exits with a sentence if it is not there."""
+    """A file of the benchmark data. Raises ConfigError if it is not there."""
     root = os.environ.get("PYPRUNE_DATA")
     if not root:
-        sys.exit("set PYPRUNE_DATA to the folder with the benchmark data (wikitext-2, calibration, evaluation, …)")
+        raise ConfigError(
+            "set PYPRUNE_DATA to the folder with the benchmark data (wikitext-2, calibration, evaluation, …)"
+        )
     path = Path(root).joinpath(*parts)
     if not path.exists():
-        sys.exit(f"{path} does not exist; PYPRUNE_DATA must hold {'/'.join(parts)}")
+        raise ConfigError(f"{path} does not exist; PYPRUNE_DATA must hold {'/'.join(parts)}")
     return path
 
 

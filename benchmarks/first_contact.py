@@ -17,7 +17,7 @@ import time
 
 import torch
 
-from benchmarks.common import ROOT, result_path, write
+from benchmarks.common import ROOT, command_line, result_path, write
 
 GROUPS = (
     ("gram_update", "cross_gram_update", "column_moments"),
@@ -219,4 +219,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command_line(main)

@@ -157,4 +157,4 @@ def change(logs: list[float]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    common.command_line(main)

@@ -26,6 +26,7 @@ from benchmarks.timing import Clock, take_turns
 from pyprune.config import Reconstruction, parse_nm
 from pyprune.masks.solvers import Factor, obs_prune
 from pyprune.model.blocks import read_on
+from pyprune.reporting.words import counted
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Shape:
     vocabulary: int = 512
 
     def __str__(self) -> str:
-        return f"{self.blocks} blocks of {self.hidden}/{self.inner}, {self.sequences}×{self.tokens} tokens"
+        return f"{counted(self.blocks, 'block')} of {self.hidden}/{self.inner}, {self.sequences}×{self.tokens} tokens"
 
 
 TINY = Shape(64, 160, 4, 2, 2, 4, 32)
@@ -291,7 +292,7 @@ def streaming(job: Job) -> Iterator[list[Row]]:
     """Activations moved through blocks beside the compute; weights read block by block beside a model in memory."""
     blocks, sequences = (1, 4) if job.preset == "smoke" else (2, 32)
     found = overlap.measure(blocks, sequences, 1 if job.preset == "smoke" else 5, None)
-    case = f"{blocks} blocks, {sequences} sequences of {found['length']} tokens"
+    case = f"{counted(blocks, 'block')}, {sequences} sequences of {found['length']} tokens"
     yield against(
         [
             Row(
@@ -370,7 +371,7 @@ def inference(job: Job) -> Iterator[list[Row]]:
                 row = Row(
                     "inference",
                     name,
-                    f"{shape.blocks} blocks of {shape.hidden}/{shape.inner}, batch 1, prompt of {prompt}",
+                    f"{counted(shape.blocks, 'block')} of {shape.hidden}/{shape.inner}, batch 1, prompt of {prompt}",
                     dtype,
                     job.device,
                     backend,

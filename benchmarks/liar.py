@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 
 import pyprune
-from benchmarks.common import data
+from benchmarks.common import command_line, data
 from benchmarks.liar_table import read_cells
 from pyprune.config import PruneConfig
 from pyprune.data.calibration import CalibrationData, tokenize
@@ -442,4 +442,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command_line(main)

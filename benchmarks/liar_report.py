@@ -10,6 +10,7 @@ import torch
 
 from benchmarks.common import data, result_path
 from benchmarks.liar_table import CELL, COMPARED, read_cells, read_differences, write_tables
+from pyprune.config import ConfigError
 from pyprune.evaluation.tasks import paired_bootstrap, read_pairs, spearman
 
 COLOURS = {"none": "#9a9a9a", "bias": "#3b7dd8", "mask_tuning": "#e0862f", "liar_uniform": "#a8d8b0", "liar": "#2a9d4a"}
@@ -91,12 +92,15 @@ where they are gone it is better in most draws, not in all. The rule rests on on
 
 
 def write_report(cache: Path, out: str | None) -> None:
-    """Tables, ``liar.md`` and one plot per task and pattern, from the cached cells and those reported before."""
+    """Tables, ``liar.md`` and one plot per task and pattern, from the cached cells and those reported before.
+
+    Raises ConfigError if there are none.
+    """
     cells = [json.loads(p.read_text()) for p in sorted(cache.glob("*.json"))]
     differences = merged(read_differences(out), paired_differences(cells), COMPARED)
     cells = merged(read_cells(out), cells, CELL)
     if not cells:
-        raise SystemExit(f"no finished cells in {cache}")
+        raise ConfigError(f"no finished cells in {cache}")
     write_tables(cells, differences, out)
     path = result_path("liar", out, ".md")
     path.write_text(report_text(cells, differences))

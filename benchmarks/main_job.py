@@ -161,4 +161,4 @@ def table(rows: list[dict], setting: dict) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    common.command_line(main)

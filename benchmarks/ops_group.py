@@ -21,6 +21,7 @@ from torch import Tensor
 from benchmarks.rows import Row, against, bounded
 from benchmarks.timing import Clock, take_turns
 from pyprune import ops
+from pyprune.config import ConfigError
 from pyprune.ops import classes, reference, trials
 from pyprune.ops.packed import Packed, unpack_bitmask
 
@@ -236,12 +237,24 @@ def sizes(key: str, wanted: Wanted) -> list[tuple]:
     return FULL[kind].get(key, found) if wanted.preset == "full" else found
 
 
+def names() -> list[str]:
+    """Ops with their classes of sizes, as ``--only`` chooses from them."""
+    return [key for key in trials.CASES if key not in SKIPPED]
+
+
 def cases(wanted: Wanted) -> Iterator[tuple[str, tuple]]:
     """Key and size of each case."""
-    for key in trials.CASES:
-        if key not in SKIPPED and wanted.only in key:
+    for key in names():
+        if wanted.only in key:
             for size in sizes(key, wanted):
                 yield key, size
+
+
+def expected(wanted: Wanted) -> Iterator[tuple[str, str, str, str]]:
+    """Op, shape, type and back-end of every row that will be measured."""
+    for key, size in cases(wanted):
+        for name in contenders(key, wanted):
+            yield key, label(key, size), str(dtype_of(size))[6:], name
 
 
 def dtype_of(size: tuple) -> torch.dtype:
@@ -270,12 +283,28 @@ def contenders(key: str, wanted: Wanted) -> dict[str, Callable]:
         and ops.TABLE[name].why_not(op, wanted.device) is None
     }
     eager = EAGER.get(op, getattr(reference, op))
-    if op in EAGER and not wanted.backends:
+    if "reference" in wanted.backends or (op in EAGER and not wanted.backends):
         found["reference"] = getattr(reference, op)
     found["eager"] = eager
     if wanted.compile:
         found["compile"] = torch.compile(eager, dynamic=False)
     return found
+
+
+def check_backends(wanted: Wanted) -> None:
+    """Raises ConfigError for a back-end that does not exist."""
+    for name in wanted.backends:
+        if name not in ops.BACKENDS:
+            raise ConfigError(f"unknown back-end {name!r}; choose from {', '.join(ops.BACKENDS)}")
+
+
+def check_usable(wanted: Wanted) -> None:
+    """Raises ConfigError for a back-end that computes none of the ops on this machine."""
+    measured = dict.fromkeys(classes.op_of(key) for key, _ in cases(wanted))
+    for name in wanted.backends:
+        reasons = [ops.TABLE[name].why_not(op, wanted.device) for op in measured]
+        if reasons and all(reasons):
+            raise ConfigError(f"back-end {name!r} computes none of these ops: {reasons[0]}")
 
 
 @functools.cache

@@ -19,7 +19,7 @@ from collections.abc import Callable
 import torch
 import transformers
 
-from benchmarks.common import write
+from benchmarks.common import command_line, write
 from pyprune.execution.executor import Executor
 from pyprune.model.blocks import ModelView
 
@@ -134,4 +134,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command_line(main)

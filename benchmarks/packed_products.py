@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks.common import data, environment, read, write
+from benchmarks.common import command_line, data, environment, read, write
 from benchmarks.timing import Clock
 from pyprune import ops
 from pyprune.model.blocks import read_on
@@ -340,4 +340,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command_line(main)

@@ -28,6 +28,7 @@ from torch import Tensor
 from benchmarks.common import data, load_model
 from benchmarks.jobs import TINY, Job, ids, model
 from benchmarks.rows import Row, against
+from pyprune.config import ConfigError
 from pyprune.data import builtin
 from pyprune.data.calibration import tokenize
 from pyprune.evaluation.perplexity import perplexity
@@ -95,7 +96,7 @@ def cases(job: Job) -> Iterator[tuple[str, list[Call]]]:
 def environment(requirements: tuple[str, ...] = REQUIREMENTS) -> Path:
     """The interpreter of an environment with the peers and this torch; made in the cache where it is not there yet.
 
-    Raises SystemExit with pip's last line if a package cannot be had.
+    Raises ConfigError with pip's last line if a package cannot be had.
     """
     version = torch.__version__
     digest = hashlib.sha256(repr((requirements, version, sys.version_info[:2])).encode()).hexdigest()[:12]
@@ -115,7 +116,7 @@ def environment(requirements: tuple[str, ...] = REQUIREMENTS) -> Path:
             return python
         failed = failed or last_line(done.stderr)
     shutil.rmtree(folder, ignore_errors=True)
-    raise SystemExit(f"the peers could not be installed: {failed}")
+    raise ConfigError(f"the peers could not be installed: {failed}")
 
 
 def last_line(text: str) -> str:
@@ -157,8 +158,6 @@ def _cut(paragraphs: list[str], tokenizer, length: int) -> Tensor:
 
 
 def peers(job: Job) -> Iterator[list[Row]]:
-    if job.device != "cpu":
-        sys.exit("the group peers compares on a CPU: --device cpu")
     wanted = [(name, calls) for name, calls in cases(job) if job.only in name]
     known = given(job)
     python = environment()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import statistics
 
-from benchmarks.common import RESULTS, ROOT
+from benchmarks.common import RESULTS, ROOT, command_line
 from benchmarks.common import read as rows_of
 
 PICTURE = ROOT / "docs" / "images" / "gains.svg"
@@ -101,4 +101,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command_line(main)

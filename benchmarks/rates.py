@@ -16,7 +16,6 @@ import argparse
 import json
 import os
 import socket
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -25,9 +24,9 @@ import torch
 import torch.distributed as dist
 import transformers
 
-from benchmarks.common import read, write
+from benchmarks.common import command_line, read, write
 from pyprune import ops
-from pyprune.config import PruneConfig
+from pyprune.config import ConfigError, PruneConfig
 from pyprune.execution.activation_store import Store
 from pyprune.execution.device import cpu_has_bfloat16
 from pyprune.execution.distributed import World
@@ -293,7 +292,7 @@ def main() -> None:
         write("rates", [*(read("rates") if arguments.again else []), rates])
         return
     if not (rows := [SHEET] if arguments.sheet else read("rates")):
-        sys.exit("nothing was measured yet: run python -m benchmarks.rates first")
+        raise ConfigError("nothing was measured yet: run python -m benchmarks study rates first")
     rates = {
         name: max(row[name] for row in rows) if isinstance(value, float) else value for name, value in rows[0].items()
     }
@@ -304,4 +303,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command_line(main)

@@ -296,4 +296,4 @@ def publish(rows: list[dict], options, preset: dict, name: str) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    common.command_line(main)

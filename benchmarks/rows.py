@@ -10,9 +10,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from pyprune.config import ConfigError
 
 FORMAT = 1
 
@@ -84,7 +87,8 @@ class Row:
     @classmethod
     def from_dict(cls, found: dict) -> Row:
         names = {f.name for f in dataclasses.fields(cls)}
-        return cls(**{key: value for key, value in found.items() if key in names})
+        case = re.sub(r"\b1 (block|process)e?s\b", r"1 \1", found["case"])  # older files: 1 blocks, 1 processes
+        return cls(**{key: value for key, value in {**found, "case": case}.items() if key in names})
 
 
 def against(rows: list[Row], baseline: str) -> list[Row]:
@@ -126,13 +130,15 @@ def write(path: Path, rows: list[Row], **about) -> Path:
 
 
 def read(path: Path) -> tuple[list[Row], dict]:
-    """Rows of a file, and what else it says. Raises SystemExit with a sentence if it is none of ours."""
+    """Rows of a file, and what else it says. Raises ConfigError if it is none of ours."""
     try:
         found = json.loads(path.read_text())
     except FileNotFoundError:
-        raise SystemExit(f"{path} does not exist") from None
+        raise ConfigError(f"{path} does not exist") from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
     except ValueError as error:
-        raise SystemExit(f"{path} is no result file: {error}") from None
+        raise ConfigError(f"{path} is no result file: {error}") from None
     if not isinstance(found, dict) or found.get("format") != FORMAT:
-        raise SystemExit(f"{path} is no result file of `python -m benchmarks run` (format {FORMAT})")
+        raise ConfigError(f"{path} is no result file of `python -m benchmarks run` (format {FORMAT})")
     return [Row.from_dict(row) for row in found.pop("rows")], found

@@ -62,6 +62,12 @@ def series(job: Job) -> Iterator[tuple[str, float, Shape, dict]]:
         yield "sparsity", sparsity, base, {"sparsity": sparsity}
 
 
+def names(job: Job) -> list[str]:
+    """Of everything that the group measures at a preset; ``job.only`` chooses from it."""
+    found = [*dict.fromkeys(name for name, *_ in series(job)), "processes", "memory of a streamed run"]
+    return found + [f"one block, {name}" for name in WHOLE if job.preset == "full"]
+
+
 def scaling(job: Job) -> Iterator[list[Row]]:
     """The series and blocks whose name contains ``job.only``."""
     pruned(model(TINY, job.device), TINY, job.device)  # imports and first uses are nobody's seconds
@@ -86,7 +92,7 @@ def scaling(job: Job) -> Iterator[list[Row]]:
 def _row(job: Job, name: str, shape: Shape, seconds: float, x: float) -> Row:
     clock = "cpu" if job.device == "cpu" and name != "processes" else "wall"
     case = f"{shape}" if name != "sparsity" else f"{shape}, sparsity {x:g}"
-    case = case if name != "processes" else f"{shape}, {x:g} processes"
+    case = case if name != "processes" else f"{shape}, {x:g} process{'' if x == 1 else 'es'}"
     return Row("scaling", name, case, "float32", job.device, "pyprune", [seconds], clock=clock, figures={"x": x})
 
 

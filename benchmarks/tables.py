@@ -12,14 +12,12 @@ from pathlib import Path
 
 from benchmarks import scaling
 from benchmarks.common import RESULTS, ROOT
+from benchmarks.listing import milliseconds, rate
 from benchmarks.ops_group import BASELINES
 from benchmarks.rows import Row, read
+from pyprune.config import ConfigError
 
 MARKED = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n)(?P<body>.*?)(<!-- end of table -->)", re.DOTALL)
-
-
-def milliseconds(seconds: float) -> str:
-    return f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
 
 
 def conditions(about: dict) -> str:
@@ -27,10 +25,7 @@ def conditions(about: dict) -> str:
     e = about["environment"]
     kernels = e["instruction_set"] or "no native module"
     where = e["gpu"] or f"{e['cpu']}, {e['threads']} of {e['cores']} cores, {kernels}"
-    rates = [
-        f"{name} {rate / 1e9:.0f} G{'B' if name[:4] == 'copy' else 'FLOP'}/s"
-        for name, rate in about["ceilings"].items()
-    ]
+    rates = [f"{name} {rate(name, value)}" for name, value in about["ceilings"].items()]
     most = f" ({', '.join(rates)})" if rates else ""
     return f"{where}{most}; torch {e['torch']}, commit {e['commit']}, preset {about['preset']}, {e['time'][:10]}."
 
@@ -165,12 +160,12 @@ def documents() -> list[Path]:
 
 
 def rewritten(text: str, results: Path = RESULTS) -> str:
-    """A document with its tables made anew. Raises SystemExit for a table that nobody knows or that has no result."""
+    """A document with its tables made anew. Raises ConfigError for a table that nobody knows or that has no result."""
 
     def made(match: re.Match) -> str:
         name = match["name"]
         if name not in TABLES:
-            raise SystemExit(f"no table is named {name!r}; there are {', '.join(TABLES)}")
+            raise ConfigError(f"no table is named {name!r}; there are {', '.join(TABLES)}")
         file, make = TABLES[name]
         return f"{match[1]}{make(*read(results / file))}\n{match[4]}"
 
