@@ -1,7 +1,7 @@
 """Fine-tune a pruned model for a few minutes without filling its zeros, then pack it.
 
     python examples/finetune_sparse.py -o runs/finetuned                # SmolLM2-135M, Wanda 50 %, minutes on two cores
-    python examples/finetune_sparse.py -o runs/lora --lora              # adapters instead; needs pyprune[finetune]
+    python examples/finetune_sparse.py -o runs/lora --lora              # adapters instead; pip install '.[finetune]'
 
 Text is the documentation inside every Python: one part to prune and to train on, another to measure perplexity on.
 """

@@ -1,4 +1,4 @@
-"""Zeros that pay: a pruned model as a packed checkpoint, its size, and the same answers from the packed weights.
+"""Smaller files from zeros: a pruned model as a packed checkpoint, its size, and the same answers from it.
 
 python examples/pack_a_model.py
 """

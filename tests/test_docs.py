@@ -37,7 +37,7 @@ DEFAULTS = {"calibration.SAMPLES": 8, "calibration.TOKENS": 32, "evaluation.WIND
 """What the defaults of a run are here."""
 SMALL = {"--seq-len": "32", "--window": "64", "--num-samples": "8", "--epochs": "1", "--max-windows": "2"}
 """Options that are too large for a tiny model, or for a test."""
-ELSEWHERE = ("meta-llama/", "allenai/", "torchrun", "--latency", "arc_easy,hellaswag", "tensorboard:")
+ELSEWHERE = ("allenai/", "torchrun", "--latency", "arc_easy,hellaswag", "tensorboard:")
 """Words of commands that need a network, several machines, an extra, or a minute."""
 
 
@@ -95,6 +95,12 @@ def test_a_script_of_the_gallery_runs(path, tmp_path, monkeypatch, capsys):
     runpy.run_path(str(path), run_name="__main__")
     assert capsys.readouterr().out
     assert path.name in (ROOT / "docs" / "gallery.md").read_text(), "docs/gallery.md does not name it"
+
+
+def test_the_gallery_names_every_example():
+    text = (ROOT / "docs" / "gallery.md").read_text()
+    missing = [path.name for path in (ROOT / "examples").iterdir() if f"examples/{path.name}" not in text]
+    assert [name for name in missing if name != "__pycache__"] == []
 
 
 @pytest.fixture(autouse=True)

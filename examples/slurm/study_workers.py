@@ -1,7 +1,7 @@
 """A study on a SLURM cluster: N workers, one shared folder, no coordinator.
 
-    pip install pyprune submitit
-    python study_workers.py meta-llama/Llama-3.2-1B /shared/study --workers 8 --partition gpu
+    pip install . submitit                    # in a clone of pyprune
+    python examples/slurm/study_workers.py MODEL /shared/study --workers 8 --partition gpu
 
 Each worker is one call of ``pyprune.study`` on the same folder: it takes the runs that nobody works on. A worker that
 is killed or preempted leaves a claim that goes stale, and another one takes its run over. Start the script again to add
