@@ -107,7 +107,7 @@ def test_global_allocation_reloads(mode, tmp_path):
     dense = tiny.model("llama", seed=3)
     with torch.no_grad():
         dense.model.layers[0].mlp.down_proj.weight[:, :48] *= 1e-3  # a block with much to drop
-    with pytest.raises(ConfigError, match="one size for all blocks"):
+    with pytest.raises(ConfigError, match="a stock configuration has one for all"):
         run(dense, "neurons", sparsity=0.4, structured={"allocation": "global"})
     result = run(dense, "neurons", sparsity=0.4, structured={"allocation": "global", "nonstandard": mode})
     kept = [r["kept"] for r in result.report["weights"]]

@@ -47,6 +47,7 @@ def test_zeros_stay_exact_on_every_architecture(architecture, tmp_path):
 def test_zero_epochs_are_the_layer_wise_step():
     layer, untrained = run(reconstruct="layer"), run(reconstruction=Reconstruction(epochs=0))
     assert equal(state(layer), state(untrained))
+    assert any("epochs=0 trains nothing" in text for text in untrained.report["warnings"])
 
 
 def test_the_mask_of_the_layer_wise_step_is_the_final_pattern():
