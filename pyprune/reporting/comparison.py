@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
@@ -10,6 +11,9 @@ from typing import TextIO
 from pyprune.config import ConfigError
 from pyprune.reporting.console import open_console
 from pyprune.reporting.words import number, perplexity_text, reconstruction_text
+
+LONG = 16
+"""Characters of a folder's path beyond which a table has it from where all its folders lie."""
 
 
 def read(directory: str | Path) -> dict:
@@ -103,12 +107,23 @@ def error_text(row: dict, key: str) -> str:
     return text if before is None else f"{number(before, 3)} → {text}"
 
 
+def _shortened(folders: list[str]) -> tuple[str, list[str]]:
+    """Where the folders lie, and their paths from there; nothing and the paths as they are where these are short."""
+    place = os.path.commonpath([os.path.dirname(os.path.abspath(folder)) for folder in folders])
+    if max(map(len, folders)) <= LONG or place == os.path.abspath(os.sep):
+        return "", folders
+    return place, [os.path.relpath(folder, place) for folder in folders]
+
+
 def print_comparison(rows: list[dict], out: TextIO | None = None) -> None:
     """:func:`compare`'s rows as a table, and what makes them not comparable, if anything does."""
     from rich.table import Table
 
     console = open_console(out)
+    place, names = _shortened([str(row["directory"]) for row in rows])
     table = Table(
+        title=f"folders of {place}" if place else None,
+        title_justify="left",
         caption="gap: the rise of perplexity off-domain over that in-domain. block error: of the last block's output, "
         "relative to the dense model's, on calibration and on held-out sequences.",
         caption_justify="left",
@@ -128,9 +143,9 @@ def print_comparison(rows: list[dict], out: TextIO | None = None) -> None:
         "seconds",
     ):
         table.add_column(heading, overflow="fold", justify="left" if heading in left else "right")
-    for row in rows:
+    for row, name in zip(rows, names):
         table.add_row(
-            row["directory"],
+            name,
             how_text(row),
             row["pattern"],
             f"{row['sparsity']:.3f}",

@@ -341,7 +341,8 @@ def test_runs_write_packed_checkpoints(tmp_path, folder, monkeypatch):
     card = (tmp_path / "never" / "README.md").read_text()
     assert "21 of 21 matrices packed" in card and card.index("## Packed") < card.index("## Use")
     assert "packed: 21 matrices without their zeros, 0." in run("inspect", tmp_path / "never")
-    assert "never" in run("compare", tmp_path / "never", tmp_path / "plain")
+    compared = run("compare", tmp_path / "never", tmp_path / "plain")
+    assert f"folders of {tmp_path}" in compared.replace("\n", "") and "│ never " in compared and "│ plain " in compared
     training = ["--epochs", "1", "--num-samples", "4", "--seq-len", "16", "--max-windows", "2", "--window", "48"]
     run("refine", tmp_path / "never", "-o", tmp_path / "refined", "--packed", *training)
     assert any(isinstance(m, SparseLinear) for m in pyprune.load(tmp_path / "refined").model.modules())
