@@ -39,6 +39,11 @@ def reads_sequences(config) -> bool:
     return needs_sequences(config) or measures_errors(config)
 
 
+def texts_read(config) -> list:
+    """The sources that a run reads, as ``calibration.source`` and ``evaluation.text`` name them."""
+    return [config.calibration.source] * reads_sequences(config) + [config.evaluation.text] * config.evaluation.enabled
+
+
 def trains(config) -> bool:
     return config.reconstruct in ("block", "cross_block")
 

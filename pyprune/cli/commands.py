@@ -17,7 +17,7 @@ from pyprune.cli.help import NAMED, Command, Group
 from pyprune.cli.options import as_options, option_of, with_fields
 from pyprune.cli.studies import study
 from pyprune.config import ConfigError, PruneConfig, check_named, from_dict, override
-from pyprune.effects import reads_sequences
+from pyprune.effects import texts_read
 from pyprune.execution.progress import Doing
 from pyprune.keywords import configuration_fields, refine_fields
 from pyprune.reporting import comparison, console, inspection_table, plan_table, summary, words
@@ -100,11 +100,8 @@ def prune(
         raise ConfigError("--track would do nothing: --plan runs nothing")
     if settings.output is None and not plan:
         raise ConfigError("no output folder: name one with -o, or ask for the --plan only")
-    for source, read in (
-        (settings.calibration.source, reads_sequences(settings)),
-        (settings.evaluation.text, settings.evaluation.enabled),
-    ):
-        if read and (why := absent(source)) is not None:
+    for text in texts_read(settings):
+        if (why := absent(text)) is not None:
             raise ConfigError(why)
     libraries("planning" if plan else "pruning")
     if plan:

@@ -84,19 +84,29 @@ def evaluate_tasks(
     ]
 
 
-def check_known(names: list[str]) -> None:
-    """Raise ConfigError for a task that is no file and that lm-eval does not know, before a model is loaded."""
-    if not names:
-        return
+def task_manager(name: Any) -> Any:
+    """lm-eval's index of its tasks, which takes seconds to read. Raises ConfigError, which names a task, without
+    lm-eval."""
     try:
-        from lm_eval.tasks import TaskManager
+        return _index()
     except ImportError as error:
         raise ConfigError(
-            f"task {names[0]!r} is no file here, and lm-eval, which may know it, is not installed: install pyprune's "
+            f"task {name!r} is no file here, and lm-eval, which may know it, is not installed: install pyprune's "
             "extra 'eval', or give the path of a .jsonl file"
         ) from error
-    manager = TaskManager()
+
+
+@functools.cache
+def _index() -> Any:
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
+def check_known(names: list[str]) -> None:
+    """Raise ConfigError for a task that is no file and that lm-eval does not know, before a model is loaded."""
     for name in names:
+        manager = task_manager(name)
         if not manager.match_tasks([name]):
             near = difflib.get_close_matches(name, manager.all_tasks, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -190,14 +200,10 @@ def through_lm_eval(
 ) -> dict:
     """A task of lm-eval on a live or a streamed model. name: of a task, or a task object. Its data come from the Hub or
     its cache. progress: told of a streamed model's blocks."""
-    try:
-        import lm_eval
-        from lm_eval.models.huggingface import HFLM
-    except ImportError as error:
-        raise ConfigError(
-            f"task {name!r} is no file here, and lm-eval, which may know it, is not installed: "
-            "pip install 'pyprune[eval]', or give the path of a .jsonl file"
-        ) from error
+    manager = manager or task_manager(name)
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+
     if isinstance(model, Blockwise):
         from pyprune.evaluation.lm_eval_model import StreamedModel
 

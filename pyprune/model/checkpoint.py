@@ -85,10 +85,9 @@ def resolve(name: str | Path) -> Source:
                 + ("; name the .gguf file in it" if any(path.glob("*.gguf")) else "")
             )
         return Source(str(path))
-    if path.suffix == ".gguf" or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text) or text.startswith("."):
-        raise ConfigError(f"unknown model {text!r}: no such file or folder{_meant(text)}")
-    if "/" not in text and _meant(text):
-        raise ConfigError(f"unknown model {text!r}: no such folder{_meant(text)}")
+    meant, named = _meant(text), re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text) and not text.startswith(".")
+    if path.suffix == ".gguf" or not named or (meant and "/" not in text):
+        raise ConfigError(f"unknown model {text!r}: no such file or folder{meant}")
     return Source(text, local=False)
 
 

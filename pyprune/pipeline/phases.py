@@ -23,7 +23,7 @@ from pyprune import ops
 from pyprune.config import ConfigError, PruneConfig
 from pyprune.data import texts
 from pyprune.data.calibration import CalibrationData, within
-from pyprune.effects import needs_sequences, reads_sequences, trains
+from pyprune.effects import needs_sequences, texts_read, trains
 from pyprune.evaluation import domains
 from pyprune.evaluation.block_by_block import Meter
 from pyprune.evaluation.perplexity import warnings_for
@@ -112,8 +112,8 @@ def prepare(session: Session, model, tokenizer, in_place: bool) -> Material:
     if (absent := ops.check_backend(config.backend, session.device.type)) is not None:
         found.warn(absent)
     seed_all(config.seed)
-    texts.check_there(config.calibration.source if reads_sequences(config) else None)
-    texts.check_there(config.evaluation.text if config.evaluation.enabled else None)
+    for text in texts_read(config):
+        texts.check_there(text)
     read = None if isinstance(model, (nn.Module, Opened)) else read_ahead(session, tokenizer)
     with found.clock("load"):
         opened = open_for(session, model, tokenizer, in_place)

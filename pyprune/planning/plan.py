@@ -109,8 +109,9 @@ def plan(
     positions = positions_of(small)
     if config.evaluation.enabled and not view.is_encoder:
         config.evaluation = dataclasses.replace(config.evaluation, window=_window(config.evaluation, positions))
-    if reads_sequences(config) and positions and calibration.within(asked, positions.count) is not asked:
-        config.calibration = calibration.coerce(calibration.within(asked, positions.count))
+    fitting = calibration.within(asked, positions.count if positions else None)
+    if reads_sequences(config) and fitting is not asked:
+        config.calibration = calibration.coerce(fitting)
     if positions and not view.is_encoder and reads_sequences(config) and kinds_of(config.calibration.source) != {"ids"}:
         positions.check([config.calibration.tokens], "calibration sequences", "seq_len", lambda message: None)
     windows = evaluation_windows(view, config, functools.partial(_tokenizer, unopened))

@@ -75,14 +75,9 @@ def test_any_number_of_processes_gives_the_same_masks_and_perplexity(results, na
         assert b["pruned"] == pytest.approx(a["pruned"], rel=1e-3)
         assert a["windows"] == b["windows"]
     assert [row["name"] for row in one["weights"]] == [row["name"] for row in other["weights"]]
-    # scores that are equal up to the order of a sum may go either way: two weights of 1,024 moved their matrix' error
-    # by 7 %, and all behind it sees other inputs
-    tied = False
     for a, b in zip(one["weights"], other["weights"]):
-        key = re.sub(r"\[\d+\]$", "", a["name"])  # experts of one tensor
-        tied = tied or not torch.equal(alone[key] == 0, shared[key] == 0)
         if "error" in a:  # a probe token reached that expert
-            assert b["error"] == pytest.approx(a["error"], rel=0.1 if tied else 2e-3)
+            assert b["error"] == pytest.approx(a["error"], rel=2e-2)
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ def test_resolve_by_kind(tmp_path, folder):
         ("missing.gguf", "unknown model 'missing.gguf': no such file or folder"),
         ("no such model", "unknown model 'no such model'"),
         ("no-such-org/no-such-model", "cannot load model 'no-such-org/no-such-model'"),
-        ("smolm2", "unknown model 'smolm2': no such folder; did you mean 'smollm2-135m'"),
+        ("smolm2", "unknown model 'smolm2': no such file or folder; did you mean 'smollm2-135m'"),
     ],
 )
 def test_unknown_models(name, sentence):

@@ -46,6 +46,10 @@ FIELDS = {
     "cross": dict(reconstruct="cross_block", reconstruction=Reconstruction(epochs=1, lr=1e-3, batch_size=4)),
 }
 
+DRAWS = {"sequential": 3}
+"""Of its calibration, if not the first: there two scores at the edge of a mask are 4e-6 apart, which another order of a
+sum turns round. In this draw the closest are 2e-4 apart."""
+
 
 def case(name: str, **fields):
     model = (
@@ -53,7 +57,8 @@ def case(name: str, **fields):
         if name == "shared_keys"
         else tiny.model("qwen3_moe" if name.endswith("moe") else "llama")
     )
-    sequences = [*tiny.ids(10, 24), *tiny.ids(3, 17, seed=1)]
+    draw = DRAWS.get(name, 0)
+    sequences = [*tiny.ids(10, 24, seed=draw), *tiny.ids(3, 17, seed=draw + 1)]
     settings = {
         "calibration": {"source": sequences, "num_samples": 13, "seq_len": 24},
         "evaluation": Evaluation(text=tiny.ids(6, 24), dtype="float32"),
