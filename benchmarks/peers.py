@@ -51,8 +51,7 @@ WAYS = {
 """torch-pruning's importance → our criteria and repairs beside it; the last is what :func:`pyprune.prune` does if it is
 asked for nothing else."""
 WORST = 1.05
-"""Above this many times the perplexity of the peer's masks a row of ours is red: rounding alone moves it by a
-hundredth. Neurons are chosen by other formulas of the same name, so there the perplexities are the comparison."""
+"""Above this many times the peer's perplexity a row of ours is red: rounding alone moves it by a hundredth."""
 
 
 @dataclass(frozen=True)
@@ -240,8 +239,8 @@ def what_is_wrong(changed: torch.nn.Module, dense: torch.nn.Module, settings: di
 
 
 def judged(rows: list[Row]) -> list[Row]:
-    """Rows of a case, those of masks red whose perplexity is far above the peer's, which comes first."""
-    peer = None if rows[0].name.startswith("neurons") else rows[0].figures.get("perplexity")
+    """Rows of a case, those red whose perplexity is far above the peer's, which comes first."""
+    peer = rows[0].figures.get("perplexity")
     for row in rows[1:]:
         found = row.figures.get("perplexity")
         if peer and found and found > WORST * peer and row.correct == "green":
